@@ -1,0 +1,24 @@
+"""TOPD: on-policy distillation that looks ahead (arXiv 2606.00305)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from topd.config import TOPDConfig
+    from topd.trainer import TOPDTrainer
+
+__all__ = ["TOPDConfig", "TOPDTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when a trainer is asked for."""
+    if name == "TOPDTrainer":
+        from topd.trainer import TOPDTrainer
+
+        return TOPDTrainer
+    if name == "TOPDConfig":
+        from topd.config import TOPDConfig
+
+        return TOPDConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

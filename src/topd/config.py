@@ -1,0 +1,164 @@
+"""TOPDConfig: every number of a run, with its unit and its default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from topd.divergence import METHODS
+from topd.losses import Kind
+from topd.types import Sampling, TOPDError
+
+
+def _field(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TOPDConfig(TrainingArguments):
+    """Arguments of :class:`~topd.TOPDTrainer`: those of transformers' Trainer, and these.
+
+    ``per_device_train_batch_size`` counts rollouts, as in TRL: an update sees
+    ``per_device_train_batch_size x gradient_accumulation_steps`` rollouts a rank, of
+    ``1 / num_generations`` as many prompts. Raises TOPDError for values out of range.
+    """
+
+    # What is learned
+    method: str = _field("topd", "Name of the guidance method: opd, topd or downweight.")
+    beta: float = _field(
+        1.0, "Token divergence: 1 reverse KL, 0 forward KL, between: generalised JSD."
+    )
+    kd_ratio: float = _field(
+        1.0, "Share of the divergence in the token loss; the rest is cross-entropy. In [0, 1]."
+    )
+    trajectory_weight: float = _field(0.1, "lambda, the weight of L_traj.")
+    trajectory_reduction: Literal["mean", "sum"] = _field(
+        "mean", "L_traj over guided positions: mean, or sum (as printed) over response tokens."
+    )
+
+    # Rollouts
+    temperature: float = _field(1.0, "Of the sampling and of both distributions in the loss.")
+    top_p: float = _field(1.0, "Nucleus sampling: smallest set with this mass. In (0, 1].")
+    top_k: int = _field(0, "Sample from the k likeliest tokens only; 0 for all.")
+    max_prompt_length: int = _field(800, "Longest prompt, in tokens; longer ones are an error.")
+    drop_long_prompts: bool = _field(False, "Leave longer prompts out instead, and say how many.")
+    max_completion_length: int = _field(1024, "Longest response, in tokens.")
+    num_generations: int = _field(1, "Rollouts a prompt.")
+    chat_template_kwargs: dict[str, Any] | str | None = _field(
+        None, "Given to the chat template, e.g. {enable_thinking: false}."
+    )
+    teacher_prompt: str | None = _field(
+        None, "Jinja template of the teacher's own user message; sees the columns of the data."
+    )
+
+    # Where to look: candidates and windows
+    candidate_fraction: float = _field(0.0225, "Share of a rollout's tokens taken as candidates.")
+    candidate_loss: Literal["sampled", "reverse_kl", "teacher_nll"] = _field(
+        "sampled",
+        "Loss that ranks tokens: log p_S(y) - log p_T(y); full reverse KL (one student forward "
+        "more); -log p_T(y).",
+    )
+    candidate_threshold: float | None = _field(None, "Candidates need this token loss, in nats.")
+    window_length: int = _field(50, "K, tokens a window.")
+    window_gap: int | None = _field(
+        None, "Fewest tokens between two windows' starts; none: K, so that windows are disjoint."
+    )
+    window_temperature: float = _field(0.0, "Of the teacher's windows; 0 is greedy.")
+
+    # Transport and verdict
+    embedding: Literal["teacher", "student"] = _field(
+        "teacher", "Whose input embeddings give the ground cost."
+    )
+    position_weight: float = _field(0.0, "eta: adds eta |i - j| / K to the ground cost.")
+    solver: Literal["exact", "sinkhorn"] = _field("exact", "Solver of the transport plan.")
+    epsilon: float = _field(0.05, "Entropy of the sinkhorn solver, in the unit of the cost.")
+    false_alarm_share: float = _field(
+        0.3, "This share of a batch's candidates, those with the smallest OT, are false alarms."
+    )
+    ot_threshold: float | None = _field(None, "If set: real means an OT distance of at least this.")
+
+    # Safety and memory
+    chunk_tokens: int = _field(1024, "Tokens whose logits are alive at a time in the loss.")
+    score_batch_size: int | None = _field(
+        None, "Rollouts a scoring forward; none: per_device_train_batch_size."
+    )
+    disable_dropout: bool = _field(True, "Set the student's dropout to 0.")
+    max_logprob_gap: float = _field(
+        0.1, "Nats: a larger mean gap between sampling and training log-probs stops the run."
+    )
+    log_rollouts: bool = _field(True, "Write every rollout and its guidance to the run folder.")
+
+    # Defaults of transformers that differ here
+    output_dir: str = _field("", "The run folder; empty: runs/topd-DATE-TIME.")
+    learning_rate: float = _field(2e-6, "Peak learning rate of AdamW.")
+    warmup_steps: float = _field(0.05, "Steps of linear warm-up; below 1: a share of all steps.")
+    num_train_epochs: float = _field(1.0, "Passes over the prompts.")
+    per_device_train_batch_size: int = _field(4, "Rollouts a forward and backward pass.")
+    per_device_eval_batch_size: int = _field(4, "Rollouts an evaluation step.")
+    logging_steps: float = _field(1, "Log every so many updates.")
+    report_to: str | list[str] | None = _field("none", "Loggers of transformers, e.g. tensorboard.")
+    save_only_model: bool = _field(False, "Leave the optimiser out of checkpoints.")
+    remove_unused_columns: bool = _field(False, "Prompts are encoded at the door; leave this off.")
+    logging_nan_inf_filter: bool = _field(False, "A NaN loss is shown, not hidden.")
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            self.output_dir = f"runs/topd-{datetime.now():%Y%m%d-%H%M%S}"
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        if self.method not in METHODS:
+            raise TOPDError(f"method: {self.method!r} is not one of {', '.join(METHODS)}.")
+        for names, holds, rule in _RULES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise TOPDError(f"{name}: {value!r} {rule}.")
+        if self.epsilon != TOPDConfig.epsilon and self.solver == "exact":
+            raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
+
+    @property
+    def divergence(self) -> Kind:
+        """The kind of token divergence that ``beta`` stands for, as in TRL."""
+        if self.beta == 1.0:
+            return "reverse_kl"
+        return "forward_kl" if self.beta == 0.0 else "jsd"
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the student samples."""
+        return Sampling(self.temperature, self.top_p, self.top_k, self.max_completion_length)
+
+    @property
+    def window_sampling(self) -> Sampling:
+        """How the teacher writes its windows."""
+        return Sampling(self.window_temperature, 1.0, 0, self.window_length)
+
+
+_RULES: tuple[tuple[str, Any, str], ...] = (
+    ("beta kd_ratio false_alarm_share", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+    ("top_p candidate_fraction", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+    ("temperature epsilon max_logprob_gap", lambda x: x > 0, "must be above 0"),
+    (
+        "trajectory_weight position_weight window_temperature top_k",
+        lambda x: 0 <= x < float("inf"),
+        "must be finite and at least 0",
+    ),
+    (
+        "max_prompt_length max_completion_length num_generations window_length window_gap "
+        "chunk_tokens score_batch_size",
+        lambda x: x >= 1,
+        "must be at least 1",
+    ),
+    ("candidate_loss", lambda x: x in ("sampled", "reverse_kl", "teacher_nll"), "is unknown"),
+    ("embedding", lambda x: x in ("teacher", "student"), "is not one of teacher, student"),
+    ("solver", lambda x: x in ("exact", "sinkhorn"), "is not one of exact, sinkhorn"),
+    ("trajectory_reduction", lambda x: x in ("mean", "sum"), "is not one of mean, sum"),
+    ("remove_unused_columns", lambda x: not x, "must be off: prompts are encoded at the door"),
+)

@@ -1,0 +1,69 @@
+"""Engines write and score tokens: token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from topd.types import Generation, Head, Ids, Sampling
+
+Tick = Callable[[], None]
+
+
+def no_tick() -> None:
+    """The default for ``tick``, which engines call once for every forward pass of a phase."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one scoring forward yields for B responses, padded on the right to T.
+
+    ``hidden`` [B T D] are the last hidden states that predict each response token, ``logprobs``
+    [B T] the log-probs of those tokens in nats (0 on padding). ``prefix`` belongs to the engine:
+    from it ``continue_from`` goes on without reading the prompt again.
+    """
+
+    hidden: Float[Tensor, "B T D"]
+    logprobs: Float[Tensor, "B T"]
+    prefix: object
+
+
+class Engine(Protocol):
+    """A model that can be sampled from, asked for log-probs, and continued."""
+
+    @property
+    def head(self) -> Head:
+        """The map from the hidden states that ``score`` returns to logits."""
+        ...
+
+    def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
+        """Input embeddings of tokens."""
+        ...
+
+    def generate(
+        self, prompts: Sequence[Ids], sampling: Sampling, seeds: Sequence[int], *, tick: Tick = ...
+    ) -> list[Generation]:
+        """Sample one response a prompt; a response depends on its prompt and its seed alone."""
+        ...
+
+    def score(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], *, temperature: float = 1.0
+    ) -> Scores:
+        """Log-probs and last hidden states of given responses, from one forward."""
+        ...
+
+    def continue_from(
+        self,
+        scores: Scores,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = ...,
+    ) -> list[Generation]:
+        """Continue scored response ``b`` from before its token ``t``, for every (b, t)."""
+        ...

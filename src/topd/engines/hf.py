@@ -1,0 +1,280 @@
+"""The embedded engine: a transformers model in this process.
+
+Sampling takes one uniform number a token from the row's own seed (inverse transform), so a
+response does not depend on what else is in the batch. Only full-attention caches can be shared
+between windows; other models continue from a fresh prefill, slower and equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from topd.engines import Scores, Tick, no_tick
+from topd.losses import linear_logprobs
+from topd.types import Generation, Head, Ids, Sampling, TOPDError, wide_dtype
+
+WINDOWS_AT_ONCE = 64
+
+Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head of a causal language model, with its scale and soft-cap.
+
+    Raises TOPDError for a model without an output head.
+    """
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise TOPDError(f"{type(model).__name__} has no output head. Use a causal language model.")
+    config = model.config.get_text_config()
+    return Head(
+        linear.weight,
+        getattr(linear, "bias", None),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """What ``continue_from`` needs of a scoring forward."""
+
+    prompts: tuple[Ids, ...]
+    responses: tuple[Ids, ...]
+    cache: DynamicCache
+
+
+class HFEngine:
+    """Generation, scoring and continuation with a transformers causal language model.
+
+    Args:
+        model: the model, on its device. It is put into eval mode for each call and back.
+        eos_ids: tokens that end a response.
+        vocab_size: only the first so many tokens are sampled; the rest are padding rows.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, eos_ids: Sequence[int], vocab_size: int | None = None
+    ) -> None:
+        self.model = model
+        self.vocab_size = vocab_size or head_of(model).vocab_size
+        self._eos = torch.tensor(sorted(set(eos_ids)), device=model.device)
+
+    @property
+    def head(self) -> Head:
+        """The model's output head on the tokens that may be sampled."""
+        return head_of(self.model).narrowed(self.vocab_size)
+
+    @torch.no_grad()
+    def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
+        """Input embeddings of tokens."""
+        return self.model.get_input_embeddings()(tokens.to(self._eos.device))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
+        width = max(len(prompt) for prompt in prompts)
+        ids = self._tensor([[0] * (width - len(p)) + list(p) for p in prompts])
+        length = self._tensor([len(prompt) for prompt in prompts])
+        mask = torch.arange(width, device=ids.device) >= width - length[:, None]
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        with _evaluating(self.model):
+            hidden = self._forward(ids, mask, positions, cache)[:, -1]
+            return self._decode(hidden, mask, length, cache, sampling, seeds, tick)
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], *, temperature: float = 1.0
+    ) -> Scores:
+        """Log-probs and last hidden states of responses. See :class:`~topd.engines.Engine`."""
+        ids = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
+        cache = DynamicCache(config=self.model.config)
+        with _evaluating(self.model):
+            # Padding stands on the right, where a causal model cannot see it: no mask is needed.
+            states = self._forward(self._padded(ids), None, None, cache)
+        tokens = self._padded(responses)
+        place = self._tensor([len(p) - 1 for p in prompts])[:, None] + torch.arange(
+            tokens.shape[1], device=tokens.device
+        )
+        place = place.clamp(max=states.shape[1] - 1)
+        hidden = states.gather(1, place[:, :, None].expand(-1, -1, states.shape[-1]))
+        logprobs = linear_logprobs(
+            hidden.flatten(0, 1), self.head, tokens.flatten(), temperature=temperature
+        ).reshape(tokens.shape)
+        length = self._tensor([len(response) for response in responses])
+        outside = torch.arange(tokens.shape[1], device=tokens.device) >= length[:, None]
+        prefix = _Prefix(tuple(prompts), tuple(responses), cache)
+        return Scores(hidden, logprobs.masked_fill(outside, 0.0), prefix)
+
+    @torch.no_grad()
+    def continue_from(
+        self,
+        scores: Scores,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Continue scored responses from (row, token) pairs. See :class:`~topd.engines.Engine`.
+
+        All windows decode together, ``WINDOWS_AT_ONCE`` at most, on copies of the rows of the
+        scoring forward's cache; the first token comes from its hidden states.
+        """
+        prefix = scores.prefix
+        assert isinstance(prefix, _Prefix)
+        if not all(type(layer) is DynamicLayer for layer in prefix.cache.layers):
+            cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
+            return self.generate(cut, sampling, seeds, tick=tick)
+        written: list[Generation] = []
+        with _evaluating(self.model):
+            for first in range(0, len(starts), WINDOWS_AT_ONCE):
+                some = slice(first, first + WINDOWS_AT_ONCE)
+                row = self._tensor([b for b, _ in starts[some]])
+                start = self._tensor([t for _, t in starts[some]])
+                known = self._tensor([len(prefix.prompts[b]) + t for b, t in starts[some]])
+                longest = max(len(prefix.prompts[b]) + t for b, t in starts[some])
+                mask = torch.arange(longest, device=row.device) < known[:, None]
+                cache = _select(prefix.cache, row, longest)
+                hidden = scores.hidden[row, start]
+                written += self._decode(hidden, mask, known, cache, sampling, seeds[some], tick)
+        return written
+
+    def _decode(
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        position: Tensor,
+        cache: DynamicCache,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tick: Tick,
+    ) -> list[Generation]:
+        """Write tokens from ``hidden`` [N D], the states that predict each row's next token.
+
+        ``mask`` [N L] says which entries of the cache a row may see, ``position`` [N] is the
+        position of its next token. A row leaves the batch when it has ended.
+        """
+        steps, head = sampling.max_new_tokens, self.head
+        uniforms = _uniforms(seeds, steps).to(hidden.device, wide_dtype(hidden.device))
+        alive = torch.arange(len(hidden), device=hidden.device)
+        tokens = torch.full((len(hidden), steps), -1, device=hidden.device)
+        logprobs = torch.zeros(len(hidden), steps, device=hidden.device)
+        for step in range(steps):
+            token, logprob = _draw(head.logits(hidden), uniforms[alive, step], sampling)
+            tokens[alive, step], logprobs[alive, step] = token, logprob.float()
+            tick()
+            going = ~torch.isin(token, self._eos)
+            if step + 1 == steps or not bool(going.any()):
+                break
+            if not bool(going.all()):
+                cache.batch_select_indices(going.nonzero()[:, 0])
+                alive, token, mask, position = (x[going] for x in (alive, token, mask, position))
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = self._forward(token[:, None], mask, position[:, None], cache)[:, -1]
+            position = position + 1
+        return self._generations(tokens, logprobs)
+
+    def _generations(self, tokens: Tensor, logprobs: Tensor) -> list[Generation]:
+        finished = torch.isin(tokens, self._eos).any(-1).tolist()
+        lengths = (tokens >= 0).sum(-1).tolist()
+        return [
+            Generation(tuple(t[:length]), tuple(p[:length]), end)
+            for t, p, length, end in zip(
+                tokens.tolist(), logprobs.tolist(), lengths, finished, strict=True
+            )
+        ]
+
+    def _forward(
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache
+    ) -> Tensor:
+        """Last hidden states [N L D]; the cache grows by L."""
+        output = self.model.get_decoder()(
+            input_ids=ids,
+            attention_mask=None if mask is None else mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        width = max(len(row) for row in rows)
+        return self._tensor([list(row) + [0] * (width - len(row)) for row in rows])
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, device=self._eos.device)
+
+
+def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """A token a row [N], and its log-prob before top-k and top-p [N]."""
+    if sampling.temperature == 0:
+        logprobs = logits.log_softmax(-1)
+        token = logits.argmax(-1)
+    else:
+        logprobs = (logits / sampling.temperature).log_softmax(-1)
+        kept = logprobs
+        if sampling.top_k:
+            kept = TopKLogitsWarper(min(sampling.top_k, kept.shape[-1]))(None, kept)
+        if sampling.top_p < 1:
+            kept = TopPLogitsWarper(sampling.top_p)(None, kept)
+        mass = kept.to(uniform.dtype).exp().cumsum(-1)
+        # uniform lies in (0, 1]: a token of probability 0 is never the first to reach the level
+        level = uniform[:, None] * mass[:, -1:]
+        token = torch.searchsorted(mass, level)[:, 0]
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:
+    """[N steps] numbers in (0, 1], each row from its own seed."""
+    rows = [
+        1 - torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
+    return torch.stack(rows)
+
+
+def _select(cache: DynamicCache, rows: Tensor, length: int) -> DynamicCache:
+    """Copies of some rows of a cache, cut to their first ``length`` entries."""
+    return DynamicCache(
+        (layer.keys[rows, :, :length], layer.values[rows, :, :length]) for layer in cache.layers
+    )
+
+
+def _logit_scale(config: object) -> float:
+    """The factor that a model puts on its logits, under the names that transformers uses."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling if getattr(config, "model_type", "") == "hyperclovax" else 1 / scaling)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,285 @@
+"""The experience phase: prompts -> rollouts -> token losses -> candidates -> windows -> transport
+-> guidance. No gradients, engines only; the result can be printed, stored and learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from topd import transport
+from topd.config import TOPDConfig
+from topd.divergence import (
+    METHODS,
+    Method,
+    real_divergent_points,
+    select_candidates,
+    thin_candidates,
+)
+from topd.engines import Engine, Scores
+from topd.losses import linear_token_divergence
+from topd.progress import Phases
+from topd.rollouts import make_rollout, sampling_seeds
+from topd.types import (
+    Evidence,
+    Fork,
+    Generation,
+    Guidance,
+    Prompt,
+    Rollout,
+    TOPDError,
+    Transport,
+    Windows,
+)
+
+WINDOW_STREAM = 1 << 20  # windows draw from seeds that no rollout uses
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one update learns from; every tuple has one entry a rollout.
+
+    ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
+    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    teacher_hidden: tuple[Tensor, ...]
+    teacher_logprobs: tuple[Tensor, ...]
+    forks: tuple[tuple[Fork, ...], ...]
+    guidance: tuple[Guidance, ...]
+
+
+class Observer:
+    """Lets the student write and the teacher look ahead.
+
+    Args:
+        student: the engine that samples; current weights.
+        teacher: the engine that scores and continues.
+        args: what to look for.
+        phases: where the seconds are counted.
+    """
+
+    def __init__(
+        self, student: Engine, teacher: Engine, args: TOPDConfig, phases: Phases | None = None
+    ) -> None:
+        self.student, self.teacher, self.args = student, teacher, args
+        self.phases = phases or Phases()
+
+    def observe(
+        self, prompts: Sequence[Prompt], *, step: int, first: int = 0, look_ahead: bool = True
+    ) -> Experience:
+        """Roll out and look ahead.
+
+        Args:
+            prompts: one a rollout; a prompt that stands there twice is answered twice.
+            step: number of the update; with the seed it fixes what is sampled.
+            first: number of the first prompt within the update, over all ranks.
+            look_ahead: False to score only: no windows, and every token counts as it is.
+        """
+        seeds = sampling_seeds(self.args.seed, step, len(prompts), first=first)
+        method = METHODS[self.args.method if look_ahead else "opd"]
+        return self.inspect(self.roll_out(prompts, seeds), seeds, method)
+
+    def roll_out(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
+        """The student's responses; those written beforehand are taken as they are."""
+        if all(prompt.response is not None for prompt in prompts):
+            return [Rollout(p, p.response or (), (), finished=True) for p in prompts]
+        with self.phases.phase("rollouts", self.args.max_completion_length) as tick:
+            written = self.student.generate(
+                [prompt.student for prompt in prompts], self.args.sampling, seeds, tick=tick
+            )
+        return [make_rollout(p, w) for p, w in zip(prompts, written, strict=True)]
+
+    def inspect(
+        self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method
+    ) -> Experience:
+        """The teacher's view of given rollouts: scores, forks and guidance."""
+        hidden: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        losses: list[Tensor] = []
+        starts: list[tuple[int, int]] = []
+        written: list[Generation] = []
+        size = self.args.score_batch_size or self.args.per_device_train_batch_size
+        for first, some in _batches(rollouts, size):
+            scores = self._score(some, first)
+            hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
+            logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
+            losses += self._token_losses(some, scores) if method.looks_ahead else []
+            if method.looks_ahead:
+                found = self._candidates(losses[first:])
+                starts += [(first + row, t) for row, t in found]
+                written += self._look_ahead(scores, found, seeds[first:])
+        if method.looks_ahead:
+            evidence = self._evidence(rollouts, losses, starts, written)
+        else:
+            evidence = _no_evidence(rollouts)
+        return Experience(
+            tuple(rollouts),
+            tuple(hidden),
+            tuple(logprobs),
+            _forks(evidence, len(rollouts)),
+            method.guide(evidence),
+        )
+
+    def _score(self, rollouts: Sequence[Rollout], first: int) -> Scores:
+        with self.phases.phase("scoring"):
+            scores = self.teacher.score(
+                [r.prompt.teacher for r in rollouts],
+                [r.response for r in rollouts],
+                temperature=self.args.temperature,
+            )
+            broken = scores.logprobs.isnan().nonzero().tolist()
+        if broken:
+            row, t = broken[0]
+            raise TOPDError(
+                f"teacher: NaN log-prob at rollout {first + row}, response token {t} (prompt "
+                f"{rollouts[row].prompt.index}). Load the teacher in bfloat16 or float32, and "
+                "check its weights."
+            )
+        return scores
+
+    def _token_losses(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
+        """The loss that ranks candidates, [T] nats a rollout, on the CPU."""
+        kind = self.args.candidate_loss
+        teacher = scores.logprobs.cpu()
+        if kind == "reverse_kl":
+            loss = self._full_reverse_kl(rollouts, scores).cpu()
+        elif kind == "teacher_nll":
+            loss = -teacher
+        else:
+            sampled = [torch.tensor(r.logprobs) for r in rollouts]
+            loss = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher
+        return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
+
+    def _full_reverse_kl(self, rollouts: Sequence[Rollout], scores: Scores) -> Tensor:
+        with self.phases.phase("scoring"), torch.no_grad():
+            student = self.student.score(
+                [r.prompt.student for r in rollouts], [r.response for r in rollouts]
+            )
+            return linear_token_divergence(
+                student.hidden,
+                self.student.head,
+                scores.hidden,
+                self.teacher.head,
+                temperature=self.args.temperature,
+                chunk_tokens=self.args.chunk_tokens,
+            )
+
+    def _candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
+        token_loss, mask = _padded(losses)
+        threshold = self.args.candidate_threshold
+        candidates = select_candidates(
+            token_loss,
+            mask,
+            fraction=self.args.candidate_fraction,
+            threshold=-torch.inf if threshold is None else threshold,
+        )
+        candidates = thin_candidates(
+            candidates, gap=self.args.window_gap or self.args.window_length
+        )
+        return [(row, t) for row, t in candidates.nonzero().tolist()]
+
+    def _look_ahead(
+        self, scores: Scores, starts: Sequence[tuple[int, int]], seeds: Sequence[int]
+    ) -> list[Generation]:
+        """What the teacher writes next from each of the starts."""
+        if not starts:
+            return []
+        window_seeds = [
+            sampling_seeds(seeds[row], WINDOW_STREAM, 1, first=t)[0] for row, t in starts
+        ]
+        with self.phases.phase("windows", self.args.window_length) as tick:
+            return self.teacher.continue_from(
+                scores, starts, self.args.window_sampling, window_seeds, tick=tick
+            )
+
+    def _evidence(
+        self,
+        rollouts: Sequence[Rollout],
+        losses: Sequence[Tensor],
+        starts: Sequence[tuple[int, int]],
+        written: Sequence[Generation],
+    ) -> Evidence:
+        token_loss, mask = _padded(losses)
+        windows = _windows(rollouts, starts, written, self.args.window_length)
+        with self.phases.phase("transport"):
+            reader = self.teacher if self.args.embedding == "teacher" else self.student
+            cost = transport.ground_cost(
+                reader.embed(windows.student_tokens),
+                reader.embed(windows.teacher_tokens),
+                position_weight=self.args.position_weight,
+            )
+            solved = transport.solve(
+                cost,
+                windows.student_mask.to(cost.device),
+                windows.teacher_mask.to(cost.device),
+                method=self.args.solver,
+                epsilon=self.args.epsilon,
+            ).cpu()
+        real = real_divergent_points(
+            solved.distance,
+            false_alarm_share=self.args.false_alarm_share,
+            threshold=self.args.ot_threshold,
+        )
+        return Evidence(token_loss, mask, windows, solved, real)
+
+
+def _windows(
+    rollouts: Sequence[Rollout],
+    starts: Sequence[tuple[int, int]],
+    written: Sequence[Generation],
+    length: int,
+) -> Windows:
+    """Pair what the teacher wrote with the student's own rollout from the same token on."""
+    own = [torch.tensor(rollouts[row].response[t : t + length]) for row, t in starts]
+    theirs = [torch.tensor(window.tokens) for window in written]
+    student_tokens, student_mask = _padded(own)
+    teacher_tokens, teacher_mask = _padded(theirs)
+    row, start = torch.tensor(starts, dtype=torch.long).reshape(-1, 2).unbind(-1)
+    return Windows(row, start, student_tokens, student_mask, teacher_tokens, teacher_mask)
+
+
+def _no_evidence(rollouts: Sequence[Rollout]) -> Evidence:
+    """The evidence of methods that do not look ahead: lengths only, no window."""
+    token_loss, mask = _padded([torch.zeros(len(r.response)) for r in rollouts])
+    windows = _windows(rollouts, (), (), 1)
+    nothing = torch.zeros(0)
+    solved = Transport(nothing, torch.zeros(0, 0, 0), nothing.bool())
+    return Evidence(token_loss, mask, windows, solved, nothing.bool())
+
+
+def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
+    forks: list[list[Fork]] = [[] for _ in range(count)]
+    windows = evidence.windows
+    for k, (row, start) in enumerate(
+        zip(windows.row.tolist(), windows.start.tolist(), strict=True)
+    ):
+        forks[row].append(
+            Fork(
+                position=start,
+                token_loss=float(evidence.token_loss[row, start]),
+                distance=float(evidence.transport.distance[k]),
+                real=bool(evidence.real[k]),
+                teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
+                student_length=int(windows.student_mask[k].sum()),
+            )
+        )
+    return tuple(tuple(row) for row in forks)
+
+
+def _batches(rollouts: Sequence[Rollout], size: int) -> Iterator[tuple[int, Sequence[Rollout]]]:
+    for first in range(0, len(rollouts), size):
+        yield first, rollouts[first : first + size]
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one tensor [N L] with zeros, and its mask [N L]."""
+    if not rows:
+        return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
+    length = torch.tensor([len(row) for row in rows])
+    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < length[:, None]

@@ -1,0 +1,347 @@
+"""Token divergences and the trajectory loss: pure functions of tensors, in nats.
+
+Notation: p_S is the student's next-token distribution, p_T the teacher's, both of
+softmax(logits / temperature). Gradients flow to whatever requires them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from topd.types import Head, TOPDError
+
+Kind = Literal["reverse_kl", "forward_kl", "jsd"]
+
+
+def token_divergence(
+    student_logits: Float[Tensor, "*P V"],
+    teacher_logits: Float[Tensor, "*P V"],
+    *,
+    kind: Kind = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*P"]:
+    r"""Divergence of the two next-token distributions at every token, over the full vocabulary.
+
+    ==========  ==================================================================
+    reverse_kl  KL(p_S || p_T) = sum_v p_S (log p_S - log p_T), the OPD loss
+    forward_kl  KL(p_T || p_S)
+    jsd         beta KL(p_T || m) + (1 - beta) KL(p_S || m), m = beta p_T + (1 - beta) p_S
+    ==========  ==================================================================
+
+    Args:
+        student_logits: [B T V] (any leading axes).
+        teacher_logits: the same shape.
+        kind: which divergence.
+        beta: weight of the teacher in the generalised JSD, between 0 and 1; unused otherwise.
+        temperature: divides both logits.
+
+    Returns:
+        [B T], nats, in at least float32. A token whose logit is -inf has probability 0 and
+        contributes nothing to the divergence from its own distribution.
+
+    Raises:
+        TOPDError: shapes differ, or kind, beta or temperature are out of range.
+
+    Source: Agarwal et al., On-Policy Distillation of Language Models, arXiv 2306.13649, section 3.
+
+    >>> half, quarter = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> token_divergence(half, quarter).item()  # 0.5 log(0.5/0.25) + 0.5 log(0.5/0.75)
+    0.1438...
+    """
+    _check_divergence(kind, beta, temperature)
+    if student_logits.shape != teacher_logits.shape:
+        raise TOPDError(
+            f"token_divergence: student logits {tuple(student_logits.shape)} and teacher logits "
+            f"{tuple(teacher_logits.shape)} differ in shape. Slice padded vocabulary rows first."
+        )
+    student = _log_softmax(student_logits, temperature)
+    return _divergence(student, _log_softmax(teacher_logits, temperature), kind, beta)
+
+
+def sampled_divergence(
+    student_logprobs: Float[Tensor, "*P"],
+    teacher_logprobs: Float[Tensor, "*P"],
+    *,
+    kind: Literal["k1", "k3"] = "k1",
+) -> Float[Tensor, "*P"]:
+    """Estimates of KL(p_S || p_T) from the log-probs of a token sampled from p_S.
+
+    k1 = log p_S - log p_T is unbiased and may be negative; k3 = r - 1 - log r with r = p_T / p_S
+    is unbiased and never negative.
+
+    Args:
+        student_logprobs: log p_S of the sampled tokens, [B T].
+        teacher_logprobs: log p_T of the same tokens, [B T].
+
+    Returns:
+        [B T], nats.
+
+    Raises:
+        TOPDError: an unknown kind.
+
+    Source: Schulman, Approximating KL divergence (2020).
+    """
+    log_ratio = teacher_logprobs - student_logprobs
+    if kind == "k1":
+        return -log_ratio
+    if kind == "k3":
+        return torch.expm1(log_ratio) - log_ratio
+    raise TOPDError(f"sampled_divergence: kind {kind!r} is not one of k1, k3.")
+
+
+def topk_divergence(
+    student_logits: Float[Tensor, "*P V"],
+    teacher_logprobs: Float[Tensor, "*P k"],
+    teacher_tokens: Int[Tensor, "*P k"],
+    *,
+    kind: Kind = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+) -> Float[Tensor, "*P"]:
+    """Divergence on the teacher's k tokens and one tail bucket that holds all others.
+
+    Merging tokens into one bucket can only lower a divergence, so this is a lower bound of
+    :func:`token_divergence`, and equal to it at k = V - 1. The mass is not renormalised: the
+    student gains nothing by leaving the support.
+
+    Args:
+        student_logits: [B T V].
+        teacher_logprobs: [B T k], nats, of softmax(teacher logits / temperature).
+        teacher_tokens: [B T k], which tokens those are, all different.
+        kind, beta, temperature: as in :func:`token_divergence`.
+
+    Returns:
+        [B T], nats. The teacher's tail mass is held above the smallest step of float32 (1.2e-7),
+        so that rounding in a served log-prob cannot make the divergence infinite.
+
+    Raises:
+        TOPDError: kind, beta or temperature are out of range.
+    """
+    _check_divergence(kind, beta, temperature)
+    student = _log_softmax(student_logits, temperature)
+    tail = student.scatter(-1, teacher_tokens, -math.inf).logsumexp(-1, keepdim=True)
+    student = torch.cat([student.gather(-1, teacher_tokens), tail], -1)
+    teacher = teacher_logprobs.to(student.dtype)
+    missing = 1 - teacher.exp().sum(-1, keepdim=True)
+    floor = torch.finfo(torch.float32).eps
+    teacher = torch.cat([teacher, missing.clamp(min=floor).log()], -1)
+    return _divergence(student, teacher, kind, beta)
+
+
+class TokenTerms(NamedTuple):
+    """What one pass over the vocabulary yields for each of P tokens.
+
+    divergence [P] and entropy [P] in nats; logprob [P] of the token that stands there;
+    target_logprobs [P M] of the soft target's tokens. The entropy carries no gradient.
+    """
+
+    divergence: Float[Tensor, " P"]
+    entropy: Float[Tensor, " P"]
+    logprob: Float[Tensor, " P"]
+    target_logprobs: Float[Tensor, "P M"]
+
+
+def linear_token_terms(
+    student_hidden: Float[Tensor, "P D"],
+    student_head: Head,
+    teacher_hidden: Float[Tensor, "P E"],
+    teacher_head: Head,
+    tokens: Int[Tensor, " P"],
+    target_tokens: Int[Tensor, "P M"],
+    *,
+    kind: Kind = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> TokenTerms:
+    """Everything the training loss needs, from hidden states, ``chunk_tokens`` tokens at a time.
+
+    At most one chunk of logits [chunk_tokens V] of each model is alive; the backward pass computes
+    each chunk again. Value and gradient are those of the unchunked formula.
+
+    Args:
+        student_hidden: [P D], last hidden states that predict the tokens.
+        student_head: the student's head; its padded vocabulary rows are ignored.
+        teacher_hidden: [P E], the teacher's; its width may differ.
+        teacher_head: the teacher's head.
+        tokens: [P], the tokens that stand there.
+        target_tokens: [P M], support of the soft targets (any token where there is none).
+        kind, beta, temperature: as in :func:`token_divergence`.
+        chunk_tokens: tokens a chunk.
+
+    Raises:
+        TOPDError: kind, beta, temperature or chunk_tokens are out of range.
+    """
+    _check_divergence(kind, beta, temperature)
+    _check_chunk(chunk_tokens)
+    vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)
+    student_head, teacher_head = (
+        student_head.narrowed(vocab_size),
+        teacher_head.narrowed(vocab_size),
+    )
+
+    def terms(student: Tensor, teacher: Tensor, token: Tensor, targets: Tensor) -> TokenTerms:
+        log_s = _log_softmax(student_head.logits(student), temperature)
+        log_t = _log_softmax(teacher_head.logits(teacher), temperature)
+        return TokenTerms(
+            _divergence(log_s, log_t, kind, beta),
+            _entropy(log_s.detach()),
+            log_s.gather(-1, token[:, None])[:, 0],
+            log_s.gather(-1, targets),
+        )
+
+    chunks = zip(
+        *(x.split(chunk_tokens) for x in (student_hidden, teacher_hidden, tokens, target_tokens)),
+        strict=True,
+    )
+    parts = [checkpoint(terms, *chunk, use_reentrant=False) for chunk in chunks]
+    return TokenTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def linear_token_divergence(
+    student_hidden: Float[Tensor, "*B D"],
+    student_head: Head | Tensor,
+    teacher_hidden: Float[Tensor, "*B E"],
+    teacher_head: Head | Tensor,
+    *,
+    kind: Kind = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Float[Tensor, "*B"]:
+    """:func:`token_divergence` of the logits h W^T, which are never held whole.
+
+    Args:
+        student_hidden: [B T D] (any leading axes).
+        student_head: [V D], or a :class:`~topd.types.Head` with bias, scale and soft-cap.
+        teacher_hidden: [B T E].
+        teacher_head: [V E] or a Head. Where one vocabulary is longer, its last rows are padding.
+        kind, beta, temperature: as in :func:`token_divergence`.
+        chunk_tokens: tokens whose logits are alive at a time.
+
+    Returns:
+        [B T], nats, value and gradient as if the logits had been held.
+
+    Raises:
+        TOPDError: kind, beta, temperature or chunk_tokens are out of range.
+    """
+    shape = student_hidden.shape[:-1]
+    none = torch.zeros(shape.numel(), 0, dtype=torch.long, device=student_hidden.device)
+    terms = linear_token_terms(
+        student_hidden.flatten(0, -2),
+        _as_head(student_head),
+        teacher_hidden.flatten(0, -2),
+        _as_head(teacher_head),
+        none.new_zeros(shape.numel()),
+        none,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        chunk_tokens=chunk_tokens,
+    )
+    return terms.divergence.reshape(shape)
+
+
+def linear_logprobs(
+    hidden: Float[Tensor, "P D"],
+    head: Head,
+    tokens: Int[Tensor, " P"],
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+) -> Float[Tensor, " P"]:
+    """log softmax(logits / temperature) of the given tokens, [P] nats, a chunk at a time.
+
+    Meant for scoring without gradients. Raises TOPDError if chunk_tokens is below 1.
+    """
+    _check_chunk(chunk_tokens)
+    parts = [
+        _log_softmax(head.logits(h), temperature).gather(-1, t[:, None])[:, 0]
+        for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def soft_target_kl(
+    logprobs: Float[Tensor, "*P M"], probabilities: Float[Tensor, "*P M"]
+) -> Float[Tensor, "*P"]:
+    """KL(y || p_S) = sum_v y_v (log y_v - log p_S(v)) on the support of y; [P], nats.
+
+    Entries of probability 0 contribute nothing. Several targets for one token may be laid side by
+    side in M: their divergences add.
+    """
+    cross = (probabilities * logprobs).masked_fill(probabilities == 0, 0.0)
+    return (torch.special.xlogy(probabilities, probabilities) - cross).sum(-1)
+
+
+def trajectory_loss(
+    student_logprobs: Float[Tensor, "N K V"],
+    targets: Float[Tensor, "N K V"],
+    mask: Tensor,
+) -> Float[Tensor, ""]:
+    """L_traj: the mean over guided positions of KL(y~ || p_S(. | c)).
+
+    Args:
+        student_logprobs: [N K V], nats, log p_S in the student's own contexts c.
+        targets: [N K V], soft targets y~, rows that sum to 1.
+        mask: [N K], True at guided positions.
+
+    Returns:
+        A scalar in nats; 0, with a gradient of 0, when nothing is guided. The paper sums over
+        the window; the mean keeps lambda independent of the window's length.
+
+    Source: arXiv 2606.00305, L_traj.
+    """
+    guided = mask.to(student_logprobs.dtype)
+    kl = soft_target_kl(student_logprobs, targets).masked_fill(~mask.bool(), 0.0)
+    return kl.sum() / guided.sum().clamp(min=1)
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(wide if temperature == 1.0 else wide / temperature, dim=-1)
+
+
+def _divergence(student: Tensor, teacher: Tensor, kind: Kind, beta: float) -> Tensor:
+    if kind == "reverse_kl":
+        return _kl(student, teacher)
+    if kind == "forward_kl":
+        return _kl(teacher, student)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sum_v p (log p - log q), tokens of p = 0 left out (so that -inf - -inf is never formed)."""
+    impossible = log_p == -math.inf
+    gap = log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0)
+    return (log_p.exp() * gap).sum(-1)
+
+
+def _entropy(logprobs: Tensor) -> Tensor:
+    return torch.special.entr(logprobs.exp()).sum(-1)
+
+
+def _as_head(head: Head | Tensor) -> Head:
+    return head if isinstance(head, Head) else Head(head)
+
+
+def _check_divergence(kind: str, beta: float, temperature: float) -> None:
+    if kind not in get_args(Kind):
+        raise TOPDError(f"kind {kind!r} is not one of {', '.join(get_args(Kind))}.")
+    if kind == "jsd" and not 0 < beta < 1:
+        raise TOPDError(f"beta = {beta} is outside (0, 1): use forward_kl for 0, reverse_kl for 1.")
+    if not temperature > 0:
+        raise TOPDError(f"temperature = {temperature} must be above 0.")
+
+
+def _check_chunk(chunk_tokens: int) -> None:
+    if chunk_tokens < 1:
+        raise TOPDError(f"chunk_tokens = {chunk_tokens} must be at least 1.")

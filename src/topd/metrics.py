@@ -1,0 +1,51 @@
+"""What a step measures: means over rollouts, tokens or updates, whole over all ranks."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from topd.experience import Experience
+from topd.rollouts import repeated_ngram_share
+
+
+class Means:
+    """Running sums and counts by name. Tensors are added without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor | float, float]] = {}
+
+    def add(self, name: str, total: Tensor | float, count: float = 1) -> None:
+        """Add ``total``, the sum of ``count`` values."""
+        before, seen = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (before + total, seen + count)
+
+    def take(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means since the last call, over all ranks; a mean of nothing is left out."""
+        names = sorted(self._sums)
+        pairs = [[float(x) for x in self._sums[name]] for name in names]
+        self._sums.clear()
+        table = torch.tensor(pairs, device=accelerator.device).reshape(-1, 2)
+        table = accelerator.reduce(table, reduction="sum").tolist()
+        return {
+            name: total / count for name, (total, count) in zip(names, table, strict=True) if count
+        }
+
+
+def measure_experience(means: Means, experience: Experience) -> None:
+    """Lengths, repetition, the sampled reverse KL and what was found at the forks."""
+    rollouts = experience.rollouts
+    lengths = [len(rollout.response) for rollout in rollouts]
+    clipped = sum(not rollout.finished for rollout in rollouts)
+    repeated = sum(repeated_ngram_share(rollout.response) for rollout in rollouts)
+    means.add("completions/mean_length", sum(lengths), len(rollouts))
+    means.add("completions/clipped_ratio", clipped, len(rollouts))
+    means.add("completions/repeated_4gram_share", repeated, len(rollouts))
+    forks = [fork for row in experience.forks for fork in row]
+    real = sum(fork.real for fork in forks)
+    means.add("topd/candidates", len(forks))
+    means.add("topd/real_divergent_points", real)
+    means.add("topd/false_alarm_share", len(forks) - real, len(forks))
+    means.add("topd/mean_ot", sum(fork.distance for fork in forks), len(forks))
+    means.add("topd/teacher_tokens", sum(len(fork.teacher_tokens) for fork in forks))

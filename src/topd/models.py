@@ -1,0 +1,164 @@
+"""Loading models and tokenizers, and the check that a pair fits, before any weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from topd.types import TOPDError
+
+PACKAGE = "package://"
+PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"
+
+
+class ModelSpec(BaseModel):
+    """Where a model comes from.
+
+    ``path`` is a folder, a hub name, or ``package://NAME`` for the folder of an installed Python
+    package. ``gguf_file`` names a GGUF file in it, whose weights are dequantised. ``eos_token``
+    replaces the tokenizer's end-of-sequence token. Code of a model repository runs only with
+    ``trust_remote_code``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
+    eos_token: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def place(self) -> str:
+        """The path, with ``package://`` resolved; the package is not imported."""
+        if not self.path.startswith(PACKAGE):
+            return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
+        name = self.path.removeprefix(PACKAGE)
+        found = importlib.util.find_spec(name)
+        if found is None or not found.submodule_search_locations:
+            raise TOPDError(
+                f"model {self.path}: no Python package {name!r} is installed. "
+                f"pip install {name.replace('_', '-')}."
+            )
+        return found.submodule_search_locations[0]
+
+    def _source(self) -> dict[str, Any]:
+        source: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf_file:
+            source["gguf_file"] = self.gguf_file
+        if self.revision:
+            source["revision"] = self.revision
+        return source
+
+    def _load(self, auto: Any, what: str, **options: Any) -> Any:
+        try:
+            return auto.from_pretrained(self.place, **self._source(), **options)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise TOPDError(
+                f"model {self.path}: its {what} cannot be loaded. Check the path, or the network "
+                f"for a hub name. {type(error).__name__}: {error}"
+            ) from error
+
+    def load_config(self) -> PretrainedConfig:
+        """The configuration alone. Raises TOPDError if it cannot be found."""
+        return self._load(AutoConfig, "configuration")
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token. Raises TOPDError if it cannot be found."""
+        tokenizer = self._load(AutoTokenizer, "tokenizer")
+        if self.eos_token is not None:
+            if self.eos_token not in tokenizer.get_vocab():
+                raise TOPDError(
+                    f"model {self.path}: eos_token {self.eos_token!r} is not in its vocabulary."
+                )
+            tokenizer.eos_token = self.eos_token
+        if tokenizer.eos_token is None:
+            raise TOPDError(f"model {self.path}: no end-of-sequence token. Set eos_token.")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_model(self) -> PreTrainedModel:
+        """The causal language model. Raises TOPDError if it cannot be loaded."""
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        model = self._load(AutoModelForCausalLM, "weights", **options)
+        return _without_quantisation(model) if self.gguf_file else model
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's, and the generation config's."""
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    listed = [listed] if isinstance(listed, int) else list(listed or [])
+    return tuple(sorted({tokenizer.eos_token_id, *listed}))
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a pair whose token ids do not mean the same.
+
+    Vocabularies, end-of-sequence tokens and the ids of a probe text are compared, not sizes.
+
+    Raises:
+        TOPDError: with the first difference.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differ = sorted(
+        token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
+    )
+    remedy = "On-policy distillation needs one vocabulary: choose a teacher of the same family."
+    if differ:
+        token = differ[0]
+        raise TOPDError(
+            f"tokenizers differ at {len(differ)} tokens, first {token!r}: student id "
+            f"{ours.get(token)}, teacher id {theirs.get(token)}. {remedy}"
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        raise TOPDError(
+            f"tokenizers end a response differently: student {student.eos_token!r}, teacher "
+            f"{teacher.eos_token!r}. Set eos_token of one model to the other's."
+        )
+    if (
+        student(PROBE, add_special_tokens=False)["input_ids"]
+        != (teacher(PROBE, add_special_tokens=False)["input_ids"])
+    ):
+        raise TOPDError(f"tokenizers split the same text differently: {PROBE!r}. {remedy}")
+
+
+def check_embedding_rows(
+    name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Every token needs an embedding row; more rows are padding. Raises TOPDError."""
+    rows = config.get_text_config().vocab_size
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if rows < needed:
+        raise TOPDError(
+            f"{name}: {rows} embedding rows for {needed} tokens of its tokenizer. "
+            "Use the tokenizer that belongs to the model."
+        )
+
+
+def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that can be trained and saved: GGUF models refuse both."""
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    return fresh

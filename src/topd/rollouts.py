@@ -1,0 +1,200 @@
+"""Rows of data -> prompts as token ids -> rollouts. Text is tokenised here, once, and never again.
+
+A teacher may see more than the student: a Jinja template makes its user message from the columns
+of the row. The response is the same token ids for both; only the prefixes differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from transformers import PreTrainedTokenizerBase
+
+from topd.types import Generation, Ids, Prompt, Rollout, TOPDError
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Turns rows into prompts. See :meth:`encode`.
+
+    Args:
+        student: the student's tokenizer and chat template.
+        teacher: the teacher's; the vocabulary must be the same.
+        teacher_prompt: Jinja template of the teacher's user message, or None. It sees the row's
+            columns, and ``prompt``: the text of the student's last user message.
+        max_length: longest prompt of either, in tokens.
+        drop_long: leave longer prompts out instead of refusing them.
+        template_kwargs: given to both chat templates.
+    """
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase
+    teacher_prompt: str | None = None
+    max_length: int = 800
+    drop_long: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(
+        self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
+    ) -> list[Prompt]:
+        """Encode rows with a ``prompt`` (string or messages) or ``messages`` column.
+
+        A string is tokenised as it is; messages go through the chat template. A final assistant
+        turn is not part of the prompt: it is the reference ``solution``, unless the row has one.
+
+        Args:
+            rows: the data.
+            with_response: also encode ``solution`` as the response, for warm start.
+
+        Returns:
+            Prompts in order; ``index`` counts rows.
+
+        Raises:
+            TOPDError: a row lacks a prompt, has an empty one, one that is too long, or lacks a
+                column that the teacher's template names. The message names the row.
+        """
+        template = self._template()
+        prompts = [self._one(i, row, template, with_response) for i, row in enumerate(rows)]
+        longest = [max(len(p.student), len(p.teacher)) for p in prompts]
+        for prompt, length in zip(prompts, longest, strict=True):
+            if length > self.max_length and not self.drop_long:
+                raise TOPDError(
+                    f"data row {prompt.index}: the prompt has {length} tokens, the limit is "
+                    f"{self.max_length}. Raise max_prompt_length, or set drop_long_prompts: true."
+                )
+        kept = [p for p, n in zip(prompts, longest, strict=True) if n <= self.max_length]
+        if not kept:
+            raise TOPDError("data: no prompt is left. Check the data and max_prompt_length.")
+        return kept
+
+    def _one(
+        self, index: int, row: Mapping[str, Any], template: Template | None, with_response: bool
+    ) -> Prompt:
+        prompt, solution = _split(index, row)
+        try:
+            student = self._ids(self.student, prompt)
+            teacher_prompt = prompt
+            if template is not None:
+                columns = {**row, "solution": solution, "prompt": _last_user(prompt)}
+                teacher_prompt = _with_last_user(
+                    prompt, template.render({k: v for k, v in columns.items() if v is not None})
+                )
+            teacher = self._ids(self.teacher, teacher_prompt)
+        except TemplateError as error:
+            raise TOPDError(
+                f"data row {index}: a template cannot be filled in: {error}. "
+                f"The row has the columns {', '.join(sorted(row))}."
+            ) from error
+        response = self._response(index, solution) if with_response else None
+        return Prompt(index, student, teacher, response)
+
+    def _ids(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> Ids:
+        if isinstance(prompt, str):
+            return tuple(tokenizer(prompt)["input_ids"])
+        if not tokenizer.chat_template:
+            raise TOPDError(
+                f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template, but the "
+                "prompts are messages. Give prompts as strings, or use an instruction model."
+            )
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in prompt],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            **self.template_kwargs,
+        )
+        return tuple(encoded["input_ids"])
+
+    def _response(self, index: int, solution: str | None) -> Ids:
+        if not solution or not solution.strip():
+            raise TOPDError(f"data row {index}: no solution to learn from. Map a solution column.")
+        ids = self.student(solution, add_special_tokens=False)["input_ids"]
+        return (*ids, self.student.eos_token_id)
+
+    def _template(self) -> Template | None:
+        if self.teacher_prompt is None:
+            return None
+        sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+        try:
+            return sandbox.from_string(self.teacher_prompt)
+        except TemplateError as error:
+            raise TOPDError(f"teacher_prompt: not a Jinja template: {error}.") from error
+
+
+def make_rollout(prompt: Prompt, written: Generation) -> Rollout:
+    """A prompt and what the student wrote to it."""
+    return Rollout(prompt, written.tokens, written.logprobs, written.finished)
+
+
+def sampling_seeds(seed: int, step: int, count: int, *, first: int = 0) -> list[int]:
+    """Independent seeds for ``count`` rollouts of one update, numbered from ``first`` on.
+
+    They depend on nothing else: any split into batches gives the same rollouts.
+    """
+    return [
+        int(np.random.SeedSequence((seed, step, first + i)).generate_state(1, np.uint32)[0])
+        for i in range(count)
+    ]
+
+
+def repeated_ngram_share(response: Sequence[int], n: int = 4) -> float:
+    """Share of a response's n-grams that occurred before in it; 0 for a short response.
+
+    >>> repeated_ngram_share((1, 2, 3, 4, 1, 2, 3, 4))
+    0.2
+    """
+    grams = list(zip(*(response[i:] for i in range(n)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 over the token ids of all prompts, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        record = [prompt.student, prompt.teacher, prompt.response]
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
+
+
+def _split(index: int, row: Mapping[str, Any]) -> tuple[str | Messages, str | None]:
+    """The prompt of a row, and its reference solution if it has one."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt = row.get("messages")
+    if prompt is None:
+        raise TOPDError(
+            f"data row {index}: has neither prompt nor messages, but {', '.join(sorted(row))}. "
+            "Map a column: columns: {prompt: NAME}."
+        )
+    solution = row.get("solution")
+    if not isinstance(prompt, str):
+        prompt = list(prompt)
+        if prompt and prompt[-1].get("role") == "assistant":
+            solution = solution or prompt[-1]["content"]
+            prompt = prompt[:-1]
+    if not prompt or not _last_user(prompt).strip():
+        raise TOPDError(f"data row {index}: the prompt is empty. Remove the row or fill it in.")
+    return prompt, solution
+
+
+def _last_user(prompt: str | Messages) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    users = [message["content"] for message in prompt if message.get("role") == "user"]
+    return users[-1] if users else ""
+
+
+def _with_last_user(prompt: str | Messages, text: str) -> str | Messages:
+    if isinstance(prompt, str):
+        return text
+    last = max(i for i, message in enumerate(prompt) if message.get("role") == "user")
+    return [*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1 :]]

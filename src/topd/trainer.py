@@ -1,0 +1,316 @@
+"""TOPDTrainer: transformers' Trainer with an experience phase before each update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import datasets
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from topd.config import TOPDConfig
+from topd.engines.hf import HFEngine, head_of
+from topd.experience import Experience, Observer
+from topd.learning import LearningBatch, Totals, collate, inside_forward, token_terms, update_loss
+from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rollout_record
+from topd.losses import TokenTerms
+from topd.metrics import Means, measure_experience
+from topd.models import ModelSpec, check_embedding_rows, check_tokenizers, eos_ids
+from topd.progress import Phases
+from topd.rollouts import PromptEncoder, fingerprint
+from topd.types import Prompt, TOPDError
+
+EVALUATION_STREAM = (1 << 31) - 1  # an update that is never reached
+
+Rows: TypeAlias = datasets.Dataset | Sequence[dict[str, Any]]
+
+
+class TOPDTrainer(Trainer):
+    """On-policy distillation that looks ahead, on transformers' Trainer.
+
+    An update is an *experience* (the student writes, the teacher scores and looks ahead, a method
+    gives guidance) and a *learning* phase (one forward and backward of the student). Everything
+    else, from optimisers to callbacks and checkpoints, is the Trainer's.
+
+    Args:
+        model: the student, or where to load it from (float32).
+        teacher_model: the teacher, or where to load it from. It is frozen.
+        args: a :class:`~topd.TOPDConfig`.
+        train_dataset: rows with ``prompt`` (string or messages) or ``messages``; other columns
+            are for ``args.teacher_prompt``.
+        eval_dataset: the same; ``evaluate`` gives the mean token divergence of fresh rollouts.
+        processing_class: the tokenizer; by default that of ``model``.
+        callbacks, optimizers: as in Trainer.
+        peft_config: a LoRA configuration to wrap the student in.
+        teacher_processing_class: the teacher's tokenizer, where its chat template differs.
+
+    Raises:
+        TOPDError: bad data, a pair that does not fit, or a run folder that cannot be written.
+
+    Source: arXiv 2606.00305.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel,
+        args: TOPDConfig | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: PeftConfig | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        args = args or TOPDConfig()
+        check_run_folder(Path(args.output_dir), resume=True)
+        tokenizer = processing_class or _tokenizer_of(model)
+        teacher_tokenizer = (
+            teacher_processing_class or processing_class or _tokenizer_of(teacher_model)
+        )
+        check_tokenizers(tokenizer, teacher_tokenizer)
+        self.encoder = PromptEncoder(
+            tokenizer,
+            teacher_tokenizer,
+            args.teacher_prompt,
+            args.max_prompt_length,
+            args.drop_long_prompts,
+            cast(dict[str, Any], args.chat_template_kwargs or {}),
+        )
+        train_prompts, eval_prompts = self._encode(train_dataset), self._encode(eval_dataset)
+        student = _loaded(model)
+        teacher = _loaded(teacher_model)
+        _check_pair(student, teacher, tokenizer)
+        if peft_config is not None:
+            student = get_peft_model(student, peft_config)
+        if args.disable_dropout:
+            _without_dropout(student)
+        self.meter = Means()
+        self.phases = Phases()
+        self.ledger = Ledger(args.output_dir, active=False)
+        super().__init__(
+            model=student,
+            args=args,
+            data_collator=list,
+            train_dataset=train_prompts,
+            eval_dataset=eval_prompts,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.loss_is_scaled_for_ga = True
+        self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
+        self.observer = self._observer(student, teacher)
+
+    def _encode(self, rows: Rows | None) -> list[Prompt] | None:
+        if isinstance(rows, datasets.IterableDataset):
+            raise TOPDError("dataset: streaming is not supported. Load it, or take a part of it.")
+        return None if rows is None else self.encoder.encode(rows)
+
+    def _observer(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Observer:
+        ends = eos_ids(student, self.processing_class)
+        vocab_size = min(head_of(student).vocab_size, head_of(teacher).vocab_size)
+        return Observer(
+            HFEngine(student, eos_ids=ends, vocab_size=vocab_size),
+            HFEngine(teacher, eos_ids=ends, vocab_size=vocab_size),
+            self.args,
+            self.phases,
+        )
+
+    # The step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
+    ) -> tuple[list[LearningBatch], None]:
+        """The experience of one update: prompts in, micro-batches to learn from out."""
+        prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not prompts:
+            return [], None
+        flat = [prompt for batch in prompts for prompt in batch]
+        first = self.accelerator.process_index * len(flat)
+        experience = self.observer.observe(flat, step=self.state.global_step, first=first)
+        self._record(experience)
+        totals = self._totals(experience)
+        rows = iter(range(len(flat)))
+        parts = [[next(rows) for _ in batch] for batch in prompts]
+        return [collate(experience, part, totals, device) for part in parts], None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: LearningBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, as its share of the update's."""
+        terms = self._terms(model, inputs)
+        loss, trajectory = update_loss(terms, inputs, self.args)
+        self._measure(terms, trajectory, inputs)
+        loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over ranks
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's, timed."""
+        with self.phases.phase("learning"):
+            return super().training_step(*args, **kwargs)
+
+    def _terms(self, model: nn.Module, batch: LearningBatch) -> TokenTerms:
+        student = self.accelerator.unwrap_model(model)
+
+        def forward() -> TokenTerms:
+            with self.accelerator.autocast():
+                return token_terms(student, batch, head_of(self.teacher_model), self.args)
+
+        return inside_forward(model, student, forward)
+
+    def _totals(self, experience: Experience) -> Totals:
+        """One denominator for all micro-batches and ranks."""
+        tokens = sum(len(rollout.response) for rollout in experience.rollouts)
+        guided = sum(len(guidance.targets) for guidance in experience.guidance)
+        counts = torch.tensor([tokens, guided], device=self.accelerator.device)
+        total = self.accelerator.reduce(counts, reduction="sum").tolist()
+        return Totals(*total)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any
+    ) -> tuple[Tensor, None, None]:
+        """Mean token divergence of fresh rollouts: the same seeds at every evaluation."""
+        experience = self.observer.observe(
+            inputs, step=EVALUATION_STREAM, first=inputs[0].index, look_ahead=False
+        )
+        rows = range(len(inputs))
+        batch = collate(experience, rows, self._totals(experience), self.accelerator.device)
+        with torch.no_grad():
+            return self._terms(model, batch).divergence.mean(), None, None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return GroupSampler(len(self.train_dataset), self.args.num_generations, self.args.seed)
+
+    # What is measured and written
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, writing the run folder (see :mod:`topd.ledger`). As in transformers' Trainer."""
+        self.ledger = Ledger(
+            self.args.output_dir,
+            resume=bool(resume_from_checkpoint),
+            active=self.is_world_process_zero(),
+        )
+        self.ledger.write("config.json", self.args.to_dict())
+        record = manifest(
+            models={"student": self.model, "teacher": self.teacher_model},
+            data=fingerprint(self.train_dataset),
+            seed=self.args.seed,
+            device=self.accelerator.device,
+        )
+        self.ledger.write("manifest.json", record)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with what the update measured; also a line of metrics.jsonl."""
+        if "loss" in logs:
+            seconds = self.phases.take()
+            logs = {**logs, **self.meter.take(self.accelerator)}
+            logs["tokens_per_second"] = logs.pop("tokens", 0.0) * self.args.logging_steps
+            logs["tokens_per_second"] /= max(sum(seconds.values()), 1e-9)
+            logs.update({f"seconds/{name}": spent for name, spent in seconds.items()})
+        super().log(logs, start_time)
+        self.ledger.append("metrics.jsonl", [self.state.log_history[-1]])
+
+    def _measure(self, terms: TokenTerms, trajectory: Tensor, batch: LearningBatch) -> None:
+        """Add a micro-batch to the means; stop if it is not what was sampled."""
+        count, detached = len(batch["tokens"]), TokenTerms(*(term.detach() for term in terms))
+        self.meter.add(self.args.divergence, detached.divergence.sum(), count)
+        self.meter.add("entropy", detached.entropy.sum(), count)
+        guided = int((batch["target_probabilities"] > 0).any(-1).sum())
+        self.meter.add("topd/trajectory_loss", trajectory, guided)
+        gap = (detached.logprob - batch["sampled"]).abs().mean().item()
+        if gap > self.args.max_logprob_gap:
+            raise TOPDError(
+                f"step {self.state.global_step}: log-probs at sampling and in training differ by "
+                f"{gap:.4f} nats a token, the limit max_logprob_gap is "
+                f"{self.args.max_logprob_gap}. Sample and train in the same dtype, temperature and "
+                "weights, without dropout, or raise the limit."
+            )
+        if gap == gap:  # NaN: the response was not sampled
+            self.meter.add("logprob_gap", gap * count, count)
+
+    def _record(self, experience: Experience) -> None:
+        """Measure an experience and write it to the run folder."""
+        measure_experience(self.meter, experience)
+        self.meter.add("tokens", sum(len(r.response) for r in experience.rollouts))
+        if not self.args.log_rollouts:
+            return
+        step, decode = self.state.global_step, self.processing_class.decode
+        rows = list(enumerate(experience.rollouts))
+        self.ledger.append(
+            "rollouts.jsonl",
+            (rollout_record(step, i, r, decode(list(r.response))) for i, r in rows),
+        )
+        self.ledger.append(
+            "guidance.jsonl",
+            (
+                guidance_record(step, i, r, experience.forks[i], experience.guidance[i])
+                for i, r in rows
+            ),
+        )
+
+
+class GroupSampler(Sampler[int]):
+    """Every index ``group`` times in a row, in an order drawn anew each epoch."""
+
+    def __init__(self, size: int, group: int, seed: int) -> None:
+        self.size, self.group, self.seed, self.epoch = size, group, seed, 0
+
+    def __len__(self) -> int:
+        return self.size * self.group
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for index in torch.randperm(self.size, generator=generator).tolist():
+            yield from [index] * self.group
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+
+def _tokenizer_of(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
+    path = model if isinstance(model, str) else model.config._name_or_path
+    if not path:
+        raise TOPDError("processing_class: the model does not say where its tokenizer is. Give it.")
+    return ModelSpec(path=path).load_tokenizer()
+
+
+def _loaded(model: str | PreTrainedModel) -> PreTrainedModel:
+    return ModelSpec(path=model).load_model() if isinstance(model, str) else model
+
+
+def _check_pair(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if student is teacher:
+        raise TOPDError("teacher_model: is the student itself. Load it twice, or copy.deepcopy it.")
+    if getattr(getattr(student, "quantization_method", None), "value", None) == "gguf":
+        raise TOPDError(
+            "model: a GGUF model can be neither trained nor saved as it is. Load it with "
+            "topd.models.ModelSpec(path=..., gguf_file=...).load_model()."
+        )
+    check_embedding_rows("student", student.config, tokenizer)
+    check_embedding_rows("teacher", teacher.config, tokenizer)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0

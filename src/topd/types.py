@@ -1,0 +1,204 @@
+"""The axis legend and the frozen records that cross from one room to the next.
+
+Axes, everywhere in this package:
+
+====  ==============================================================
+B     rollouts in a batch
+T     response tokens of a rollout (padded to the longest)
+P     response tokens of a batch laid end to end, without padding
+V     vocabulary
+N     windows in a batch
+n, m  length of a student window, of a teacher window
+K     length of a window when both sides have it in common
+M     support of a sparse soft target
+D     width of a hidden state or an embedding
+====  ==============================================================
+
+Rows are always the student, columns the teacher. Losses are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Ids = tuple[int, ...]
+
+
+class TOPDError(ValueError):
+    """Bad input, with its place and its remedy. Derives from ValueError."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as token ids, once for each reader.
+
+    ``student`` and ``teacher`` differ only where the teacher has its own prompt. ``response`` is
+    an answer written beforehand (warm start); None when the student is to write it.
+    """
+
+    index: int
+    student: Ids
+    teacher: Ids
+    response: Ids | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 keep all."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_new_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What an engine wrote: token ids, their log-probs in nats, and whether it ended by itself.
+
+    Log-probs are those of softmax(logits / temperature), before top-k and top-p (at temperature 0:
+    of the plain softmax). The end-of-sequence token is part of ``tokens`` only if it was sampled.
+    """
+
+    tokens: Ids
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A response to a prompt. ``logprobs`` is empty when the response was not sampled."""
+
+    prompt: Prompt
+    response: Ids
+    logprobs: tuple[float, ...]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from a last hidden state to logits: scale x (h W^T + b), soft-capped.
+
+    weight [V D], bias [V] or None. ``softcap`` c gives c tanh(logits / c) (Gemma); ``scale`` is the
+    factor some models put on their logits (Cohere, Granite).
+    """
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight.shape[0]
+
+    def narrowed(self, vocab_size: int) -> Head:
+        """The same head on the first ``vocab_size`` tokens: padded embedding rows sliced off."""
+        if vocab_size == self.vocab_size:
+            return self
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return Head(self.weight[:vocab_size], bias, self.scale, self.softcap)
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Logits in at least float32."""
+        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What both models write next from the same prefix: N windows of a batch of rollouts.
+
+    ``row`` and ``start`` say where the window begins: at response token ``start`` of rollout
+    ``row``, that token included. Masks are True on tokens, which always come first.
+    """
+
+    row: Int[Tensor, " N"]
+    start: Int[Tensor, " N"]
+    student_tokens: Int[Tensor, "N n"]
+    student_mask: Bool[Tensor, "N n"]
+    teacher_tokens: Int[Tensor, "N m"]
+    teacher_mask: Bool[Tensor, "N m"]
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Optimal transport between N pairs of windows, with its evidence.
+
+    ``distance`` [N] is the cost of ``plan`` [N n m]; every plan has mass 1 (0 where a window is
+    empty). ``converged`` [N] says whether the marginals hold to the solver's tolerance.
+    """
+
+    distance: Float[Tensor, " N"]
+    plan: Float[Tensor, "N n m"]
+    converged: Bool[Tensor, " N"]
+
+    def cpu(self) -> Transport:
+        """The same on the CPU."""
+        return Transport(self.distance.cpu(), self.plan.cpu(), self.converged.cpu())
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that a method may look at: one batch of rollouts and their windows.
+
+    ``token_loss`` [B T] nats, 0 outside ``mask`` [B T]. ``real`` [N] is the verdict on each
+    window: real divergent point, or false alarm.
+    """
+
+    token_loss: Float[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    windows: Windows
+    transport: Transport
+    real: Bool[Tensor, " N"]
+
+
+@dataclass(frozen=True)
+class SoftTarget:
+    """A sparse distribution over next tokens at response token ``position``; sums to 1."""
+
+    position: int
+    tokens: Ids
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What a method asks of one rollout, in plain numbers: it can be stored, read and replayed.
+
+    ``weights`` multiply the token losses, one a response token; ``targets`` pull the student's
+    distribution at their positions.
+    """
+
+    weights: tuple[float, ...]
+    targets: tuple[SoftTarget, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fork:
+    """One candidate of one rollout and what was found there.
+
+    ``token_loss`` in nats, ``distance`` the OT distance of the two windows, ``real`` the verdict.
+    The student's window is the rollout itself from ``position`` on, ``student_length`` tokens.
+    """
+
+    position: int
+    token_loss: float
+    distance: float
+    real: bool
+    teacher_tokens: Ids
+    student_length: int
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest float of a device: float64, or float32 on Apple's, which lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64

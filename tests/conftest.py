@@ -1,0 +1,87 @@
+"""Tiny real models and a tiny real tokenizer, shared by all tests. Nothing here needs a network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB = 64
+EOS = 2
+
+
+def tiny_model(
+    kind: str = "qwen3", *, seed: int = 0, vocab: int = VOCAB, **changes
+) -> PreTrainedModel:
+    """A randomly initialised Llama or Qwen3 with some 30 k parameters, float32, in eval mode."""
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+        "pad_token_id": 0,
+        "initializer_range": 0.6,  # sharp distributions: greedy paths without ties
+        **changes,
+    }
+    torch.manual_seed(seed)
+    if kind == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
+
+
+@pytest.fixture(params=["llama", "qwen3"])
+def model_kind(request) -> str:
+    return request.param
+
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "+", "-", "*", "=", "(", ")", ".", ",", "?"]
+WORDS += ["what", "is", "the", "sum", "of", "so", "and", "then", "thus", "we", "have", "answer", "add", "take", "two", "first"]
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer with a chat template."""
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+    )
+
+
+QUESTIONS = [f"what is {a} + {b} ?" for a in range(4) for b in range(4)]
+
+
+def rows(count: int = 8) -> list[dict[str, str]]:
+    """Little sums, with their solutions."""
+    return [
+        {"prompt": q, "solution": f"so the answer is {int(q[8]) + int(q[12])} ."}
+        for q in QUESTIONS[:count]
+    ]
