@@ -53,8 +53,51 @@ def model_kind(request) -> str:
     return request.param
 
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "+", "-", "*", "=", "(", ")", ".", ",", "?"]
-WORDS += ["what", "is", "the", "sum", "of", "so", "and", "then", "thus", "we", "have", "answer", "add", "take", "two", "first"]
+WORDS = [
+    "<pad>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<|user|>",
+    "<|assistant|>",
+    "0",
+    "1",
+    "2",
+    "3",
+    "4",
+    "5",
+    "6",
+    "7",
+    "8",
+    "9",
+    "+",
+    "-",
+    "*",
+    "=",
+    "(",
+    ")",
+    ".",
+    ",",
+    "?",
+]
+WORDS += [
+    "what",
+    "is",
+    "the",
+    "sum",
+    "of",
+    "so",
+    "and",
+    "then",
+    "thus",
+    "we",
+    "have",
+    "answer",
+    "add",
+    "take",
+    "two",
+    "first",
+]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -131,6 +131,11 @@ class TOPDConfig(TrainingArguments):
         return "forward_kl" if self.beta == 0.0 else "jsd"
 
     @property
+    def loss_temperature(self) -> float:
+        """Divides both models' logits in the loss: that of the sampling."""
+        return self.temperature
+
+    @property
     def sampling(self) -> Sampling:
         """How the student samples."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_completion_length)

@@ -130,7 +130,7 @@ class Observer:
             scores = self.teacher.score(
                 [r.prompt.teacher for r in rollouts],
                 [r.response for r in rollouts],
-                temperature=self.args.temperature,
+                temperature=self.args.loss_temperature,
             )
             broken = scores.logprobs.isnan().nonzero().tolist()
         if broken:
@@ -165,7 +165,7 @@ class Observer:
                 self.student.head,
                 scores.hidden,
                 self.teacher.head,
-                temperature=self.args.temperature,
+                temperature=self.args.loss_temperature,
                 chunk_tokens=self.args.chunk_tokens,
             )
 

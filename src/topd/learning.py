@@ -102,7 +102,7 @@ def token_terms(
         batch["target_tokens"],
         kind=args.divergence,
         beta=args.beta,
-        temperature=args.temperature,
+        temperature=args.loss_temperature,
         chunk_tokens=args.chunk_tokens,
     )
 

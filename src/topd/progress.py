@@ -7,52 +7,59 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from topd.engines import Tick, no_tick
 
 
 class Phases:
-    """Seconds by phase; with ``show``, a bar for the run and one for the phase under way."""
+    """Seconds by phase; once shown, also a bar for the run and one for the phase under way."""
 
-    def __init__(self, *, show: bool = False) -> None:
+    def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
+        self._bars: Progress | None = None
+
+    def show(self, console: Console) -> None:
+        """Draw bars from now on."""
         self._bars = Progress(
             TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=None),
+            BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            disable=not show,
+            console=console,
             transient=True,
         )
-        self._run = self._bars.add_task("steps", total=None, visible=False)
+        self._bars.start()
 
-    @contextmanager
-    def running(self, steps: int) -> Iterator[None]:
-        """Show the bars while a run of so many updates goes on."""
-        self._bars.update(self._run, total=steps, completed=0, visible=True)
-        with self._bars:
-            yield
+    def start(self, steps: int) -> None:
+        """Begin a run of so many updates."""
+        if self._bars:
+            self._run = self._bars.add_task("updates", total=steps)
+
+    def step_done(self, step: int) -> None:
+        """Move the run's bar to ``step``."""
+        if self._bars:
+            self._bars.update(self._run, completed=step)
+
+    def stop(self) -> None:
+        """Take the bars away."""
+        if self._bars:
+            self._bars.stop()
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Tick]:
         """Time a phase; the tick that it yields moves its bar by one."""
-        started = time.perf_counter()
-        if self._bars.disable:
-            tick, task = no_tick, None
-        else:
-            task = self._bars.add_task(name, total=total)
-            tick = lambda: self._bars.advance(task)  # noqa: E731
+        bars, started, tick = self._bars, time.perf_counter(), no_tick
+        if bars:
+            task = bars.add_task(name, total=total)
+            tick = lambda: bars.advance(task)  # noqa: E731
         try:
             yield tick
         finally:
             self._seconds[name] += time.perf_counter() - started
-            if task is not None:
-                self._bars.remove_task(task)
-
-    def step_done(self, step: int) -> None:
-        """Move the run's bar to ``step``."""
-        self._bars.update(self._run, completed=step)
+            if bars:
+                bars.remove_task(task)
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""

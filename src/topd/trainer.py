@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import datasets
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -25,6 +27,7 @@ from topd.learning import LearningBatch, Totals, collate, inside_forward, token_
 from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rollout_record
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
+from topd.modelcard import write_model_card
 from topd.models import ModelSpec, check_embedding_rows, check_tokenizers, eos_ids
 from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
@@ -60,10 +63,14 @@ class TOPDTrainer(Trainer):
     Source: arXiv 2606.00305.
     """
 
+    args: TOPDConfig
+    train_dataset: list[Prompt]
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
-        model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel,
+        model: str | ModelSpec | PreTrainedModel,
+        teacher_model: str | ModelSpec | PreTrainedModel,
         args: TOPDConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -75,11 +82,15 @@ class TOPDTrainer(Trainer):
     ) -> None:
         args = args or TOPDConfig()
         check_run_folder(Path(args.output_dir), resume=True)
+        if model is teacher_model and isinstance(model, PreTrainedModel):
+            raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
         tokenizer = processing_class or _tokenizer_of(model)
         teacher_tokenizer = (
             teacher_processing_class or processing_class or _tokenizer_of(teacher_model)
         )
         check_tokenizers(tokenizer, teacher_tokenizer)
+        for name, one in (("student", model), ("teacher", teacher_model)):
+            check_embedding_rows(name, _config_of(one), tokenizer)
         self.encoder = PromptEncoder(
             tokenizer,
             teacher_tokenizer,
@@ -88,10 +99,10 @@ class TOPDTrainer(Trainer):
             args.drop_long_prompts,
             cast(dict[str, Any], args.chat_template_kwargs or {}),
         )
-        train_prompts, eval_prompts = self._encode(train_dataset), self._encode(eval_dataset)
-        student = _loaded(model)
-        teacher = _loaded(teacher_model)
-        _check_pair(student, teacher, tokenizer)
+        _refuse_streams(train_dataset, eval_dataset)
+        train = None if train_dataset is None else self._encode_training(train_dataset, args)
+        evaluation = None if eval_dataset is None else self.encoder.encode(eval_dataset)
+        student, teacher = _loaded(model), _loaded(teacher_model)
         if peft_config is not None:
             student = get_peft_model(student, peft_config)
         if args.disable_dropout:
@@ -103,8 +114,8 @@ class TOPDTrainer(Trainer):
             model=student,
             args=args,
             data_collator=list,
-            train_dataset=train_prompts,
-            eval_dataset=eval_prompts,
+            train_dataset=train,
+            eval_dataset=evaluation,
             processing_class=tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -113,10 +124,8 @@ class TOPDTrainer(Trainer):
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         self.observer = self._observer(student, teacher)
 
-    def _encode(self, rows: Rows | None) -> list[Prompt] | None:
-        if isinstance(rows, datasets.IterableDataset):
-            raise TOPDError("dataset: streaming is not supported. Load it, or take a part of it.")
-        return None if rows is None else self.encoder.encode(rows)
+    def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
+        return self.encoder.encode(rows)
 
     def _observer(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Observer:
         ends = eos_ids(student, self.processing_class)
@@ -214,7 +223,23 @@ class TOPDTrainer(Trainer):
             device=self.accelerator.device,
         )
         self.ledger.write("manifest.json", record)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._save_student(record)
+        return result
+
+    def _save_student(self, record: dict[str, Any]) -> None:
+        """The whole student into ``student/``, LoRA merged (and the adapter into ``adapter/``)."""
+        folder = Path(self.args.output_dir) / "student"
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model, PeftModel):
+            self.save_model(str(folder.with_name("adapter")))
+            if self.args.should_save:
+                copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
+                self.processing_class.save_pretrained(folder)
+        else:
+            self.save_model(str(folder))
+        if self.args.should_save:
+            write_model_card(folder, record, self.args, self.state.log_history)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the update measured; also a line of metrics.jsonl."""
@@ -285,29 +310,37 @@ class GroupSampler(Sampler[int]):
         self.epoch = epoch
 
 
-def _tokenizer_of(model: str | PreTrainedModel) -> PreTrainedTokenizerBase:
-    path = model if isinstance(model, str) else model.config._name_or_path
-    if not path:
+def _refuse_streams(*data: Rows | None) -> None:
+    if any(isinstance(rows, datasets.IterableDataset) for rows in data):
+        raise TOPDError("dataset: streaming is not supported. Load it, or take a part of it.")
+
+
+def _spec(model: str | ModelSpec) -> ModelSpec:
+    return ModelSpec(path=model) if isinstance(model, str) else model
+
+
+def _tokenizer_of(model: str | ModelSpec | PreTrainedModel) -> PreTrainedTokenizerBase:
+    if not isinstance(model, PreTrainedModel):
+        return _spec(model).load_tokenizer()
+    if not model.config._name_or_path:
         raise TOPDError("processing_class: the model does not say where its tokenizer is. Give it.")
-    return ModelSpec(path=path).load_tokenizer()
+    return _spec(model.config._name_or_path).load_tokenizer()
 
 
-def _loaded(model: str | PreTrainedModel) -> PreTrainedModel:
-    return ModelSpec(path=model).load_model() if isinstance(model, str) else model
+def _config_of(model: str | ModelSpec | PreTrainedModel) -> PretrainedConfig:
+    return model.config if isinstance(model, PreTrainedModel) else _spec(model).load_config()
 
 
-def _check_pair(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    if student is teacher:
-        raise TOPDError("teacher_model: is the student itself. Load it twice, or copy.deepcopy it.")
-    if getattr(getattr(student, "quantization_method", None), "value", None) == "gguf":
+def _loaded(model: str | ModelSpec | PreTrainedModel) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        return _spec(model).load_model()
+    quantisation = model.config.to_dict().get("quantization_config") or {}
+    if quantisation.get("quant_method") == "gguf":
         raise TOPDError(
-            "model: a GGUF model can be neither trained nor saved as it is. Load it with "
-            "topd.models.ModelSpec(path=..., gguf_file=...).load_model()."
+            "model: a GGUF model can be neither trained nor saved as it is. Give "
+            "topd.models.ModelSpec(path=..., gguf_file=...) instead."
         )
-    check_embedding_rows("student", student.config, tokenizer)
-    check_embedding_rows("teacher", teacher.config, tokenizer)
+    return model
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -1,0 +1,80 @@
+"""The command line: ``topd train`` and ``topd warmstart``. Heavy imports wait for a command."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="On-policy distillation that looks ahead (arXiv 2606.00305).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Log lines instead of progress bars.")]
+EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.callback()
+def main() -> None:
+    """On-policy distillation that looks ahead (arXiv 2606.00305)."""
+
+
+@app.command(context_settings=EXTRA)
+def train(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+    """Train a student on its own rollouts. Any key of the recipe: --key value, --data.limit 8."""
+    _run(recipe, context.args, quiet, warmstart=False)
+
+
+@app.command(context_settings=EXTRA)
+def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+    """Stage 1: the student learns from the teacher's answers, or from those of the data."""
+    _run(recipe, context.args, quiet, warmstart=True)
+
+
+def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from topd.run import run_recipe
+    from topd.types import TOPDError
+
+    try:
+        folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
+    except TOPDError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+    show_table(folder)
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+def show_table(folder: Path, *, lines: int = 12) -> None:
+    """Print the updates of a run, at most ``lines`` of them, evenly spaced."""
+    with open(folder / "metrics.jsonl", encoding="utf-8") as file:
+        logs = [entry for entry in map(json.loads, file) if "loss" in entry]
+    spaced = {round(i * (len(logs) - 1) / max(lines - 1, 1)) for i in range(lines)}
+    table = Table(title=None)
+    columns = [
+        ("step", "step", "{:.0f}"),
+        ("loss", "loss", "{:.4f}"),
+        ("reverse KL", "reverse_kl", "{:.4f}"),
+        ("forward KL", "forward_kl", "{:.4f}"),
+        ("forks found", "topd/real_divergent_points", "{:.0f}"),
+        ("false alarms", "topd/false_alarm_share", "{:.0%}"),
+        ("mean OT", "topd/mean_ot", "{:.3f}"),
+        ("length", "completions/mean_length", "{:.0f}"),
+    ]
+    shown = [column for column in columns if any(column[1] in entry for entry in logs)]
+    for title, _, _ in shown:
+        table.add_column(title, justify="right")
+    for i in sorted(spaced if logs else ()):
+        table.add_row(*(f.format(logs[i][key]) if key in logs[i] else "-" for _, key, f in shown))
+    console.print(table)

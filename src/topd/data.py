@@ -1,0 +1,100 @@
+"""Rows of prompts: from JSONL, Parquet, a folder, a hub, or a task generator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import datasets
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from topd.types import TOPDError
+
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+class DataSpec(BaseModel):
+    """Where prompts come from and which column is what.
+
+    Either ``path`` (a JSONL or Parquet file, a folder, or a hub name) or ``task`` (a generator of
+    the reasoning-gym package, with ``size`` and ``seed``). ``columns`` maps ``prompt``,
+    ``messages``, ``answer`` or ``solution`` to a column, with dots into nested ones; other columns
+    stay as they are. With ``chat`` a string prompt becomes a user message.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    task: str | None = None
+    size: int = Field(default=512, ge=1)
+    seed: int = 0
+    columns: dict[str, str] = {}
+    chat: bool = True
+    limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if (self.path is None) == (self.task is None):
+            raise ValueError("give either path or task")
+        return self
+
+    def load(self) -> list[dict[str, Any]]:
+        """The rows, columns mapped. Raises TOPDError: no such data, an empty or missing column."""
+        found = self._task_rows() if self.task else self._stored_rows()
+        rows = [self._row(i, row) for i, row in enumerate(found)]
+        if not rows:
+            raise TOPDError(f"data {self.path or self.task}: has no rows.")
+        return rows
+
+    def _row(self, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
+        mapped = {**row, **{ours: self._cell(index, row, c) for ours, c in self.columns.items()}}
+        prompt = mapped.get("prompt")
+        if self.chat and isinstance(prompt, str):
+            mapped["prompt"] = [{"role": "user", "content": prompt}]
+        return mapped
+
+    def _cell(self, index: int, row: Mapping[str, Any], column: str) -> Any:
+        try:
+            return reduce(lambda value, key: value[key], column.split("."), row)
+        except (KeyError, TypeError) as error:
+            raise TOPDError(
+                f"data {self.path or self.task}, row {index}: no column {column!r}. It has "
+                f"{', '.join(sorted(map(str, row)))}. Correct data.columns."
+            ) from error
+
+    def _task_rows(self) -> list[dict[str, Any]]:
+        try:
+            from reasoning_gym import create_dataset
+        except ImportError as error:
+            raise TOPDError("data.task needs reasoning-gym: pip install topd[tasks].") from error
+        try:
+            return list(create_dataset(self.task, size=self.size, seed=self.seed))[: self.limit]
+        except ValueError as error:
+            raise TOPDError(f"data.task {self.task!r}: {error}") from error
+
+    def _stored_rows(self) -> datasets.Dataset:
+        assert self.path is not None
+        path = Path(self.path).expanduser()
+        try:
+            found = _read(path, self.name, self.split)
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise TOPDError(
+                f"data {self.path}: cannot be read. Give a .jsonl or .parquet file, a folder, or "
+                f"a hub name. {type(error).__name__}: {error}"
+            ) from error
+        return found if self.limit is None else found.select(range(min(self.limit, len(found))))
+
+
+def _read(path: Path, name: str | None, split: str) -> datasets.Dataset:
+    kind = FORMATS.get(path.suffix)
+    if kind is None:
+        if (path / "dataset_info.json").exists() and (path / "state.json").exists():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path), name, split=split)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    return datasets.load_dataset(kind, data_files=str(path), split="train")

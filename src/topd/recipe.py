@@ -1,0 +1,191 @@
+"""Recipes: YAML for TOPDConfig plus models and data, checked before anything is loaded.
+
+Top-level keys are ``student``, ``teacher``, ``data``, ``eval_data``, ``lora``, ``warmstart`` and
+every field of :class:`~topd.TOPDConfig`. ``warmstart`` holds the keys of stage 1, fields of
+:class:`~topd.warmstart.WarmstartConfig`; models, data and lora are shared unless it names its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import yaml
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from topd.config import TOPDConfig
+from topd.data import DataSpec
+from topd.models import ModelSpec
+from topd.types import TOPDError
+from topd.warmstart import WarmstartConfig
+
+PARTS = ("student", "teacher", "data", "eval_data", "lora")
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe of one stage."""
+
+    student: ModelSpec
+    teacher: ModelSpec
+    data: DataSpec
+    eval_data: DataSpec | None
+    lora: LoraConfig | None
+    args: TOPDConfig
+
+
+def read_recipe(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, warmstart: bool = False
+) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted keys and their values, which replace those of the file.
+        warmstart: read stage 1 instead of stage 2.
+
+    Raises:
+        TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
+    """
+    path = Path(path)
+    content = _parse(path)
+    stage = content.pop("warmstart", None) or {}
+    if not isinstance(stage, dict):
+        raise TOPDError(f"{path}: warmstart must be a mapping of keys to values.")
+    if warmstart:
+        content = {**{k: v for k, v in content.items() if k in PARTS}, **stage}
+    for key, value in (overrides or {}).items():
+        _set(content, key.split("."), value)
+    config = WarmstartConfig if warmstart else TOPDConfig
+    known = {f.name for f in fields(config) if f.init}
+    _refuse_unknown(path, content, {*known, *PARTS})
+    for part in ("student", "teacher", "data"):
+        if part not in content:
+            raise TOPDError(f"{path}: {part} is missing. A recipe needs student, teacher and data.")
+    settings = {key: value for key, value in content.items() if key in known}
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
+    return Recipe(
+        student=_spec(path, "student", ModelSpec, content["student"]),
+        teacher=_spec(path, "teacher", ModelSpec, content["teacher"]),
+        data=_spec(path, "data", DataSpec, content["data"]),
+        eval_data=_spec(path, "eval_data", DataSpec, content["eval_data"])
+        if content.get("eval_data")
+        else None,
+        lora=_lora(path, content.get("lora")),
+        args=_config(path, config, settings),
+    )
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """``--key value`` and ``--key=value`` as a mapping; values are YAML, a lone key is true.
+
+    >>> parse_overrides(["--data.limit", "8", "--bf16", "--learning_rate=1e-5"])
+    {'data.limit': 8, 'bf16': True, 'learning_rate': '1e-5'}
+    """
+    found: dict[str, Any] = {}
+    key = None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            found[key] = _yaml("command line", value) if equals else True
+            key = None if equals else key
+        elif key is None:
+            raise TOPDError(f"command line: {word!r} stands alone. Write --key value.")
+        else:
+            found[key] = _yaml("command line", word)
+            key = None
+    return found
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep=deep)
+        if len(mapping) < len(node.value) and not any(k.value == "<<" for k, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key twice", node.start_mark)
+        return mapping
+
+
+def _yaml(place: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.YAMLError as error:
+        raise TOPDError(f"{place}: not valid YAML: {error}") from error
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        content = _yaml(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TOPDError(f"recipe {path}: cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise TOPDError(f"recipe {path}: must be a mapping of keys to values.")
+    return content
+
+
+def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = content.get(key)
+        if isinstance(inner, str):  # student: PATH is short for student: {path: PATH}
+            inner = {"path": inner}
+        content[key] = dict(inner or {})
+        content = content[key]
+    content[keys[-1]] = value
+
+
+def _refuse_unknown(path: Path, content: Mapping[str, Any], known: set[str]) -> None:
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else " See topd.TOPDConfig for the keys."
+            raise TOPDError(f"{path}: unknown key {key!r}.{hint}")
+
+
+def _spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
+    try:
+        return kind.model_validate({"path": value} if isinstance(value, str) else value)
+    except ValidationError as error:
+        raise TOPDError(f"{path}: {part}{_first(error)}") from error
+
+
+def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> TOPDConfig:
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in settings.items():
+        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            values[key] = adapter.validate_python(value)
+        except ValidationError as error:
+            raise TOPDError(f"{path}: {key}{_first(error)}") from error
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise TOPDError(f"{path}: {error}") from error
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = "".join(f".{part}" for part in first["loc"] if isinstance(part, str))
+    if first["type"] == "missing":
+        return f"{place} is missing."
+    return f"{place}: {first['msg']} (given: {first['input']!r})."
+
+
+def _lora(path: Path, value: Any) -> LoraConfig | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise TOPDError(f"{path}: lora must be a mapping, e.g. {{r: 16, lora_alpha: 32}}.")
+    _refuse_unknown(path, value, {f.name for f in fields(LoraConfig) if f.init})
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **value})
+    except (ValueError, TypeError) as error:
+        raise TOPDError(f"{path}: lora: {error}") from error

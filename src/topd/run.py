@@ -1,0 +1,75 @@
+"""From a recipe to a finished run folder."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from topd.config import TOPDConfig
+from topd.ledger import check_run_folder
+from topd.progress import Phases
+from topd.recipe import Recipe, parse_overrides, read_recipe
+from topd.trainer import TOPDTrainer
+from topd.warmstart import WarmstartTrainer
+
+
+def run_recipe(
+    path: Path, words: Sequence[str] = (), *, quiet: bool = False, warmstart: bool = False
+) -> Path:
+    """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
+    recipe = read_recipe(path, parse_overrides(words), warmstart=warmstart)
+    check_run_folder(Path(recipe.args.output_dir), resume=bool(recipe.args.resume_from_checkpoint))
+    if not quiet:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", module="torch.utils.data")
+    recipe.args.disable_tqdm = True
+    trainer = make_trainer(recipe, warmstart=warmstart)
+    if not quiet:
+        trainer.remove_callback(PrinterCallback)
+        trainer.phases.show(Console())
+        trainer.add_callback(_StepBar(trainer.phases))
+    trainer.train(resume_from_checkpoint=recipe.args.resume_from_checkpoint)
+    return Path(recipe.args.output_dir)
+
+
+def make_trainer(recipe: Recipe, *, warmstart: bool = False) -> TOPDTrainer:
+    """The trainer of a checked recipe. Data and tokenizers are checked before a model loads."""
+    kind = WarmstartTrainer if warmstart else TOPDTrainer
+    return kind(
+        model=recipe.student,
+        teacher_model=recipe.teacher,
+        args=recipe.args,
+        train_dataset=recipe.data.load(),
+        eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
+        processing_class=recipe.student.load_tokenizer(),
+        teacher_processing_class=recipe.teacher.load_tokenizer(),
+        peft_config=recipe.lora,
+    )
+
+
+class _StepBar(TrainerCallback):
+    """Moves the bar of the run, and shows the latest loss on it."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+
+    def on_train_begin(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.phases.start(state.max_steps)
+
+    def on_step_end(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.phases.step_done(state.global_step)
+
+    def on_train_end(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.phases.stop()

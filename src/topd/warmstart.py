@@ -1,0 +1,131 @@
+"""Stage 1, off-policy distillation: the student learns from answers it did not write.
+
+    L = kd_ratio KL(p_T || p_S) + (1 - kd_ratio) (-log p_S(y)),  mean over the answers' tokens
+
+The teacher writes the answers, once, or the data has them (its ``solution`` column). The learning
+phase is that of :class:`~topd.TOPDTrainer`. Source: arXiv 2606.00305, stage 1; GKD's off-policy
+limit. Answers are padded, not packed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from topd.config import TOPDConfig, _field
+from topd.rollouts import fingerprint, sampling_seeds
+from topd.trainer import Rows, TOPDTrainer
+from topd.types import Prompt, TOPDError
+
+ANSWER_STREAM = 0
+
+
+@dataclass
+class WarmstartConfig(TOPDConfig):
+    """Arguments of the warm start: TOPDConfig with the paper's stage-1 defaults.
+
+    ``temperature`` and ``top_p`` are those of the teacher's answers; the loss is at temperature 1.
+    """
+
+    answers: Literal["teacher", "data"] = _field(
+        "teacher", "Who wrote the answers: the teacher does now, or the data has a solution."
+    )
+    method: str = _field("opd", "A warm start has no forks to guide: only opd.")
+    beta: float = _field(0.0, "Forward KL.")
+    kd_ratio: float = _field(0.5, "Share of the divergence; the rest is cross-entropy.")
+    temperature: float = _field(0.6, "Of the teacher's answers.")
+    top_p: float = _field(0.95, "Of the teacher's answers.")
+    learning_rate: float = _field(2e-5, "Peak learning rate of AdamW.")
+
+    def _check(self) -> None:
+        super()._check()
+        if self.method != "opd":
+            raise TOPDError(f"method: {self.method!r} needs rollouts; a warm start takes opd.")
+        if self.answers not in ("teacher", "data"):
+            raise TOPDError(f"answers: {self.answers!r} is not one of teacher, data.")
+
+    @property
+    def loss_temperature(self) -> float:
+        """1: the teacher's own distribution, whatever its answers were sampled at."""
+        return 1.0
+
+
+class WarmstartTrainer(TOPDTrainer):
+    """Off-policy distillation. Arguments as for :class:`~topd.TOPDTrainer`.
+
+    The teacher's answers are kept in ``answers.jsonl`` of the run folder and used again if the run
+    goes on there. Answers that did not end within ``max_completion_length`` are left out.
+    """
+
+    args: WarmstartConfig
+
+    def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
+        assert isinstance(args, WarmstartConfig)
+        if args.answers == "teacher":
+            return super()._encode_training(rows, args)
+        prompts = self.encoder.encode(rows, with_response=True)
+        for prompt in prompts:
+            length, limit = len(prompt.response or ()), args.max_completion_length
+            if length > limit:
+                raise TOPDError(
+                    f"data row {prompt.index}: the solution has {length} tokens, the limit "
+                    f"max_completion_length is {limit}. Raise it, or drop the row."
+                )
+        return prompts
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Have the answers written if need be, then train."""
+        if self.args.answers == "teacher":
+            self.train_dataset = self._answered(self.train_dataset)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _answered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts with the teacher's answers; those that did not end are left out."""
+        path = Path(self.args.output_dir) / "answers.jsonl"
+        header = {"prompts": fingerprint(prompts), "sampling": repr(self.args.sampling)}
+        done = _stored_answers(path, header)
+        size = self.args.per_device_train_batch_size
+        with open(path, "a", encoding="utf-8") as file:
+            if not done:
+                file.write(json.dumps(header) + "\n")
+            for first in range(len(done), len(prompts), size):
+                some = prompts[first : first + size]
+                answers = self._answer(some, first)
+                file.writelines(json.dumps(answer) + "\n" for answer in answers)
+                done += answers
+        kept = [
+            replace(prompt, response=tuple(answer))
+            for prompt, answer in zip(prompts, done, strict=True)
+            if answer
+        ]
+        if not kept:
+            raise TOPDError(
+                f"warm start: none of the teacher's {len(prompts)} answers ended within "
+                f"{self.args.max_completion_length} tokens. Raise max_completion_length."
+            )
+        return kept
+
+    def _answer(self, prompts: Sequence[Prompt], first: int) -> list[list[int]]:
+        """Token ids of the teacher's answers; empty for one that did not end."""
+        seeds = sampling_seeds(self.args.seed, ANSWER_STREAM, len(prompts), first=first)
+        with self.phases.phase("answers", self.args.max_completion_length) as tick:
+            written = self.observer.teacher.generate(
+                [prompt.teacher for prompt in prompts], self.args.sampling, seeds, tick=tick
+            )
+        return [list(answer.tokens) if answer.finished else [] for answer in written]
+
+
+def _stored_answers(path: Path, header: dict[str, str]) -> list[list[int]]:
+    """Answers of an earlier run in this folder to the same prompts, sampled the same way."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines:
+        return []
+    first, *answers = lines
+    if json.loads(first) != header:
+        raise TOPDError(
+            f"{path}: holds answers to other prompts or of other sampling. Choose another folder."
+        )
+    return [json.loads(answer) for answer in answers]

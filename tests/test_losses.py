@@ -1,0 +1,720 @@
+"""Divergences and the trajectory loss, against numbers by hand and a float64 reference."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from topd.losses import (
+    linear_logprobs,
+    linear_token_divergence,
+    linear_token_terms,
+    sampled_divergence,
+    soft_target_kl,
+    token_divergence,
+    topk_divergence,
+    trajectory_loss,
+)
+from topd.types import Head, TOPDError
+
+KINDS = [
+    ("reverse_kl", 0.5),
+    ("forward_kl", 0.5),
+    ("jsd", 0.1),
+    ("jsd", 0.5),
+    ("jsd", 0.9),
+]
+kinds = pytest.mark.parametrize(("kind", "beta"), KINDS)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def reference(student, teacher, kind: str, beta: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """The divergence in Python floats, one token at a time."""
+    values = []
+    width = student.shape[-1]
+    for s, t in zip(student.reshape(-1, width), teacher.reshape(-1, width), strict=True):
+        p = softmax(s.detach().double().numpy() / temperature)
+        q = softmax(t.detach().double().numpy() / temperature)
+        m = (1 - beta) * p + beta * q
+        values.append(
+            {
+                "reverse_kl": lambda p=p, q=q: kl(p, q),
+                "forward_kl": lambda p=p, q=q: kl(q, p),
+                "jsd": lambda p=p, q=q, m=m: beta * kl(q, m) + (1 - beta) * kl(p, m),
+            }[kind]()
+        )
+    return torch.tensor(values, dtype=torch.float64).reshape(student.shape[:-1])
+
+
+def pair(*shape: int, seed: int = 0, grad: bool = False, scale: float = 2.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).requires_grad_(grad)
+        for _ in range(2)
+    ]
+
+
+def gradients(value: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """Gradients of a weighted sum, so that every token's gradient counts differently."""
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=value.dtype).reshape(value.shape)
+    return list(torch.autograd.grad((value * weights).sum(), inputs, retain_graph=True))
+
+
+def logs(*probabilities: float, grad: bool = False) -> Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log().requires_grad_(grad)
+
+
+# ---- token_divergence -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "expected"),
+    [
+        ("reverse_kl", 0.5, 0.5 * math.log(2) + 0.5 * math.log(2 / 3)),
+        ("forward_kl", 0.5, 0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2)),
+        # m = (3/8, 5/8)
+        (
+            "jsd",
+            0.5,
+            0.5 * (0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5))
+            + 0.5 * (0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5)),
+        ),
+        # m = 1/5 (1/4, 3/4) + 4/5 (1/2, 1/2) = (9/20, 11/20)
+        (
+            "jsd",
+            0.2,
+            0.2 * (0.25 * math.log(5 / 9) + 0.75 * math.log(15 / 11))
+            + 0.8 * (0.5 * math.log(10 / 9) + 0.5 * math.log(10 / 11)),
+        ),
+    ],
+)
+def test_divergence_of_two_tokens_by_hand(kind, beta, expected):
+    found = token_divergence(logs(0.5, 0.5), logs(0.25, 0.75), kind=kind, beta=beta)
+    assert found.item() == pytest.approx(expected, abs=1e-14)
+
+
+@kinds
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+def test_divergence_equals_the_reference(kind, beta, temperature):
+    student, teacher = pair(2, 5, 17)
+    found = token_divergence(student, teacher, kind=kind, beta=beta, temperature=temperature)
+    expected = reference(student, teacher, kind, beta, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+@kinds
+def test_divergence_gradcheck(kind, beta):
+    student, teacher = pair(3, 6, grad=True)
+    assert torch.autograd.gradcheck(
+        lambda s, t: token_divergence(s, t, kind=kind, beta=beta, temperature=0.8),
+        (student, teacher),
+    )
+
+
+def test_reverse_kl_is_the_default():
+    student, teacher = pair(4, 7)
+    assert torch.equal(
+        token_divergence(student, teacher), token_divergence(student, teacher, kind="reverse_kl")
+    )
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.8])
+def test_jsd_swaps_its_arguments_with_beta(beta):
+    student, teacher = pair(4, 9)
+    torch.testing.assert_close(
+        token_divergence(student, teacher, kind="jsd", beta=beta),
+        token_divergence(teacher, student, kind="jsd", beta=1 - beta),
+    )
+
+
+@pytest.mark.parametrize(
+    ("beta", "scale", "limit"),
+    [(1e-7, 1e-7, "forward_kl"), (1 - 1e-7, 1e-7, "reverse_kl")],
+)
+def test_jsd_scaled_tends_to_a_kl_at_either_end(beta, scale, limit):
+    student, teacher = pair(4, 9, scale=1.0)
+    jsd = token_divergence(student, teacher, kind="jsd", beta=beta) / scale
+    expected = token_divergence(student, teacher, kind=limit)
+    torch.testing.assert_close(jsd, expected, rtol=1e-4, atol=0)
+
+
+@kinds
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_divergence_is_never_negative_zero_at_equality_and_ignores_shift_and_order(
+    kind, beta, data
+):
+    logits = st.lists(st.floats(-20, 20), min_size=5, max_size=5)
+    student, teacher = (torch.tensor([data.draw(logits)], dtype=torch.float64) for _ in range(2))
+    order = torch.tensor(data.draw(st.permutations(range(5))))
+    value = token_divergence(student, teacher, kind=kind, beta=beta)
+    moved = token_divergence(student[:, order] + 3.0, teacher[:, order] - 5.0, kind=kind, beta=beta)
+    assert value.item() >= -1e-13
+    assert value.item() == pytest.approx(moved.item(), abs=1e-10)
+    assert abs(token_divergence(student, student, kind=kind, beta=beta).item()) < 1e-13
+
+
+@kinds
+def test_no_gradient_at_equality(kind, beta):
+    student, _ = pair(3, 8, grad=True)
+    value = token_divergence(student, student.detach().clone(), kind=kind, beta=beta)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert gradient.abs().max() < 1e-13
+
+
+@kinds
+def test_temperature_divides_both_logits(kind, beta):
+    student, teacher = pair(4, 9)
+    torch.testing.assert_close(
+        token_divergence(student, teacher, kind=kind, beta=beta, temperature=2.5),
+        token_divergence(student / 2.5, teacher / 2.5, kind=kind, beta=beta),
+    )
+
+
+@kinds
+def test_a_token_impossible_for_both_is_as_if_it_were_not_there(kind, beta):
+    # Defect when written: for "jsd" the value is right, but every gradient is NaN, because
+    # logaddexp(-inf, -inf) has a NaN derivative.
+    student, teacher = pair(2, 6, grad=True)
+    hole = torch.tensor([False, False, True, False, False, True])
+    holed = [x.detach().masked_fill(hole, -math.inf).requires_grad_() for x in (student, teacher)]
+    short = [x.detach()[:, ~hole].requires_grad_() for x in (student, teacher)]
+    value = token_divergence(*holed, kind=kind, beta=beta)
+    expected = token_divergence(*short, kind=kind, beta=beta)
+    torch.testing.assert_close(value, expected)
+    for found, right in zip(gradients(value, *holed), gradients(expected, *short), strict=True):
+        torch.testing.assert_close(found[:, ~hole], right)
+        assert (found[:, hole] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "barred"),
+    [
+        ("reverse_kl", 0.5, "student"),
+        ("forward_kl", 0.5, "teacher"),
+        ("jsd", 0.3, "student"),
+        ("jsd", 0.3, "teacher"),
+    ],
+)
+def test_a_token_impossible_for_one_gives_a_finite_value_and_gradient(kind, beta, barred):
+    inputs = dict(zip(("student", "teacher"), pair(2, 5), strict=True))
+    inputs[barred][:, 1] = -math.inf
+    student, teacher = (x.requires_grad_() for x in inputs.values())
+    value = token_divergence(student, teacher, kind=kind, beta=beta)
+    torch.testing.assert_close(value, reference(student, teacher, kind, beta))
+    for gradient in gradients(value, student, teacher):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.2, 0.5])
+def test_jsd_of_disjoint_distributions_is_the_entropy_of_beta(beta):
+    entropy = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    found = token_divergence(logs(1, 0), logs(0, 1), kind="jsd", beta=beta)
+    assert found.item() == pytest.approx(entropy)
+
+
+def test_reverse_kl_is_infinite_where_the_student_says_the_impossible():
+    assert token_divergence(logs(0.5, 0.5), logs(1, 0)).item() == math.inf
+
+
+@kinds
+def test_bfloat16_logits_are_read_in_float32(kind, beta):
+    student, teacher = (x.bfloat16() for x in pair(3, 50))
+    found = token_divergence(student, teacher, kind=kind, beta=beta)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, reference(student, teacher, kind, beta).float())
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_divergence_keeps_every_leading_axis(shape):
+    student, teacher = pair(*shape)
+    found = token_divergence(student, teacher)
+    assert found.shape == shape[:-1]
+    torch.testing.assert_close(found, reference(student, teacher, "reverse_kl"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "kl"}, "kind 'kl'"),
+        ({"kind": "jsd", "beta": 0.0}, "beta"),
+        ({"kind": "jsd", "beta": 1.0}, "beta"),
+        ({"kind": "jsd", "beta": math.nan}, "beta"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+    ],
+)
+def test_options_out_of_range_are_errors_everywhere(options, words):
+    student, teacher = pair(2, 4)
+    hidden, weight = torch.ones(2, 3), torch.ones(4, 3)
+    tokens = torch.zeros(2, 1, dtype=torch.long)
+    with pytest.raises(TOPDError, match=words):
+        token_divergence(student, teacher, **options)
+    with pytest.raises(TOPDError, match=words):
+        topk_divergence(student, teacher[:, :1], tokens, **options)
+    with pytest.raises(TOPDError, match=words):
+        linear_token_divergence(hidden, weight, hidden, weight, **options)
+
+
+def test_different_vocabularies_are_an_error_that_says_the_remedy():
+    with pytest.raises(TOPDError, match="padded vocabulary rows"):
+        token_divergence(torch.zeros(2, 4), torch.zeros(2, 5))
+
+
+# ---- sampled_divergence -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_expectation_of_the_sampled_divergence_is_the_reverse_kl(kind):
+    student, teacher = pair(4, 11)
+    log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    mean = (log_s.exp() * sampled_divergence(log_s, log_t, kind=kind)).sum(-1)
+    torch.testing.assert_close(mean, token_divergence(student, teacher))
+
+
+def test_sampled_divergence_by_hand():
+    log_s, log_t = logs(0.5, 0.2), logs(0.25, 0.4)
+    k1, k3 = (sampled_divergence(log_s, log_t, kind=kind) for kind in ("k1", "k3"))
+    assert k1[0].tolist() == pytest.approx([math.log(2), -math.log(2)])
+    assert k3[0].tolist() == pytest.approx([0.5 - 1 + math.log(2), 2 - 1 - math.log(2)])
+
+
+@given(st.floats(-30, 0), st.floats(-30, 0))
+def test_k3_is_never_negative(log_s, log_t):
+    found = sampled_divergence(torch.tensor([log_s]), torch.tensor([log_t]), kind="k3")
+    assert found.item() >= 0
+
+
+def test_unknown_sampled_divergence_is_an_error():
+    with pytest.raises(TOPDError, match="k1, k3"):
+        sampled_divergence(torch.zeros(1), torch.zeros(1), kind="k2")
+
+
+# ---- topk_divergence --------------------------------------------------------------------------
+
+
+def top_of(teacher: Tensor, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    found = (teacher / temperature).log_softmax(-1).topk(k)
+    return found.values, found.indices
+
+
+@kinds
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_topk_of_all_but_one_token_is_the_full_divergence(kind, beta, temperature):
+    student, teacher = pair(2, 3, 9, grad=True)
+    options = {"kind": kind, "beta": beta, "temperature": temperature}
+    full = token_divergence(student, teacher.detach(), **options)
+    found = topk_divergence(student, *top_of(teacher.detach(), 8, temperature), **options)
+    torch.testing.assert_close(found, full, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradients(found, student), gradients(full, student))
+
+
+@kinds
+def test_topk_rises_with_k_to_the_full_divergence(kind, beta):
+    student, teacher = pair(6, 10)
+    levels = [
+        topk_divergence(student, *top_of(teacher, k), kind=kind, beta=beta) for k in range(1, 10)
+    ]
+    for lower, higher in itertools.pairwise(levels):
+        assert (lower <= higher + 1e-12).all()
+    assert (levels[-1] <= token_divergence(student, teacher, kind=kind, beta=beta) + 1e-12).all()
+    assert (levels[0] < levels[-1]).all()
+
+
+@kinds
+def test_topk_of_the_whole_vocabulary_is_still_a_lower_bound(kind, beta):
+    # Defect when written: "forward_kl" is +inf, because the teacher's tail is held above 1.2e-7
+    # and the student's tail is exactly 0.
+    student, teacher = pair(3, 6)
+    found = topk_divergence(student, *top_of(teacher, 6), kind=kind, beta=beta)
+    full = token_divergence(student, teacher, kind=kind, beta=beta)
+    torch.testing.assert_close(found, full, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            "reverse_kl",
+            0.1 * math.log(0.1 / 0.4) + 0.2 * math.log(0.2 / 0.3) + 0.7 * math.log(0.7 / 0.3),
+        ),
+        (
+            "forward_kl",
+            0.4 * math.log(0.4 / 0.1) + 0.3 * math.log(0.3 / 0.2) + 0.3 * math.log(0.3 / 0.7),
+        ),
+    ],
+)
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_topk_tail_bucket_by_hand(kind, expected, order):
+    student, teacher = logs(0.1, 0.2, 0.3, 0.4), logs(0.4, 0.3, 0.2, 0.1)
+    tokens = torch.tensor([order])
+    found = topk_divergence(student, teacher.gather(-1, tokens), tokens, kind=kind)
+    assert found.item() == pytest.approx(expected, abs=1e-13)
+
+
+@kinds
+def test_topk_gradcheck(kind, beta):
+    student, teacher = pair(3, 7, grad=True)
+    logprobs, tokens = top_of(teacher.detach(), 3)
+    assert torch.autograd.gradcheck(
+        lambda s, t: topk_divergence(s, t, tokens, kind=kind, beta=beta), (student, logprobs)
+    )
+
+
+def test_topk_never_rewards_leaving_the_support():
+    """The further the student's mass exceeds the teacher's tail of 0.2, the higher the loss."""
+    teacher, tokens = logs(0.5, 0.3), torch.tensor([[0, 1]])
+    outside = [0.2, 0.4, 0.6, 0.8, 0.99, 0.999999]
+    values = [
+        topk_divergence(
+            logs(0.625 * (1 - x), 0.375 * (1 - x), x / 2, x / 2), teacher, tokens
+        ).item()
+        for x in outside
+    ]
+    assert values[0] == pytest.approx(0, abs=1e-9)
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(math.log(1 / 0.2), abs=1e-4)
+
+
+@kinds
+def test_topk_survives_a_teacher_whose_rounded_mass_exceeds_one(kind, beta):
+    teacher = torch.tensor([[0.7, 0.3 + 2e-7]]).log()
+    student = torch.zeros(1, 4, requires_grad=True)
+    value = topk_divergence(student, teacher, torch.tensor([[0, 1]]), kind=kind, beta=beta)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+# ---- linear_token_divergence ------------------------------------------------------------------
+
+P, V = 7, 13
+
+
+def linear_case(*, student_pad: int = 0, teacher_pad: int = 0, bias: bool = True):
+    """Hidden states of widths 5 and 4 and heads of V tokens and some padding, in float64."""
+    generator = torch.Generator().manual_seed(3)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    rows = V + student_pad
+    student = leaf(P, 5), Head(leaf(rows, 5), leaf(rows) if bias else None)
+    teacher = leaf(P, 4), Head(leaf(V + teacher_pad, 4))
+    return *student, *teacher
+
+
+def naive_logits(hidden: Tensor, head: Head) -> Tensor:
+    logits = hidden @ head.weight[:V].T
+    if head.bias is not None:
+        logits = logits + head.bias[:V]
+    logits = logits * head.scale
+    return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
+
+
+def leaves(*things: Tensor | Head) -> list[Tensor]:
+    parts = [[x] if isinstance(x, Tensor) else [x.weight, x.bias] for x in things]
+    return [x for part in parts for x in part if x is not None]
+
+
+def assert_same(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(gradients(found, *inputs), gradients(expected, *inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@kinds
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_linear_divergence_has_the_value_and_gradients_of_the_full_path(kind, beta, chunk_tokens):
+    case = linear_case()
+    options = {"kind": kind, "beta": beta, "temperature": 1.3}
+    found = linear_token_divergence(*case, **options, chunk_tokens=chunk_tokens)
+    expected = token_divergence(naive_logits(*case[:2]), naive_logits(*case[2:]), **options)
+    assert_same(found, expected, leaves(*case))
+
+
+@pytest.mark.parametrize(("student_pad", "teacher_pad"), [(0, 4), (3, 0), (2, 5)])
+def test_padded_vocabulary_rows_are_ignored(student_pad, teacher_pad):
+    """Padding on both sides at once is cut to the shorter table, as V is then not known here."""
+    case = linear_case(student_pad=student_pad, teacher_pad=teacher_pad)
+    both = min(student_pad, teacher_pad)
+    case = (case[0], case[1].narrowed(V + student_pad - both), case[2], case[3])
+    found = linear_token_divergence(*case, chunk_tokens=3)
+    expected = token_divergence(naive_logits(*case[:2]), naive_logits(*case[2:]))
+    torch.testing.assert_close(found, expected)
+
+
+def test_padded_rows_of_the_student_get_no_gradient():
+    case = linear_case(student_pad=3)
+    found = linear_token_divergence(*case, chunk_tokens=3)
+    weight, bias = gradients(found, case[1].weight, case[1].bias)
+    assert (weight[V:] == 0).all()
+    assert (bias[V:] == 0).all()
+    assert (weight[:V] != 0).all()
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 2.0), (0.5, 1.5)])
+def test_scale_and_softcap_of_the_heads(scale, softcap):
+    h, s, g, t = linear_case()
+    case = (h, Head(s.weight, s.bias, scale, softcap), g, Head(t.weight, None, 2 * scale, softcap))
+    found = linear_token_divergence(*case, chunk_tokens=3)
+    expected = token_divergence(naive_logits(*case[:2]), naive_logits(*case[2:]))
+    assert_same(found, expected, leaves(*case))
+
+
+def test_linear_divergence_gradcheck():
+    h, s, g, t = linear_case()
+
+    def value(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_token_divergence(hidden, Head(weight, bias), g[:3], t, chunk_tokens=2)
+
+    assert torch.autograd.gradcheck(value, (h[:3], s.weight, s.bias))
+
+
+def test_linear_divergence_keeps_leading_axes_and_takes_bare_weights():
+    h, s, g, t = linear_case(bias=False)
+    found = linear_token_divergence(h[:6].reshape(2, 3, 5), s.weight, g[:6].reshape(2, 3, 4), t)
+    expected = token_divergence(naive_logits(h, s), naive_logits(g, t))[:6].reshape(2, 3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_linear_divergence_of_no_tokens_is_empty_and_differentiable():
+    h, s, g, t = linear_case()
+    found = linear_token_divergence(h[:0], s, g[:0], t)
+    assert found.shape == (0,)
+    (gradient,) = torch.autograd.grad(found.sum(), s.weight)
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, -1])
+def test_chunks_of_no_tokens_are_an_error(chunk_tokens):
+    h, s, g, t = linear_case()
+    with pytest.raises(TOPDError, match="chunk_tokens"):
+        linear_token_divergence(h, s, g, t, chunk_tokens=chunk_tokens)
+    with pytest.raises(TOPDError, match="chunk_tokens"):
+        linear_logprobs(h, s, torch.zeros(P, dtype=torch.long), chunk_tokens=chunk_tokens)
+
+
+# ---- linear_token_terms and linear_logprobs ---------------------------------------------------
+
+
+def terms_and_full(chunk_tokens: int, temperature: float = 0.6):
+    case = linear_case()
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(V, (P,), generator=generator)
+    targets = torch.randint(V, (P, 3), generator=generator)
+    terms = linear_token_terms(
+        *case, tokens, targets, temperature=temperature, chunk_tokens=chunk_tokens
+    )
+    full = (naive_logits(*case[:2]) / temperature).log_softmax(-1)
+    return case, tokens, targets, terms, full
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_terms_have_the_values_and_gradients_of_the_full_path(chunk_tokens):
+    case, tokens, targets, terms, full = terms_and_full(chunk_tokens)
+    student = leaves(*case[:2])
+    expected = token_divergence(naive_logits(*case[:2]), naive_logits(*case[2:]), temperature=0.6)
+    assert_same(terms.divergence, expected, leaves(*case))
+    assert_same(terms.logprob, full[torch.arange(P), tokens], student)
+    rows = torch.arange(P)[:, None].expand(P, 3)
+    assert_same(terms.target_logprobs, full[rows, targets], student)
+
+
+def test_entropy_is_that_of_the_student_and_carries_no_gradient():
+    _, _, _, terms, full = terms_and_full(3)
+    p = full.detach().exp().numpy()
+    expected = [-sum(x * math.log(x) for x in row) for row in p]
+    assert terms.entropy.tolist() == pytest.approx(expected)
+    assert not terms.entropy.requires_grad
+
+
+def test_a_loss_of_all_terms_together_has_the_full_gradient():
+    """One backward through the recomputed chunks, all outputs at once."""
+    case, tokens, targets, terms, full = terms_and_full(3)
+    divergence = token_divergence(
+        naive_logits(*case[:2]), naive_logits(*case[2:]).detach(), temperature=0.6
+    )
+    rows = torch.arange(P)
+    expected = divergence.sum() - 2 * full[rows, tokens].sum()
+    expected = expected - 3 * full[rows[:, None], targets].sum()
+    found = terms.divergence.sum() - 2 * terms.logprob.sum() - 3 * terms.target_logprobs.sum()
+    assert_same(found, expected, leaves(*case[:2]))
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+def test_linear_logprobs_equal_the_full_log_softmax(chunk_tokens):
+    hidden, head, _, _ = linear_case()
+    head = Head(head.weight, head.bias, scale=0.5, softcap=3.0)
+    tokens = torch.arange(P) % V
+    found = linear_logprobs(hidden, head, tokens, temperature=0.7, chunk_tokens=chunk_tokens)
+    full = (naive_logits(hidden, head) / 0.7).log_softmax(-1)
+    torch.testing.assert_close(found, full[torch.arange(P), tokens])
+
+
+def test_logprobs_of_a_bfloat16_head_are_float32():
+    hidden, head, _, _ = linear_case()
+    narrow = Head(head.weight.bfloat16(), head.bias.bfloat16())
+    found = linear_logprobs(hidden.bfloat16(), narrow, torch.zeros(P, dtype=torch.long))
+    assert found.dtype == torch.float32
+
+
+class Memory(TorchDispatchMode):
+    """Sizes of the storages that operations make: the largest, and the most alive at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.most = 0
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def alive(self) -> int:
+        self._known = {k: v for k, v in self._known.items() if not v[0].expired()}
+        return sum(size for _, size in self._known.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                self.largest = max(self.largest, storage.nbytes())
+                self._known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.most = max(self.most, self.alive())
+        return out
+
+
+def memory_of_forward_and_backward(loss) -> Memory:
+    with Memory() as memory:
+        loss().sum().backward()
+    return memory
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_logits_are_never_held_whole(kind):
+    tokens, vocab, width, chunk = 64, 199, 3, 2
+    whole = 4 * tokens * vocab
+    hidden = [torch.randn(tokens, width, requires_grad=True) for _ in range(2)]
+    heads = [torch.randn(vocab, width, requires_grad=True) for _ in range(2)]
+    memory = memory_of_forward_and_backward(
+        lambda: linear_token_divergence(
+            hidden[0], heads[0], hidden[1], heads[1], chunk_tokens=chunk, kind=kind
+        )
+    )
+    full = memory_of_forward_and_backward(
+        lambda: token_divergence(hidden[0] @ heads[0].T, hidden[1] @ heads[1].T, kind=kind)
+    )
+    assert full.largest >= whole  # the instrument sees what it should
+    assert full.most >= 3 * whole
+    assert memory.largest <= 4 * max(chunk * vocab, vocab * width, tokens * width)
+    assert memory.most < whole  # a graph that kept every chunk would hold several
+
+
+# ---- soft_target_kl and trajectory_loss -------------------------------------------------------
+
+
+def guidance(n: int = 2, k: int = 4, v: int = 6):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(n, k, v, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.rand(n, k, v, generator=generator, dtype=torch.float64)
+    targets = targets * (targets > 0.4)
+    targets = targets / targets.sum(-1, keepdim=True)
+    mask = torch.tensor([[True, True, False, True], [False, True, False, False]])
+    return logits, targets, mask
+
+
+def test_soft_target_kl_by_hand():
+    found = soft_target_kl(logs(0.2, 0.5, 0.3), torch.tensor([[0.75, 0.25, 0.0]]).double())
+    expected = 0.75 * math.log(0.75 / 0.2) + 0.25 * math.log(0.25 / 0.5)
+    assert found.item() == pytest.approx(expected, abs=1e-14)
+
+
+def test_trajectory_loss_by_hand():
+    """Two guided positions of three; the third would change the mean if it were counted."""
+    logprobs = torch.stack([logs(0.2, 0.8)[0], logs(0.5, 0.5)[0], logs(0.9, 0.1)[0]])[None]
+    targets = torch.tensor([[[1.0, 0.0], [0.25, 0.75], [0.0, 1.0]]]).double()
+    mask = torch.tensor([[True, True, False]])
+    first = math.log(1 / 0.2)
+    second = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    found = trajectory_loss(logprobs, targets, mask)
+    assert found.item() == pytest.approx((first + second) / 2, abs=1e-14)
+
+
+def test_gradient_of_the_trajectory_loss_is_that_of_the_mean_cross_entropy():
+    logits, targets, mask = guidance()
+    found = torch.autograd.grad(trajectory_loss(logits.log_softmax(-1), targets, mask), logits)[0]
+    expected = (logits.softmax(-1) - targets) * mask[:, :, None] / 4
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_trajectory_loss_gradcheck():
+    logits, targets, mask = guidance()
+    assert torch.autograd.gradcheck(
+        lambda x: trajectory_loss(x.log_softmax(-1), targets, mask), (logits,)
+    )
+
+
+def test_trajectory_loss_is_zero_at_its_target():
+    _, targets, mask = guidance()
+    assert trajectory_loss(targets.log(), targets, mask).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_an_empty_mask_gives_zero_with_a_zero_gradient():
+    logits, targets, mask = guidance()
+    loss = trajectory_loss(logits.log_softmax(-1), targets, torch.zeros_like(mask))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == 0
+    assert (gradient == 0).all()
+
+
+def test_unguided_positions_do_not_matter_whatever_stands_there():
+    logits, targets, mask = guidance()
+    logprobs = logits.log_softmax(-1).detach()
+    expected = trajectory_loss(logprobs, targets, mask)
+    dirty = logprobs.masked_fill(~mask[:, :, None], -math.inf).requires_grad_()
+    found = trajectory_loss(dirty, targets, mask)
+    (gradient,) = torch.autograd.grad(found, dirty)
+    torch.testing.assert_close(found, expected)
+    assert gradient.isfinite().all()
+
+
+def test_an_impossible_token_outside_the_target_costs_nothing():
+    logprobs = logs(0.5, 0.5, 0.0, grad=True)
+    value = soft_target_kl(logprobs, torch.tensor([[0.5, 0.5, 0.0]]).double())
+    (gradient,) = torch.autograd.grad(value.sum(), logprobs)
+    assert value.item() == pytest.approx(0, abs=1e-15)
+    assert gradient.tolist() == [[-0.5, -0.5, 0.0]]
+
+
+def test_sparse_targets_give_the_dense_divergence():
+    logits, targets, _ = guidance()
+    logprobs = logits.log_softmax(-1)
+    mass, tokens = targets.sort(dim=-1, descending=True)  # the support in another order, then zeros
+    sparse = soft_target_kl(logprobs.gather(-1, tokens), mass)
+    assert_same(sparse, soft_target_kl(logprobs, targets), [logits])
+
+
+def test_targets_side_by_side_add_up():
+    logits, targets, _ = guidance()
+    logprobs = logits.log_softmax(-1)[0]
+    both = soft_target_kl(logprobs.repeat(1, 2), torch.cat([targets[0], targets[1]], dim=-1))
+    torch.testing.assert_close(
+        both, soft_target_kl(logprobs, targets[0]) + soft_target_kl(logprobs, targets[1])
+    )
