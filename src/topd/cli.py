@@ -43,7 +43,8 @@ def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) 
 
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not quiet:
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from topd.run import run_recipe
     from topd.types import TOPDError
 
@@ -52,14 +53,38 @@ def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     except TOPDError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         raise typer.Exit(2) from error
-    show_table(folder)
+    logs = read_logs(folder)
+    show_table(logs)
+    show_change(logs)
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 
-def show_table(folder: Path, *, lines: int = 12) -> None:
-    """Print the updates of a run, at most ``lines`` of them, evenly spaced."""
+def read_logs(folder: Path) -> list[dict[str, float]]:
+    """The logged updates of a run folder, in order."""
     with open(folder / "metrics.jsonl", encoding="utf-8") as file:
-        logs = [entry for entry in map(json.loads, file) if "loss" in entry]
+        return [entry for entry in map(json.loads, file) if "loss" in entry]
+
+
+def show_change(logs: list[dict[str, float]]) -> None:
+    """Print the divergence of the first and the last fifth of the updates, with intervals.
+
+    The intervals are 95 % t-intervals over updates. Each update has prompts of its own, so this
+    shows the trend in training; it is no evaluation.
+    """
+    from scipy.stats import sem, t
+
+    name = next((key for key in ("reverse_kl", "forward_kl", "jsd") if key in logs[0]), None)
+    count = len(logs) // 5
+    if name is None or count < 2:
+        return
+    for label, part in (("first", logs[:count]), ("last", logs[-count:])):
+        values = [entry[name] for entry in part]
+        mean, half = sum(values) / count, t.ppf(0.975, count - 1) * sem(values)
+        console.print(f"{name}, {label} {count} updates: {mean:.4f} +- {half:.4f} nats a token")
+
+
+def show_table(logs: list[dict[str, float]], *, lines: int = 12) -> None:
+    """Print the updates of a run, at most ``lines`` of them, evenly spaced."""
     spaced = {round(i * (len(logs) - 1) / max(lines - 1, 1)) for i in range(lines)}
     table = Table(title=None)
     columns = [

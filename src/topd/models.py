@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -101,12 +102,49 @@ class ModelSpec(BaseModel):
         return _without_quantisation(model) if self.gguf_file else model
 
 
+ModelSource: TypeAlias = str | ModelSpec | PreTrainedModel
+
+
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's, and the generation config's."""
     config = getattr(model, "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
     listed = [listed] if isinstance(listed, int) else list(listed or [])
     return tuple(sorted({tokenizer.eos_token_id, *listed}))
+
+
+def tokenizers_of(
+    student: ModelSource,
+    teacher: ModelSource,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers of a pair, those given or their own, after the checks that need no weights.
+
+    Raises:
+        TOPDError: the pair does not fit, or a model is not what can be trained.
+    """
+    if student is teacher and isinstance(student, PreTrainedModel):
+        raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
+    alike = not isinstance(student, PreTrainedModel) and student == teacher
+    ours = student_tokenizer or _tokenizer(student)
+    theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
+    check_tokenizers(ours, theirs)
+    check_embedding_rows("student", _config(student), ours)
+    if not alike:
+        check_embedding_rows("teacher", _config(teacher), theirs)
+    return ours, theirs
+
+
+def load_pair(
+    student: ModelSource, teacher: ModelSource
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Both models, loaded unless they are already; a pair of equal sources is read once."""
+    ours = student if isinstance(student, PreTrainedModel) else _spec(student).load_model()
+    if isinstance(teacher, PreTrainedModel):
+        return ours, teacher
+    alike = not isinstance(student, PreTrainedModel) and student == teacher
+    return ours, copy.deepcopy(ours) if alike else _spec(teacher).load_model()
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -162,3 +200,37 @@ def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     fresh.load_state_dict(model.state_dict())
     fresh.generation_config = model.generation_config
     return fresh
+
+
+def _spec(model: str | ModelSpec) -> ModelSpec:
+    return ModelSpec(path=model) if isinstance(model, str) else model
+
+
+def _tokenizer(
+    model: ModelSource, *, otherwise: PreTrainedTokenizerBase | None = None
+) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer; ``otherwise`` for a model in memory that has none beside it."""
+    if not isinstance(model, PreTrainedModel):
+        return _spec(model).load_tokenizer()
+    path = model.config._name_or_path
+    try:
+        if path:
+            return _spec(path).load_tokenizer()
+    except TOPDError:
+        if otherwise is None:
+            raise
+    if otherwise is None:
+        raise TOPDError("processing_class: the model does not say where its tokenizer is. Give it.")
+    return otherwise
+
+
+def _config(model: ModelSource) -> PretrainedConfig:
+    if not isinstance(model, PreTrainedModel):
+        return _spec(model).load_config()
+    quantisation = model.config.to_dict().get("quantization_config") or {}
+    if quantisation.get("quant_method") == "gguf":
+        raise TOPDError(
+            "model: a GGUF model can be neither trained nor saved as it is. Give "
+            "topd.models.ModelSpec(path=..., gguf_file=...) instead."
+        )
+    return model.config

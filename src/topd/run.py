@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import datasets
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
@@ -27,6 +28,7 @@ def run_recipe(
     if not quiet:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        datasets.disable_progress_bars()
         warnings.filterwarnings("ignore", module="torch.utils.data")
     recipe.args.disable_tqdm = True
     trainer = make_trainer(recipe, warmstart=warmstart)
@@ -47,8 +49,6 @@ def make_trainer(recipe: Recipe, *, warmstart: bool = False) -> TOPDTrainer:
         args=recipe.args,
         train_dataset=recipe.data.load(),
         eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
-        processing_class=recipe.student.load_tokenizer(),
-        teacher_processing_class=recipe.teacher.load_tokenizer(),
         peft_config=recipe.lora,
     )
 

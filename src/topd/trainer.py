@@ -13,7 +13,6 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -28,7 +27,7 @@ from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rol
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
 from topd.modelcard import write_model_card
-from topd.models import ModelSpec, check_embedding_rows, check_tokenizers, eos_ids
+from topd.models import ModelSource, eos_ids, load_pair, tokenizers_of
 from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
 from topd.types import Prompt, TOPDError
@@ -69,8 +68,8 @@ class TOPDTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | ModelSpec | PreTrainedModel,
-        teacher_model: str | ModelSpec | PreTrainedModel,
+        model: ModelSource,
+        teacher_model: ModelSource,
         args: TOPDConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -82,15 +81,9 @@ class TOPDTrainer(Trainer):
     ) -> None:
         args = args or TOPDConfig()
         check_run_folder(Path(args.output_dir), resume=True)
-        if model is teacher_model and isinstance(model, PreTrainedModel):
-            raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
-        tokenizer = processing_class or _tokenizer_of(model)
-        teacher_tokenizer = (
-            teacher_processing_class or processing_class or _tokenizer_of(teacher_model)
+        tokenizer, teacher_tokenizer = tokenizers_of(
+            model, teacher_model, processing_class, teacher_processing_class
         )
-        check_tokenizers(tokenizer, teacher_tokenizer)
-        for name, one in (("student", model), ("teacher", teacher_model)):
-            check_embedding_rows(name, _config_of(one), tokenizer)
         self.encoder = PromptEncoder(
             tokenizer,
             teacher_tokenizer,
@@ -102,7 +95,7 @@ class TOPDTrainer(Trainer):
         _refuse_streams(train_dataset, eval_dataset)
         train = None if train_dataset is None else self._encode_training(train_dataset, args)
         evaluation = None if eval_dataset is None else self.encoder.encode(eval_dataset)
-        student, teacher = _loaded(model), _loaded(teacher_model)
+        student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             student = get_peft_model(student, peft_config)
         if args.disable_dropout:
@@ -313,34 +306,6 @@ class GroupSampler(Sampler[int]):
 def _refuse_streams(*data: Rows | None) -> None:
     if any(isinstance(rows, datasets.IterableDataset) for rows in data):
         raise TOPDError("dataset: streaming is not supported. Load it, or take a part of it.")
-
-
-def _spec(model: str | ModelSpec) -> ModelSpec:
-    return ModelSpec(path=model) if isinstance(model, str) else model
-
-
-def _tokenizer_of(model: str | ModelSpec | PreTrainedModel) -> PreTrainedTokenizerBase:
-    if not isinstance(model, PreTrainedModel):
-        return _spec(model).load_tokenizer()
-    if not model.config._name_or_path:
-        raise TOPDError("processing_class: the model does not say where its tokenizer is. Give it.")
-    return _spec(model.config._name_or_path).load_tokenizer()
-
-
-def _config_of(model: str | ModelSpec | PreTrainedModel) -> PretrainedConfig:
-    return model.config if isinstance(model, PreTrainedModel) else _spec(model).load_config()
-
-
-def _loaded(model: str | ModelSpec | PreTrainedModel) -> PreTrainedModel:
-    if not isinstance(model, PreTrainedModel):
-        return _spec(model).load_model()
-    quantisation = model.config.to_dict().get("quantization_config") or {}
-    if quantisation.get("quant_method") == "gguf":
-        raise TOPDError(
-            "model: a GGUF model can be neither trained nor saved as it is. Give "
-            "topd.models.ModelSpec(path=..., gguf_file=...) instead."
-        )
-    return model
 
 
 def _without_dropout(model: nn.Module) -> None:
