@@ -120,6 +120,11 @@ class TOPDConfig(TrainingArguments):
                 value = getattr(self, name)
                 if value is not None and not holds(value):
                     raise TOPDError(f"{name}: {value!r} {rule}.")
+        if self.kd_ratio != 1 and not self.learns_from_answers:
+            raise TOPDError(
+                "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
+                "1, or run a warm start."
+            )
         if self.epsilon != TOPDConfig.epsilon and self.solver == "exact":
             raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
 
@@ -129,6 +134,11 @@ class TOPDConfig(TrainingArguments):
         if self.beta == 1.0:
             return "reverse_kl"
         return "forward_kl" if self.beta == 0.0 else "jsd"
+
+    @property
+    def learns_from_answers(self) -> bool:
+        """Whether responses are answers written beforehand, as in a warm start."""
+        return False
 
     @property
     def loss_temperature(self) -> float:

@@ -20,8 +20,9 @@ class DataSpec(BaseModel):
 
     Either ``path`` (a JSONL or Parquet file, a folder, or a hub name) or ``task`` (a generator of
     the reasoning-gym package, with ``size`` and ``seed``). ``columns`` maps ``prompt``,
-    ``messages``, ``answer`` or ``solution`` to a column, with dots into nested ones; other columns
-    stay as they are. With ``chat`` a string prompt becomes a user message.
+    ``messages``, ``answer`` or ``solution`` to a column, with dots into nested ones
+    (``metadata.solution``, ``turns.0``); other columns stay as they are. With ``chat`` a string
+    prompt becomes a user message.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,8 +60,8 @@ class DataSpec(BaseModel):
 
     def _cell(self, index: int, row: Mapping[str, Any], column: str) -> Any:
         try:
-            return reduce(lambda value, key: value[key], column.split("."), row)
-        except (KeyError, TypeError) as error:
+            return reduce(_inside, column.split("."), row)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
             raise TOPDError(
                 f"data {self.path or self.task}, row {index}: no column {column!r}. It has "
                 f"{', '.join(sorted(map(str, row)))}. Correct data.columns."
@@ -87,6 +88,10 @@ class DataSpec(BaseModel):
                 f"a hub name. {type(error).__name__}: {error}"
             ) from error
         return found if self.limit is None else found.select(range(min(self.limit, len(found))))
+
+
+def _inside(value: Any, key: str) -> Any:
+    return value[int(key)] if isinstance(value, list) else value[key]
 
 
 def _read(path: Path, name: str | None, split: str) -> datasets.Dataset:

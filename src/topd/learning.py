@@ -35,7 +35,8 @@ class LearningBatch(TypedDict):
     """Some rollouts of an update, ready for the student. P are their response tokens, end to end.
 
     ``place`` [P] are flat positions in ``input_ids`` [B L] whose state predicts each token;
-    ``sampled`` [P] the log-probs at sampling (NaN where none were recorded).
+    ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
+    soft targets.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -46,6 +47,7 @@ class LearningBatch(TypedDict):
     teacher_hidden: Float[Tensor, "P D"]
     target_tokens: Int[Tensor, "P M"]
     target_probabilities: Float[Tensor, "P M"]
+    guided: int
     totals: Totals
 
 
@@ -84,6 +86,7 @@ def collate(
         target_probabilities=tensor(
             [mass + [0.0] * (breadth - len(mass)) for _, mass in support], torch.float32
         ).reshape(len(support), breadth),
+        guided=sum(len(g.targets) for g in guidance),
         totals=totals,
     )
 

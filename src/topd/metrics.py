@@ -34,11 +34,12 @@ class Means:
 
 
 def measure_experience(means: Means, experience: Experience) -> None:
-    """Lengths, repetition, the sampled reverse KL and what was found at the forks."""
+    """Lengths, repetition, and what was found at the forks."""
     rollouts = experience.rollouts
     lengths = [len(rollout.response) for rollout in rollouts]
     clipped = sum(not rollout.finished for rollout in rollouts)
     repeated = sum(repeated_ngram_share(rollout.response) for rollout in rollouts)
+    means.add("tokens_per_second", sum(lengths), 0)  # the seconds are counted at the log
     means.add("completions/mean_length", sum(lengths), len(rollouts))
     means.add("completions/clipped_ratio", clipped, len(rollouts))
     means.add("completions/repeated_4gram_share", repeated, len(rollouts))

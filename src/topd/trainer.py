@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -115,20 +116,22 @@ class TOPDTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = True
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
-        self.observer = self._observer(student, teacher)
+        self.observer = self._observer(student, teacher, self.phases)
+        self.evaluator = self._observer(student, teacher, Phases())
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         return self.encoder.encode(rows)
 
-    def _observer(self, student: PreTrainedModel, teacher: PreTrainedModel) -> Observer:
-        ends = eos_ids(student, self.processing_class)
-        vocab_size = min(head_of(student).vocab_size, head_of(teacher).vocab_size)
-        return Observer(
-            HFEngine(student, eos_ids=ends, vocab_size=vocab_size),
-            HFEngine(teacher, eos_ids=ends, vocab_size=vocab_size),
-            self.args,
-            self.phases,
+    def _observer(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, phases: Phases
+    ) -> Observer:
+        engine = partial(
+            HFEngine,
+            eos_ids=eos_ids(student, self.processing_class),
+            vocab_size=min(head_of(student).vocab_size, head_of(teacher).vocab_size),
+            autocast=self.accelerator.autocast,
         )
+        return Observer(engine(student), engine(teacher), self.args, phases)
 
     # The step
 
@@ -188,7 +191,7 @@ class TOPDTrainer(Trainer):
         self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
         """Mean token divergence of fresh rollouts: the same seeds at every evaluation."""
-        experience = self.observer.observe(
+        experience = self.evaluator.observe(
             inputs, step=EVALUATION_STREAM, first=inputs[0].index, look_ahead=False
         )
         rows = range(len(inputs))
@@ -238,9 +241,8 @@ class TOPDTrainer(Trainer):
         """Trainer's, with what the update measured; also a line of metrics.jsonl."""
         if "loss" in logs:
             seconds = self.phases.take()
+            self.meter.add("tokens_per_second", 0, sum(seconds.values()))
             logs = {**logs, **self.meter.take(self.accelerator)}
-            logs["tokens_per_second"] = logs.pop("tokens", 0.0) * self.args.logging_steps
-            logs["tokens_per_second"] /= max(sum(seconds.values()), 1e-9)
             logs.update({f"seconds/{name}": spent for name, spent in seconds.items()})
         super().log(logs, start_time)
         self.ledger.append("metrics.jsonl", [self.state.log_history[-1]])
@@ -250,8 +252,7 @@ class TOPDTrainer(Trainer):
         count, detached = len(batch["tokens"]), TokenTerms(*(term.detach() for term in terms))
         self.meter.add(self.args.divergence, detached.divergence.sum(), count)
         self.meter.add("entropy", detached.entropy.sum(), count)
-        guided = int((batch["target_probabilities"] > 0).any(-1).sum())
-        self.meter.add("topd/trajectory_loss", trajectory, guided)
+        self.meter.add("topd/trajectory_loss", trajectory, batch["guided"])
         gap = (detached.logprob - batch["sampled"]).abs().mean().item()
         if gap > self.args.max_logprob_gap:
             raise TOPDError(
@@ -266,7 +267,6 @@ class TOPDTrainer(Trainer):
     def _record(self, experience: Experience) -> None:
         """Measure an experience and write it to the run folder."""
         measure_experience(self.meter, experience)
-        self.meter.add("tokens", sum(len(r.response) for r in experience.rollouts))
         if not self.args.log_rollouts:
             return
         step, decode = self.state.global_step, self.processing_class.decode
@@ -312,3 +312,5 @@ def _without_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a number, not a module

