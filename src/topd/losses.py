@@ -18,6 +18,8 @@ from topd.types import Head, TOPDError
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 
+_NEVER = -1e4  # a log-prob whose probability is 0 in every float type, and whose gradient is finite
+
 
 def token_divergence(
     student_logits: Float[Tensor, "*P V"],
@@ -125,13 +127,14 @@ def topk_divergence(
         TOPDError: kind, beta or temperature are out of range.
     """
     _check_divergence(kind, beta, temperature)
-    student = _log_softmax(student_logits, temperature)
-    tail = student.scatter(-1, teacher_tokens, -math.inf).logsumexp(-1, keepdim=True)
-    student = torch.cat([student.gather(-1, teacher_tokens), tail], -1)
-    teacher = teacher_logprobs.to(student.dtype)
-    missing = 1 - teacher.exp().sum(-1, keepdim=True)
-    floor = torch.finfo(torch.float32).eps
-    teacher = torch.cat([teacher, missing.clamp(min=floor).log()], -1)
+    everything = _log_softmax(student_logits, temperature)
+    student, teacher = everything.gather(-1, teacher_tokens), teacher_logprobs.to(everything.dtype)
+    if teacher.shape[-1] < everything.shape[-1]:  # else there is no tail
+        tail = everything.scatter(-1, teacher_tokens, -math.inf).logsumexp(-1, keepdim=True)
+        missing = 1 - teacher.exp().sum(-1, keepdim=True)
+        floor = torch.finfo(torch.float32).eps
+        student = torch.cat([student, tail], -1)
+        teacher = torch.cat([teacher, missing.clamp(min=floor).log()], -1)
     return _divergence(student, teacher, kind, beta)
 
 
@@ -314,6 +317,8 @@ def _divergence(student: Tensor, teacher: Tensor, kind: Kind, beta: float) -> Te
         return _kl(student, teacher)
     if kind == "forward_kl":
         return _kl(teacher, student)
+    nowhere = (student == -math.inf) & (teacher == -math.inf)  # log(0 + 0) has no gradient
+    student, teacher = student.masked_fill(nowhere, _NEVER), teacher.masked_fill(nowhere, _NEVER)
     mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 

@@ -129,8 +129,9 @@ def soft_targets(
         1/n; scaling by n makes it a distribution.
     """
     rows = _row_distributions(plan)
+    tokens = teacher_tokens.masked_fill(plan.sum(-2) == 0, 0)  # behind the mask anything may stand
     targets = rows.new_zeros(*plan.shape[:2], vocab_size)
-    return targets.scatter_add(-1, teacher_tokens[:, None, :].expand(plan.shape), rows)
+    return targets.scatter_add(-1, tokens[:, None, :].expand(plan.shape), rows)
 
 
 def sparse_soft_target(
@@ -203,6 +204,8 @@ def _exact_one(cost: np.ndarray) -> tuple[np.ndarray, bool]:
 
 def _sinkhorn(cost: Tensor, rows: Tensor, columns: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Log-domain: plan = exp(f + g - C / epsilon), row update last: rows are exact."""
+    if cost.numel() == 0:
+        return cost, torch.ones(len(cost), dtype=torch.bool, device=cost.device)
     log_a, log_b = _log_uniform(rows, cost.dtype), _log_uniform(columns, cost.dtype)
     kernel = -cost / epsilon
     settled = ~rows.any(-1) | ~columns.any(-1)
