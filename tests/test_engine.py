@@ -594,6 +594,35 @@ def test_the_model_is_put_back_after_an_error(model):
     assert model.training
 
 
+def test_every_forward_runs_under_the_given_autocast(model_kind):
+    model = tiny_model(model_kind)
+    engine = HFEngine(
+        model, eos_ids=[EOS], autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
+    seen: list[bool] = []
+    model.get_decoder().register_forward_pre_hook(
+        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    everything(engine, lambda: None)
+    assert seen
+    assert all(seen)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_scores_under_autocast_are_the_models_own_under_autocast(model):
+    ids, response = PROMPTS[0] + RESPONSES[0], list(RESPONSES[0])
+    engine = HFEngine(
+        model, eos_ids=[EOS], autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = logits_of(model, ids)[len(PROMPTS[0]) - 1 : -1]
+    expected = logits.float().log_softmax(-1)[torch.arange(3), response]
+    scored = engine.score(PROMPTS[:1], RESPONSES[:1]).logprobs[0]
+    plain = HFEngine(model, eos_ids=[EOS]).score(PROMPTS[:1], RESPONSES[:1]).logprobs[0]
+    torch.testing.assert_close(scored, expected, atol=1e-5, rtol=1e-5)
+    assert (scored - plain).abs().max() > 1e-3
+
+
 def test_a_tick_is_heard_for_every_token_of_the_longest_row(model_kind):
     ticks: list[int] = []
     engine = engine_of(model_kind, eos_ids=NEVER)

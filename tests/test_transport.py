@@ -265,11 +265,10 @@ def test_an_empty_window_has_no_plan_and_leaves_its_neighbours_alone(
     torch.testing.assert_close(found.plan[1], solve(cost[1:], method=method).plan[0])
 
 
-# Defect when written: "sinkhorn" ends in an IndexError where the teacher's side has width 0, and so
-# in a step without any candidate.
 @methods
 @pytest.mark.parametrize("shape", [(0, 3, 4), (0, 0, 0), (2, 0, 0), (2, 3, 0), (2, 0, 3)])
 def test_no_windows_or_only_empty_ones(method, shape):
+    """A step without candidates has windows of no width at all."""
     found = solve(torch.zeros(shape), method=method)
     assert found.plan.shape == shape
     assert found.distance.tolist() == [0.0] * shape[0]
@@ -354,8 +353,9 @@ def test_sinkhorn_says_which_windows_have_not_converged(monkeypatch):
     cost = torch.cat([torch.ones(1, 4, 4).double(), random_cost(4, 4, seed=6)])
     found = solve(cost, method="sinkhorn", epsilon=0.01)
     assert found.converged.tolist() == [True, False]
-    torch.testing.assert_close(found.plan.sum(-1), torch.full((2, 4), 0.25).double())
-    assert (found.plan[1].sum(-2) - 0.25).abs().max() > TOLERANCE
+    for marginal in (found.plan.sum(-1), found.plan.sum(-2)):  # rounded, so exact all the same
+        torch.testing.assert_close(marginal, torch.full((2, 4), 0.25).double())
+    assert found.distance[1] >= solve(cost).distance[1]
 
 
 def test_unfinished_exact_plans_are_reported(monkeypatch):
@@ -418,9 +418,7 @@ def test_soft_targets_are_distributions_and_zero_on_masked_rows(method):
     assert (targets[~student] == 0).all()
 
 
-# -1 and 9 are no tokens at all. Defect when written: "tokens of masked columns do not matter", yet
-# ids outside the vocabulary, such as a padding of -1 or -100, end in an index error.
-@pytest.mark.parametrize("rubbish", [0, 8, -1, 9])
+@pytest.mark.parametrize("rubbish", [0, 8, -1, 9])  # -1 and 9 are no tokens at all
 def test_tokens_behind_the_mask_do_not_matter(rubbish):
     _, cost, student, teacher = padded_batch([(2, 2), (3, 4)])
     plan = solve(cost, student, teacher).plan

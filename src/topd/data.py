@@ -79,9 +79,8 @@ class DataSpec(BaseModel):
 
     def _stored_rows(self) -> datasets.Dataset:
         assert self.path is not None
-        path = Path(self.path).expanduser()
         try:
-            found = _read(path, self.name, self.split)
+            found = _read(self.path, self.name, self.split)
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             raise TOPDError(
                 f"data {self.path}: cannot be read. Give a .jsonl or .parquet file, a folder, or "
@@ -94,12 +93,13 @@ def _inside(value: Any, key: str) -> Any:
     return value[int(key)] if isinstance(value, list) else value[key]
 
 
-def _read(path: Path, name: str | None, split: str) -> datasets.Dataset:
+def _read(place: str, name: str | None, split: str) -> datasets.Dataset:
+    path = Path(place).expanduser()
     kind = FORMATS.get(path.suffix)
     if kind is None:
         if (path / "dataset_info.json").exists() and (path / "state.json").exists():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(str(path), name, split=split)
+        return datasets.load_dataset(str(path) if path.exists() else place, name, split=split)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     return datasets.load_dataset(kind, data_files=str(path), split="train")

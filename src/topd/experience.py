@@ -234,11 +234,14 @@ def _windows(
     written: Sequence[Generation],
     length: int,
 ) -> Windows:
-    """Pair what the teacher wrote with the student's own rollout from the same token on."""
+    """Pair what the teacher wrote with the student's own rollout from the same token on.
+
+    Every window is padded to ``length``: the position cost does not depend on the batch.
+    """
     own = [torch.tensor(rollouts[row].response[t : t + length]) for row, t in starts]
     theirs = [torch.tensor(window.tokens) for window in written]
-    student_tokens, student_mask = _padded(own)
-    teacher_tokens, teacher_mask = _padded(theirs)
+    student_tokens, student_mask = _padded(own, length)
+    teacher_tokens, teacher_mask = _padded(theirs, length)
     row, start = torch.tensor(starts, dtype=torch.long).reshape(-1, 2).unbind(-1)
     return Windows(row, start, student_tokens, student_mask, teacher_tokens, teacher_mask)
 
@@ -276,10 +279,11 @@ def _batches(rollouts: Sequence[Rollout], size: int) -> Iterator[tuple[int, Sequ
         yield first, rollouts[first : first + size]
 
 
-def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as one tensor [N L] with zeros, and its mask [N L]."""
-    if not rows:
-        return torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
-    length = torch.tensor([len(row) for row in rows])
-    padded = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-    return padded, torch.arange(padded.shape[1]) < length[:, None]
+def _padded(rows: Sequence[Tensor], width: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths with zeros behind, [N L] with L >= ``width``, and their mask."""
+    length = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    width = max([width, *length.tolist()])
+    padded = torch.zeros(len(rows), width, dtype=rows[0].dtype if rows else torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, torch.arange(width) < length[:, None]

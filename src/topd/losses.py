@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import Linear
 from torch.utils.checkpoint import checkpoint
 
 from topd.types import Head, TOPDError
@@ -210,9 +211,9 @@ def linear_token_terms(
 
 def linear_token_divergence(
     student_hidden: Float[Tensor, "*B D"],
-    student_head: Head | Tensor,
+    student_head: Head | Linear | Tensor,
     teacher_hidden: Float[Tensor, "*B E"],
-    teacher_head: Head | Tensor,
+    teacher_head: Head | Linear | Tensor,
     *,
     kind: Kind = "reverse_kl",
     beta: float = 0.5,
@@ -223,9 +224,10 @@ def linear_token_divergence(
 
     Args:
         student_hidden: [B T D] (any leading axes).
-        student_head: [V D], or a :class:`~topd.types.Head` with bias, scale and soft-cap.
+        student_head: [V D], a Linear, or a :class:`~topd.types.Head` with scale and soft-cap.
         teacher_hidden: [B T E].
-        teacher_head: [V E] or a Head. Where one vocabulary is longer, its last rows are padding.
+        teacher_head: [V E], a Linear or a Head. Where one vocabulary is longer, its last rows are
+            padding.
         kind, beta, temperature: as in :func:`token_divergence`.
         chunk_tokens: tokens whose logits are alive at a time.
 
@@ -262,9 +264,11 @@ def linear_logprobs(
 ) -> Float[Tensor, " P"]:
     """log softmax(logits / temperature) of the given tokens, [P] nats, a chunk at a time.
 
-    Meant for scoring without gradients. Raises TOPDError if chunk_tokens is below 1.
+    Meant for scoring without gradients. Raises TOPDError if the temperature is not above 0 or
+    chunk_tokens is below 1.
     """
     _check_chunk(chunk_tokens)
+    _check_temperature(temperature)
     parts = [
         _log_softmax(head.logits(h), temperature).gather(-1, t[:, None])[:, 0]
         for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
@@ -334,8 +338,10 @@ def _entropy(logprobs: Tensor) -> Tensor:
     return torch.special.entr(logprobs.exp()).sum(-1)
 
 
-def _as_head(head: Head | Tensor) -> Head:
-    return head if isinstance(head, Head) else Head(head)
+def _as_head(head: Head | Linear | Tensor) -> Head:
+    if isinstance(head, Linear):
+        return Head(head.weight, head.bias)
+    return Head(head) if isinstance(head, Tensor) else head
 
 
 def _check_divergence(kind: str, beta: float, temperature: float) -> None:
@@ -343,6 +349,10 @@ def _check_divergence(kind: str, beta: float, temperature: float) -> None:
         raise TOPDError(f"kind {kind!r} is not one of {', '.join(get_args(Kind))}.")
     if kind == "jsd" and not 0 < beta < 1:
         raise TOPDError(f"beta = {beta} is outside (0, 1): use forward_kl for 0, reverse_kl for 1.")
+    _check_temperature(temperature)
+
+
+def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
         raise TOPDError(f"temperature = {temperature} must be above 0.")
 

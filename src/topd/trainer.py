@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from topd.config import TOPDConfig
-from topd.engines.hf import HFEngine, head_of
+from topd.engines.hf import HFEngine, check_head, head_of
 from topd.experience import Experience, Observer
 from topd.learning import LearningBatch, Totals, collate, inside_forward, token_terms, update_loss
 from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rollout_record
@@ -116,6 +116,8 @@ class TOPDTrainer(Trainer):
         )
         self.loss_is_scaled_for_ga = True
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
+        check_head("student", student)
+        check_head("teacher", teacher)
         self.observer = self._observer(student, teacher, self.phases)
         self.evaluator = self._observer(student, teacher, Phases())
 

@@ -23,7 +23,7 @@ from topd.types import TOPDError, Transport, wide_dtype
 Solver = Literal["exact", "sinkhorn"]
 
 TOLERANCE = 1e-6  # largest error of a column's marginal, relative to the marginal
-MAX_ITERATIONS = 20_000
+MAX_ITERATIONS = 5_000
 
 
 def ground_cost(
@@ -54,7 +54,7 @@ def ground_cost(
         raise TOPDError(f"position_weight = {position_weight} must be finite and at least 0.")
     student = torch.nn.functional.normalize(_at_least_float32(student_embeddings), dim=-1)
     teacher = torch.nn.functional.normalize(_at_least_float32(teacher_embeddings), dim=-1)
-    cost = (1 - student @ teacher.transpose(-1, -2)).clamp(min=0)
+    cost = (1 - student @ teacher.transpose(-1, -2)).clamp(0, 2)  # rounding may leave [0, 2]
     if position_weight:
         i = torch.arange(cost.shape[-2], device=cost.device, dtype=cost.dtype)
         j = torch.arange(cost.shape[-1], device=cost.device, dtype=cost.dtype)
@@ -83,9 +83,9 @@ def solve(
 
     Returns:
         ``distance`` [N] = <plan, cost> (without the entropy), ``plan`` [N n m] of mass 1,
-        ``converged`` [N]. A pair with an empty window has distance and plan 0. Rows of a
-        Sinkhorn plan are exact; columns hold to ``TOLERANCE`` where ``converged``.
-        No gradient flows through.
+        ``converged`` [N]. A pair with an empty window has distance and plan 0. Where Sinkhorn has
+        converged, rows are exact and columns hold to ``TOLERANCE``; elsewhere the plan is rounded
+        to exact marginals. No gradient flows through.
 
     Raises:
         TOPDError: shapes differ, a cost is not finite, or an option is out of range.
@@ -203,38 +203,49 @@ def _exact_one(cost: np.ndarray) -> tuple[np.ndarray, bool]:
 
 
 def _sinkhorn(cost: Tensor, rows: Tensor, columns: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Log-domain: plan = exp(f + g - C / epsilon), row update last: rows are exact."""
+    """Log-domain Sinkhorn: plan = exp(f + g - C / epsilon), rounded where it has not converged."""
     if cost.numel() == 0:
         return cost, torch.ones(len(cost), dtype=torch.bool, device=cost.device)
-    log_a, log_b = _log_uniform(rows, cost.dtype), _log_uniform(columns, cost.dtype)
+    log_a, log_b = _uniform(rows, cost).log(), _uniform(columns, cost).log()
     kernel = -cost / epsilon
     settled = ~rows.any(-1) | ~columns.any(-1)
-
-    def row_update(g: Tensor) -> Tensor:
-        return log_a - (kernel + _closed(g, columns)[:, None, :]).logsumexp(-1)
-
     g = torch.zeros_like(log_b)
     for iteration in range(MAX_ITERATIONS):
-        f = row_update(g)
+        f = log_a - (kernel + _closed(g, columns)[:, None, :]).logsumexp(-1)
         excess = (kernel + _closed(f, rows)[:, :, None]).logsumexp(-2) + g - log_b
         error = excess.expm1().abs().masked_fill(~columns, 0.0).amax(-1)
         converged = settled | (error <= TOLERANCE)
         if iteration % 10 == 0 and converged.all():  # the only host sync of the loop
             break
-        g = g - excess
-    else:
-        f = row_update(g)
+        # a window stops when it has converged, so that its plan does not depend on the batch
+        g = torch.where(converged[:, None], g, g - excess)
     both = rows[:, :, None] & columns[:, None, :]
-    plan = (kernel + f[:, :, None] + g[:, None, :]).exp()
-    return plan.masked_fill(~both, 0.0), converged
+    plan = (kernel + f[:, :, None] + g[:, None, :]).exp().masked_fill(~both, 0.0)
+    rounded = _rounded(plan, _uniform(rows, plan), _uniform(columns, plan))
+    return torch.where(converged[:, None, None], plan, rounded), converged
+
+
+def _rounded(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The nearby plan whose marginals are exactly a [N n] and b [N m].
+
+    Source: Altschuler, Weed & Rigollet, Near-linear time approximation algorithms for optimal
+    transport via Sinkhorn iteration, NeurIPS 2017, algorithm 2.
+    """
+    tiny = torch.finfo(plan.dtype).tiny
+    plan = plan * (a / plan.sum(-1).clamp(min=tiny)).clamp(max=1)[:, :, None]
+    plan = plan * (b / plan.sum(-2).clamp(min=tiny)).clamp(max=1)[:, None, :]
+    rest_a, rest_b = (a - plan.sum(-1)).clamp(min=0), (b - plan.sum(-2)).clamp(min=0)
+    mass = rest_a.sum(-1).clamp(min=tiny)
+    return plan + rest_a[:, :, None] * rest_b[:, None, :] / mass[:, None, None]
 
 
 def _closed(potential: Tensor, mask: Tensor) -> Tensor:
     return potential.masked_fill(~mask, -math.inf)
 
 
-def _log_uniform(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return -mask.sum(-1, keepdim=True).clamp(min=1).to(dtype).log().expand(mask.shape)
+def _uniform(mask: Tensor, like: Tensor) -> Tensor:
+    """1 / count on the mask, 0 elsewhere."""
+    return mask.to(like.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

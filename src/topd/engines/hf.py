@@ -44,6 +44,20 @@ def head_of(model: PreTrainedModel) -> Head:
     )
 
 
+@torch.no_grad()
+def check_head(name: str, model: PreTrainedModel) -> None:
+    """Make sure that ``head_of`` gives the model's own logits. Raises TOPDError if not."""
+    ids = torch.arange(4, device=model.device)[None]
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    gap = (head_of(model).logits(states) - expected).abs().max().item()
+    if gap > 1e-2 * expected.abs().max().item():  # a NaN is for score to report
+        raise TOPDError(
+            f"{name}: logits computed from {type(model).__name__}'s hidden states differ from its "
+            f"own by up to {gap:.3g}. It treats logits in a way that TOPD does not know."
+        )
+
+
 @dataclass(frozen=True)
 class _Prefix:
     """What ``continue_from`` needs of a scoring forward."""
@@ -96,6 +110,8 @@ class HFEngine:
         tick: Tick = no_tick,
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
+        if not prompts:
+            return []
         width = max(len(prompt) for prompt in prompts)
         ids = self._tensor([[0] * (width - len(p)) + list(p) for p in prompts])
         length = self._tensor([len(prompt) for prompt in prompts])
@@ -184,6 +200,8 @@ class HFEngine:
         ``mask`` [N L] says which entries of the cache a row may see, ``position`` [N] is the
         position of its next token. A row leaves the batch when it has ended.
         """
+        if len(seeds) != len(hidden):
+            raise TOPDError(f"{len(seeds)} seeds for {len(hidden)} rows: give one a row.")
         steps, head = sampling.max_new_tokens, self.head
         uniforms = _uniforms(seeds, steps).to(hidden.device, wide_dtype(hidden.device))
         alive = torch.arange(len(hidden), device=hidden.device)

@@ -1,0 +1,366 @@
+"""``topd train`` and ``topd warmstart`` for real, on tiny folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+from typer.testing import CliRunner, Result
+
+from conftest import rows, tiny_model, tiny_tokenizer
+from topd import cli
+from topd.models import ModelSpec
+from topd.progress import Phases
+
+LITTLE = {
+    "student": "student",
+    "teacher": "teacher",
+    "data": "prompts.jsonl",
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "max_completion_length": 8,
+    "window_length": 3,
+    "candidate_fraction": 0.3,
+    "learning_rate": 0.01,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "warmstart": {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "max_completion_length": 60,
+        "save_strategy": "no",
+        "use_cpu": True,
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> Path:
+    """A student, a teacher and prompts."""
+    root = tmp_path_factory.mktemp("cli")
+    for seed, name in enumerate(("student", "teacher")):
+        tiny_model(seed=seed).save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    (root / "recipe.yaml").write_text(yaml.safe_dump(LITTLE))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """What a command changes in its process is undone: environment, verbosity, bars."""
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.delenv("TQDM_DISABLE")
+    verbosity = logging.get_verbosity()
+    logging.enable_progress_bar()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+def invoke(folders: Path, *words: str, command: str = "train") -> Result:
+    before = Path.cwd()
+    os.chdir(folders)
+    try:
+        return CliRunner().invoke(cli.app, [command, "recipe.yaml", *words])
+    finally:
+        os.chdir(before)
+
+
+def topd(folders: Path, folder: Path, *words: str, command: str = "train") -> str:
+    """The output of a run that must succeed."""
+    result = invoke(folders, "--output_dir", str(folder), *words, command=command)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+# One run, looked at from all sides
+
+
+@pytest.fixture(scope="session")
+def finished(folders, tmp_path_factory) -> tuple[str, Path]:
+    """The output and the run folder of one run in a wide terminal."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    before, cli.console = cli.console, Console(width=200)
+    try:
+        return topd(folders, folder), folder
+    finally:
+        cli.console = before
+
+
+def test_a_run_prints_one_line_an_update_within_80_columns(finished):
+    output, folder = finished
+    table = [line for line in output.splitlines() if line and line[0] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 80
+    assert [line.split()[1] for line in table if line[0] == "│"] == ["1", "2"]
+    logs = [log for log in read(folder / "metrics.jsonl") if "loss" in log]
+    for title, shown in (
+        ("loss", f"{logs[0]['loss']:.4f}"),
+        ("reverse KL", f"{logs[0]['reverse_kl']:.4f}"),
+        ("mean OT", f"{logs[0]['topd/mean_ot']:.3f}"),
+    ):
+        assert title in table[1]
+        assert shown in table[3]
+
+
+def test_a_run_ends_with_the_path_of_its_folder_on_one_line(finished):
+    output, folder = finished
+    assert output.splitlines()[-1] == f"run folder: {folder}"
+
+
+def test_a_run_prints_no_warnings_and_leaves_no_bars(finished):
+    output, _ = finished
+    assert "Warning" not in output
+    assert "it/s" not in output
+
+
+def test_the_run_folder_holds_all_that_its_legend_names(finished):
+    _, folder = finished
+    names = {"config.json", "manifest.json", "metrics.jsonl", "rollouts.jsonl", "guidance.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {*names, "student"}
+    rollouts, guidance = read(folder / "rollouts.jsonl"), read(folder / "guidance.jsonl")
+    assert [(r["step"], r["rollout"]) for r in rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [r["prompt"] for r in rollouts] == [g["prompt"] for g in guidance]
+    assert sum(len(g["forks"]) for g in guidance) == sum(
+        log.get("topd/candidates", 0) for log in read(folder / "metrics.jsonl")
+    )
+    tokenizer = tiny_tokenizer()
+    assert all(r["text"] == tokenizer.decode(r["response_ids"]) for r in rollouts)
+    assert config(folder)["learning_rate"] == 0.01
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["models"]) == {"student", "teacher"}
+
+
+def test_the_trained_student_loads_and_has_learned(finished, folders):
+    _, folder = finished
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    start = AutoModelForCausalLM.from_pretrained(folders / "student")
+    assert tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
+    assert not torch.equal(student.lm_head.weight, start.lm_head.weight)
+    assert isinstance(ModelSpec(path=str(folder / "student")).load_tokenizer().eos_token_id, int)
+    assert "library_name: transformers" in (folder / "student" / "README.md").read_text()
+
+
+def test_a_second_run_in_the_folder_is_refused(finished, folders):
+    _, folder = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = invoke(folders, "--output_dir", str(folder))
+    assert result.exit_code == 2
+    assert "already holds a run" in " ".join(result.stderr.split())
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert files.items() <= before.items()
+
+
+# Words of the command line
+
+
+def test_keys_of_the_command_line_replace_those_of_the_recipe(folders, tmp_path):
+    folder = tmp_path / "run"
+    words = ("--max_steps", "1", "--method=opd", "--data.limit", "1", "--student.path", "teacher")
+    topd(folders, folder, *words, "--beta=0.5")
+    assert (config(folder)["method"], config(folder)["max_steps"]) == ("opd", 1)
+    assert {line["prompt"] for line in read(folder / "rollouts.jsonl")} == {0}
+    log = read(folder / "metrics.jsonl")[0]
+    assert log["jsd"] == pytest.approx(0, abs=1e-6)  # the student is the teacher
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["models"]["student"]["name"] == "teacher"
+
+
+def test_quiet_prints_log_lines_and_no_bars(folders, tmp_path):
+    output = topd(folders, tmp_path / "run", "--quiet", "--max_steps", "1")
+    (line,) = (line for line in output.splitlines() if line.startswith("{'loss'"))
+    assert "reverse_kl" in line
+    assert "it/s" not in output
+
+
+def test_bad_words_end_with_exit_code_2_and_one_message(folders, tmp_path):
+    for words in (["--sed", "3"], ["seed"], ["--data.path", "no.jsonl"], ["--teacher", "no/where"]):
+        result = invoke(folders, "--output_dir", str(tmp_path / "run"), *words)
+        assert result.exit_code == 2
+        assert isinstance(result.exception, SystemExit)
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("error: ") == 1
+        assert result.stdout == ""
+
+
+def test_a_recipe_that_is_not_there_ends_with_exit_code_2(tmp_path):
+    result = CliRunner().invoke(cli.app, ["train", str(tmp_path / "no.yaml")])
+    assert result.exit_code == 2
+    assert "no.yaml" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("words", [["--logging_steps", "10"], ["--logging_strategy", "'no'"]])
+def test_a_run_that_logged_no_update_still_ends_well(folders, tmp_path, words):
+    assert "run folder: " in topd(folders, tmp_path / "run", "--max_steps", "1", *words)
+    assert (tmp_path / "run" / "student" / "config.json").exists()
+
+
+def test_bars_are_taken_away_when_a_run_fails(folders, tmp_path, monkeypatch):
+    """Or the terminal stays without a cursor."""
+    screen, bars, draw = StringIO(), [], Phases.show
+
+    def show(phases: Phases, console: Console) -> None:
+        bars.append(phases)
+        draw(phases, Console(file=screen, force_terminal=True))
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Phases, "show", show)
+    words = ("--max_logprob_gap", "1e-12", "--output_dir", str(tmp_path / "run"))
+    assert invoke(folders, *words).exit_code == 2
+    shown = screen.getvalue()
+    bars[0].stop()  # whatever is found here, the next test has a whole terminal
+    hidden, back = shown.rfind("\x1b[?25l"), shown.rfind("\x1b[?25h")
+    assert back > hidden >= 0
+
+
+# Parts of a recipe
+
+
+def test_lora_trains_an_adapter_and_saves_the_whole_student_too(folders, tmp_path):
+    folder = tmp_path / "run"
+    topd(folders, folder, "--lora", "{r: 2, target_modules: [q_proj, v_proj]}", "--max_steps", "2")
+    assert (folder / "adapter" / "adapter_config.json").exists()
+    student = AutoModelForCausalLM.from_pretrained(folder / "student")
+    start = AutoModelForCausalLM.from_pretrained(folders / "student")
+    changed = {
+        name
+        for (name, ours), theirs in zip(student.named_parameters(), start.parameters(), strict=True)
+        if not torch.equal(ours, theirs)
+    }
+    assert changed
+    assert all("q_proj" in name or "v_proj" in name for name in changed)
+
+
+def test_evaluation_data_is_evaluated(folders, tmp_path):
+    words = ("--eval_data", "{path: prompts.jsonl, limit: 3}", "--eval_strategy", "steps")
+    topd(folders, tmp_path / "run", *words, "--eval_steps", "1")
+    logs = read(tmp_path / "run" / "metrics.jsonl")
+    losses = [log["eval_loss"] for log in logs if "eval_loss" in log]
+    assert len(losses) == 2
+    assert all(loss > 0 for loss in losses)
+    assert losses[0] != losses[1]
+
+
+def test_a_warm_started_student_goes_on_to_stage_2(folders, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    output = topd(folders, first, "--answers", "data", command="warmstart")
+    assert "forward KL" in output
+    assert "forks found" not in output or "│ 0 │" in re.sub(" +", " ", output)
+    assert config(first)["kd_ratio"] == 0.5
+    topd(folders, second, "--student.path", str(first / "student"), "--max_steps", "1")
+    models = [json.loads((f / "manifest.json").read_text())["models"] for f in (first, second)]
+    assert models[1]["student"]["name"] == str(first / "student")
+    assert models[1]["student"]["sha256"] != models[0]["student"]["sha256"]
+    assert models[1]["teacher"]["sha256"] == models[0]["teacher"]["sha256"]
+
+
+def test_a_warm_start_keeps_the_teachers_answers(folders, tmp_path):
+    topd(folders, tmp_path / "run", command="warmstart")
+    header, *answers = read(tmp_path / "run" / "answers.jsonl")
+    assert "prompts" in header
+    assert len(answers) == 8
+    learned = [r["response_ids"] for r in read(tmp_path / "run" / "rollouts.jsonl")]
+    assert learned
+    assert all(response in answers and response for response in learned)
+
+
+# The table
+
+
+def log(step: int, **changes: float) -> dict[str, float]:
+    return {"step": step, "loss": 1.0, "reverse_kl": 1.0, "completions/mean_length": 9.0, **changes}
+
+
+@pytest.fixture
+def shown(monkeypatch, capsys):
+    """What is printed, in a terminal that is wide enough for all."""
+    monkeypatch.setattr(cli, "console", Console(width=200))
+    return lambda: capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("count", "lines"), [(0, 0), (1, 1), (2, 2), (12, 12), (13, 12), (500, 12)]
+)
+def test_the_table_has_at_most_12_updates_the_first_and_the_last_among_them(shown, count, lines):
+    cli.show_table([log(i + 1) for i in range(count)])
+    steps = [int(line.split()[1]) for line in shown().splitlines() if line.startswith("│")]
+    assert len(steps) == len(set(steps)) == lines
+    if count:
+        assert (steps[0], steps[-1]) == (1, count)
+
+
+def test_the_table_of_a_long_run_fits_80_columns(shown):
+    big = {"loss": 12.3456, "topd/real_divergent_points": 12345, "topd/false_alarm_share": 1.0}
+    cli.show_table([log(10_000 + i, **big, **{"topd/mean_ot": 0.5}) for i in range(20)])
+    assert max(map(len, shown().splitlines())) <= 80
+
+
+def test_a_mean_of_nothing_is_a_dash(shown):
+    cli.show_table([log(1, **{"topd/mean_ot": 0.25}), log(2)])
+    first, second = (line for line in shown().splitlines() if line.startswith("│"))
+    assert "0.250" in first
+    assert " - " in second
+
+
+def test_the_change_is_a_mean_with_a_t_interval_by_hand(shown):
+    """Ten updates: fifths of two. sem(1, 3) = 1, t(0.975, 1 degree) = 12.7062."""
+    values = [1.0, 3.0, 9, 9, 9, 9, 9, 9, 0.25, 0.25]
+    cli.show_change([log(i, reverse_kl=value) for i, value in enumerate(values)])
+    assert shown().splitlines() == [
+        "reverse_kl, first 2 updates: 2.0000 +- 12.7062 nats a token",
+        "reverse_kl, last 2 updates: 0.2500 +- 0.0000 nats a token",
+    ]
+
+
+def test_no_change_is_claimed_from_fewer_than_ten_updates(shown):
+    cli.show_change([log(i) for i in range(9)])
+    assert shown() == ""
+
+
+# Help
+
+
+def test_help_lists_both_commands_and_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, topd, topd.cli\n"
+        "from typer.testing import CliRunner\n"
+        "for words in (['--help'], ['train', '--help']):\n"
+        "    result = CliRunner().invoke(topd.cli.app, words)\n"
+        "    assert result.exit_code == 0\n"
+        "    print(result.output)\n"
+        "print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    for word in ("train", "warmstart", "RECIPE", "--quiet"):
+        assert word in done.stdout
+
+
+def test_the_module_runs_as_the_command():
+    command = [sys.executable, "-m", "topd", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "warmstart" in done.stdout

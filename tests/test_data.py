@@ -1,0 +1,151 @@
+"""Rows from files, folders and generators; the contest files that the evaluation uses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from conftest import rows, tiny_tokenizer
+from topd.data import DataSpec
+from topd.rollouts import PromptEncoder
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+ROWS = rows(6)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    """The same rows in every form."""
+    root = tmp_path_factory.mktemp("data")
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    data = datasets.Dataset.from_list(ROWS)
+    (root / "prompts.jsonl").write_text(lines)
+    (root / "array.json").write_text(json.dumps(ROWS))
+    data.to_parquet(root / "prompts.parquet")
+    data.save_to_disk(root / "saved")
+    (root / "folder").mkdir()
+    (root / "folder" / "train.jsonl").write_text(lines)
+    (root / "folder" / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    return root
+
+
+def load(path: Path, **options: Any) -> list[dict[str, Any]]:
+    return DataSpec(path=str(path), **options).load()
+
+
+@pytest.mark.parametrize(
+    "name", ["prompts.jsonl", "array.json", "prompts.parquet", "saved", "folder"]
+)
+def test_every_form_gives_the_same_rows_in_order(stored, name):
+    assert load(stored / name, chat=False) == ROWS
+
+
+def test_a_folder_has_splits(stored):
+    assert load(stored / "folder", split="test", chat=False) == ROWS[:1]
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = tmp_path / "x.jsonl"
+    for word in ("first", "other"):
+        path.write_text(json.dumps({"prompt": word}) + "\n")
+        assert load(path, chat=False) == [{"prompt": word}]
+
+
+def test_with_chat_a_string_becomes_a_user_message_and_messages_stay(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "what"}\n')
+    assert load(path)[0]["prompt"] == [{"role": "user", "content": "what"}]
+    asked = [{"role": "system", "content": "add"}, {"role": "user", "content": "what"}]
+    path.write_text(json.dumps({"prompt": asked}) + "\n")
+    assert load(path)[0]["prompt"] == asked
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1, 1), (4, 4), (100, 6), (None, 6)])
+def test_limit_takes_the_first_rows(stored, limit, count):
+    assert load(stored / "prompts.jsonl", limit=limit, chat=False) == ROWS[:count]
+
+
+def test_columns_are_mapped_through_dots_and_the_others_stay(tmp_path):
+    path = tmp_path / "x.jsonl"
+    row = {"q": "what", "meta": {"steps": {"full": "so"}}, "turns": ["a", "b"], "answer": "3"}
+    path.write_text(json.dumps(row) + "\n")
+    columns = {"prompt": "q", "solution": "meta.steps.full", "messages": "turns.1"}
+    loaded = load(path, columns=columns, chat=False)
+    assert loaded == [{**row, "prompt": "what", "solution": "so", "messages": "b"}]
+
+
+def test_columns_may_be_exchanged(stored):
+    columns = {"prompt": "solution", "solution": "prompt"}
+    loaded = load(stored / "prompts.jsonl", columns=columns, chat=False)
+    assert loaded[0] == {"prompt": ROWS[0]["solution"], "solution": ROWS[0]["prompt"]}
+
+
+def test_a_final_assistant_turn_becomes_the_solution(tmp_path):
+    path, tokenizer = tmp_path / "x.jsonl", tiny_tokenizer()
+    asked, said = {"role": "user", "content": "what is 1 + 2 ?"}, "the answer is 3 ."
+    path.write_text(
+        json.dumps({"messages": [asked, {"role": "assistant", "content": said}]}) + "\n"
+    )
+    encoder = PromptEncoder(tokenizer, tokenizer, teacher_prompt="{{ prompt }} {{ solution }}")
+    (prompt,) = encoder.encode(load(path), with_response=True)
+    assert tokenizer.decode(prompt.student) == "<|user|> what is 1 + 2 ? <|assistant|>"
+    assert tokenizer.decode(prompt.response) == f"{said} </s>"
+    assert said in tokenizer.decode(prompt.teacher)
+
+
+# The task generator
+
+
+@pytest.fixture(scope="module")
+def task():
+    pytest.importorskip("reasoning_gym", reason="needs topd[tasks]")
+    columns = {"prompt": "question", "solution": "metadata.answer_cot"}
+    return {"task": "gsm_symbolic", "size": 5, "columns": columns}
+
+
+def test_a_task_gives_the_same_rows_for_the_same_seed(task):
+    first, again = DataSpec(**task, seed=1).load(), DataSpec(**task, seed=1).load()
+    assert first == again
+    assert first != DataSpec(**task, seed=2).load()
+    assert len({row["question"] for row in first}) == 5
+
+
+def test_a_task_maps_columns_and_makes_messages(task):
+    row = DataSpec(**task).load()[0]
+    assert row["prompt"] == [{"role": "user", "content": row["question"]}]
+    assert row["solution"] == row["metadata"]["answer_cot"] != ""
+
+
+def test_limit_takes_the_first_rows_of_a_task(task):
+    assert DataSpec(**task, limit=2).load() == DataSpec(**task).load()[:2]
+
+
+# The files of the evaluation
+
+CONTESTS = {
+    "gsm8k_train": (7473, "question", {"solution": "answer"}),
+    "gsm8k_test": (1319, "question", {"solution": "answer"}),
+    "math500": (500, "problem", {"solution": "answer"}),
+    "aime24": (30, "problem", {}),
+    "aime25": (30, "problem", {}),
+    "hmmt25_feb": (30, "problem", {}),
+}
+
+
+@pytest.mark.parametrize("name", CONTESTS)
+def test_a_contest_file_loads_with_its_columns_mapped(name):
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    count, question, columns = CONTESTS[name]
+    loaded = load(path, columns={"prompt": question, **columns})
+    written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(loaded) == len(written) == count
+    for row, line in zip(loaded[:30], written, strict=False):
+        assert row["prompt"] == [{"role": "user", "content": line[question]}]
+        assert row["answer"] == line["answer"]
+        assert all(row[ours] == line[theirs] for ours, theirs in columns.items())

@@ -1,0 +1,375 @@
+"""The experience phase: candidates, windows, forks and guidance of real tiny models."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conftest import EOS, VOCAB, tiny_model
+from topd import TOPDConfig, transport
+from topd.divergence import METHODS, Method
+from topd.engines.hf import HFEngine
+from topd.experience import Experience, Observer
+from topd.losses import token_divergence
+from topd.types import Evidence, Guidance, Prompt, Rollout, TOPDError
+
+K = 5
+STUDENT = tiny_model("llama", seed=0)
+TEACHER = tiny_model("qwen3", seed=1, hidden_size=40)
+PROMPTS = [  # of several lengths; the teacher's own prompt is longer
+    Prompt(10 + i, (25, 26, 6 + i % 4, 16, 7)[: 3 + i % 3], (30, 31, 25, 26, 6 + i)[: 4 + i % 2])
+    for i in range(8)
+]
+
+
+def observer(folder: Path, teacher: PreTrainedModel = TEACHER, **options) -> Observer:
+    args = {
+        "seed": 5,  # rollouts of 3 to 20 tokens
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 20,
+        "window_length": K,
+        "candidate_fraction": 0.3,
+        "use_cpu": True,
+        **options,
+    }
+    return Observer(
+        HFEngine(STUDENT, eos_ids=[EOS]),
+        HFEngine(teacher, eos_ids=[EOS]),
+        TOPDConfig(output_dir=str(folder), **args),
+    )
+
+
+def observed(folder: Path, teacher: PreTrainedModel = TEACHER, **options) -> Experience:
+    return observer(folder, teacher, **options).observe(PROMPTS, step=3)
+
+
+@torch.no_grad()
+def logprobs(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """All log-probs [T V] from the model's own logits."""
+    ids = torch.tensor([[*prompt, *response]])
+    return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, ids: Sequence[int], length: int) -> tuple[int, ...]:
+    """What transformers' own greedy decoding writes next."""
+    given = torch.tensor([ids])
+    out = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=length,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    return tuple(out[0, len(ids) :].tolist())
+
+
+def token_loss(rollout: Rollout, kind: str, temperature: float = 1.0) -> Tensor:
+    """The loss that ranks candidates [T], by hand."""
+    own = (logprobs(STUDENT, rollout.prompt.student, rollout.response) / temperature).log_softmax(
+        -1
+    )
+    theirs = logprobs(TEACHER, rollout.prompt.teacher, rollout.response) / temperature
+    theirs = theirs.log_softmax(-1)
+    token = torch.tensor(rollout.response)[:, None]
+    if kind == "reverse_kl":
+        return token_divergence(own, theirs)
+    own, theirs = own.gather(-1, token)[:, 0], theirs.gather(-1, token)[:, 0]
+    return own - theirs if kind == "sampled" else -theirs
+
+
+def evidence(observer: Observer, rollouts: Sequence[Rollout]) -> Evidence:
+    """What a method is shown."""
+    seen = []
+
+    def guide(evidence: Evidence) -> tuple[Guidance, ...]:
+        seen.append(evidence)
+        return METHODS["topd"].guide(evidence)
+
+    observer.inspect(rollouts, range(len(rollouts)), Method(guide, looks_ahead=True))
+    return seen[0]
+
+
+def forks(experience: Experience) -> list[tuple[Rollout, object]]:
+    return [
+        (rollout, fork)
+        for rollout, found in zip(experience.rollouts, experience.forks, strict=True)
+        for fork in found
+    ]
+
+
+# The teacher's view
+
+
+def test_teacher_states_and_logprobs_are_those_behind_its_own_prompt(tmp_path):
+    experience = observed(tmp_path)
+    assert len({len(rollout.response) for rollout in experience.rollouts}) >= 4
+    for i, rollout in enumerate(experience.rollouts):
+        prompt = rollout.prompt.teacher
+        assert prompt != rollout.prompt.student
+        ids = torch.tensor([[*prompt, *rollout.response]])
+        with torch.no_grad():
+            states = TEACHER.model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 : -1]
+        expected = logprobs(TEACHER, prompt, rollout.response)
+        expected = expected.gather(-1, torch.tensor(rollout.response)[:, None])[:, 0]
+        torch.testing.assert_close(experience.teacher_hidden[i], states, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(experience.teacher_logprobs[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_sampled_logprobs_are_the_students_own(tmp_path):
+    for rollout in observed(tmp_path).rollouts:
+        own = logprobs(STUDENT, rollout.prompt.student, rollout.response)
+        own = own.gather(-1, torch.tensor(rollout.response)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rank_that_starts_later_sees_the_later_rollouts_of_the_update(tmp_path):
+    rank = observer(tmp_path)
+    whole = rank.observe(PROMPTS, step=3)
+    second = rank.observe(PROMPTS[4:], step=3, first=4)
+    later = rank.observe(PROMPTS, step=4)
+    answers = [[r.response for r in some.rollouts] for some in (whole, second, later)]
+    assert answers[1] == answers[0][4:]
+    assert answers[2] != answers[0]
+
+
+def test_answers_written_beforehand_are_taken_as_they_are(tmp_path):
+    written = [replace(prompt, response=(7, 8, EOS)) for prompt in PROMPTS]
+    experience = observer(tmp_path, method="opd").observe(written, step=0)
+    assert [r.response for r in experience.rollouts] == [(7, 8, EOS)] * 8
+    assert all(r.logprobs == () and r.finished for r in experience.rollouts)
+
+
+# Candidates
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["sampled", "reverse_kl", "teacher_nll"])
+def test_candidates_are_the_loudest_tokens_by_the_chosen_loss(tmp_path, kind, temperature):
+    experience = observed(
+        tmp_path, candidate_loss=kind, temperature=temperature, window_gap=1, chunk_tokens=7
+    )
+    for rollout, found in zip(experience.rollouts, experience.forks, strict=True):
+        loss = token_loss(rollout, kind, temperature)
+        count = max(1, round(0.3 * len(rollout.response)))
+        assert [f.position for f in found] == sorted(loss.topk(count).indices.tolist())
+        for fork in found:
+            assert fork.token_loss == pytest.approx(loss[fork.position].item(), abs=1e-4)
+
+
+def test_the_three_losses_choose_differently(tmp_path):
+    chosen = {
+        tuple(f.position for _, f in forks(observed(tmp_path, candidate_loss=kind, window_gap=1)))
+        for kind in ("sampled", "reverse_kl", "teacher_nll")
+    }
+    assert len(chosen) == 3
+
+
+def test_candidates_below_the_threshold_are_left_out(tmp_path):
+    everything = [f.token_loss for _, f in forks(observed(tmp_path, window_gap=1))]
+    limit = sorted(everything)[len(everything) // 2]
+    kept = [
+        f.token_loss for _, f in forks(observed(tmp_path, window_gap=1, candidate_threshold=limit))
+    ]
+    assert kept == [loss for loss in everything if loss >= limit]
+    assert 0 < len(kept) < len(everything)
+
+
+def test_windows_are_disjoint_unless_a_smaller_gap_is_asked_for(tmp_path):
+    def gaps(**options) -> list[int]:
+        found = observed(tmp_path, **options).forks
+        return [b.position - a.position for row in found for a, b in itertools.pairwise(row)]
+
+    assert min(gaps()) >= K
+    assert 2 <= min(gaps(window_gap=2)) < K
+    assert min(gaps(window_gap=1)) == 1
+
+
+def test_no_candidate_gives_the_guidance_of_opd(tmp_path):
+    experience = observed(tmp_path, candidate_threshold=1e9)
+    assert experience.forks == ((),) * 8
+    assert experience.guidance == observed(tmp_path, method="opd").guidance
+
+
+# Windows
+
+
+def test_a_students_window_is_its_own_rollout_from_the_candidate_on(tmp_path):
+    looking = observer(tmp_path)
+    rollouts = looking.observe(PROMPTS, step=3).rollouts
+    windows = evidence(looking, rollouts).windows
+    lengths = set()
+    for k, (row, start) in enumerate(zip(windows.row, windows.start, strict=True)):
+        own = windows.student_tokens[k][windows.student_mask[k]].tolist()
+        assert own == list(rollouts[row].response[start : start + K])
+        lengths.add(len(own))
+    assert len(lengths) > 1  # some windows meet the end
+
+
+def test_a_teachers_window_is_its_greedy_continuation_of_the_shared_prefix(tmp_path):
+    found = forks(observed(tmp_path))
+    assert len(found) > 10
+    for rollout, fork in found:
+        prefix = [*rollout.prompt.teacher, *rollout.response[: fork.position]]
+        assert fork.teacher_tokens == greedy(TEACHER, prefix, K)
+
+
+def test_a_teachers_window_ends_with_its_end_of_sequence_token(tmp_path):
+    windows = [
+        f.teacher_tokens for _, f in forks(observed(tmp_path, window_length=20, window_gap=1))
+    ]
+    assert {len(window) < 20 for window in windows} == {True, False}
+    assert all(EOS not in window[:-1] for window in windows)
+    assert all(window[-1] == EOS for window in windows if len(window) < 20)
+
+
+def test_sampled_windows_depend_on_the_seed_alone(tmp_path):
+    greedy_ = observed(tmp_path).forks
+    sampled = [
+        observed(tmp_path, window_temperature=1.0, score_batch_size=n).forks for n in (1, 3, 8)
+    ]
+    tokens = [[f.teacher_tokens for row in found for f in row] for found in (*sampled, greedy_)]
+    assert tokens[0] == tokens[1] == tokens[2] != tokens[3]
+
+
+def test_methods_without_windows_decode_none(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the teacher decoded")
+
+    monkeypatch.setattr(HFEngine, "continue_from", refuse)
+    assert observed(tmp_path, method="opd").forks == ((),) * 8
+    looking = observer(tmp_path, method="topd")
+    assert looking.observe(PROMPTS, step=3, look_ahead=False).forks == ((),) * 8
+    with pytest.raises(AssertionError, match="decoded"):
+        looking.observe(PROMPTS, step=3)
+
+
+# Transport and verdict
+
+
+@pytest.mark.parametrize("embedding", ["teacher", "student"])
+@pytest.mark.parametrize("position_weight", [0.0, 0.5])
+def test_distances_are_those_of_the_chosen_embedding_and_ground_cost(
+    tmp_path, embedding, position_weight
+):
+    reader = TEACHER if embedding == "teacher" else STUDENT
+    table = reader.get_input_embeddings().weight.detach().double()
+    table = table / table.norm(dim=-1, keepdim=True).clamp(min=1e-12)  # that of <pad> is 0
+    experience = observed(tmp_path, embedding=embedding, position_weight=position_weight)
+    for rollout, fork in forks(experience):
+        own = torch.tensor(rollout.response[fork.position : fork.position + K])
+        theirs = torch.tensor(fork.teacher_tokens)
+        steps = (torch.arange(len(own))[:, None] - torch.arange(len(theirs))).abs()
+        cost = 1 - table[own] @ table[theirs].T
+        cost = cost.clamp(min=0) + position_weight * steps / K
+        expected = transport.solve(cost[None]).distance.item()
+        assert fork.distance == pytest.approx(expected, abs=1e-5)
+
+
+def test_position_weight_changes_which_tokens_meet(tmp_path):
+    free, ordered = (
+        observed(tmp_path, position_weight=eta, ot_threshold=0.0).guidance for eta in (0.0, 100.0)
+    )
+    assert free != ordered
+    forks_ = observed(tmp_path, position_weight=100.0, ot_threshold=0.0).forks
+    for guidance, found in zip(ordered, forks_, strict=True):
+        targets = iter(guidance.targets)
+        for fork in found:
+            own = [next(targets) for _ in range(fork.student_length)]
+            if len(fork.teacher_tokens) == fork.student_length:  # then token i meets token i
+                assert [t.tokens for t in own] == [(x,) for x in fork.teacher_tokens]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_nearest_share_of_the_batch_are_false_alarms(tmp_path, share):
+    found = [fork for _, fork in forks(observed(tmp_path, false_alarm_share=share))]
+    alarms = [fork.distance for fork in found if not fork.real]
+    assert len(alarms) == round(share * len(found))
+    assert sorted(f.distance for f in found)[: len(alarms)] == sorted(alarms)
+
+
+def test_an_ot_threshold_decides_by_itself(tmp_path):
+    found = [fork for _, fork in forks(observed(tmp_path, ot_threshold=0.9))]
+    assert {fork.real for fork in found} == {True, False}
+    assert all(fork.real == (fork.distance >= 0.9) for fork in found)
+
+
+def test_sinkhorn_distances_exceed_the_exact_ones_by_at_most_the_entropy(tmp_path):
+    exact = [f.distance for _, f in forks(observed(tmp_path))]
+    soft = [f.distance for _, f in forks(observed(tmp_path, solver="sinkhorn", epsilon=0.06))]
+    excess = [b - a for a, b in zip(exact, soft, strict=True)]
+    assert min(excess) > -1e-5
+    assert 1e-3 < max(excess) < 0.06 * math.log(K)
+
+
+# Batches and edges
+
+
+@pytest.mark.parametrize("kind", ["sampled", "reverse_kl"])
+def test_scoring_in_any_batch_size_gives_the_same_guidance(tmp_path, kind):
+    whole = observed(tmp_path, score_batch_size=8, candidate_loss=kind)
+    assert any(guidance.targets for guidance in whole.guidance)
+    for size in (1, 3):
+        part = observed(tmp_path, score_batch_size=size, candidate_loss=kind)
+        assert part.rollouts == whole.rollouts
+        assert part.guidance == whole.guidance
+        for (_, a), (_, b) in zip(forks(part), forks(whole), strict=True):
+            assert replace(a, distance=0, token_loss=0) == replace(b, distance=0, token_loss=0)
+            assert (a.distance, a.token_loss) == pytest.approx((b.distance, b.token_loss), abs=1e-4)
+
+
+def test_rollouts_that_end_at_once_and_rollouts_that_never_end(tmp_path):
+    looking = observer(tmp_path, ot_threshold=0.0)
+    short = Rollout(PROMPTS[0], (EOS,), (-0.1,), finished=True)
+    long = Rollout(PROMPTS[1], (9, 8) * 10, (-0.1,) * 20, finished=False)
+    experience = looking.inspect([short, long, short], [1, 2, 3], METHODS["topd"])
+    first, second, third = experience.forks
+    assert [(f.position, f.student_length) for f in first] == [(0, 1)]
+    assert first == third
+    assert all(f.student_length == min(K, 20 - f.position) for f in second)
+    assert [t.position for t in experience.guidance[0].targets] == [0]
+    assert [len(g.weights) for g in experience.guidance] == [1, 20, 1]
+    uniform = 1 / len(first[0].teacher_tokens)  # one token meets the whole window
+    mass = dict(zip(*_parts(experience.guidance[0].targets[0]), strict=True))
+    for token, share in mass.items():
+        assert share == pytest.approx(uniform * first[0].teacher_tokens.count(token))
+
+
+def _parts(target) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    return target.tokens, target.probabilities
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_nan_in_the_teacher_is_reported_with_its_rollout(tmp_path, size):
+    teacher = tiny_model("qwen3", seed=1)
+    teacher.model.embed_tokens.weight.data[50] = float("nan")
+    prompts = [*PROMPTS]
+    prompts[5] = replace(prompts[5], teacher=(50, 26, 16))
+    rollouts = [Rollout(p, (7, 8, 9), (-1.0,) * 3, finished=False) for p in prompts]
+    looking = observer(tmp_path, teacher, score_batch_size=size)
+    with pytest.raises(TOPDError, match=r"rollout 5, response token 0 \(prompt 15\)"):
+        looking.inspect(rollouts, range(8), METHODS["opd"])
+
+
+@pytest.mark.parametrize("position_weight", [0.0, 0.5])
+def test_a_fork_does_not_depend_on_the_other_rollouts(tmp_path, position_weight):
+    looking = observer(
+        tmp_path, ot_threshold=0.0, window_length=40, position_weight=position_weight
+    )
+    looking.teacher = HFEngine(TEACHER, eos_ids=range(0, VOCAB, 4))  # its windows end soon
+    rollouts = looking.observe(PROMPTS, step=3).rollouts
+    whole = looking.inspect(rollouts, range(8), METHODS["topd"])
+    for i in range(8):
+        alone = looking.inspect(rollouts[i : i + 1], [i], METHODS["topd"])
+        for one, same in zip(alone.forks[0], whole.forks[i], strict=True):
+            assert one.teacher_tokens == same.teacher_tokens
+            assert one.distance == pytest.approx(same.distance, abs=1e-5)

