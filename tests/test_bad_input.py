@@ -333,7 +333,7 @@ def test_a_teacher_prompt_that_cannot_be_filled_in_names_its_key(refusal):
     [
         ("{{ prompt + 1 }}", "str"),
         ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ range(10 ** 9) | list }}", "Range too big"),
+        ("{{ range(10 ** 6) | list }}", "Range too big"),
         ("{% include 'x' %}", "loader"),
     ],
 )

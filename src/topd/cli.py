@@ -54,8 +54,9 @@ def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         raise typer.Exit(2) from error
     logs = read_logs(folder)
-    show_table(logs)
-    show_change(logs)
+    if logs:
+        show_table(logs)
+        show_change(logs)
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -73,10 +74,10 @@ def show_change(logs: list[dict[str, float]]) -> None:
     """
     from scipy.stats import sem, t
 
-    name = next((key for key in ("reverse_kl", "forward_kl", "jsd") if key in logs[0]), None)
     count = len(logs) // 5
-    if name is None or count < 2:
+    if count < 2:
         return
+    name = next(key for key in ("reverse_kl", "forward_kl", "jsd") if key in logs[0])
     for label, part in (("first", logs[:count]), ("last", logs[-count:])):
         values = [entry[name] for entry in part]
         mean, half = sum(values) / count, t.ppf(0.975, count - 1) * sem(values)
@@ -100,6 +101,6 @@ def show_table(logs: list[dict[str, float]], *, lines: int = 12) -> None:
     shown = [column for column in columns if any(column[1] in entry for entry in logs)]
     for title, _, _ in shown:
         table.add_column(title, justify="right")
-    for i in sorted(spaced if logs else ()):
+    for i in sorted(spaced):
         table.add_row(*(f.format(logs[i][key]) if key in logs[i] else "-" for _, key, f in shown))
     console.print(table)

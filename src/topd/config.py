@@ -125,6 +125,9 @@ class TOPDConfig(TrainingArguments):
                 "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
                 "1, or run a warm start."
             )
+        kwargs = self.chat_template_kwargs
+        if isinstance(kwargs, str) and not kwargs.startswith("{"):
+            raise TOPDError(f"chat_template_kwargs: {kwargs!r} is no mapping, e.g. {{a: 1}}.")
         if self.epsilon != TOPDConfig.epsilon and self.solver == "exact":
             raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
 
@@ -159,15 +162,20 @@ class TOPDConfig(TrainingArguments):
 _RULES: tuple[tuple[str, Any, str], ...] = (
     ("beta kd_ratio false_alarm_share", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
     ("top_p candidate_fraction", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
-    ("temperature epsilon max_logprob_gap", lambda x: x > 0, "must be above 0"),
     (
-        "trajectory_weight position_weight window_temperature top_k",
+        "temperature epsilon max_logprob_gap",
+        lambda x: 0 < x < float("inf"),
+        "must be finite and above 0",
+    ),
+    (
+        "trajectory_weight position_weight window_temperature top_k learning_rate",
         lambda x: 0 <= x < float("inf"),
         "must be finite and at least 0",
     ),
     (
         "max_prompt_length max_completion_length num_generations window_length window_gap "
-        "chunk_tokens score_batch_size",
+        "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
+        "gradient_accumulation_steps",
         lambda x: x >= 1,
         "must be at least 1",
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -33,7 +33,7 @@ class DataSpec(BaseModel):
     task: str | None = None
     size: int = Field(default=512, ge=1)
     seed: int = 0
-    columns: dict[str, str] = {}
+    columns: dict[Literal["prompt", "messages", "answer", "solution"], str] = {}
     chat: bool = True
     limit: int | None = Field(default=None, ge=1)
 
@@ -45,14 +45,18 @@ class DataSpec(BaseModel):
 
     def load(self) -> list[dict[str, Any]]:
         """The rows, columns mapped. Raises TOPDError: no such data, an empty or missing column."""
-        found = self._task_rows() if self.task else self._stored_rows()
-        rows = [self._row(i, row) for i, row in enumerate(found)]
+        rows = [
+            self._row(i, row)
+            for i, row in enumerate(self._task_rows() if self.task else self._stored_rows())
+        ]
         if not rows:
             raise TOPDError(f"data {self.path or self.task}: has no rows.")
         return rows
 
     def _row(self, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
-        mapped = {**row, **{ours: self._cell(index, row, c) for ours, c in self.columns.items()}}
+        mapped = dict(row)
+        for ours, column in self.columns.items():
+            mapped[ours] = self._cell(index, row, column)
         prompt = mapped.get("prompt")
         if self.chat and isinstance(prompt, str):
             mapped["prompt"] = [{"role": "user", "content": prompt}]
@@ -77,16 +81,19 @@ class DataSpec(BaseModel):
         except ValueError as error:
             raise TOPDError(f"data.task {self.task!r}: {error}") from error
 
-    def _stored_rows(self) -> datasets.Dataset:
+    def _stored_rows(self) -> list[dict[str, Any]]:
         assert self.path is not None
         try:
             found = _read(self.path, self.name, self.split)
+            return list(found if self.limit is None else found.take(min(self.limit, len(found))))
+        except UnicodeDecodeError as error:
+            raise TOPDError(f"data {self.path}: is not UTF-8 ({error}). Convert it.") from error
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            cause = error.__cause__ or error
             raise TOPDError(
                 f"data {self.path}: cannot be read. Give a .jsonl or .parquet file, a folder, or "
-                f"a hub name. {type(error).__name__}: {error}"
+                f"a hub name. {type(cause).__name__}: {cause}"
             ) from error
-        return found if self.limit is None else found.select(range(min(self.limit, len(found))))
 
 
 def _inside(value: Any, key: str) -> Any:
@@ -102,4 +109,6 @@ def _read(place: str, name: str | None, split: str) -> datasets.Dataset:
         return datasets.load_dataset(str(path) if path.exists() else place, name, split=split)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
     return datasets.load_dataset(kind, data_files=str(path), split="train")

@@ -27,6 +27,7 @@ import torch
 from topd.types import Fork, Guidance, Rollout, TOPDError
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
+RECORDS = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl")
 
 
 class Ledger:
@@ -72,7 +73,7 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
         raise TOPDError(
             f"output_dir: {folder} cannot be written ({error.strerror}). Choose another folder."
         ) from error
-    if (folder / "metrics.jsonl").exists() and not resume:
+    if any((folder / name).exists() for name in RECORDS) and not resume:
         raise TOPDError(
             f"output_dir: {folder} already holds a run. Choose another folder, or go on from a "
             "checkpoint with resume_from_checkpoint."

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,9 +67,10 @@ class ModelSpec(BaseModel):
         return source
 
     def _load(self, auto: Any, what: str, **options: Any) -> Any:
+        place = self.place
         try:
-            return auto.from_pretrained(self.place, **self._source(), **options)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+            return auto.from_pretrained(place, **self._source(), **options)
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise TOPDError(
                 f"model {self.path}: its {what} cannot be loaded. Check the path, or the network "
                 f"for a hub name. {type(error).__name__}: {error}"
@@ -81,6 +83,8 @@ class ModelSpec(BaseModel):
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token. Raises TOPDError if it cannot be found."""
         tokenizer = self._load(AutoTokenizer, "tokenizer")
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up for want of files
+            raise TOPDError(f"model {self.path}: its tokenizer cannot be loaded: no files there.")
         if self.eos_token is not None:
             if self.eos_token not in tokenizer.get_vocab():
                 raise TOPDError(

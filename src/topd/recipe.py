@@ -55,15 +55,14 @@ def read_recipe(
     """
     path = Path(path)
     content = _parse(path)
-    stage = content.pop("warmstart", None) or {}
-    if not isinstance(stage, dict):
-        raise TOPDError(f"{path}: warmstart must be a mapping of keys to values.")
+    stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
+    _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
     if warmstart:
         content = {**{k: v for k, v in content.items() if k in PARTS}, **stage}
     for key, value in (overrides or {}).items():
-        _set(content, key.split("."), value)
+        _set(path, content, key.split("."), value)
     config = WarmstartConfig if warmstart else TOPDConfig
-    known = {f.name for f in fields(config) if f.init}
+    known = _fields(config)
     _refuse_unknown(path, content, {*known, *PARTS})
     for part in ("student", "teacher", "data"):
         if part not in content:
@@ -107,11 +106,11 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 class _StrictLoader(yaml.SafeLoader):
     """Safe YAML that refuses a key given twice."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep=deep)
-        if len(mapping) < len(node.value) and not any(k.value == "<<" for k, _ in node.value):
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
             raise yaml.constructor.ConstructorError(None, None, "a key twice", node.start_mark)
-        return mapping
+        super().flatten_mapping(node)  # only now: a merged key may be overridden
 
 
 def _yaml(place: str, text: str) -> Any:
@@ -131,27 +130,42 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def _set(content: dict[str, Any], keys: list[str], value: Any) -> None:
+def _set(path: Path, content: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         inner = content.get(key)
         if isinstance(inner, str):  # student: PATH is short for student: {path: PATH}
             inner = {"path": inner}
-        content[key] = dict(inner or {})
+        content[key] = dict(_mapping(path, key, inner or {}))
         content = content[key]
     content[keys[-1]] = value
 
 
-def _refuse_unknown(path: Path, content: Mapping[str, Any], known: set[str]) -> None:
+def _mapping(path: Path, place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TOPDError(f"{path}: {place} must be a mapping of keys to values (given: {value!r}).")
+    return value
+
+
+def _fields(kind: type) -> set[str]:
+    return {f.name for f in fields(kind) if f.init}
+
+
+def _refuse_unknown(
+    path: Path, content: Mapping[str, Any], known: set[str], section: str = ""
+) -> None:
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f" Did you mean {near[0]}?" if near else " See topd.TOPDConfig for the keys."
-            raise TOPDError(f"{path}: unknown key {key!r}.{hint}")
+            place = f" in {section[:-1]}" if section else ""
+            raise TOPDError(f"{path}: unknown key {key!r}{place}.{hint}")
 
 
 def _spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
+    content = {"path": value} if isinstance(value, str) else _mapping(path, part, value)
+    _refuse_unknown(path, content, set(kind.model_fields), f"{part}.")
     try:
-        return kind.model_validate({"path": value} if isinstance(value, str) else value)
+        return kind.model_validate(content)
     except ValidationError as error:
         raise TOPDError(f"{path}: {part}{_first(error)}") from error
 
@@ -164,10 +178,11 @@ def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> 
         try:
             values[key] = adapter.validate_python(value)
         except ValidationError as error:
-            raise TOPDError(f"{path}: {key}{_first(error)}") from error
+            first = error.errors()[0]
+            raise TOPDError(f"{path}: {key}: {first['msg']} (given: {value!r}).") from error
     try:
         return kind(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise TOPDError(f"{path}: {error}") from error
 
 
@@ -182,9 +197,10 @@ def _first(error: ValidationError) -> str:
 def _lora(path: Path, value: Any) -> LoraConfig | None:
     if value is None:
         return None
-    if not isinstance(value, dict):
-        raise TOPDError(f"{path}: lora must be a mapping, e.g. {{r: 16, lora_alpha: 32}}.")
-    _refuse_unknown(path, value, {f.name for f in fields(LoraConfig) if f.init})
+    _refuse_unknown(path, _mapping(path, "lora", value), _fields(LoraConfig), "lora.")
+    rank = value.get("r", LoraConfig.r)
+    if not isinstance(rank, int) or rank < 1:
+        raise TOPDError(f"{path}: lora.r must be a whole number above 0 (given: {rank!r}).")
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **value})
     except (ValueError, TypeError) as error:

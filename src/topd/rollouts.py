@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from topd.types import Generation, Ids, Prompt, Rollout, TOPDError
 
 Messages = Sequence[Mapping[str, str]]
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class PromptEncoder:
                     f"{self.max_length}. Raise max_prompt_length, or set drop_long_prompts: true."
                 )
         kept = [p for p, n in zip(prompts, longest, strict=True) if n <= self.max_length]
+        if len(kept) < len(prompts):
+            warnings.warn(
+                f"data: {len(prompts) - len(kept)} of {len(prompts)} prompts are longer than "
+                f"{self.max_length} tokens and left out",
+                stacklevel=2,
+            )
         if not kept:
             raise TOPDError("data: no prompt is left. Check the data and max_prompt_length.")
         return kept
@@ -80,38 +88,52 @@ class PromptEncoder:
         self, index: int, row: Mapping[str, Any], template: Template | None, with_response: bool
     ) -> Prompt:
         prompt, solution = _split(index, row)
-        try:
-            student = self._ids(self.student, prompt)
-            teacher_prompt = prompt
-            if template is not None:
-                columns = {**row, "solution": solution, "prompt": _last_user(prompt)}
-                teacher_prompt = _with_last_user(
-                    prompt, template.render({k: v for k, v in columns.items() if v is not None})
-                )
-            teacher = self._ids(self.teacher, teacher_prompt)
-        except TemplateError as error:
-            raise TOPDError(
-                f"data row {index}: a template cannot be filled in: {error}. "
-                f"The row has the columns {', '.join(sorted(row))}."
-            ) from error
+        student = self._ids(self.student, prompt)
+        if template is not None:
+            text = self._fill(index, template, {**row, "solution": solution}, prompt)
+            teacher = self._ids(self.teacher, _with_last_user(prompt, text))
+        else:
+            teacher = self._ids(self.teacher, prompt)
         response = self._response(index, solution) if with_response else None
         return Prompt(index, student, teacher, response)
+
+    def _fill(
+        self, index: int, template: Template, row: Mapping[str, Any], prompt: str | Messages
+    ) -> str:
+        columns = {name: value for name, value in row.items() if value is not None}
+        try:
+            text = template.render({**columns, "prompt": _last_user(prompt)})
+        except _TEMPLATE_FAULTS as error:
+            raise TOPDError(
+                f"data row {index}: teacher_prompt cannot be filled in: {error}. "
+                f"The row has the columns {', '.join(sorted(columns))}."
+            ) from error
+        if not text.strip():
+            raise TOPDError(f"data row {index}: teacher_prompt comes out empty. Correct it.")
+        return text
 
     def _ids(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> Ids:
         if isinstance(prompt, str):
             return tuple(tokenizer(prompt)["input_ids"])
+        name = tokenizer.name_or_path or "the tokenizer"
         if not tokenizer.chat_template:
             raise TOPDError(
-                f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template, but the "
-                "prompts are messages. Give prompts as strings, or use an instruction model."
+                f"{name} has no chat template, but the prompts are messages. Give prompts as "
+                "strings (data.chat: false), or use an instruction model."
             )
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            **self.template_kwargs,
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                [dict(message) for message in prompt],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                **self.template_kwargs,
+            )
+        except _TEMPLATE_FAULTS as error:
+            raise TOPDError(
+                f"{name}: its chat template fails: {error}. Check the messages' roles and "
+                "chat_template_kwargs."
+            ) from error
         return tuple(encoded["input_ids"])
 
     def _response(self, index: int, solution: str | None) -> Ids:
@@ -177,8 +199,8 @@ def _split(index: int, row: Mapping[str, Any]) -> tuple[str | Messages, str | No
         )
     solution = row.get("solution")
     if not isinstance(prompt, str):
-        prompt = list(prompt)
-        if prompt and prompt[-1].get("role") == "assistant":
+        prompt = _checked_messages(index, prompt)
+        if prompt and prompt[-1]["role"] == "assistant":
             solution = solution or prompt[-1]["content"]
             prompt = prompt[:-1]
     if not prompt or not _last_user(prompt).strip():
@@ -186,15 +208,27 @@ def _split(index: int, row: Mapping[str, Any]) -> tuple[str | Messages, str | No
     return prompt, solution
 
 
+def _checked_messages(index: int, prompt: Any) -> list[dict[str, str]]:
+    messages = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    for message in messages:
+        fields = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
+            raise TOPDError(
+                f"data row {index}: a prompt is a string or a list of messages, each with a role "
+                f"and a content of text; here stands {message!r}."
+            )
+    return messages
+
+
 def _last_user(prompt: str | Messages) -> str:
     if isinstance(prompt, str):
         return prompt
-    users = [message["content"] for message in prompt if message.get("role") == "user"]
+    users = [message["content"] for message in prompt if message["role"] == "user"]
     return users[-1] if users else ""
 
 
 def _with_last_user(prompt: str | Messages, text: str) -> str | Messages:
     if isinstance(prompt, str):
         return text
-    last = max(i for i, message in enumerate(prompt) if message.get("role") == "user")
+    last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
     return [*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1 :]]

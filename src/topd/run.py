@@ -16,6 +16,7 @@ from topd.ledger import check_run_folder
 from topd.progress import Phases
 from topd.recipe import Recipe, parse_overrides, read_recipe
 from topd.trainer import TOPDTrainer
+from topd.types import TOPDError
 from topd.warmstart import WarmstartTrainer
 
 
@@ -24,7 +25,10 @@ def run_recipe(
 ) -> Path:
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
     recipe = read_recipe(path, parse_overrides(words), warmstart=warmstart)
-    check_run_folder(Path(recipe.args.output_dir), resume=bool(recipe.args.resume_from_checkpoint))
+    checkpoint = recipe.args.resume_from_checkpoint
+    if checkpoint and not Path(checkpoint).is_dir():
+        raise TOPDError(f"resume_from_checkpoint: there is no folder {checkpoint}.")
+    check_run_folder(Path(recipe.args.output_dir), resume=bool(checkpoint))
     if not quiet:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -36,7 +40,10 @@ def run_recipe(
         trainer.remove_callback(PrinterCallback)
         trainer.phases.show(Console())
         trainer.add_callback(_StepBar(trainer.phases))
-    trainer.train(resume_from_checkpoint=recipe.args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        trainer.phases.stop()
     return Path(recipe.args.output_dir)
 
 
@@ -68,8 +75,3 @@ class _StepBar(TrainerCallback):
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self.phases.step_done(state.global_step)
-
-    def on_train_end(
-        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
-        self.phases.stop()

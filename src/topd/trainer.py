@@ -85,6 +85,8 @@ class TOPDTrainer(Trainer):
         tokenizer, teacher_tokenizer = tokenizers_of(
             model, teacher_model, processing_class, teacher_processing_class
         )
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise TOPDError("eval_strategy: needs data: give eval_dataset (eval_data in a recipe).")
         self.encoder = PromptEncoder(
             tokenizer,
             teacher_tokenizer,
@@ -133,7 +135,9 @@ class TOPDTrainer(Trainer):
             vocab_size=min(head_of(student).vocab_size, head_of(teacher).vocab_size),
             autocast=self.accelerator.autocast,
         )
-        return Observer(engine(student), engine(teacher), self.args, phases)
+        return Observer(
+            engine(student, name="student"), engine(teacher, name="teacher"), self.args, phases
+        )
 
     # The step
 

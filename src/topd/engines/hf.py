@@ -74,6 +74,7 @@ class HFEngine:
         model: the model, on its device. It is put into eval mode for each call and back.
         eos_ids: tokens that end a response.
         vocab_size: only the first so many tokens are sampled; the rest are padding rows.
+        name: what error messages call the model.
         autocast: makes the context of every forward, so that it computes as training does.
     """
 
@@ -83,9 +84,11 @@ class HFEngine:
         *,
         eos_ids: Sequence[int],
         vocab_size: int | None = None,
+        name: str = "model",
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model = model
+        self.name = name
         self._autocast = autocast
         self.vocab_size = vocab_size or head_of(model).vocab_size
         self._eos = torch.tensor(sorted(set(eos_ids)), device=model.device)
@@ -220,6 +223,11 @@ class HFEngine:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             hidden = self._forward(token[:, None], mask, position[:, None], cache)[:, -1]
             position = position + 1
+        if bool(logprobs.isnan().any()):
+            raise TOPDError(
+                f"{self.name}: NaN logits while writing. Check its weights, lower the learning "
+                "rate, or use bfloat16 or float32."
+            )
         return self._generations(tokens, logprobs)
 
     def _generations(self, tokens: Tensor, logprobs: Tensor) -> list[Generation]:
@@ -278,7 +286,7 @@ def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, 
         mass = kept.to(uniform.dtype).exp().cumsum(-1)
         # uniform lies in (0, 1]: a token of probability 0 is never the first to reach the level
         level = uniform[:, None] * mass[:, -1:]
-        token = torch.searchsorted(mass, level)[:, 0]
+        token = torch.searchsorted(mass, level)[:, 0].clamp(max=mass.shape[-1] - 1)  # NaN only
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
