@@ -16,11 +16,11 @@ from topd.divergence import (
     downweight,
     opd,
     real_divergent_points,
-    sample_medians,
     select_candidates,
     thin_candidates,
     topd,
 )
+from topd.learning import cap_at_medians
 from topd.transport import soft_targets, solve
 from topd.types import Evidence, Guidance, SoftTarget, TOPDError, Transport, Windows
 
@@ -349,69 +349,43 @@ def test_topd_without_a_real_point_is_opd():
     assert topd(found) == opd(found)
 
 
-def alarms(rows: list[list[float]], starts: list[tuple[int, int]]) -> list[list[float]]:
-    guidance = downweight(evidence(rows, starts, [False] * len(starts)))
-    return [list(one.weights) for one in guidance]
+def test_downweight_caps_false_alarms_and_only_those():
+    guidance = downweight(evidence(ROWS, [(0, 2), (0, 4), (1, 1)], [True, False, False]))
+    assert [one.capped for one in guidance] == [(4,), (1,)]
+    assert all(set(one.weights) == {1.0} and one.targets == () for one in guidance)
 
 
-def test_downweight_caps_false_alarms_at_their_rollouts_median():
+def capped(rows: list[list[float]], marked: list[tuple[int, int]]) -> list[float]:
+    mark = [(b, t) in marked for b, row in enumerate(rows) for t in range(len(row))]
+    loss = torch.tensor([x for row in rows for x in row]).double()
+    return cap_at_medians(loss, torch.tensor(mark), [len(row) for row in rows]).tolist()
+
+
+def test_a_cap_is_the_median_of_its_own_rollout():
     """Median of 1, 2, 9, 3, 4 is 3; of 5, 6 it is 5.5."""
-    assert alarms(ROWS, [(0, 2), (1, 1)]) == [
-        pytest.approx([1, 1, 3 / 9, 1, 1]),
-        pytest.approx([1, 5.5 / 6]),
-    ]
+    rows = [[1.0, 2, 9, 3, 4], [5.0, 6]]
+    assert capped(rows, [(0, 2), (1, 1)]) == pytest.approx([1, 2, 3, 3, 4, 5, 5.5])
 
 
-def test_downweight_leaves_tokens_at_or_below_the_median():
-    assert alarms(ROWS, [(0, 0), (0, 3), (1, 0)]) == [[1.0] * 5, [1.0] * 2]
+def test_a_cap_leaves_tokens_at_or_below_the_median():
+    rows = [[1.0, 2, 9, 3, 4]]
+    assert capped(rows, [(0, 0), (0, 3)]) == rows[0]
 
 
-def test_downweight_leaves_real_divergent_points():
-    guidance = downweight(evidence(ROWS, [(0, 2), (0, 4)], [True, False]))
-    assert guidance[0].weights == pytest.approx((1, 1, 1, 1, 3 / 4))
-    assert guidance[1].weights == (1.0, 1.0)
-    assert all(one.targets == () for one in guidance)
-
-
-@pytest.mark.parametrize("quiet", [-2.0, 0.0])
-def test_a_median_that_is_not_positive_silences_the_alarm(quiet):
-    """A sampled loss may be negative; a token loss is capped at 0 then, and never turned round."""
-    assert alarms([[quiet, quiet, 5.0]], [(0, 2)]) == [[1.0, 1.0, 0.0]]
-
-
-def test_an_alarm_of_negative_loss_keeps_its_weight():
-    assert alarms([[-1.0, -2.0, -3.0, 0.0]], [(0, 0), (0, 3)]) == [[1.0] * 4]
+def test_a_capped_token_still_learns_with_the_weight_median_over_loss():
+    loss = torch.tensor([1.0, 2.0, 8.0], requires_grad=True)
+    cap_at_medians(loss, torch.tensor([False, False, True]), [3]).sum().backward()
+    assert loss.grad.tolist() == [1.0, 1.0, 2 / 8]
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(-5, 20, width=32), min_size=1, max_size=7))
-def test_weighted_loss_of_an_alarm_never_exceeds_the_median_or_its_loss(row):
-    (weights,) = alarms([row, [1.0]], [(0, t) for t in range(len(row))])[:1]
-    cap = max(0.0, sorted(row)[len(row) // 2] if len(row) % 2 else sum(middle(row)) / 2)
-    for weight, loss in zip(weights, row, strict=True):
-        assert 0 <= weight <= 1
-        assert weight * loss == pytest.approx(min(loss, cap), rel=1e-5, abs=1e-6)
-
-
-def middle(row: list[float]) -> list[float]:
+@given(st.lists(st.floats(0, 20, width=32), min_size=1, max_size=7))
+def test_a_capped_loss_is_the_smaller_of_loss_and_median(row):
     half = len(row) // 2
-    return sorted(row)[half - 1 : half + 1]
-
-
-def test_downweight_ignores_padding():
-    one = evidence([ROWS[0]], [(0, 2)], [False])
-    wide = evidence([ROWS[0], [1.0] * 9], [(0, 2)], [False])
-    assert downweight(one)[0] == downweight(wide)[0]
-
-
-def test_medians_by_hand():
-    loss, mask = losses([3.0, 1.0, 2.0], [4.0, 1.0, 2.0, 3.0], [7.0], [])
-    assert sample_medians(loss, mask).tolist() == [2.0, 2.5, 7.0, 0.0]
-
-
-def test_a_median_survives_infinite_losses_beyond_it():
-    loss, mask = losses([INF, 1.0, 2.0], [INF, 1.0, 2.0, 5.0, -INF])
-    assert sample_medians(loss, mask).tolist() == [2.0, 2.0]
+    ordered = sorted(row)
+    cap = ordered[half] if len(row) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    found = capped([row], [(0, t) for t in range(len(row))])
+    assert found == pytest.approx([min(loss, cap) for loss in row], rel=1e-6, abs=1e-9)
 
 
 def test_methods_do_not_change_their_evidence():

@@ -220,16 +220,31 @@ def test_a_teachers_window_is_its_greedy_continuation_of_the_shared_prefix(tmp_p
     assert len(found) > 10
     for rollout, fork in found:
         prefix = [*rollout.prompt.teacher, *rollout.response[: fork.position]]
-        assert fork.teacher_tokens == greedy(TEACHER, prefix, K)
+        window = greedy(TEACHER, prefix, K)
+        if not rollout.finished:  # the limit cut the student's window: the teacher's is cut alike
+            window = window[: fork.student_length]
+        assert fork.teacher_tokens == window
+
+
+def test_a_window_cut_by_the_length_limit_is_compared_over_what_both_have(tmp_path):
+    """A student that writes just what the teacher would is at distance 0, wherever it is cut."""
+    prompt, looking = PROMPTS[0], observer(tmp_path, ot_threshold=0.0)
+    response = greedy(TEACHER, list(prompt.teacher), 7)
+    cut = Rollout(prompt, response, (-9.0,) * len(response), finished=False)
+    (found,) = looking.inspect([cut], [1], METHODS["topd"]).forks
+    assert EOS not in response
+    assert [f.distance for f in found] == pytest.approx([0.0] * len(found), abs=1e-6)
+    assert {len(f.teacher_tokens) == f.student_length for f in found} == {True}
 
 
 def test_a_teachers_window_ends_with_its_end_of_sequence_token(tmp_path):
-    windows = [
-        f.teacher_tokens for _, f in forks(observed(tmp_path, window_length=20, window_gap=1))
-    ]
-    assert {len(window) < 20 for window in windows} == {True, False}
-    assert all(EOS not in window[:-1] for window in windows)
-    assert all(window[-1] == EOS for window in windows if len(window) < 20)
+    found = forks(observed(tmp_path, window_length=20, window_gap=1))
+    assert all(EOS not in fork.teacher_tokens[:-1] for _, fork in found)
+    ended = [fork.teacher_tokens[-1] == EOS for _, fork in found]
+    limits = [20 if rollout.finished else fork.student_length for rollout, fork in found]
+    full = [len(f.teacher_tokens) == n for (_, f), n in zip(found, limits, strict=True)]
+    assert set(ended) == {True, False}
+    assert all(end or whole for end, whole in zip(ended, full, strict=True))
 
 
 def test_sampled_windows_depend_on_the_seed_alone(tmp_path):

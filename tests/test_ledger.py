@@ -89,7 +89,7 @@ def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on(tmp_path):
 
 def test_a_run_that_broke_off_before_its_first_log_is_a_run_too(tmp_path):
     """Its rollouts would be mixed with those of the next run."""
-    Ledger(tmp_path).append("rollouts.jsonl", [rollout_record(0, 0, ROLLOUT, "so")])
+    Ledger(tmp_path).append("rollouts.jsonl", [rollout_record(0, 0, ROLLOUT, (), "so")])
     with pytest.raises(TOPDError, match="already holds a run"):
         Ledger(tmp_path)
 
@@ -127,13 +127,15 @@ def test_the_manifest_says_what_a_run_was_made_of():
 
 
 def test_a_rollout_is_recorded_with_its_ids():
-    assert json.loads(json.dumps(rollout_record(4, 1, ROLLOUT, "so"))) == {
+    assert json.loads(json.dumps(rollout_record(4, 1, ROLLOUT, (-0.5, -0.25), "so"))) == {
         "step": 4,
         "rollout": 1,
         "prompt": 3,
         "prompt_ids": [1, 2],
+        "teacher_prompt_ids": list(ROLLOUT.prompt.teacher),
         "response_ids": [7, 8],
         "logprobs": [-0.5, -1.25],
+        "teacher_logprobs": [-0.5, -0.25],
         "finished": True,
         "text": "so",
     }

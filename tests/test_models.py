@@ -174,9 +174,7 @@ def test_every_token_needs_an_embedding_row(rows, fits):
 def test_a_gguf_model_in_memory_is_refused_with_the_way_that_works():
     model = tiny_model()
     model.config.quantization_config = {"quant_method": "gguf"}
-    with pytest.raises(
-        TOPDError, match=r"GGUF model .*ModelSpec\(path=.*gguf_file="
-    ):
+    with pytest.raises(TOPDError, match=r"GGUF model .*ModelSpec\(path=.*gguf_file="):
         tokenizers_of(model, tiny_model(seed=1), tiny_tokenizer())
 
 

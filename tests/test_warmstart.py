@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -127,7 +128,9 @@ def test_the_teacher_answers_every_prompt_and_unfinished_answers_are_left_out(tm
 
 def test_the_teacher_reads_its_own_prompt_to_answer(tmp_path):
     asked: list[tuple[int, ...]] = []
-    trainer = make(tmp_path, teacher_prompt="{{ solution }} {{ prompt }}")
+    trainer = make(
+        tmp_path, teacher_prompt="{{ solution }} {{ prompt }}", max_completion_length=200
+    )
     generate = trainer.observer.teacher.generate
 
     def spy(prompts, *args, **kwargs):
@@ -164,8 +167,12 @@ def refuse_to_answer(trainer: WarmstartTrainer) -> WarmstartTrainer:
 
 
 def forget_the_run(folder: Path) -> None:
-    """Leave the answers only, as an interruption before the first log does."""
-    (folder / "metrics.jsonl").unlink()
+    """Leave the answers only, as an interruption while they are written does."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "answers.jsonl":
+            path.unlink()
 
 
 def test_stored_answers_are_used_again(tmp_path):

@@ -43,8 +43,7 @@ def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) 
 
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
-    if not quiet:
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
     from topd.run import run_recipe
     from topd.types import TOPDError
 

@@ -125,6 +125,19 @@ class TOPDConfig(TrainingArguments):
                 "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
                 "1, or run a warm start."
             )
+        rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if rollouts % self.num_generations:
+            raise TOPDError(
+                f"num_generations: {self.num_generations} does not divide the {rollouts} rollouts "
+                "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
+            )
+        if self.fsdp or self.deepspeed:
+            raise TOPDError("fsdp, deepspeed: sharded students are not supported yet.")
+        if self.push_to_hub:
+            raise TOPDError(
+                "push_to_hub: would publish the run folder with all prompts and rollouts. Upload "
+                "its student/ folder instead."
+            )
         kwargs = self.chat_template_kwargs
         if isinstance(kwargs, str) and not kwargs.startswith("{"):
             raise TOPDError(f"chat_template_kwargs: {kwargs!r} is no mapping, e.g. {{a: 1}}.")

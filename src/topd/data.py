@@ -41,6 +41,9 @@ class DataSpec(BaseModel):
     def _one_source(self) -> DataSpec:
         if (self.path is None) == (self.task is None):
             raise ValueError("give either path or task")
+        for name in {"size", "seed"} if self.path else {"name", "split"}:
+            if name in self.model_fields_set:
+                raise ValueError(f"{name} has no effect with {'path' if self.path else 'task'}")
         return self
 
     def load(self) -> list[dict[str, Any]]:

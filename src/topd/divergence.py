@@ -136,28 +136,18 @@ def topd(evidence: Evidence) -> tuple[Guidance, ...]:
 
 
 def downweight(evidence: Evidence) -> tuple[Guidance, ...]:
-    """Cap the loss of every false alarm at the median token loss of its rollout.
+    """Cap the token loss of every false alarm at the median token loss of its rollout.
 
-    The weight is min(1, max(0, median) / loss), so that the token's weighted loss is the median.
     Source: arXiv 2606.00305, "low-OT high-loss down-weighting".
     """
-    weights = torch.ones_like(evidence.token_loss)
-    alarm = ~evidence.real
-    row, start = evidence.windows.row[alarm], evidence.windows.start[alarm]
-    loss = evidence.token_loss[row, start]
-    cap = sample_medians(evidence.token_loss, evidence.mask)[row].clamp(min=0)
-    weights[row, start] = torch.where(loss > cap, cap / loss, 1.0)
+    capped: list[list[int]] = [[] for _ in _lengths(evidence)]
+    windows, alarm = evidence.windows, ~evidence.real
+    for row, start in zip(windows.row[alarm].tolist(), windows.start[alarm].tolist(), strict=True):
+        capped[row].append(start)
     return tuple(
-        Guidance(tuple(weight[:length].tolist()))
-        for weight, length in zip(weights, _lengths(evidence), strict=True)
+        Guidance((1.0,) * length, capped=tuple(positions))
+        for length, positions in zip(_lengths(evidence), capped, strict=True)
     )
-
-
-def sample_medians(
-    token_loss: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> Float[Tensor, " B"]:
-    """Median token loss of every rollout, [B] nats (the mean of the middle two; 0 if empty)."""
-    return token_loss.masked_fill(~mask, math.nan).nanquantile(0.5, dim=-1).nan_to_num(0.0)
 
 
 class Method(NamedTuple):

@@ -240,6 +240,9 @@ def _windows(
     """
     own = [torch.tensor(rollouts[row].response[t : t + length]) for row, t in starts]
     theirs = [torch.tensor(window.tokens) for window in written]
+    for k, (b, _) in enumerate(starts):
+        if not rollouts[b].finished:  # cut by the length limit, not ended: compare what both have
+            theirs[k] = theirs[k][: len(own[k])]
     student_tokens, student_mask = _padded(own, length)
     teacher_tokens, teacher_mask = _padded(theirs, length)
     row, start = torch.tensor(starts, dtype=torch.long).reshape(-1, 2).unbind(-1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,7 +36,8 @@ class LearningBatch(TypedDict):
 
     ``place`` [P] are flat positions in ``input_ids`` [B L] whose state predicts each token;
     ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
-    soft targets.
+    soft targets. ``capped`` [P] marks losses to be capped (None: none is); ``lengths`` are the
+    rollouts' numbers of response tokens.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -48,6 +49,8 @@ class LearningBatch(TypedDict):
     target_tokens: Int[Tensor, "P M"]
     target_probabilities: Float[Tensor, "P M"]
     guided: int
+    capped: Bool[Tensor, " P"] | None
+    lengths: list[int]
     totals: Totals
 
 
@@ -87,6 +90,10 @@ def collate(
             [mass + [0.0] * (breadth - len(mass)) for _, mass in support], torch.float32
         ).reshape(len(support), breadth),
         guided=sum(len(g.targets) for g in guidance),
+        capped=tensor([t in g.capped for g in guidance for t in range(len(g.weights))], torch.bool)
+        if any(g.capped for g in guidance)
+        else None,
+        lengths=[len(r.response) for r in rollouts],
         totals=totals,
     )
 
@@ -118,12 +125,27 @@ def update_loss(
     token_loss = terms.divergence
     if args.kd_ratio < 1:
         token_loss = args.kd_ratio * token_loss - (1 - args.kd_ratio) * terms.logprob
+    if batch["capped"] is not None:
+        token_loss = cap_at_medians(token_loss, batch["capped"], batch["lengths"])
     loss = (batch["weights"] * token_loss).sum() / max(totals.tokens, 1)
     trajectory = soft_target_kl(terms.target_logprobs, batch["target_probabilities"]).sum()
     if args.trajectory_weight and totals.guided:
         count = totals.guided if args.trajectory_reduction == "mean" else totals.tokens
         loss = loss + args.trajectory_weight * trajectory / count
     return loss, trajectory.detach()
+
+
+def cap_at_medians(
+    token_loss: Float[Tensor, " P"], capped: Bool[Tensor, " P"], lengths: Sequence[int]
+) -> Float[Tensor, " P"]:
+    """Scale capped losses down to the median loss of their rollout where they are above it.
+
+    The factor carries no gradient: a capped token still learns, with the weight median / loss.
+    """
+    rollouts = token_loss.detach().split(list(lengths))
+    median = torch.cat([r.quantile(0.5).expand(len(r)) for r in rollouts])
+    loud = capped & (token_loss.detach() > median)
+    return token_loss * torch.where(loud, median / token_loss.detach(), 1.0)
 
 
 def inside_forward(wrapped: nn.Module, module: nn.Module, run: Callable[[], Any]) -> Any:

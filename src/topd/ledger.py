@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/config.json      the resolved configuration
+    RUN/run.json         the resolved recipe and configuration
         manifest.json    versions, device, seeds, fingerprints of models and data
         metrics.jsonl    one line a log
         rollouts.jsonl   one line a rollout: prompt, token ids, log-probs
@@ -54,6 +54,20 @@ class Ledger:
             partial = self.folder / f"{name}.partial"
             partial.write_text(json.dumps(record, indent=2, default=str) + "\n")
             partial.replace(self.folder / name)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of updates after ``step``, which a resumed run makes again.
+
+        A half-written last line is dropped too.
+        """
+        for name in RECORDS if self.active else ():
+            path = self.folder / name
+            if path.exists():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if _belongs(line, step, logged=name == RECORDS[0])]
+                partial = path.with_suffix(".partial")
+                partial.write_text("".join(kept), encoding="utf-8")
+                partial.replace(path)
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file."""
@@ -115,15 +129,19 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     }
 
 
-def rollout_record(step: int, number: int, rollout: Rollout, text: str) -> dict[str, Any]:
+def rollout_record(
+    step: int, number: int, rollout: Rollout, teacher_logprobs: Sequence[float], text: str
+) -> dict[str, Any]:
     """One line of rollouts.jsonl; ``text`` is for reading, the ids are the truth."""
     return {
         "step": step,
         "rollout": number,
         "prompt": rollout.prompt.index,
         "prompt_ids": rollout.prompt.student,
+        "teacher_prompt_ids": rollout.prompt.teacher,
         "response_ids": rollout.response,
         "logprobs": rollout.logprobs,
+        "teacher_logprobs": teacher_logprobs,
         "finished": rollout.finished,
         "text": text,
     }
@@ -140,8 +158,17 @@ def guidance_record(
         "prompt": rollout.prompt.index,
         "forks": [asdict(fork) for fork in forks],
         "weights": weights,
+        "capped": guidance.capped,
         "targets": [asdict(target) for target in guidance.targets],
     }
+
+
+def _belongs(line: str, step: int, *, logged: bool) -> bool:
+    """Whether a record is of the first ``step`` updates: a log counts those done, others begin."""
+    if not line.endswith("\n"):
+        return False
+    number = json.loads(line)["step"]
+    return number <= step if logged else number < step
 
 
 def _versions() -> dict[str, str]:

@@ -34,7 +34,7 @@ class Means:
 
 
 def measure_experience(means: Means, experience: Experience) -> None:
-    """Lengths, repetition, and what was found at the forks."""
+    """Lengths, repetition, the sampled reverse KL (k1), and what was found at the forks."""
     rollouts = experience.rollouts
     lengths = [len(rollout.response) for rollout in rollouts]
     clipped = sum(not rollout.finished for rollout in rollouts)
@@ -43,6 +43,9 @@ def measure_experience(means: Means, experience: Experience) -> None:
     means.add("completions/mean_length", sum(lengths), len(rollouts))
     means.add("completions/clipped_ratio", clipped, len(rollouts))
     means.add("completions/repeated_4gram_share", repeated, len(rollouts))
+    sampled = [r.logprobs for r in rollouts if r.logprobs]
+    ratio = sum(map(sum, sampled)) - sum(float(p.sum()) for p in experience.teacher_logprobs)
+    means.add("reverse_kl_sampled", ratio if sampled else 0.0, sum(map(len, sampled)))
     forks = [fork for row in experience.forks for fork in row]
     real = sum(fork.real for fork in forks)
     means.add("topd/candidates", len(forks))

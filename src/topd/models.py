@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from peft import PeftModel
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from transformers import (
@@ -106,7 +107,8 @@ class ModelSpec(BaseModel):
         return _without_quantisation(model) if self.gguf_file else model
 
 
-ModelSource: TypeAlias = str | ModelSpec | PreTrainedModel
+LOADED = (PreTrainedModel, PeftModel)
+ModelSource: TypeAlias = str | Path | ModelSpec | PreTrainedModel | PeftModel
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -128,9 +130,9 @@ def tokenizers_of(
     Raises:
         TOPDError: the pair does not fit, or a model is not what can be trained.
     """
-    if student is teacher and isinstance(student, PreTrainedModel):
+    if student is teacher and isinstance(student, LOADED):
         raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
-    alike = not isinstance(student, PreTrainedModel) and student == teacher
+    alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or _tokenizer(student)
     theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
     check_tokenizers(ours, theirs)
@@ -144,10 +146,10 @@ def load_pair(
     student: ModelSource, teacher: ModelSource
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Both models, loaded unless they are already; a pair of equal sources is read once."""
-    ours = student if isinstance(student, PreTrainedModel) else _spec(student).load_model()
-    if isinstance(teacher, PreTrainedModel):
+    ours = student if isinstance(student, LOADED) else _spec(student).load_model()
+    if isinstance(teacher, LOADED):
         return ours, teacher
-    alike = not isinstance(student, PreTrainedModel) and student == teacher
+    alike = not isinstance(student, LOADED) and student == teacher
     return ours, copy.deepcopy(ours) if alike else _spec(teacher).load_model()
 
 
@@ -182,6 +184,16 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         raise TOPDError(f"tokenizers split the same text differently: {PROBE!r}. {remedy}")
 
 
+def check_context(name: str, model: ModelSource, tokens: int) -> None:
+    """Refuse sequences longer than the model's positions. Raises TOPDError."""
+    limit = getattr(_config(model).get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise TOPDError(
+            f"{name}: the longest prompt and max_completion_length make {tokens} tokens, the "
+            f"model has {limit} positions. Lower max_completion_length or max_prompt_length."
+        )
+
+
 def check_embedding_rows(
     name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -206,15 +218,15 @@ def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     return fresh
 
 
-def _spec(model: str | ModelSpec) -> ModelSpec:
-    return ModelSpec(path=model) if isinstance(model, str) else model
+def _spec(model: str | Path | ModelSpec) -> ModelSpec:
+    return model if isinstance(model, ModelSpec) else ModelSpec(path=str(model))
 
 
 def _tokenizer(
     model: ModelSource, *, otherwise: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedTokenizerBase:
     """A model's own tokenizer; ``otherwise`` for a model in memory that has none beside it."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, LOADED):
         return _spec(model).load_tokenizer()
     path = model.config._name_or_path
     try:
@@ -229,7 +241,7 @@ def _tokenizer(
 
 
 def _config(model: ModelSource) -> PretrainedConfig:
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, LOADED):
         return _spec(model).load_config()
     quantisation = model.config.to_dict().get("quantization_config") or {}
     if quantisation.get("quant_method") == "gguf":

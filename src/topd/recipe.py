@@ -39,6 +39,15 @@ class Recipe:
     lora: LoraConfig | None
     args: TOPDConfig
 
+    def sources(self) -> dict[str, Any]:
+        """Models, data and adapter as plain values; ``args`` are written on their own."""
+        specs = {"student": self.student, "teacher": self.teacher, "data": self.data}
+        return {
+            **{name: spec.model_dump() for name, spec in specs.items()},
+            "eval_data": self.eval_data.model_dump() if self.eval_data else None,
+            "lora": self.lora.to_dict() if self.lora else None,
+        }
+
 
 def read_recipe(
     path: str | Path, overrides: Mapping[str, Any] | None = None, *, warmstart: bool = False
@@ -93,14 +102,21 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
-            found[key] = _yaml("command line", value) if equals else True
+            found[key] = _value(value) if equals else True
             key = None if equals else key
         elif key is None:
             raise TOPDError(f"command line: {word!r} stands alone. Write --key value.")
         else:
-            found[key] = _yaml("command line", word)
+            found[key] = _value(word)
             key = None
     return found
+
+
+def _value(word: str) -> Any:
+    try:
+        return _yaml("command line", word)
+    except TOPDError:
+        return word  # text that is no YAML, a template for instance
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +16,11 @@ import numpy as np
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from topd.types import Generation, Ids, Prompt, Rollout, TOPDError
+
+logger = logging.get_logger(__name__)
 
 Messages = Sequence[Mapping[str, str]]
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
@@ -75,10 +77,9 @@ class PromptEncoder:
                 )
         kept = [p for p, n in zip(prompts, longest, strict=True) if n <= self.max_length]
         if len(kept) < len(prompts):
-            warnings.warn(
+            logger.warning(
                 f"data: {len(prompts) - len(kept)} of {len(prompts)} prompts are longer than "
-                f"{self.max_length} tokens and left out",
-                stacklevel=2,
+                f"{self.max_length} tokens and left out"
             )
         if not kept:
             raise TOPDError("data: no prompt is left. Check the data and max_prompt_length.")
@@ -93,7 +94,8 @@ class PromptEncoder:
             text = self._fill(index, template, {**row, "solution": solution}, prompt)
             teacher = self._ids(self.teacher, _with_last_user(prompt, text))
         else:
-            teacher = self._ids(self.teacher, prompt)
+            alike = self.teacher is self.student
+            teacher = student if alike else self._ids(self.teacher, prompt)
         response = self._response(index, solution) if with_response else None
         return Prompt(index, student, teacher, response)
 

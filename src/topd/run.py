@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import datasets
 from rich.console import Console
@@ -29,14 +30,19 @@ def run_recipe(
     if checkpoint and not Path(checkpoint).is_dir():
         raise TOPDError(f"resume_from_checkpoint: there is no folder {checkpoint}.")
     check_run_folder(Path(recipe.args.output_dir), resume=bool(checkpoint))
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     if not quiet:
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        datasets.disable_progress_bars()
         warnings.filterwarnings("ignore", module="torch.utils.data")
     recipe.args.disable_tqdm = True
-    trainer = make_trainer(recipe, warmstart=warmstart)
+    rows = recipe.data.load()
+    trainer = make_trainer(recipe, rows, warmstart=warmstart)
+    trainer.recipe = recipe.sources()
     if not quiet:
+        left_out = len(rows) - len(trainer.train_dataset)
+        if left_out:
+            Console().print(f"{left_out} of {len(rows)} prompts are too long and left out")
         trainer.remove_callback(PrinterCallback)
         trainer.phases.show(Console())
         trainer.add_callback(_StepBar(trainer.phases))
@@ -47,14 +53,16 @@ def run_recipe(
     return Path(recipe.args.output_dir)
 
 
-def make_trainer(recipe: Recipe, *, warmstart: bool = False) -> TOPDTrainer:
-    """The trainer of a checked recipe. Data and tokenizers are checked before a model loads."""
+def make_trainer(
+    recipe: Recipe, rows: list[dict[str, Any]], *, warmstart: bool = False
+) -> TOPDTrainer:
+    """The trainer of a checked recipe, on its rows."""
     kind = WarmstartTrainer if warmstart else TOPDTrainer
     return kind(
         model=recipe.student,
         teacher_model=recipe.teacher,
         args=recipe.args,
-        train_dataset=recipe.data.load(),
+        train_dataset=rows,
         eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
         peft_config=recipe.lora,
     )

@@ -10,7 +10,8 @@ from typing import Any, TypeAlias, cast
 
 import datasets
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -18,7 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.utils import logging
 
 from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine, check_head, head_of
@@ -28,10 +32,12 @@ from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rol
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
 from topd.modelcard import write_model_card
-from topd.models import ModelSource, eos_ids, load_pair, tokenizers_of
+from topd.models import ModelSource, check_context, eos_ids, load_pair, tokenizers_of
 from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
-from topd.types import Prompt, TOPDError
+from topd.types import Ids, Prompt, TOPDError
+
+logger = logging.get_logger(__name__)
 
 EVALUATION_STREAM = (1 << 31) - 1  # an update that is never reached
 
@@ -80,7 +86,8 @@ class TOPDTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        args = args or TOPDConfig()
+        args = TOPDConfig() if args is None else args
+        _check_arguments(args, train_dataset, eval_dataset, peft_config)
         check_run_folder(Path(args.output_dir), resume=True)
         tokenizer, teacher_tokenizer = tokenizers_of(
             model, teacher_model, processing_class, teacher_processing_class
@@ -95,14 +102,16 @@ class TOPDTrainer(Trainer):
             args.drop_long_prompts,
             cast(dict[str, Any], args.chat_template_kwargs or {}),
         )
-        _refuse_streams(train_dataset, eval_dataset)
         train = None if train_dataset is None else self._encode_training(train_dataset, args)
         evaluation = None if eval_dataset is None else self.encoder.encode(eval_dataset)
+        _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             student = get_peft_model(student, peft_config)
+        _check_trainable(student)
         if args.disable_dropout:
             _without_dropout(student)
+        self.recipe: dict[str, Any] = {}  # what the run was asked for, if there was a recipe
         self.meter = Means()
         self.phases = Phases()
         self.ledger = Ledger(args.output_dir, active=False)
@@ -203,7 +212,25 @@ class TOPDTrainer(Trainer):
         rows = range(len(inputs))
         batch = collate(experience, rows, self._totals(experience), self.accelerator.device)
         with torch.no_grad():
-            return self._terms(model, batch).divergence.mean(), None, None
+            divergence = self._terms(model, batch).divergence
+        self.evaluation.add("loss", divergence.sum(), len(divergence))
+        return divergence.mean(), None, None
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Trainer's; the loss is the mean over all tokens, however they were batched."""
+        self.evaluation = Means()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output.metrics[f"{metric_key_prefix}_loss"] = self.evaluation.take(self.accelerator)["loss"]
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean token divergence on fresh rollouts of the prompts, nats; rows or encoded prompts."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            rows = list(eval_dataset)
+            eval_dataset = rows if isinstance(rows[0], Prompt) else self.encoder.encode(rows)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return GroupSampler(len(self.train_dataset), self.args.num_generations, self.args.seed)
@@ -212,12 +239,16 @@ class TOPDTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, writing the run folder (see :mod:`topd.ledger`). As in transformers' Trainer."""
+        if self.train_dataset is None:
+            raise TOPDError("train_dataset: none was given.")
         self.ledger = Ledger(
             self.args.output_dir,
             resume=bool(resume_from_checkpoint),
             active=self.is_world_process_zero(),
         )
-        self.ledger.write("config.json", self.args.to_dict())
+        if resume_from_checkpoint:
+            self.ledger.rewind(_step_of(resume_from_checkpoint, self.args.output_dir))
+        self.ledger.write("run.json", {"recipe": self.recipe, "config": self.args.to_dict()})
         record = manifest(
             models={"student": self.model, "teacher": self.teacher_model},
             data=fingerprint(self.train_dataset),
@@ -259,16 +290,17 @@ class TOPDTrainer(Trainer):
         self.meter.add(self.args.divergence, detached.divergence.sum(), count)
         self.meter.add("entropy", detached.entropy.sum(), count)
         self.meter.add("topd/trajectory_loss", trajectory, batch["guided"])
+        if self.args.learns_from_answers:
+            return
         gap = (detached.logprob - batch["sampled"]).abs().mean().item()
-        if gap > self.args.max_logprob_gap:
+        if not gap <= self.args.max_logprob_gap:  # a NaN is refused too
             raise TOPDError(
                 f"step {self.state.global_step}: log-probs at sampling and in training differ by "
                 f"{gap:.4f} nats a token, the limit max_logprob_gap is "
                 f"{self.args.max_logprob_gap}. Sample and train in the same dtype, temperature and "
                 "weights, without dropout, or raise the limit."
             )
-        if gap == gap:  # NaN: the response was not sampled
-            self.meter.add("logprob_gap", gap * count, count)
+        self.meter.add("logprob_gap", gap * count, count)
 
     def _record(self, experience: Experience) -> None:
         """Measure an experience and write it to the run folder."""
@@ -279,7 +311,12 @@ class TOPDTrainer(Trainer):
         rows = list(enumerate(experience.rollouts))
         self.ledger.append(
             "rollouts.jsonl",
-            (rollout_record(step, i, r, decode(list(r.response))) for i, r in rows),
+            (
+                rollout_record(
+                    step, i, r, experience.teacher_logprobs[i].tolist(), decode(list(r.response))
+                )
+                for i, r in rows
+            ),
         )
         self.ledger.append(
             "guidance.jsonl",
@@ -309,9 +346,52 @@ class GroupSampler(Sampler[int]):
         self.epoch = epoch
 
 
-def _refuse_streams(*data: Rows | None) -> None:
-    if any(isinstance(rows, datasets.IterableDataset) for rows in data):
-        raise TOPDError("dataset: streaming is not supported. Load it, or take a part of it.")
+def _check_arguments(args: Any, train: Any, evaluation: Any, peft_config: Any) -> None:
+    """What can be said before anything is read."""
+    if not isinstance(args, TOPDConfig):
+        raise TOPDError(f"args: must be a TOPDConfig, not {type(args).__name__}.")
+    for name, rows in (("train_dataset", train), ("eval_dataset", evaluation)):
+        if isinstance(rows, datasets.IterableDataset):
+            raise TOPDError(f"{name}: streaming is not supported. Load it, or take a part of it.")
+        if isinstance(rows, dict):
+            raise TOPDError(f"{name}: has splits {', '.join(map(str, rows))}. Choose one of them.")
+    if peft_config is not None and peft_config.peft_type != PeftType.LORA:
+        raise TOPDError(f"peft_config: {peft_config.peft_type} is not supported. Use LoRA.")
+
+
+def _check_contexts(
+    student: ModelSource, teacher: ModelSource, prompts: Sequence[Prompt], args: TOPDConfig
+) -> None:
+    longest = [max((len(ids) for ids in side), default=0) for side in _prompt_ids(prompts)]
+    for name, model, length in zip(
+        ("student", "teacher"), (student, teacher), longest, strict=True
+    ):
+        check_context(name, model, length + args.max_completion_length)
+
+
+def _prompt_ids(prompts: Sequence[Prompt]) -> tuple[list[Ids], list[Ids]]:
+    return [p.student for p in prompts], [p.teacher for p in prompts]
+
+
+def _check_trainable(student: PreTrainedModel) -> None:
+    """Refuse an adapter that would not be learned; warn of weights too coarse to learn."""
+    if isinstance(student.get_output_embeddings(), BaseTunerLayer):
+        raise TOPDError("peft_config: LoRA on the output head is not supported. Leave it out.")
+    dtypes = {p.dtype for p in student.parameters() if p.requires_grad}
+    if dtypes - {torch.float32, torch.float64}:
+        logger.warning(
+            f"student: its trainable weights are {dtypes}; small updates are lost in rounding. "
+            "Load it in float32 and set bf16: true for mixed precision."
+        )
+
+
+def _step_of(checkpoint: str | bool, output_dir: str) -> int:
+    """The number of updates that a checkpoint has seen."""
+    path = get_last_checkpoint(output_dir) if checkpoint is True else checkpoint
+    state = Path(str(path)) / "trainer_state.json"
+    if not state.is_file():
+        raise TOPDError(f"resume_from_checkpoint: there is no checkpoint at {path or output_dir}.")
+    return TrainerState.load_from_json(str(state)).global_step
 
 
 def _without_dropout(model: nn.Module) -> None:

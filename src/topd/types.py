@@ -176,11 +176,13 @@ class Guidance:
     """What a method asks of one rollout, in plain numbers: it can be stored, read and replayed.
 
     ``weights`` multiply the token losses, one a response token; ``targets`` pull the student's
-    distribution at their positions.
+    distribution at their positions; at ``capped`` positions the token loss is scaled down to the
+    rollout's median where it is above.
     """
 
     weights: tuple[float, ...]
     targets: tuple[SoftTarget, ...] = ()
+    capped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

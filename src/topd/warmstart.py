@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.config import TOPDConfig, _field
+from topd.ledger import check_run_folder, model_fingerprint
 from topd.rollouts import fingerprint, sampling_seeds
 from topd.trainer import Rows, TOPDTrainer
 from topd.types import Prompt, TOPDError
 
-ANSWER_STREAM = 0
+ANSWER_STREAM = 1 << 21  # seeds that no rollout and no window uses
 
 
 @dataclass
@@ -33,6 +34,7 @@ class WarmstartConfig(TOPDConfig):
     answers: Literal["teacher", "data"] = _field(
         "teacher", "Who wrote the answers: the teacher does now, or the data has a solution."
     )
+    answer_batch_size: int = _field(16, "Answers that the teacher writes at a time.")
     method: str = _field("opd", "A warm start has no forks to guide: only opd.")
     beta: float = _field(0.0, "Forward KL.")
     kd_ratio: float = _field(0.5, "Share of the divergence; the rest is cross-entropy.")
@@ -44,6 +46,10 @@ class WarmstartConfig(TOPDConfig):
         super()._check()
         if self.method != "opd":
             raise TOPDError(f"method: {self.method!r} needs rollouts; a warm start takes opd.")
+        if self.num_generations != 1:
+            raise TOPDError("num_generations: a warm start has one answer a prompt. Leave it at 1.")
+        if self.answer_batch_size < 1:
+            raise TOPDError(f"answer_batch_size: {self.answer_batch_size} must be at least 1.")
         if self.answers not in ("teacher", "data"):
             raise TOPDError(f"answers: {self.answers!r} is not one of teacher, data.")
 
@@ -70,7 +76,8 @@ class WarmstartTrainer(TOPDTrainer):
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         assert isinstance(args, WarmstartConfig)
         if args.answers == "teacher":
-            return super()._encode_training(rows, args)
+            self.questions = super()._encode_training(rows, args)
+            return self.questions
         prompts = self.encoder.encode(rows, with_response=True)
         for prompt in prompts:
             length, limit = len(prompt.response or ()), args.max_completion_length
@@ -83,23 +90,30 @@ class WarmstartTrainer(TOPDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Have the answers written if need be, then train."""
-        if self.args.answers == "teacher":
-            self.train_dataset = self._answered(self.train_dataset)
+        if self.args.answers == "teacher" and self.train_dataset is not None:
+            folder = Path(self.args.output_dir)
+            check_run_folder(folder, resume=bool(resume_from_checkpoint))
+            with (
+                self.accelerator.main_process_first()
+            ):  # the others read what the first has written
+                self.train_dataset = self._answered(self.questions, folder / "answers.jsonl")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _answered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def _answered(self, prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
         """The prompts with the teacher's answers; those that did not end are left out."""
-        path = Path(self.args.output_dir) / "answers.jsonl"
-        header = {"prompts": fingerprint(prompts), "sampling": repr(self.args.sampling)}
+        header = {
+            "prompts": fingerprint(prompts),
+            "teacher": model_fingerprint(self.teacher_model)["sha256"],
+            "sampling": repr(self.args.sampling),
+            "seed": self.args.seed,
+        }
         done = _stored_answers(path, header)
-        size = self.args.per_device_train_batch_size
+        size = self.args.answer_batch_size
         with open(path, "a", encoding="utf-8") as file:
-            if not done:
-                file.write(json.dumps(header) + "\n")
             for first in range(len(done), len(prompts), size):
-                some = prompts[first : first + size]
-                answers = self._answer(some, first)
+                answers = self._answer(prompts[first : first + size], first)
                 file.writelines(json.dumps(answer) + "\n" for answer in answers)
+                file.flush()
                 done += answers
         kept = [
             replace(prompt, response=tuple(answer))
@@ -123,14 +137,19 @@ class WarmstartTrainer(TOPDTrainer):
         return [list(answer.tokens) if answer.finished else [] for answer in written]
 
 
-def _stored_answers(path: Path, header: dict[str, str]) -> list[list[int]]:
-    """Answers of an earlier run in this folder to the same prompts, sampled the same way."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _stored_answers(path: Path, header: dict[str, Any]) -> list[list[int]]:
+    """Answers that an earlier run in this folder has to the same prompts, sampled the same way.
+
+    Starts the file if there is none; a last line that was cut off is dropped.
+    """
+    stored = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [line for line in stored.splitlines(keepends=True) if line.endswith("\n")]
     if not lines:
-        return []
-    first, *answers = lines
-    if json.loads(first) != header:
+        lines = [json.dumps(header) + "\n"]
+    if json.loads(lines[0]) != header:
         raise TOPDError(
-            f"{path}: holds answers to other prompts or of other sampling. Choose another folder."
+            f"{path}: holds answers to other prompts, of another teacher or of other sampling. "
+            "Choose another folder."
         )
-    return [json.loads(answer) for answer in answers]
+    path.write_text("".join(lines), encoding="utf-8")
+    return [json.loads(line) for line in lines[1:]]

@@ -48,8 +48,11 @@ def head_of(model: PreTrainedModel) -> Head:
 def check_head(name: str, model: PreTrainedModel) -> None:
     """Make sure that ``head_of`` gives the model's own logits. Raises TOPDError if not."""
     ids = torch.arange(4, device=model.device)[None]
+    training = model.training
+    model.eval()
     expected = model(input_ids=ids, use_cache=False).logits.float()
     states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(training)
     gap = (head_of(model).logits(states) - expected).abs().max().item()
     if gap > 1e-2 * expected.abs().max().item():  # a NaN is for score to report
         raise TOPDError(
