@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+CORE := tests/test_losses.py tests/test_transport.py tests/test_divergence.py
+SHAPES := --jaxtyping-packages=topd.losses,topd.transport,topd.divergence,topd.types,beartype.beartype
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
@@ -16,6 +18,7 @@ test: $(VENV)/test.done
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SHAPES) $(CORE)  # every call with its shapes checked
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 $(VENV)/demo.done: pyproject.toml constraints.txt

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -208,6 +208,15 @@ def test_dropping_long_prompts_keeps_the_others(recipe, tmp_path):
     assert "2" in [word for line in shown.splitlines() if "prompt" in line for word in line.split()]
 
 
+@pytest.mark.parametrize(("side", "tokens"), [("student", 513), ("teacher", 522)])
+def test_more_tokens_than_a_model_has_positions_are_refused(refusal, side, tokens):
+    """The tiny models have 512 positions; the student's prompt has 8 tokens, the teacher's 22."""
+    template = "{{ 'so ' * 20 }}" if side == "teacher" else None
+    length = 505 if side == "student" else 500
+    message = refusal(rows(1), max_completion_length=length, teacher_prompt=template)
+    says(message, f"{side}: ", f"make {tokens} tokens", "512 positions", "Lower max_completion")
+
+
 def test_a_row_without_a_prompt_is_refused_with_the_columns_there_are(refusal):
     message = refusal([{"question": "what", "answer": "3"}])
     says(message, "row 0", "neither prompt nor messages", "answer, question", "columns: {prompt:")
@@ -238,6 +247,13 @@ def test_messages_without_a_chat_template_are_refused(refusal, folders, tmp_path
 def test_a_wrong_chat_template_argument_is_refused(refusal):
     message = refusal(chat_template_kwargs={"tokenize": False})
     says(message, "chat_template_kwargs", "tokenize")
+
+
+def test_a_dataset_of_splits_is_refused_with_their_names(tmp_path):
+    splits = DatasetDict(train=Dataset.from_list(rows(2)), test=Dataset.from_list(rows(1)))
+    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TOPDError, match=r"train_dataset: has splits train, test\. Choose one"):
+        TOPDTrainer(tiny_model(), tiny_model(), args, splits, processing_class=tiny_tokenizer())
 
 
 def test_a_streaming_dataset_is_refused(folders, tmp_path):

@@ -236,6 +236,23 @@ def test_bars_are_taken_away_when_a_run_fails(folders, tmp_path, monkeypatch):
     assert back > hidden >= 0
 
 
+def test_a_run_goes_on_from_a_checkpoint_with_every_update_recorded_once(folders, tmp_path):
+    folder = tmp_path / "run"
+    topd(folders, folder, "--save_strategy", "steps", "--save_steps", "1")
+    topd(
+        folders,
+        folder,
+        "--max_steps",
+        "3",
+        "--resume_from_checkpoint",
+        str(folder / "checkpoint-1"),
+    )
+    logs = [log["step"] for log in read(folder / "metrics.jsonl") if "loss" in log]
+    assert logs == [1, 2, 3]
+    rollouts = [(line["step"], line["rollout"]) for line in read(folder / "rollouts.jsonl")]
+    assert rollouts == [(step, number) for step in range(3) for number in range(2)]
+
+
 # Parts of a recipe
 
 

@@ -182,9 +182,9 @@ def test_a_word_without_a_key_is_refused(word):
         parse_overrides(["--seed=3", word])
 
 
-def test_a_value_that_is_not_yaml_is_refused():
-    with pytest.raises(TOPDError, match="command line: not valid YAML"):
-        parse_overrides(["--data", "{a"])
+def test_a_value_that_is_not_yaml_is_text():
+    template = "{{ prompt }} {{ solution }}"
+    assert parse_overrides(["--teacher_prompt", template]) == {"teacher_prompt": template}
 
 
 def test_a_dotted_key_opens_a_path_and_leaves_the_rest(write):
@@ -244,6 +244,10 @@ def test_an_unknown_key_of_the_warm_start_names_the_section(write):
 
 def test_an_unknown_key_of_the_warm_start_is_refused_before_stage_2_too(write):
     says(refusal(write(warmstart={"answrs": "data"})), "warmstart", "'answrs'")
+
+
+def test_an_unknown_key_of_stage_2_is_refused_before_the_warm_start_too(write):
+    says(refusal(write(methd="opd"), warmstart=True), "'methd'", "Did you mean method?")
 
 
 def test_a_column_that_nothing_reads_is_refused(write):
@@ -340,6 +344,15 @@ def test_data_has_one_source(write, data):
     says(refusal(write(data=data)), "data", "give either path or task")
 
 
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [("path", "size"), ("path", "seed"), ("task", "split"), ("task", "name")],
+)
+def test_a_key_of_the_other_source_of_data_is_refused(write, source, key):
+    data = {source: "x", key: 3 if source == "path" else "test"}
+    says(refusal(write(data=data)), "data", f"{key} has no effect with {source}")
+
+
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "beta": [-0.1, 1.1, float("nan")],
     "kd_ratio": [-0.1, 1.1],
@@ -404,6 +417,22 @@ def test_cross_entropy_on_own_samples_is_refused(write):
 def test_guidance_in_a_warm_start_is_refused(write):
     path = write(warmstart={"method": "topd", "use_cpu": True})
     says(refusal(path, warmstart=True), "method", "'topd'", "warm start takes opd")
+
+
+def test_generations_that_do_not_fill_an_update_are_refused(write):
+    sizes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
+    message = refusal(write(num_generations=4, **sizes))
+    says(message, "num_generations", "4 does not divide the 6 rollouts")
+    assert read_recipe(write(num_generations=6, **sizes)).args.num_generations == 6
+
+
+@pytest.mark.parametrize("key", ["fsdp", "deepspeed"])
+def test_sharding_is_refused(write, key):
+    says(refusal(write(**{key: "full_shard"})), key, "not supported yet")
+
+
+def test_pushing_the_run_folder_to_the_hub_is_refused(write):
+    says(refusal(write(push_to_hub=True)), "push_to_hub", "all prompts", "student/ folder")
 
 
 # The configuration
