@@ -475,6 +475,12 @@ def test_a_lora_rank_that_is_no_positive_number_is_refused(refusal, rank):
     says(refusal(lora={"r": rank}), "lora", "r")
 
 
+def test_a_lora_target_that_the_model_lacks_ends_in_words(recipe):
+    path = recipe(lora={"r": 2, "target_modules": ["no_such_proj"]})
+    with pytest.raises(TOPDError, match="no_such_proj"):
+        run_recipe(path, quiet=True)
+
+
 # Run folders
 
 

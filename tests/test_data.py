@@ -12,6 +12,7 @@ import pytest
 from conftest import rows, tiny_tokenizer
 from topd.data import DataSpec
 from topd.rollouts import PromptEncoder
+from topd.types import TOPDError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 ROWS = rows(6)
@@ -46,6 +47,18 @@ def test_every_form_gives_the_same_rows_in_order(stored, name):
 
 def test_a_folder_has_splits(stored):
     assert load(stored / "folder", split="test", chat=False) == ROWS[:1]
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.parquet", "saved"])
+@pytest.mark.parametrize("split", ["test", "train[:2]"])
+def test_a_split_of_what_has_none_is_refused_or_obeyed_but_never_ignored(stored, name, split):
+    try:
+        loaded = load(stored / name, split=split, chat=False)
+    except TOPDError as error:
+        assert "split" in str(error)  # noqa: PT017 - either is right
+    else:
+        assert split == "train[:2]"
+        assert loaded == ROWS[:2]
 
 
 def test_a_changed_file_is_read_anew(tmp_path):

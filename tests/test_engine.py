@@ -349,6 +349,16 @@ def test_student_and_teacher_prompts_of_other_lengths_give_aligned_scores(model_
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_continuations_keep_the_states_that_predict_their_tokens(model):
+    """The same as scoring what was written after the cut prefix."""
+    engine = HFEngine(model, eos_ids=MANY_ENDS)
+    found = engine.continue_from(engine.score(PROMPTS, RESPONSES), STARTS, WARM, range(len(STARTS)))
+    for one, (b, t) in zip(found, STARTS, strict=True):
+        expected = engine.score([cut(b, t)], [one.tokens]).hidden[0]
+        assert one.hidden.shape[0] == len(one.tokens)
+        torch.testing.assert_close(one.hidden, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_empty_responses_are_scored_beside_others(model_kind):
     engine = engine_of(model_kind)
     scores = engine.score([PROMPTS[0], PROMPTS[1]], [(), (5, 6)])

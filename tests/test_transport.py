@@ -436,6 +436,7 @@ def test_soft_targets_do_not_depend_on_the_mass_of_the_plan():
 @pytest.mark.parametrize("seed", range(3))
 def test_sparse_targets_are_the_dense_rows(method, seed):
     plan = solve(random_cost(4, 5, seed=seed), method=method).plan
+    plan = plan.where(plan > 1e-9 * plan.sum(-1, keepdim=True), 0.0)  # dust is left out
     tokens = torch.tensor([[3, 1, 3, 7, 1]])
     for row, dense in zip(plan[0], soft_targets(plan, tokens, 9)[0], strict=True):
         support, probabilities = sparse_soft_target(row, tokens[0])

@@ -107,11 +107,20 @@ def _read(place: str, name: str | None, split: str) -> datasets.Dataset:
     path = Path(place).expanduser()
     kind = FORMATS.get(path.suffix)
     if kind is None:
-        if (path / "dataset_info.json").exists() and (path / "state.json").exists():
-            return datasets.load_from_disk(str(path))
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            return _saved(path, split)
         return datasets.load_dataset(str(path) if path.exists() else place, name, split=split)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
-    return datasets.load_dataset(kind, data_files=str(path), split="train")
+    return datasets.load_dataset(kind, data_files=str(path), split=split)
+
+
+def _saved(path: Path, split: str) -> datasets.Dataset:
+    """What ``save_to_disk`` wrote: a data set, or several by split."""
+    found = datasets.load_from_disk(str(path))
+    splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
+    if split not in splits:
+        raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}")
+    return splits[split]

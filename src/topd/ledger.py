@@ -10,8 +10,8 @@
         checkpoint-*/    of transformers
         student/         the trained student, its tokenizer and model card
 
-``step`` in rollouts and guidance is the number of the update, from 0; in metrics it counts the updates
-that are done, from 1, as transformers does.
+``step`` in rollouts and guidance is the number of the update, from 0; in metrics it counts the
+updates that are done, from 1, as transformers does.
 """
 
 from __future__ import annotations

@@ -51,7 +51,10 @@ class ModelSpec(BaseModel):
         if not self.path.startswith(PACKAGE):
             return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         name = self.path.removeprefix(PACKAGE)
-        found = importlib.util.find_spec(name)
+        try:
+            found = importlib.util.find_spec(name)
+        except (ModuleNotFoundError, ValueError):  # below what is not installed; no name
+            found = None
         if found is None or not found.submodule_search_locations:
             raise TOPDError(
                 f"model {self.path}: no Python package {name!r} is installed. "

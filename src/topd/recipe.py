@@ -66,6 +66,7 @@ def read_recipe(
     content = _parse(path)
     stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
     _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
+    _refuse_unknown(path, content, {*_fields(TOPDConfig), *PARTS})
     if warmstart:
         content = {**{k: v for k, v in content.items() if k in PARTS}, **stage}
     for key, value in (overrides or {}).items():

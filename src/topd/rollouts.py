@@ -177,7 +177,7 @@ def repeated_ngram_share(response: Sequence[int], n: int = 4) -> float:
     0.2
     """
     grams = list(zip(*(response[i:] for i in range(n)), strict=False))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:

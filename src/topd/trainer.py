@@ -107,7 +107,7 @@ class TOPDTrainer(Trainer):
         _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
-            student = get_peft_model(student, peft_config)
+            student = _with_adapter(student, peft_config)
         _check_trainable(student)
         if args.disable_dropout:
             _without_dropout(student)
@@ -371,6 +371,13 @@ def _check_contexts(
 
 def _prompt_ids(prompts: Sequence[Prompt]) -> tuple[list[Ids], list[Ids]]:
     return [p.student for p in prompts], [p.teacher for p in prompts]
+
+
+def _with_adapter(student: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    try:
+        return get_peft_model(student, config)
+    except ValueError as error:  # no such target module
+        raise TOPDError(f"peft_config (lora in a recipe): {error}") from error
 
 
 def _check_trainable(student: PreTrainedModel) -> None:

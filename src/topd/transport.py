@@ -144,12 +144,13 @@ def sparse_soft_target(
         teacher_tokens: [m].
 
     Returns:
-        Tokens in rising order and their probabilities, which sum to 1.
+        Tokens in rising order and their probabilities, which sum to 1. Entries below 1e-9 of the
+        row are left out.
 
     >>> sparse_soft_target(torch.tensor([0.1, 0.0, 0.3]), torch.tensor([7, 8, 7]))
     ((7,), (1.0,))
     """
-    support = (row > 1e-9 * row.sum()).nonzero()[:, 0]  # a simplex leaves dust
+    support = (row > 1e-9 * row.sum()).nonzero()[:, 0]  # solvers leave dust
     tokens, place = teacher_tokens[support].unique(return_inverse=True)
     mass = torch.zeros(len(tokens), dtype=torch.float64).index_add(0, place, row[support].double())
     return tuple(tokens.tolist()), tuple((mass / mass.sum()).tolist())

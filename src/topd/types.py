@@ -19,7 +19,7 @@ Rows are always the student, columns the teacher. Losses are in nats.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -62,11 +62,13 @@ class Generation:
 
     Log-probs are those of softmax(logits / temperature), before top-k and top-p (at temperature 0:
     of the plain softmax). The end-of-sequence token is part of ``tokens`` only if it was sampled.
+    ``hidden`` [K D] are the last hidden states that predict each token, where they were kept.
     """
 
     tokens: Ids
     logprobs: tuple[float, ...]
     finished: bool
+    hidden: Float[Tensor, "K D"] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -65,5 +65,8 @@ class Engine(Protocol):
         *,
         tick: Tick = ...,
     ) -> list[Generation]:
-        """Continue scored response ``b`` from before its token ``t``, for every (b, t)."""
+        """Continue scored response ``b`` from before its token ``t``, for every (b, t).
+
+        The hidden states of what it writes are kept, as those of a scored response are.
+        """
         ...

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -126,7 +126,8 @@ class HFEngine:
         cache = DynamicCache(config=self.model.config)
         with self._evaluating():
             hidden = self._forward(ids, mask, positions, cache)[:, -1]
-            return self._decode(hidden, mask, length, cache, sampling, seeds, tick)
+            written, _ = self._decode(hidden, mask, length, cache, sampling, seeds, tick)
+        return written
 
     @torch.no_grad()
     def score(
@@ -175,8 +176,7 @@ class HFEngine:
         prefix = scores.prefix
         assert isinstance(prefix, _Prefix)
         if not all(type(layer) is DynamicLayer for layer in prefix.cache.layers):
-            cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
-            return self.generate(cut, sampling, seeds, tick=tick)
+            return self._continue_afresh(prefix, starts, sampling, seeds, tick)
         written: list[Generation] = []
         with self._evaluating():
             for first in range(0, len(starts), WINDOWS_AT_ONCE):
@@ -188,8 +188,30 @@ class HFEngine:
                 mask = torch.arange(longest, device=row.device) < known[:, None]
                 cache = _select(prefix.cache, row, longest)
                 hidden = scores.hidden[row, start]
-                written += self._decode(hidden, mask, known, cache, sampling, seeds[some], tick)
+                window, states = self._decode(
+                    hidden, mask, known, cache, sampling, seeds[some], tick, keep_states=True
+                )
+                written += [
+                    replace(w, hidden=h[: len(w.tokens)])
+                    for w, h in zip(window, states, strict=True)
+                ]
         return written
+
+    def _continue_afresh(
+        self,
+        prefix: _Prefix,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tick: Tick,
+    ) -> list[Generation]:
+        """Continue by reading every prefix anew: for caches that cannot be shared."""
+        cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
+        written = self.generate(cut, sampling, seeds, tick=tick)
+        if not written:
+            return []
+        hidden = self.score(cut, [w.tokens for w in written]).hidden
+        return [replace(w, hidden=h[: len(w.tokens)]) for w, h in zip(written, hidden, strict=True)]
 
     def _decode(
         self,
@@ -200,11 +222,14 @@ class HFEngine:
         sampling: Sampling,
         seeds: Sequence[int],
         tick: Tick,
-    ) -> list[Generation]:
+        *,
+        keep_states: bool = False,
+    ) -> tuple[list[Generation], Tensor]:
         """Write tokens from ``hidden`` [N D], the states that predict each row's next token.
 
         ``mask`` [N L] says which entries of the cache a row may see, ``position`` [N] is the
-        position of its next token. A row leaves the batch when it has ended.
+        position of its next token. A row leaves the batch when it has ended. Also returns the
+        states that predict each token [N K D], if they are to be kept (K is 0 otherwise).
         """
         if len(seeds) != len(hidden):
             raise TOPDError(f"{len(seeds)} seeds for {len(hidden)} rows: give one a row.")
@@ -213,7 +238,10 @@ class HFEngine:
         alive = torch.arange(len(hidden), device=hidden.device)
         tokens = torch.full((len(hidden), steps), -1, device=hidden.device)
         logprobs = torch.zeros(len(hidden), steps, device=hidden.device)
+        states = hidden.new_zeros(len(hidden), steps if keep_states else 0, hidden.shape[-1])
         for step in range(steps):
+            if keep_states:
+                states[alive, step] = hidden
             token, logprob = _draw(head.logits(hidden), uniforms[alive, step], sampling)
             tokens[alive, step], logprobs[alive, step] = token, logprob.float()
             tick()
@@ -231,7 +259,7 @@ class HFEngine:
                 f"{self.name}: NaN logits while writing. Check its weights, lower the learning "
                 "rate, or use bfloat16 or float32."
             )
-        return self._generations(tokens, logprobs)
+        return self._generations(tokens, logprobs), states
 
     def _generations(self, tokens: Tensor, logprobs: Tensor) -> list[Generation]:
         finished = torch.isin(tokens, self._eos).any(-1).tolist()
