@@ -29,7 +29,7 @@ from conftest import EOS, VOCAB, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, transport
 from topd.engines.hf import head_of
 from topd.experience import Experience, Observer
-from topd.learning import Totals, collate, token_terms
+from topd.learning import Totals, collate, learning_terms
 from topd.ledger import model_fingerprint
 from topd.losses import token_divergence, trajectory_loss
 from topd.rollouts import fingerprint
@@ -257,7 +257,8 @@ def test_a_longer_mate_in_the_batch_changes_no_token(tmp_path):
 
     def terms(order: Sequence[int]) -> tuple[Tensor, ...]:
         batch = collate(experience, order, totals(experience), trainer.args.device)
-        return token_terms(trainer.model, batch, head_of(trainer.teacher_model), trainer.args)
+        head = head_of(trainer.teacher_model)
+        return learning_terms(trainer.model, batch, head, trainer.args).tokens
 
     short = min(range(8), key=lambda i: len(experience.rollouts[i].response))
     count = len(experience.rollouts[short].response)

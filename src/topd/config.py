@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from topd.divergence import METHODS
 from topd.losses import Kind
+from topd.methods import METHODS, Method, check_options
 from topd.types import Sampling, TOPDError
 
 
@@ -27,7 +28,10 @@ class TOPDConfig(TrainingArguments):
     """
 
     # What is learned
-    method: str = _field("topd", "Name of the guidance method: opd, topd or downweight.")
+    method: str = _field("topd", f"Name of the guidance method: {', '.join(METHODS)}.")
+    method_options: dict[str, Any] | str | None = _field(
+        None, "Options of the method, e.g. {share: 0.1} for kl_top."
+    )
     beta: float = _field(
         1.0, "Token divergence: 1 reverse KL, 0 forward KL, between: generalised JSD."
     )
@@ -104,7 +108,11 @@ class TOPDConfig(TrainingArguments):
     remove_unused_columns: bool = _field(False, "Prompts are encoded at the door; leave this off.")
     logging_nan_inf_filter: bool = _field(False, "A NaN loss is shown, not hidden.")
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "chat_template_kwargs"]
+    _VALID_DICT_FIELDS = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "chat_template_kwargs",
+        "method_options",
+    ]
 
     def __post_init__(self) -> None:
         if not self.output_dir:
@@ -113,8 +121,7 @@ class TOPDConfig(TrainingArguments):
         super().__post_init__()
 
     def _check(self) -> None:
-        if self.method not in METHODS:
-            raise TOPDError(f"method: {self.method!r} is not one of {', '.join(METHODS)}.")
+        check_options(self.method, self._method_options())
         for names, holds, rule in _RULES:
             for name in names.split():
                 value = getattr(self, name)
@@ -138,11 +145,23 @@ class TOPDConfig(TrainingArguments):
                 "push_to_hub: would publish the run folder with all prompts and rollouts. Upload "
                 "its student/ folder instead."
             )
-        kwargs = self.chat_template_kwargs
-        if isinstance(kwargs, str) and not kwargs.startswith("{"):
-            raise TOPDError(f"chat_template_kwargs: {kwargs!r} is no mapping, e.g. {{a: 1}}.")
+        for name in ("chat_template_kwargs", "method_options"):
+            given = getattr(self, name)
+            if isinstance(given, str) and not given.startswith("{"):
+                raise TOPDError(f"{name}: {given!r} is no mapping, e.g. {{a: 1}}.")
         if self.epsilon != TOPDConfig.epsilon and self.solver == "exact":
             raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
+
+    def _method_options(self) -> dict[str, Any]:
+        """As a mapping; a string is read by transformers later."""
+        return self.method_options if isinstance(self.method_options, dict) else {}
+
+    def guidance_method(self, *, look_ahead: bool = True) -> Method:
+        """The method with its options; plain ``opd`` without looking ahead."""
+        if not look_ahead:
+            return METHODS["opd"]
+        method = METHODS[self.method]
+        return method._replace(guide=partial(method.guide, **self._method_options()))
 
     @property
     def divergence(self) -> Kind:

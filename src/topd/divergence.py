@@ -1,25 +1,18 @@
-"""Where does the student leave the teacher, and what is done about it?
+"""Where does the student leave the teacher?
 
 Candidates are the loud tokens. Their windows say which are real divergent points and which are
-false alarms. A *method* turns that evidence into guidance: one function, one signature.
-
-    method(evidence: Evidence) -> tuple[Guidance, ...]      one Guidance a rollout
-
-To add a method, write such a function and put it into ``METHODS`` under its name.
+false alarms. What is done about it is for :mod:`topd.methods`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from topd.transport import sparse_soft_target
-from topd.types import Evidence, Guidance, SoftTarget, TOPDError
+from topd.types import TOPDError
 
 
 def select_candidates(
@@ -108,61 +101,3 @@ def real_divergent_points(
         return distance >= threshold
     rank = distance.argsort(stable=True).argsort()
     return rank >= round(false_alarm_share * len(distance))
-
-
-def opd(evidence: Evidence) -> tuple[Guidance, ...]:
-    """On-policy distillation: every token counts as it is. Source: arXiv 2306.13649."""
-    return tuple(Guidance((1.0,) * length) for length in _lengths(evidence))
-
-
-def topd(evidence: Evidence) -> tuple[Guidance, ...]:
-    """Soft targets along the student's window at every real divergent point.
-
-        y~_{t+i} = sum_j gamma_ij onehot(x^T_{t+j}) / sum_j gamma_ij
-
-    False alarms keep their token loss. Source: arXiv 2606.00305, the published method.
-    """
-    targets: list[list[SoftTarget]] = [[] for _ in _lengths(evidence)]
-    windows, plan = evidence.windows, evidence.transport.plan
-    for k in evidence.real.nonzero()[:, 0].tolist():
-        row, start = int(windows.row[k]), int(windows.start[k])
-        for i in range(int(windows.student_mask[k].sum())):
-            target = sparse_soft_target(plan[k, i], windows.teacher_tokens[k])
-            targets[row].append(SoftTarget(start + i, *target))
-    return tuple(
-        Guidance((1.0,) * length, tuple(target))
-        for length, target in zip(_lengths(evidence), targets, strict=True)
-    )
-
-
-def downweight(evidence: Evidence) -> tuple[Guidance, ...]:
-    """Cap the token loss of every false alarm at the median token loss of its rollout.
-
-    Source: arXiv 2606.00305, "low-OT high-loss down-weighting".
-    """
-    capped: list[list[int]] = [[] for _ in _lengths(evidence)]
-    windows, alarm = evidence.windows, ~evidence.real
-    for row, start in zip(windows.row[alarm].tolist(), windows.start[alarm].tolist(), strict=True):
-        capped[row].append(start)
-    return tuple(
-        Guidance((1.0,) * length, capped=tuple(positions))
-        for length, positions in zip(_lengths(evidence), capped, strict=True)
-    )
-
-
-class Method(NamedTuple):
-    """A method and whether it needs windows: if not, the teacher decodes nothing."""
-
-    guide: Callable[[Evidence], tuple[Guidance, ...]]
-    looks_ahead: bool
-
-
-METHODS: dict[str, Method] = {
-    "opd": Method(opd, looks_ahead=False),
-    "topd": Method(topd, looks_ahead=True),
-    "downweight": Method(downweight, looks_ahead=True),
-}
-
-
-def _lengths(evidence: Evidence) -> list[int]:
-    return evidence.mask.sum(-1).tolist()

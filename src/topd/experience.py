@@ -4,23 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from topd import transport
 from topd.config import TOPDConfig
-from topd.divergence import (
-    METHODS,
-    Method,
-    real_divergent_points,
-    select_candidates,
-    thin_candidates,
-)
+from topd.divergence import real_divergent_points, select_candidates, thin_candidates
 from topd.engines import Engine, Scores
-from topd.losses import linear_token_divergence
+from topd.losses import linear_token_statistics
+from topd.methods import Method
 from topd.progress import Phases
 from topd.rollouts import make_rollout, sampling_seeds
 from topd.types import (
@@ -30,12 +25,13 @@ from topd.types import (
     Guidance,
     Prompt,
     Rollout,
+    TokenStatistics,
     TOPDError,
-    Transport,
     Windows,
 )
 
 WINDOW_STREAM = 1 << 20  # windows draw from seeds that no rollout uses
+RELAY_STREAM = 1 << 19  # and so does what the student writes behind them
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,8 @@ class Experience:
     """What one update learns from; every tuple has one entry a rollout.
 
     ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
-    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats.
+    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats. ``branch_hidden`` has the
+    teacher's states [K D] for each branch of the guidance.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -51,6 +48,7 @@ class Experience:
     teacher_logprobs: tuple[Tensor, ...]
     forks: tuple[tuple[Fork, ...], ...]
     guidance: tuple[Guidance, ...]
+    branch_hidden: tuple[tuple[Tensor, ...], ...]
 
 
 class Observer:
@@ -81,7 +79,7 @@ class Observer:
             look_ahead: False to score only: no windows, and every token counts as it is.
         """
         seeds = sampling_seeds(self.args.seed, step, len(prompts), first=first)
-        method = METHODS[self.args.method if look_ahead else "opd"]
+        method = self.args.guidance_method(look_ahead=look_ahead)
         return self.inspect(self.roll_out(prompts, seeds), seeds, method)
 
     def roll_out(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
@@ -101,6 +99,7 @@ class Observer:
         hidden: list[Tensor] = []
         logprobs: list[Tensor] = []
         losses: list[Tensor] = []
+        statistics: list[Tensor] = []
         starts: list[tuple[int, int]] = []
         written: list[Generation] = []
         size = self.args.score_batch_size or self.args.per_device_train_batch_size
@@ -108,21 +107,24 @@ class Observer:
             scores = self._score(some, first)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
-            losses += self._token_losses(some, scores) if method.looks_ahead else []
+            known = self._statistics(some, scores) if self._wants_statistics(method) else None
+            statistics += known or []
+            losses += self._token_losses(some, scores, known)
             if method.looks_ahead:
                 found = self._candidates(losses[first:])
                 starts += [(first + row, t) for row, t in found]
                 written += self._look_ahead(scores, found, seeds[first:])
-        if method.looks_ahead:
-            evidence = self._evidence(rollouts, losses, starts, written)
-        else:
-            evidence = _no_evidence(rollouts)
+        evidence = self._evidence(rollouts, losses, starts, written)
+        if method.statistics:
+            evidence = replace(evidence, statistics=_statistics_of(statistics))
+        guidance = self._gone_on(rollouts, method.guide(replace(evidence, seed=seeds[0])), seeds)
         return Experience(
             tuple(rollouts),
             tuple(hidden),
             tuple(logprobs),
             _forks(evidence, len(rollouts)),
-            method.guide(evidence),
+            guidance,
+            self._branch_states(rollouts, guidance, dict(zip(starts, written, strict=True))),
         )
 
     def _score(self, rollouts: Sequence[Rollout], first: int) -> Scores:
@@ -142,32 +144,119 @@ class Observer:
             )
         return scores
 
-    def _token_losses(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
+    def _branch_states(
+        self,
+        rollouts: Sequence[Rollout],
+        guidance: Sequence[Guidance],
+        written: Mapping[tuple[int, int], Generation],
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """The teacher's states along every branch: those of its window, or scored now."""
+        states: dict[tuple[int, int], Tensor] = {}
+        unknown: list[tuple[int, int]] = []
+        for row, guide in enumerate(guidance):
+            for k, branch in enumerate(guide.branches):
+                window, count = written.get((row, branch.start)), len(branch.tokens)
+                if window and window.hidden is not None and window.tokens[:count] == branch.tokens:
+                    states[row, k] = window.hidden[:count]
+                else:
+                    unknown.append((row, k))
+        if unknown:
+            states.update(self._scored_branches(rollouts, guidance, unknown))
+        return tuple(
+            tuple(states[row, k] for k in range(len(guide.branches)))
+            for row, guide in enumerate(guidance)
+        )
+
+    def _scored_branches(
+        self,
+        rollouts: Sequence[Rollout],
+        guidance: Sequence[Guidance],
+        places: Sequence[tuple[int, int]],
+    ) -> dict[tuple[int, int], Tensor]:
+        branches = [guidance[row].branches[k] for row, k in places]
+        with self.phases.phase("scoring"):
+            hidden = self.teacher.score(
+                [
+                    rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
+                    for (row, _), branch in zip(places, branches, strict=True)
+                ],
+                [branch.tokens for branch in branches],
+            ).hidden
+        return {
+            place: states[: len(branch.tokens)]
+            for place, states, branch in zip(places, hidden, branches, strict=True)
+        }
+
+    def _token_losses(
+        self, rollouts: Sequence[Rollout], scores: Scores, statistics: Sequence[Tensor] | None
+    ) -> list[Tensor]:
         """The loss that ranks candidates, [T] nats a rollout, on the CPU."""
         kind = self.args.candidate_loss
+        if kind == "reverse_kl" and statistics is not None:
+            return [rows[0] for rows in statistics]
         teacher = scores.logprobs.cpu()
-        if kind == "reverse_kl":
-            loss = self._full_reverse_kl(rollouts, scores).cpu()
-        elif kind == "teacher_nll":
+        if kind == "teacher_nll":
             loss = -teacher
         else:
-            sampled = [torch.tensor(r.logprobs) for r in rollouts]
+            sampled = [torch.tensor(_logprobs(r)) for r in rollouts]
             loss = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher
         return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
 
-    def _full_reverse_kl(self, rollouts: Sequence[Rollout], scores: Scores) -> Tensor:
+    def _wants_statistics(self, method: Method) -> bool:
+        ranks = method.looks_ahead and self.args.candidate_loss == "reverse_kl"
+        return method.statistics or ranks
+
+    def _statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
+        """[4 T] a rollout, on the CPU, as in ``linear_token_statistics``; one student forward."""
         with self.phases.phase("scoring"), torch.no_grad():
             student = self.student.score(
                 [r.prompt.student for r in rollouts], [r.response for r in rollouts]
             )
-            return linear_token_divergence(
-                student.hidden,
+            found = linear_token_statistics(
+                student.hidden.flatten(0, 1),
                 self.student.head,
-                scores.hidden,
+                scores.hidden.flatten(0, 1),
                 self.teacher.head,
                 temperature=self.args.loss_temperature,
                 chunk_tokens=self.args.chunk_tokens,
             )
+            rows = found.reshape(len(found), len(rollouts), -1).transpose(0, 1).cpu()
+        return [row[:, : len(r.response)] for row, r in zip(rows, rollouts, strict=True)]
+
+    def _gone_on(
+        self, rollouts: Sequence[Rollout], guidance: Sequence[Guidance], seeds: Sequence[int]
+    ) -> tuple[Guidance, ...]:
+        """The guidance, with the student's own tokens behind the branches that ask for them."""
+        asked = [
+            (row, k)
+            for row, guide in enumerate(guidance)
+            for k, branch in enumerate(guide.branches)
+            if branch.go_on and not self.student.ends(branch.tokens)
+        ]
+        if not asked:
+            return tuple(guidance)
+        branches = [list(guide.branches) for guide in guidance]
+        limit = max(branches[row][k].go_on for row, k in asked)
+        prompts = [
+            rollouts[row].prompt.student
+            + rollouts[row].response[: branches[row][k].start]
+            + branches[row][k].tokens
+            for row, k in asked
+        ]
+        own = [
+            sampling_seeds(seeds[row], RELAY_STREAM, 1, first=branches[row][k].start)[0]
+            for row, k in asked
+        ]
+        with self.phases.phase("windows", limit) as tick:
+            sampling = replace(self.args.sampling, max_new_tokens=limit)
+            written = self.student.generate(prompts, sampling, own, tick=tick)
+        for (row, k), more in zip(asked, written, strict=True):
+            branch = branches[row][k]
+            branches[row][k] = replace(branch, tokens=branch.tokens + more.tokens[: branch.go_on])
+        return tuple(
+            replace(guide, branches=tuple(found))
+            for guide, found in zip(guidance, branches, strict=True)
+        )
 
     def _candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
         token_loss, mask = _padded(losses)
@@ -225,7 +314,8 @@ class Observer:
             false_alarm_share=self.args.false_alarm_share,
             threshold=self.args.ot_threshold,
         )
-        return Evidence(token_loss, mask, windows, solved, real)
+        logprobs, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
+        return Evidence(token_loss, logprobs, mask, windows, solved, real)
 
 
 def _windows(
@@ -249,15 +339,6 @@ def _windows(
     return Windows(row, start, student_tokens, student_mask, teacher_tokens, teacher_mask)
 
 
-def _no_evidence(rollouts: Sequence[Rollout]) -> Evidence:
-    """The evidence of methods that do not look ahead: lengths only, no window."""
-    token_loss, mask = _padded([torch.zeros(len(r.response)) for r in rollouts])
-    windows = _windows(rollouts, (), (), 1)
-    nothing = torch.zeros(0)
-    solved = Transport(nothing, torch.zeros(0, 0, 0), nothing.bool())
-    return Evidence(token_loss, mask, windows, solved, nothing.bool())
-
-
 def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     forks: list[list[Fork]] = [[] for _ in range(count)]
     windows = evidence.windows
@@ -275,6 +356,16 @@ def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
             )
         )
     return tuple(tuple(row) for row in forks)
+
+
+def _logprobs(rollout: Rollout) -> Sequence[float]:
+    """Of an answer that was not sampled: zeros."""
+    return rollout.logprobs or (0.0,) * len(rollout.response)
+
+
+def _statistics_of(rows: Sequence[Tensor]) -> TokenStatistics:
+    """From [4 T] a rollout."""
+    return TokenStatistics(*(_padded([row[i] for row in rows])[0] for i in range(4)))
 
 
 def _batches(rollouts: Sequence[Rollout], size: int) -> Iterator[tuple[int, Sequence[Rollout]]]:

@@ -1,15 +1,16 @@
 """The learning phase: one student forward on the rollouts, and the loss of their guidance.
 
-    L = sum_t w_t D_t / (all response tokens)  +  lambda sum_i KL(y~_i || p_S) / (all guided tokens)
+    L = sum_t w_t D_t / (all response tokens)  +  lambda sum_i G_i / (all guided tokens)
 
-The denominators are those of the whole update, over micro-batches and ranks.
+with G_i = KL(y~_i || p_S) at soft targets, and the branch's own loss at the tokens of branches. The
+denominators are those of the whole update, over micro-batches and ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,8 +20,8 @@ from transformers import PreTrainedModel
 from topd.config import TOPDConfig
 from topd.engines.hf import head_of
 from topd.experience import Experience
-from topd.losses import TokenTerms, linear_token_terms, soft_target_kl
-from topd.types import Head
+from topd.losses import Kind, TokenTerms, linear_token_terms, soft_target_kl
+from topd.types import BranchLoss, Guidance, Head, Rollout
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,32 @@ class Totals:
     guided: float
 
 
+class BranchBatch(TypedDict):
+    """All tokens of a micro-batch's branches with one loss, end to end: Q of them.
+
+    ``place`` [Q] are the flat positions whose state predicts each of ``tokens`` [Q];
+    ``teacher_hidden`` [Q D] the teacher's states in the same contexts.
+    """
+
+    loss: BranchLoss
+    place: Int[Tensor, " Q"]
+    tokens: Int[Tensor, " Q"]
+    teacher_hidden: Float[Tensor, "Q D"]
+
+
 class LearningBatch(TypedDict):
     """Some rollouts of an update, ready for the student. P are their response tokens, end to end.
 
     ``place`` [P] are flat positions in ``input_ids`` [B L] whose state predicts each token;
     ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
-    soft targets. ``capped`` [P] marks losses to be capped (None: none is); ``lengths`` are the
-    rollouts' numbers of response tokens.
+    tokens of L_traj. ``capped`` [P] marks losses to be capped (None: none is); ``lengths`` are the
+    rollouts' numbers of response tokens. ``positions`` [B L] and ``visible`` [B 1 L L] are None
+    unless branches are packed behind their rollouts.
     """
 
     input_ids: Int[Tensor, "B L"]
+    positions: Int[Tensor, "B L"] | None
+    visible: Bool[Tensor, "B 1 L L"] | None
     place: Int[Tensor, " P"]
     tokens: Int[Tensor, " P"]
     weights: Float[Tensor, " P"]
@@ -50,18 +67,35 @@ class LearningBatch(TypedDict):
     target_probabilities: Float[Tensor, "P M"]
     guided: int
     capped: Bool[Tensor, " P"] | None
+    advantages: Float[Tensor, " P"] | None
     lengths: list[int]
+    branches: list[BranchBatch]
     totals: Totals
 
 
+class LearningTerms(NamedTuple):
+    """What one forward yields: the terms of the P response tokens, and the sum of branch losses."""
+
+    tokens: TokenTerms
+    branches: Float[Tensor, ""]
+
+
 def collate(
-    experience: Experience, rows: Sequence[int], totals: Totals, device: torch.device
+    experience: Experience,
+    rows: Sequence[int],
+    totals: Totals,
+    device: torch.device,
+    *,
+    packed: bool = True,
 ) -> LearningBatch:
-    """Lay some rollouts of an experience out for one forward, on ``device``."""
+    """Lay some rollouts of an experience out for one forward, on ``device``.
+
+    ``packed`` branches stand behind their rollout, in the same row; else each has a row.
+    """
     rollouts = [experience.rollouts[row] for row in rows]
     guidance = [experience.guidance[row] for row in rows]
-    width = max(len(r.prompt.student) + len(r.response) for r in rollouts)
-    ids = [[*r.prompt.student, *r.response] for r in rollouts]
+    layout = lay_out(rollouts, guidance, packed=packed)
+    width = max(map(len, layout.ids))
     place = [
         b * width + len(r.prompt.student) - 1 + t
         for b, r in enumerate(rollouts)
@@ -74,7 +108,9 @@ def collate(
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
     return LearningBatch(
-        input_ids=tensor([row + [0] * (width - len(row)) for row in ids]),
+        input_ids=tensor([row + [0] * (width - len(row)) for row in layout.ids]),
+        positions=layout.positions(width, device) if layout.spans else None,
+        visible=layout.visible(width, device) if layout.spans else None,
         place=tensor(place),
         tokens=tensor([token for r in rollouts for token in r.response]),
         weights=tensor([weight for g in guidance for weight in g.weights], torch.float32),
@@ -89,23 +125,113 @@ def collate(
         target_probabilities=tensor(
             [mass + [0.0] * (breadth - len(mass)) for _, mass in support], torch.float32
         ).reshape(len(support), breadth),
-        guided=sum(len(g.targets) for g in guidance),
+        guided=sum(g.guided for g in guidance),
         capped=tensor([t in g.capped for g in guidance for t in range(len(g.weights))], torch.bool)
         if any(g.capped for g in guidance)
         else None,
+        advantages=tensor([a for g in guidance for a in _advantages(g)], torch.float32)
+        if any(g.advantages for g in guidance)
+        else None,
         lengths=[len(r.response) for r in rollouts],
+        branches=_branch_batches(experience, rows, layout, width, device),
         totals=totals,
     )
 
 
-def token_terms(
+@dataclass(frozen=True)
+class Layout:
+    """Where everything stands: rows of token ids, and what is packed in them.
+
+    ``places`` has for each branch, in order, the (row, column) whose state predicts each token.
+    ``spans`` are packed branches: (row, first column, tokens that they see before, length).
+    """
+
+    ids: list[list[int]]
+    places: list[list[tuple[int, int]]]
+    spans: list[tuple[int, int, int, int]]
+
+    def positions(self, width: int, device: torch.device) -> Int[Tensor, "B L"]:
+        """Position ids: a packed branch counts on from where it leaves its rollout."""
+        positions = torch.arange(width).repeat(len(self.ids), 1)
+        for row, first, seen, length in self.spans:
+            positions[row, first : first + length] = torch.arange(seen, seen + length)
+        return positions.to(device, non_blocking=True)
+
+    def visible(self, width: int, device: torch.device) -> Bool[Tensor, "B 1 L L"]:
+        """True where a token (row of the mask) may look: its own past, no other branch."""
+        mask = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        visible = mask.repeat(len(self.ids), 1, 1, 1)
+        for row, first, seen, length in self.spans:
+            visible[row, 0, first : first + length, seen:first] = False
+        return visible
+
+
+def lay_out(rollouts: Sequence[Rollout], guidance: Sequence[Guidance], *, packed: bool) -> Layout:
+    """One row a rollout; its branches behind it, or in rows of their own behind all rollouts.
+
+    The last token of a branch predicts nothing and is left out.
+    """
+    ids = [[*r.prompt.student, *r.response] for r in rollouts]
+    places: list[list[tuple[int, int]]] = []
+    spans: list[tuple[int, int, int, int]] = []
+    for row, (rollout, guide) in enumerate(zip(rollouts, guidance, strict=True)):
+        for branch in guide.branches:
+            seen, read = len(rollout.prompt.student) + branch.start, branch.tokens[:-1]
+            if packed:
+                first = len(ids[row])
+                ids[row].extend(read)
+                spans.append((row, first, seen, len(read)))
+                places.append([(row, seen - 1), *((row, first + i) for i in range(len(read)))])
+            else:
+                places.append([(len(ids), seen - 1 + i) for i in range(len(branch.tokens))])
+                ids.append([*ids[row][:seen], *read])
+    return Layout(ids, places, spans)
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether branches may share a row: full attention throughout, by a kernel that takes masks."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        full = getattr(config, "sliding_window", None) is None
+    else:
+        full = set(kinds) == {"full_attention"}
+    return full and config._attn_implementation == "sdpa"
+
+
+def _branch_batches(
+    experience: Experience, rows: Sequence[int], layout: Layout, width: int, device: torch.device
+) -> list[BranchBatch]:
+    branches = [branch for row in rows for branch in experience.guidance[row].branches]
+    states = [hidden for row in rows for hidden in experience.branch_hidden[row]]
+    batches = []
+    for loss in sorted({branch.loss for branch in branches}):
+        own = [k for k, branch in enumerate(branches) if branch.loss == loss]
+        place = [row * width + column for k in own for row, column in layout.places[k]]
+        tokens = [token for k in own for token in branches[k].tokens]
+        batches.append(
+            BranchBatch(
+                loss=loss,
+                place=torch.tensor(place).to(device, non_blocking=True),
+                tokens=torch.tensor(tokens).to(device, non_blocking=True),
+                teacher_hidden=torch.cat([states[k] for k in own]).to(device),
+            )
+        )
+    return batches
+
+
+def learning_terms(
     model: PreTrainedModel, batch: LearningBatch, teacher_head: Head, args: TOPDConfig
-) -> TokenTerms:
-    """One forward of the student without its head, then the chunked head. [P] each."""
-    states = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    return linear_token_terms(
-        states.flatten(0, 1)[batch["place"]],
-        head_of(model),
+) -> LearningTerms:
+    """One forward of the student without its head, then the chunked head."""
+    more = {} if batch["visible"] is None else {"attention_mask": batch["visible"]}
+    if batch["positions"] is not None:
+        more["position_ids"] = batch["positions"]
+    output = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **more)
+    states, head = output.last_hidden_state.flatten(0, 1), head_of(model)
+    terms = linear_token_terms(
+        states[batch["place"]],
+        head,
         batch["teacher_hidden"],
         teacher_head,
         batch["tokens"],
@@ -115,20 +241,46 @@ def token_terms(
         temperature=args.loss_temperature,
         chunk_tokens=args.chunk_tokens,
     )
+    parts = [_branch_loss(states, head, part, teacher_head, args) for part in batch["branches"]]
+    return LearningTerms(terms, sum(parts, terms.divergence.new_zeros(())))
+
+
+def _branch_loss(
+    states: Tensor, head: Head, batch: BranchBatch, teacher_head: Head, args: TOPDConfig
+) -> Tensor:
+    """The sum of one kind of branch loss over its tokens, nats."""
+    kind: Kind = "forward_kl" if batch["loss"] == "forward_kl" else "reverse_kl"
+    terms = linear_token_terms(
+        states[batch["place"]],
+        head,
+        batch["teacher_hidden"],
+        teacher_head,
+        batch["tokens"],
+        batch["tokens"].new_zeros(len(batch["tokens"]), 0),
+        kind=kind,
+        temperature=args.loss_temperature,
+        chunk_tokens=args.chunk_tokens,
+    )
+    if batch["loss"] == "cross_entropy":
+        return -terms.logprob.sum()
+    return terms.divergence.sum()
 
 
 def update_loss(
-    terms: TokenTerms, batch: LearningBatch, args: TOPDConfig
+    learned: LearningTerms, batch: LearningBatch, args: TOPDConfig
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """This batch's share of the update's loss, and the sum of its trajectory divergences, nats."""
-    totals = batch["totals"]
+    totals, terms = batch["totals"], learned.tokens
     token_loss = terms.divergence
     if args.kd_ratio < 1:
         token_loss = args.kd_ratio * token_loss - (1 - args.kd_ratio) * terms.logprob
     if batch["capped"] is not None:
         token_loss = cap_at_medians(token_loss, batch["capped"], batch["lengths"])
     loss = (batch["weights"] * token_loss).sum() / max(totals.tokens, 1)
+    if batch["advantages"] is not None:
+        loss = loss - (batch["advantages"] * terms.logprob).sum() / max(totals.tokens, 1)
     trajectory = soft_target_kl(terms.target_logprobs, batch["target_probabilities"]).sum()
+    trajectory = trajectory + learned.branches
     if args.trajectory_weight and totals.guided:
         count = totals.guided if args.trajectory_reduction == "mean" else totals.tokens
         loss = loss + args.trajectory_weight * trajectory / count
@@ -170,6 +322,10 @@ def inside_forward(wrapped: nn.Module, module: nn.Module, run: Callable[[], Any]
         return wrapped()
     finally:
         restore()
+
+
+def _advantages(guidance: Guidance) -> Sequence[float]:
+    return guidance.advantages or (0.0,) * len(guidance.weights)
 
 
 def _support(experience: Experience, rows: Sequence[int]) -> list[tuple[list[int], list[float]]]:

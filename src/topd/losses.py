@@ -254,6 +254,57 @@ def linear_token_divergence(
     return terms.divergence.reshape(shape)
 
 
+def linear_token_statistics(
+    student_hidden: Float[Tensor, "P D"],
+    student_head: Head,
+    teacher_hidden: Float[Tensor, "P E"],
+    teacher_head: Head,
+    *,
+    temperature: float = 1.0,
+    candidates: int = 16,
+    chunk_tokens: int = 1024,
+) -> Float[Tensor, "4 P"]:
+    """What methods that weigh tokens look at: :class:`topd.types.TokenStatistics`, a row each.
+
+    Args:
+        student_hidden, student_head, teacher_hidden, teacher_head: as in
+            :func:`linear_token_terms`.
+        temperature: divides both logits.
+        candidates: how many tokens of either model are its likeliest.
+        chunk_tokens: tokens whose logits are alive at a time.
+
+    Returns:
+        [4 P]: KL(p_S || p_T), the student's entropy, KL(p_T || p_S) on the union of the likeliest
+        tokens (all nats), and p_T's mass on the student's. Meant for use without gradients.
+
+    Raises:
+        TOPDError: temperature or chunk_tokens are out of range.
+    """
+    _check_chunk(chunk_tokens)
+    _check_temperature(temperature)
+    vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)
+    student_head = student_head.narrowed(vocab_size)
+    teacher_head = teacher_head.narrowed(vocab_size)
+    parts = []
+    hidden = zip(
+        student_hidden.split(chunk_tokens), teacher_hidden.split(chunk_tokens), strict=True
+    )
+    for own, other in hidden:
+        log_s = _log_softmax(student_head.logits(own), temperature)
+        log_t = _log_softmax(teacher_head.logits(other), temperature)
+        parts.append(_statistics(log_s, log_t, min(candidates, vocab_size)))
+    return torch.cat(parts, dim=-1)
+
+
+def _statistics(log_s: Tensor, log_t: Tensor, candidates: int) -> Tensor:
+    ours, theirs = (x.topk(candidates, dim=-1).indices for x in (log_s, log_t))
+    rest = torch.ones_like(log_s, dtype=torch.bool).scatter(-1, ours, False)
+    mass = log_t.masked_fill(rest, -math.inf).logsumexp(-1).exp()
+    rest = rest.scatter(-1, theirs, False)
+    on_union = [x.masked_fill(rest, -math.inf).log_softmax(-1) for x in (log_t, log_s)]
+    return torch.stack([_kl(log_s, log_t), _entropy(log_s), _kl(*on_union), mass])
+
+
 def linear_logprobs(
     hidden: Float[Tensor, "P D"],
     head: Head,

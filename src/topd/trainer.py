@@ -27,7 +27,16 @@ from transformers.utils import logging
 from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine, check_head, head_of
 from topd.experience import Experience, Observer
-from topd.learning import LearningBatch, Totals, collate, inside_forward, token_terms, update_loss
+from topd.learning import (
+    LearningBatch,
+    LearningTerms,
+    Totals,
+    can_pack,
+    collate,
+    inside_forward,
+    learning_terms,
+    update_loss,
+)
 from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rollout_record
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
@@ -164,7 +173,8 @@ class TOPDTrainer(Trainer):
         totals = self._totals(experience)
         rows = iter(range(len(flat)))
         parts = [[next(rows) for _ in batch] for batch in prompts]
-        return [collate(experience, part, totals, device) for part in parts], None
+        packed = can_pack(self.accelerator.unwrap_model(self.model))
+        return [collate(experience, part, totals, device, packed=packed) for part in parts], None
 
     def compute_loss(
         self,
@@ -176,7 +186,7 @@ class TOPDTrainer(Trainer):
         """The loss of one micro-batch, as its share of the update's."""
         terms = self._terms(model, inputs)
         loss, trajectory = update_loss(terms, inputs, self.args)
-        self._measure(terms, trajectory, inputs)
+        self._measure(terms.tokens, trajectory, inputs)
         loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over ranks
         return (loss, None) if return_outputs else loss
 
@@ -185,19 +195,19 @@ class TOPDTrainer(Trainer):
         with self.phases.phase("learning"):
             return super().training_step(*args, **kwargs)
 
-    def _terms(self, model: nn.Module, batch: LearningBatch) -> TokenTerms:
+    def _terms(self, model: nn.Module, batch: LearningBatch) -> LearningTerms:
         student = self.accelerator.unwrap_model(model)
 
-        def forward() -> TokenTerms:
+        def forward() -> LearningTerms:
             with self.accelerator.autocast():
-                return token_terms(student, batch, head_of(self.teacher_model), self.args)
+                return learning_terms(student, batch, head_of(self.teacher_model), self.args)
 
         return inside_forward(model, student, forward)
 
     def _totals(self, experience: Experience) -> Totals:
         """One denominator for all micro-batches and ranks."""
         tokens = sum(len(rollout.response) for rollout in experience.rollouts)
-        guided = sum(len(guidance.targets) for guidance in experience.guidance)
+        guided = sum(guidance.guided for guidance in experience.guidance)
         counts = torch.tensor([tokens, guided], device=self.accelerator.device)
         total = self.accelerator.reduce(counts, reduction="sum").tolist()
         return Totals(*total)
@@ -212,7 +222,7 @@ class TOPDTrainer(Trainer):
         rows = range(len(inputs))
         batch = collate(experience, rows, self._totals(experience), self.accelerator.device)
         with torch.no_grad():
-            divergence = self._terms(model, batch).divergence
+            divergence = self._terms(model, batch).tokens.divergence
         self.evaluation.add("loss", divergence.sum(), len(divergence))
         return divergence.mean(), None, None
 

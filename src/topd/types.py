@@ -20,6 +20,7 @@ Rows are always the student, columns the teacher. Losses are in nats.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -150,18 +151,37 @@ class Transport:
 
 
 @dataclass(frozen=True)
+class TokenStatistics:
+    """What both distributions say at every token of a batch, [B T] each, 0 outside the mask.
+
+    ``reverse_kl`` KL(p_S || p_T) and the student's ``entropy`` in nats; ``disagreement``
+    KL(p_T || p_S) on the union of both models' likeliest tokens, renormalised there;
+    ``compatibility`` the teacher's mass on the student's likeliest tokens.
+    """
+
+    reverse_kl: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+    disagreement: Float[Tensor, "B T"]
+    compatibility: Float[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All that a method may look at: one batch of rollouts and their windows.
 
-    ``token_loss`` [B T] nats, 0 outside ``mask`` [B T]. ``real`` [N] is the verdict on each
-    window: real divergent point, or false alarm.
+    ``token_loss`` and the student's ``logprobs`` at sampling [B T] in nats, 0 outside ``mask``
+    [B T]. ``real`` [N] is the verdict on each window: real divergent point, or false alarm.
+    ``statistics`` are there for methods that need them. ``seed`` is for methods that draw.
     """
 
     token_loss: Float[Tensor, "B T"]
+    logprobs: Float[Tensor, "B T"]
     mask: Bool[Tensor, "B T"]
     windows: Windows
     transport: Transport
     real: Bool[Tensor, " N"]
+    statistics: TokenStatistics | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -173,18 +193,45 @@ class SoftTarget:
     probabilities: tuple[float, ...]
 
 
+BranchLoss = Literal["cross_entropy", "forward_kl", "reverse_kl"]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Another continuation of a rollout, to be learned in its own context.
+
+    ``tokens`` stand in place of the response from token ``start`` on: each is predicted from the
+    prompt, the response before ``start`` and the branch's own tokens before it. ``loss`` is taken
+    at every token: cross-entropy with it, or a divergence from the teacher in the same context.
+    A method may ask that the student first goes on from it by ``go_on`` tokens.
+    """
+
+    start: int
+    tokens: Ids
+    loss: BranchLoss
+    go_on: int = 0
+
+
 @dataclass(frozen=True)
 class Guidance:
     """What a method asks of one rollout, in plain numbers: it can be stored, read and replayed.
 
     ``weights`` multiply the token losses, one a response token; ``targets`` pull the student's
     distribution at their positions; at ``capped`` positions the token loss is scaled down to the
-    rollout's median where it is above.
+    rollout's median where it is above. ``branches`` are learned beside the rollout.
+    ``advantages``, one a token or none, multiply the sampled tokens' log-probs, to be raised.
     """
 
     weights: tuple[float, ...]
     targets: tuple[SoftTarget, ...] = ()
     capped: tuple[int, ...] = ()
+    branches: tuple[Branch, ...] = ()
+    advantages: tuple[float, ...] = ()
+
+    @property
+    def guided(self) -> int:
+        """How many tokens L_traj is taken over."""
+        return len(self.targets) + sum(len(branch.tokens) for branch in self.branches)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,10 @@ class Engine(Protocol):
         """The map from the hidden states that ``score`` returns to logits."""
         ...
 
+    def ends(self, tokens: Ids) -> bool:
+        """Whether a text ends with an end-of-sequence token."""
+        ...
+
     def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
         """Input embeddings of tokens."""
         ...

@@ -94,12 +94,17 @@ class HFEngine:
         self.name = name
         self._autocast = autocast
         self.vocab_size = vocab_size or head_of(model).vocab_size
-        self._eos = torch.tensor(sorted(set(eos_ids)), device=model.device)
+        self._ends = frozenset(eos_ids)
+        self._eos = torch.tensor(sorted(self._ends), device=model.device)
 
     @property
     def head(self) -> Head:
         """The model's output head on the tokens that may be sampled."""
         return head_of(self.model).narrowed(self.vocab_size)
+
+    def ends(self, tokens: Ids) -> bool:
+        """Whether a text ends with an end-of-sequence token."""
+        return bool(tokens) and tokens[-1] in self._ends
 
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:

@@ -1,0 +1,269 @@
+"""What is done about it: every method is one function from evidence to guidance.
+
+    method(evidence: Evidence, **options) -> tuple[Guidance, ...]      one Guidance a rollout
+
+The loss of an update is then, with D the token divergence and p_S the student,
+
+    sum_t w_t D_t / T  -  sum_t a_t log p_S(y_t) / T  +  lambda sum_i G_i / (all guided tokens)
+
+T counts response tokens; w and a are ``weights`` and ``advantages``; G is KL(y~ || p_S) at soft
+targets and the branch's own loss at the tokens of branches. To add a method, write such a function
+and put it into ``METHODS`` under its name (docs/method.md shows one).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from topd.divergence import select_candidates
+from topd.transport import sparse_soft_target
+from topd.types import (
+    Branch,
+    BranchLoss,
+    Evidence,
+    Guidance,
+    SoftTarget,
+    TokenStatistics,
+    TOPDError,
+)
+
+
+def opd(evidence: Evidence) -> tuple[Guidance, ...]:
+    """On-policy distillation: every token counts as it is. Source: arXiv 2306.13649."""
+    return tuple(Guidance((1.0,) * length) for length in _lengths(evidence))
+
+
+# Forks: real divergent points are guided
+
+
+def topd(evidence: Evidence) -> tuple[Guidance, ...]:
+    """Soft targets along the student's window at every real divergent point.
+
+        y~_{t+i} = sum_j gamma_ij onehot(x^T_{t+j}) / sum_j gamma_ij
+
+    False alarms keep their token loss. Source: arXiv 2606.00305, the published method.
+    """
+    targets: list[list[SoftTarget]] = [[] for _ in _lengths(evidence)]
+    windows, plan = evidence.windows, evidence.transport.plan
+    for k in evidence.real.nonzero()[:, 0].tolist():
+        row, start = int(windows.row[k]), int(windows.start[k])
+        for i in range(int(windows.student_mask[k].sum())):
+            target = sparse_soft_target(plan[k, i], windows.teacher_tokens[k])
+            targets[row].append(SoftTarget(start + i, *target))
+    plain = opd(evidence)
+    return tuple(replace(g, targets=tuple(t)) for g, t in zip(plain, targets, strict=True))
+
+
+def window_sft(evidence: Evidence) -> tuple[Guidance, ...]:
+    """Cross-entropy on the teacher's window, in the teacher's own context, at every real point.
+
+    The control that guidance by transport must beat: the same windows, no transport.
+    """
+    return _branched(evidence, "cross_entropy")
+
+
+def window_kd(evidence: Evidence, *, reverse: bool = False) -> tuple[Guidance, ...]:
+    """KL(p_T || p_S) along the teacher's own window at every real point, over the full vocabulary.
+
+    With ``reverse``, KL(p_S || p_T). The student learns the window where the teacher would be, not
+    where its own rollout went; the states are those of the window's decoding. Source: this project.
+    """
+    return _branched(evidence, "reverse_kl" if reverse else "forward_kl")
+
+
+def relay(evidence: Evidence, *, tokens: int = 24) -> tuple[Guidance, ...]:
+    """The teacher writes the window, the student goes on from it, and is distilled on both.
+
+    The student writes ``tokens`` tokens behind the teacher's window at every real point; the
+    reverse KL is taken along the teacher's and its own tokens. Source: after Relay-OPD, arXiv
+    2607.26057, simplified: the published trigger is the teacher's wish for a reflection word.
+    """
+    return _branched(evidence, "reverse_kl", go_on=tokens)
+
+
+def _branched(evidence: Evidence, loss: BranchLoss, *, go_on: int = 0) -> tuple[Guidance, ...]:
+    branches: list[list[Branch]] = [[] for _ in _lengths(evidence)]
+    windows = evidence.windows
+    for k in evidence.real.nonzero()[:, 0].tolist():
+        tokens = tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist())
+        branch = Branch(int(windows.start[k]), tokens, loss, go_on)
+        branches[int(windows.row[k])].append(branch)
+    plain = opd(evidence)
+    return tuple(replace(g, branches=tuple(b)) for g, b in zip(plain, branches, strict=True))
+
+
+# False alarms: their token loss is held down
+
+
+def downweight(evidence: Evidence) -> tuple[Guidance, ...]:
+    """Cap the token loss of every false alarm at the median token loss of its rollout.
+
+    Source: arXiv 2606.00305, "low-OT high-loss down-weighting".
+    """
+    return _capped(evidence, ~evidence.real)
+
+
+def downweight_matched(evidence: Evidence) -> tuple[Guidance, ...]:
+    """The control of ``downweight``: as many tokens, drawn from the real divergent points.
+
+    Source: arXiv 2606.00305, "matched high-OT down-weighting".
+    """
+    count = int((~evidence.real).sum())
+    generator = torch.Generator().manual_seed(evidence.seed)
+    places = evidence.real.nonzero()[:, 0]
+    drawn = places[torch.randperm(len(places), generator=generator)[:count]]
+    return _capped(evidence, torch.zeros_like(evidence.real).index_fill(0, drawn, True))
+
+
+def _capped(evidence: Evidence, chosen: Bool[Tensor, " N"]) -> tuple[Guidance, ...]:
+    capped: list[list[int]] = [[] for _ in _lengths(evidence)]
+    windows = evidence.windows
+    for row, start in zip(
+        windows.row[chosen].tolist(), windows.start[chosen].tolist(), strict=True
+    ):
+        capped[row].append(start)
+    return tuple(replace(g, capped=tuple(c)) for g, c in zip(opd(evidence), capped, strict=True))
+
+
+# Tokens: some are left out, or weighted
+
+
+def kl_top(evidence: Evidence, *, share: float = 0.2) -> tuple[Guidance, ...]:
+    """Only the ``share`` of the batch's tokens with the largest reverse KL.
+
+    Source: the divergence baseline of arXiv 2604.14084 (no share is published).
+    """
+    return _kept(evidence, _statistics(evidence).reverse_kl, share)
+
+
+def entropy_top(evidence: Evidence, *, share: float = 0.5) -> tuple[Guidance, ...]:
+    """Only the ``share`` of the batch's tokens where the student's entropy is largest.
+
+    Source: TIP, arXiv 2604.14084.
+    """
+    return _kept(evidence, _statistics(evidence).entropy, share)
+
+
+def teachability(evidence: Evidence, *, share: float = 0.05) -> tuple[Guidance, ...]:
+    """Only the ``share`` of the batch's tokens that are most teachable (:func:`teachability_of`).
+
+    Source: TA-OPD, arXiv 2605.26844.
+    """
+    return _kept(evidence, teachability_of(evidence), share)
+
+
+def teachability_of(evidence: Evidence) -> Float[Tensor, "B T"]:
+    """Teachability norm(D) norm(C) of every token, [B T] in [0, 1].
+
+    D is KL(p_T || p_S) on the union of both models' likeliest tokens, C the teacher's mass on the
+    student's; norm(z) = clip((z - q05) / (q95 - q05), 0, 1) with the batch's quantiles. Source: the
+    released code of arXiv 2605.26844.
+    """
+    statistics = _statistics(evidence)
+    scaled = []
+    for values in (statistics.disagreement, statistics.compatibility):
+        low, high = values[evidence.mask].quantile(torch.tensor([0.05, 0.95]).to(values))
+        spread = (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+        scaled.append(((values - low) / spread).clamp(0, 1) * evidence.mask)
+    return scaled[0] * scaled[1]
+
+
+def iw_opd(evidence: Evidence, *, gamma: float = 0.5) -> tuple[Guidance, ...]:
+    """Weights that fall from 1 + gamma to 1 as the rollout drifts from the teacher.
+
+        w_t = 1 + gamma (1 - sum_{s<t} d_s / sum_s d_s),  d = |log p_T(y) - log p_S(y)|
+
+    Source: the released code of IW-OPD, arXiv 2606.22600; there they weight the sampled loss, here
+    the full-vocabulary one, as in every other method.
+    """
+    drift = evidence.token_loss.abs() * evidence.mask
+    total = drift.sum(-1, keepdim=True).clamp(min=1e-8)
+    before = (drift.cumsum(-1) - drift) / total
+    return _weighted(evidence, (1 + gamma * (1 - before)) * evidence.mask)
+
+
+def _kept(evidence: Evidence, score: Float[Tensor, "B T"], share: float) -> tuple[Guidance, ...]:
+    """The mean over the kept tokens: weight (all tokens / kept tokens), 0 elsewhere."""
+    kept = _top(score, evidence.mask, share)
+    return _weighted(evidence, kept * (evidence.mask.sum() / kept.sum().clamp(min=1)))
+
+
+def _top(score: Tensor, mask: Bool[Tensor, "B T"], share: float) -> Bool[Tensor, "B T"]:
+    """The ``share`` of a batch's tokens with the highest score, and the best of every rollout."""
+    batch = select_candidates(score.flatten()[None], mask.flatten()[None], fraction=share)
+    one = select_candidates(score, mask, fraction=1e-9)
+    return batch.reshape(mask.shape) | one
+
+
+def _weighted(evidence: Evidence, weights: Float[Tensor, "B T"]) -> tuple[Guidance, ...]:
+    rows = zip(weights.tolist(), _lengths(evidence), strict=True)
+    return tuple(Guidance(tuple(row[:length])) for row, length in rows)
+
+
+# No teacher
+
+
+def negative(
+    evidence: Evidence, *, advantage: float = -0.5, share: float = 0.2
+) -> tuple[Guidance, ...]:
+    """The control without a teacher: one fixed negative advantage on the least likely tokens.
+
+    The ``share`` of the batch's tokens with the lowest log p_S gets ``advantage``, the mean is over
+    them. Source: arXiv 2608.31046, which reports that it matches distillation.
+    """
+    rare = _top(-evidence.logprobs, evidence.mask, share)
+    scale = float(evidence.mask.sum() / rare.sum().clamp(min=1))
+    rows = zip((rare * advantage * scale).tolist(), _lengths(evidence), strict=True)
+    return tuple(Guidance((0.0,) * n, advantages=tuple(row[:n])) for row, n in rows)
+
+
+class Method(NamedTuple):
+    """A method and what it needs: windows (the teacher decodes), statistics (one more student
+    forward)."""
+
+    guide: Callable[..., tuple[Guidance, ...]]
+    looks_ahead: bool = False
+    statistics: bool = False
+
+
+METHODS: dict[str, Method] = {
+    "opd": Method(opd),
+    "topd": Method(topd, looks_ahead=True),
+    "window_sft": Method(window_sft, looks_ahead=True),
+    "window_kd": Method(window_kd, looks_ahead=True),
+    "relay": Method(relay, looks_ahead=True),
+    "downweight": Method(downweight, looks_ahead=True),
+    "downweight_matched": Method(downweight_matched, looks_ahead=True),
+    "kl_top": Method(kl_top, statistics=True),
+    "entropy_top": Method(entropy_top, statistics=True),
+    "teachability": Method(teachability, statistics=True),
+    "iw_opd": Method(iw_opd),
+    "negative": Method(negative),
+}
+
+
+def check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Raises TOPDError for a method or an option that there is not."""
+    if method not in METHODS:
+        raise TOPDError(f"method: {method!r} is not one of {', '.join(METHODS)}.")
+    known = [*inspect.signature(METHODS[method].guide).parameters][1:]
+    for name in options:
+        if name not in known:
+            has = ", ".join(known) or "none"
+            raise TOPDError(f"method_options: {method} has no option {name!r}. It has: {has}.")
+
+
+def _statistics(evidence: Evidence) -> TokenStatistics:
+    assert evidence.statistics is not None  # the method says that it needs them
+    return evidence.statistics
+
+
+def _lengths(evidence: Evidence) -> Sequence[int]:
+    return evidence.mask.sum(-1).tolist()

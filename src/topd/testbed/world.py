@@ -1,0 +1,143 @@
+"""A world whose forks are known: problems, right and wrong reasoning, and a label for every token.
+
+A family says, for a state of the reasoning, which steps are right in all their surface forms, and
+which wrong step a misled author would take. From these two lists follow the texts of a teacher and
+of a student with other habits, and the label of every token of any text:
+
+=========  ===================================================================================
+forced     the only token from which a right derivation can still be completed
+surface    one of several such tokens: another connective, order of terms, equivalent form
+fork       the first token after which no right derivation is left
+derailed   whatever follows a fork
+=========  ===================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Label = Literal["forced", "surface", "fork", "derailed"]
+State = Hashable
+
+END = "</s>"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A few words of reasoning and the state that their author then believes in (None: the end).
+
+    ``form`` numbers the synonym taken at each free choice; habits are weights of those numbers.
+    """
+
+    words: tuple[str, ...]
+    after: State | None
+    form: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Author:
+    """Who writes: how often he takes each synonym, and how often he falls into a known mistake."""
+
+    habit: tuple[float, float, float]
+    mistakes: float = 0.0
+
+
+TEACHER = Author(habit=(0.85, 0.1, 0.05))
+STUDENT = Author(habit=(0.1, 0.2, 0.7), mistakes=0.8)
+
+
+class Family(Protocol):
+    """A kind of problem. Texts are words with blanks between them."""
+
+    @property
+    def name(self) -> str:
+        """One word."""
+        ...
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Every word of its prompts and responses."""
+        ...
+
+    @property
+    def result_is_proof(self) -> bool:
+        """Whether a right result cannot be luck."""
+        ...
+
+    def prompts(self, rng: random.Random, count: int) -> list[str]:
+        """Different problems of mixed difficulty."""
+        ...
+
+    def start(self, prompt: str) -> State:
+        """The state of the reasoning before the first word."""
+        ...
+
+    def steps(self, state: State) -> Sequence[Step]:
+        """All right next steps."""
+        ...
+
+    def mistakes(self, state: State) -> Sequence[Step]:
+        """The wrong steps that a misled author takes here; often none."""
+        ...
+
+    def check(self, prompt: str, response: str) -> bool:
+        """Whether the response answers the problem, however it got there."""
+        ...
+
+
+def write(family: Family, prompt: str, author: Author, rng: random.Random) -> str:
+    """One author's reasoning on a problem, without the end-of-sequence token."""
+    state: State | None = family.start(prompt)
+    words: list[str] = []
+    while state is not None:
+        misled = family.mistakes(state) if rng.random() < author.mistakes else ()
+        options = misled or family.steps(state)
+        weights = [math.prod(author.habit[i] for i in step.form) for step in options]
+        step = rng.choices(options, weights)[0]
+        words += step.words
+        state = step.after
+    return " ".join(words)
+
+
+def labels(family: Family, prompt: str, response: Sequence[str]) -> list[Label]:
+    """Label every word of a response; the end of the sequence is the word ``</s>``.
+
+    Where a right result proves the reasoning (a program that runs), a response with one has no
+    fork: what leaves the listed forms is then another equivalent form.
+    """
+    found: list[Label] = []
+    places = _places(family, family.start(prompt))
+    for word in response:
+        allowed = {step.words[i] if step else END for step, i in places}
+        if word not in allowed:
+            found.append("fork")
+            break
+        found.append("surface" if len(allowed) > 1 else "forced")
+        places = _advance(family, places, word)
+    text = " ".join(word for word in response if word != END)
+    if found[-1:] == ["fork"] and family.result_is_proof and family.check(prompt, text):
+        found[-1] = "surface"
+        return found + ["surface"] * (len(response) - len(found))
+    return found + ["derailed"] * (len(response) - len(found))
+
+
+Place = tuple[
+    Step | None, int
+]  # a step under way and the number of its words so far; None: the end
+
+
+def _places(family: Family, state: State | None) -> set[Place]:
+    return {(None, 0)} if state is None else {(step, 0) for step in family.steps(state)}
+
+
+def _advance(family: Family, places: set[Place], word: str) -> set[Place]:
+    after: set[Place] = set()
+    for step, i in places:
+        if step is None or step.words[i] != word:
+            continue
+        after |= {(step, i + 1)} if i + 1 < len(step.words) else _places(family, step.after)
+    return after

@@ -1,0 +1,323 @@
+"""Methods, on evidence built by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from topd.learning import cap_at_medians
+from topd.methods import METHODS, check_options, downweight, opd, teachability_of, topd
+from topd.transport import soft_targets, solve
+from topd.types import (
+    Evidence,
+    Guidance,
+    SoftTarget,
+    TokenStatistics,
+    TOPDError,
+    Transport,
+    Windows,
+)
+
+INF = math.inf
+
+
+def losses(*rows: list[float]) -> tuple[Tensor, Tensor]:
+    """Rows of token losses, padded with the loudest loss there is, and their mask."""
+    width = max(len(row) for row in rows)
+    padded = torch.tensor([row + [1e9] * (width - len(row)) for row in rows])
+    return padded, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
+
+
+# ---- methods ----------------------------------------------------------------------------------
+
+
+def evidence(
+    rows: list[list[float]],
+    starts: list[tuple[int, int]],
+    real: list[bool],
+    *,
+    student_length: int = 3,
+    teacher_length: int = 4,
+) -> Evidence:
+    """Windows of random costs at the given starts; the student's end with their rollout."""
+    token_loss, mask = losses(*rows)
+    n, m, count = student_length, teacher_length, len(starts)
+    generator = torch.Generator().manual_seed(0)
+    row, start = torch.tensor(starts, dtype=torch.long).reshape(-1, 2).unbind(-1)
+    left = torch.tensor([len(rows[b]) - t for b, t in starts], dtype=torch.long)
+    student_mask = torch.arange(n) < left[:, None]
+    teacher_mask = torch.arange(m) < (m - torch.arange(count) % 2)[:, None]
+    windows = Windows(
+        row,
+        start,
+        torch.randint(3, 9, (count, n), generator=generator),
+        student_mask,
+        torch.randint(3, 9, (count, m), generator=generator) * teacher_mask,
+        teacher_mask,
+    )
+    cost = torch.rand(count, n, m, generator=generator)
+    plans = solve(cost, student_mask, teacher_mask)
+    return Evidence(
+        token_loss.masked_fill(~mask, 0.0),
+        -torch.rand(mask.shape, generator=generator) * mask,
+        mask,
+        windows,
+        plans,
+        torch.tensor(real, dtype=torch.bool),
+    )
+
+
+ROWS = [[1.0, 2.0, 9.0, 3.0, 4.0], [5.0, 6.0]]
+STARTS = [(0, 0), (0, 2), (0, 4), (1, 0)]
+
+
+def no_windows() -> Evidence:
+    """What a step without candidates yields: no window, and so no width either."""
+    token_loss, mask = losses([1.0, 2.0], [3.0])
+    ids, none = torch.zeros(0, dtype=torch.long), torch.zeros(0, 0, dtype=torch.bool)
+    windows = Windows(ids, ids, none.long(), none, none.long(), none)
+    plans = Transport(torch.zeros(0), torch.zeros(0, 0, 0), torch.zeros(0).bool())
+    return Evidence(token_loss, 0 * token_loss, mask, windows, plans, torch.zeros(0).bool())
+
+
+def with_statistics(found: Evidence) -> Evidence:
+    """The same evidence with random statistics, zero behind the mask."""
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.rand(found.mask.shape, generator=generator) * found.mask for _ in range(4)]
+    return replace(found, statistics=TokenStatistics(*values))
+
+
+LOOKING = sorted(name for name, method in METHODS.items() if method.looks_ahead)
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_without_windows_methods_that_look_ahead_are_plain_distillation(name):
+    assert METHODS[name].guide(no_windows()) == (Guidance((1.0, 1.0)), Guidance((1.0,)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_one_guidance_a_rollout_with_one_weight_a_token(name):
+    found = with_statistics(evidence([*ROWS, []], STARTS, [True, False, True, False]))
+    guidance = METHODS[name].guide(found)
+    assert [len(one.weights) for one in guidance] == [5, 2, 0]
+    assert all(type(weight) is float for one in guidance for weight in one.weights)
+
+
+def test_only_methods_that_look_ahead_depend_on_the_windows():
+    one = with_statistics(evidence(ROWS, STARTS, [True] * 4))
+    other = replace(one, real=torch.tensor([False, True, False, False]))
+    changed = {name for name, method in METHODS.items() if method.guide(one) != method.guide(other)}
+    assert changed == set(LOOKING)
+
+
+@pytest.mark.parametrize("name", ["kl_top", "entropy_top", "teachability"])
+def test_selection_keeps_the_highest_scores_at_mean_weight_one(name):
+    """Of all 7 tokens a share of 0.4 keeps 3, and one more where a rollout has none."""
+    found = with_statistics(evidence(ROWS, STARTS, [True] * 4))
+    scores = {
+        "kl_top": found.statistics.reverse_kl,
+        "entropy_top": found.statistics.entropy,
+        "teachability": teachability_of(found),
+    }[name]
+    places = [(0, t) for t in range(5)] + [(1, t) for t in range(2)]
+    best = set(sorted(places, key=lambda place: -scores[place])[:3])
+    best |= {(0, int(scores[0].argmax())), (1, int(scores[1, :2].argmax()))}
+    guidance = METHODS[name].guide(found, share=0.4)
+    for row, t in places:
+        expected = 7 / len(best) if (row, t) in best else 0.0
+        assert guidance[row].weights[t] == pytest.approx(expected)
+
+
+def test_teachability_by_hand():
+    """D = 0..20 has the quantiles 1 and 19, C = 1 everywhere but for one token of 0."""
+    _, mask = losses([0.0] * 21)
+    disagreement = torch.arange(21.0)[None]
+    mass = torch.linspace(0, 1, 21).flip(0)[None]  # quantiles 0.05 and 0.95
+    none = torch.zeros(1, 21)
+    found = replace(
+        evidence([[0.0] * 21], [], []),
+        mask=mask,
+        statistics=TokenStatistics(none, none, disagreement, mass),
+    )
+    expected = [min(max((d - 1) / 18, 0), 1) * min(max((19 - d) / 18, 0), 1) for d in range(21)]
+    torch.testing.assert_close(teachability_of(found)[0], torch.tensor(expected))
+
+
+def test_weights_of_iw_opd_by_hand():
+    """Losses 1, -2, 1 of a rollout: 1 + 0.5 (1 - 0), 1 + 0.5 (1 - 1/4), 1 + 0.5 (1 - 3/4)."""
+    (guide,) = METHODS["iw_opd"].guide(evidence([[1.0, -2.0, 1.0]], [], []))
+    assert guide.weights == pytest.approx((1.5, 1.375, 1.125))
+
+
+def test_the_negative_control_pushes_the_least_likely_tokens_down():
+    """Two of seven tokens kept (a share of 0.3), one a rollout at least: mean over the kept."""
+    found = evidence(ROWS, STARTS, [True] * 4)
+    logprobs = torch.tensor([[-0.1, -3.0, -0.2, -4.0, -0.3], [-0.5, -0.4, 0.0, 0.0, 0.0]])
+    first, second = METHODS["negative"].guide(replace(found, logprobs=logprobs), share=0.3)
+    each = pytest.approx(-0.5 * 7 / 3)
+    assert first.advantages == (0, each, 0, each, 0)
+    assert second.advantages == (each, 0)
+    assert set(first.weights) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "loss"),
+    [
+        ("window_sft", {}, "cross_entropy"),
+        ("window_kd", {}, "forward_kl"),
+        ("window_kd", {"reverse": True}, "reverse_kl"),
+        ("relay", {}, "reverse_kl"),
+    ],
+)
+def test_branches_are_the_teachers_windows_at_real_points(name, options, loss):
+    found = evidence(ROWS, STARTS, [True, False, False, True])
+    guidance = METHODS[name].guide(found, **options)
+    for guide, k in zip(guidance, (0, 3), strict=True):
+        (branch,) = guide.branches
+        tokens = found.windows.teacher_tokens[k][found.windows.teacher_mask[k]]
+        assert branch.tokens == tuple(tokens.tolist())
+        assert (branch.start, branch.loss) == (STARTS[k][1], loss)
+        assert (branch.go_on > 0) == (name == "relay")
+        assert guide.guided == len(branch.tokens)
+        assert set(guide.weights) == {1.0}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_matched_control_caps_as_many_real_points_drawn_by_the_seed(seed):
+    found = evidence(ROWS, STARTS, [True, False, True, True])
+    guidance = METHODS["downweight_matched"].guide(replace(found, seed=seed))
+    capped = [(row, t) for row, guide in enumerate(guidance) for t in guide.capped]
+    assert len(capped) == 1
+    assert set(capped) <= {STARTS[0], STARTS[2], STARTS[3]}
+    assert guidance == METHODS["downweight_matched"].guide(replace(found, seed=seed))
+
+
+def test_the_matched_control_draws_differently_by_seed():
+    found = evidence(ROWS, STARTS, [True, False, True, True])
+    drawn = {METHODS["downweight_matched"].guide(replace(found, seed=s)) for s in range(20)}
+    assert len(drawn) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("topd", {"share": 0.1}), ("kl_top", {"shar": 0.1}), ("tpd", {})]
+)
+def test_unknown_methods_and_options_are_refused(method, options):
+    with pytest.raises(TOPDError, match="method"):
+        check_options(method, options)
+
+
+def test_opd_leaves_every_token_as_it_is():
+    guidance = opd(evidence(ROWS, STARTS, [True] * 4))
+    assert guidance == (Guidance((1.0,) * 5), Guidance((1.0,) * 2))
+
+
+def test_topd_targets_by_hand():
+    """One window at token 1: its plan sends token 1 to words 7 and 8, token 2 to word 8."""
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    windows = Windows(
+        torch.tensor([0]),
+        torch.tensor([1]),
+        torch.tensor([[3, 4]]),
+        mask,
+        torch.tensor([[8, 7, 8]]),
+        torch.ones(1, 3, dtype=torch.bool),
+    )
+    plan = torch.tensor([[[1 / 6, 1 / 3, 0.0], [1 / 6, 0.0, 1 / 3]]])
+    plans = Transport(torch.zeros(1), plan, torch.tensor([True]))
+    loss, tokens = losses([1.0, 9.0, 2.0])
+    (guidance,) = topd(Evidence(loss, 0 * loss, tokens, windows, plans, torch.tensor([True])))
+    first, second = guidance.targets
+    assert guidance.weights == (1.0, 1.0, 1.0)
+    assert (first.position, first.tokens) == (1, (7, 8))
+    assert first.probabilities == pytest.approx((2 / 3, 1 / 3))
+    assert second == SoftTarget(2, (8,), (1.0,))
+
+
+def test_topd_guides_the_students_window_at_real_points_only():
+    """Window 2 starts at the last token of rollout 0, so it has one token."""
+    guidance = topd(evidence(ROWS, STARTS, [True, False, True, True]))
+    assert [[t.position for t in one.targets] for one in guidance] == [[0, 1, 2, 4], [0, 1]]
+    assert all(weight == 1 for one in guidance for weight in one.weights)
+
+
+def test_topd_targets_are_distributions_over_the_teachers_window():
+    found = evidence(ROWS, STARTS, [True] * 4)
+    words = set(found.windows.teacher_tokens[found.windows.teacher_mask].tolist())
+    for one in topd(found):
+        for target in one.targets:
+            assert sum(target.probabilities) == pytest.approx(1, abs=1e-12)
+            assert min(target.probabilities) > 0
+            assert list(target.tokens) == sorted(set(target.tokens))
+            assert set(target.tokens) <= words
+
+
+def test_topd_targets_are_the_dense_soft_targets():
+    found = evidence(ROWS, STARTS, [True, True, False, True])
+    dense = soft_targets(found.transport.plan, found.windows.teacher_tokens, 9)
+    expected = [(0, 0 + i, dense[0, i]) for i in range(3)]
+    expected += [(0, 2 + i, dense[1, i]) for i in range(3)]
+    expected += [(1, 0 + i, dense[3, i]) for i in range(2)]
+    targets = [(b, target) for b, one in enumerate(topd(found)) for target in one.targets]
+    for (b, target), (row, position, values) in zip(targets, expected, strict=True):
+        assert (b, target.position) == (row, position)
+        spread = torch.zeros(9).double()
+        spread[list(target.tokens)] = torch.tensor(target.probabilities, dtype=torch.float64)
+        torch.testing.assert_close(spread, values.double(), atol=1e-6, rtol=0)
+
+
+def test_topd_without_a_real_point_is_opd():
+    found = evidence(ROWS, STARTS, [False] * 4)
+    assert topd(found) == opd(found)
+
+
+def test_downweight_caps_false_alarms_and_only_those():
+    guidance = downweight(evidence(ROWS, [(0, 2), (0, 4), (1, 1)], [True, False, False]))
+    assert [one.capped for one in guidance] == [(4,), (1,)]
+    assert all(set(one.weights) == {1.0} and one.targets == () for one in guidance)
+
+
+def capped(rows: list[list[float]], marked: list[tuple[int, int]]) -> list[float]:
+    mark = [(b, t) in marked for b, row in enumerate(rows) for t in range(len(row))]
+    loss = torch.tensor([x for row in rows for x in row]).double()
+    return cap_at_medians(loss, torch.tensor(mark), [len(row) for row in rows]).tolist()
+
+
+def test_a_cap_is_the_median_of_its_own_rollout():
+    """Median of 1, 2, 9, 3, 4 is 3; of 5, 6 it is 5.5."""
+    rows = [[1.0, 2, 9, 3, 4], [5.0, 6]]
+    assert capped(rows, [(0, 2), (1, 1)]) == pytest.approx([1, 2, 3, 3, 4, 5, 5.5])
+
+
+def test_a_cap_leaves_tokens_at_or_below_the_median():
+    rows = [[1.0, 2, 9, 3, 4]]
+    assert capped(rows, [(0, 0), (0, 3)]) == rows[0]
+
+
+def test_a_capped_token_still_learns_with_the_weight_median_over_loss():
+    loss = torch.tensor([1.0, 2.0, 8.0], requires_grad=True)
+    cap_at_medians(loss, torch.tensor([False, False, True]), [3]).sum().backward()
+    assert loss.grad.tolist() == [1.0, 1.0, 2 / 8]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0, 20, width=32), min_size=1, max_size=7))
+def test_a_capped_loss_is_the_smaller_of_loss_and_median(row):
+    half = len(row) // 2
+    ordered = sorted(row)
+    cap = ordered[half] if len(row) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    found = capped([row], [(0, t) for t in range(len(row))])
+    assert found == pytest.approx([min(loss, cap) for loss in row], rel=1e-6, abs=1e-9)
+
+
+def test_methods_do_not_change_their_evidence():
+    found = with_statistics(evidence(ROWS, STARTS, [True, False, True, False]))
+    copy = replace(found, token_loss=found.token_loss.clone())
+    for method in METHODS.values():
+        method.guide(found)
+    assert torch.equal(found.token_loss, copy.token_loss)
