@@ -163,6 +163,8 @@ def guidance_record(
         "weights": weights,
         "capped": guidance.capped,
         "targets": [asdict(target) for target in guidance.targets],
+        "branches": [asdict(branch) for branch in guidance.branches],
+        "advantages": guidance.advantages,
     }
 
 
