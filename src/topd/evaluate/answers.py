@@ -40,9 +40,9 @@ class AnswerVerifier:
     """Checks a response against the reference in ``column`` of its row.
 
     The reference is a bare answer, or a worked solution that ends in ``#### 42`` or holds a
-    ``\\boxed{}``. The response's answer is what stands in its last ``\\boxed{}``, or else behind its
-    last "answer is" or "answer:". Only for a reference with ``####`` (GSM8K, whose prompts ask for
-    no form) does a number after ``####`` count too, and failing all the last number of the text.
+    ``\\boxed{}``. The response's answer is what stands in its last ``\\boxed{}``, or else behind
+    its last "answer is" or "answer:". Only for a reference with ``####`` (GSM8K, whose prompts ask
+    for no form) a number after ``####`` counts too and, failing all, the last number of the text.
 
     A comparison that does not end in time is a wrong answer, with a warning in the log.
     """

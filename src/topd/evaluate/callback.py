@@ -15,8 +15,8 @@ from topd.types import TOPDError
 class EvaluationCallback(TrainerCallback):
     """Evaluates before the first update, every ``every`` updates, and after the last.
 
-    The figures go through ``trainer.log`` under ``eval/``: to metrics.jsonl of the run folder and to
-    every logger. Training is the same with it and without: engines draw from seeds of their own.
+    The figures go through ``trainer.log`` under ``eval/``: to metrics.jsonl of the run folder and
+    to every logger. Training is the same with it and without: engines draw from seeds of their own.
     Every rank evaluates all problems, the first one logs.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
@@ -73,7 +73,7 @@ class EvaluationCallback(TrainerCallback):
 def logged(evaluation: Evaluation) -> dict[str, float]:
     """The figures of an evaluation as a log has them: means, ends of the accuracies' intervals.
 
-    The names are ``eval/greedy``, ``eval/greedy_low``, ``eval/greedy_high``, ``eval/pass@1`` and so on.
+    The names are ``eval/greedy``, ``eval/greedy_low``, ``eval/greedy_high``, ``eval/pass@1``, ...
     """
     logs: dict[str, float] = {}
     for name, interval in evaluation.intervals().items():

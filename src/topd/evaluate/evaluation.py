@@ -7,7 +7,7 @@ spreads it, so that one can rise while the other falls.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -166,7 +166,7 @@ class Evaluator:
     verify: Verify
     tokenizer: PreTrainedTokenizerBase
     samples: int = 4
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
     batch_size: int = 16
 
