@@ -32,7 +32,7 @@ MaxTokens = Annotated[int, typer.Option(help="Longest response.")]
 Limit = Annotated[int | None, typer.Option(help="Take the first problems only.")]
 BatchSize = Annotated[int, typer.Option(help="Responses at a time; changes no result.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
-Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template; used if there.")]
+Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template, if there.")]
 TemplateKwargs = Annotated[
     str, typer.Option(help="Of the chat template, e.g. '{enable_thinking: false}'.")
 ]

@@ -41,23 +41,24 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         """Evaluate the student as it comes, unless the run goes on from a checkpoint."""
         if state.global_step == 0:
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, control)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Evaluate at every so many updates."""
         if state.global_step % self.every == 0:
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Evaluate the student as it is in the end."""
         if state.global_step != self._latest:
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, control)
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, control: TrainerControl) -> None:
+        log_wanted = control.should_log
         accelerator = self.trainer.accelerator
         model = accelerator.unwrap_model(self.trainer.model)
         engine = HFEngine(
@@ -67,6 +68,7 @@ class EvaluationCallback(TrainerCallback):
             autocast=accelerator.autocast,
         )
         self.trainer.log(logged(self.evaluator(engine)))
+        control.should_log = log_wanted  # a log of ours must not stand for that of the update
         self._latest = step
 
 
