@@ -654,12 +654,12 @@ def root(tmp_path_factory) -> Path:
     plain_tokenizer.chat_template = None
     tiny_model().save_pretrained(root / "base")
     plain_tokenizer.save_pretrained(root / "base")
-    write(root / "gsm8k.jsonl", [{"question": r["prompt"], "answer": "#### 2"} for r in rows(5)])
+    write(root / "gsm8k.jsonl", [{"question": r["prompt"], "answer": "#### 7"} for r in rows(5)])
     write(root / "aime.jsonl", [{"Problem": r["prompt"], "Answer": 2} for r in rows(3)])
     write(root / "odd.jsonl", [{"q": r["prompt"], "a": {"final": "2"}} for r in rows(3)])
     write(root / "empty.jsonl", [{"question": "what", "answer": ""}])
     write(root / "blank.jsonl", [{"question": " ", "answer": "2"}])
-    write(root / "long.jsonl", [{"question": "what " * 500, "answer": "2"}])
+    write(root / "long.jsonl", [{"question": "what " * 510, "answer": "2"}])
     return root
 
 
@@ -694,8 +694,8 @@ def test_the_command_leaves_figures_and_responses(root, invoke, tmp_path):
     figures = record["figures"]
     assert figures["greedy"]["mean"] == sum(greedy) / 4
     assert figures["pass@1"]["mean"] == sum(sampled) / 8
-    assert any(sampled)
-    verify, row = AnswerVerifier(), {"answer": "#### 2"}
+    assert 0 < figures["pass@1"]["mean"] < 1
+    verify, row = AnswerVerifier(), {"answer": "#### 7"}
     assert all(line["verified"] == verify(line["text"], row) for line in lines)
     tokenizer = tiny_tokenizer()
     assert lines[0]["text"] == tokenizer.decode(lines[0]["ids"], skip_special_tokens=True)
@@ -749,7 +749,7 @@ BAD = [
     (["model", "odd.jsonl", "--columns", "prompt=q,answer=b"], "has no column 'b'. It has q, a"),
     (["model", "empty.jsonl"], "data row 0: no reference answer in column 'answer'"),
     (["model", "blank.jsonl"], "data row 0: the prompt is empty"),
-    (["model", "long.jsonl"], "--max-tokens: the longest prompt has 502 tokens"),
+    (["model", "long.jsonl"], "--max-tokens: the longest prompt has 512 tokens"),
     (["base", "gsm8k.jsonl", "--chat"], "has no chat template"),
     (["model", "gsm8k.jsonl", "--temperature", "0"], "--temperature: 0.0 must be above 0"),
     (["model", "gsm8k.jsonl", "--top-p", "1.5"], "--top-p: 1.5 must be above 0 and at most 1"),
@@ -757,7 +757,7 @@ BAD = [
     (["model", "gsm8k.jsonl", "--limit", "0"], "--limit: 0 must be at least 1"),
     (["model", "gsm8k.jsonl", "--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
     (["model", "gsm8k.jsonl", "--seed", "-1"], "--seed: -1 must be at least 0"),
-    (["model", "gsm8k.jsonl", "--template-kwargs", "no"], "--template-kwargs: 'no' is no mapping"),
+    (["model", "gsm8k.jsonl", "--template-kwargs", "a"], "--template-kwargs: 'a' is no mapping"),
 ]
 
 
