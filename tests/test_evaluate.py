@@ -35,8 +35,8 @@ from topd.evaluate import (
 )
 from topd.evaluate import judge as judging
 from topd.evaluate.answers import final_answer, last_boxed, number, plain, reference_answer
-from topd.evaluate.command import Request, read_problems
 from topd.evaluate.judge import Judge
+from topd.evaluate.spec import EvaluationSpec
 from topd.models import ModelSpec
 from topd.types import Generation, Ids, Prompt, Sampling, TOPDError
 
@@ -269,7 +269,7 @@ def test_parts_of_answers():
 @pytest.mark.parametrize("name", FILES)
 def test_every_reference_of_the_benchmarks_is_right_and_its_neighbours_are_not(verifier, name):
     """Each against itself in a box, and against that of the next problem which differs."""
-    known = read_problems(str(SHARED / f"{name}.jsonl"), None, None)
+    known = EvaluationSpec(path=str(SHARED / f"{name}.jsonl")).load()
     answers = [reference_answer(str(row["answer"])) for row in known]
     verifier.check(known)
     for row, answer in zip(known, answers, strict=True):
@@ -282,7 +282,7 @@ def test_every_reference_of_the_benchmarks_is_right_and_its_neighbours_are_not(v
 
 @shared
 def test_worked_solutions_of_gsm8k_are_right_as_responses(verifier):
-    known = read_problems(str(SHARED / "gsm8k_test.jsonl"), None, None)
+    known = EvaluationSpec(path=str(SHARED / "gsm8k_test.jsonl")).load()
     assert all(verifier(row["answer"], row) for row in known)
 
 
@@ -699,7 +699,7 @@ def test_the_command_leaves_figures_and_responses(root, invoke, tmp_path):
     assert all(line["verified"] == verify(line["text"], row) for line in lines)
     tokenizer = tiny_tokenizer()
     assert lines[0]["text"] == tokenizer.decode(lines[0]["ids"], skip_special_tokens=True)
-    assert record["settings"]["chat"] is True
+    assert record["settings"]["data"]["samples"] == 2
     assert "math-verify" in record["versions"]
     assert record["models"]["model"]["name"] == "model"
     assert len(record["data"]) == len(record["references"]) == 64
@@ -735,7 +735,6 @@ def test_other_formats_columns_and_a_base_model(root, invoke, tmp_path):
     words = ("--columns", "prompt=q,answer=a.final", "--output", str(tmp_path / "b"))
     assert invoke("base", "odd.jsonl", *words).exit_code == 0
     a, b = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
-    assert a["settings"]["chat"] is b["settings"]["chat"] is False
     assert a["data"] == b["data"]  # the same token ids of the same three questions
     assert a["references"] == b["references"]
 
@@ -744,19 +743,23 @@ BAD = [
     (["nowhere", "gsm8k.jsonl"], "model nowhere: its tokenizer cannot be loaded"),
     (["package://no_such_thing", "gsm8k.jsonl"], "pip install no-such-thing"),
     (["model", "no.jsonl"], "data no.jsonl: cannot be read"),
-    (["model", "odd.jsonl"], "it has the columns q, a. Name the two that count: --columns"),
-    (["model", "odd.jsonl", "--columns", "q,a"], "is not of the form prompt=NAME,answer=NAME"),
-    (["model", "odd.jsonl", "--columns", "prompt=q,answer=b"], "has no column 'b'. It has q, a"),
+    (["model", "odd.jsonl"], "it has the columns q, a. Name the two that count: columns"),
+    (["model", "odd.jsonl", "--columns", "q,a"], "--columns: Input should be 'prompt' or"),
+    (["model", "odd.jsonl", "--columns", "prompt=q"], "name both, prompt and answer. It has q, a"),
+    (["model", "odd.jsonl", "--columns", "prompt=q,answer=b"], "no column 'b'. It has a, q"),
     (["model", "empty.jsonl"], "data row 0: no reference answer in column 'answer'"),
     (["model", "blank.jsonl"], "data row 0: the prompt is empty"),
-    (["model", "long.jsonl"], "--max-tokens: the longest prompt has 512 tokens"),
+    (
+        ["model", "long.jsonl"],
+        "max_tokens: the longest prompt of long.jsonl has 512 tokens",
+    ),
     (["base", "gsm8k.jsonl", "--chat"], "has no chat template"),
-    (["model", "gsm8k.jsonl", "--temperature", "0"], "--temperature: 0.0 must be above 0"),
-    (["model", "gsm8k.jsonl", "--top-p", "1.5"], "--top-p: 1.5 must be above 0 and at most 1"),
-    (["model", "gsm8k.jsonl", "--samples", "0"], "--samples: 0 must be at least 1"),
-    (["model", "gsm8k.jsonl", "--limit", "0"], "--limit: 0 must be at least 1"),
-    (["model", "gsm8k.jsonl", "--batch-size", "-1"], "--batch-size: -1 must be at least 1"),
-    (["model", "gsm8k.jsonl", "--seed", "-1"], "--seed: -1 must be at least 0"),
+    (["model", "gsm8k.jsonl", "--temperature", "0"], "--temperature: Input should be greater"),
+    (["model", "gsm8k.jsonl", "--top-p", "1.5"], "--top-p: Input should be less than or equal"),
+    (["model", "gsm8k.jsonl", "--samples", "0"], "--samples: Input should be greater than or"),
+    (["model", "gsm8k.jsonl", "--limit", "0"], "or equal to 1 (given: 0)"),
+    (["model", "gsm8k.jsonl", "--batch-size", "-1"], "or equal to 1 (given: -1)"),
+    (["model", "gsm8k.jsonl", "--seed", "-1"], "--seed: Input should be greater than or equal"),
     (["model", "gsm8k.jsonl", "--template-kwargs", "a"], "--template-kwargs: 'a' is no mapping"),
 ]
 
@@ -781,9 +784,74 @@ def test_results_are_never_written_over(invoke, tmp_path, monkeypatch):
     assert (tmp_path / "evaluation.json").read_text() == "{}"
 
 
-def test_a_folder_is_named_after_model_and_data():
-    request = Request(ModelSpec(path="a/model"), "b/gsm8k.jsonl")
-    assert request.folder.as_posix().startswith("runs/eval-model-gsm8k-20")
+def test_a_folder_is_named_after_model_and_data(root, invoke):
+    result = invoke("model", "gsm8k.jsonl", "--limit", "1", "--samples", "1")
+    assert result.exit_code == 0
+    (folder,) = (root / "runs").iterdir()
+    assert folder.name.startswith("eval-model-gsm8k-20")
+    assert str(folder.relative_to(root)) in result.stdout.splitlines()[-1]
+
+
+# In a recipe
+
+
+RECIPE = """
+student: model
+teacher: model
+data: {path: prompts.jsonl, columns: {prompt: question}}
+evaluation: {path: gsm8k.jsonl, limit: 2, samples: 2, max_tokens: 6, every: 2}
+max_steps: 2
+per_device_train_batch_size: 2
+max_completion_length: 8
+window_length: 3
+save_strategy: "no"
+use_cpu: true
+"""
+
+
+def recipe_run(root: Path, folder: Path, *words: str) -> Result:
+    (root / "prompts.jsonl").write_text((root / "gsm8k.jsonl").read_text())
+    (root / "recipe.yaml").write_text(RECIPE)
+    return CliRunner().invoke(
+        cli.app, [command, "recipe.yaml", "--output_dir", str(folder), *words]
+    )
+
+
+def test_a_recipe_evaluates_during_training(root, invoke, tmp_path):
+    result = recipe_run(root, tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    logs = read(tmp_path / "run" / "metrics.jsonl")
+    first, last = (log for log in logs if "eval/greedy" in log)
+    assert (first["step"], last["step"]) == (0, 2)
+    assert (first["eval/problems"], first["eval/samples"]) == (2, 2)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["recipe"]["evaluation"]["every"] == 2
+    words = ("--limit", "2", "--max-tokens", "6", "--output", str(tmp_path / "alone"))
+    assert invoke("model", "gsm8k.jsonl", *words).exit_code == 0
+    alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())["figures"]
+    assert first["eval/mean_length"] == alone["mean_length"]["mean"]
+    assert first["eval/pass@2_high"] == alone["pass@2"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--evaluation.every", "0"], "recipe.yaml: evaluation.every: Input should be greater"),
+        (["--evaluation.path", "no.jsonl"], "data no.jsonl: cannot be read"),
+        (
+            ["--evaluation.sampels", "3"],
+            "key 'sampels' in evaluation. Did you mean samples",
+        ),
+        (["--evaluation.max_tokens", "512"], "max_tokens: the longest prompt of gsm8k.jsonl"),
+    ],
+)
+def test_a_recipe_that_cannot_evaluate_is_refused_before_a_model_loads(
+    root, invoke, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.setattr(ModelSpec, "load_model", lambda self: pytest.fail("weights were read"))
+    result = recipe_run(root, tmp_path / "run", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
 
 
 # lm-evaluation-harness

@@ -22,9 +22,7 @@ errors = Console(stderr=True)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Log lines instead of progress bars.")]
-Columns = Annotated[
-    str | None, typer.Option(help="prompt=NAME,answer=NAME, if the format is unknown.")
-]
+Columns = Annotated[str, typer.Option(help="prompt=NAME,answer=NAME, if the format is unknown.")]
 Samples = Annotated[int, typer.Option(help="Responses a problem, besides the greedy one.")]
 Temperature = Annotated[float, typer.Option(help="Of the samples.")]
 TopP = Annotated[float, typer.Option(help="Of the samples.")]
@@ -63,7 +61,7 @@ def evaluate_model(
     data: Annotated[str, typer.Argument(help="JSONL: GSM8K, MATH-500, AIME, HMMT, or --columns.")],
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's place.")] = None,
     dtype: Dtype = "float32",
-    columns: Columns = None,
+    columns: Columns = "",
     samples: Samples = 4,
     temperature: Temperature = 0.6,
     top_p: TopP = 0.95,
@@ -77,16 +75,15 @@ def evaluate_model(
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # one bar, ours
-    from topd.evaluate.command import Request, run_evaluation
+    from topd.evaluate.command import run_evaluation, spec_of
     from topd.models import ModelSpec
     from topd.recipe import parse_overrides
     from topd.types import TOPDError
 
     try:
-        request = Request(
-            ModelSpec(path=model, gguf_file=gguf_file, dtype=dtype),
+        spec = spec_of(
             data,
-            columns=columns,
+            columns,
             samples=samples,
             temperature=temperature,
             top_p=top_p,
@@ -95,10 +92,10 @@ def evaluate_model(
             batch_size=batch_size,
             seed=seed,
             chat=chat,
-            template_kwargs=parse_overrides(["--kwargs", template_kwargs])["kwargs"],
-            output=output,
         )
-        folder = run_evaluation(request, console)
+        kwargs = parse_overrides(["--kwargs", template_kwargs])["kwargs"]
+        source = ModelSpec(path=model, gguf_file=gguf_file, dtype=dtype)
+        folder = run_evaluation(source, spec, kwargs, output, console)
     except TOPDError as error:
         raise _refused(error) from error
     console.print(f"results: {folder}", soft_wrap=True, markup=False, highlight=False)
