@@ -1,11 +1,11 @@
-"""The command line: ``topd train`` and ``topd warmstart``. Heavy imports wait for a command."""
+"""The command line: train, warmstart and eval. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,19 @@ errors = Console(stderr=True)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Log lines instead of progress bars.")]
+Columns = Annotated[str, typer.Option(help="prompt=NAME,answer=NAME, if the format is unknown.")]
+Samples = Annotated[int, typer.Option(help="Responses a problem, besides the greedy one.")]
+Temperature = Annotated[float, typer.Option(help="Of the samples.")]
+TopP = Annotated[float, typer.Option(help="Of the samples.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest response.")]
+Limit = Annotated[int | None, typer.Option(help="Take the first problems only.")]
+BatchSize = Annotated[int, typer.Option(help="Responses at a time; changes no result.")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
+Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template, if there.")]
+TemplateKwargs = Annotated[
+    str, typer.Option(help="Of the chat template, e.g. '{enable_thinking: false}'.")
+]
+Output = Annotated[str, typer.Option(help="Folder of the results; by default below runs/.")]
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -42,6 +55,58 @@ def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) 
     _run(recipe, context.args, quiet, warmstart=True)
 
 
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Argument(help="Folder, hub name, or package://NAME.")],
+    data: Annotated[str, typer.Argument(help="JSONL: GSM8K, MATH-500, AIME, HMMT, or --columns.")],
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's place.")] = None,
+    dtype: Dtype = "float32",
+    columns: Columns = "",
+    samples: Samples = 4,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    max_tokens: MaxTokens = 1024,
+    limit: Limit = None,
+    batch_size: BatchSize = 16,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+    chat: Chat = None,
+    template_kwargs: TemplateKwargs = "{}",
+    output: Output = "",
+) -> None:
+    """Verified answers on a file of problems, greedy and sampled, with intervals."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one bar, ours
+    from topd.evaluate.command import run_evaluation, spec_of
+    from topd.models import ModelSpec
+    from topd.recipe import parse_overrides
+    from topd.types import TOPDError
+
+    try:
+        spec = spec_of(
+            data,
+            columns,
+            samples=samples,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            chat=chat,
+        )
+        kwargs = parse_overrides(["--kwargs", template_kwargs])["kwargs"]
+        source = ModelSpec(path=model, gguf_file=gguf_file, dtype=dtype)
+        folder = run_evaluation(source, spec, kwargs, output, console)
+    except TOPDError as error:
+        raise _refused(error) from error
+    console.print(f"results: {folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _refused(error: Exception) -> typer.Exit:
+    """Print a fault; the exit that goes with it."""
+    errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+    return typer.Exit(2)
+
+
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
     from topd.run import run_recipe
@@ -50,8 +115,7 @@ def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     try:
         folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
     except TOPDError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+        raise _refused(error) from error
     logs = read_logs(folder)
     if logs:
         show_table(logs)

@@ -1,8 +1,9 @@
 """Recipes: YAML for TOPDConfig plus models and data, checked before anything is loaded.
 
-Top-level keys are ``student``, ``teacher``, ``data``, ``eval_data``, ``lora``, ``warmstart`` and
-every field of :class:`~topd.TOPDConfig`. ``warmstart`` holds the keys of stage 1, fields of
-:class:`~topd.warmstart.WarmstartConfig`; models, data and lora are shared unless it names its own.
+Top-level keys are ``student``, ``teacher``, ``data``, ``eval_data``, ``evaluation``, ``lora``,
+``warmstart`` and every field of :class:`~topd.TOPDConfig`. ``warmstart`` holds the keys of stage 1,
+fields of :class:`~topd.warmstart.WarmstartConfig`; the other parts are shared unless it names its
+own.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from topd.config import TOPDConfig
 from topd.data import DataSpec
+from topd.evaluate.spec import TrainingEvaluation
 from topd.models import ModelSpec
 from topd.types import TOPDError
 from topd.warmstart import WarmstartConfig
 
-PARTS = ("student", "teacher", "data", "eval_data", "lora")
+PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora")
 Spec = TypeVar("Spec", bound=BaseModel)
 
 
@@ -36,6 +38,7 @@ class Recipe:
     teacher: ModelSpec
     data: DataSpec
     eval_data: DataSpec | None
+    evaluation: TrainingEvaluation | None
     lora: LoraConfig | None
     args: TOPDConfig
 
@@ -45,6 +48,7 @@ class Recipe:
         return {
             **{name: spec.model_dump() for name, spec in specs.items()},
             "eval_data": self.eval_data.model_dump() if self.eval_data else None,
+            "evaluation": self.evaluation.model_dump() if self.evaluation else None,
             "lora": self.lora.to_dict() if self.lora else None,
         }
 
@@ -86,6 +90,9 @@ def read_recipe(
         data=_spec(path, "data", DataSpec, content["data"]),
         eval_data=_spec(path, "eval_data", DataSpec, content["eval_data"])
         if content.get("eval_data")
+        else None,
+        evaluation=_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
+        if content.get("evaluation")
         else None,
         lora=_lora(path, content.get("lora")),
         args=_config(path, config, settings),

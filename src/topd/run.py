@@ -13,6 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging
 
 from topd.config import TOPDConfig
+from topd.evaluate import EvaluationCallback, Evaluator
 from topd.ledger import check_run_folder
 from topd.progress import Phases
 from topd.recipe import Recipe, parse_overrides, read_recipe
@@ -37,8 +38,12 @@ def run_recipe(
         warnings.filterwarnings("ignore", module="torch.utils.data")
     recipe.args.disable_tqdm = True
     rows = recipe.data.load()
+    evaluator = _evaluator(recipe)
     trainer = make_trainer(recipe, rows, warmstart=warmstart)
     trainer.recipe = recipe.sources()
+    if recipe.evaluation and evaluator:
+        every = recipe.evaluation.every
+        trainer.add_callback(EvaluationCallback(trainer, evaluator, every=every))
     if not quiet:
         left_out = len(rows) - len(trainer.train_dataset)
         if left_out:
@@ -65,6 +70,19 @@ def make_trainer(
         train_dataset=rows,
         eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
         peft_config=recipe.lora,
+    )
+
+
+def _evaluator(recipe: Recipe) -> Evaluator | None:
+    """What a recipe asks to be evaluated on during training, ready before a model loads."""
+    if recipe.evaluation is None:
+        return None
+    kwargs = recipe.args.chat_template_kwargs
+    return recipe.evaluation.evaluator(
+        recipe.evaluation.load(),
+        recipe.student.load_tokenizer(),
+        recipe.student.load_config(),
+        template_kwargs=kwargs if isinstance(kwargs, dict) else {},
     )
 
 

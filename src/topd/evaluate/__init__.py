@@ -1,0 +1,22 @@
+"""Evaluation: verified answers, greedy and sampled, with intervals over problems."""
+
+from topd.evaluate.answers import AnswerVerifier, Verify
+from topd.evaluate.callback import EvaluationCallback
+from topd.evaluate.evaluation import Evaluation, Evaluator, Response, evaluate, summarise
+from topd.evaluate.intervals import Interval, bootstrap, paired_bootstrap, pass_at_k, share
+
+__all__ = [
+    "AnswerVerifier",
+    "Evaluation",
+    "EvaluationCallback",
+    "Evaluator",
+    "Interval",
+    "Response",
+    "Verify",
+    "bootstrap",
+    "evaluate",
+    "paired_bootstrap",
+    "pass_at_k",
+    "share",
+    "summarise",
+]

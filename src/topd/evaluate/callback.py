@@ -1,0 +1,88 @@
+"""Evaluation during training, in the trainer's own log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from topd.engines.hf import HFEngine
+from topd.evaluate.evaluation import Evaluation, Evaluator
+from topd.models import eos_ids
+from topd.types import TOPDError
+
+
+class EvaluationCallback(TrainerCallback):
+    """Evaluates before the first update, every ``every`` updates, and after the last.
+
+    The figures go through ``trainer.log`` under ``eval/``: to metrics.jsonl of the run folder and
+    to every logger. Training is the same with it and without: engines draw from seeds of their own.
+    Every rank evaluates all problems, the first one logs.
+
+    >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
+
+    Args:
+        trainer: any Trainer of a causal language model; its model is evaluated.
+        evaluator: what to evaluate on. One that has held-out problems.
+        every: updates between two evaluations.
+
+    Raises:
+        TOPDError: ``every`` is below 1.
+    """
+
+    def __init__(self, trainer: Trainer, evaluator: Evaluator, *, every: int) -> None:
+        if every < 1:
+            raise TOPDError(f"every: {every} must be at least 1.")
+        self.trainer, self.evaluator, self.every = trainer, evaluator, every
+        self._latest = -1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluate the student as it comes, unless the run goes on from a checkpoint."""
+        if state.global_step == 0:
+            self._evaluate(state.global_step, control)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluate at every so many updates."""
+        if state.global_step % self.every == 0:
+            self._evaluate(state.global_step, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Evaluate the student as it is in the end."""
+        if state.global_step != self._latest:
+            self._evaluate(state.global_step, control)
+
+    def _evaluate(self, step: int, control: TrainerControl) -> None:
+        log_wanted = control.should_log
+        accelerator = self.trainer.accelerator
+        model = accelerator.unwrap_model(self.trainer.model)
+        engine = HFEngine(
+            model,
+            eos_ids=eos_ids(model, self.evaluator.tokenizer),
+            name="student",
+            autocast=accelerator.autocast,
+        )
+        self.trainer.log(logged(self.evaluator(engine)))
+        control.should_log = log_wanted  # a log of ours must not stand for that of the update
+        self._latest = step
+
+
+def logged(evaluation: Evaluation) -> dict[str, float]:
+    """The figures of an evaluation as a log has them: means, ends of the accuracies' intervals.
+
+    The names are ``eval/greedy``, ``eval/greedy_low``, ``eval/greedy_high``, ``eval/pass@1``, ...
+    """
+    logs: dict[str, float] = {}
+    for name, interval in evaluation.intervals().items():
+        logs[f"eval/{name}"] = interval.mean
+        if name == "greedy" or name.startswith("pass@"):
+            logs[f"eval/{name}_low"] = interval.low
+            logs[f"eval/{name}_high"] = interval.high
+    logs["eval/problems"] = evaluation.problems
+    logs["eval/samples"] = evaluation.samples
+    return logs

