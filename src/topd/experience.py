@@ -272,6 +272,7 @@ def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
                 real=bool(evidence.real[k]),
                 teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
                 student_length=int(windows.student_mask[k].sum()),
+                plan=transport.sparse_plan(evidence.transport.plan[k]),
             )
         )
     return tuple(tuple(row) for row in forks)
