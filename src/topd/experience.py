@@ -28,6 +28,7 @@ from topd.types import (
     Fork,
     Generation,
     Guidance,
+    Ids,
     Prompt,
     Rollout,
     TOPDError,
@@ -51,6 +52,12 @@ class Experience:
     teacher_logprobs: tuple[Tensor, ...]
     forks: tuple[tuple[Fork, ...], ...]
     guidance: tuple[Guidance, ...]
+
+    def all_ids(self) -> Iterator[Ids]:
+        """Every sequence of tokens in it: prompts, responses, the teacher's windows."""
+        for rollout in self.rollouts:
+            yield from (rollout.prompt.student, rollout.prompt.teacher, rollout.response)
+        yield from (fork.teacher_tokens for row in self.forks for fork in row)
 
 
 class Observer:
