@@ -92,13 +92,11 @@ def to_svg(figure: Figure, *, name: str, label: str) -> str:
 
 
 def _add_hints(root: ElementTree.Element) -> None:
+    """Tooltips onto marks; the groups' ids, the same in every figure, away."""
     for group in root.iter(f"{{{SVG}}}g"):
-        name = group.get("id", "")
+        name = group.attrib.pop("id", "")
         if not name.startswith(HINT):
-            if name.startswith(("figure", "axes", "patch", "line", "text", "xtick", "matplotlib")):
-                del group.attrib["id"]  # the same in every figure
             continue
-        del group.attrib["id"]
         texts = json.loads(name.removeprefix(HINT))
         uses = list(group.iter(f"{{{SVG}}}use"))
         marks = uses or list(group.iter(f"{{{SVG}}}path"))
