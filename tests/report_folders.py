@@ -113,7 +113,9 @@ def training(
     rows, guided = [], []
     for n in range(rollouts):
         prompt, step, number = n % prompts, n // 2, n % 2
-        ids = [(prompt + t + (n if t >= 4 else 0)) % len(words) for t in range(length)]
+        ids = [
+            (prompt + t + (n // prompts * 3 if t >= 4 else 0)) % len(words) for t in range(length)
+        ]
         forks = [fork(2, 0.5 + n / 1000, True)]
         if n % 2 == 0:
             forks.append(fork(6, 0.1, False))
@@ -171,15 +173,21 @@ SAMPLES = {"before": (0.5, 0.6, 0.7), "opd": (0.4, 0.5, 0.3), "topd": (0.1, 0.2,
 
 
 def repair(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines(
-        folder / "samples.jsonl",
-        [
-            {"sample": i, "arm": arm, "distance": distance}
-            for arm, distances in SAMPLES.items()
-            for i, distance in enumerate(distances)
-        ],
-    )
+    """Three samples, each in a rollout of its own at token 2; the teacher writes 0, 1, 2."""
+    training(folder, rollouts=3)
+    for name in ("metrics.jsonl", "guidance.jsonl"):
+        (folder / name).unlink()
+    rows = [{**rollout(0, i, i, [i + t for t in range(6)])} for i in range(3)]
+    lines(folder / "rollouts.jsonl", rows)
+    samples = []
+    for i in range(3):
+        place = {"sample": i, "rollout": i, "prompt": i, "position": 2}
+        for arm, distances in SAMPLES.items():
+            record = {**place, "arm": arm, "distance": distances[i], "student_tokens": [0, i, 2]}
+            if arm == "before":
+                record |= {"found": 0.8 + i / 100, "teacher_tokens": [0, 1, 2]}
+            samples.append(record)
+    lines(folder / "samples.jsonl", samples)
     arms = {arm: {"mean": sum(d) / 3, "low": min(d), "high": max(d)} for arm, d in SAMPLES.items()}
     (folder / "repair.json").write_text(json.dumps({"arms": arms, "samples": 3}))
     return folder

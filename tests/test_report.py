@@ -19,7 +19,7 @@ from topd.report import write_report
 from topd.report.charts import number
 from topd.report.folder import ForkRecord, GuidanceRecord, kind_of, read_logs, read_records
 from topd.report.rollouts import read_rollout, select_rollouts
-from topd.report.summary import summary_tables
+from topd.report.summary import summary_tables, verdict_in
 from topd.report.viewer import entry, view
 from topd.tokentext import TokenTexts
 from topd.types import TOPDError
@@ -194,6 +194,29 @@ def test_positions_of_a_probe_are_marked_by_why_they_were_chosen(tmp_path):
     assert [fork.rejoin for fork in seen.forks[:3]] == [None, None, 2]
 
 
+def test_positions_of_an_unfinished_probe_have_no_verdict(tmp_path):
+    make.probe(tmp_path)
+    records = map(json.loads, (tmp_path / "positions.jsonl").read_text().splitlines())
+    open_ = [{**record, "real": None} for record in records]
+    make.lines(tmp_path / "positions.jsonl", open_)
+    seen = view(read_rollout(tmp_path, 0), TokenTexts.read(tmp_path))
+    assert {fork.verdict for fork in seen.forks} == {"quiet"}
+
+
+def test_a_repair_shows_the_same_prefix_before_and_after(tmp_path):
+    seen = view(read_rollout(make.repair(tmp_path), 1), TokenTexts.read(tmp_path))
+    (fork,) = seen.forks
+    assert (fork.position, fork.distance, fork.verdict) == (2, 0.81, "real")
+    assert fork.loss == pytest.approx(0.2)  # the loss at token t is t / 10
+    assert fork.student.ids == (3, 4, 5)  # the rollout's own window, as long as the teacher's
+    assert fork.teacher.ids == (0, 1, 2)
+    assert [(a.arm, a.distance, a.window.ids) for a in fork.after] == [
+        ("before", 0.6, (0, 1, 2)),
+        ("opd", 0.5, (0, 1, 2)),
+        ("topd", 0.2, (0, 1, 2)),
+    ]
+
+
 def test_numbers_that_are_not_finite_do_not_break_the_page(tmp_path):
     make.training(tmp_path, rollouts=1)
     row = make.rollout(0, 0, 0, [1, 2, 3])
@@ -322,6 +345,12 @@ def test_a_comparison_shows_means_with_intervals_and_curves_over_seeds(tmp_path)
 def test_a_summary_keeps_every_figure_whatever_its_depth():
     (figures,) = summary_tables({"a": {"b": {"mean": 0.5, "low": 0.25, "high": 1}}, "n": 3})
     assert figures.rows == (("A · b", "0.5", "0.25 to 1"), ("N", "3", ""))
+
+
+def test_a_verdict_stands_with_its_rule_and_histograms_are_not_printed():
+    summary = {"verdict": "poor", "rule": "good: x; poor: y", "high": {"histogram": [1, 2], "n": 3}}
+    assert verdict_in(summary) == "Token loss as a guide: poor. good: x; poor: y."
+    assert summary_tables(summary)[0].rows == (("High · n", "3", ""),)
 
 
 def test_an_unfinished_probe_says_so(tmp_path):

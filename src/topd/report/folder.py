@@ -32,10 +32,28 @@ class SoftTargetRecord(_Record):
     probabilities: tuple[float, ...]
 
 
+class SampleRecord(_Record):
+    """A line of a repair's samples.jsonl: what the student writes at a fork after an arm's updates.
+
+    ``found`` is the distance of the rollout's own window; it and the teacher's window stand in the
+    line of the arm ``before``.
+    """
+
+    sample: int
+    arm: str
+    distance: float
+    rollout: int | None = None
+    position: int = Field(default=0, ge=0)
+    found: float | None = None
+    student_tokens: tuple[int, ...] = ()
+    teacher_tokens: tuple[int, ...] = ()
+
+
 class ForkRecord(_Record):
-    """A candidate, from guidance.jsonl or positions.jsonl: there it has a group and a rejoin.
+    """A candidate: from guidance.jsonl, or from positions.jsonl with a group and a rejoin.
 
     ``rejoin``: tokens until the windows agree again; None if they never do, or if not measured.
+    ``real`` is None until the verdict is made. ``after``: the same prefix in a repair.
     """
 
     position: int = Field(ge=0)
@@ -48,6 +66,7 @@ class ForkRecord(_Record):
     teacher_tokens: tuple[int, ...] = ()
     student_length: int = Field(default=0, ge=0)
     plan: tuple[tuple[int, int, float], ...] = ()
+    after: tuple[SampleRecord, ...] = ()
 
 
 class GuidanceRecord(_Record):
@@ -81,14 +100,6 @@ class RolloutRecord(_Record):
     forks: tuple[ForkRecord, ...] = ()
     targets: tuple[SoftTargetRecord, ...] = ()
     capped: tuple[int, ...] = ()
-
-
-class SampleRecord(_Record):
-    """A line of a repair's samples.jsonl."""
-
-    sample: int
-    arm: str
-    distance: float
 
 
 class CurvePoint(_Record):

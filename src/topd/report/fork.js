@@ -3,7 +3,7 @@
 const STORIES = {
   real: "The models go different ways from here. Correcting this one token would not bring the next ones back.",
   alarm: "The token is loud, but both models go on nearly alike: another word on the same path.",
-  quiet: "This position was not chosen for its loss; it shows what distances look like elsewhere.",
+  quiet: "A position for comparison, not chosen for its loss, or one whose verdict is still to come.",
 };
 
 function figures(fork, rollout) {
@@ -40,6 +40,24 @@ function samePrefix(index, rollout, fork) {
     }));
 }
 
+// A repair: the same prefix before and after a few updates on it, one arm after another.
+function repaired(fork) {
+  if (!fork.after.length) return null;
+  return h("section", { class: "elsewhere" }, h("h4", {}, "From the same prefix, before and after the updates of each arm"),
+    ...fork.after.map(({ arm, distance, window }) => h("div", { class: "window of-student" },
+      h("p", { class: "arm" }, h("b", {}, arm), ` OT distance ${fixed(distance, 3)}`),
+      h("div", { class: "text", lang: "" }, ...window.texts.map((text, i) => h("span", { class: window.ids[i] === fork.teacher.ids[i] ? "t shared" : "t parted" }, text))))));
+}
+
+// Threads where a plan was recorded.
+function matching(fork) {
+  if (!fork.threads.length) return [];
+  const aimed = fork.targets.length
+    ? "Soft target: the teacher's tokens that the student's token is matched with; what it is taught there."
+    : "No soft target here: the method does not guide this window.";
+  return [h("h4", {}, "Which token is matched with which"), h("p", { class: "note" }, aimed), drawThreads(fork)];
+}
+
 function drawFork(index, number) {
   const rollout = readRollout(index);
   const fork = rollout.forks[number];
@@ -51,9 +69,8 @@ function drawFork(index, number) {
     h("div", { class: "windows" }, windowText(fork.student, "of-student", fork.teacher), windowText(fork.teacher, "of-teacher", fork.student)),
     h("p", { class: "note" }, "Marked: another token than the other model's at the same place."),
     samePrefix(index, rollout, fork) ?? "",
-    h("h4", {}, "Which token is matched with which"),
-    h("p", { class: "note" }, fork.targets.length ? "Soft target: the teacher's tokens that the student's token is matched with; what it is taught there." : "No soft target here: the method does not guide this window."),
-    drawThreads(fork),
+    repaired(fork) ?? "",
+    ...matching(fork),
   );
   byId("fork").scrollTop = 0;
 }

@@ -24,8 +24,9 @@ function applyFilters() {
   state.found = select(state.filters);
   state.page = 0;
   drawList();
-  if (!state.found.includes(state.open)) openRollout(state.found[0] ?? null);
-  else openRollout(state.open, state.fork);
+  const stays = state.found.slice(0, PAGE).includes(state.open);
+  if (stays) openRollout(state.open, state.fork);
+  else openRollout(state.found[0] ?? null);
 }
 
 function line(index) {

@@ -1,7 +1,7 @@
 // A rollout as text: one element a token, shaded by its loss, candidates as buttons.
 
 const FIRST_TOKENS = 2000; // longer rollouts are shown in parts
-const NAMES = { real: "real divergent point", alarm: "false alarm", quiet: "not chosen for its loss" };
+const NAMES = { real: "real divergent point", alarm: "false alarm", quiet: "no verdict" };
 const SIGNS = { real: "◆", alarm: "○", quiet: "·" };
 
 function lossAt(rollout, position) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from topd.report.folder import (
     GuidanceRecord,
     PositionRecord,
     RolloutRecord,
+    SampleRecord,
     kind_of,
     read_records,
 )
@@ -64,8 +66,11 @@ def _spaced(counts: dict[int, int], limit: int) -> set[int]:
 
 
 def _with_forks(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
-    if kind_of(folder) == "probe":
+    kind = kind_of(folder)
+    if kind == "probe":
         return _with_positions(folder, rollouts)
+    if kind == "repair":
+        return _with_samples(folder, rollouts)
     if not (folder / "guidance.jsonl").is_file():
         return rollouts
     wanted = {(r.step, r.rollout) for r in rollouts}
@@ -85,6 +90,36 @@ def _with_positions(folder: Path, rollouts: list[RolloutRecord]) -> list[Rollout
             if record.rollout in found:
                 found[record.rollout].append(record)
     return [r.model_copy(update={"forks": _sound(r, found[r.rollout])}) for r in rollouts]
+
+
+def _with_samples(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
+    """Those of a repair: one fork each, with what the student wrote before and after."""
+    samples: dict[int, list[SampleRecord]] = {r.rollout: [] for r in rollouts}
+    if (folder / "samples.jsonl").is_file():
+        for record in read_records(folder, "samples.jsonl", SampleRecord):
+            if record.rollout in samples:
+                samples[record.rollout].append(record)
+    return [
+        r.model_copy(update={"forks": _sound(r, [_repaired(r, samples[r.rollout])])})
+        if samples[r.rollout]
+        else r
+        for r in rollouts
+    ]
+
+
+def _repaired(rollout: RolloutRecord, samples: list[SampleRecord]) -> ForkRecord:
+    first = samples[0]
+    place, window = first.position, first.teacher_tokens
+    both = rollout.logprobs[place : place + 1], rollout.teacher_logprobs[place : place + 1]
+    return ForkRecord(
+        position=place,
+        token_loss=both[0][0] - both[1][0] if all(both) else math.nan,
+        distance=first.distance if first.found is None else first.found,
+        real=True,
+        student_tokens=rollout.response_ids[place : place + max(len(window), 1)],
+        teacher_tokens=window,
+        after=tuple(samples),
+    )
 
 
 def _guided(rollout: RolloutRecord, guidance: GuidanceRecord | None) -> RolloutRecord:

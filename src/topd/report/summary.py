@@ -12,6 +12,7 @@ from topd.report.text import plain
 
 CENTRES = ("mean", "value", "estimate", "median", "share")
 LINES = 40
+SHOWN_ELSEWHERE = ("verdict", "rule", "histogram", "edges")  # above, or as a figure
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,15 @@ class SummaryTable:
 
 
 def verdict_in(content: Mapping[str, Any]) -> str:
-    """The plain verdict of a summary, or nothing."""
+    """The plain verdict of a summary and the rule behind it, or nothing."""
     inner = content.get("summary")
     for place in (content, inner if isinstance(inner, dict) else {}):
-        verdict = place.get("verdict")
+        verdict, rule = place.get("verdict"), place.get("rule")
         if isinstance(verdict, str):
-            return plain(verdict)
+            whole = (
+                f"Token loss as a guide: {verdict}. {rule}." if isinstance(rule, str) else verdict
+            )
+            return plain(whole)
     return ""
 
 
@@ -43,7 +47,7 @@ def summary_tables(content: Mapping[str, Any]) -> list[SummaryTable]:
 def _figures(content: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for key, value in content.items():
         here = (*path, plain(str(key).replace("_", " "), limit=60))
-        if key == "verdict":
+        if key in SHOWN_ELSEWHERE:
             continue
         if isinstance(value, dict):
             centre = next((name for name in CENTRES if name in value), None)
@@ -85,5 +89,5 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, int | float):
         return number(value)
     if isinstance(value, str):
-        return plain(value, limit=400)
+        return plain(value, limit=400) or repr(value)  # a token that is only space
     return plain(json.dumps(value), limit=400)

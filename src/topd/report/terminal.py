@@ -17,7 +17,7 @@ from topd.tokentext import TokenTexts
 from topd.types import TOPDError
 
 SIGNS = {"real": "◆", "alarm": "○", "quiet": "·"}
-NAMES = {"real": "real divergent point", "alarm": "false alarm", "quiet": "not chosen for its loss"}
+NAMES = {"real": "real divergent point", "alarm": "false alarm", "quiet": "no verdict"}
 STYLES = {"real": "bold red", "alarm": "bold blue", "quiet": "dim"}
 PAIRS = 12  # rows of the plan that are shown
 
@@ -68,6 +68,9 @@ def fork_panel(fork: ForkView, number: int) -> Panel:
     windows.add_column("teacher would write", ratio=1)
     windows.add_row(Text("".join(fork.student.texts)), Text("".join(fork.teacher.texts)))
     parts: list[RenderableType] = [facts, Text(), windows]
+    for after in fork.after:
+        parts.append(Text(f"\n{after.arm}, OT distance {_number(after.distance, 3)}", "bold"))
+        parts.append(Text("".join(after.window.texts)))
     if fork.threads:
         parts += [Text(), _matches(fork)]
     return Panel(

@@ -51,7 +51,7 @@ function drawThreads(fork) {
   const box = h("div", { class: targets ? "loom aimed" : "loom" },
     h("p", { class: "heads", "aria-hidden": "true" }, targets ? h("span", { class: "target" }, "soft target") : null, h("span", { class: "of-student" }, "student"), h("span", { class: "of-teacher" }, "teacher")),
     h("ol", { class: "side of-student", "aria-label": "Student's window" }, ...fork.student.texts.map((_, i) => studentRow(fork, i, targets))),
-    fork.threads.length ? lines : h("p", { class: "note" }, "no plan recorded"),
+    lines,
     h("ol", { class: "side of-teacher", "aria-label": "Teacher's window" }, ...fork.teacher.texts.map((_, j) => teacherRow(fork, j))));
   box.addEventListener("pointerover", (event) => light(box, fork, event.target.closest("[data-i], [data-j]")));
   box.addEventListener("pointerleave", () => light(box, fork, null));

@@ -26,6 +26,15 @@ class Window:
 
 
 @dataclass(frozen=True)
+class After:
+    """What the student writes from the fork's prefix after an arm's updates, or before them."""
+
+    arm: str
+    distance: float | None
+    window: Window
+
+
+@dataclass(frozen=True)
 class ForkView:
     """A candidate as the page shows it.
 
@@ -46,6 +55,7 @@ class ForkView:
     teacher: Window
     threads: tuple[tuple[int, int, float], ...]
     targets: tuple[tuple[tuple[str, float], ...], ...]
+    after: tuple[After, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,11 @@ def values(record: RolloutView | Entry) -> dict[str, object]:
 
 
 def verdict_of(fork: ForkRecord) -> str:
-    """``real``, ``alarm`` (high loss, near windows), or ``quiet``: not chosen for its loss."""
-    if fork.group in ("random", "low"):
+    """``real``, ``alarm`` (high loss, near windows), or ``quiet``: neither.
+
+    A probe's random and low-loss positions are quiet, and all of them until it has finished.
+    """
+    if fork.group in ("random", "low") or fork.real is None:
         return "quiet"
     return "real" if fork.real else "alarm"
 
@@ -133,6 +146,14 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
         teacher=Window(_texts(fork.teacher_tokens, tokens), fork.teacher_tokens),
         threads=tuple((i, j, round(mass, 5)) for i, j, mass in fork.plan),
         targets=_targets(rollout, fork, tokens) if verdict_of(fork) == "real" else (),
+        after=tuple(
+            After(
+                plain(sample.arm, limit=40),
+                _rounded(sample.distance, 5),
+                Window(_texts(sample.student_tokens, tokens), sample.student_tokens),
+            )
+            for sample in fork.after
+        ),
     )
 
 
