@@ -64,7 +64,7 @@ class Page:
     title: str
     heading: str
     subtitle: str
-    verdict: str
+    verdict: tuple[str, str]
     facts: tuple[Fact, ...]
     drawings: tuple[Drawing, ...]
     tables: tuple[SummaryTable, ...]
@@ -176,7 +176,8 @@ def _subtitle(folder: Path) -> str:
         for side in ("student", "teacher")
         if isinstance(models.get(side), dict)
     }
-    method = read_json(folder, "run.json").get("config", {}).get("method")
+    training = kind_of(folder) == "training"
+    method = read_json(folder, "run.json").get("config", {}).get("method") if training else None
     parts = [f"{side} {name}" for side, name in names.items() if name]
     return plain(", ".join([*parts, *([f"method {method}"] if method else [])]), limit=200)
 

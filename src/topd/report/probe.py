@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from scipy.stats import sem, t
 
 from topd.report.charts import Chart, group_table, histogram, number, spaced
 from topd.report.folder import PositionRecord, read_records
@@ -18,7 +19,7 @@ from topd.report.svg import ALARM, FOURTH, REAL, STUDENT, hint
 GROUPS = {"high": "high loss", "random": "random", "low": "low loss"}
 COLOURS = {"high loss": REAL, "random": FOURTH, "low loss": STUDENT}
 DOTS = 1500  # of the scatter; the binned means are over all positions
-BINS = 10
+BINS, LEAST = 10, 10  # bins at most, positions in each at least
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def _distances(found: Positions) -> Chart:
 def _loss_against_distance(found: Positions) -> Chart:
     loss = np.concatenate([np.asarray(v, dtype=float) for v in found.loss.values()])
     distance = np.concatenate([np.asarray(v, dtype=float) for v in found.distance.values()])
-    edges = np.unique(np.quantile(loss, np.linspace(0, 1, BINS + 1)))
+    count = max(2, min(BINS, len(loss) // LEAST))
+    edges = np.unique(np.quantile(loss, np.linspace(0, 1, count + 1)))
     place = np.clip(np.searchsorted(edges, loss, side="right") - 1, 0, max(len(edges) - 2, 0))
     bins = [
         (float(loss[place == b].mean()), distance[place == b]) for b in np.unique(place).tolist()
@@ -85,7 +87,7 @@ def _loss_against_distance(found: Positions) -> Chart:
         "loss-distance",
         "Does a loud token mean another path?",
         f"Each dot a position (at most {DOTS:,} are drawn); line: means of {len(bins)} bins of "
-        "equal count over all positions, with 95 % normal intervals.",
+        "equal count over all positions, with 95 % t-intervals.",
         _scatter(loss, distance, bins),
         ("mean token loss, nats", "positions", "mean OT distance", "+- (95 %)"),
         rows,
@@ -93,9 +95,8 @@ def _loss_against_distance(found: Positions) -> Chart:
 
 
 def _half_width(values: np.ndarray) -> float:
-    return (
-        float(1.96 * values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    )
+    """Of a 95 % t-interval of the mean; NaN for a single value."""
+    return float(t.ppf(0.975, len(values) - 1) * sem(values)) if len(values) > 1 else math.nan
 
 
 def _scatter(
@@ -103,7 +104,7 @@ def _scatter(
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         shown = spaced(len(loss), DOTS)
-        axes.plot(loss[shown], distance[shown], ".", color=ALARM, alpha=0.35, ms=3, mew=0)
+        axes.plot(loss[shown], distance[shown], "o", color=ALARM, alpha=0.4, ms=3, mew=0)
         x, y = [x for x, _ in bins], [float(v.mean()) for _, v in bins]
         axes.errorbar(x, y, [_half_width(v) for _, v in bins], color=REAL, capsize=2, lw=1.2)
         (dots,) = axes.plot(x, y, "s", color=REAL, ms=4)
@@ -111,7 +112,8 @@ def _scatter(
             dots,
             [f"mean loss {a:.3g} nats: mean OT {b:.3f}" for a, b in zip(x, y, strict=True)],
         )
-        axes.set(xlabel="token loss, nats", ylabel="OT distance")
+        top = 1.05 * float(distance.max())
+        axes.set(xlabel="token loss, nats", ylabel="OT distance", ylim=(0, max(top, 1e-9)))
 
     return draw
 

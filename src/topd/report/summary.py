@@ -24,17 +24,15 @@ class SummaryTable:
     rows: tuple[tuple[str, ...], ...]
 
 
-def verdict_in(content: Mapping[str, Any]) -> str:
-    """The plain verdict of a summary and the rule behind it, or nothing."""
+def verdict_in(content: Mapping[str, Any]) -> tuple[str, str]:
+    """The plain verdict of a summary, and the rule behind it; empty where there is none."""
     inner = content.get("summary")
     for place in (content, inner if isinstance(inner, dict) else {}):
         verdict, rule = place.get("verdict"), place.get("rule")
         if isinstance(verdict, str):
-            whole = (
-                f"Token loss as a guide: {verdict}. {rule}." if isinstance(rule, str) else verdict
-            )
-            return plain(whole)
-    return ""
+            words = verdict if " " in verdict else f"Token loss as a guide: {verdict}"
+            return plain(words), plain(rule) if isinstance(rule, str) else ""
+    return "", ""
 
 
 def summary_tables(content: Mapping[str, Any]) -> list[SummaryTable]:
@@ -66,11 +64,15 @@ def _record_tables(content: Mapping[str, Any], path: tuple[str, ...]) -> Iterato
         if isinstance(value, dict):
             yield from _record_tables(value, here)
         elif _records(value):
-            columns = list(dict.fromkeys(name for record in value for name in record))
+            names = dict.fromkeys(name for record in value for name in record)
+            columns = [name for name in names if f"{name}_text" not in names]  # an id and its text
             rows = tuple(
                 tuple(_text(record.get(name)) for name in columns) for record in value[:LINES]
             )
-            titles = tuple(plain(str(name).replace("_", " "), limit=60) for name in columns)
+            titles = tuple(
+                plain(str(name).removesuffix("_text").replace("_", " "), limit=60)
+                for name in columns
+            )
             yield SummaryTable(_label(here), titles, rows)
 
 
