@@ -137,7 +137,8 @@ def test_a_run_prints_no_warnings_and_leaves_no_bars(finished):
 
 def test_the_run_folder_holds_all_that_its_legend_names(finished):
     _, folder = finished
-    names = {"run.json", "manifest.json", "metrics.jsonl", "rollouts.jsonl", "guidance.jsonl"}
+    records = {"metrics.jsonl", "rollouts.jsonl", "guidance.jsonl", "tokens.jsonl"}
+    names = {"run.json", "manifest.json", *records}
     assert {path.name for path in folder.iterdir()} == {*names, "student"}
     rollouts, guidance = read(folder / "rollouts.jsonl"), read(folder / "guidance.jsonl")
     assert [(r["step"], r["rollout"]) for r in rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -388,3 +388,20 @@ def test_a_fork_does_not_depend_on_the_other_rollouts(tmp_path, position_weight)
         for one, same in zip(alone.forks[0], whole.forks[i], strict=True):
             assert one.teacher_tokens == same.teacher_tokens
             assert one.distance == pytest.approx(same.distance, abs=1e-5)
+
+
+def test_a_fork_keeps_the_plan_of_its_own_window(tmp_path):
+    """Uniform marginals over both windows, and the plan's cost is the fork's distance."""
+    for rollout, fork in forks(observed(tmp_path)):
+        own = rollout.response[fork.position : fork.position + fork.student_length]
+        plan = torch.zeros(len(own), len(fork.teacher_tokens))
+        for i, j, mass in fork.plan:
+            plan[i, j] = mass
+        torch.testing.assert_close(plan.sum(1), torch.full((len(own),), 1 / len(own)))
+        columns = len(fork.teacher_tokens)
+        torch.testing.assert_close(plan.sum(0), torch.full((columns,), 1 / columns))
+        table = TEACHER.get_input_embeddings().weight.detach()
+        cost = transport.ground_cost(
+            table[list(own)][None], table[list(fork.teacher_tokens)][None]
+        )[0]
+        assert float((plan * cost).sum()) == pytest.approx(fork.distance, abs=1e-5)

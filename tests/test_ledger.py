@@ -159,7 +159,7 @@ def test_a_rollout_is_recorded_with_its_ids():
 
 
 def test_guidance_is_recorded_without_its_weights_of_one():
-    fork = Fork(1, 2.5, 0.75, True, (9, 8), 1)
+    fork = Fork(1, 2.5, 0.75, True, (9, 8), 1, ((0, 0, 0.5), (0, 1, 0.5)))
     guidance = Guidance((1.0, 0.25), (SoftTarget(1, (9,), (1.0,)),))
     record = json.loads(json.dumps(guidance_record(4, 1, ROLLOUT, (fork,), guidance)))
     assert (record["step"], record["rollout"], record["prompt"]) == (4, 1, 3)
@@ -173,6 +173,7 @@ def test_guidance_is_recorded_without_its_weights_of_one():
             "real": True,
             "teacher_tokens": [9, 8],
             "student_length": 1,
+            "plan": [[0, 0, 0.5], [0, 1, 0.5]],
         }
     ]
 

@@ -16,7 +16,15 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from topd import transport
-from topd.transport import TOLERANCE, ground_cost, soft_targets, solve, sparse_soft_target
+from topd.transport import (
+    PLAN_DUST,
+    TOLERANCE,
+    ground_cost,
+    soft_targets,
+    solve,
+    sparse_plan,
+    sparse_soft_target,
+)
 from topd.types import TOPDError
 
 SHAPES = [(1, 1), (1, 4), (3, 1), (2, 3), (3, 2), (4, 4), (2, 6), (5, 7), (7, 5)]
@@ -452,3 +460,17 @@ def test_guidance_follows_the_order_of_the_teachers_words():
     expected = soft_targets(solve(cost).plan, tokens, 9)
     found = soft_targets(solve(cost[:, :, order]).plan, tokens[:, order], 9)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 4), (4, 6)])
+def test_an_exact_plan_is_written_down_whole(n, m):
+    plan = solve(torch.rand(1, n, m, generator=torch.Generator().manual_seed(3))).plan[0]
+    again = torch.zeros(n, m)
+    for i, j, mass in sparse_plan(plan):
+        again[i, j] = mass
+    torch.testing.assert_close(again, plan, atol=1e-8, rtol=0)
+
+
+def test_dust_of_a_plan_is_not_written_down_and_an_empty_row_has_no_entry():
+    plan = torch.tensor([[0.5 - PLAN_DUST / 4, PLAN_DUST / 4], [0.0, 0.0]])
+    assert sparse_plan(plan) == ((0, 0, pytest.approx(0.5 - PLAN_DUST / 4)),)

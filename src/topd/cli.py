@@ -1,9 +1,12 @@
-"""The command line: train, warmstart and eval. Heavy imports wait for a command."""
+"""The command line. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,6 +23,7 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, under runs/.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Log lines instead of progress bars.")]
 Columns = Annotated[str, typer.Option(help="prompt=NAME,answer=NAME, if the format is unknown.")]
@@ -78,9 +82,8 @@ def evaluate_model(
     from topd.evaluate.command import run_evaluation, spec_of
     from topd.models import ModelSpec
     from topd.recipe import parse_overrides
-    from topd.types import TOPDError
 
-    try:
+    with _faults():
         spec = spec_of(
             data,
             columns,
@@ -96,26 +99,75 @@ def evaluate_model(
         kwargs = parse_overrides(["--kwargs", template_kwargs])["kwargs"]
         source = ModelSpec(path=model, gguf_file=gguf_file, dtype=dtype)
         folder = run_evaluation(source, spec, kwargs, output, console)
-    except TOPDError as error:
-        raise _refused(error) from error
     console.print(f"results: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _refused(error: Exception) -> typer.Exit:
-    """Print a fault; the exit that goes with it."""
-    errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-    return typer.Exit(2)
+@app.command()
+def report(
+    run: RunFolder,
+    rollouts: Annotated[int, typer.Option(min=1, help="Most rollouts in the page.")] = 1000,
+) -> None:
+    """Write RUN/report.html: figures and the fork viewer, one file that needs no network."""
+    with _faults():
+        from topd.report import write_report
+
+        path = write_report(run, rollouts=rollouts)
+    console.print(f"report: {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def show(
+    run: RunFolder,
+    rollout: Annotated[int, typer.Option(min=0, help="Line of rollouts.jsonl, from 0.")] = 0,
+) -> None:
+    """Show a rollout and its forks in the terminal."""
+    with _faults():
+        from topd.report.terminal import show as show_rollout
+
+        show_rollout(run, rollout, console)
+
+
+class Format(StrEnum):
+    """Of pictures."""
+
+    SVG = "svg"
+    PNG = "png"
+    PDF = "pdf"
+
+
+@app.command()
+def figures(
+    run: RunFolder,
+    format: Annotated[Format, typer.Option(help="Of the files.")] = Format.PDF,
+    output: Annotated[Path | None, typer.Option(help="Folder; by default RUN/figures.")] = None,
+) -> None:
+    """Write the figures of a run as files, for a paper."""
+    with _faults():
+        from topd.report.paper import write_figures
+
+        paths = write_figures(run, output or run / "figures", format=format.value)
+    for path in paths:
+        console.print(str(path), soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """Say what is wrong in one line, without a traceback."""
+    from topd.types import TOPDError
+
+    try:
+        yield
+    except TOPDError as error:
+        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
 
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
     from topd.run import run_recipe
-    from topd.types import TOPDError
 
-    try:
+    with _faults():
         folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
-    except TOPDError as error:
-        raise _refused(error) from error
     logs = read_logs(folder)
     if logs:
         show_table(logs)

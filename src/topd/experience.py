@@ -23,6 +23,7 @@ from topd.types import (
     Fork,
     Generation,
     Guidance,
+    Ids,
     Prompt,
     Rollout,
     TokenStatistics,
@@ -49,6 +50,12 @@ class Experience:
     forks: tuple[tuple[Fork, ...], ...]
     guidance: tuple[Guidance, ...]
     branch_hidden: tuple[tuple[Tensor, ...], ...]
+
+    def all_ids(self) -> Iterator[Ids]:
+        """Every sequence of tokens in it: prompts, responses, the teacher's windows."""
+        for rollout in self.rollouts:
+            yield from (rollout.prompt.student, rollout.prompt.teacher, rollout.response)
+        yield from (fork.teacher_tokens for row in self.forks for fork in row)
 
 
 class Observer:
@@ -353,6 +360,7 @@ def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
                 real=bool(evidence.real[k]),
                 teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
                 student_length=int(windows.student_mask[k].sum()),
+                plan=transport.sparse_plan(evidence.transport.plan[k]),
             )
         )
     return tuple(tuple(row) for row in forks)

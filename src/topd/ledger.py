@@ -7,6 +7,7 @@
         metrics.jsonl    one line a log
         rollouts.jsonl   one line a rollout: prompt, token ids, log-probs
         guidance.jsonl   one line a rollout: its forks, weights and soft targets
+        tokens.jsonl     one line a token that occurs: its text (see :mod:`topd.tokentext`)
         checkpoint-*/    of transformers
         student/         the trained student, its tokenizer and model card
 

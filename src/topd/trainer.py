@@ -44,6 +44,8 @@ from topd.modelcard import write_model_card
 from topd.models import ModelSource, check_context, eos_ids, load_pair, tokenizers_of
 from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
+from topd.tokentext import FILE as TOKENS
+from topd.tokentext import TokenWriter
 from topd.types import Ids, Prompt, TOPDError
 
 logger = logging.get_logger(__name__)
@@ -124,6 +126,7 @@ class TOPDTrainer(Trainer):
         self.meter = Means()
         self.phases = Phases()
         self.ledger = Ledger(args.output_dir, active=False)
+        self.token_writer = TokenWriter(tokenizer)
         super().__init__(
             model=student,
             args=args,
@@ -319,6 +322,7 @@ class TOPDTrainer(Trainer):
             return
         step, decode = self.state.global_step, self.processing_class.decode
         rows = list(enumerate(experience.rollouts))
+        self.ledger.append(TOKENS, self.token_writer.records(experience.all_ids()))
         self.ledger.append(
             "rollouts.jsonl",
             (

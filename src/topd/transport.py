@@ -24,6 +24,7 @@ Solver = Literal["exact", "sinkhorn"]
 
 TOLERANCE = 1e-6  # largest error of a column's marginal, relative to the marginal
 MAX_ITERATIONS = 5_000
+PLAN_DUST = 1e-3  # of its row's mass; what is below is not written down
 
 
 def ground_cost(
@@ -154,6 +155,26 @@ def sparse_soft_target(
     tokens, place = teacher_tokens[support].unique(return_inverse=True)
     mass = torch.zeros(len(tokens), dtype=torch.float64).index_add(0, place, row[support].double())
     return tuple(tokens.tolist()), tuple((mass / mass.sum()).tolist())
+
+
+def sparse_plan(plan: Float[Tensor, "n m"]) -> tuple[tuple[int, int, float], ...]:
+    """The entries of one plan that a person could see, row by row, for the run folder.
+
+    Args:
+        plan: [n m], of any mass.
+
+    Returns:
+        (i, j, mass), without entries below ``PLAN_DUST`` of their row: an exact plan is kept
+        whole, an entropic one loses its haze.
+
+    >>> sparse_plan(torch.tensor([[0.5, 0.0], [0.0, 0.5]]))
+    ((0, 0, 0.5), (1, 1, 0.5))
+    """
+    entries = (plan > PLAN_DUST * plan.sum(-1, keepdim=True)).nonzero()
+    mass = plan[entries[:, 0], entries[:, 1]].double()
+    return tuple(
+        (i, j, round(m, 9)) for (i, j), m in zip(entries.tolist(), mass.tolist(), strict=True)
+    )
 
 
 def _row_distributions(plan: Tensor) -> Tensor:

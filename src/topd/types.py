@@ -240,6 +240,8 @@ class Fork:
 
     ``token_loss`` in nats, ``distance`` the OT distance of the two windows, ``real`` the verdict.
     The student's window is the rollout itself from ``position`` on, ``student_length`` tokens.
+    ``plan`` is the transport plan without dust: row i of the student's window, column j of the
+    teacher's, and the mass between them.
     """
 
     position: int
@@ -248,6 +250,7 @@ class Fork:
     real: bool
     teacher_tokens: Ids
     student_length: int
+    plan: tuple[tuple[int, int, float], ...] = ()
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:

@@ -1,0 +1,81 @@
+// The chosen fork: what it is, both windows as text, the threads, the same prefix at other times.
+
+const STORIES = {
+  real: "The models go different ways from here. Correcting this one token would not bring the next ones back.",
+  alarm: "The token is loud, but both models go on nearly alike: another word on the same path.",
+  quiet: "A position for comparison, not chosen for its loss, or one whose verdict is still to come.",
+};
+
+function figures(fork, rollout) {
+  const rows = [
+    ["OT distance", fixed(fork.distance, 3), "0: the same tokens, about 1: unrelated ones"],
+    ["token loss", `${fixed(fork.loss, 2)} nats`, "how much likelier the token was to the student"],
+    ["place", `token ${fork.position}`, `of ${rollout.texts.length}`],
+    ["equal tokens", `${fork.equal} of ${Math.min(fork.student.ids.length, fork.teacher.ids.length)}`, "at the same place in both windows"],
+  ];
+  if (fork.rejoin !== null) rows.push(["agree again", `after ${counted(fork.rejoin, "token")}`, ""]);
+  if (fork.group) rows.push(["chosen as", fork.group, ""]);
+  if (fork.capped) rows.push(["token loss", "capped", "at the median of the rollout"]);
+  return h("dl", { class: "facts small" }, ...rows.map(([name, value, note]) => h("div", { "data-tip": note || null }, h("dt", {}, name), h("dd", {}, value))));
+}
+
+function windowText(side, name, other) {
+  const words = side.texts.map((text, i) => h("span", { class: side.ids[i] === other.ids[i] ? "t shared" : "t parted" }, text));
+  return h("div", { class: `window ${name}` }, h("h4", {}, name === "of-student" ? "Student wrote" : "Teacher would write"), h("div", { class: "text", lang: "" }, ...(words.length ? words : ["nothing: the answer ends here"])));
+}
+
+// What the student wrote from this very prefix at other visits of the prompt, first and last.
+function samePrefix(index, rollout, fork) {
+  const others = visits(index).filter((other) => other !== index
+    && commonPrefix(readRollout(other).ids, rollout.ids) >= fork.position && readRollout(other).ids.length > fork.position);
+  if (!others.length) return null;
+  const shown = others.length > 1 ? [others[0], others[others.length - 1]] : others;
+  const length = Math.max(fork.student.ids.length, 1);
+  return h("section", { class: "elsewhere" }, h("h4", {}, "From the same prefix at another time"),
+    ...shown.map((other) => {
+      const theirs = readRollout(other);
+      const words = theirs.texts.slice(fork.position, fork.position + length);
+      return h("div", { class: "window of-student" }, h("button", { type: "button", class: "visit", "data-open": other }, `update ${theirs.step}`),
+        h("div", { class: "text", lang: "" }, ...words.map((text, i) => h("span", { class: theirs.ids[fork.position + i] === fork.teacher.ids[i] ? "t shared" : "t parted" }, text))));
+    }));
+}
+
+// A repair: the same prefix before and after a few updates on it, one arm after another.
+function repaired(fork) {
+  if (!fork.after.length) return null;
+  return h("section", { class: "elsewhere" }, h("h4", {}, "From the same prefix, before and after the updates of each arm"),
+    ...fork.after.map(({ arm, distance, window }) => h("div", { class: "window of-student" },
+      h("p", { class: "arm" }, h("b", {}, arm), ` OT distance ${fixed(distance, 3)}`),
+      h("div", { class: "text", lang: "" }, ...window.texts.map((text, i) => h("span", { class: window.ids[i] === fork.teacher.ids[i] ? "t shared" : "t parted" }, text))))));
+}
+
+// Threads where a plan was recorded.
+function matching(fork) {
+  if (!fork.threads.length) return [];
+  const aimed = fork.targets.length
+    ? "Soft target: the teacher's tokens that the student's token is matched with; what it is taught there."
+    : "No soft target here: the method does not guide this window.";
+  return [h("h4", {}, "Which token is matched with which"), h("p", { class: "note" }, aimed), drawThreads(fork)];
+}
+
+function drawFork(index, number) {
+  const rollout = readRollout(index);
+  const fork = rollout.forks[number];
+  const close = h("button", { type: "button", class: "quiet", id: "close-fork", "aria-label": "Close the fork (Escape)" }, "Close");
+  byId("fork").replaceChildren(
+    h("header", {}, h("h3", {}, h("span", { class: `mark ${fork.verdict}`, "aria-hidden": "true" }, SIGNS[fork.verdict]), ` Candidate ${number + 1}: ${NAMES[fork.verdict]}`), close),
+    h("p", { class: "story" }, STORIES[fork.verdict]),
+    figures(fork, rollout),
+    h("div", { class: "windows" }, windowText(fork.student, "of-student", fork.teacher), windowText(fork.teacher, "of-teacher", fork.student)),
+    h("p", { class: "note" }, "Marked: another token than the other model's at the same place."),
+    samePrefix(index, rollout, fork) ?? "",
+    repaired(fork) ?? "",
+    ...matching(fork),
+  );
+  byId("fork").scrollTop = 0;
+}
+
+function drawNoFork(rollout) {
+  const words = rollout.forks.length ? "Choose a numbered token to see both models' windows." : "This rollout has no candidate.";
+  byId("fork").replaceChildren(h("p", { class: "empty" }, words));
+}

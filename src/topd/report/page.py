@@ -1,0 +1,214 @@
+"""Run folder -> one HTML file that needs nothing else: no network, no server, no second file.
+
+The page's policy allows only the scripts and styles written here, by their hashes. Data stands in
+JSON blocks that no browser executes, one block a rollout, read when the rollout is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from topd.report.charts import Chart, Fact, figure_of
+from topd.report.experiments import compare_charts, repair_charts
+from topd.report.folder import Kind, kind_of, read_json
+from topd.report.probe import probe_charts
+from topd.report.rollouts import Selection, select_rollouts
+from topd.report.summary import SummaryTable, summary_tables, verdict_in
+from topd.report.svg import to_svg
+from topd.report.text import plain, visible
+from topd.report.training import training_charts, training_facts
+from topd.report.viewer import RolloutView, entry, values, view
+from topd.tokentext import TokenTexts
+from topd.types import TOPDError
+
+HERE = Path(__file__).parent
+SCRIPTS = ("dom.js", "store.js", "rollout.js", "threads.js", "fork.js", "list.js", "main.js")
+CHARTS = {
+    "training": training_charts,
+    "probe": probe_charts,
+    "repair": repair_charts,
+    "compare": compare_charts,
+}
+TITLES = {
+    "training": "Training run",
+    "probe": "Probe",
+    "repair": "Local repair",
+    "compare": "Comparison",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart and its picture."""
+
+    chart: Chart
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class Page:
+    """All that the template shows; every text in it is data and is escaped there."""
+
+    kind: Kind
+    title: str
+    heading: str
+    subtitle: str
+    verdict: tuple[str, str]
+    facts: tuple[Fact, ...]
+    drawings: tuple[Drawing, ...]
+    tables: tuple[SummaryTable, ...]
+    settings: dict[str, str]
+    notes: tuple[str, ...]
+    selection: Selection
+
+
+def write_report(folder: Path, *, rollouts: int = 1000) -> Path:
+    """Write ``report.html`` into a run folder and return its path.
+
+    Args:
+        folder: of a training run, a probe, a repair or a comparison.
+        rollouts: at most about so many are put into the page, evenly spaced over the prompts.
+
+    Raises:
+        TOPDError: the folder holds no run, or one of its files is broken.
+    """
+    page = make_page(folder, rollouts=rollouts)
+    tokens = TokenTexts.read(folder)
+    path = folder / "report.html"
+    partial_path = path.with_suffix(".partial")
+    try:
+        render(page, tokens, partial_path)
+        partial_path.replace(path)
+    except OSError as error:
+        raise TOPDError(f"{path}: cannot be written ({error.strerror}).") from error
+    return path
+
+
+def make_page(folder: Path, *, rollouts: int) -> Page:
+    """Read everything that the page of a run folder shows. Raises TOPDError."""
+    kind = kind_of(folder)
+    summary = {} if kind == "training" else read_json(folder, f"{kind}.json")
+    selection = select_rollouts(folder, limit=rollouts)
+    return Page(
+        kind=kind,
+        title=plain(folder.resolve().name, limit=80),
+        heading=TITLES[kind],
+        subtitle=_subtitle(folder),
+        verdict=verdict_in(summary),
+        facts=tuple(training_facts(folder)) if kind == "training" else (),
+        drawings=tuple(map(_drawing, CHARTS[kind](folder))),
+        tables=tuple(summary_tables(summary)),
+        settings=_settings(folder),
+        notes=tuple(_notes(folder, kind, summary, selection)),
+        selection=selection,
+    )
+
+
+def render(page: Page, tokens: TokenTexts, path: Path) -> None:
+    """Write the page, rollout by rollout."""
+    environment = Environment(
+        loader=PackageLoader("topd.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    scripts = [Markup((HERE / name).read_text(encoding="utf-8")) for name in SCRIPTS]
+    style = Markup((HERE / "page.css").read_text(encoding="utf-8"))
+    views = [view(rollout, tokens) for rollout in page.selection.rollouts]
+    stream = environment.get_template("page.html.j2").stream(
+        page=page,
+        scripts=scripts,
+        style=style,
+        policy=policy(scripts, style),
+        entries=_json([values(entry(seen)) for seen in views]),
+        blocks=_blocks(views),
+    )
+    stream.enable_buffering(200)
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
+        file.writelines(stream)
+
+
+def policy(scripts: list[Markup], style: Markup) -> str:
+    """A Content-Security-Policy under which only these scripts and this style count."""
+    hashes = " ".join(map(_hash, scripts))
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> Markup:
+    """JSON that is safe inside a script element: ASCII, and without <, > and &."""
+    dumps = partial(json.dumps, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return htmlsafe_json_dumps(value, dumps=dumps)
+
+
+def _blocks(views: list[RolloutView]) -> Iterator[Markup]:
+    return (_json(values(seen)) for seen in views)
+
+
+def _drawing(chart: Chart) -> Drawing:
+    label = f"{chart.title}. {chart.caption}"
+    return Drawing(chart, Markup(to_svg(figure_of(chart), name=chart.name, label=label)))
+
+
+def _subtitle(folder: Path) -> str:
+    """Student, teacher and method, as far as the folder names them."""
+    models = read_json(folder, "manifest.json").get("models", {})
+    names = {
+        side: Path(str(models[side].get("name", ""))).name
+        for side in ("student", "teacher")
+        if isinstance(models.get(side), dict)
+    }
+    training = kind_of(folder) == "training"
+    method = read_json(folder, "run.json").get("config", {}).get("method") if training else None
+    parts = [f"{side} {name}" for side, name in names.items() if name]
+    return plain(", ".join([*parts, *([f"method {method}"] if method else [])]), limit=200)
+
+
+def _settings(folder: Path) -> dict[str, str]:
+    """run.json and manifest.json, to be read."""
+    found = {name: read_json(folder, name) for name in ("run.json", "manifest.json")}
+    return {
+        name: "\n".join(map(partial(visible, limit=2000), _lines(content)))
+        for name, content in found.items()
+        if content
+    }
+
+
+def _lines(content: dict[str, Any]) -> list[str]:
+    return json.dumps(content, indent=2, ensure_ascii=False).split("\n")
+
+
+def _notes(
+    folder: Path, kind: Kind, summary: dict[str, Any], selection: Selection
+) -> Iterator[str]:
+    """What the folder lacks, or what the page leaves out."""
+    shown = len(selection.rollouts)
+    if shown < selection.total:
+        yield (
+            f"{shown:,} of {selection.total:,} rollouts are in this page, all those of evenly "
+            "spaced prompts. More: topd report RUN --rollouts N."
+        )
+    if kind != "training" and not summary:
+        yield f"There is no {kind}.json: the run has not finished, and this page shows a part."
+    if shown and not TokenTexts.read(folder).pieces:
+        yield "There is no tokens.jsonl, so that tokens are shown as their numbers."
+    if kind == "training" and not selection.total:
+        yield "There is no rollouts.jsonl (log_rollouts was off), so that no fork can be shown."

@@ -1,0 +1,112 @@
+// A rollout as text: one element a token, shaded by its loss, candidates as buttons.
+
+const FIRST_TOKENS = 2000; // longer rollouts are shown in parts
+const NAMES = { real: "real divergent point", alarm: "false alarm", quiet: "no verdict" };
+const SIGNS = { real: "◆", alarm: "○", quiet: "·" };
+
+function lossAt(rollout, position) {
+  const own = rollout.student[position], teachers = rollout.teacher[position];
+  return own === undefined || own === null || teachers === undefined || teachers === null ? null : own - teachers;
+}
+
+// Half a nat a level: up to 8 where the student is surer than the teacher, up to 4 where less.
+function shade(loss) {
+  if (loss === null) return "";
+  const level = Math.min(Math.round(Math.abs(loss) * 2), loss > 0 ? 8 : 4);
+  return level ? (loss > 0 ? `h${level}` : `c${level}`) : "h0";
+}
+
+function tokenTip(rollout, position) {
+  const loss = lossAt(rollout, position);
+  const parts = [`token ${position} of ${rollout.texts.length}, id ${rollout.ids[position]}`];
+  if (loss === null) return `${parts[0]}\nno log-probs of both models`;
+  const one = (name, value) => `${name}: ${percent(Math.exp(value))} (log-prob ${fixed(value, 3)} nats)`;
+  parts.push(`token loss ${fixed(loss, 3)} nats`);
+  parts.push(one("student", rollout.student[position]), one("teacher", rollout.teacher[position]));
+  return parts.join("\n");
+}
+
+function token(rollout, position, number, fork) {
+  const text = rollout.texts[position];
+  const kind = `t ${shade(lossAt(rollout, position))}`;
+  if (!fork) return h("span", { class: kind, "data-at": position }, text);
+  const label = `Candidate ${number}, ${NAMES[fork.verdict]}, OT distance ${fixed(fork.distance, 3)}, `
+    + `token loss ${fixed(fork.loss, 2)} nats, token ${JSON.stringify(text)}`;
+  return h("button", { type: "button", class: `${kind} fork ${fork.verdict}`, "data-at": position, "data-fork": number - 1, "aria-label": label, "aria-pressed": "false" },
+    h("span", { class: "badge", "aria-hidden": "true" }, `${SIGNS[fork.verdict]}${number}`), text);
+}
+
+function tokensOf(rollout, from, to) {
+  const numbers = new Map(rollout.forks.map((fork, i) => [fork.position, i]));
+  const made = [];
+  for (let position = from; position < to; position += 1) {
+    const number = numbers.get(position);
+    made.push(token(rollout, position, number === undefined ? 0 : number + 1, number === undefined ? null : rollout.forks[number]));
+  }
+  return made;
+}
+
+// The tokens that a search hit touches, marked.
+function markHits(box, rollout, words) {
+  if (!words) return;
+  const texts = rollout.texts.map((text) => text.replaceAll("↵\n", "\n").toLowerCase());
+  const joined = texts.join(""), hits = [];
+  for (let at = joined.indexOf(words); at >= 0 && hits.length < 500; at = joined.indexOf(words, at + words.length)) hits.push(at);
+  let start = 0, hit = 0;
+  texts.forEach((text, position) => {
+    while (hit < hits.length && hits[hit] + words.length <= start) hit += 1;
+    if (hit < hits.length && hits[hit] < start + text.length) box.querySelector(`[data-at="${position}"]`)?.classList.add("hit");
+    start += text.length;
+  });
+}
+
+function textBox(rollout, words) {
+  const box = h("div", { class: "text", lang: "" });
+  const show = (to) => {
+    box.querySelector(".more")?.remove();
+    box.append(...tokensOf(rollout, box.childElementCount, Math.min(to, rollout.texts.length)));
+    const left = rollout.texts.length - box.childElementCount;
+    if (left > 0) {
+      const more = h("button", { type: "button", class: "more" }, `Show ${counted(left, "more token")}`);
+      more.addEventListener("click", () => show(box.childElementCount - 1 + 4 * FIRST_TOKENS));
+      box.append(more);
+    }
+    markHits(box, rollout, words);
+  };
+  show(FIRST_TOKENS);
+  box.showUpTo = (position) => { if (!box.querySelector(`[data-at="${position}"]`)) show(position + 200); };
+  return box;
+}
+
+function drawRollout(index, words) {
+  const rollout = readRollout(index);
+  const box = textBox(rollout, words);
+  const end = rollout.finished ? "ended by itself" : "cut by the length limit";
+  const alarms = rollout.forks.filter((fork) => fork.verdict === "alarm").length;
+  const real = rollout.forks.filter((fork) => fork.verdict === "real").length;
+  const parts = [
+    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number} · ${counted(rollout.texts.length, "token")}, ${end} · ${real} real, ${counted(alarms, "false alarm")}`)),
+    rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
+    rollout.student.length ? null : h("p", { class: "note" }, "The student's log-probs were not recorded: no shading by loss."),
+    box,
+    beforeAndAfter(index, rollout),
+  ];
+  byId("rollout").replaceChildren(...parts.filter((part) => part !== null));
+  return box;
+}
+
+// The same prompt elsewhere in the run: links, and first beside last.
+function beforeAndAfter(index, rollout) {
+  const same = visits(index);
+  if (same.length < 2) return null;
+  const links = same.map((other) => h("button", { type: "button", class: "visit", "data-open": other, "aria-current": other === index ? "true" : null }, `update ${entries[other].step}`));
+  const first = same[0], last = same[same.length - 1];
+  const other = index === last ? first : last;
+  const theirs = readRollout(other);
+  const shared = commonPrefix(rollout.ids, theirs.ids);
+  return h("section", { class: "visits", "aria-label": "The same prompt in this run" },
+    h("h3", {}, "The same prompt in this run"), h("p", { class: "links" }, ...links),
+    h("details", {}, h("summary", {}, `What the student wrote at update ${theirs.step}`),
+      h("p", { class: "note" }, `The two answers share their first ${counted(shared, "token")}; after that their prefixes differ.`),
+      h("div", { class: "text calm", lang: "" }, ...theirs.texts.slice(0, FIRST_TOKENS).map((text, at) => h("span", { class: at < shared ? "t shared" : `t ${shade(lossAt(theirs, at))}` }, text)))));
+}

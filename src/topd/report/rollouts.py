@@ -1,0 +1,163 @@
+"""Rollouts of a run folder joined with their forks, as many as a page can hold."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from topd.report.folder import (
+    ForkRecord,
+    GuidanceRecord,
+    PositionRecord,
+    RolloutRecord,
+    SampleRecord,
+    kind_of,
+    read_records,
+)
+from topd.types import TOPDError
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rollouts in the order of the file, and how many the folder has in all."""
+
+    rollouts: tuple[RolloutRecord, ...]
+    total: int
+
+
+def select_rollouts(folder: Path, *, limit: int) -> Selection:
+    """At most about ``limit`` rollouts with their forks.
+
+    Where a folder has more, prompts are chosen evenly spaced by their number, each with all its
+    rollouts, so that a prompt can be followed through the run. Raises TOPDError.
+    """
+    if not (folder / "rollouts.jsonl").is_file():
+        return Selection((), 0)
+    counts: dict[int, int] = defaultdict(int)
+    for record in read_records(folder, "rollouts.jsonl", RolloutRecord):
+        counts[record.prompt] += 1
+    prompts = _spaced(counts, limit)
+    chosen = [
+        record
+        for record in read_records(folder, "rollouts.jsonl", RolloutRecord)
+        if record.prompt in prompts
+    ]
+    return Selection(tuple(_with_forks(folder, chosen)), sum(counts.values()))
+
+
+def read_rollout(folder: Path, index: int) -> RolloutRecord:
+    """One rollout by its line, from 0, with its forks. Raises TOPDError if there is none."""
+    last = -1
+    for last, record in enumerate(read_records(folder, "rollouts.jsonl", RolloutRecord)):
+        if last == index:
+            return _with_forks(folder, [record])[0]
+    raise TOPDError(f"--rollout {index}: {folder} has rollouts 0 to {last}.")
+
+
+def _spaced(counts: dict[int, int], limit: int) -> set[int]:
+    """Prompts whose rollouts are no more than ``limit``, at least one prompt."""
+    ordered, total = sorted(counts), sum(counts.values())
+    if total <= limit:
+        return set(ordered)
+    keep = max(1, len(ordered) * limit // total)
+    return {ordered[i * len(ordered) // keep] for i in range(keep)}
+
+
+def _with_forks(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
+    kind = kind_of(folder)
+    if kind == "probe":
+        return _with_positions(folder, rollouts)
+    if kind == "repair":
+        return _with_samples(folder, rollouts)
+    if not (folder / "guidance.jsonl").is_file():
+        return rollouts
+    wanted = {(r.step, r.rollout) for r in rollouts}
+    found = {
+        (g.step, g.rollout): g
+        for g in read_records(folder, "guidance.jsonl", GuidanceRecord)
+        if (g.step, g.rollout) in wanted
+    }
+    return [_guided(r, found.get((r.step, r.rollout))) for r in rollouts]
+
+
+def _with_positions(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
+    """Those of a probe; positions that were chosen as low-loss or at random are forks too."""
+    found: dict[int, list[ForkRecord]] = {r.rollout: [] for r in rollouts}
+    if (folder / "positions.jsonl").is_file():
+        for record in read_records(folder, "positions.jsonl", PositionRecord):
+            if record.rollout in found:
+                found[record.rollout].append(record)
+    return [r.model_copy(update={"forks": _sound(r, found[r.rollout])}) for r in rollouts]
+
+
+def _with_samples(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
+    """Those of a repair: one fork each, with what the student wrote before and after."""
+    samples: dict[int, list[SampleRecord]] = {r.rollout: [] for r in rollouts}
+    if (folder / "samples.jsonl").is_file():
+        for record in read_records(folder, "samples.jsonl", SampleRecord):
+            if record.rollout in samples:
+                samples[record.rollout].append(record)
+    return [
+        r.model_copy(update={"forks": _sound(r, [_repaired(r, samples[r.rollout])])})
+        if samples[r.rollout]
+        else r
+        for r in rollouts
+    ]
+
+
+def _repaired(rollout: RolloutRecord, samples: list[SampleRecord]) -> ForkRecord:
+    first = samples[0]
+    place, window = first.position, first.teacher_tokens
+    both = rollout.logprobs[place : place + 1], rollout.teacher_logprobs[place : place + 1]
+    return ForkRecord(
+        position=place,
+        token_loss=both[0][0] - both[1][0] if all(both) else math.nan,
+        distance=first.distance if first.found is None else first.found,
+        real=True,
+        student_tokens=rollout.response_ids[place : place + max(len(window), 1)],
+        teacher_tokens=window,
+        after=tuple(samples),
+    )
+
+
+def _guided(rollout: RolloutRecord, guidance: GuidanceRecord | None) -> RolloutRecord:
+    if guidance is None:
+        return rollout
+    forks = [
+        fork.model_copy(update={"student_tokens": _window(rollout, fork)})
+        for fork in guidance.forks
+    ]
+    return rollout.model_copy(
+        update={
+            "forks": _sound(rollout, forks),
+            "targets": guidance.targets,
+            "capped": guidance.capped,
+        }
+    )
+
+
+def _window(rollout: RolloutRecord, fork: ForkRecord) -> tuple[int, ...]:
+    return rollout.response_ids[fork.position : fork.position + fork.student_length]
+
+
+def _sound(rollout: RolloutRecord, forks: list[ForkRecord]) -> tuple[ForkRecord, ...]:
+    """In the order of the text, one a position. Raises TOPDError where one is outside."""
+    ordered = {fork.position: fork for fork in sorted(forks, key=_high_last)}
+    for fork in ordered.values():
+        inside = fork.position < len(rollout.response_ids) and all(
+            0 <= i < len(fork.student_tokens) and 0 <= j < len(fork.teacher_tokens)
+            for i, j, _ in fork.plan
+        )
+        if not inside:
+            raise TOPDError(
+                f"rollout {rollout.rollout} of update {rollout.step}: its fork at token "
+                f"{fork.position} does not fit it. Do both files come from the same run?"
+            )
+    return tuple(ordered.values())
+
+
+def _high_last(fork: ForkRecord) -> tuple[int, bool]:
+    """Of two at one position the one chosen for its loss stays."""
+    return fork.position, fork.group == "high"

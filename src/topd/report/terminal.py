@@ -1,0 +1,113 @@
+"""A rollout and its forks for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from topd.report.folder import kind_of
+from topd.report.rollouts import read_rollout
+from topd.report.text import visible
+from topd.report.viewer import ForkView, RolloutView, view
+from topd.tokentext import TokenTexts
+from topd.types import TOPDError
+
+SIGNS = {"real": "◆", "alarm": "○", "quiet": "·"}
+NAMES = {"real": "real divergent point", "alarm": "false alarm", "quiet": "no verdict"}
+STYLES = {"real": "bold red", "alarm": "bold blue", "quiet": "dim"}
+PAIRS = 12  # rows of the plan that are shown
+
+
+def show(folder: Path, index: int, console: Console) -> None:
+    """Print one rollout with its forks: text, windows side by side, who is matched with whom.
+
+    Raises TOPDError: no run, or no such rollout.
+    """
+    kind = kind_of(folder)
+    if not (folder / "rollouts.jsonl").is_file():
+        raise TOPDError(
+            f"run folder {folder}: this {kind} has no rollouts.jsonl, so there is nothing to show. "
+            "topd report draws its figures."
+        )
+    seen = view(read_rollout(folder, index), TokenTexts.read(folder))
+    console.print(rollout_text(seen, index))
+    for number, fork in enumerate(seen.forks, 1):
+        console.print(fork_panel(fork, number))
+    if not seen.forks:
+        console.print("No candidate in this rollout.", style="dim")
+
+
+def rollout_text(seen: RolloutView, index: int) -> RenderableType:
+    """Heading, legend, and the text with its candidates marked; loud tokens are underlined."""
+    end = "ended by itself" if seen.finished else "cut by the length limit"
+    heading = Text(f"rollout {index}: prompt {seen.prompt}, update {seen.step}, ", style="bold")
+    heading.append(f"{len(seen.texts)} tokens, {end}")
+    legend = Text("◆ real divergent point  ○ false alarm  underlined: token loss over 1 nat", "dim")
+    body, forks = Text(), {fork.position: (n, fork) for n, fork in enumerate(seen.forks, 1)}
+    for position, text in enumerate(seen.texts):
+        number, fork = forks.get(position, (0, None))
+        if fork:
+            body.append(f"[{SIGNS[fork.verdict]}{number}]", STYLES[fork.verdict])
+        body.append(text, STYLES[fork.verdict] if fork else _loudness(seen, position))
+    return Group(heading, legend, Text(), body, Text())
+
+
+def fork_panel(fork: ForkView, number: int) -> Panel:
+    """One candidate: its numbers, both windows, and the heaviest threads between them."""
+    title = f"{SIGNS[fork.verdict]} {number}. {NAMES[fork.verdict]}"
+    facts = Text(
+        f"token {fork.position}, token loss {_number(fork.loss, 2)} nats, OT distance "
+        f"{_number(fork.distance, 3)}, {fork.equal} tokens equal in place"
+    )
+    windows = Table(expand=True, box=None, padding=(0, 1), header_style="dim")
+    windows.add_column("student wrote", ratio=1)
+    windows.add_column("teacher would write", ratio=1)
+    windows.add_row(Text("".join(fork.student.texts)), Text("".join(fork.teacher.texts)))
+    parts: list[RenderableType] = [facts, Text(), windows]
+    for after in fork.after:
+        parts.append(Text(f"\n{after.arm}, OT distance {_number(after.distance, 3)}", "bold"))
+        parts.append(Text("".join(after.window.texts)))
+    if fork.threads:
+        parts += [Text(), _matches(fork)]
+    return Panel(
+        Group(*parts), title=Text(title), title_align="left", border_style=STYLES[fork.verdict]
+    )
+
+
+def _matches(fork: ForkView) -> Table:
+    """The first rows of the plan: a student token, its mass, the teacher token it goes to."""
+    table = Table(box=None, padding=(0, 1), header_style="dim")
+    for name in ("", "student", "mass", "teacher", ""):
+        table.add_column(name, justify="right" if name in ("", "student", "mass") else "left")
+    for i, j, mass in fork.threads[:PAIRS]:
+        same = fork.student.ids[i] == fork.teacher.ids[j]
+        table.add_row(
+            str(i),
+            _word(fork.student.texts[i]),
+            f"{mass:.1%} {'=' if same else '~'}>",
+            _word(fork.teacher.texts[j]),
+            str(j),
+            style="dim" if same else "",
+        )
+    if len(fork.threads) > PAIRS:
+        table.add_row("", Text(f"{len(fork.threads) - PAIRS} more"), "", "", "", style="dim")
+    return table
+
+
+def _word(text: str) -> Text:
+    return Text(repr(visible(text.replace("\n", ""), limit=24))[1:-1])
+
+
+def _loudness(seen: RolloutView, position: int) -> str:
+    own = seen.student[position] if position < len(seen.student) else None
+    teachers = seen.teacher[position] if position < len(seen.teacher) else None
+    loud = own is not None and teachers is not None and own - teachers > 1
+    return "underline" if loud else ""
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"

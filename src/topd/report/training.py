@@ -1,0 +1,233 @@
+"""What the page of a training run shows: curves, forks, and where the time went."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from topd.report.charts import (
+    Chart,
+    Fact,
+    curve_table,
+    curves,
+    group_table,
+    histogram,
+    number,
+    series,
+    spaced,
+)
+from topd.report.folder import GuidanceRecord, read_logs, read_records
+from topd.report.svg import ALARM, PALETTE, REAL, hint
+
+Logs = Sequence[Mapping[str, float]]
+BARS = 40
+PHASE = "seconds/"
+DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "generalised JSD"}
+CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "divergence",
+        "Divergence from the teacher",
+        "Mean over response tokens of the token divergence, on the student's own rollouts. Every "
+        "update has prompts of its own, so a single update says little.",
+        "nats a token",
+        (
+            *DIVERGENCES.items(),
+            ("reverse_kl_sampled", "sampled reverse KL"),
+            ("eval_loss", "held out"),
+        ),
+    ),
+    (
+        "trajectory",
+        "Trajectory loss at real divergent points",
+        "L_traj, mean over guided tokens: how far the student's distribution is from the soft "
+        "targets along its own window.",
+        "nats a guided token",
+        (("topd/trajectory_loss", "L_traj"),),
+    ),
+    (
+        "distance",
+        "Distance of the windows",
+        "Mean optimal-transport distance between what student and teacher write next, over the "
+        "candidates of an update. 0: the same tokens; about 1: unrelated ones.",
+        "mean OT distance",
+        (("topd/mean_ot", "mean OT distance"),),
+    ),
+    (
+        "alarms",
+        "False alarms among the candidates",
+        "Share of loud tokens after which student and teacher write nearly the same. With the "
+        "default verdict (a fixed share of each update's candidates) it is set, not found.",
+        "share of candidates",
+        (("topd/false_alarm_share", "false alarms"),),
+    ),
+    (
+        "length",
+        "Length of the responses",
+        "Mean length of the student's rollouts.",
+        "tokens",
+        (("completions/mean_length", "mean length"),),
+    ),
+    (
+        "health",
+        "Signs of collapse",
+        "Share of rollouts cut by the length limit, and of 4-grams that repeat within a rollout.",
+        "share",
+        (
+            ("completions/clipped_ratio", "cut by the limit"),
+            ("completions/repeated_4gram_share", "repeated 4-grams"),
+        ),
+    ),
+    (
+        "entropy",
+        "Entropy of the student",
+        "Mean over response tokens. A steep fall is a student that stops exploring.",
+        "nats a token",
+        (("entropy", "entropy"),),
+    ),
+)
+
+
+def training_charts(folder: Path) -> list[Chart]:
+    """The figures of a training run; those that it has no numbers for are left out."""
+    logs = read_logs(folder)
+    charts = [chart for row in CURVES if (chart := _curve_chart(logs, *row))]
+    forks = _fork_distances(folder)
+    if any(forks.values()):
+        charts.insert(2, _fork_chart(forks))
+    times = _phase_seconds(logs)
+    return [*charts, _time_chart(logs, times)] if times else charts
+
+
+def training_facts(folder: Path) -> list[Fact]:
+    """The run in a few numbers."""
+    logs = [log for log in read_logs(folder) if "loss" in log]
+    if not logs:
+        return [Fact("updates", "0", "no update was logged yet")]
+    facts = [Fact("updates", number(logs[-1].get("step")))]
+    divergence = next((key for key in DIVERGENCES if key in logs[0]), None)
+    if divergence:
+        facts.append(_change(logs, divergence))
+    distances = _fork_distances(folder)
+    if any(distances.values()):
+        for name in distances:
+            facts.append(Fact(name, f"{len(distances[name]):,}", _median(distances[name])))
+    times = _phase_seconds(logs)
+    if times:
+        slowest = max(times, key=times.__getitem__)
+        share = times[slowest] / max(sum(times.values()), 1e-9)
+        note = f"{share:.0%} of it in {slowest}"
+        facts.append(Fact("time in the phases", duration(sum(times.values())), note))
+    return facts
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> duration(5.25), duration(312), duration(7300)
+    ('5.2 s', '5 min 12 s', '2 h 2 min')
+    """
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3599.5:
+        return "{} min {} s".format(*divmod(round(seconds), 60))
+    return "{} h {} min".format(*divmod(round(seconds / 60), 60))
+
+
+def _curve_chart(
+    logs: Logs, name: str, title: str, caption: str, unit: str, keys: tuple[tuple[str, str], ...]
+) -> Chart | None:
+    found = [curve for key, label in keys if (curve := series(logs, key, label))]
+    if not found:
+        return None
+    return Chart(name, title, caption, curves(found, unit=unit), *curve_table(found))
+
+
+def _change(logs: Logs, key: str) -> Fact:
+    """First and last fifth of the updates: means, and what they are means of."""
+    values = [log[key] for log in logs if key in log]
+    count = max(len(values) // 5, 1)
+    first, last = (float(np.mean(part)) for part in (values[:count], values[-count:]))
+    note = f"nats a token, mean of the first and last {count} of {len(values)} updates"
+    return Fact(DIVERGENCES[key], f"{first:.3f} → {last:.3f}", note)
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"median OT distance {np.median(values):.3f}" if values else ""
+
+
+def _fork_distances(folder: Path) -> dict[str, list[float]]:
+    """OT distances of all candidates by verdict."""
+    found: dict[str, list[float]] = {"real divergent points": [], "false alarms": []}
+    if (folder / "guidance.jsonl").is_file():
+        for record in read_records(folder, "guidance.jsonl", GuidanceRecord):
+            for fork in record.forks:
+                if math.isfinite(fork.distance):
+                    name = "real divergent points" if fork.real else "false alarms"
+                    found[name].append(fork.distance)
+    return found
+
+
+def _fork_chart(forks: Mapping[str, Sequence[float]]) -> Chart:
+    return Chart(
+        "forks",
+        "How far apart the candidates' windows are",
+        "Every candidate of the run by the distance of its two windows. Vertical lines: medians.",
+        histogram(
+            forks, {"real divergent points": REAL, "false alarms": ALARM}, unit="OT distance"
+        ),
+        *group_table(forks),
+    )
+
+
+def _phase_seconds(logs: Logs) -> dict[str, float]:
+    times: dict[str, float] = defaultdict(float)
+    for log in logs:
+        for key, value in log.items():
+            if key.startswith(PHASE) and math.isfinite(value):
+                times[key.removeprefix(PHASE)] += value
+    return dict(times)
+
+
+def _time_chart(logs: Logs, times: Mapping[str, float]) -> Chart:
+    total = sum(times.values())
+    rows = tuple(
+        (phase, number(seconds), f"{seconds / max(total, 1e-9):.1%}")
+        for phase, seconds in times.items()
+    )
+    return Chart(
+        "time",
+        "Where the time goes",
+        f"Seconds by phase of an update; {duration(total)} in all. Transport is the optimal-"
+        "transport solver, windows the teacher's look ahead.",
+        _time_bars(logs, tuple(times)),
+        ("phase", "seconds", "share"),
+        rows,
+    )
+
+
+def _time_bars(logs: Logs, phases: tuple[str, ...]) -> Callable[[Axes], None]:
+    """Stacked bars, each the mean of neighbouring updates."""
+    timed = [log for log in logs if any(PHASE + phase in log for phase in phases)]
+    edges = spaced(len(timed) + 1, BARS + 1)
+    groups = [timed[a:b] for a, b in pairwise(edges)]
+
+    def draw(axes: Axes) -> None:
+        bottom = np.zeros(len(groups))
+        for colour, phase in zip(PALETTE, phases, strict=False):
+            means = [float(np.mean([log.get(PHASE + phase, 0.0) for log in g])) for g in groups]
+            places = [g[-1]["step"] for g in groups]
+            width = 0.8 * (places[-1] - places[0] + 1) / len(groups)
+            bars = axes.bar(places, means, width, bottom=bottom, color=colour, label=phase)
+            for bar, step, mean in zip(bars, places, means, strict=True):
+                hint(bar, [f"{phase}, update {step:g}: {mean:.3g} s"])
+            bottom += np.asarray(means)
+        axes.set(xlabel="updates", ylabel="seconds an update")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3)
+
+    return draw

@@ -1,0 +1,182 @@
+"""Rollouts as plain values for the fork viewer: token texts, losses, forks, windows, threads.
+
+Everything here goes into the page as JSON and is shown as text, never as markup. Log-probs and
+losses are rounded to 1e-4 nats, distances and masses to 1e-5; what is not finite becomes None.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from topd.report.folder import ForkRecord, RolloutRecord
+from topd.report.text import join_visible, plain, visible
+from topd.tokentext import TokenTexts
+
+SHOWN_TARGETS = 4  # likeliest tokens of a soft target
+
+
+@dataclass(frozen=True)
+class Window:
+    """One side of a fork: the text of each token, and its id."""
+
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class After:
+    """What the student writes from the fork's prefix after an arm's updates, or before them."""
+
+    arm: str
+    distance: float | None
+    window: Window
+
+
+@dataclass(frozen=True)
+class ForkView:
+    """A candidate as the page shows it.
+
+    ``threads`` are (row, column, mass); ``targets`` the likeliest tokens and probabilities at each
+    student position, empty where the method guided nothing; ``equal`` counts the places at which
+    both windows have the same token.
+    """
+
+    position: int
+    loss: float | None
+    distance: float | None
+    verdict: str
+    group: str | None
+    rejoin: int | None
+    capped: bool
+    equal: int
+    student: Window
+    teacher: Window
+    threads: tuple[tuple[int, int, float], ...]
+    targets: tuple[tuple[tuple[str, float], ...], ...]
+    after: tuple[After, ...] = ()
+
+
+@dataclass(frozen=True)
+class RolloutView:
+    """A rollout as the page shows it; log-probs in nats, empty where none was recorded."""
+
+    step: int
+    number: int
+    prompt: int
+    finished: bool
+    prompt_text: str
+    texts: tuple[str, ...]
+    ids: tuple[int, ...]
+    student: tuple[float | None, ...]
+    teacher: tuple[float | None, ...]
+    forks: tuple[ForkView, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the list of rollouts: enough to filter by without opening the rollout."""
+
+    step: int
+    number: int
+    prompt: int
+    length: int
+    finished: bool
+    preview: str
+    forks: tuple[tuple[int, float | None, str], ...]  # position, distance, verdict
+
+
+def view(rollout: RolloutRecord, tokens: TokenTexts) -> RolloutView:
+    """A rollout for the page."""
+    return RolloutView(
+        step=rollout.step,
+        number=rollout.rollout,
+        prompt=rollout.prompt,
+        finished=rollout.finished,
+        prompt_text=join_visible(tokens.texts(rollout.prompt_ids)),
+        texts=_texts(rollout.response_ids, tokens),
+        ids=rollout.response_ids,
+        student=tuple(_rounded(x) for x in rollout.logprobs),
+        teacher=tuple(_rounded(x) for x in rollout.teacher_logprobs),
+        forks=tuple(_fork(rollout, fork, tokens) for fork in rollout.forks),
+    )
+
+
+def entry(seen: RolloutView) -> Entry:
+    """The line of the list that stands for a rollout."""
+    return Entry(
+        seen.step,
+        seen.number,
+        seen.prompt,
+        len(seen.ids),
+        seen.finished,
+        plain("".join(seen.texts[:40]).replace("↵", ""), limit=90),
+        tuple((fork.position, fork.distance, fork.verdict) for fork in seen.forks),
+    )
+
+
+def values(record: RolloutView | Entry) -> dict[str, object]:
+    """Plain values for JSON."""
+    return asdict(record)
+
+
+def verdict_of(fork: ForkRecord) -> str:
+    """``real``, ``alarm`` (high loss, near windows), or ``quiet``: neither.
+
+    A probe's random and low-loss positions are quiet, and all of them until it has finished.
+    """
+    if fork.group in ("random", "low") or fork.real is None:
+        return "quiet"
+    return "real" if fork.real else "alarm"
+
+
+def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkView:
+    pairs = zip(fork.student_tokens, fork.teacher_tokens, strict=False)
+    return ForkView(
+        position=fork.position,
+        loss=_rounded(fork.token_loss),
+        distance=_rounded(fork.distance, 5),
+        verdict=verdict_of(fork),
+        group=fork.group,
+        rejoin=fork.rejoin,
+        capped=fork.position in rollout.capped,
+        equal=sum(a == b for a, b in pairs),
+        student=Window(_texts(fork.student_tokens, tokens), fork.student_tokens),
+        teacher=Window(_texts(fork.teacher_tokens, tokens), fork.teacher_tokens),
+        threads=tuple((i, j, round(mass, 5)) for i, j, mass in fork.plan),
+        targets=_targets(rollout, fork, tokens) if verdict_of(fork) == "real" else (),
+        after=tuple(
+            After(
+                plain(sample.arm, limit=40),
+                _rounded(sample.distance, 5),
+                Window(_texts(sample.student_tokens, tokens), sample.student_tokens),
+            )
+            for sample in fork.after
+        ),
+    )
+
+
+def _targets(
+    rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts
+) -> tuple[tuple[tuple[str, float], ...], ...]:
+    """The likeliest tokens of the soft target at each position of the window, or nothing."""
+    found = {target.position: target for target in rollout.targets}
+    places = range(fork.position, fork.position + len(fork.student_tokens))
+    shown = []
+    for place in places:
+        target = found.get(place)
+        pairs = zip(target.tokens, target.probabilities, strict=True) if target else ()
+        likeliest = sorted(pairs, key=lambda pair: -pair[1])[:SHOWN_TARGETS]
+        shown.append(
+            tuple((visible(tokens.texts([token])[0]), round(p, 4)) for token, p in likeliest)
+        )
+    return tuple(shown) if any(shown) else ()
+
+
+def _texts(ids: Sequence[int], tokens: TokenTexts) -> tuple[str, ...]:
+    return tuple(visible(text) for text in tokens.texts(ids))
+
+
+def _rounded(value: float, digits: int = 4) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None

@@ -1,0 +1,290 @@
+"""Text, figures, terminal and commands of the report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import unicodedata
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from rich.console import Console
+from typer.testing import CliRunner
+
+import report_folders as make
+from topd import cli
+from topd.report.charts import Chart, Series, curve_table, curves, figure_of, spaced
+from topd.report.page import CHARTS
+from topd.report.paper import write_figures
+from topd.report.svg import SVG, to_svg
+from topd.report.terminal import show
+from topd.report.text import JOINERS, plain, visible
+from topd.report.training import duration, training_facts
+from topd.types import TOPDError
+
+KINDS = {
+    "training": make.training,
+    "probe": make.probe,
+    "repair": make.repair,
+    "compare": make.compare,
+}
+
+
+# Text
+
+
+@given(st.text(st.characters(), max_size=60))
+def test_nothing_invisible_is_left_in_a_text_but_the_whitespace_of_lines(text):
+    for character in visible(text):
+        hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn")
+        assert not hidden or character in "\n\t" + JOINERS
+
+
+@given(st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), max_size=60))
+def test_ordinary_text_stays_as_it_is(text):
+    assert visible(text) == text
+
+
+def test_a_long_token_is_cut_and_says_how_long_it_was():
+    assert visible("ab" * 50_000, limit=4) == "abab… (100,000 characters)"
+    assert plain(" a \n\n b ") == "a b"
+
+
+# Figures
+
+
+def drawn(chart: Chart) -> Any:
+    """The axes of a chart, drawn."""
+    figure = figure_of(chart)
+    FigureCanvasAgg(figure).draw()
+    return figure.axes[0]
+
+
+def by_name(kind: str, folder: Path) -> dict[str, Chart]:
+    return {chart.name: chart for chart in CHARTS[kind](KINDS[kind](folder))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_has_its_figures(kind, tmp_path):
+    names = {
+        "training": [
+            "divergence", "trajectory", "forks", "distance", "alarms", "length", "health",
+            "entropy", "time",
+        ],
+        "probe": ["distances", "loss-distance", "rejoin"],
+        "repair": ["repair"],
+        "compare": ["greedy", "greedy_vs_opd", "pass-at-1", "curve-greedy", "curve-pass-at-1"],
+    }  # fmt: skip
+    assert list(by_name(kind, tmp_path)) == names[kind]
+
+
+def test_a_curve_goes_through_its_numbers(tmp_path):
+    (tmp_path / "run").mkdir()
+    axes = drawn(by_name("training", tmp_path)["distance"])
+    line = axes.lines[0]
+    assert line.get_xdata().tolist() == [1, 2, 3]
+    assert line.get_ydata().tolist() == pytest.approx([0.59, 0.58, 0.57])
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("updates", "mean OT distance")
+
+
+def test_a_long_curve_is_shown_with_its_running_mean():
+    curve = Series("loss", tuple(range(1, 101)), tuple(float(x % 10) for x in range(1, 101)))
+    chart = Chart("c", "c", "c", curves([curve], unit="nats"), *curve_table([curve]))
+    raw, mean, marks = drawn(chart).lines
+    assert raw.get_ydata().tolist() == list(curve.y)
+    assert mean.get_ydata() == pytest.approx(np.full(91, 4.5))  # ten neighbours are 0 to 9
+    assert mean.get_xdata()[0] == 5  # the middle of the first ten
+    assert len(marks.get_xdata()) == 100
+    assert len(chart.rows) == 24
+
+
+def test_histograms_are_shares_of_their_group_with_medians(tmp_path):
+    axes = drawn(by_name("probe", tmp_path)["distances"])
+    outlines = [patch for patch in axes.patches if not patch.get_fill()]
+    assert [float(np.sum(patch.get_data().values)) for patch in outlines] == pytest.approx([1] * 3)
+    assert sorted(line.get_xdata()[0] for line in axes.lines) == pytest.approx([0.2, 0.35, 0.6])
+
+
+def test_boxes_are_the_arms_quartiles(tmp_path):
+    axes = drawn(by_name("repair", tmp_path)["repair"])
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(make.SAMPLES)
+    for patch, values in zip(axes.patches, make.SAMPLES.values(), strict=True):
+        heights = patch.get_path().vertices[:, 1]
+        quartiles = np.quantile(values, (0.25, 0.75))
+        assert (heights.min(), heights.max()) == pytest.approx(tuple(quartiles))
+
+
+def test_intervals_are_those_of_the_summary(tmp_path):
+    axes = drawn(by_name("compare", tmp_path)["greedy"])
+    bars = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert [list(bar) for bar in bars] == [pytest.approx([0.43, 0.5]), pytest.approx([0.37, 0.44])]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["topd", "opd"]
+
+
+def test_bars_of_time_are_seconds_an_update_on_top_of_each_other(tmp_path):
+    axes = drawn(by_name("training", tmp_path)["time"])
+    tops = sorted({round(p.get_y() + p.get_height(), 6) for p in axes.patches})
+    assert tops == [2.0, 4.0, 5.0, 6.0]  # rollouts 2; learning 2, 3 and 4 on top
+
+
+def test_marks_on_the_page_have_tooltips_and_colours_of_the_theme(tmp_path):
+    chart = by_name("training", tmp_path)["entropy"]
+    root = ElementTree.fromstring(to_svg(figure_of(chart), name="entropy", label="what it is"))
+    titles = [e.text for e in root.iter(f"{{{SVG}}}title")]
+    assert titles == [f"entropy, updates {n}: {2 + n / 7:.4g} nats a token" for n in (1, 2, 3)]
+    assert root.get("aria-label") == "what it is"
+    assert not [e for e in root.iter() if "style" in e.attrib or e.tag == f"{{{SVG}}}style"]
+    used = {e.get(name) for e in root.iter() for name in ("fill", "stroke")}
+    assert {value for value in used if value and value.startswith("#")} == set()
+    assert "var(--blue)" in used
+
+
+@pytest.mark.parametrize(
+    ("format", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")]
+)
+def test_figures_for_a_paper_in_three_formats_and_always_the_same(format, start, tmp_path):
+    run = make.probe(tmp_path / "run")
+    paths = write_figures(run, tmp_path / "one", format=format)
+    assert [path.name for path in paths] == [
+        f"{name}.{format}" for name in ("distances", "loss-distance", "rejoin")
+    ]
+    again = write_figures(run, tmp_path / "two", format=format)
+    for first, second in zip(paths, again, strict=True):
+        assert first.read_bytes().startswith(start)
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_run_without_numbers_has_no_figures(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(TOPDError, match="has no numbers to draw yet"):
+        write_figures(tmp_path, tmp_path / "figures")
+
+
+def test_the_facts_are_those_of_the_logs(tmp_path):
+    facts = {f.label: f.value for f in training_facts(make.training(tmp_path, rollouts=20))}
+    assert facts == {
+        "updates": "10",
+        "reverse KL": "0.375 → 0.053",  # (0.5 + 0.25) / 2 and (0.5 / 9 + 0.05) / 2
+        "real divergent points": "20",
+        "false alarms": "10",
+        "time in the phases": "1 min 25 s",  # 10 x 2 and 2 + ... + 11
+    }
+
+
+@given(st.integers(0, 400), st.integers(2, 60))
+@settings(deadline=None)
+def test_spaced_numbers_hold_both_ends_and_rise(count, limit):
+    found = spaced(count, limit)
+    assert len(found) == min(count, limit)
+    assert found == sorted(set(found))
+    assert not count or (found[0], found[-1]) == (0, count - 1)
+
+
+def test_durations_in_words_never_say_sixty():
+    assert [duration(s) for s in (0, 59.94, 59.96, 119.7, 3599.6, 7199)] == [
+        "0.0 s", "59.9 s", "1 min 0 s", "2 min 0 s", "1 h 0 min", "2 h 0 min",
+    ]  # fmt: skip
+
+
+# Terminal
+
+
+def terminal(folder: Path, index: int = 0) -> str:
+    file = StringIO()
+    show(folder, index, Console(file=file, width=80, force_terminal=False))
+    return file.getvalue()
+
+
+def test_a_terminal_of_80_columns_shows_forks_windows_and_plan(tmp_path):
+    text = terminal(make.training(tmp_path))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "rollout 0: prompt 0, update 0, 12 tokens, ended by itself" in text
+    assert " so the[◆1] sum is two three[○2]." in text
+    assert "token 2, token loss 2.50 nats, OT distance 0.500" in text
+    row = next(line for line in text.splitlines() if "33.3%" in line)
+    assert row.split()[1:6] == ["0", "sum", "33.3%", "~>", "so"]
+    assert "false alarm" in text
+
+
+def test_a_terminal_shows_what_a_repair_made_of_the_prefix(tmp_path):
+    text = terminal(make.repair(tmp_path), 1)
+    for arm, distances in make.SAMPLES.items():
+        assert f"{arm}, OT distance {distances[1]:.3f}" in text
+
+
+def test_hostile_text_sends_no_control_to_the_terminal(tmp_path):
+    text = terminal(make.training(tmp_path, words=make.HOSTILE, length=len(make.HOSTILE)))
+    hidden = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs")}
+    assert hidden <= {"\n", "\t"}
+    assert "<script>alert(1)</script>" in text
+    assert "⟨U+001B⟩[31mred" in text
+
+
+def test_a_folder_without_rollouts_has_nothing_to_show(tmp_path):
+    with pytest.raises(TOPDError, match=r"this compare has no rollouts\.jsonl"):
+        terminal(make.compare(tmp_path))
+
+
+# Commands
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def test_the_commands_say_what_they_wrote(tmp_path):
+    folder = str(make.training(tmp_path / "run"))
+    assert run("report", folder).output == f"report: {folder}/report.html\n"
+    assert Path(folder, "report.html").stat().st_size > 100_000
+    assert "Candidate" not in run("show", folder, "--rollout", "1").output
+    assert "rollout 1: prompt 1" in run("show", folder, "--rollout", "1").output
+    out = tmp_path / "figures"
+    listed = run("figures", folder, "--format", "png", "--output", str(out)).output.split()
+    assert sorted(listed) == sorted(str(path) for path in out.iterdir())
+    assert len(listed) == 9
+
+
+@pytest.mark.parametrize("command", ["report", "show", "figures"])
+def test_a_fault_is_one_line_and_exit_code_2(command, tmp_path):
+    result = run(command, str(tmp_path / "nowhere"))
+    assert result.exit_code == 2
+    assert "error: run folder" in result.output
+    assert "there is no such folder" in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_figures_into_a_file_is_a_fault_in_words(tmp_path):
+    make.probe(tmp_path / "run")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(TOPDError, match=r"--output: .*taken cannot be written"):
+        write_figures(tmp_path / "run", tmp_path / "taken")
+
+
+def test_help_imports_neither_matplotlib_nor_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from topd import cli;"
+        "out = CliRunner().invoke(cli.app, ['--help']).output;"
+        "assert 'report' in out and 'figures' in out and 'show' in out;"
+        "assert not {'torch', 'matplotlib', 'jinja2'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_json_of_the_page_is_what_the_browser_reads(tmp_path):
+    """ASCII, no markup characters, no number that JSON does not know."""
+    from topd.report.page import _json
+
+    text = str(_json([make.HOSTILE, "\u2028"]))
+    assert text.isascii()
+    assert not set("<>&'") & set(text)
+    assert json.loads(text) == [make.HOSTILE, "\u2028"]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _json(float("nan"))
