@@ -105,14 +105,14 @@ class Observer:
         written: list[Generation] = []
         size = self.args.score_batch_size or self.args.per_device_train_batch_size
         for first, some in _batches(rollouts, size):
-            scores = self._score(some, first)
+            scores = self.score(some, first)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
             losses += self._token_losses(some, scores) if method.looks_ahead else []
             if method.looks_ahead:
-                found = self._candidates(losses[first:])
+                found = self.candidates(losses[first:])
                 starts += [(first + row, t) for row, t in found]
-                written += self._look_ahead(scores, found, seeds[first:])
+                written += self.look_ahead(scores, found, seeds[first:])
         if method.looks_ahead:
             evidence = self._evidence(rollouts, losses, starts, written)
         else:
@@ -125,7 +125,11 @@ class Observer:
             method.guide(evidence),
         )
 
-    def _score(self, rollouts: Sequence[Rollout], first: int) -> Scores:
+    def score(self, rollouts: Sequence[Rollout], first: int = 0) -> Scores:
+        """The teacher's scores of rollouts that are numbered from ``first``.
+
+        Raises TOPDError where a log-prob is NaN.
+        """
         with self.phases.phase("scoring"):
             scores = self.teacher.score(
                 [r.prompt.teacher for r in rollouts],
@@ -169,7 +173,8 @@ class Observer:
                 chunk_tokens=self.args.chunk_tokens,
             )
 
-    def _candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
+    def candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """(row, token) of every candidate; losses are [T] nats, one a rollout."""
         token_loss, mask = _padded(losses)
         threshold = self.args.candidate_threshold
         candidates = select_candidates(
@@ -183,10 +188,10 @@ class Observer:
         )
         return [(row, t) for row, t in candidates.nonzero().tolist()]
 
-    def _look_ahead(
+    def look_ahead(
         self, scores: Scores, starts: Sequence[tuple[int, int]], seeds: Sequence[int]
     ) -> list[Generation]:
-        """What the teacher writes next from each of the starts."""
+        """What the teacher writes next from each (row, token); seeds are one a rollout."""
         if not starts:
             return []
         window_seeds = [
@@ -205,21 +210,8 @@ class Observer:
         written: Sequence[Generation],
     ) -> Evidence:
         token_loss, mask = _padded(losses)
-        windows = _windows(rollouts, starts, written, self.args.window_length)
-        with self.phases.phase("transport"):
-            reader = self.teacher if self.args.embedding == "teacher" else self.student
-            cost = transport.ground_cost(
-                reader.embed(windows.student_tokens),
-                reader.embed(windows.teacher_tokens),
-                position_weight=self.args.position_weight,
-            )
-            solved = transport.solve(
-                cost,
-                windows.student_mask.to(cost.device),
-                windows.teacher_mask.to(cost.device),
-                method=self.args.solver,
-                epsilon=self.args.epsilon,
-            ).cpu()
+        windows = pair_windows(rollouts, starts, written, self.args.window_length)
+        solved = self.compare(windows)
         real = real_divergent_points(
             solved.distance,
             false_alarm_share=self.args.false_alarm_share,
@@ -227,8 +219,29 @@ class Observer:
         )
         return Evidence(token_loss, mask, windows, solved, real)
 
+    def compare(self, windows: Windows, *, position_weight: float | None = None) -> Transport:
+        """Optimal transport between paired windows, with the cost and solver of ``args``.
 
-def _windows(
+        ``position_weight`` replaces that of ``args``.
+        """
+        eta = self.args.position_weight if position_weight is None else position_weight
+        with self.phases.phase("transport"):
+            reader = self.teacher if self.args.embedding == "teacher" else self.student
+            cost = transport.ground_cost(
+                reader.embed(windows.student_tokens),
+                reader.embed(windows.teacher_tokens),
+                position_weight=eta,
+            )
+            return transport.solve(
+                cost,
+                windows.student_mask.to(cost.device),
+                windows.teacher_mask.to(cost.device),
+                method=self.args.solver,
+                epsilon=self.args.epsilon,
+            ).cpu()
+
+
+def pair_windows(
     rollouts: Sequence[Rollout],
     starts: Sequence[tuple[int, int]],
     written: Sequence[Generation],
@@ -252,7 +265,7 @@ def _windows(
 def _no_evidence(rollouts: Sequence[Rollout]) -> Evidence:
     """The evidence of methods that do not look ahead: lengths only, no window."""
     token_loss, mask = _padded([torch.zeros(len(r.response)) for r in rollouts])
-    windows = _windows(rollouts, (), (), 1)
+    windows = pair_windows(rollouts, (), (), 1)
     nothing = torch.zeros(0)
     solved = Transport(nothing, torch.zeros(0, 0, 0), nothing.bool())
     return Evidence(token_loss, mask, windows, solved, nothing.bool())
