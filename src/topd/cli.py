@@ -1,9 +1,11 @@
-"""The command line: ``topd train`` and ``topd warmstart``. Heavy imports wait for a command."""
+"""The command line: ``topd train``, ``warmstart``, ``probe``. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -42,16 +44,36 @@ def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) 
     _run(recipe, context.args, quiet, warmstart=True)
 
 
-def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
+@app.command(context_settings=EXTRA)
+def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+    """Where do student and teacher part, and does the token loss say so? No training."""
+    with _refusals():
+        from topd.probe import run_probe
+        from topd.tables import show_probe
+
+        folder = run_probe(recipe, context.args, console=None if quiet else console)
+    show_probe(console, json.loads((folder / "probe.json").read_text(encoding="utf-8")))
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Bad input ends with exit code 2 and one message."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
-    from topd.run import run_recipe
     from topd.types import TOPDError
 
     try:
-        folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
+        yield
     except TOPDError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
         raise typer.Exit(2) from error
+
+
+def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
+    with _refusals():
+        from topd.run import run_recipe
+
+        folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
     logs = read_logs(folder)
     if logs:
         show_table(logs)
