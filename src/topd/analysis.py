@@ -64,6 +64,7 @@ class Pair:
     teacher: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     prompts: tuple[Prompt, ...]
+    autocast: Callable[[], AbstractContextManager[None]]
 
     def questions(self, seed: int, group: int) -> Iterator[Prompt]:
         """Prompts without end, ``group`` times each, in the order of a training with this seed."""
@@ -108,16 +109,17 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     )
     check_head("student", student)
     check_head("teacher", teacher.requires_grad_(False))
+    autocast = partial(_autocast, args, device)
     engine = partial(
         HFEngine,
         eos_ids=eos_ids(student, tokenizer),
         vocab_size=min(head_of(student).vocab_size, head_of(teacher).vocab_size),
-        autocast=partial(_autocast, args, device),
+        autocast=autocast,
     )
     observer = Observer(
         engine(student, name="student"), engine(teacher, name="teacher"), args, phases
     )
-    return Pair(observer, student, teacher, tokenizer, tuple(prompts))
+    return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast)
 
 
 def open_folder(command: str, recipe: Recipe, pair: Pair) -> Ledger:

@@ -1,4 +1,4 @@
-"""The command line: ``topd train``, ``warmstart``, ``probe``. Heavy imports wait for a command."""
+"""The command line: one function a command. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -52,8 +52,23 @@ def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> N
         from topd.tables import show_probe
 
         folder = run_probe(recipe, context.args, console=None if quiet else console)
-    show_probe(console, json.loads((folder / "probe.json").read_text(encoding="utf-8")))
+    show_probe(console, _summary(folder, "probe.json"))
+
+
+@app.command(context_settings=EXTRA)
+def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+    """Correct the student at single forks with each loss, and measure what comes back."""
+    with _refusals():
+        from topd.repair import run_repair
+        from topd.tables import show_repair
+
+        folder = run_repair(recipe, context.args, console=None if quiet else console)
+    show_repair(console, _summary(folder, "repair.json"))
+
+
+def _summary(folder: Path, name: str) -> dict[str, Any]:
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 @contextmanager

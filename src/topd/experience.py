@@ -108,7 +108,7 @@ class Observer:
             scores = self.score(some, first)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
-            losses += self._token_losses(some, scores) if method.looks_ahead else []
+            losses += self.token_losses(some, scores) if method.looks_ahead else []
             if method.looks_ahead:
                 found = self.candidates(losses[first:])
                 starts += [(first + row, t) for row, t in found]
@@ -146,7 +146,7 @@ class Observer:
             )
         return scores
 
-    def _token_losses(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
+    def token_losses(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
         """The loss that ranks candidates, [T] nats a rollout, on the CPU."""
         kind = self.args.candidate_loss
         teacher = scores.logprobs.cpu()

@@ -122,7 +122,7 @@ def _probe(args: ProbeConfig, pair: Pair, ledger: Ledger, phases: Phases) -> Non
     """Look at batch after batch; what is done is on disk."""
     size = args.rollout_batch_size
     first = resume_at(ledger.folder, args.rollouts, size)
-    phases.start(math.ceil(args.rollouts / size))
+    phases.start(math.ceil(args.rollouts / size), "batches")
     questions = pair.questions(args.seed, args.num_generations)
     for number, prompts in batches(questions, first, size, args.rollouts):
         seeds = sampling_seeds(args.seed, 0, len(prompts), first=number)

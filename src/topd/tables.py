@@ -31,6 +31,26 @@ def show_probe(console: Console, summary: Summary) -> None:
         console.print(line, markup=False, highlight=False)
 
 
+def show_repair(console: Console, summary: Summary) -> None:
+    """Print the summary of a repair (repair.json)."""
+    table = _table(
+        f"{summary['samples']} forks, {summary['updates']} updates each, learning rate "
+        f"{summary['learning_rate']:g}, windows of {summary['window_length']} tokens",
+        ("arm", "mean OT", "reduction", "against opd", "paper"),
+    )
+    for name, arm in summary["arms"].items():
+        paper = summary["paper"].get(name)
+        against = arm.get("difference_to_opd")
+        table.add_row(
+            name,
+            interval(arm["mean"]),
+            interval(arm["reduction_percent"], "{:.0f}%") if name != "before" else "",
+            interval(against, "{:+.3f}") if against else "",
+            f"{paper:.3f}" if paper is not None else "",
+        )
+    console.print(table)
+
+
 def interval(found: Summary, form: str = "{:.3f}") -> str:
     """An estimate with its 95 % interval.
 
