@@ -7,9 +7,9 @@ it was stopped, and ends with the same records as if it had not been.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
 from itertools import count, islice
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
 from topd.config import TOPDConfig, _field
@@ -33,7 +33,11 @@ from topd.trainer import GroupSampler
 from topd.types import Prompt, TOPDError
 
 ROLLOUTS = "rollouts.jsonl"
-PLACES = ("output_dir", "logging_dir", "run_name")  # where a run is, not what it is
+# of transformers' arguments, those that an analysis depends on
+SHARED = (
+    *("seed", "bf16", "fp16", "use_cpu", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
 Config = TypeVar("Config", bound="AnalysisConfig")
 
 
@@ -202,18 +206,15 @@ def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
             f"output_dir: {folder} holds a run of another kind "
             f"({stored.get('command', 'training')}). Choose another folder."
         )
-    for part in ("recipe", "config"):
-        key = _first_difference(stored[part], ours[part])
-        if key:
-            raise TOPDError(
-                f"output_dir: {folder} holds a {command} with {key} = {stored[part].get(key)!r}, "
-                f"now it is {ours[part].get(key)!r}. Choose another folder, or go on with the same."
-            )
-
-
-def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    keys = sorted({*before, *now} - set(PLACES))
-    return next((key for key in keys if before.get(key) != now.get(key)), None)
+    own = {f.name for f in fields(recipe.args)} - {f.name for f in fields(TrainingArguments)}
+    for part, keys in (("recipe", set(ours["recipe"])), ("config", {*own, *SHARED})):
+        for key in sorted(keys):
+            before, now = stored[part].get(key), ours[part][key]
+            if before != now:
+                raise TOPDError(
+                    f"output_dir: {folder} holds a {command} with {key} = {before!r}, now it is "
+                    f"{now!r}. Choose another folder, or go on with the same."
+                )
 
 
 def _encoder(

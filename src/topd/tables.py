@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -36,19 +37,20 @@ def show_repair(console: Console, summary: Summary) -> None:
     table = _table(
         f"{summary['samples']} forks, {summary['updates']} updates each, learning rate "
         f"{summary['learning_rate']:g}, windows of {summary['window_length']} tokens",
-        ("arm", "mean OT", "reduction", "against opd", "paper"),
+        ("arm", "mean OT", "reduction", "against opd"),
+        box.SIMPLE_HEAD,
     )
     for name, arm in summary["arms"].items():
-        paper = summary["paper"].get(name)
         against = arm.get("difference_to_opd")
         table.add_row(
             name,
             interval(arm["mean"]),
             interval(arm["reduction_percent"], "{:.0f}%") if name != "before" else "",
             interval(against, "{:+.3f}") if against else "",
-            f"{paper:.3f}" if paper is not None else "",
         )
     console.print(table)
+    paper = ", ".join(f"{name} {value:.3f}" for name, value in summary["paper"].items())
+    console.print(f"the paper's: {paper}", markup=False, highlight=False)
 
 
 def interval(found: Summary, form: str = "{:.3f}") -> str:
@@ -112,8 +114,8 @@ def _pairs(title: str, pairs: Sequence[Summary], *, lines: int = 5) -> Table:
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", width=78)
+def _table(title: str, columns: Sequence[str], style: box.Box = box.HEAVY_HEAD) -> Table:
+    table = Table(title=title, title_justify="left", width=78, box=style)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     return table
