@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
+import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -128,3 +132,20 @@ def rows(count: int = 8) -> list[dict[str, str]]:
         {"prompt": q, "solution": f"so the answer is {int(q[8]) + int(q[12])} ."}
         for q in QUESTIONS[:count]
     ]
+
+
+def write_pair(root: Path, **recipe: Any) -> Path:
+    """Folders of a student and a teacher, prompts and a recipe; returns the recipe."""
+    for seed, name in enumerate(("student", "teacher")):
+        tiny_model(seed=seed).save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
+    content = {
+        "student": str(root / "student"),
+        "teacher": str(root / "teacher"),
+        "data": str(root / "prompts.jsonl"),
+        "use_cpu": True,
+        **recipe,
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return root / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""Branches: continuations learned in their own context, packed behind their rollout or beside it."""
+"""Branches: continuations learned in their own context, packed behind their rollout or not."""
 
 from __future__ import annotations
 

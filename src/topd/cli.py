@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -59,6 +59,33 @@ def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) 
     _run(recipe, context.args, quiet, warmstart=True)
 
 
+@app.command(context_settings=EXTRA)
+def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+    """Where do student and teacher part, and does the token loss say so? No training."""
+    with _faults():
+        from topd.probe import run_probe
+        from topd.tables import show_probe
+
+        folder = run_probe(recipe, context.args, console=None if quiet else console)
+    show_probe(console, _summary(folder, "probe.json"))
+
+
+@app.command(context_settings=EXTRA)
+def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+    """Correct the student at single forks with each loss, and measure what comes back."""
+    with _faults():
+        from topd.repair import run_repair
+        from topd.tables import show_repair
+
+        folder = run_repair(recipe, context.args, console=None if quiet else console)
+    show_repair(console, _summary(folder, "repair.json"))
+
+
+def _summary(folder: Path, name: str) -> dict[str, Any]:
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
 @app.command("eval")
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or package://NAME.")],
@@ -78,7 +105,6 @@ def evaluate_model(
     output: Output = "",
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one bar, ours
     from topd.evaluate.command import run_evaluation, spec_of
     from topd.models import ModelSpec
     from topd.recipe import parse_overrides
@@ -152,7 +178,8 @@ def figures(
 
 @contextmanager
 def _faults() -> Iterator[None]:
-    """Say what is wrong in one line, without a traceback."""
+    """Bad input ends with exit code 2 and one message."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
     from topd.types import TOPDError
 
     try:
@@ -163,10 +190,9 @@ def _faults() -> Iterator[None]:
 
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
-    from topd.run import run_recipe
-
     with _faults():
+        from topd.run import run_recipe
+
         folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
     logs = read_logs(folder)
     if logs:

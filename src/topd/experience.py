@@ -27,6 +27,7 @@ from topd.types import (
     Prompt,
     Rollout,
     TokenStatistics,
+    Transport,
     TOPDError,
     Windows,
 )
@@ -111,16 +112,16 @@ class Observer:
         written: list[Generation] = []
         size = self.args.score_batch_size or self.args.per_device_train_batch_size
         for first, some in _batches(rollouts, size):
-            scores = self._score(some, first)
+            scores = self.score(some, first)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
-            known = self._statistics(some, scores) if self._wants_statistics(method) else None
+            known = self.statistics(some, scores) if method.statistics else None
             statistics += known or []
-            losses += self._token_losses(some, scores, known)
+            losses += self.token_losses(some, scores, known)
             if method.looks_ahead:
-                found = self._candidates(losses[first:])
+                found = self.candidates(losses[first:])
                 starts += [(first + row, t) for row, t in found]
-                written += self._look_ahead(scores, found, seeds[first:])
+                written += self.look_ahead(scores, found, seeds[first:])
         evidence = self._evidence(rollouts, losses, starts, written)
         if method.statistics:
             evidence = replace(evidence, statistics=_statistics_of(statistics))
@@ -134,7 +135,11 @@ class Observer:
             self._branch_states(rollouts, guidance, dict(zip(starts, written, strict=True))),
         )
 
-    def _score(self, rollouts: Sequence[Rollout], first: int) -> Scores:
+    def score(self, rollouts: Sequence[Rollout], first: int = 0) -> Scores:
+        """The teacher's scores of rollouts that are numbered from ``first``.
+
+        Raises TOPDError where a log-prob is NaN.
+        """
         with self.phases.phase("scoring"):
             scores = self.teacher.score(
                 [r.prompt.teacher for r in rollouts],
@@ -194,13 +199,16 @@ class Observer:
             for place, states, branch in zip(places, hidden, branches, strict=True)
         }
 
-    def _token_losses(
-        self, rollouts: Sequence[Rollout], scores: Scores, statistics: Sequence[Tensor] | None
+    def token_losses(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Scores,
+        statistics: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
         """The loss that ranks candidates, [T] nats a rollout, on the CPU."""
         kind = self.args.candidate_loss
-        if kind == "reverse_kl" and statistics is not None:
-            return [rows[0] for rows in statistics]
+        if kind == "reverse_kl":
+            return [rows[0] for rows in statistics or self.statistics(rollouts, scores)]
         teacher = scores.logprobs.cpu()
         if kind == "teacher_nll":
             loss = -teacher
@@ -209,11 +217,7 @@ class Observer:
             loss = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher
         return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
 
-    def _wants_statistics(self, method: Method) -> bool:
-        ranks = method.looks_ahead and self.args.candidate_loss == "reverse_kl"
-        return method.statistics or ranks
-
-    def _statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
+    def statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
         """[4 T] a rollout, on the CPU, as in ``linear_token_statistics``; one student forward."""
         with self.phases.phase("scoring"), torch.no_grad():
             student = self.student.score(
@@ -265,7 +269,8 @@ class Observer:
             for guide, found in zip(guidance, branches, strict=True)
         )
 
-    def _candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
+    def candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """(row, token) of every candidate; losses are [T] nats, one a rollout."""
         token_loss, mask = _padded(losses)
         threshold = self.args.candidate_threshold
         candidates = select_candidates(
@@ -279,10 +284,10 @@ class Observer:
         )
         return [(row, t) for row, t in candidates.nonzero().tolist()]
 
-    def _look_ahead(
+    def look_ahead(
         self, scores: Scores, starts: Sequence[tuple[int, int]], seeds: Sequence[int]
     ) -> list[Generation]:
-        """What the teacher writes next from each of the starts."""
+        """What the teacher writes next from each (row, token); seeds are one a rollout."""
         if not starts:
             return []
         window_seeds = [
@@ -301,21 +306,8 @@ class Observer:
         written: Sequence[Generation],
     ) -> Evidence:
         token_loss, mask = _padded(losses)
-        windows = _windows(rollouts, starts, written, self.args.window_length)
-        with self.phases.phase("transport"):
-            reader = self.teacher if self.args.embedding == "teacher" else self.student
-            cost = transport.ground_cost(
-                reader.embed(windows.student_tokens),
-                reader.embed(windows.teacher_tokens),
-                position_weight=self.args.position_weight,
-            )
-            solved = transport.solve(
-                cost,
-                windows.student_mask.to(cost.device),
-                windows.teacher_mask.to(cost.device),
-                method=self.args.solver,
-                epsilon=self.args.epsilon,
-            ).cpu()
+        windows = pair_windows(rollouts, starts, written, self.args.window_length)
+        solved = self.compare(windows)
         real = real_divergent_points(
             solved.distance,
             false_alarm_share=self.args.false_alarm_share,
@@ -324,8 +316,29 @@ class Observer:
         logprobs, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
         return Evidence(token_loss, logprobs, mask, windows, solved, real)
 
+    def compare(self, windows: Windows, *, position_weight: float | None = None) -> Transport:
+        """Optimal transport between paired windows, with the cost and solver of ``args``.
 
-def _windows(
+        ``position_weight`` replaces that of ``args``.
+        """
+        eta = self.args.position_weight if position_weight is None else position_weight
+        with self.phases.phase("transport"):
+            reader = self.teacher if self.args.embedding == "teacher" else self.student
+            cost = transport.ground_cost(
+                reader.embed(windows.student_tokens),
+                reader.embed(windows.teacher_tokens),
+                position_weight=eta,
+            )
+            return transport.solve(
+                cost,
+                windows.student_mask.to(cost.device),
+                windows.teacher_mask.to(cost.device),
+                method=self.args.solver,
+                epsilon=self.args.epsilon,
+            ).cpu()
+
+
+def pair_windows(
     rollouts: Sequence[Rollout],
     starts: Sequence[tuple[int, int]],
     written: Sequence[Generation],

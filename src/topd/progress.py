@@ -32,10 +32,10 @@ class Phases:
         )
         self._bars.start()
 
-    def start(self, steps: int) -> None:
-        """Begin a run of so many updates."""
+    def start(self, steps: int, name: str = "updates") -> None:
+        """Begin a run of so many updates, or of what ``name`` says."""
         if self._bars:
-            self._run = self._bars.add_task("updates", total=steps)
+            self._run = self._bars.add_task(name, total=steps)
 
     def step_done(self, step: int) -> None:
         """Move the run's bar to ``step``."""

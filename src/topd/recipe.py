@@ -54,7 +54,11 @@ class Recipe:
 
 
 def read_recipe(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, *, warmstart: bool = False
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    warmstart: bool = False,
+    config: type[TOPDConfig] = TOPDConfig,
 ) -> Recipe:
     """Read and check a recipe.
 
@@ -62,6 +66,7 @@ def read_recipe(
         path: the YAML file.
         overrides: dotted keys and their values, which replace those of the file.
         warmstart: read stage 1 instead of stage 2.
+        config: what stage 2 is read as; a subclass of TOPDConfig adds keys.
 
     Raises:
         TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
@@ -70,12 +75,12 @@ def read_recipe(
     content = _parse(path)
     stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
     _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
-    _refuse_unknown(path, content, {*_fields(TOPDConfig), *PARTS})
+    _refuse_unknown(path, content, {*_fields(config), *PARTS})
     if warmstart:
+        config = WarmstartConfig
         content = {**{k: v for k, v in content.items() if k in PARTS}, **stage}
     for key, value in (overrides or {}).items():
         _set(path, content, key.split("."), value)
-    config = WarmstartConfig if warmstart else TOPDConfig
     known = _fields(config)
     _refuse_unknown(path, content, {*known, *PARTS})
     for part in ("student", "teacher", "data"):

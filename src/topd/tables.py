@@ -1,0 +1,121 @@
+"""The summaries of probe and repair as tables for a terminal of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+Summary = Mapping[str, Any]
+
+
+def show_probe(console: Console, summary: Summary) -> None:
+    """Print the summary of a probe (probe.json)."""
+    console.print(_groups(summary), _correlations(summary))
+    for name, title in (("false_alarms", "False alarms"), ("forks", "Real divergent points")):
+        if summary["pairs"][name]:
+            console.print(_pairs(title, summary["pairs"][name]))
+    cost = summary["cost"]
+    tokens, seconds = cost["tokens"], cost["seconds"]["all"]
+    lines = (
+        f"false alarms among high-loss tokens: {percent(summary['false_alarm_share'])}",
+        f"ot_threshold for training: {interval(summary['threshold'])}",
+        f"cost: {tokens['student_sampled']:,} tokens sampled, {tokens['teacher_scored']:,} scored "
+        f"and {tokens['teacher_decoded']:,} written by the teacher, {seconds:,.0f} s",
+        f"token loss as a guide: {summary['verdict']} ({summary['rule']})",
+    )
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def show_repair(console: Console, summary: Summary) -> None:
+    """Print the summary of a repair (repair.json)."""
+    table = _table(
+        f"{summary['samples']} forks, {summary['updates']} updates each, learning rate "
+        f"{summary['learning_rate']:g}, windows of {summary['window_length']} tokens",
+        ("arm", "mean OT", "reduction", "against opd"),
+        box.SIMPLE_HEAD,
+    )
+    for name, arm in summary["arms"].items():
+        against = arm.get("difference_to_opd")
+        table.add_row(
+            name,
+            interval(arm["mean"]),
+            interval(arm["reduction_percent"], "{:.0f}%") if name != "before" else "",
+            interval(against, "{:+.3f}") if against else "",
+        )
+    console.print(table)
+    paper = ", ".join(f"{name} {value:.3f}" for name, value in summary["paper"].items())
+    console.print(f"the paper's: {paper}", markup=False, highlight=False)
+
+
+def interval(found: Summary, form: str = "{:.3f}") -> str:
+    """An estimate with its 95 % interval.
+
+    >>> interval({"value": 0.5, "low": 0.25, "high": None})
+    '0.500'
+    >>> interval({"value": 0.5, "low": 0.25, "high": 0.75})
+    '0.500 [0.250, 0.750]'
+    """
+    value, low, high = (found[name] for name in ("value", "low", "high"))
+    if value is None:
+        return "-"
+    if low is None or high is None:
+        return form.format(value)
+    return f"{form.format(value)} [{form.format(low)}, {form.format(high)}]"
+
+
+def percent(found: Summary) -> str:
+    """A share with its 95 % interval, in per cent."""
+    return interval(found, "{:.1%}")
+
+
+def _groups(summary: Summary) -> Table:
+    table = _table(
+        f"{summary['rollouts']} rollouts, windows of {summary['window_length']} tokens",
+        ("tokens", "number", "median OT", "join again", "after"),
+    )
+    for name in ("high", "random", "low"):
+        spread = summary["distributions"][name]
+        after = spread["median_rejoin"]
+        table.add_row(
+            name + ("-loss" if name != "random" else ""),
+            f"{spread['count']:,}",
+            interval(summary["median_distance"][name]),
+            percent(summary["rejoined_share"][name]),
+            "-" if after is None else f"{after:.0f}",
+        )
+    return table
+
+
+def _correlations(summary: Summary) -> Table:
+    table = _table("Correlation with OT", ("over", "loss", "Pearson", "Spearman"))
+    pearson, spearman = (summary["correlations"][kind] for kind in ("pearson", "spearman"))
+    for over in ("random", "high", "all"):
+        for loss in pearson:
+            table.add_row(
+                over if loss == "token_loss" else "",
+                loss.replace("_", " "),
+                interval(pearson[loss][over], "{:.2f}"),
+                interval(spearman[loss][over], "{:.2f}"),
+            )
+    return table
+
+
+def _pairs(title: str, pairs: Sequence[Summary], *, lines: int = 5) -> Table:
+    table = _table(title, ("student", "teacher", "times"))
+    for pair in pairs[:lines]:
+        texts = (escape(repr(pair[f"{who}_text"])) for who in ("student", "teacher"))
+        table.add_row(*texts, f"{pair['count']:,}")
+    return table
+
+
+def _table(title: str, columns: Sequence[str], style: box.Box = box.HEAVY_HEAD) -> Table:
+    table = Table(title=title, title_justify="left", width=78, box=style)
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", overflow="fold")
+    return table

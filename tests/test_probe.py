@@ -1,0 +1,415 @@
+"""``topd probe`` on tiny real models: positions, resumption, refusals, the command."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from conftest import EOS, tiny_model, write_pair
+from topd import cli, transport
+from topd.analysis import open_pair, read_analysis, trim
+from topd.config import TOPDConfig
+from topd.divergence import METHODS
+from topd.experience import Observer
+from topd.findings import GROUPS
+from topd.ledger import Ledger
+from topd.losses import token_divergence
+from topd.probe import ProbeConfig, choose, run_probe, sparse_plan
+from topd.progress import Phases
+from topd.rollouts import sampling_seeds
+from topd.types import TOPDError
+
+SETTINGS = {
+    "max_completion_length": 24,
+    "window_length": 6,
+    "candidate_fraction": 0.15,
+    "seed": 3,
+    "teacher_prompt": "{{ prompt }} {{ solution }}",
+    "max_prompt_length": 100,
+}
+WORDS = ("--rollouts", "10", "--rollout_batch_size", "4", "--bootstrap", "20")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_pair(tmp_path_factory.mktemp("pair"), **SETTINGS)
+
+
+def probe(recipe: Path, folder: Path, *words: str) -> Path:
+    return run_probe(recipe, [*WORDS, "--output_dir", str(folder), *words])
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    return probe(recipe, tmp_path_factory.mktemp("finished") / "run")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+# What stands in the records
+
+
+def test_the_run_folder_holds_all_that_its_legend_names(finished):
+    names = {"run.json", "manifest.json", "rollouts.jsonl", "positions.jsonl", "metrics.jsonl"}
+    assert {path.name for path in finished.iterdir()} == {*names, "probe.json"}
+    rollouts = read(finished / "rollouts.jsonl")
+    assert [one["rollout"] for one in rollouts] == list(range(10))
+    assert len({one["prompt"] for one in rollouts[:8]}) == 8  # every prompt once, then again
+    run = load(finished / "run.json")
+    assert run["command"] == "probe"
+    assert run["config"]["rollouts"] == 10
+    assert set(load(finished / "manifest.json")["models"]) == {"student", "teacher"}
+
+
+@torch.no_grad()
+def test_losses_are_those_of_the_models_own_logits(recipe, finished):
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(recipe.parent / name)
+        for name in ("student", "teacher")
+    )
+
+    def logprobs(model, prompt, response):
+        ids = torch.tensor([[*prompt, *response]])
+        return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+
+    positions = read(finished / "positions.jsonl")
+    for rollout in read(finished / "rollouts.jsonl"):
+        assert rollout["prompt_ids"] != rollout["teacher_prompt_ids"]
+        response = rollout["response_ids"]
+        own = logprobs(student, rollout["prompt_ids"], response)
+        theirs = logprobs(teacher, rollout["teacher_prompt_ids"], response)
+        token = torch.tensor(response)[:, None]
+        expected = {
+            "token_loss": (own - theirs).gather(-1, token)[:, 0],
+            "reverse_kl": token_divergence(own, theirs),
+            "entropy": -(own.exp() * own).sum(-1),
+        }
+        for name in ("reverse_kl", "entropy"):
+            found = torch.tensor(rollout[name])
+            torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-4)
+        for one in positions:
+            if one["rollout"] == rollout["rollout"]:
+                for name, values in expected.items():
+                    value = values[one["position"]].item()
+                    assert one[name] == pytest.approx(value, rel=1e-4, abs=1e-4)
+
+
+def test_the_teachers_window_is_its_greedy_path_from_the_same_prefix(recipe, finished):
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.parent / "teacher")
+    rollouts = read(finished / "rollouts.jsonl")
+    for one in read(finished / "positions.jsonl"):
+        rollout = rollouts[one["rollout"]]
+        t, response = one["position"], rollout["response_ids"]
+        assert one["prompt"] == rollout["prompt"]
+        assert one["student_tokens"] == response[t : t + 6]
+        given = torch.tensor([rollout["teacher_prompt_ids"] + response[:t]])
+        length = 6 if rollout["finished"] else min(6, len(response) - t)
+        out = teacher.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            do_sample=False,
+            max_new_tokens=length,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        assert one["teacher_tokens"] == out[0, given.shape[1] :].tolist()
+
+
+def test_distance_and_plan_are_optimal_transport_between_the_windows(recipe, finished):
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.parent / "teacher")
+    table = teacher.get_input_embeddings().weight.detach()
+    for one in read(finished / "positions.jsonl"):
+        windows = [torch.tensor(one[name]) for name in ("student_tokens", "teacher_tokens")]
+        cost = transport.ground_cost(*(table[window][None] for window in windows))
+        assert one["distance"] == pytest.approx(transport.solve(cost).distance.item(), abs=1e-5)
+        assert sum(mass for _, _, mass in one["plan"]) == pytest.approx(1, abs=1e-4)
+        spent = sum(mass * cost[0, i, j].item() for i, j, mass in one["plan"])
+        assert spent == pytest.approx(one["distance"], abs=1e-4)
+
+
+def test_high_loss_positions_are_the_candidates_of_training(recipe, finished):
+    prepared = read_analysis("probe", recipe, [*WORDS, "--output_dir", str(finished)], ProbeConfig)
+    pair = open_pair(prepared, Phases())
+    observer = Observer(pair.observer.student, pair.observer.teacher, prepared.args)
+    questions = pair.questions(3, 1)
+    prompts = [next(questions) for _ in range(10)]
+    seeds = sampling_seeds(3, 0, 10)
+    experience = observer.inspect(observer.roll_out(prompts, seeds), seeds, METHODS["topd"])
+    forks = {
+        (row, fork.position): fork.distance
+        for row, found in enumerate(experience.forks)
+        for fork in found
+    }
+    high = {
+        (one["rollout"], one["position"]): one["distance"]
+        for one in read(finished / "positions.jsonl")
+        if one["group"] == "high"
+    }
+    assert high.keys() == forks.keys()
+    assert len(high) > 10
+    for place, distance in high.items():
+        assert distance == pytest.approx(forks[place], abs=1e-5)
+
+
+# Positions by group
+
+
+def options(folder: Path = Path("unused"), **changes: Any) -> ProbeConfig:
+    return ProbeConfig(output_dir=str(folder), use_cpu=True, **changes)
+
+
+def test_low_loss_positions_are_among_the_quietest_and_no_candidates():
+    loss = torch.tensor([0.1, -3.0, 0.2, 5.0, -0.1, 0.0, 2.0, -1.0])
+    drawn = [choose(loss, [0], options(group_size=2), number) for number in range(200)]
+    assert all(found["high"] == [0] for found in drawn)
+    assert Counter(t for found in drawn for t in found["low"]).keys() == {2, 4, 5}
+    assert all(found["low"] == sorted(set(found["low"])) for found in drawn)
+
+
+def test_random_positions_are_uniform_over_all_tokens():
+    loss = torch.linspace(0, 1, 8)
+    drawn = [choose(loss, [7], options(group_size=2), number)["random"] for number in range(2000)]
+    counts = Counter(t for found in drawn for t in found)
+    assert all(len(set(found)) == 2 for found in drawn)
+    assert sum(counts.values()) == 4000
+    assert max(abs(counts[t] - 500) for t in range(8)) < 5 * np.sqrt(500)
+
+
+def test_there_are_as_many_of_a_group_as_candidates_or_as_asked_for_or_as_there_are():
+    loss = torch.zeros(10)
+    sizes = {
+        size: {k: len(v) for k, v in choose(loss, [1, 5], options(group_size=size), 0).items()}
+        for size in (None, 4, 50)
+    }
+    assert sizes[None] == {"high": 2, "random": 2, "low": 2}
+    assert sizes[4] == {"high": 2, "random": 4, "low": 4}
+    assert sizes[50] == {"high": 2, "random": 10, "low": 4}  # five quietest, one a candidate
+
+
+def test_positions_depend_on_seed_and_rollout_alone():
+    loss = torch.arange(30.0)
+    first, again = (choose(loss, [29], options(group_size=3), 4) for _ in range(2))
+    assert first == again
+    assert first != choose(loss, [29], options(group_size=3), 5)
+    assert first != choose(loss, [29], options(group_size=3, seed=9), 4)
+
+
+def test_a_sparse_plan_leaves_out_dust():
+    plan = torch.tensor([[0.5, 1e-9], [0.0, 0.5]])
+    assert sparse_plan(plan) == [[0, 0, 0.5], [1, 1, 0.5]]
+
+
+# The summary
+
+
+def test_the_summary_is_that_of_the_positions(finished):
+    positions, summary = read(finished / "positions.jsonl"), load(finished / "probe.json")
+    by_group = {g: [p for p in positions if p["group"] == g] for g in GROUPS}
+    low = np.array([p["distance"] for p in by_group["low"]])
+    high = np.array([p["distance"] for p in by_group["high"]])
+    threshold = np.quantile(low, 0.75)
+    assert summary["threshold"]["value"] == pytest.approx(threshold)
+    assert summary["false_alarm_share"]["value"] == pytest.approx((high < threshold).mean())
+    assert summary["median_distance"]["high"]["value"] == pytest.approx(np.median(high))
+    assert summary["positions"] == summary["positions_in_statistics"] == len(positions)
+    assert {g: summary["distributions"][g]["count"] for g in GROUPS} == {
+        g: len(some) for g, some in by_group.items()
+    }
+    assert [p["real"] for p in positions] == [p["distance"] >= threshold for p in positions]
+    for name, verdict in (("false_alarms", False), ("forks", True)):
+        some = [p for p in by_group["high"] if p["real"] is verdict]
+        pairs = Counter((p["student_tokens"][0], p["teacher_tokens"][0]) for p in some)
+        found = [(pair["student"], pair["teacher"]) for pair in summary["pairs"][name]]
+        counts = [pair["count"] for pair in summary["pairs"][name]]
+        assert counts == [pairs[pair] for pair in found]
+        assert counts == sorted(pairs.values(), reverse=True)[:10]
+    for name in ("pearson", "spearman"):
+        found = summary["correlations"][name]["token_loss"]["all"]
+        assert found["low"] <= found["value"] <= found["high"]
+
+
+def test_the_cost_is_counted_in_tokens_and_seconds(finished):
+    cost = load(finished / "probe.json")["cost"]
+    rollouts = read(finished / "rollouts.jsonl")
+    answers = sum(len(r["response_ids"]) for r in rollouts)
+    assert cost["tokens"]["student_sampled"] == answers
+    prompts = sum(len(r["teacher_prompt_ids"]) for r in rollouts)
+    assert cost["tokens"]["teacher_scored"] == answers + prompts
+    shown = sum(len(p["teacher_tokens"]) for p in read(finished / "positions.jsonl"))
+    assert cost["tokens"]["teacher_decoded"] >= shown  # windows may be cut after they are written
+    phases = {"rollouts", "scoring", "windows", "transport"}
+    assert set(cost["seconds"]) == {*phases, "all"}
+    assert cost["seconds"]["all"] == pytest.approx(sum(cost["seconds"][p] for p in phases))
+
+
+# Going on
+
+
+def records(folder: Path) -> dict[str, Any]:
+    """All that must not depend on interruptions."""
+    summary = load(folder / "probe.json")
+    del summary["cost"]["seconds"]
+    names = ("rollouts.jsonl", "positions.jsonl")
+    return {"summary": summary, **{name: (folder / name).read_bytes() for name in names}}
+
+
+@pytest.mark.parametrize("writes", range(1, 9))
+def test_a_killed_probe_goes_on_to_the_same_result_bit_for_bit(
+    recipe, finished, tmp_path, monkeypatch, writes
+):
+    """Killed at each write of a batch's records, half of the last line written."""
+    append, left = Ledger.append, iter(range(writes))
+
+    def killed(self: Ledger, name: str, lines: Any) -> None:
+        lines = list(lines)
+        if next(left, None) is not None:
+            append(self, name, lines)
+            return
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(lines[0])[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        probe(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "probe.json").exists()
+    probe(recipe, tmp_path / "run")
+    assert records(tmp_path / "run") == records(finished)
+
+
+def test_what_is_done_is_not_done_again(recipe, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(Observer, "roll_out", partial(pytest.fail, "sampled again"))
+    before = records(finished)
+    probe(recipe, finished)
+    assert records(finished) == before
+
+
+def test_a_file_is_cut_before_its_first_bad_line(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"n": 0}\n{"n": 1}\n{"n": 2}\n{"n"')
+    assert trim(path) == 3
+    assert path.read_text() == '{"n": 0}\n{"n": 1}\n{"n": 2}\n'
+    assert trim(path, lambda record: record["n"] < 1) == 1
+    assert path.read_text() == '{"n": 0}\n'
+    assert trim(tmp_path / "none.jsonl") == 0
+
+
+# Refusals
+
+
+def refusal(recipe: Path, *words: str) -> str:
+    with pytest.raises(TOPDError) as caught:
+        run_probe(recipe, words)
+    return str(caught.value)
+
+
+def test_a_folder_of_another_probe_is_refused_before_a_model_loads(recipe, finished, monkeypatch):
+    monkeypatch.setattr("topd.analysis.load_pair", partial(pytest.fail, "loaded"))
+    words = (*WORDS, "--output_dir", str(finished))
+    message = refusal(recipe, *words, "--seed", "4")
+    assert "seed = 3, now it is 4" in message
+    assert "Choose another folder" in message
+    assert "teacher" in refusal(recipe, *words, "--teacher.dtype", "bfloat16")
+
+
+def test_a_folder_of_a_training_run_is_refused(recipe, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {}, "config": {}}))
+    message = refusal(recipe, "--output_dir", str(tmp_path))
+    assert "another kind (training)" in message
+
+
+def test_other_weights_under_the_same_name_are_refused(tmp_path):
+    recipe = write_pair(tmp_path, **SETTINGS)
+    probe(recipe, tmp_path / "run")
+    tiny_model(seed=7).save_pretrained(tmp_path / "teacher")
+    message = refusal(recipe, *WORDS, "--output_dir", str(tmp_path / "run"))
+    assert "other models" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--rollouts", "0"), "rollouts: 0 must be at least 1"),
+        (("--group_size", "0"), "group_size: 0 must be at least 1"),
+        (("--bootstrap", "0"), "bootstrap: 0 must be at least 1"),
+        (("--rollout_batch_size", "-2"), "rollout_batch_size: -2"),
+        (("--low_share", "0"), "low_share: 0.0 must be above 0"),
+        (("--low_share", "1.5"), "low_share: 1.5"),
+        (("--rolouts", "8"), "Did you mean rollouts?"),
+        (("--window_length", "0"), "window_length"),
+        (("--max_completion_length", "600"), "positions"),
+    ],
+)
+def test_bad_options_are_refused_with_their_name(recipe, tmp_path, words, part):
+    assert part in refusal(recipe, "--output_dir", str(tmp_path / "run"), *words)
+
+
+def test_rollouts_too_short_for_a_threshold_are_refused(recipe, tmp_path):
+    words = (*WORDS, "--max_completion_length", "1", "--output_dir", str(tmp_path / "run"))
+    message = refusal(recipe, *words)
+    assert "no low-loss position" in message
+    assert "max_completion_length" in message
+
+
+def test_training_does_not_know_the_options_of_a_probe():
+    with pytest.raises(TypeError, match="rollouts"):
+        TOPDConfig(rollouts=3)
+
+
+# The command
+
+
+def command(recipe: Path, *words: str) -> Any:
+    return CliRunner().invoke(cli.app, ["probe", str(recipe), *words])
+
+
+def test_the_command_prints_tables_within_80_columns(recipe, finished, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    result = command(recipe, *WORDS, "--output_dir", str(finished), "--quiet")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80 + len(str(finished))
+    table = [line for line in result.output.splitlines() if line and line[0] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 80
+    summary = load(finished / "probe.json")
+    for shown in (
+        f"{summary['median_distance']['high']['value']:.3f} [",
+        f"ot_threshold for training: {summary['threshold']['value']:.3f}",
+        f"false alarms among high-loss tokens: {summary['false_alarm_share']['value']:.1%}",
+        f"token loss as a guide: {summary['verdict']}",
+        f"run folder: {finished}",
+    ):
+        assert shown in result.output
+
+
+def test_the_folder_of_a_recipe_is_not_used_for_a_probe(tmp_path, monkeypatch):
+    recipe = write_pair(tmp_path, **SETTINGS, output_dir=str(tmp_path / "training"))
+    monkeypatch.chdir(tmp_path)
+    result = command(recipe, *WORDS, "--rollouts", "2")
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("recipe-probe-")
+    assert not (tmp_path / "training").exists()
+
+
+def test_bad_words_end_with_exit_code_2_and_one_message(recipe, tmp_path):
+    result = command(recipe, "--output_dir", str(tmp_path), "--sed", "3")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output

@@ -1,0 +1,561 @@
+"""``topd repair``: the arms by hand, weights restored, samples, statistics, resumption, command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from conftest import EOS, write_pair
+from topd import arms, cli, repair, transport
+from topd.analysis import Pair, open_pair, read_analysis
+from topd.arms import ARMS, Lesson
+from topd.experience import Observer
+from topd.ledger import Ledger
+from topd.losses import token_divergence
+from topd.progress import Phases
+from topd.repair import (
+    RepairConfig,
+    Sample,
+    correct,
+    distance_to_teacher,
+    find_samples,
+    measure,
+    read_table,
+    restore,
+    run_repair,
+    snapshot,
+    student_logprobs,
+    treat,
+)
+from topd.types import TOPDError
+
+K = 5
+SETTINGS = {
+    "max_completion_length": 24,
+    "window_length": K,
+    "candidate_fraction": 0.15,
+    "seed": 3,
+    "learning_rate": 0.01,
+    "teacher_prompt": "{{ prompt }} {{ solution }}",
+    "max_prompt_length": 100,
+}
+WORDS = ("--samples", "3", "--rollout_batch_size", "4", "--bootstrap", "20", "--updates", "2")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return write_pair(tmp_path_factory.mktemp("pair"), **SETTINGS)
+
+
+def run(recipe: Path, folder: Path, *words: str) -> Path:
+    return run_repair(recipe, [*WORDS, "--output_dir", str(folder), *words])
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> Path:
+    return run(recipe, tmp_path_factory.mktemp("finished") / "run")
+
+
+def opened(recipe: Path, folder: Path, *words: str) -> tuple[Pair, RepairConfig]:
+    given = [*WORDS, "--output_dir", str(folder / "unused"), *words]
+    prepared = read_analysis("repair", recipe, given, RepairConfig)
+    return open_pair(prepared, Phases()), prepared.args
+
+
+def some_samples(pair: Pair, args: RepairConfig, count: int = 3) -> list[Sample]:
+    found = find_samples(pair, args, 0)
+    return [next(found) for _ in range(count)]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def weights_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Arms, on a vocabulary of three
+
+HALF = [0.5, 0.25, 0.25]
+EVEN = [1 / 3, 1 / 3, 1 / 3]
+
+
+def lesson(**changes: Any) -> Lesson:
+    """A window of two tokens each; the plan crosses, the plan with positions does not."""
+    return Lesson(
+        **{
+            "prefix": (1,),
+            "student_tokens": (0, 2),
+            "teacher_tokens": (1, 0),
+            "teacher_on_student": torch.tensor([EVEN, EVEN]).log(),
+            "teacher_on_own": torch.tensor([HALF, EVEN]).log(),
+            "plan": torch.tensor([[0.0, 0.5], [0.5, 0.0]]),
+            "position_plan": torch.tensor([[0.5, 0.0], [0.0, 0.5]]),
+            "trajectory_weight": 0.5,
+            **changes,
+        }
+    )
+
+
+def logprobs() -> tuple[Tensor, Tensor]:
+    """The student's, along its own window and along the teacher's."""
+    own = torch.tensor([HALF, EVEN], dtype=torch.float64).log().requires_grad_()
+    along = torch.tensor([EVEN, HALF], dtype=torch.float64).log().requires_grad_()
+    return own, along
+
+
+REVERSE_KL = (0.5 * math.log(0.5 * 3) + 0.5 * math.log(0.25 * 3)) / 2  # the second token agrees
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("opd", REVERSE_KL),
+        ("window_sft", (math.log(3) + math.log(2)) / 2),
+        # KL(half | even) at the first token, KL(even | half) at the second
+        (
+            "window_kd",
+            (
+                0.5 * math.log(1.5)
+                + 0.5 * math.log(0.75)
+                + (math.log(2 / 3) + 2 * math.log(4 / 3)) / 3
+            )
+            / 2,
+        ),
+        # crossed: the first position is pulled to token 0 (p = 1/2), the second to 1 (p = 1/3)
+        ("topd", REVERSE_KL + 0.5 * (math.log(2) + math.log(3)) / 2),
+        # in place: the first is pulled to token 1 (p = 1/4), the second to 0 (p = 1/3)
+        ("topd_position", REVERSE_KL + 0.5 * (math.log(4) + math.log(3)) / 2),
+    ],
+)
+def test_arms_by_hand(name, value):
+    assert ARMS[name](*logprobs(), lesson()).item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [
+        ("opd", {"own"}),
+        ("window_sft", {"along"}),
+        ("window_kd", {"along"}),
+        ("topd", {"own"}),
+        ("topd_position", {"own"}),
+    ],
+)
+def test_an_arm_learns_along_its_own_window_only(name, windows):
+    own, along = logprobs()
+    ARMS[name](own, along, lesson()).backward()
+    learned = {side for side, x in (("own", own), ("along", along)) if x.grad is not None}
+    assert learned == windows
+
+
+def test_every_arm_is_tested_here():
+    assert set(ARMS) == {"opd", "window_sft", "window_kd", "topd", "topd_position"}
+
+
+def test_lambda_0_leaves_opd():
+    own, along = logprobs()
+    without = lesson(trajectory_weight=0.0)
+    assert arms.topd(own, along, without).item() == arms.opd(own, along, without).item()
+
+
+# Samples
+
+
+def test_samples_are_real_divergent_points_with_a_whole_window_one_a_rollout(recipe, tmp_path):
+    pair, args = opened(recipe, tmp_path, "--ot_threshold", "0.85")
+    samples = some_samples(pair, args, 8)
+    numbers = [sample.number for sample in samples]
+    assert numbers == sorted(set(numbers))
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.parent / "teacher")
+    table = teacher.get_input_embeddings().weight.detach()
+    for sample in samples:
+        rollout, t, learned = sample.rollout, sample.position, sample.lesson
+        assert learned.prefix == rollout.prompt.student + rollout.response[:t]
+        assert learned.student_tokens == rollout.response[t : t + K]
+        assert rollout.finished or len(learned.student_tokens) == K
+        given = torch.tensor([rollout.prompt.teacher + rollout.response[:t]])
+        out = teacher.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            do_sample=False,
+            max_new_tokens=K,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        assert learned.teacher_tokens == tuple(out[0, given.shape[1] :].tolist())
+        cost = transport.ground_cost(
+            table[torch.tensor(learned.student_tokens)][None],
+            table[torch.tensor(learned.teacher_tokens)][None],
+        )
+        assert sample.distance == pytest.approx(transport.solve(cost).distance.item(), abs=1e-5)
+        assert sample.distance >= 0.85
+        assert (learned.plan * cost[0]).sum().item() == pytest.approx(sample.distance, abs=1e-5)
+
+
+@torch.no_grad()
+def test_logprobs_of_a_lesson_are_those_of_the_models_own_logits(recipe, tmp_path):
+    pair, args = opened(recipe, tmp_path)
+
+    def reference(model, prefix, window):
+        ids = torch.tensor([[*prefix, *window]])
+        return model(input_ids=ids).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+
+    for sample in some_samples(pair, args):
+        learned, rollout = sample.lesson, sample.rollout
+        own, along = student_logprobs(pair, args, learned)
+        theirs = rollout.prompt.teacher + rollout.response[: sample.position]
+        for found, model, prefix, window in (
+            (own, pair.student, learned.prefix, learned.student_tokens),
+            (along, pair.student, learned.prefix, learned.teacher_tokens),
+            (learned.teacher_on_student, pair.teacher, theirs, learned.student_tokens),
+            (learned.teacher_on_own, pair.teacher, theirs, learned.teacher_tokens),
+        ):
+            expected = reference(model, prefix, window)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_of_topd_position_costs_positions(recipe, tmp_path):
+    pair, args = opened(recipe, tmp_path, "--arm_position_weight", "50")
+    for sample in some_samples(pair, args):
+        n = len(sample.lesson.student_tokens)
+        if n == len(sample.lesson.teacher_tokens):
+            torch.testing.assert_close(sample.lesson.position_plan, torch.eye(n) / n)
+
+
+# The experiment
+
+
+def test_every_arm_starts_from_the_same_weights_which_are_back_at_the_end(
+    recipe, tmp_path, monkeypatch
+):
+    pair, args = opened(recipe, tmp_path)
+    start, seen, after = weights_hash(pair.student), [], []
+
+    def spied(pair: Pair, args: RepairConfig, learned: Lesson, arm: Any) -> None:
+        seen.append(weights_hash(pair.student))
+        correct(pair, args, learned, arm)
+        after.append(weights_hash(pair.student))
+
+    monkeypatch.setattr(repair, "correct", spied)
+    weights = snapshot(pair.student)
+    for sample in some_samples(pair, args, 2):
+        list(treat(pair, args, sample, weights))
+    assert seen == [start] * 2 * len(ARMS)
+    assert start not in after
+    assert len(set(after)) == len(after)
+    assert weights_hash(pair.student) == start
+
+
+def test_the_optimiser_of_an_arm_knows_nothing_of_the_arms_before(recipe, tmp_path):
+    found = {}
+    for names in ("[window_sft, opd]", "[opd]"):
+        pair, args = opened(recipe, tmp_path, "--arms", names)
+        (sample,) = some_samples(pair, args, 1)
+        weights = snapshot(pair.student)
+        kept = {}
+
+        def spied(pair, args, learned, arm, kept=kept):
+            correct(pair, args, learned, arm)
+            kept[arm.__name__] = weights_hash(pair.student)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(repair, "correct", spied)
+            list(treat(pair, args, sample, weights))
+        found[names] = kept["opd"]
+    assert len(set(found.values())) == 1
+
+
+def test_restore_undoes_anything():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    saved, before = snapshot(model), weights_hash(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.7).add_(1e-9)
+    assert weights_hash(model) != before
+    restore(model, saved)
+    assert weights_hash(model) == before
+
+
+@pytest.mark.parametrize("name", ["window_sft", "window_kd"])
+def test_enough_updates_along_the_teachers_window_repair_the_fork(recipe, tmp_path, name):
+    pair, args = opened(recipe, tmp_path, "--updates", "150")
+    args.learning_rate = 3e-3
+    for sample in some_samples(pair, args, 2):
+        before, tokens = distance_to_teacher(pair, args, sample.lesson)
+        assert tokens != sample.lesson.teacher_tokens
+        weights = snapshot(pair.student)
+        correct(pair, args, sample.lesson, ARMS[name])
+        after, tokens = distance_to_teacher(pair, args, sample.lesson)
+        restore(pair.student, weights)
+        if name == "window_sft":
+            assert tokens == sample.lesson.teacher_tokens
+            assert after == pytest.approx(0, abs=1e-5)
+        assert after < before
+
+
+def test_opd_lowers_the_divergence_along_the_students_own_window(recipe, tmp_path):
+    pair, args = opened(recipe, tmp_path, "--updates", "20")
+    args.learning_rate = 3e-3
+    for sample in some_samples(pair, args, 2):
+        learned, weights, values = sample.lesson, snapshot(pair.student), []
+        for _ in range(2):
+            with torch.no_grad():
+                own, _ = student_logprobs(pair, args, learned)
+            values.append(token_divergence(own, learned.teacher_on_student).mean().item())
+            correct(pair, args, learned, ARMS["opd"])
+        restore(pair.student, weights)
+        assert values[1] < 0.7 * values[0]
+
+
+def test_one_update_is_one_step_of_adamw(recipe, tmp_path):
+    """By hand, from the gradient of the arm: lr g / (|g| + eps) wherever there is a gradient."""
+    pair, args = opened(recipe, tmp_path, "--updates", "1", "--max_grad_norm", "1e9")
+    (sample,) = some_samples(pair, args, 1)
+    weights = snapshot(pair.student)
+    ARMS["topd"](*student_logprobs(pair, args, sample.lesson), sample.lesson).backward()
+    gradients = {n: p.grad.clone() for n, p in pair.student.named_parameters()}
+    pair.student.zero_grad()
+    correct(pair, args, sample.lesson, ARMS["topd"])
+    for name, parameter in pair.student.named_parameters():
+        gradient = gradients[name]
+        expected = weights[name] - 0.01 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(parameter.data, expected, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for p in pair.student.parameters())
+
+
+# Records and summary
+
+
+def test_the_run_folder_holds_all_that_its_legend_names(finished):
+    names = {"run.json", "manifest.json", "rollouts.jsonl", "samples.jsonl", "metrics.jsonl"}
+    assert {path.name for path in finished.iterdir()} == {*names, "repair.json"}
+    samples = read(finished / "samples.jsonl")
+    places = [(one["sample"], one["arm"]) for one in samples]
+    assert places == [(i, arm) for i in range(3) for arm in ("before", *ARMS)]
+    rollouts = {one["rollout"]: one for one in read(finished / "rollouts.jsonl")}
+    assert len(rollouts) == 3
+    for one in samples:
+        assert one["prompt"] == rollouts[one["rollout"]]["prompt"]
+        assert 1 <= len(one["student_tokens"]) <= K
+
+
+def test_the_distance_before_is_that_of_the_students_greedy_continuation(recipe, finished):
+    student = AutoModelForCausalLM.from_pretrained(recipe.parent / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.parent / "teacher")
+    table = teacher.get_input_embeddings().weight.detach()
+    rollouts = {one["rollout"]: one for one in read(finished / "rollouts.jsonl")}
+    for one in (one for one in read(finished / "samples.jsonl") if one["arm"] == "before"):
+        rollout = rollouts[one["rollout"]]
+        given = torch.tensor([rollout["prompt_ids"] + rollout["response_ids"][: one["position"]]])
+        out = student.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            do_sample=False,
+            max_new_tokens=K,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+        assert one["student_tokens"] == out[0, given.shape[1] :].tolist()
+        windows = (one["student_tokens"], one["teacher_tokens"])
+        cost = transport.ground_cost(*(table[torch.tensor(window)][None] for window in windows))
+        assert one["distance"] == pytest.approx(transport.solve(cost).distance.item(), abs=1e-5)
+
+
+def table(**arms: list[float]) -> np.ndarray:
+    names = list(arms)
+    kind = np.dtype([("prompt", "i8"), ("found", "f8"), *((name, "f8") for name in names)])
+    rows = zip(*arms.values(), strict=True)
+    return np.array([(i, 0.0, *row) for i, row in enumerate(rows)], kind)
+
+
+def test_means_reductions_and_paired_differences_by_hand():
+    found = measure(table(before=[0.4, 0.8], opd=[0.2, 0.7], topd=[0.0, 0.3]))
+    assert found["mean/before"] == pytest.approx(0.6)
+    assert found["mean/opd"] == pytest.approx(0.45)
+    assert found["reduction_percent/opd"] == pytest.approx(25)
+    assert found["reduction_percent/topd"] == pytest.approx(75)
+    assert found["difference_to_before/opd"] == pytest.approx(-0.15)
+    assert found["difference_to_opd/topd"] == pytest.approx(-0.3)
+    assert found["difference_to_opd/opd"] == 0
+
+
+def test_the_papers_reductions_are_35_and_62_per_cent():
+    found = measure(table(**{name: [value] for name, value in repair.PAPER.items()}))
+    assert round(found["reduction_percent/opd"]) == 35
+    assert round(found["reduction_percent/topd"]) == 62
+
+
+def test_no_reduction_is_claimed_where_nothing_was_apart():
+    assert math.isnan(measure(table(before=[0.0], opd=[0.0]))["reduction_percent/opd"])
+
+
+def test_intervals_are_paired():
+    """Samples differ much, the arms by a constant: the interval of the difference has no width."""
+    before = np.random.default_rng(0).uniform(size=50)
+    columns = table(before=before.tolist(), opd=(before - 0.125).tolist())
+    found = repair.intervals(columns, measure, repeats=50, seed=0)
+    difference, mean = found["difference_to_before/opd"], found["mean/opd"]
+    assert difference.low == pytest.approx(-0.125)
+    assert difference.high == pytest.approx(-0.125)
+    assert mean.high - mean.low > 0.1
+
+
+def test_the_summary_is_that_of_the_samples(finished):
+    summary, samples = load(finished / "repair.json"), read(finished / "samples.jsonl")
+    assert summary["samples"] == 3
+    assert summary["updates"] == 2
+    assert summary["paper"] == {"before": 0.538, "opd": 0.350, "topd": 0.204}
+    assert list(summary["arms"]) == ["before", *ARMS]
+    for name, arm in summary["arms"].items():
+        distances = [one["distance"] for one in samples if one["arm"] == name]
+        assert arm["mean"]["value"] == pytest.approx(np.mean(distances))
+        assert arm["median"] == pytest.approx(np.median(distances))
+    assert set(summary["arms"]["before"]) == {"mean", "median"}
+    assert "difference_to_opd" not in summary["arms"]["opd"]
+    assert "difference_to_opd" in summary["arms"]["topd"]
+    found = [one["found"] for one in samples if one["arm"] == "before"]
+    assert summary["mean_distance_found"] == pytest.approx(np.mean(found))
+
+
+def test_samples_are_read_as_a_table(tmp_path):
+    lines = [
+        {"sample": 0, "arm": "before", "distance": 0.5, "prompt": 7, "found": 0.9},
+        {"sample": 0, "arm": "opd", "distance": 0.25, "prompt": 7},
+        {"sample": 1, "arm": "before", "distance": 0.75, "prompt": 2, "found": 0.8},
+        {"sample": 1, "arm": "opd", "distance": 0.125, "prompt": 2},
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = read_table(path, ("before", "opd"))
+    assert found.tolist() == [(7, 0.9, 0.5, 0.25), (2, 0.8, 0.75, 0.125)]
+
+
+# Going on
+
+
+def records(folder: Path) -> dict[str, Any]:
+    summary = load(folder / "repair.json")
+    del summary["cost"]
+    names = ("rollouts.jsonl", "samples.jsonl")
+    return {"summary": summary, **{name: (folder / name).read_bytes() for name in names}}
+
+
+@pytest.mark.parametrize("writes", range(1, 9))
+def test_a_killed_repair_goes_on_to_the_same_result_bit_for_bit(
+    recipe, finished, tmp_path, monkeypatch, writes
+):
+    append, left = Ledger.append, iter(range(writes))
+
+    def killed(self: Ledger, name: str, lines: Any) -> None:
+        lines = list(lines)
+        if next(left, None) is not None:
+            append(self, name, lines)
+            return
+        append(self, name, lines[:-1])
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(lines[-1])[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "run")
+    monkeypatch.undo()
+    assert not (tmp_path / "run" / "repair.json").exists()
+    run(recipe, tmp_path / "run")
+    assert records(tmp_path / "run") == records(finished)
+
+
+def test_what_is_done_is_not_done_again(recipe, finished, monkeypatch):
+    monkeypatch.setattr(Observer, "roll_out", partial(pytest.fail, "sampled again"))
+    before = records(finished)
+    run(recipe, finished)
+    assert records(finished) == before
+
+
+# Refusals
+
+
+def refusal(recipe: Path, *words: str) -> str:
+    with pytest.raises(TOPDError) as caught:
+        run_repair(recipe, words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--samples", "0"), "samples: 0 must be at least 1"),
+        (("--updates", "0"), "updates: 0 must be at least 1"),
+        (("--arms", "[opd, sft]"), "arms: 'sft' is not one of opd, window_sft"),
+        (("--arm_position_weight", "-1"), "arm_position_weight: -1.0"),
+        (("--rollouts", "9"), "unknown key 'rollouts'"),
+    ],
+)
+def test_bad_options_are_refused_with_their_name(recipe, tmp_path, words, part):
+    assert part in refusal(recipe, "--output_dir", str(tmp_path / "run"), *words)
+
+
+def test_a_folder_of_a_probe_is_refused(recipe, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"command": "probe"}))
+    assert "another kind (probe)" in refusal(recipe, "--output_dir", str(tmp_path))
+
+
+def test_another_number_of_updates_is_another_repair(recipe, finished):
+    words = (*WORDS, "--output_dir", str(finished), "--updates", "3")
+    assert "updates = 2, now it is 3" in refusal(recipe, *words)
+
+
+def test_models_that_hardly_part_end_in_words(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(repair, "ROLLOUTS_A_SAMPLE", 3)
+    words = (*WORDS, "--ot_threshold", "1.99", "--output_dir", str(tmp_path / "run"))
+    message = refusal(recipe, *words)
+    assert "only 0 of 3 real divergent points" in message
+    assert "9 rollouts" in message
+    assert "candidate_fraction" in message
+
+
+# The command
+
+
+def test_the_command_prints_a_table_within_80_columns(recipe, finished, monkeypatch):
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    words = [*WORDS, "--output_dir", str(finished), "--quiet"]
+    result = CliRunner().invoke(cli.app, ["repair", str(recipe), *words])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert max(len(line) for line in lines if not line.startswith("run folder")) <= 80
+    summary = load(finished / "repair.json")
+    for name, arm in summary["arms"].items():
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        assert f"{arm['mean']['value']:.3f} [{arm['mean']['low']:.3f}" in line
+    assert "the paper's: before 0.538, opd 0.350, topd 0.204" in result.output
+
+
+def test_bad_words_end_with_exit_code_2_and_one_message(recipe, tmp_path):
+    words = ["--output_dir", str(tmp_path), "--arms", "[none]"]
+    result = CliRunner().invoke(cli.app, ["repair", str(recipe), *words])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
