@@ -10,6 +10,7 @@ from typing import Any, Literal
 import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from topd.testbed import SCHEME, rows_of
 from topd.types import TOPDError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -18,11 +19,11 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 class DataSpec(BaseModel):
     """Where prompts come from and which column is what.
 
-    Either ``path`` (a JSONL or Parquet file, a folder, or a hub name) or ``task`` (a generator of
-    the reasoning-gym package, with ``size`` and ``seed``). ``columns`` maps ``prompt``,
-    ``messages``, ``answer`` or ``solution`` to a column, with dots into nested ones
-    (``metadata.solution``, ``turns.0``); other columns stay as they are. With ``chat`` a string
-    prompt becomes a user message.
+    Either ``path`` (a JSONL or Parquet file, a folder, a hub name, or ``testbed://FAMILY``) or
+    ``task`` (a generator of the reasoning-gym package, with ``size`` and ``seed``). ``columns``
+    maps ``prompt``, ``messages``, ``answer`` or ``solution`` to a column, with dots into nested
+    ones (``metadata.solution``, ``turns.0``); other columns stay as they are. With ``chat`` a
+    string prompt becomes a user message (not in the testbed, whose models know no chat).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,7 +62,7 @@ class DataSpec(BaseModel):
         for ours, column in self.columns.items():
             mapped[ours] = self._cell(index, row, column)
         prompt = mapped.get("prompt")
-        if self.chat and isinstance(prompt, str):
+        if self.chat and isinstance(prompt, str) and not (self.path or "").startswith(SCHEME):
             mapped["prompt"] = [{"role": "user", "content": prompt}]
         return mapped
 
@@ -86,6 +87,8 @@ class DataSpec(BaseModel):
 
     def _stored_rows(self) -> list[dict[str, Any]]:
         assert self.path is not None
+        if self.path.startswith(SCHEME):
+            return rows_of(self.path, self.split, self.limit)
         try:
             found = _read(self.path, self.name, self.split)
             return list(found if self.limit is None else found.take(min(self.limit, len(found))))

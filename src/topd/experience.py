@@ -27,8 +27,8 @@ from topd.types import (
     Prompt,
     Rollout,
     TokenStatistics,
-    Transport,
     TOPDError,
+    Transport,
     Windows,
 )
 

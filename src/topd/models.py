@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from topd.testbed import SCHEME, weights_of
 from topd.types import TOPDError
 
 PACKAGE = "package://"
@@ -29,10 +30,10 @@ PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"
 class ModelSpec(BaseModel):
     """Where a model comes from.
 
-    ``path`` is a folder, a hub name, or ``package://NAME`` for the folder of an installed Python
-    package. ``gguf_file`` names a GGUF file in it, whose weights are dequantised. ``eos_token``
-    replaces the tokenizer's end-of-sequence token. Code of a model repository runs only with
-    ``trust_remote_code``.
+    ``path`` is a folder, a hub name, ``package://NAME`` for the folder of an installed Python
+    package, or ``testbed://FAMILY/ROLE``. ``gguf_file`` names a GGUF file in it, whose weights are
+    dequantised. ``eos_token`` replaces the tokenizer's end-of-sequence token. Code of a model
+    repository runs only with ``trust_remote_code``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +49,8 @@ class ModelSpec(BaseModel):
     @property
     def place(self) -> str:
         """The path, with ``package://`` resolved; the package is not imported."""
+        if self.path.startswith(SCHEME):
+            return str(weights_of(self.path))
         if not self.path.startswith(PACKAGE):
             return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         name = self.path.removeprefix(PACKAGE)

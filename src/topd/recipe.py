@@ -1,9 +1,9 @@
 """Recipes: YAML for TOPDConfig plus models and data, checked before anything is loaded.
 
 Top-level keys are ``student``, ``teacher``, ``data``, ``eval_data``, ``evaluation``, ``lora``,
-``warmstart`` and every field of :class:`~topd.TOPDConfig`. ``warmstart`` holds the keys of stage 1,
-fields of :class:`~topd.warmstart.WarmstartConfig`; the other parts are shared unless it names its
-own.
+``compare``, ``warmstart`` and every field of :class:`~topd.TOPDConfig`. ``warmstart`` holds the
+keys of stage 1, fields of :class:`~topd.warmstart.WarmstartConfig`; the other parts are shared
+unless it names its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import yaml
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from topd.config import TOPDConfig
 from topd.data import DataSpec
@@ -26,7 +26,7 @@ from topd.models import ModelSpec
 from topd.types import TOPDError
 from topd.warmstart import WarmstartConfig
 
-PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora")
+PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora", "compare")
 Spec = TypeVar("Spec", bound=BaseModel)
 
 
@@ -39,6 +39,7 @@ class Recipe:
     data: DataSpec
     eval_data: DataSpec | None
     evaluation: TrainingEvaluation | None
+    compare: CompareSpec | None
     lora: LoraConfig | None
     args: TOPDConfig
 
@@ -51,6 +52,47 @@ class Recipe:
             "evaluation": self.evaluation.model_dump() if self.evaluation else None,
             "lora": self.lora.to_dict() if self.lora else None,
         }
+
+
+class Sweep(BaseModel):
+    """Further arms: ``arm`` with ``key`` set to each of ``values``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arm: str
+    key: str
+    values: list[Any]
+
+
+class CompareSpec(BaseModel):
+    """Arms of a comparison: by name, the keys of the recipe that differ.
+
+    Every arm is run with every seed; ``baseline`` is the arm that the others are compared with;
+    ``jobs`` runs go side by side. With ``warmstart`` stage 1 of the recipe is run first, once, and
+    every arm starts from its student.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arms: dict[str, dict[str, Any]]
+    sweeps: list[Sweep] = []
+    seeds: list[int] = [0, 1, 2, 3, 4]
+    baseline: str = "opd"
+    jobs: int = Field(default=1, ge=1)
+    warmstart: bool = False
+
+    def all_arms(self) -> dict[str, dict[str, Any]]:
+        """The arms and those of the sweeps. Raises TOPDError if one names an arm there is not."""
+        found = dict(self.arms)
+        for sweep in self.sweeps:
+            if sweep.arm not in self.arms:
+                raise TOPDError(f"compare.sweeps: there is no arm {sweep.arm!r}.")
+            for value in sweep.values:
+                key = sweep.key.rpartition(".")[2]
+                found[f"{sweep.arm}, {key} {value}"] = {**self.arms[sweep.arm], sweep.key: value}
+        if self.baseline not in found:
+            raise TOPDError(f"compare.baseline: there is no arm {self.baseline!r}.")
+        return found
 
 
 def read_recipe(
@@ -98,6 +140,9 @@ def read_recipe(
         else None,
         evaluation=_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
         if content.get("evaluation")
+        else None,
+        compare=_spec(path, "compare", CompareSpec, content["compare"])
+        if content.get("compare")
         else None,
         lora=_lora(path, content.get("lora")),
         args=_config(path, config, settings),

@@ -38,12 +38,7 @@ def run_recipe(
         warnings.filterwarnings("ignore", module="torch.utils.data")
     recipe.args.disable_tqdm = True
     rows = recipe.data.load()
-    evaluator = _evaluator(recipe)
-    trainer = make_trainer(recipe, rows, warmstart=warmstart)
-    trainer.recipe = recipe.sources()
-    if recipe.evaluation and evaluator:
-        every = recipe.evaluation.every
-        trainer.add_callback(EvaluationCallback(trainer, evaluator, every=every))
+    trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
     if not quiet:
         left_out = len(rows) - len(trainer.train_dataset)
         if left_out:
@@ -60,10 +55,11 @@ def run_recipe(
 
 def make_trainer(
     recipe: Recipe, rows: list[dict[str, Any]], *, warmstart: bool = False
-) -> TOPDTrainer:
-    """The trainer of a checked recipe, on its rows."""
+) -> tuple[TOPDTrainer, EvaluationCallback | None]:
+    """The trainer of a checked recipe, on its rows, and the evaluation that it asks for."""
+    evaluator = make_evaluator(recipe)
     kind = WarmstartTrainer if warmstart else TOPDTrainer
-    return kind(
+    trainer = kind(
         model=recipe.student,
         teacher_model=recipe.teacher,
         args=recipe.args,
@@ -71,9 +67,15 @@ def make_trainer(
         eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
         peft_config=recipe.lora,
     )
+    trainer.recipe = recipe.sources()
+    if recipe.evaluation is None or evaluator is None:
+        return trainer, None
+    callback = EvaluationCallback(trainer, evaluator, every=recipe.evaluation.every)
+    trainer.add_callback(callback)
+    return trainer, callback
 
 
-def _evaluator(recipe: Recipe) -> Evaluator | None:
+def make_evaluator(recipe: Recipe) -> Evaluator | None:
     """What a recipe asks to be evaluated on during training, ready before a model loads."""
     if recipe.evaluation is None:
         return None

@@ -3,7 +3,14 @@
 from topd.evaluate.answers import AnswerVerifier, Verify
 from topd.evaluate.callback import EvaluationCallback
 from topd.evaluate.evaluation import Evaluation, Evaluator, Response, evaluate, summarise
-from topd.evaluate.intervals import Interval, bootstrap, paired_bootstrap, pass_at_k, share
+from topd.evaluate.intervals import (
+    Interval,
+    bootstrap,
+    paired_bootstrap,
+    pass_at_k,
+    share,
+    two_way_bootstrap,
+)
 
 __all__ = [
     "AnswerVerifier",
@@ -19,4 +26,5 @@ __all__ = [
     "pass_at_k",
     "share",
     "summarise",
+    "two_way_bootstrap",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,7 +18,8 @@ class EvaluationCallback(TrainerCallback):
 
     The figures go through ``trainer.log`` under ``eval/``: to metrics.jsonl of the run folder and
     to every logger. Training is the same with it and without: engines draw from seeds of their own.
-    Every rank evaluates all problems, the first one logs.
+    Every rank evaluates all problems, the first one logs. ``eval/training_seconds`` is the
+    wall-clock since the beginning without the evaluations; ``latest`` is the latest evaluation.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
 
@@ -34,12 +36,15 @@ class EvaluationCallback(TrainerCallback):
         if every < 1:
             raise TOPDError(f"every: {every} must be at least 1.")
         self.trainer, self.evaluator, self.every = trainer, evaluator, every
-        self._latest = -1
+        self.latest: Evaluation | None = None
+        self._latest_step = -1
+        self._began = self._spent = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Evaluate the student as it comes, unless the run goes on from a checkpoint."""
+        self._began = time.perf_counter()
         if state.global_step == 0:
             self._evaluate(state.global_step, control)
 
@@ -54,11 +59,11 @@ class EvaluationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Evaluate the student as it is in the end."""
-        if state.global_step != self._latest:
+        if state.global_step != self._latest_step:
             self._evaluate(state.global_step, control)
 
     def _evaluate(self, step: int, control: TrainerControl) -> None:
-        log_wanted = control.should_log
+        log_wanted, began = control.should_log, time.perf_counter()
         accelerator = self.trainer.accelerator
         model = accelerator.unwrap_model(self.trainer.model)
         engine = HFEngine(
@@ -67,9 +72,12 @@ class EvaluationCallback(TrainerCallback):
             name="student",
             autocast=accelerator.autocast,
         )
-        self.trainer.log(logged(self.evaluator(engine)))
+        self.latest = self.evaluator(engine)
+        seconds = began - self._began - self._spent
+        self.trainer.log({**logged(self.latest), "eval/training_seconds": seconds})
         control.should_log = log_wanted  # a log of ours must not stand for that of the update
-        self._latest = step
+        self._latest_step = step
+        self._spent += time.perf_counter() - began
 
 
 def logged(evaluation: Evaluation) -> dict[str, float]:

@@ -113,6 +113,36 @@ def paired_bootstrap(
     return bootstrap(difference, seed=seed, resamples=resamples, level=level)
 
 
+def two_way_bootstrap(
+    values: Sequence[Sequence[float]],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+) -> Interval:
+    """The mean over training seeds and problems; both are drawn again, as both could be others.
+
+    Args:
+        values: [seeds, problems], e.g. differences of two methods run with the same seed.
+
+    Raises:
+        TOPDError: no values.
+
+    >>> two_way_bootstrap([[1.0, 1.0], [1.0, 1.0]]).low
+    1.0
+    """
+    known = np.asarray(values, dtype=np.float64)
+    if known.size == 0:
+        raise TOPDError("two_way_bootstrap: no values. Give at least one seed and one problem.")
+    seeds, problems = known.shape
+    generator = np.random.default_rng(seed)
+    rows = generator.multinomial(seeds, [1 / seeds] * seeds, size=resamples) @ known
+    columns = generator.multinomial(problems, [1 / problems] * problems, size=resamples)
+    means = (rows * columns).sum(-1) / known.size
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(known.mean()), float(low), float(high), problems, level)
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Chance that at least one of ``k`` samples is right, without bias, from more of them.
 

@@ -12,6 +12,7 @@ from topd.data import DataSpec
 from topd.evaluate.answers import AnswerVerifier
 from topd.evaluate.evaluation import Evaluator
 from topd.rollouts import PromptEncoder
+from topd.testbed import SCHEME, verify
 from topd.types import Prompt, Sampling, TOPDError
 
 FORMATS = (
@@ -27,7 +28,8 @@ NO_LIMIT = 1 << 40
 class EvaluationSpec(BaseModel):
     """Problems and sampling.
 
-    ``path`` is a JSONL or Parquet file whose columns are recognised, or named in ``columns``.
+    ``path`` is a JSONL or Parquet file whose columns are recognised, or named in ``columns``; or
+    ``testbed://FAMILY``, whose test split is checked by the family.
     ``chat`` None uses the chat template if the tokenizer has one. ``max_tokens`` is the longest
     response; ``temperature`` and ``top_p`` are those of the samples, beside which every problem is
     answered greedily.
@@ -52,6 +54,8 @@ class EvaluationSpec(BaseModel):
         Raises:
             TOPDError: no such data, unknown columns, or a row without a reference answer.
         """
+        if self.path.startswith(SCHEME):
+            return DataSpec(path=self.path, split="test", limit=self.limit).load()
         names = list(DataSpec(path=self.path, limit=1, chat=False).load()[0])
         chosen = cast(dict[Any, str], self._chosen(names))
         rows = DataSpec(path=self.path, limit=self.limit, chat=False, columns=chosen).load()
@@ -86,7 +90,7 @@ class EvaluationSpec(BaseModel):
         return Evaluator(
             prompts,
             rows,
-            AnswerVerifier(),
+            verify(self.path) if self.path.startswith(SCHEME) else AnswerVerifier(),
             tokenizer,
             samples=self.samples,
             sampling=Sampling(self.temperature, self.top_p, 0, self.max_tokens),

@@ -58,7 +58,7 @@ class Logic:
         """Different puzzles with one solution each, found within ``LONGEST`` words."""
         found: dict[str, None] = {}
         while len(found) < count:
-            puzzles = _puzzles(rng.randrange(1 << 30), count)
+            puzzles = _puzzles(rng.randrange(1 << 30), 500)
             found.update({prompt: None for prompt in puzzles if _is_short(self, prompt)})
         return list(found)[:count]
 

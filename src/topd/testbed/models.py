@@ -8,7 +8,6 @@ writes as ``STUDENT`` does, mistakes included. Their weights (bfloat16) come wit
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -27,11 +26,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from topd.testbed import problems
 from topd.testbed.world import END, STUDENT, TEACHER, Family, write
 
 Role: TypeAlias = Literal["teacher", "student"]
 
-WEIGHTS = Path(__file__).parent / "weights"
 SIZES = {
     "teacher": {"hidden_size": 96, "intermediate_size": 256, "head_dim": 24},
     "student": {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16},
@@ -67,22 +66,16 @@ def fresh_model(family: Family, role: Role, *, seed: int) -> PreTrainedModel:
     return Qwen3ForCausalLM(config)
 
 
-def place_of(family: Family, role: Role) -> Path:
-    """The folder of the weights that come with the package."""
-    return WEIGHTS / f"{family.name}-{role}"
-
-
 def make(
     family: Family,
     role: Role,
     folder: Path,
     *,
     steps: int,
-    texts: int = 40_000,
     batch_size: int = 64,
     learning_rate: float = 3e-3,
     seed: int = 0,
-    held_out: Sequence[str] = (),
+    texts: int = 20_000,
 ) -> None:
     """Train a model from scratch on its author's texts and save it with its tokenizer, bfloat16.
 
@@ -94,7 +87,6 @@ def make(
         batch_size: texts an update.
         learning_rate: its peak.
         seed: of texts, weights and their order.
-        held_out: prompts that must not be among the texts.
     """
     tokenizer = tokenizer_of(family)
     model = fresh_model(family, role, seed=seed)
@@ -114,7 +106,7 @@ def make(
             seed=seed,
             disable_tqdm=True,
         ),
-        train_dataset=_texts(family, role, texts, seed, tokenizer, set(held_out)),
+        train_dataset=_texts(family, role, texts, seed, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
     )
     trainer.train()
@@ -128,12 +120,12 @@ def _texts(
     count: int,
     seed: int,
     tokenizer: PreTrainedTokenizerBase,
-    held_out: set[str],
 ) -> Dataset:
-    rng = random.Random(seed)
-    prompts = [prompt for prompt in family.prompts(rng, count) if prompt not in held_out]
+    rng, held_out = random.Random(seed), set(problems(family.name, "test"))
     rows = []
-    for prompt in prompts:
+    for prompt in family.prompts(rng, count):
+        if prompt in held_out:
+            continue
         head = tokenizer(prompt)["input_ids"]
         tail = tokenizer(f"{write(family, prompt, AUTHORS[role], rng)} {END}")["input_ids"]
         rows.append({"input_ids": head + tail, "labels": [-100] * len(head) + tail})
