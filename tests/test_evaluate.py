@@ -249,6 +249,14 @@ def test_wrong_answers_are_wrong(verifier, reference, response):
     assert not verifier(response, {"answer": reference})
 
 
+def test_numbers_and_equal_strings_are_compared_without_a_child_process():
+    verifier = AnswerVerifier()
+    assert verifier(r"\boxed{1{,}080}", {"answer": GSM8K})
+    assert not verifier(r"\boxed{1081}", {"answer": GSM8K})
+    assert verifier(r"\boxed{\dfrac{1}{2}}", {"answer": r"\frac{1}{2}"})
+    assert verifier.judge._child is None
+
+
 def test_another_column_and_a_number_as_reference(verifier):
     other = AnswerVerifier("solution", verifier.judge)
     assert other(r"\boxed{12}", {"solution": 12, "answer": "13"})
@@ -555,6 +563,16 @@ def test_a_response_depends_on_neither_the_other_samples_nor_the_other_problems(
         some.prompts[2:4], some.rows, some.verify, some.tokenizer, 3, some.sampling, 0, 4
     )(engine)
     assert list(part.responses) == [r for r in found.responses if r.problem in (2, 3)]
+
+
+def test_two_rows_with_one_prompt_are_sampled_apart(engine):
+    known = tiny_evaluator()
+    ids = known.prompts[0].student
+    prompts = [Prompt(0, ids, ids), Prompt(1, ids, ids)]
+    twice = Evaluator(prompts, known.rows, says_two, known.tokenizer, 2, known.sampling)(engine)
+    first, second = ([r.ids for r in twice.responses if r.problem == i] for i in (0, 1))
+    assert first[0] == second[0]  # greedy
+    assert first[1:] != second[1:]
 
 
 def test_greedy_responses_are_those_of_the_model(engine, found):
