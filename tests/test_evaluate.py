@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
@@ -245,6 +247,14 @@ def test_right_answers_are_right(verifier, reference, response):
 @pytest.mark.parametrize(("reference", "response"), WRONG)
 def test_wrong_answers_are_wrong(verifier, reference, response):
     assert not verifier(response, {"answer": reference})
+
+
+def test_numbers_and_equal_strings_are_compared_without_a_child_process():
+    verifier = AnswerVerifier()
+    assert verifier(r"\boxed{1{,}080}", {"answer": GSM8K})
+    assert not verifier(r"\boxed{1081}", {"answer": GSM8K})
+    assert verifier(r"\boxed{\dfrac{1}{2}}", {"answer": r"\frac{1}{2}"})
+    assert verifier.judge._child is None
 
 
 def test_another_column_and_a_number_as_reference(verifier):
@@ -555,6 +565,16 @@ def test_a_response_depends_on_neither_the_other_samples_nor_the_other_problems(
     assert list(part.responses) == [r for r in found.responses if r.problem in (2, 3)]
 
 
+def test_two_rows_with_one_prompt_are_sampled_apart(engine):
+    known = tiny_evaluator()
+    ids = known.prompts[0].student
+    prompts = [Prompt(0, ids, ids), Prompt(1, ids, ids)]
+    twice = Evaluator(prompts, known.rows, says_two, known.tokenizer, 2, known.sampling)(engine)
+    first, second = ([r.ids for r in twice.responses if r.problem == i] for i in (0, 1))
+    assert first[0] == second[0]  # greedy
+    assert first[1:] != second[1:]
+
+
 def test_greedy_responses_are_those_of_the_model(engine, found):
     for prompt, response in zip(
         tiny_evaluator().prompts, (r for r in found.responses if r.sample is None), strict=True
@@ -790,6 +810,20 @@ def test_a_folder_is_named_after_model_and_data(root, invoke):
     (folder,) = (root / "runs").iterdir()
     assert folder.name.startswith("eval-model-gsm8k-20")
     assert str(folder.relative_to(root)) in result.stdout.splitlines()[-1]
+
+
+def test_help_of_eval_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, topd.cli\n"
+        "from typer.testing import CliRunner\n"
+        "result = CliRunner().invoke(topd.cli.app, ['eval', '--help'])\n"
+        "print(result.output, result.exit_code)\n"
+        "print(sorted({'torch', 'transformers', 'math_verify'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    *shown, exit_code, loaded = done.stdout.split()
+    assert (exit_code, loaded) == ("0", "[]")
+    assert "--temperature" in shown
 
 
 # In a recipe

@@ -94,7 +94,7 @@ def _ask(child: subprocess.Popen[str], question: str | None, seconds: float) -> 
             child.stdin.write(question + "\n")
             child.stdin.flush()
         return child.stdout.readline().strip()
-    except BrokenPipeError:
+    except OSError:  # its end of the pipe is closed
         return ""
     finally:
         watch.cancel()
