@@ -294,8 +294,8 @@ def test_all_positions_are_read_with_their_numbers(tmp_path):
     assert sample.positions == 2
     assert sample.columns.dtype == COLUMNS
     first, second = sample.columns.tolist()
-    assert first == (3, 0, 5, 7, 1.0, 0.5, 0.25, 0.125, 2.0)
-    assert second == (0, 2, 9, 7, 1.0, 0.5, 0.25, 0.125, math.inf)
+    assert first == (3, 0, 5, 7, 2, 1.0, 0.5, 0.25, 0.125, 2.0)
+    assert second == (0, 2, 9, 7, 2, 1.0, 0.5, 0.25, 0.125, math.inf)
 
 
 def test_of_too_many_positions_a_random_sample_of_whole_prompts_is_kept(tmp_path):

@@ -244,6 +244,20 @@ def test_the_summary_is_that_of_the_positions(finished):
         assert found["low"] <= found["value"] <= found["high"]
 
 
+def test_full_windows_are_those_that_nothing_cut(finished):
+    summary = load(finished / "probe.json")
+    positions = read(finished / "positions.jsonl")
+    full = [p for p in positions if len(p["student_tokens"]) == 6]
+    found = summary["full_windows"]
+    assert 0 < found["positions"] == len(full) < len(positions)
+    high = [p["distance"] for p in full if p["group"] == "high"]
+    low = [p["distance"] for p in full if p["group"] == "low"]
+    assert found["median_distance"]["high"]["value"] == pytest.approx(np.median(high))
+    assert found["false_alarm_share"]["value"] == pytest.approx(
+        (np.array(high) < np.quantile(low, 0.75)).mean()
+    )
+
+
 def test_the_cost_is_counted_in_tokens_and_seconds(finished):
     cost = load(finished / "probe.json")["cost"]
     rollouts = read(finished / "rollouts.jsonl")
@@ -299,6 +313,16 @@ def test_what_is_done_is_not_done_again(recipe, finished, tmp_path, monkeypatch)
     before = records(finished)
     probe(recipe, finished)
     assert records(finished) == before
+
+
+@pytest.mark.parametrize("other", ["6", "13"])
+def test_a_probe_goes_on_to_more_rollouts_or_fewer(recipe, finished, tmp_path, other):
+    """As if they had been asked for at once; 10, 6 and 13 all end with a smaller batch of 4."""
+    probe(recipe, tmp_path / "run", "--rollouts", other)
+    assert load(tmp_path / "run" / "probe.json")["rollouts"] == int(other)
+    probe(recipe, tmp_path / "run")
+    assert records(tmp_path / "run") == records(finished)
+    assert load(tmp_path / "run" / "run.json")["config"]["rollouts"] == 10
 
 
 def test_a_file_is_cut_before_its_first_bad_line(tmp_path):

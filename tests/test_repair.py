@@ -494,6 +494,13 @@ def test_what_is_done_is_not_done_again(recipe, finished, monkeypatch):
     assert records(finished) == before
 
 
+@pytest.mark.parametrize("other", ["2", "5"])
+def test_a_repair_goes_on_to_more_samples_or_fewer(recipe, finished, tmp_path, other):
+    run(recipe, tmp_path / "run", "--samples", other)
+    run(recipe, tmp_path / "run")
+    assert records(tmp_path / "run") == records(finished)
+
+
 # Refusals
 
 

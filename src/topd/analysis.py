@@ -1,7 +1,8 @@
 """What ``topd probe`` and ``topd repair`` share: an opened pair, and a folder that goes on.
 
 An analysis is repeatable: run again with the same settings in the same folder it continues where
-it was stopped, and ends with the same records as if it had not been.
+it was stopped, and ends with the same records as if it had not been. It may also be asked for more
+rollouts or samples than before.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SHARED = (
     *("seed", "bf16", "fp16", "use_cpu", "learning_rate", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
 )
+FREE = {"rollouts", "samples", "bootstrap"}  # what may change when an analysis goes on
 Config = TypeVar("Config", bound="AnalysisConfig")
 
 
@@ -147,8 +149,8 @@ def open_folder(command: str, recipe: Recipe, pair: Pair) -> Ledger:
                 f"output_dir: {ledger.folder} holds a {command} with other {key}. Choose another "
                 "folder."
             )
+    ledger.write("run.json", _run_record(command, recipe))
     if not stored:
-        ledger.write("run.json", _run_record(command, recipe))
         ledger.write("manifest.json", record)
     return ledger
 
@@ -206,7 +208,7 @@ def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
             f"output_dir: {folder} holds a run of another kind "
             f"({stored.get('command', 'training')}). Choose another folder."
         )
-    own = {f.name for f in fields(recipe.args)} - {f.name for f in fields(TrainingArguments)}
+    own = {f.name for f in fields(recipe.args)} - {f.name for f in fields(TrainingArguments)} - FREE
     for part, keys in (("recipe", set(ours["recipe"])), ("config", {*own, *SHARED})):
         for key in sorted(keys):
             before, now = stored[part].get(key), ours[part][key]

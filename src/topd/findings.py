@@ -43,7 +43,7 @@ RULE = (
 
 Array: TypeAlias = np.ndarray
 COLUMNS = np.dtype(
-    [("prompt", "i8"), ("group", "i1"), ("student", "i8"), ("teacher", "i8")]
+    [(name, "i8") for name in ("prompt", "group", "student", "teacher", "length")]
     + [(name, "f8") for name in (*LOSSES, "distance", "rejoin")]
 )
 
@@ -225,6 +225,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of probe.json, from the records in the folder; also decides ``real`` in them.
 
+    ``full_windows`` has the same statistics of the positions whose window is K tokens long: neither
+    cut by the length limit nor ended.
+
     Args:
         folder: a run folder with all its records.
         args: of the probe.
@@ -242,6 +245,8 @@ def summarise(
             "max_completion_length or low_share."
         )
     mark_real(folder / POSITIONS, threshold)
+    full = sample.columns[sample.columns["length"] == args.window_length]
+    narrower = intervals(full, measure, repeats=args.bootstrap, seed=args.seed)
     return {
         "rollouts": sum(1 for _ in read_lines(folder / ROLLOUTS)),
         "prompts": len(np.unique(sample.columns["prompt"])),
@@ -252,6 +257,16 @@ def summarise(
         "token_loss": args.candidate_loss,
         "verdict": verdict(found["false_alarm_share"], found["spearman/token_loss/random"]),
         "rule": RULE,
+        **_statistics(found),
+        "full_windows": {"positions": len(full), **_statistics(narrower)},
+        "distributions": distributions(sample.columns, 2.0 + args.position_weight),
+        "pairs": _pair_texts(frequent_pairs(sample.columns, threshold), decode),
+        "cost": _cost(folder),
+    }
+
+
+def _statistics(found: dict[str, Interval]) -> dict[str, Any]:
+    return {
         "threshold": asdict(found["threshold"]),
         "false_alarm_share": asdict(found["false_alarm_share"]),
         "median_distance": _nested(found, "median"),
@@ -260,9 +275,6 @@ def summarise(
             kind: {loss: _nested(found, f"{kind}/{loss}") for loss in LOSSES}
             for kind in ("pearson", "spearman")
         },
-        "distributions": distributions(sample.columns, 2.0 + args.position_weight),
-        "pairs": _pair_texts(frequent_pairs(sample.columns, threshold), decode),
-        "cost": _cost(folder),
     }
 
 
@@ -282,6 +294,7 @@ def _row(record: dict[str, Any]) -> tuple[Any, ...]:
         GROUPS.index(record["group"]),
         record["student_tokens"][0],
         record["teacher_tokens"][0],
+        len(record["student_tokens"]),
         *(record[name] for name in LOSSES),
         record["distance"],
         math.inf if meets is None else meets,

@@ -137,8 +137,9 @@ def _probe(args: ProbeConfig, pair: Pair, ledger: Ledger, phases: Phases) -> Non
 
 def resume_at(folder: Path, rollouts: int, size: int) -> int:
     """The rollout to go on with: after the last whole batch. What is beyond it is cut off."""
-    done = min(trim(folder / ROLLOUTS), rollouts)
-    if done < rollouts:
+    done = trim(folder / ROLLOUTS)
+    if done != rollouts:  # else the last batch was a smaller one
+        done = min(done, rollouts)
         done -= done % size
     trim(folder / ROLLOUTS, lambda record: record["rollout"] < done)
     trim(folder / POSITIONS, lambda record: record["rollout"] < done)

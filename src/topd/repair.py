@@ -154,7 +154,8 @@ def _repair(args: RepairConfig, pair: Pair, ledger: Ledger, phases: Phases) -> N
 
 def resume_at(folder: Path, samples: int) -> tuple[int, int]:
     """Samples that are done, and the rollout to go on with. What is beyond them is cut off."""
-    done = trim(folder / ROLLOUTS)
+    left = iter(range(samples))
+    done = trim(folder / ROLLOUTS, lambda _: next(left, None) is not None)
     trim(folder / SAMPLES, lambda record: record["sample"] < done)
     trim(folder / METRICS, lambda record: record["sample"] < done)
     last = -1
