@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from topd.config import TOPDConfig
 from topd.engines.hf import head_of
 from topd.experience import Experience
-from topd.losses import TokenTerms, linear_token_terms, soft_target_kl
+from topd.losses import TokenTerms, Upstream, linear_token_terms, soft_target_kl
 from topd.types import Head
 
 
@@ -114,7 +114,21 @@ def token_terms(
         beta=args.beta,
         temperature=args.loss_temperature,
         chunk_tokens=args.chunk_tokens,
+        expected=_expected(batch, args),
     )
+
+
+def _expected(batch: LearningBatch, args: TOPDConfig) -> Upstream | None:
+    """The derivative of :func:`update_loss` by the terms; capped losses make it unknown yet."""
+    if batch["capped"] is not None:
+        return None
+    totals, weights = batch["totals"], batch["weights"] / max(batch["totals"].tokens, 1)
+    targets = None
+    if args.trajectory_weight and totals.guided:
+        count = totals.guided if args.trajectory_reduction == "mean" else totals.tokens
+        targets = -args.trajectory_weight / count * batch["target_probabilities"]
+    logprob = None if args.kd_ratio == 1 else (args.kd_ratio - 1) * weights
+    return Upstream(args.kd_ratio * weights, logprob, targets)
 
 
 def update_loss(
