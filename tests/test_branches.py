@@ -15,7 +15,13 @@ from topd.experience import Experience
 from topd.learning import Totals, can_pack, collate, learning_terms, update_loss
 from topd.losses import token_divergence
 
-METHODS = [("window_sft", {}), ("window_kd", {}), ("window_kd", {"reverse": True}), ("relay", {})]
+METHODS = [
+    ("window_sft", {}),
+    ("first_fork", {}),
+    ("window_kd", {}),
+    ("window_kd", {"reverse": True}),
+    ("relay", {}),
+]
 named = pytest.mark.parametrize(("method", "options"), METHODS)
 
 
@@ -73,7 +79,8 @@ def by_hand(trainer: TOPDTrainer, experience: Experience) -> Tensor:
     for rollout, guide in zip(experience.rollouts, experience.guidance, strict=True):
         own = logprobs(trainer.model, rollout.prompt.student, rollout.response)
         theirs = logprobs(trainer.teacher_model, rollout.prompt.teacher, rollout.response)
-        plain = plain + token_divergence(own, theirs.detach()).sum()
+        weights = torch.tensor(guide.weights, dtype=own.dtype)
+        plain = plain + (weights * token_divergence(own, theirs.detach())).sum()
         for branch in guide.branches:
             before = rollout.response[: branch.start]
             own = logprobs(trainer.model, rollout.prompt.student + before, branch.tokens)

@@ -188,6 +188,17 @@ def test_branches_are_the_teachers_windows_at_real_points(name, options, loss):
         assert set(guide.weights) == {1.0}
 
 
+def test_the_first_fork_is_learned_and_what_follows_counts_less():
+    """Real at tokens 2 and 4 of the first rollout, none of the second."""
+    found = evidence(ROWS, STARTS, [False, True, True, False])
+    first, second = METHODS["first_fork"].guide(found, after=0.25)
+    (branch,) = first.branches
+    tokens = found.windows.teacher_tokens[1][found.windows.teacher_mask[1]]
+    assert (branch.start, branch.tokens, branch.loss) == (2, tuple(tokens.tolist()), "reverse_kl")
+    assert first.weights == (1.0, 1.0, 1.0, 0.25, 0.25)
+    assert second == Guidance((1.0, 1.0))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_matched_control_caps_as_many_real_points_drawn_by_the_seed(seed):
     found = evidence(ROWS, STARTS, [True, False, True, True])

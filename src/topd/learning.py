@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from topd.config import TOPDConfig
 from topd.engines.hf import head_of
 from topd.experience import Experience
-from topd.losses import Kind, TokenTerms, linear_token_terms, soft_target_kl
+from topd.losses import Kind, TokenTerms, Upstream, linear_token_terms, soft_target_kl
 from topd.types import BranchLoss, Guidance, Head, Rollout
 
 
@@ -240,6 +240,7 @@ def learning_terms(
         beta=args.beta,
         temperature=args.loss_temperature,
         chunk_tokens=args.chunk_tokens,
+        expected=_expected(batch, args),
     )
     parts = [_branch_loss(states, head, part, teacher_head, args) for part in batch["branches"]]
     return LearningTerms(terms, sum(parts, terms.divergence.new_zeros(())))
@@ -250,6 +251,7 @@ def _branch_loss(
 ) -> Tensor:
     """The sum of one kind of branch loss over its tokens, nats."""
     kind: Kind = "forward_kl" if batch["loss"] == "forward_kl" else "reverse_kl"
+    sft, factor = batch["loss"] == "cross_entropy", states.new_ones(len(batch["tokens"]))
     terms = linear_token_terms(
         states[batch["place"]],
         head,
@@ -260,10 +262,27 @@ def _branch_loss(
         kind=kind,
         temperature=args.loss_temperature,
         chunk_tokens=args.chunk_tokens,
+        expected=Upstream(None, -factor, None) if sft else Upstream(factor, None, None),
     )
-    if batch["loss"] == "cross_entropy":
-        return -terms.logprob.sum()
-    return terms.divergence.sum()
+    return -terms.logprob.sum() if sft else terms.divergence.sum()
+
+
+def _expected(batch: LearningBatch, args: TOPDConfig) -> Upstream | None:
+    """The derivative of :func:`update_loss` by the terms; None where it is not known yet."""
+    if batch["capped"] is not None or batch["advantages"] is not None:
+        return None
+    totals, weights = batch["totals"], batch["weights"] / max(batch["totals"].tokens, 1)
+    targets = None
+    if args.trajectory_weight and totals.guided:
+        targets = -_trajectory_factor(totals, args) * batch["target_probabilities"]
+    logprob = None if args.kd_ratio == 1 else (args.kd_ratio - 1) * weights
+    return Upstream(args.kd_ratio * weights, logprob, targets)
+
+
+def _trajectory_factor(totals: Totals, args: TOPDConfig) -> float:
+    """lambda over the count that the reduction of L_traj names."""
+    count = totals.guided if args.trajectory_reduction == "mean" else totals.tokens
+    return args.trajectory_weight / count
 
 
 def update_loss(
@@ -282,8 +301,7 @@ def update_loss(
     trajectory = soft_target_kl(terms.target_logprobs, batch["target_probabilities"]).sum()
     trajectory = trajectory + learned.branches
     if args.trajectory_weight and totals.guided:
-        count = totals.guided if args.trajectory_reduction == "mean" else totals.tokens
-        loss = loss + args.trajectory_weight * trajectory / count
+        loss = loss + _trajectory_factor(totals, args) * trajectory
     return loss, trajectory.detach()
 
 

@@ -7,17 +7,29 @@ softmax(logits / temperature). Gradients flow to whatever requires them.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Linear
-from torch.utils.checkpoint import checkpoint
 
+from topd.chunked import Kind, Task, TokenTerms, Upstream, head_terms
 from topd.types import Head, TOPDError
 
-Kind = Literal["reverse_kl", "forward_kl", "jsd"]
+__all__ = [
+    "Kind",
+    "TokenTerms",
+    "Upstream",
+    "linear_logprobs",
+    "linear_token_divergence",
+    "linear_token_terms",
+    "sampled_divergence",
+    "soft_target_kl",
+    "token_divergence",
+    "topk_divergence",
+    "trajectory_loss",
+]
 
 _NEVER = -1e4  # a log-prob whose probability is 0 in every float type, and whose gradient is finite
 
@@ -139,19 +151,6 @@ def topk_divergence(
     return _divergence(student, teacher, kind, beta)
 
 
-class TokenTerms(NamedTuple):
-    """What one pass over the vocabulary yields for each of P tokens.
-
-    divergence [P] and entropy [P] in nats; logprob [P] of the token that stands there;
-    target_logprobs [P M] of the soft target's tokens. The entropy carries no gradient.
-    """
-
-    divergence: Float[Tensor, " P"]
-    entropy: Float[Tensor, " P"]
-    logprob: Float[Tensor, " P"]
-    target_logprobs: Float[Tensor, "P M"]
-
-
 def linear_token_terms(
     student_hidden: Float[Tensor, "P D"],
     student_head: Head,
@@ -164,11 +163,12 @@ def linear_token_terms(
     beta: float = 0.5,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
+    expected: Upstream | None = None,
 ) -> TokenTerms:
     """Everything the training loss needs, from hidden states, ``chunk_tokens`` tokens at a time.
 
-    At most one chunk of logits [chunk_tokens V] of each model is alive; the backward pass computes
-    each chunk again. Value and gradient are those of the unchunked formula.
+    At most one chunk of logits [chunk_tokens V] of each model is alive. Value and gradient are
+    those of the unchunked formula; nothing flows to the teacher.
 
     Args:
         student_hidden: [P D], last hidden states that predict the tokens.
@@ -179,6 +179,9 @@ def linear_token_terms(
         target_tokens: [P M], support of the soft targets (any token where there is none).
         kind, beta, temperature: as in :func:`token_divergence`.
         chunk_tokens: tokens a chunk.
+        expected: by what the loss will multiply each term, up to one common factor. The gradient
+            is then computed with the values, in one pass. Without it, or if the loss does
+            otherwise, the backward pass computes each chunk again: slower, and equal.
 
     Raises:
         TOPDError: kind, beta, temperature or chunk_tokens are out of range.
@@ -190,23 +193,19 @@ def linear_token_terms(
         student_head.narrowed(vocab_size),
         teacher_head.narrowed(vocab_size),
     )
-
-    def terms(student: Tensor, teacher: Tensor, token: Tensor, targets: Tensor) -> TokenTerms:
-        log_s = _log_softmax(student_head.logits(student), temperature)
-        log_t = _log_softmax(teacher_head.logits(teacher), temperature)
-        return TokenTerms(
-            _divergence(log_s, log_t, kind, beta),
-            _entropy(log_s.detach()),
-            log_s.gather(-1, token[:, None])[:, 0],
-            log_s.gather(-1, targets),
-        )
-
-    chunks = zip(
-        *(x.split(chunk_tokens) for x in (student_hidden, teacher_hidden, tokens, target_tokens)),
-        strict=True,
+    task = Task(
+        student_head,
+        teacher_head,
+        teacher_hidden,
+        tokens,
+        target_tokens,
+        kind,
+        beta,
+        temperature,
+        chunk_tokens,
+        expected,
     )
-    parts = [checkpoint(terms, *chunk, use_reentrant=False) for chunk in chunks]
-    return TokenTerms(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    return head_terms(student_hidden, student_head, task)
 
 
 def linear_token_divergence(
@@ -232,7 +231,8 @@ def linear_token_divergence(
         chunk_tokens: tokens whose logits are alive at a time.
 
     Returns:
-        [B T], nats, value and gradient as if the logits had been held.
+        [B T], nats, value and gradient as if the logits had been held; nothing flows to the
+        teacher. Fastest where the loss is a multiple of the sum.
 
     Raises:
         TOPDError: kind, beta, temperature or chunk_tokens are out of range.
@@ -250,6 +250,7 @@ def linear_token_divergence(
         beta=beta,
         temperature=temperature,
         chunk_tokens=chunk_tokens,
+        expected=Upstream(student_hidden.new_ones(shape.numel()), None, None),
     )
     return terms.divergence.reshape(shape)
 
@@ -302,7 +303,8 @@ def _statistics(log_s: Tensor, log_t: Tensor, candidates: int) -> Tensor:
     mass = log_t.masked_fill(rest, -math.inf).logsumexp(-1).exp()
     rest = rest.scatter(-1, theirs, False)
     on_union = [x.masked_fill(rest, -math.inf).log_softmax(-1) for x in (log_t, log_s)]
-    return torch.stack([_kl(log_s, log_t), _entropy(log_s), _kl(*on_union), mass])
+    entropy = torch.special.entr(log_s.exp()).sum(-1)
+    return torch.stack([_kl(log_s, log_t), entropy, _kl(*on_union), mass])
 
 
 def linear_logprobs(
@@ -383,10 +385,6 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     impossible = log_p == -math.inf
     gap = log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0)
     return (log_p.exp() * gap).sum(-1)
-
-
-def _entropy(logprobs: Tensor) -> Tensor:
-    return torch.special.entr(logprobs.exp()).sum(-1)
 
 
 def _as_head(head: Head | Linear | Tensor) -> Head:

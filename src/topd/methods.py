@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from topd.divergence import select_candidates
@@ -76,6 +76,38 @@ def window_kd(evidence: Evidence, *, reverse: bool = False) -> tuple[Guidance, .
     where its own rollout went; the states are those of the window's decoding. Source: this project.
     """
     return _branched(evidence, "reverse_kl" if reverse else "forward_kl")
+
+
+def first_fork(
+    evidence: Evidence, *, after: float = 0.3, reverse: bool = True
+) -> tuple[Guidance, ...]:
+    """Back to the first real divergent point: the teacher's window there, less of what followed.
+
+    At the first real point t of a rollout the student learns the teacher's window in the teacher's
+    own context, by KL(p_S || p_T) (``reverse``) or KL(p_T || p_S). The token losses behind t count
+    ``after`` times: there the rollout is off the teacher's path, and so is the teacher's advice.
+    Meant with candidates chosen by ``candidate_threshold``. Source: this project.
+    """
+    real = evidence.real & _first(evidence.windows.row, evidence.real)
+    guidance = _branched(replace(evidence, real=real), "reverse_kl" if reverse else "forward_kl")
+    return tuple(
+        replace(g, weights=_faded(g.weights, g.branches[0].start + 1, after)) if g.branches else g
+        for g in guidance
+    )
+
+
+def _first(row: Int[Tensor, " N"], chosen: Bool[Tensor, " N"]) -> Bool[Tensor, " N"]:
+    """The first chosen window of every rollout; windows stand in the order of their starts."""
+    seen: set[int] = set()
+    first = torch.zeros_like(chosen)
+    for k in chosen.nonzero()[:, 0].tolist():
+        first[k] = int(row[k]) not in seen
+        seen.add(int(row[k]))
+    return first
+
+
+def _faded(weights: Sequence[float], start: int, factor: float) -> tuple[float, ...]:
+    return (*weights[:start], *(weight * factor for weight in weights[start:]))
 
 
 def relay(evidence: Evidence, *, tokens: int = 24) -> tuple[Guidance, ...]:
@@ -238,6 +270,7 @@ METHODS: dict[str, Method] = {
     "topd": Method(topd, looks_ahead=True),
     "window_sft": Method(window_sft, looks_ahead=True),
     "window_kd": Method(window_kd, looks_ahead=True),
+    "first_fork": Method(first_fork, looks_ahead=True),
     "relay": Method(relay, looks_ahead=True),
     "downweight": Method(downweight, looks_ahead=True),
     "downweight_matched": Method(downweight_matched, looks_ahead=True),

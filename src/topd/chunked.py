@@ -1,0 +1,319 @@
+"""The vocabulary in tiles: values and gradients of a head's terms without [P V].
+
+Logits exist for a chunk of tokens at a time. What stands between logits and their gradient is
+elementwise and bound by memory, so it runs on blocks of rows that stay in the CPU's cache, and
+writes the gradient over the logits. The products with the head see the whole chunk.
+
+The gradient of a sum of terms needs the factor of every term, which a loss makes known only in
+the backward pass. It is computed at once in the forward pass for the factors that the caller
+expects. If they come true up to a common factor the gradient is scaled by it; if not, the chunks
+are computed once more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from topd.types import Head
+
+Kind = Literal["reverse_kl", "forward_kl", "jsd"]
+
+ROUNDING = 1e-6  # relative: a few roundings of float32
+LEAST = -1e30  # stands for the log-prob of a token barred by a bias of -inf: 0 LEAST is 0, not NaN
+BLOCK = 1 << 17  # logits a block on the CPU: half a megabyte, a few of which fit into its cache
+
+
+class Upstream(NamedTuple):
+    """By what a loss multiplies each term: its derivative by them. None stands for zeros."""
+
+    divergence: Float[Tensor, " P"] | None
+    logprob: Float[Tensor, " P"] | None
+    target_logprobs: Float[Tensor, "P M"] | None
+
+    def flat(self, like: Int[Tensor, "P M"]) -> Float[Tensor, "P 2+M"]:
+        """All factors of a token side by side, shaped after the target tokens, in float64."""
+        zero = like.new_zeros(len(like), dtype=torch.float64)
+        parts = [
+            zero if self.divergence is None else self.divergence,
+            zero if self.logprob is None else self.logprob,
+            zero[:, None].expand_as(like) if self.target_logprobs is None else self.target_logprobs,
+        ]
+        return torch.cat([part.double().reshape(len(like), -1) for part in parts], 1)
+
+
+class TokenTerms(NamedTuple):
+    """What one pass over the vocabulary yields for each of P tokens.
+
+    divergence [P] and entropy [P] in nats; logprob [P] of the token that stands there;
+    target_logprobs [P M] of the soft target's tokens. The entropy carries no gradient.
+    """
+
+    divergence: Float[Tensor, " P"]
+    entropy: Float[Tensor, " P"]
+    logprob: Float[Tensor, " P"]
+    target_logprobs: Float[Tensor, "P M"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the head; nothing in it is differentiated.
+
+    ``student`` gives scale and soft-cap; its weights are passed apart. ``expected`` are the
+    factors that the loss is expected to use; None if they are not known.
+    """
+
+    student: Head
+    teacher: Head
+    teacher_hidden: Float[Tensor, "P E"]
+    tokens: Int[Tensor, " P"]
+    target_tokens: Int[Tensor, "P M"]
+    kind: Kind
+    beta: float
+    temperature: float
+    chunk_tokens: int
+    expected: Upstream | None = None
+
+
+class Gradients(NamedTuple):
+    """By hidden states [P D], head weight [V D] and bias [V]; None where not needed."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def head_terms(hidden: Float[Tensor, "P D"], head: Head, task: Task) -> TokenTerms:
+    """The terms of all tokens. Gradients flow to ``hidden`` and ``head``, once."""
+    needed = tuple(x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
+    if not (torch.is_grad_enabled() and any(needed)):
+        with torch.no_grad(), _without_autocast(hidden):
+            return _compute(hidden, head.weight, head.bias, task, None, (False,) * 3)[0]
+    return TokenTerms(*_HeadTerms.apply(hidden, head.weight, head.bias, task, needed))
+
+
+class _HeadTerms(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        task: Task,
+        needed: tuple[bool, bool, bool],
+    ) -> tuple[Tensor, ...]:
+        ctx.task, ctx.needed = task, needed
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.dtype = _compute_dtype(hidden)
+        with _without_autocast(hidden):
+            values, ctx.ready = _compute(
+                hidden, weight, bias, task, task.expected, needed, ctx.dtype
+            )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(values.entropy)
+        return tuple(values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, ...]:
+        actual = Upstream(factors[0], factors[2], factors[3])
+        hidden, weight, bias = ctx.saved_tensors
+        found = _scaled(ctx.ready, actual, ctx.task, ctx.needed)
+        ctx.ready = None  # scaled in place
+        if found is None:
+            with torch.no_grad(), _without_autocast(hidden):
+                _, found = _compute(hidden, weight, bias, ctx.task, actual, ctx.needed, ctx.dtype)
+        given = zip(found, (hidden, weight, bias), strict=True)
+        return *(None if g is None else g.to(x.dtype) for g, x in given), None, None
+
+
+def _scaled(
+    ready: Gradients | None, actual: Upstream, task: Task, needed: tuple[bool, bool, bool]
+) -> Gradients | None:
+    """The gradients for the actual factors, if these are a multiple of the expected ones."""
+    if ready is None or task.expected is None or not len(task.tokens):
+        return None
+    like = task.target_tokens
+    learns = needed[1] or needed[2]
+    scale = common_factor(actual.flat(like), task.expected.flat(like), per_token=not learns)
+    if scale is None:
+        return None
+    return Gradients(*(None if g is None else g.mul_(scale.to(g.dtype)) for g in ready))
+
+
+def common_factor(
+    actual: Float[Tensor, "P F"], expected: Float[Tensor, "P F"], *, per_token: bool
+) -> Tensor | None:
+    """c with actual = c expected up to float32's rounding, or None if there is none.
+
+    c is one number, or one a token [P 1] if ``per_token``.
+    """
+    axes: tuple[int, ...] = (1,) if per_token else (0, 1)
+    norm = (expected * expected).sum(axes, keepdim=True)
+    factor = (actual * expected).sum(axes, keepdim=True) / norm.where(norm > 0, 1.0)
+    gap = (actual - factor * expected).abs().amax(axes, keepdim=True)
+    tolerance = ROUNDING * actual.abs().amax(axes, keepdim=True)
+    return factor if bool((gap <= tolerance).all()) else None
+
+
+def _compute(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    task: Task,
+    upstream: Upstream | None,
+    needed: tuple[bool, ...],
+    dtype: torch.dtype | None = None,
+) -> tuple[TokenTerms, Gradients]:
+    """TokenTerms, and the gradients for the given factors (none without factors)."""
+    dtype = dtype or _compute_dtype(hidden)
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, teacher_weight = weight.to(dtype), task.teacher.weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    teacher_bias = None if task.teacher.bias is None else task.teacher.bias.to(dtype)
+    values = _empty(task, wide)
+    gradients = _zeros(hidden, weight, needed if upstream else (False,) * 3)
+    for rows in _slices(len(hidden), task.chunk_tokens):
+        states = hidden[rows].to(dtype)
+        logits = linear(states, weight, bias)
+        teacher = linear(task.teacher_hidden[rows].to(dtype), teacher_weight, teacher_bias)
+        step = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+        for part in _slices(len(logits), step):
+            here = slice(rows.start + part.start, rows.start + part.stop)
+            slope = _block(logits[part], teacher[part], here, task, upstream, values)
+            if slope is not None:
+                logits[part] = slope
+        del teacher
+        if upstream:
+            _add_products(gradients, rows, logits, states, weight)
+    return values, gradients
+
+
+def _block(
+    logits: Tensor,
+    teacher: Tensor,
+    here: slice,
+    task: Task,
+    upstream: Upstream | None,
+    values: TokenTerms,
+) -> Tensor | None:
+    """Fill in the values of some rows; return the derivative of their loss by ``logits`` [r V]."""
+    log_s, bend = _log_probs(logits, task.student, task.temperature)
+    log_t, _ = _log_probs(teacher, task.teacher, task.temperature)
+    p = log_s.exp()
+    divergence, slope = divergence_and_slope(log_s, log_t, p, task.kind, task.beta)
+    token, targets = task.tokens[here, None], task.target_tokens[here]
+    values.divergence[here] = divergence
+    values.entropy[here] = -_expectation(p, log_s)
+    values.logprob[here] = log_s.gather(1, token)[:, 0]
+    values.target_logprobs[here] = log_s.gather(1, targets)
+    if upstream is None:
+        return None
+    slope *= 0.0 if upstream.divergence is None else upstream.divergence[here, None].to(p.dtype)
+    for factor, places in ((upstream.logprob, token), (upstream.target_logprobs, targets)):
+        if factor is not None and places.shape[1]:
+            own = factor[here].reshape(places.shape).to(p.dtype)
+            slope.addcmul_(p, own.sum(1, keepdim=True), value=-1).scatter_add_(1, places, own)
+    constant = task.student.scale / task.temperature
+    if constant != 1.0:
+        slope.mul_(constant)
+    return slope if bend is None else slope.mul_(bend)
+
+
+def _log_probs(logits: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor | None]:
+    """log softmax of raw logits, scaled and soft-capped; and the soft-cap's derivative."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if head.scale != 1.0:
+        wide = wide * head.scale
+    bend = None
+    if head.softcap is not None:
+        bounded = torch.tanh(wide / head.softcap)
+        wide, bend = head.softcap * bounded, 1 - bounded.square()
+    logprobs = torch.log_softmax(wide if temperature == 1.0 else wide / temperature, -1)
+    if head.bias is not None:
+        logprobs.clamp_(min=LEAST)
+    return logprobs, bend
+
+
+def divergence_and_slope(
+    log_s: Tensor, log_t: Tensor, p: Tensor, kind: Kind, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Divergence [r] and its derivative by the student's logits [r V]. Overwrites ``log_t``.
+
+    Reverse KL: p_S (g - <p_S, g>) with g = log p_S - log p_T. Forward KL: p_S - p_T. JSD: as
+    reverse KL with the mixture for p_T, times 1 - beta; what moves the mixture itself cancels.
+    """
+    if kind == "reverse_kl":
+        return _against(log_s, log_t, p)
+    q = log_t.exp()
+    if kind == "forward_kl":
+        return _expectation(q, log_t.sub_(log_s)), p - q
+    mixture = torch.logaddexp(log_s + math.log1p(-beta), log_t + math.log(beta))
+    theirs = _expectation(q, log_t.sub_(mixture))
+    own, slope = _against(log_s, mixture, p)
+    return beta * theirs + (1 - beta) * own, slope.mul_(1 - beta)
+
+
+def _against(log_s: Tensor, log_q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p_S || q) and its derivative by the student's logits. Overwrites ``log_q``."""
+    gap = torch.sub(log_s, log_q, out=log_q)
+    value = _expectation(p, gap)
+    return value, gap.sub_(value[:, None]).mul_(p)
+
+
+def _expectation(p: Tensor, x: Tensor) -> Tensor:
+    return (p * x).sum(1)
+
+
+def _add_products(
+    gradients: Gradients, rows: slice, slope: Tensor, states: Tensor, weight: Tensor
+) -> None:
+    """Add a chunk's share: the slope [c V] by the head's rows, and by the states."""
+    if gradients.hidden is not None:
+        gradients.hidden[rows] = slope @ weight
+    if gradients.weight is not None:
+        if gradients.weight.dtype == slope.dtype:
+            gradients.weight.addmm_(slope.T, states)
+        else:
+            gradients.weight.add_(slope.T @ states)
+    if gradients.bias is not None:
+        gradients.bias.add_(slope.sum(0, dtype=gradients.bias.dtype))
+
+
+def _empty(task: Task, dtype: torch.dtype) -> TokenTerms:
+    wide = task.teacher_hidden.new_empty(0, dtype=dtype)
+    count, breadth = task.target_tokens.shape
+    one, two, three = (wide.new_empty(count) for _ in range(3))
+    return TokenTerms(one, two, three, wide.new_empty(count, breadth))
+
+
+def _zeros(hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> Gradients:
+    """Where gradients are summed, in at least float32."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return Gradients(
+        torch.empty_like(hidden) if needed[0] else None,
+        torch.zeros_like(weight, dtype=wide) if needed[1] else None,
+        weight.new_zeros(len(weight), dtype=wide) if needed[2] else None,
+    )
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _without_autocast(hidden: Tensor) -> torch.autocast:
+    return torch.autocast(hidden.device.type, enabled=False)
