@@ -19,11 +19,11 @@ from conftest import EOS, tiny_model, write_pair
 from topd import cli, transport
 from topd.analysis import open_pair, read_analysis, trim
 from topd.config import TOPDConfig
-from topd.divergence import METHODS
 from topd.experience import Observer
 from topd.findings import GROUPS
 from topd.ledger import Ledger
 from topd.losses import token_divergence
+from topd.methods import METHODS
 from topd.probe import ProbeConfig, choose, run_probe, sparse_plan
 from topd.progress import Phases
 from topd.rollouts import sampling_seeds

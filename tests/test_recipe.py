@@ -400,7 +400,7 @@ def test_a_value_out_of_range_is_refused_with_its_key_in_a_recipe_and_in_python(
 
 
 def test_an_unknown_method_is_refused_with_those_there_are(write):
-    says(refusal(write(method="topdd")), "method", "'topdd'", "opd, topd, downweight")
+    says(refusal(write(method="topdd")), "method", "'topdd'", "opd, topd, window_sft")
 
 
 def test_epsilon_without_the_sinkhorn_solver_is_refused(write):

@@ -146,6 +146,7 @@ def _scaled(
     scale = common_factor(actual.flat(like), task.expected.flat(like), per_token=not learns)
     if scale is None:
         return None
+    scale = scale.reshape(()) if learns else scale  # a bias has one axis
     return Gradients(*(None if g is None else g.mul_(scale.to(g.dtype)) for g in ready))
 
 
