@@ -81,6 +81,30 @@ def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> 
     show_repair(console, _summary(folder, "repair.json"))
 
 
+@app.command(context_settings=EXTRA)
+def compare(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+    """Arms x seeds of one recipe, with paired intervals. Goes on where it was stopped."""
+    _compare(recipe, context.args, quiet)
+
+
+@app.command(context_settings=EXTRA)
+def quickstart(context: typer.Context, quiet: Quiet = False) -> None:
+    """Warm start, OPD, TOPD and our default on the testbed: some minutes on two cores."""
+    _compare(Path(__file__).parent / "testbed" / "quickstart.yaml", context.args, quiet)
+
+
+def _compare(recipe: Path, words: list[str], quiet: bool) -> None:
+    with _faults():
+        from topd.compare import run_compare
+        from topd.report import write_report
+        from topd.tables import show_compare
+
+        folder = run_compare(recipe, words, console=None if quiet else console)
+        page = write_report(folder)
+    show_compare(console, _summary(folder, "compare.json"))
+    console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
+
+
 def _summary(folder: Path, name: str) -> dict[str, Any]:
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
     return json.loads((folder / name).read_text(encoding="utf-8"))

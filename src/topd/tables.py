@@ -1,4 +1,4 @@
-"""The summaries of probe and repair as tables for a terminal of 80 columns."""
+"""The summaries of probe, repair and compare as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -51,6 +51,40 @@ def show_repair(console: Console, summary: Summary) -> None:
     console.print(table)
     paper = ", ".join(f"{name} {value:.3f}" for name, value in summary["paper"].items())
     console.print(f"the paper's: {paper}", markup=False, highlight=False)
+
+
+def show_compare(console: Console, summary: Summary) -> None:
+    """Print the summary of a comparison (compare.json): per cent, intervals of 95 %."""
+    base = summary["baseline"]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("arm", overflow="fold", max_width=20)
+    for title in ("greedy", f"over {base}", "pass@1", f"over {base}", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name, start in summary["starts"].items():
+        table.add_row(
+            escape(name), _percent(start["greedy"]), "", _percent(start["pass@1"]), "", ""
+        )
+    for name, arm in summary["summary"].items():
+        gains = [_gain(arm[f"{score}_vs_{base}"]) for score in ("greedy", "pass@1")]
+        versus = ["", ""] if name == base else gains
+        scores = [_percent(arm[score]) for score in ("greedy", "pass@1")]
+        time = f"{arm['seconds_ratio']:.2f} x"
+        table.add_row(escape(name), scores[0], versus[0], scores[1], versus[1], time)
+    console.print(table)
+    problems = summary["summary"][base]["greedy"]["problems"]
+    console.print(
+        f"{len(summary['seeds'])} seeds, {problems} problems; per cent; 95 % intervals over both",
+        highlight=False,
+    )
+
+
+def _percent(found: Summary) -> str:
+    return f"{100 * found['mean']:.1f}"
+
+
+def _gain(found: Summary) -> str:
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]".replace("[", "\\[")
 
 
 def interval(found: Summary, form: str = "{:.3f}") -> str:

@@ -1,0 +1,212 @@
+"""Comparisons: paired, resumable, and summarised without flattery."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from topd import cli, compare
+from topd.compare import run_compare, summarise
+from topd.evaluate import bootstrap, two_way_bootstrap
+from topd.tables import show_compare
+from topd.types import TOPDError
+
+RECIPE = """
+student: testbed://programs/student
+teacher: testbed://programs/teacher
+data: {path: "testbed://programs", limit: 40}
+evaluation: {path: "testbed://programs", limit: 20, samples: 2, temperature: 1.0, top_p: 1.0,
+  max_tokens: 48, batch_size: 64, every: 1}
+max_steps: 2
+per_device_train_batch_size: 4
+max_completion_length: 48
+learning_rate: 1.0e-3
+save_strategy: "no"
+log_rollouts: false
+use_cpu: true
+warmstart:
+  answers: data
+  max_steps: 2
+  per_device_train_batch_size: 4
+  max_completion_length: 48
+  save_strategy: "no"
+  use_cpu: true
+compare:
+  seeds: [0, 1]
+  arms:
+    opd: {method: opd}
+    "topd, sharp": {method: topd, trajectory_weight: 0.3}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def results(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def without_seconds(result: dict) -> dict:
+    curve = [{k: v for k, v in point.items() if k != "seconds"} for point in result["curve"]]
+    return {**{k: v for k, v in result.items() if k != "seconds"}, "curve": curve}
+
+
+# Intervals
+
+
+def test_the_two_way_interval_is_that_of_problems_where_seeds_agree():
+    values = np.random.default_rng(0).random(200)
+    both = two_way_bootstrap([values, values, values], seed=1)
+    alone = bootstrap(list(values), seed=1)
+    assert both.mean == pytest.approx(alone.mean)
+    assert both.high - both.low == pytest.approx(alone.high - alone.low, rel=0.05)
+
+
+def test_the_two_way_interval_is_that_of_seeds_where_problems_agree():
+    """Two seeds of 0 and 1: drawn again, the mean is 0, 1/2 or 1 with 1/4, 1/2, 1/4."""
+    found = two_way_bootstrap([[0.0] * 50, [1.0] * 50])
+    assert (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
+
+
+def test_the_two_way_interval_covers_the_truth():
+    """Seeds and problems with effects of their own: 95 % intervals, 100 worlds."""
+    rng, covered = np.random.default_rng(7), 0
+    for _ in range(100):
+        values = rng.normal(0, 0.3, (8, 1)) + rng.normal(0, 1.0, (1, 60)) + rng.normal(size=(8, 60))
+        found = two_way_bootstrap(values, resamples=500)
+        covered += found.low <= 0 <= found.high
+    assert covered >= 85
+
+
+# Summaries
+
+
+def one(arm: str, seed: int, right: list[float], seconds: float) -> dict:
+    middle, end = sum(right) / len(right) / 2, sum(right) / len(right)
+    curve = [
+        {"step": step, "seconds": seconds * share, "greedy": score, "pass@1": score}
+        for step, share, score in ((0, 0.0, 0.0), (1, 0.5, middle), (2, 1.0, end))
+    ]
+    solved = {"greedy": right, "pass@1": right}
+    return {"arm": arm, "seed": seed, "greedy": end, "pass@1": end, "seconds": seconds,
+            "teacher_tokens": 7.0, "curve": curve, "solved": solved}  # fmt: skip
+
+
+def test_differences_are_paired_by_seed_and_problem():
+    found = summarise(
+        [
+            one("opd", 0, [1, 0, 0, 0], 10), one("new", 0, [1, 1, 0, 0], 20),
+            one("opd", 1, [0, 0, 1, 1], 12), one("new", 1, [0, 1, 1, 1], 24),
+        ],
+        "opd", {},
+    )  # fmt: skip
+    new = found["summary"]["new"]
+    assert new["greedy"]["mean"] == 5 / 8
+    assert new["greedy_vs_opd"]["mean"] == 1 / 4
+    assert new["greedy_vs_opd"]["low"] == 0  # some draw has no problem that differs
+    assert new["seconds_ratio"] == 2
+    # half of its time is the baseline's: 11 of 20 and of 24 seconds
+    slow, slower = np.interp(11, [10, 20], [0.25, 0.5]), np.interp(11, [0, 12], [0, 0.375])
+    at = (slow + slower) / 2
+    assert new["greedy at equal time"] == pytest.approx(at)
+    assert found["summary"]["opd"]["greedy_vs_opd"]["high"] == 0
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    found = summarise(
+        [one(arm, s, [1, 0, 1, 0], 10.0) for arm in ("opd", "downweight_matched") for s in (0, 1)],
+        "opd", {"warm start": {"greedy": {"mean": 0.4}, "pass@1": {"mean": 0.2}}},
+    )  # fmt: skip
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show_compare(console, found)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "+0.0 [0.0, 0.0]" in text
+    assert "downweight_matched" in text
+
+
+# Runs
+
+
+def test_a_comparison_goes_on_where_it_stopped_with_the_same_results(recipe, tmp_path, monkeypatch):
+    whole = results(run_compare(recipe, [f"--output_dir={tmp_path / 'whole'}"]))
+    assert [(r["arm"], r["seed"]) for r in whole] == [
+        ("opd", 0), ("topd, sharp", 0), ("opd", 1), ("topd, sharp", 1),
+    ]  # fmt: skip
+    run, done = compare.run_arm, []
+
+    def stopping(task):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(task)
+        return run(task)
+
+    words = [f"--output_dir={tmp_path / 'parts'}"]
+    monkeypatch.setattr(compare, "run_arm", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_compare(recipe, words)
+    monkeypatch.setattr(compare, "run_arm", run)
+    parts = results(run_compare(recipe, words))
+    assert [without_seconds(r) for r in parts] == [without_seconds(r) for r in whole]
+    assert whole[0]["solved"] != whole[2]["solved"] or whole[0]["curve"] != whole[2]["curve"]
+
+
+def test_arms_share_prompts_and_sampling_seeds(recipe, tmp_path):
+    """With lambda 0 the guided arm is the baseline, rollout by rollout."""
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[3]"]
+    words += ["--compare.arms={opd: {method: opd}, plain: {method: topd, trajectory_weight: 0}}"]
+    first, second = results(run_compare(recipe, words))
+    assert first["solved"] == second["solved"]
+    assert (second["teacher_tokens"] > 0) > (first["teacher_tokens"] > 0)
+
+
+def test_every_arm_starts_from_the_warm_start(recipe, tmp_path):
+    folder = run_compare(
+        recipe, [f"--output_dir={tmp_path / 'run'}", "--compare.warmstart", "--compare.seeds=[0]"]
+    )
+    content = json.loads((folder / "compare.json").read_text())
+    start = content["starts"]["warm start"]["greedy"]["mean"]
+    assert {r["curve"][0]["greedy"] for r in results(folder)} == {start}
+    assert set(content["starts"]) == {"base", "warm start"}
+
+
+def test_another_comparison_is_not_mixed_in(recipe, tmp_path):
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]"]
+    run_compare(recipe, words)
+    with pytest.raises(TOPDError, match="another comparison"):
+        run_compare(recipe, [*words, "--learning_rate=1e-4"])
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--compare.arms={opd: {method: opdd}}"], "arm 'opd'.*opdd"),
+        (["--compare.baseline=tpd"], "no arm 'tpd'"),
+        (["--compare.arms={opd: {learning_rat: 1}}"], "arm 'opd'.*learning_rat"),
+        (["--compare.sweeps=[{arm: x, key: epsilon, values: [1]}]"], "no arm 'x'"),
+        (["--evaluation=null"], "evaluation is missing"),
+        (["--compare=null"], "compare is missing"),
+    ],
+)
+def test_a_wrong_arm_is_refused_before_anything_runs(recipe, tmp_path, words, fault):
+    with pytest.raises(TOPDError, match=fault):
+        run_compare(recipe, [f"--output_dir={tmp_path / 'run'}", *words])
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+
+
+def test_the_command_prints_its_table_and_writes_the_page(recipe, tmp_path):
+    words = ["compare", str(recipe), "--quiet", "--output_dir", str(tmp_path / "run")]
+    words += ["--compare.seeds", "[0]", "--compare.jobs", "2"]
+    found = CliRunner().invoke(cli.app, words)
+    assert found.exit_code == 0, found.output
+    assert "topd, sharp" in found.output
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000

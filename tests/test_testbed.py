@@ -1,0 +1,250 @@
+"""The testbed: right and wrong reasoning, labels, weights, detectors."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from topd import TOPDConfig, TOPDTrainer
+from topd.engines.hf import HFEngine
+from topd.methods import METHODS, first_fork
+from topd.models import ModelSpec
+from topd.testbed import END, FAMILIES, family_of, labels, problems, rows_of, verify, write
+from topd.testbed.arithmetic import value
+from topd.testbed.detectors import auc, label_rollouts, observer_of, precision_recall, table
+from topd.testbed.logic import solution
+from topd.testbed.models import tokenizer_of
+from topd.testbed.programs import run
+from topd.testbed.world import STUDENT, TEACHER, Author
+from topd.types import Evidence, Guidance, Prompt, Sampling, TOPDError
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@every_family
+def test_right_reasoning_has_no_fork_and_solves_the_problem(name):
+    family, rng = FAMILIES[name], random.Random(0)
+    for prompt in problems(name, "test", 60):
+        text = write(family, prompt, replace(STUDENT, mistakes=0.0), rng)
+        found = labels(family, prompt, [*text.split(), END])
+        assert family.check(prompt, text)
+        assert set(found) == {"forced", "surface"}
+        assert set(f"{prompt} {text}".split()) <= set(family.vocabulary)
+
+
+@every_family
+def test_a_mistake_is_one_fork_with_nothing_but_derailment_behind(name):
+    """Every wrong text that the misled author writes has exactly one fork."""
+    family, rng = FAMILIES[name], random.Random(1)
+    wrong = 0
+    for prompt in problems(name, "test", 60):
+        text = write(family, prompt, STUDENT, rng)
+        found = labels(family, prompt, [*text.split(), END])
+        if family.check(prompt, text) and "fork" not in found:
+            continue
+        wrong += 1
+        place = found.index("fork")
+        assert set(found[:place]) <= {"forced", "surface"}
+        assert set(found[place + 1 :]) <= {"derailed"}
+    assert wrong >= 10
+
+
+@every_family
+def test_habits_change_words_and_never_the_answer(name):
+    family = FAMILIES[name]
+    one, other = Author((1.0, 0.0, 0.0)), Author((0.0, 0.0, 1.0))
+    differ = 0
+    for prompt in problems(name, "test", 30):
+        texts = [write(family, prompt, author, random.Random(0)) for author in (TEACHER, one)]
+        assert all(family.check(prompt, text) for text in texts)
+        try:
+            differ += texts[1] != write(family, prompt, other, random.Random(0))
+        except ValueError:  # a choice with fewer than three forms
+            differ += 1
+    assert differ >= 25
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "expected"),
+    [
+        ("3 + 4 * 2 =", "plan * + ;", "FFFF"),  # no other order is allowed
+        ("3 + 4 * 2 =", "plan + * ;", "FKDD"),
+        ("3 + 4 =", "plan + ; so 4 + 3 is 7 . total 7", "FFFSSFFSFFSF"),
+        ("3 + 4 =", "plan + ; so 4 + 3 is 8 . total 8", "FFFSSFFSKDDD"),
+    ],
+)
+def test_labels_by_hand(prompt, response, expected):
+    names = {"F": "forced", "S": "surface", "K": "fork", "D": "derailed"}
+    found = labels(FAMILIES["arithmetic"], prompt, response.split())
+    assert found == [names[letter] for letter in expected]
+
+
+def test_another_program_that_gives_the_same_has_no_fork():
+    """x + x + 3 in a form that the family does not list."""
+    family = FAMILIES["programs"]
+    response = "a = 3 + x ; b = a + x ; return b"
+    assert family.check("double then add 3 :", response)
+    assert "fork" not in labels(family, "double then add 3 :", [*response.split(), END])
+    wrong = "a = 3 + x ; b = a + a ; return b"
+    assert labels(family, "double then add 3 :", wrong.split()).count("fork") == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=5), st.data())
+def test_arithmetic_is_that_of_python_modulo_ten(digits, data):
+    operators = [data.draw(st.sampled_from("+-*")) for _ in digits[1:]]
+    words = [str(digits[0])]
+    for operator, digit in zip(operators, digits[1:], strict=True):
+        words += [operator, str(digit)]
+    expression = " ".join(words)
+    assert value(f"{expression} =") == str(eval(expression) % 10)  # noqa: S307 - digits and + - *
+
+
+@pytest.mark.parametrize(
+    ("program", "x", "expected"),
+    [
+        ("return x", 5, 5),
+        ("a = x if x < 3 else 3 ; return a", 5, 3),
+        ("a = 3 if x > 3 else x ; out a", 2, 2),
+        ("a = x * x ; b = a - 1 ; give b", -4, 15),
+        ("a = q ; return a", 1, None),
+        ("return b", 1, None),
+        ("a = x + 1 ; return", 1, None),
+        ("import os ; return x", 1, None),
+        ("a = __import__('os') ; return a", 1, None),
+        ("", 1, None),
+        ("a = x + 10 ; return a", 1, None),
+    ],
+)
+def test_programs_run_in_their_own_grammar_alone(program, x, expected):
+    assert run(program, x) == expected
+
+
+def test_puzzles_are_those_of_reasoning_gym():
+    """The only case that fits is the package's own solution."""
+    reasoning_gym = pytest.importorskip("reasoning_gym")
+    from topd.testbed.logic import _prompt
+
+    options = {"n_people": 3, "depth_constraint": 2, "width_constraint": 2}
+    for puzzle in reasoning_gym.create_dataset("knights_knaves", size=40, seed=3, **options):
+        found = puzzle["metadata"]
+        expected = tuple("K" if knight else "N" for knight in found["solution"])
+        assert solution(_prompt(found["statements"])) == expected
+
+
+@every_family
+def test_no_test_problem_is_trained_on(name):
+    assert not set(problems(name, "test", 100)) & set(problems(name, "train", 300))
+    assert problems(name, "train", 50) == problems(name, "train", 300)[:50]
+    row = rows_of(f"testbed://{name}", "train", 1)[0]
+    assert verify(f"testbed://{name}")(row["solution"], row)
+
+
+@pytest.mark.parametrize("place", ["testbed://algebra", "testbed://logic", "testbed://logic/dean"])
+def test_what_the_testbed_has_not_is_refused(place):
+    with pytest.raises(TOPDError, match="testbed"):
+        _ = ModelSpec(path=place).place
+
+
+def greedy_accuracy(name: str, model: PreTrainedModel, count: int) -> float:
+    tokenizer, prompts = tokenizer_of(FAMILIES[name]), problems(name, "test", count)
+    ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    written = HFEngine(model, eos_ids=[1]).generate(ids, Sampling(0.0, 1.0, 0, 112), range(count))
+    texts = [tokenizer.decode(list(w.tokens), skip_special_tokens=True) for w in written]
+    return sum(map(FAMILIES[name].check, prompts, texts)) / count
+
+
+@every_family
+def test_the_teachers_are_as_good_as_stated_and_the_students_are_not(name):
+    teacher, student = (
+        ModelSpec(path=f"testbed://{name}/{role}").load_model() for role in ("teacher", "student")
+    )
+    assert greedy_accuracy(name, teacher, 100) >= 0.95
+    assert greedy_accuracy(name, student, 100) <= 0.5
+    assert family_of(f"testbed://{name}/teacher") is FAMILIES[name]
+
+
+# A method whose guidance is broken does worse
+
+
+def shuffled(evidence: Evidence) -> tuple[Guidance, ...]:
+    """``first_fork`` with every rollout's window in the place of the next one's."""
+    guidance = first_fork(evidence)
+    branches = [guide.branches for guide in guidance]
+    rotated = [*branches[1:], branches[0]]
+    return tuple(
+        replace(
+            g, branches=tuple(replace(b, start=min(b.start, len(g.weights) - 1)) for b in found)
+        )
+        for g, found in zip(guidance, rotated, strict=True)
+    )
+
+
+def test_guidance_shuffled_between_windows_does_worse(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "shuffled", METHODS["first_fork"]._replace(guide=shuffled))
+    accuracy = {}
+    for method in ("first_fork", "shuffled"):
+        args = TOPDConfig(
+            output_dir=str(tmp_path / method), method=method, max_steps=30, use_cpu=True,
+            per_device_train_batch_size=32, max_completion_length=48, learning_rate=5e-4,
+            window_length=24, candidate_fraction=0.2, candidate_threshold=1.0,
+            trajectory_weight=2.0, save_strategy="no", log_rollouts=False, disable_tqdm=True,
+        )  # fmt: skip
+        models = [ModelSpec(path=f"testbed://programs/{r}") for r in ("student", "teacher")]
+        rows = rows_of("testbed://programs", "train", 960)
+        trainer = TOPDTrainer(*models, args, rows)
+        trainer.train()
+        accuracy[method] = greedy_accuracy("programs", trainer.model, 300)
+    assert accuracy["first_fork"] >= accuracy["shuffled"] + 0.05
+
+
+# Detectors
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=20))
+def test_auc_is_the_share_of_pairs_in_order(tokens):
+    scores = np.array([float(score) for score, _ in tokens])
+    positive = np.array([fork for _, fork in tokens])
+    pairs = [(a > b) + (a == b) / 2 for a in scores[positive] for b in scores[~positive]]
+    found = auc(scores, positive)
+    assert np.isnan(found) if not pairs else found == pytest.approx(np.mean(pairs))
+
+
+def test_precision_and_recall_by_hand():
+    scores, fork = np.array([5.0, 4.0, 3.0, 2.0]), np.array([True, False, False, True])
+    assert precision_recall(scores, fork, 1) == (1.0, 0.5)
+    assert precision_recall(scores, fork, 3) == (1 / 3, 0.5)
+    assert [precision_recall(scores, fork, n)[1] for n in range(5)] == [0, 0.5, 0.5, 0.5, 1.0]
+
+
+def test_every_detector_scores_every_token_before_the_fork():
+    family = FAMILIES["programs"]
+    tokenizer = tokenizer_of(family)
+    engines = [
+        HFEngine(ModelSpec(path=f"testbed://programs/{role}").load_model(), eos_ids=[1])
+        for role in ("student", "teacher")
+    ]
+    texts = problems("programs", "test", 24)
+    prompts = [
+        Prompt(i, ids, ids)
+        for i, ids in enumerate(tuple(tokenizer(text)["input_ids"]) for text in texts)
+    ]
+    observer = observer_of(*engines, window_length=8, max_tokens=48, seed=0)
+    words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    found = label_rollouts(family, observer, prompts, texts, words)
+    assert found.fork.sum() >= 8
+    assert all(len(scores) == len(found.fork) for scores in found.scores.values())
+    assert all(a <= b for a, b in pairwise(found.rollout))
+    assert [found.fork[found.rollout == r].sum() <= 1 for r in range(24)] == [True] * 24
+    figures = table(found, resamples=20)["all tokens"]["detectors"]
+    assert figures["token loss"]["auc"]["mean"] > 0.8  # a teacher that knows the way
+    assert set(figures) >= {"entropy", "full KL", "teachability", "OT, static", "OT, contextual"}
+    assert torch.isfinite(torch.tensor(np.stack(list(found.scores.values())))).all()
