@@ -49,9 +49,8 @@ def comparison(family: str, found: Found) -> Iterator[str]:
 def detectors(family: str, found: Found) -> Iterator[str]:
     """One family's detectors."""
     settings = found["settings"]
-    yield (
-        f"## Detectors on {family}: {settings['rollouts']} rollouts, K = {settings['window_length']}"
-    )
+    count, length = settings["rollouts"], settings["window_length"]
+    yield f"## Detectors on {family}: {count} rollouts, K = {length}"
     yield ""
     yield f"`python -m bench.detectors {family} runs/compare-{family}/warmstart/student`"
     yield ""

@@ -149,7 +149,12 @@ def _pairs(title: str, pairs: Sequence[Summary], *, lines: int = 5) -> Table:
 
 
 def _table(title: str, columns: Sequence[str], style: box.Box = box.HEAVY_HEAD) -> Table:
-    table = Table(title=title, title_justify="left", width=78, box=style)
+    narrow = style is not box.HEAVY_HEAD  # figures with intervals need every column
+    padding = (0, 1, 0, 0) if narrow else (0, 1)
+    table = Table(
+        title=title, title_justify="left", width=None if narrow else 78, box=style, padding=padding,
+        show_edge=not narrow,
+    )  # fmt: skip
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left", overflow="fold")
     return table
