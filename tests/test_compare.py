@@ -130,7 +130,7 @@ def test_the_table_fits_a_terminal_of_80_columns():
     show_compare(console, found)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    assert "+0.0 [0.0, 0.0]" in text
+    assert "+0.0 [0.0,0.0]" in text
     assert "downweight_matched" in text
 
 

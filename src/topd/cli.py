@@ -68,6 +68,7 @@ def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> N
 
         folder = run_probe(recipe, context.args, console=None if quiet else console)
     show_probe(console, _summary(folder, "probe.json"))
+    _page(folder)
 
 
 @app.command(context_settings=EXTRA)
@@ -79,6 +80,7 @@ def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> 
 
         folder = run_repair(recipe, context.args, console=None if quiet else console)
     show_repair(console, _summary(folder, "repair.json"))
+    _page(folder)
 
 
 @app.command(context_settings=EXTRA)
@@ -96,12 +98,19 @@ def quickstart(context: typer.Context, quiet: Quiet = False) -> None:
 def _compare(recipe: Path, words: list[str], quiet: bool) -> None:
     with _faults():
         from topd.compare import run_compare
-        from topd.report import write_report
         from topd.tables import show_compare
 
         folder = run_compare(recipe, words, console=None if quiet else console)
-        page = write_report(folder)
     show_compare(console, _summary(folder, "compare.json"))
+    _page(folder)
+
+
+def _page(folder: Path) -> None:
+    """Write the report of a run and say where it is."""
+    with _faults():
+        from topd.report import write_report
+
+        page = write_report(folder)
     console.print(f"report: {page}", soft_wrap=True, markup=False, highlight=False)
 
 
@@ -223,6 +232,7 @@ def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
         show_table(logs)
         show_change(logs)
     console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
+    _page(folder)
 
 
 def read_logs(folder: Path) -> list[dict[str, float]]:

@@ -68,12 +68,13 @@ def show_compare(console: Console, summary: Summary) -> None:
         gains = [_gain(arm[f"{score}_vs_{base}"]) for score in ("greedy", "pass@1")]
         versus = ["", ""] if name == base else gains
         scores = [_percent(arm[score]) for score in ("greedy", "pass@1")]
-        time = f"{arm['seconds_ratio']:.2f} x"
+        time = f"{arm['seconds_ratio']:.2f}"
         table.add_row(escape(name), scores[0], versus[0], scores[1], versus[1], time)
     console.print(table)
     problems = summary["summary"][base]["greedy"]["problems"]
     console.print(
-        f"{len(summary['seeds'])} seeds, {problems} problems; per cent; 95 % intervals over both",
+        f"{len(summary['seeds'])} seeds, {problems} problems; per cent; 95 % intervals over both; "
+        f"time over {base}'s",
         highlight=False,
     )
 
@@ -84,7 +85,7 @@ def _percent(found: Summary) -> str:
 
 def _gain(found: Summary) -> str:
     mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} [{low:.1f}, {high:.1f}]".replace("[", "\\[")
+    return f"{mean:+.1f} \\[{low:.1f},{high:.1f}]"
 
 
 def interval(found: Summary, form: str = "{:.3f}") -> str:

@@ -28,7 +28,7 @@ from topd.report.summary import SummaryTable, summary_tables, verdict_in
 from topd.report.svg import to_svg
 from topd.report.text import plain, visible
 from topd.report.training import training_charts, training_facts
-from topd.report.viewer import RolloutView, entry, values, view
+from topd.report.viewer import RolloutView, entry, view
 from topd.tokentext import TokenTexts
 from topd.types import TOPDError
 
@@ -132,7 +132,7 @@ def render(page: Page, tokens: TokenTexts, path: Path) -> None:
         scripts=scripts,
         style=style,
         policy=policy(scripts, style),
-        entries=_json([values(entry(seen)) for seen in views]),
+        entries=_json([entry(seen) for seen in views]),
         blocks=_blocks(views),
     )
     stream.enable_buffering(200)
@@ -155,12 +155,14 @@ def _hash(text: str) -> str:
 
 def _json(value: Any) -> Markup:
     """JSON that is safe inside a script element: ASCII, and without <, > and &."""
-    dumps = partial(json.dumps, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    dumps = partial(
+        json.dumps, ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=vars
+    )
     return htmlsafe_json_dumps(value, dumps=dumps)
 
 
 def _blocks(views: list[RolloutView]) -> Iterator[Markup]:
-    return (_json(values(seen)) for seen in views)
+    return (_json(seen) for seen in views)
 
 
 def _drawing(chart: Chart) -> Drawing:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 
 LIMIT = 200  # characters of one token that are shown
 JOINERS = "\u200c\u200d"  # part of words and emoji
 NAMES = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}
 
 
+@lru_cache(maxsize=1 << 16)  # the same tokens come again and again
 def visible(text: str, *, limit: int = LIMIT) -> str:
     """Text with its controls, bidirectional marks and lone surrogates written out.
 

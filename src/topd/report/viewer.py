@@ -1,6 +1,6 @@
 """Rollouts as plain values for the fork viewer: token texts, losses, forks, windows, threads.
 
-Everything here goes into the page as JSON and is shown as text, never as markup. Log-probs and
+Every record here goes into the page as JSON and is shown as text, never as markup. Log-probs and
 losses are rounded to 1e-4 nats, distances and masses to 1e-5; what is not finite becomes None.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from topd.report.folder import ForkRecord, RolloutRecord
 from topd.report.text import join_visible, plain, visible
@@ -114,11 +114,6 @@ def entry(seen: RolloutView) -> Entry:
         plain("".join(seen.texts[:40]).replace("↵", ""), limit=90),
         tuple((fork.position, fork.distance, fork.verdict) for fork in seen.forks),
     )
-
-
-def values(record: RolloutView | Entry) -> dict[str, object]:
-    """Plain values for JSON."""
-    return asdict(record)
 
 
 def verdict_of(fork: ForkRecord) -> str:
