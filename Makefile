@@ -1,4 +1,5 @@
 # make demo   set up and train SmolLM2-135M on word problems, six updates
+# make quickstart   set up, then warm start, OPD, TOPD and first_fork on tiny models; table and page
 # make test   set up and pass every check
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,10 +10,13 @@ SHAPES := --jaxtyping-packages=topd.losses,topd.transport,topd.divergence,topd.t
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo test clean
+.PHONY: demo quickstart test clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/topd train recipes/smollm2_gsm8k.yaml
+
+quickstart: $(VENV)/demo.done
+	$(BIN)/topd quickstart
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check
