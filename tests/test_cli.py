@@ -139,7 +139,7 @@ def test_the_run_folder_holds_all_that_its_legend_names(finished):
     _, folder = finished
     records = {"metrics.jsonl", "rollouts.jsonl", "guidance.jsonl", "tokens.jsonl"}
     names = {"run.json", "manifest.json", *records}
-    assert {path.name for path in folder.iterdir()} == {*names, "student"}
+    assert {path.name for path in folder.iterdir()} == {*names, "report.html", "student"}
     rollouts, guidance = read(folder / "rollouts.jsonl"), read(folder / "guidance.jsonl")
     assert [(r["step"], r["rollout"]) for r in rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [r["prompt"] for r in rollouts] == [g["prompt"] for g in guidance]

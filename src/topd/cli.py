@@ -231,8 +231,8 @@ def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     if logs:
         show_table(logs)
         show_change(logs)
-    console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
     _page(folder)
+    console.print(f"run folder: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 
 def read_logs(folder: Path) -> list[dict[str, float]]:

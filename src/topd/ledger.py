@@ -9,6 +9,7 @@
         guidance.jsonl   one line a rollout: its forks, weights and soft targets
         tokens.jsonl     one line a token that occurs: its text (see :mod:`topd.tokentext`)
         checkpoint-*/    of transformers
+        report.html      the page (topd.report)
         student/         the trained student, its tokenizer and model card
 
 ``step`` in rollouts and guidance is the number of the update, from 0; in metrics it counts the
