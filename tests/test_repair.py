@@ -350,7 +350,11 @@ def test_one_update_is_one_step_of_adamw(recipe, tmp_path):
 
 def test_the_run_folder_holds_all_that_its_legend_names(finished):
     names = {"run.json", "manifest.json", "rollouts.jsonl", "samples.jsonl", "metrics.jsonl"}
-    assert {path.name for path in finished.iterdir()} == {*names, "repair.json"}
+    assert {path.name for path in finished.iterdir()} == {*names, "tokens.jsonl", "repair.json"}
+    texts = {one["id"]: one for one in read(finished / "tokens.jsonl")}
+    assert len(texts) == len(read(finished / "tokens.jsonl"))
+    for one in read(finished / "samples.jsonl"):
+        assert {*one["student_tokens"], *one.get("teacher_tokens", ())} <= set(texts)
     samples = read(finished / "samples.jsonl")
     places = [(one["sample"], one["arm"]) for one in samples]
     assert places == [(i, arm) for i in range(3) for arm in ("before", *ARMS)]
@@ -458,7 +462,7 @@ def test_samples_are_read_as_a_table(tmp_path):
 def records(folder: Path) -> dict[str, Any]:
     summary = load(folder / "repair.json")
     del summary["cost"]
-    names = ("rollouts.jsonl", "samples.jsonl")
+    names = ("rollouts.jsonl", "samples.jsonl", "tokens.jsonl")
     return {"summary": summary, **{name: (folder / name).read_bytes() for name in names}}
 
 
@@ -470,6 +474,8 @@ def test_a_killed_repair_goes_on_to_the_same_result_bit_for_bit(
 
     def killed(self: Ledger, name: str, lines: Any) -> None:
         lines = list(lines)
+        if not lines:  # no new token
+            return
         if next(left, None) is not None:
             append(self, name, lines)
             return

@@ -30,6 +30,8 @@ from topd.models import check_context, eos_ids, load_pair, tokenizers_of
 from topd.progress import Phases
 from topd.recipe import Recipe, parse_overrides, read_recipe
 from topd.rollouts import PromptEncoder, fingerprint
+from topd.tokentext import FILE as TOKENS
+from topd.tokentext import TokenWriter
 from topd.trainer import GroupSampler
 from topd.types import Prompt, TOPDError
 
@@ -71,6 +73,12 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
     prompts: tuple[Prompt, ...]
     autocast: Callable[[], AbstractContextManager[None]]
+
+    def token_writer(self, folder: Path) -> TokenWriter:
+        """Writes what a run folder does not have yet; a line that was cut off is dropped."""
+        there = trim(folder / TOKENS)
+        seen = [record["id"] for record in read_lines(folder / TOKENS)] if there else []
+        return TokenWriter(self.tokenizer, seen)
 
     def questions(self, seed: int, group: int) -> Iterator[Prompt]:
         """Prompts without end, ``group`` times each, in the order of a training with this seed."""

@@ -10,6 +10,7 @@ OT. Per rollout three groups of positions are looked at: *high* (the candidates,
         manifest.json    versions, device, seed, fingerprints of models and data
         rollouts.jsonl   as in training, and reverse_kl and entropy of every token
         positions.jsonl  one line a position: losses, OT, verdict, windows, plan
+        tokens.jsonl     the text of every token that occurs
         metrics.jsonl    one line a batch: tokens and seconds
         probe.json       the summary
 
@@ -19,7 +20,7 @@ Everything in probe.json but its seconds is a function of positions.jsonl and ro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ from topd.ledger import Ledger, rollout_record
 from topd.losses import TokenTerms, linear_token_terms
 from topd.progress import Phases
 from topd.rollouts import sampling_seeds
+from topd.tokentext import FILE as TOKENS
+from topd.transport import sparse_plan
 from topd.types import Rollout, TOPDError, Transport, Windows
 
 POSITION_STREAM = 1 << 22  # seeds that no rollout, window or answer uses
@@ -122,17 +125,28 @@ def _probe(args: ProbeConfig, pair: Pair, ledger: Ledger, phases: Phases) -> Non
     """Look at batch after batch; what is done is on disk."""
     size = args.rollout_batch_size
     first = resume_at(ledger.folder, args.rollouts, size)
+    texts = pair.token_writer(ledger.folder)
     phases.start(math.ceil(args.rollouts / size), "batches")
     questions = pair.questions(args.seed, args.num_generations)
     for number, prompts in batches(questions, first, size, args.rollouts):
         seeds = sampling_seeds(args.seed, 0, len(prompts), first=number)
         with torch.no_grad():
             look = look_at(pair, pair.observer.roll_out(prompts, seeds), seeds, number)
-        ledger.append(POSITIONS, position_records(look, number))
+        positions = list(position_records(look, number))
+        ledger.append(TOKENS, texts.records(_all_ids(look, positions)))
+        ledger.append(POSITIONS, positions)
         spent = {f"seconds/{name}": spent for name, spent in phases.take().items()}
         ledger.append(METRICS, [{"step": number // size, **_tokens(look), **spent}])
         ledger.append(ROLLOUTS, _rollout_records(look, number, size, pair))  # last: it is done
         phases.step_done(number // size + 1)
+
+
+def _all_ids(look: Look, positions: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[int]]:
+    """Every token of a batch: prompts, responses, windows."""
+    for rollout in look.rollouts:
+        yield from (rollout.prompt.student, rollout.prompt.teacher, rollout.response)
+    for position in positions:
+        yield from (position["student_tokens"], position["teacher_tokens"])
 
 
 def resume_at(folder: Path, rollouts: int, size: int) -> int:
@@ -241,13 +255,6 @@ def position_records(look: Look, number: int) -> Iterator[dict[str, Any]]:
             "teacher_tokens": teacher,
             "plan": sparse_plan(transport.plan[k]),
         }
-
-
-def sparse_plan(plan: Tensor) -> list[list[float]]:
-    """[[i, j, mass], ...] of a plan [n m], mass to seven places; what rounds to 0 is left out."""
-    places = plan.nonzero().tolist()
-    entries = [[i, j, round(float(plan[i, j]), 7)] for i, j in places]
-    return [entry for entry in entries if entry[2]]
 
 
 def _token_terms(pair: Pair, rollouts: Sequence[Rollout], scores: Scores) -> TokenTerms:

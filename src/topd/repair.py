@@ -11,6 +11,7 @@ same weights with a new optimiser.
         manifest.json    versions, device, seed, fingerprints of models and data
         rollouts.jsonl   the rollout of every sample, as in training
         samples.jsonl    one line a sample and arm: OT distance to the teacher, both windows
+        tokens.jsonl     the text of every token that occurs
         metrics.jsonl    one line a sample: seconds
         repair.json      the summary
 
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ from topd.findings import METRICS, Array, intervals
 from topd.ledger import Ledger, rollout_record
 from topd.progress import Phases
 from topd.rollouts import sampling_seeds
+from topd.tokentext import FILE as TOKENS
 from topd.types import Generation, Head, Ids, Prompt, Rollout, Sampling, TOPDError
 
 SAMPLES = "samples.jsonl"
@@ -132,9 +134,10 @@ def _repair(args: RepairConfig, pair: Pair, ledger: Ledger, phases: Phases) -> N
     if done == args.samples:
         return
     phases.start(args.samples, "samples")
-    weights = snapshot(pair.student)
+    weights, texts = snapshot(pair.student), pair.token_writer(ledger.folder)
     for sample in find_samples(pair, args, first):
-        records = treat(pair, args, sample, weights)
+        records = list(treat(pair, args, sample, weights))
+        ledger.append(TOKENS, texts.records(_all_ids(sample.rollout, records)))
         ledger.append(SAMPLES, ({"sample": done, **record} for record in records))
         spent = {f"seconds/{name}": spent for name, spent in phases.take().items()}
         ledger.append(METRICS, [{"sample": done, **spent}])
@@ -150,6 +153,13 @@ def _repair(args: RepairConfig, pair: Pair, ledger: Ledger, phases: Phases) -> N
         f"{ROLLOUTS_A_SAMPLE * args.samples} rollouts. Lower samples or window_length, or raise "
         "candidate_fraction or max_completion_length."
     )
+
+
+def _all_ids(rollout: Rollout, records: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[int]]:
+    """Every token of a sample: prompts, response, and what was written from the fork on."""
+    yield from (rollout.prompt.student, rollout.prompt.teacher, rollout.response)
+    for record in records:
+        yield from (record["student_tokens"], record.get("teacher_tokens", ()))
 
 
 def resume_at(folder: Path, samples: int) -> tuple[int, int]:

@@ -26,11 +26,12 @@ class TokenWriter:
 
     Args:
         tokenizer: of transformers.
+        seen: tokens that were given before, by a run that is now resumed.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, seen: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._seen: set[int] = set()
+        self._seen = set(seen)
         self._anchor: Ids = tuple(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
 
     def records(self, sequences: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
