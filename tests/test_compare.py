@@ -56,8 +56,8 @@ def results(folder: Path) -> list[dict]:
 
 
 def without_seconds(result: dict) -> dict:
-    curve = [{k: v for k, v in point.items() if k != "seconds"} for point in result["curve"]]
-    return {**{k: v for k, v in result.items() if k != "seconds"}, "curve": curve}
+    curve = [{k: v for k, v in point.items() if "seconds" not in k} for point in result["curve"]]
+    return {**{k: v for k, v in result.items() if "seconds" not in k}, "curve": curve}
 
 
 # Intervals
@@ -93,12 +93,13 @@ def test_the_two_way_interval_covers_the_truth():
 def one(arm: str, seed: int, right: list[float], seconds: float) -> dict:
     middle, end = sum(right) / len(right) / 2, sum(right) / len(right)
     curve = [
-        {"step": step, "seconds": seconds * share, "greedy": score, "pass@1": score}
+        {"step": step, "seconds": seconds * share, "cpu_seconds": 2 * seconds * share,
+         "greedy": score, "pass@1": score}
         for step, share, score in ((0, 0.0, 0.0), (1, 0.5, middle), (2, 1.0, end))
     ]
     solved = {"greedy": right, "pass@1": right}
     return {"arm": arm, "seed": seed, "greedy": end, "pass@1": end, "seconds": seconds,
-            "teacher_tokens": 7.0, "curve": curve, "solved": solved}  # fmt: skip
+            "cpu_seconds": 2 * seconds, "teacher_tokens": 7.0, "curve": curve, "solved": solved}  # fmt: skip
 
 
 def test_differences_are_paired_by_seed_and_problem():
@@ -114,10 +115,12 @@ def test_differences_are_paired_by_seed_and_problem():
     assert new["greedy_vs_opd"]["mean"] == 1 / 4
     assert new["greedy_vs_opd"]["low"] == 0  # some draw has no problem that differs
     assert new["seconds_ratio"] == 2
-    # half of its time is the baseline's: 11 of 20 and of 24 seconds
-    slow, slower = np.interp(11, [10, 20], [0.25, 0.5]), np.interp(11, [0, 12], [0, 0.375])
-    at = (slow + slower) / 2
-    assert new["greedy at equal time"] == pytest.approx(at)
+    # half of its time is the baseline's, when it stood at 0.25 and 0.375 against 0.25 and 0.5
+    assert new["greedy at equal time"] == pytest.approx((0.25 + 0.375) / 2)
+    behind = new["greedy_vs_opd at equal time"]
+    assert behind["mean"] == pytest.approx(-0.125 / 2)
+    assert behind["high"] == pytest.approx(-0.0625 + 12.706 * 0.0625, rel=1e-4)  # t, one degree
+    assert found["summary"]["opd"]["greedy_vs_opd at equal time"]["high"] == 0
     assert found["summary"]["opd"]["greedy_vs_opd"]["high"] == 0
 
 

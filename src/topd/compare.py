@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from rich.console import Console
+from scipy.stats import t as student_t
 from transformers import PrinterCallback
 from transformers.utils import logging
 
@@ -31,12 +32,13 @@ from topd.engines.hf import HFEngine
 from topd.evaluate import Evaluation, two_way_bootstrap
 from topd.ledger import Ledger, check_run_folder
 from topd.models import eos_ids
-from topd.recipe import CompareSpec, Recipe, parse_overrides, read_recipe
+from topd.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
 from topd.run import make_evaluator, make_trainer, run_recipe
 from topd.types import TOPDError
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
 SCORES = ("greedy", "pass@1")
+SECONDS: dict[Clock, str] = {"wall": "seconds", "cpu": "cpu_seconds"}
 
 Result: TypeAlias = dict[str, Any]
 Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
@@ -73,58 +75,73 @@ def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | Non
                 f"{result['arm']}, seed {result['seed']}: greedy {result['greedy']:.1%}, "
                 f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s"
             )
-    ledger.write(SUMMARY, summarise(results, spec.baseline, _starts(path, overrides, start)))
+    starts = _starts(path, overrides, start)
+    ledger.write(SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock))
     return folder
 
 
-def summarise(results: Sequence[Result], baseline: str, starts: Mapping[str, Any]) -> Result:
+def summarise(
+    results: Sequence[Result], baseline: str, starts: Mapping[str, Any], *, clock: Clock = "wall"
+) -> Result:
     """Means over seeds and problems by arm, and paired differences from the baseline.
 
     Args:
         results: lines of results.jsonl.
         baseline: the arm that the others are compared with, run by run and problem by problem.
         starts: evaluations of the student before stage 2, by name.
+        clock: whose seconds count.
 
     Returns:
-        The content of compare.json. Intervals draw both seeds and problems again (95 %); ``at
-        equal time`` has the scores that an arm's curve had at the baseline's mean seconds.
+        The content of compare.json. Intervals draw both seeds and problems again (95 %). What
+        stands under ``at equal time`` is read off an arm's curve when it had run as long as the
+        baseline with the same seed; those intervals are Student's t over seeds.
     """
     arms = list(dict.fromkeys(result["arm"] for result in results))
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
-    time = float(np.mean([r["seconds"] for r in by_arm[baseline].values()]))
+    time = SECONDS[clock]
     return {
         "arms": arms,
         "baseline": baseline,
         "seeds": sorted({result["seed"] for result in results}),
+        "clock": clock,
         "starts": dict(starts),
         "summary": {arm: _summary(runs, by_arm[baseline], time) for arm, runs in by_arm.items()},
     }
 
 
-def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: float) -> Result:
-    seeds = sorted(runs)
+def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) -> Result:
+    seeds, paired = sorted(runs), sorted(runs.keys() & base.keys())
+    name = next(iter(base.values()))["arm"]
     found: Result = {
-        "seconds": float(np.median([runs[s]["seconds"] for s in seeds])),
-        "seconds_ratio": float(
-            np.median([runs[s]["seconds"] / base[s]["seconds"] for s in seeds if s in base])
-        ),
+        "seconds": float(np.median([runs[s][time] for s in seeds])),
+        "seconds_ratio": float(np.median([runs[s][time] / base[s][time] for s in paired])),
         "teacher_tokens": float(np.mean([runs[s]["teacher_tokens"] for s in seeds])),
     }
     for score in SCORES:
         own = [runs[s]["solved"][score] for s in seeds]
         found[score] = asdict(two_way_bootstrap(own))
-        paired = [s for s in seeds if s in base]
         gain = [np.subtract(runs[s]["solved"][score], base[s]["solved"][score]) for s in paired]
-        found[f"{score}_vs_{next(iter(base.values()))['arm']}"] = asdict(two_way_bootstrap(gain))
-        found[f"{score} at equal time"] = float(
-            np.mean([_at(runs[s]["curve"], score, time) for s in seeds])
-        )
+        found[f"{score}_vs_{name}"] = asdict(two_way_bootstrap(gain))
+        early = [_at(runs[s]["curve"], score, time, base[s][time]) for s in paired]
+        found[f"{score} at equal time"] = float(np.mean(early))
+        behind = [at - base[s][score] for at, s in zip(early, paired, strict=True)]
+        found[f"{score}_vs_{name} at equal time"] = _over_seeds(behind)
     return found
 
 
-def _at(curve: Sequence[Mapping[str, float]], score: str, seconds: float) -> float:
+def _at(curve: Sequence[Mapping[str, float]], score: str, time: str, seconds: float) -> float:
     """A curve's value at a time, linear between evaluations; its last value behind its end."""
-    return float(np.interp(seconds, [p["seconds"] for p in curve], [p[score] for p in curve]))
+    return float(np.interp(seconds, [p[time] for p in curve], [p[score] for p in curve]))
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and its 95 % t-interval, which one seed alone does not have."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    reach = float(student_t.ppf(0.975, len(values) - 1)) * error
+    return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
 
 def run_arm(task: Task) -> Result:
@@ -142,7 +159,7 @@ def run_arm(task: Task) -> Result:
     logs = trainer.state.log_history
     return {
         **_figures(evaluation.latest),
-        "seconds": _curve(logs)[-1]["seconds"],
+        **{time: _curve(logs)[-1][time] for time in SECONDS.values()},
         "teacher_tokens": trainer.state.global_step
         * float(np.mean([log["topd/teacher_tokens"] for log in logs if "loss" in log])),
         "curve": _curve(logs),
@@ -164,6 +181,7 @@ def _curve(logs: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
         {
             "step": log["step"],
             "seconds": log["eval/training_seconds"],
+            "cpu_seconds": log["eval/training_cpu_seconds"],
             **{score: log[f"eval/{score}"] for score in SCORES},
         }
         for log in logs
@@ -211,7 +229,8 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
     content = json.loads(json.dumps({**settings, "compare": spec.model_dump()}, default=str))
     for changing in ("output_dir", "logging_dir"):
         content["config"].pop(changing, None)
-    content["compare"].pop("jobs")
+    for changing in ("jobs", "clock"):
+        content["compare"].pop(changing)
     stored = folder / "run.json"
     if stored.exists() and json.loads(stored.read_text(encoding="utf-8")) != content:
         raise TOPDError(f"output_dir: {folder} holds another comparison. Choose another folder.")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
 
 import yaml
 from peft import LoraConfig
@@ -54,6 +54,9 @@ class Recipe:
         }
 
 
+Clock: TypeAlias = Literal["wall", "cpu"]
+
+
 class Sweep(BaseModel):
     """Further arms: ``arm`` with ``key`` set to each of ``values``."""
 
@@ -69,7 +72,8 @@ class CompareSpec(BaseModel):
 
     Every arm is run with every seed; ``baseline`` is the arm that the others are compared with;
     ``jobs`` runs go side by side. With ``warmstart`` stage 1 of the recipe is run first, once, and
-    every arm starts from its student.
+    every arm starts from its student. ``clock`` says which time is compared: the wall-clock, or the
+    CPU seconds of a run's process, which other work on the same cores leaves alone.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -80,6 +84,7 @@ class CompareSpec(BaseModel):
     baseline: str = "opd"
     jobs: int = Field(default=1, ge=1)
     warmstart: bool = False
+    clock: Clock = "wall"
 
     def all_arms(self) -> dict[str, dict[str, Any]]:
         """The arms and those of the sweeps. Raises TOPDError if one names an arm there is not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from topd.engines.hf import HFEngine
@@ -18,8 +19,9 @@ class EvaluationCallback(TrainerCallback):
 
     The figures go through ``trainer.log`` under ``eval/``: to metrics.jsonl of the run folder and
     to every logger. Training is the same with it and without: engines draw from seeds of their own.
-    Every rank evaluates all problems, the first one logs. ``eval/training_seconds`` is the
-    wall-clock since the beginning without the evaluations; ``latest`` is the latest evaluation.
+    Every rank evaluates all problems, the first one logs. ``eval/training_seconds`` and
+    ``eval/training_cpu_seconds`` are the wall-clock and this process's CPU time since the beginning
+    without the evaluations; ``latest`` is the latest evaluation.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
 
@@ -38,13 +40,13 @@ class EvaluationCallback(TrainerCallback):
         self.trainer, self.evaluator, self.every = trainer, evaluator, every
         self.latest: Evaluation | None = None
         self._latest_step = -1
-        self._began = self._spent = 0.0
+        self._began = self._spent = np.zeros(2)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Evaluate the student as it comes, unless the run goes on from a checkpoint."""
-        self._began = time.perf_counter()
+        self._began = _clocks()
         if state.global_step == 0:
             self._evaluate(state.global_step, control)
 
@@ -63,7 +65,7 @@ class EvaluationCallback(TrainerCallback):
             self._evaluate(state.global_step, control)
 
     def _evaluate(self, step: int, control: TrainerControl) -> None:
-        log_wanted, began = control.should_log, time.perf_counter()
+        log_wanted, began = control.should_log, _clocks()
         accelerator = self.trainer.accelerator
         model = accelerator.unwrap_model(self.trainer.model)
         engine = HFEngine(
@@ -73,11 +75,17 @@ class EvaluationCallback(TrainerCallback):
             autocast=accelerator.autocast,
         )
         self.latest = self.evaluator(engine)
-        seconds = began - self._began - self._spent
-        self.trainer.log({**logged(self.latest), "eval/training_seconds": seconds})
+        wall, cpu = (began - self._began - self._spent).tolist()
+        times = {"eval/training_seconds": wall, "eval/training_cpu_seconds": cpu}
+        self.trainer.log({**logged(self.latest), **times})
         control.should_log = log_wanted  # a log of ours must not stand for that of the update
         self._latest_step = step
-        self._spent += time.perf_counter() - began
+        self._spent = self._spent + _clocks() - began
+
+
+def _clocks() -> np.ndarray:
+    """Wall-clock and CPU time of this process, seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 def logged(evaluation: Evaluation) -> dict[str, float]:

@@ -29,7 +29,8 @@ class EvaluationSpec(BaseModel):
     """Problems and sampling.
 
     ``path`` is a JSONL or Parquet file whose columns are recognised, or named in ``columns``; or
-    ``testbed://FAMILY``, whose test split is checked by the family.
+    ``testbed://FAMILY``, checked by the family. ``split`` is ``test`` there unless given; choose
+    settings on ``validation``.
     ``chat`` None uses the chat template if the tokenizer has one. ``max_tokens`` is the longest
     response; ``temperature`` and ``top_p`` are those of the samples, beside which every problem is
     answered greedily.
@@ -38,6 +39,7 @@ class EvaluationSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
+    split: str | None = None
     columns: dict[Literal["prompt", "answer"], str] = {}
     limit: int | None = Field(default=None, ge=1)
     chat: bool | None = None
@@ -55,10 +57,10 @@ class EvaluationSpec(BaseModel):
             TOPDError: no such data, unknown columns, or a row without a reference answer.
         """
         if self.path.startswith(SCHEME):
-            return DataSpec(path=self.path, split="test", limit=self.limit).load()
-        names = list(DataSpec(path=self.path, limit=1, chat=False).load()[0])
-        chosen = cast(dict[Any, str], self._chosen(names))
-        rows = DataSpec(path=self.path, limit=self.limit, chat=False, columns=chosen).load()
+            return DataSpec(path=self.path, split=self.split or "test", limit=self.limit).load()
+        data = DataSpec(path=self.path, split=self.split or "train", limit=1, chat=False)
+        chosen = cast(dict[Any, str], self._chosen(list(data.load()[0])))
+        rows = data.model_copy(update={"limit": self.limit, "columns": chosen}).load()
         AnswerVerifier().check(rows)
         return rows
 

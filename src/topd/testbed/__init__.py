@@ -1,6 +1,7 @@
 """A world whose forks are known: three families of problems, tiny models, a label a token.
 
-Recipes name its parts as ``testbed://FAMILY`` (data, with the splits ``train`` and ``test``) and
+Recipes name its parts as ``testbed://FAMILY`` (data, with the splits ``train``,
+``validation`` and ``test``) and
 ``testbed://FAMILY/teacher`` or ``/student`` (models).
 """
 
@@ -14,14 +15,14 @@ from typing import Any
 from topd.testbed.arithmetic import Arithmetic
 from topd.testbed.logic import Logic
 from topd.testbed.programs import Programs
-from topd.testbed.world import END, TEACHER, Family, labels, write
+from topd.testbed.world import END, REFERENCE, Family, labels, write
 from topd.types import TOPDError
 
 __all__ = ["END", "FAMILIES", "SCHEME", "Family", "family_of", "labels", "problems", "write"]
 
 SCHEME = "testbed://"
 FAMILIES: dict[str, Family] = {f.name: f for f in (Arithmetic(), Programs(), Logic())}
-SPLITS = {"test": 1000, "train": 6000}
+SPLITS = {"test": 1000, "validation": 500, "train": 6000}
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -43,22 +44,21 @@ def weights_of(place: str) -> Path:
 
 @lru_cache(maxsize=16)
 def problems(name: str, split: str, limit: int | None = None) -> tuple[str, ...]:
-    """The prompts of a family's split: always the same ones, and none of ``test`` in ``train``."""
+    """The prompts of a family's split: always the same ones, none in two splits."""
     if split not in SPLITS:
         raise TOPDError(f"{SCHEME}{name}: has no split {split!r}, but {', '.join(SPLITS)}.")
     family, count = FAMILIES[name], min(limit or SPLITS[split], SPLITS[split])
-    if split == "test":
-        return tuple(family.prompts(random.Random("test"), count))
-    held_out = set(problems(name, "test"))
-    drawn = family.prompts(random.Random("train"), count + len(held_out))
+    before = [*SPLITS][: [*SPLITS].index(split)]
+    held_out = {prompt for other in before for prompt in problems(name, other)}
+    drawn = family.prompts(random.Random(split), count + len(held_out))
     return tuple(prompt for prompt in drawn if prompt not in held_out)[:count]
 
 
 def rows_of(place: str, split: str, limit: int | None) -> list[dict[str, Any]]:
-    """Rows of a split: ``prompt``, and ``solution`` as the teacher would write it."""
+    """Rows of a split: ``prompt``, and a right ``solution`` with the student's surface habits."""
     family = family_of(place)
     return [
-        {"prompt": prompt, "solution": write(family, prompt, TEACHER, random.Random(prompt))}
+        {"prompt": prompt, "solution": write(family, prompt, REFERENCE, random.Random(prompt))}
         for prompt in problems(family.name, split, limit)
     ]
 

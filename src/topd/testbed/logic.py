@@ -24,6 +24,7 @@ from topd.types import TOPDError
 
 TRY, SAYS, SO = ("try", "suppose", "let"), ("says", "claims", "states"), ("so", "thus", "hence")
 LONGEST = 90
+OUT_OF_TURN = 0.005  # against 1 for the case that is next
 PEOPLE, KNIGHT, KNAVE = "ABC", "K", "N"
 CONNECTIVES = {"and": "and", "or": "or", "->": "->", "<=>": "<->"}
 
@@ -181,7 +182,8 @@ def _trials(state: Reasoning) -> tuple[Step, ...]:
         Step(
             (word, *case, ":"),
             Reasoning(state.statements, state.refuted, case),
-            (i, min(rank, 2)),
+            (i,),
+            weight=OUT_OF_TURN if rank else 1.0,
         )
         for (i, word), (rank, case) in itertools.product(enumerate(TRY), enumerate(open_cases))
     )

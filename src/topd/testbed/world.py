@@ -31,11 +31,13 @@ class Step:
     """A few words of reasoning and the state that their author then believes in (None: the end).
 
     ``form`` numbers the synonym taken at each free choice; habits are weights of those numbers.
+    ``weight`` is what every author thinks of the step beside that.
     """
 
     words: tuple[str, ...]
     after: State | None
     form: tuple[int, ...] = ()
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Author:
     mistakes: float = 0.0
 
 
-TEACHER = Author(habit=(0.85, 0.1, 0.05))
+TEACHER = Author(habit=(0.94, 0.04, 0.02), mistakes=0.03)
 STUDENT = Author(habit=(0.1, 0.2, 0.7), mistakes=0.8)
+REFERENCE = Author(habit=STUDENT.habit)  # writes solutions: no mistakes, the student's habits
 
 
 class Family(Protocol):
@@ -96,7 +99,9 @@ def write(family: Family, prompt: str, author: Author, rng: random.Random) -> st
     while state is not None:
         misled = family.mistakes(state) if rng.random() < author.mistakes else ()
         options = misled or family.steps(state)
-        weights = [math.prod(author.habit[i] for i in step.form) for step in options]
+        weights = [
+            step.weight * math.prod(author.habit[i] for i in step.form) for step in options
+        ]
         step = rng.choices(options, weights)[0]
         words += step.words
         state = step.after
