@@ -29,7 +29,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from conftest import EOS, VOCAB, tiny_model
-from topd.engines import Engine, hf
+from topd.engines import Engine, decoding, hf
 from topd.engines.hf import HFEngine, head_of
 from topd.types import Generation, Ids, Sampling, TOPDError
 
@@ -468,7 +468,7 @@ def test_a_uniform_number_of_one_takes_no_impossible_token():
     """The numbers lie in (0, 1]; at both ends the token drawn has probability above 0."""
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, 4)
     uniform = torch.tensor([1e-300, 0.5, 1.0], dtype=torch.float64)
-    token, logprob = hf._draw(logits, uniform, Sampling())
+    token, logprob = decoding.draw(logits, uniform, Sampling())
     assert token.tolist() == [1, 1, 2]
     assert logprob.tolist() == pytest.approx([np.log(0.5)] * 3)
 

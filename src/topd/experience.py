@@ -361,7 +361,7 @@ def pair_windows(
 
 def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     forks: list[list[Fork]] = [[] for _ in range(count)]
-    windows = evidence.windows
+    windows, plans = evidence.windows, transport.sparse_plans(evidence.transport.plan)
     for k, (row, start) in enumerate(
         zip(windows.row.tolist(), windows.start.tolist(), strict=True)
     ):
@@ -373,7 +373,7 @@ def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
                 real=bool(evidence.real[k]),
                 teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
                 student_length=int(windows.student_mask[k].sum()),
-                plan=transport.sparse_plan(evidence.transport.plan[k]),
+                plan=plans[k],
             )
         )
     return tuple(tuple(row) for row in forks)
