@@ -93,13 +93,19 @@ def test_the_two_way_interval_covers_the_truth():
 def one(arm: str, seed: int, right: list[float], seconds: float) -> dict:
     middle, end = sum(right) / len(right) / 2, sum(right) / len(right)
     curve = [
-        {"step": step, "seconds": seconds * share, "cpu_seconds": 2 * seconds * share,
-         "greedy": score, "pass@1": score}
+        {
+            "step": step,
+            "seconds": seconds * share,
+            "cpu_seconds": 2 * seconds * share,
+            "greedy": score,
+            "pass@1": score,
+        }
         for step, share, score in ((0, 0.0, 0.0), (1, 0.5, middle), (2, 1.0, end))
     ]
     solved = {"greedy": right, "pass@1": right}
     return {"arm": arm, "seed": seed, "greedy": end, "pass@1": end, "seconds": seconds,
-            "cpu_seconds": 2 * seconds, "teacher_tokens": 7.0, "curve": curve, "solved": solved}  # fmt: skip
+            "cpu_seconds": 2 * seconds, "teacher_tokens": 7.0, "curve": curve,
+            "solved": solved}  # fmt: skip
 
 
 def test_differences_are_paired_by_seed_and_problem():

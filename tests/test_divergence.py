@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topd.divergence import real_divergent_points, select_candidates, thin_candidates
+from topd.divergence import (
+    real_divergent_points,
+    select_candidates,
+    surprise,
+    thin_candidates,
+)
 from topd.types import TOPDError
 
 INF = math.inf
@@ -154,6 +159,31 @@ def test_thinning_changes_no_input():
 def test_gap_out_of_range_is_an_error(gap):
     with pytest.raises(TOPDError, match="gap"):
         thin_candidates(torch.ones(1, 2).bool(), gap=gap)
+
+
+# ---- surprise ---------------------------------------------------------------------------------
+
+pairs = st.lists(
+    st.tuples(st.floats(0, 20), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30
+)
+
+
+@given(pairs)
+def test_a_surprise_is_the_teachers_nll_less_its_frequency(tokens):
+    nll, likeliest, written = (torch.tensor(column) for column in zip(*tokens, strict=True))
+    found = surprise(-nll, likeliest, written)
+    for i, (loss, a, y) in enumerate(tokens):
+        others = sum((b, z) == (a, y) for _, b, z in tokens) - 1
+        rarity = math.log((len(tokens) + 1) / (others + 1)) / math.log(len(tokens) + 1)
+        assert found[i].item() == pytest.approx(loss * rarity, abs=1e-4)
+        assert 0 <= found[i] <= loss + 1e-5
+
+
+def test_what_the_student_writes_once_is_as_surprising_as_it_is_unlikely():
+    once = surprise(torch.tensor([-3.0, -4.0]), torch.tensor([0, 0]), torch.tensor([1, 2]))
+    assert once.tolist() == [3.0, 4.0]
+    assert surprise(torch.tensor([-3.0]), torch.tensor([0]), torch.tensor([1])).tolist() == [3.0]
+    assert surprise(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0).long()).shape == (0,)
 
 
 # ---- real_divergent_points --------------------------------------------------------------------

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from conftest import EOS, VOCAB, tiny_model
 from topd import TOPDConfig, transport
+from topd.divergence import surprise
 from topd.engines.hf import HFEngine
 from topd.experience import Experience, Observer
 from topd.losses import token_divergence
@@ -87,6 +88,19 @@ def token_loss(rollout: Rollout, kind: str, temperature: float = 1.0) -> Tensor:
     return own - theirs if kind == "sampled" else -theirs
 
 
+def token_losses(rollouts: Sequence[Rollout], kind: str, temperature: float) -> list[Tensor]:
+    """One [T] a rollout; a surprise depends on the other rollouts."""
+    if kind != "surprise":
+        return [token_loss(rollout, kind, temperature) for rollout in rollouts]
+    best = [logprobs(TEACHER, r.prompt.teacher, r.response).argmax(-1) for r in rollouts]
+    found = surprise(
+        -torch.cat([token_loss(r, "teacher_nll", temperature) for r in rollouts]),
+        torch.cat(best),
+        torch.cat([torch.tensor(r.response) for r in rollouts]),
+    )
+    return list(found.split([len(r.response) for r in rollouts]))
+
+
 def evidence(observer: Observer, rollouts: Sequence[Rollout]) -> Evidence:
     """What a method is shown."""
     seen = []
@@ -153,25 +167,30 @@ def test_answers_written_beforehand_are_taken_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", ["sampled", "reverse_kl", "teacher_nll"])
+@pytest.mark.parametrize("kind", ["sampled", "reverse_kl", "teacher_nll", "surprise"])
 def test_candidates_are_the_loudest_tokens_by_the_chosen_loss(tmp_path, kind, temperature):
     experience = observed(
-        tmp_path, candidate_loss=kind, temperature=temperature, window_gap=1, chunk_tokens=7
+        tmp_path,
+        candidate_loss=kind,
+        temperature=temperature,
+        window_gap=1,
+        chunk_tokens=7,
+        score_batch_size=len(PROMPTS),
     )
-    for rollout, found in zip(experience.rollouts, experience.forks, strict=True):
-        loss = token_loss(rollout, kind, temperature)
+    losses = token_losses(experience.rollouts, kind, temperature)
+    for rollout, found, loss in zip(experience.rollouts, experience.forks, losses, strict=True):
         count = max(1, round(0.3 * len(rollout.response)))
         assert [f.position for f in found] == sorted(loss.topk(count).indices.tolist())
         for fork in found:
             assert fork.token_loss == pytest.approx(loss[fork.position].item(), abs=1e-4)
 
 
-def test_the_three_losses_choose_differently(tmp_path):
+def test_the_losses_choose_differently(tmp_path):
     chosen = {
         tuple(f.position for _, f in forks(observed(tmp_path, candidate_loss=kind, window_gap=1)))
-        for kind in ("sampled", "reverse_kl", "teacher_nll")
+        for kind in ("sampled", "reverse_kl", "teacher_nll", "surprise")
     }
-    assert len(chosen) == 3
+    assert len(chosen) == 4
 
 
 def test_candidates_below_the_threshold_are_left_out(tmp_path):

@@ -569,15 +569,16 @@ def test_linear_logprobs_equal_the_full_log_softmax(chunk_tokens):
     hidden, head, _, _ = linear_case()
     head = Head(head.weight, head.bias, scale=0.5, softcap=3.0)
     tokens = torch.arange(P) % V
-    found = linear_logprobs(hidden, head, tokens, temperature=0.7, chunk_tokens=chunk_tokens)
+    found, best = linear_logprobs(hidden, head, tokens, temperature=0.7, chunk_tokens=chunk_tokens)
     full = (naive_logits(hidden, head) / 0.7).log_softmax(-1)
     torch.testing.assert_close(found, full[torch.arange(P), tokens])
+    assert (best == full.argmax(-1)).all()
 
 
 def test_logprobs_of_a_bfloat16_head_are_float32():
     hidden, head, _, _ = linear_case()
     narrow = Head(head.weight.bfloat16(), head.bias.bfloat16())
-    found = linear_logprobs(hidden.bfloat16(), narrow, torch.zeros(P, dtype=torch.long))
+    found, _ = linear_logprobs(hidden.bfloat16(), narrow, torch.zeros(P, dtype=torch.long))
     assert found.dtype == torch.float32
 
 

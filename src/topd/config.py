@@ -60,15 +60,18 @@ class TOPDConfig(TrainingArguments):
 
     # Where to look: candidates and windows
     candidate_fraction: float = _field(0.0225, "Share of a rollout's tokens taken as candidates.")
-    candidate_loss: Literal["sampled", "reverse_kl", "teacher_nll"] = _field(
+    candidate_loss: Literal["sampled", "reverse_kl", "teacher_nll", "surprise"] = _field(
         "sampled",
         "Loss that ranks tokens: log p_S(y) - log p_T(y); full reverse KL (one student forward "
-        "more); -log p_T(y).",
+        "more); -log p_T(y); the same, less for habits of the student.",
     )
     candidate_threshold: float | None = _field(None, "Candidates need this token loss, in nats.")
     window_length: int = _field(50, "K, tokens a window.")
     window_gap: int | None = _field(
         None, "Fewest tokens between two windows' starts; none: K, so that windows are disjoint."
+    )
+    look_ahead_every: int = _field(
+        1, "Updates from one that looks ahead to the next; those between are plain OPD."
     )
     window_temperature: float = _field(0.0, "Of the teacher's windows; 0 is greedy.")
 
@@ -163,6 +166,10 @@ class TOPDConfig(TrainingArguments):
         method = METHODS[self.method]
         return method._replace(guide=partial(method.guide, **self._method_options()))
 
+    def looks_ahead(self, step: int) -> bool:
+        """Whether update ``step`` is guided by the method; else it is plain OPD."""
+        return not METHODS[self.method].looks_ahead or step % self.look_ahead_every == 0
+
     @property
     def divergence(self) -> Kind:
         """The kind of token divergence that ``beta`` stands for, as in TRL."""
@@ -206,12 +213,17 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
     ),
     (
         "max_prompt_length max_completion_length num_generations window_length window_gap "
+        "look_ahead_every "
         "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
         "gradient_accumulation_steps",
         lambda x: x >= 1,
         "must be at least 1",
     ),
-    ("candidate_loss", lambda x: x in ("sampled", "reverse_kl", "teacher_nll"), "is unknown"),
+    (
+        "candidate_loss",
+        lambda x: x in ("sampled", "reverse_kl", "teacher_nll", "surprise"),
+        "is unknown",
+    ),
     ("embedding", lambda x: x in ("teacher", "student"), "is not one of teacher, student"),
     ("solver", lambda x: x in ("exact", "sinkhorn"), "is not one of exact, sinkhorn"),
     ("trajectory_reduction", lambda x: x in ("mean", "sum"), "is not one of mean, sum"),

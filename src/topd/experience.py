@@ -12,7 +12,12 @@ from torch import Tensor
 
 from topd import transport
 from topd.config import TOPDConfig
-from topd.divergence import real_divergent_points, select_candidates, thin_candidates
+from topd.divergence import (
+    real_divergent_points,
+    select_candidates,
+    surprise,
+    thin_candidates,
+)
 from topd.engines import Engine, Scores
 from topd.losses import linear_token_statistics
 from topd.methods import Method
@@ -205,13 +210,18 @@ class Observer:
         scores: Scores,
         statistics: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """The loss that ranks candidates, [T] nats a rollout, on the CPU."""
+        """The loss that ranks candidates, [T] nats a rollout, on the CPU.
+
+        ``surprise`` counts habits over these rollouts. ``statistics`` begin with the reverse KL.
+        """
         kind = self.args.candidate_loss
         if kind == "reverse_kl":
             return [rows[0] for rows in statistics or self.statistics(rollouts, scores)]
         teacher = scores.logprobs.cpu()
         if kind == "teacher_nll":
             loss = -teacher
+        elif kind == "surprise":
+            loss = surprises(rollouts, scores)
         else:
             sampled = [torch.tensor(_logprobs(r)) for r in rollouts]
             loss = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher
@@ -336,6 +346,14 @@ class Observer:
                 method=self.args.solver,
                 epsilon=self.args.epsilon,
             ).cpu()
+
+
+def surprises(rollouts: Sequence[Rollout], scores: Scores) -> Tensor:
+    """:func:`~topd.divergence.surprise` over a batch's tokens, [B T] nats, 0 on padding."""
+    tokens, mask = _padded([torch.tensor(r.response) for r in rollouts])
+    loss = torch.zeros(mask.shape)
+    loss[mask] = surprise(scores.logprobs.cpu()[mask], scores.likeliest.cpu()[mask], tokens[mask])
+    return loss
 
 
 def pair_windows(

@@ -314,19 +314,20 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
-) -> Float[Tensor, " P"]:
-    """log softmax(logits / temperature) of the given tokens, [P] nats, a chunk at a time.
+) -> tuple[Float[Tensor, " P"], Int[Tensor, " P"]]:
+    """log softmax(logits / temperature) of the given tokens, nats, and the likeliest tokens.
 
-    Meant for scoring without gradients. Raises TOPDError if the temperature is not above 0 or
-    chunk_tokens is below 1.
+    Both [P], a chunk at a time, meant for scoring without gradients. Raises TOPDError if the
+    temperature is not above 0 or chunk_tokens is below 1.
     """
     _check_chunk(chunk_tokens)
     _check_temperature(temperature)
-    parts = [
-        _log_softmax(head.logits(h), temperature).gather(-1, t[:, None])[:, 0]
-        for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True)
-    ]
-    return torch.cat(parts)
+    logprobs, likeliest = [], []
+    for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True):
+        known = _log_softmax(head.logits(h), temperature)
+        logprobs.append(known.gather(-1, t[:, None])[:, 0])
+        likeliest.append(known.argmax(-1))
+    return torch.cat(logprobs), torch.cat(likeliest)
 
 
 def soft_target_kl(

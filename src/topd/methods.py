@@ -78,14 +78,15 @@ def window_kd(evidence: Evidence, *, reverse: bool = False) -> tuple[Guidance, .
 
 
 def first_fork(
-    evidence: Evidence, *, after: float = 0.3, reverse: bool = True
+    evidence: Evidence, *, after: float = 0.3, reverse: bool = False
 ) -> tuple[Guidance, ...]:
     """Back to the first real divergent point: the teacher's window there, less of what followed.
 
     At the first real point t of a rollout the student learns the teacher's window in the teacher's
-    own context, by KL(p_S || p_T) (``reverse``) or KL(p_T || p_S). The token losses behind t count
+    own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses behind t count
     ``after`` times: there the rollout is off the teacher's path, and so is the teacher's advice.
-    Meant with candidates chosen by ``candidate_threshold``. Source: this project.
+    Meant with candidates by ``candidate_loss: surprise`` above a ``candidate_threshold``, and
+    ``false_alarm_share: 0``. Source: this project.
     """
     real = evidence.real & _first(evidence.windows.row, evidence.real)
     guidance = _branched(replace(evidence, real=real), "reverse_kl" if reverse else "forward_kl")

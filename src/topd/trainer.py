@@ -171,7 +171,10 @@ class TOPDTrainer(Trainer):
             return [], None
         flat = [prompt for batch in prompts for prompt in batch]
         first = self.accelerator.process_index * len(flat)
-        experience = self.observer.observe(flat, step=self.state.global_step, first=first)
+        step = self.state.global_step
+        experience = self.observer.observe(
+            flat, step=step, first=first, look_ahead=self.args.looks_ahead(step)
+        )
         self._record(experience)
         totals = self._totals(experience)
         rows = iter(range(len(flat)))

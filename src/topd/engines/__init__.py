@@ -23,12 +23,14 @@ class Scores:
     """What one scoring forward yields for B responses, padded on the right to T.
 
     ``hidden`` [B T D] are the last hidden states that predict each response token, ``logprobs``
-    [B T] the log-probs of those tokens in nats (0 on padding). ``prefix`` belongs to the engine:
-    from it ``continue_from`` goes on without reading the prompt again.
+    [B T] the log-probs of those tokens in nats (0 on padding), ``likeliest`` [B T] the tokens that
+    the model itself likes best there. ``prefix`` belongs to the engine: from it ``continue_from``
+    goes on without reading the prompt again.
     """
 
     hidden: Float[Tensor, "B T D"]
     logprobs: Float[Tensor, "B T"]
+    likeliest: Int[Tensor, "B T"]
     prefix: object
 
 

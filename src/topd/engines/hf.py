@@ -161,13 +161,14 @@ class HFEngine:
         )
         place = place.clamp(max=states.shape[1] - 1)
         hidden = states.gather(1, place[:, :, None].expand(-1, -1, states.shape[-1]))
-        logprobs = linear_logprobs(
+        found = linear_logprobs(
             hidden.flatten(0, 1), self.head, tokens.flatten(), temperature=temperature
-        ).reshape(tokens.shape)
+        )
+        logprobs, likeliest = (values.reshape(tokens.shape) for values in found)
         length = self._tensor([len(response) for response in responses])
         outside = torch.arange(tokens.shape[1], device=tokens.device) >= length[:, None]
         prefix = _Prefix(tuple(prompts), tuple(responses), cache)
-        return Scores(hidden, logprobs.masked_fill(outside, 0.0), prefix)
+        return Scores(hidden, logprobs.masked_fill(outside, 0.0), likeliest, prefix)
 
     @torch.no_grad()
     def continue_from(

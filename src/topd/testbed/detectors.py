@@ -19,7 +19,7 @@ from topd.config import TOPDConfig
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
 from topd.evaluate import Interval
-from topd.experience import Observer, pair_windows
+from topd.experience import Observer, pair_windows, surprises
 from topd.methods import teachability_of
 from topd.rollouts import sampling_seeds
 from topd.testbed.world import Family, labels
@@ -165,6 +165,8 @@ def _token_scores(
     )  # fmt: skip
     return {
         "token loss": loss.numpy(),
+        "teacher NLL": -scores.logprobs.numpy(),
+        "surprise": surprises(rollouts, scores).numpy(),
         "entropy": entropy.numpy(),
         "full KL": kl.numpy(),
         "teachability": teachability_of(evidence).numpy(),

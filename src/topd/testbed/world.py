@@ -99,9 +99,7 @@ def write(family: Family, prompt: str, author: Author, rng: random.Random) -> st
     while state is not None:
         misled = family.mistakes(state) if rng.random() < author.mistakes else ()
         options = misled or family.steps(state)
-        weights = [
-            step.weight * math.prod(author.habit[i] for i in step.form) for step in options
-        ]
+        weights = [step.weight * math.prod(author.habit[i] for i in step.form) for step in options]
         step = rng.choices(options, weights)[0]
         words += step.words
         state = step.after
