@@ -17,9 +17,11 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from topd.engines import Scores
 from topd.types import Ids, Sampling, wide_dtype
 
+SMALL_VOCABULARY = 4096
 BLOCK = 256  # tokens whose probabilities are summed before the draw looks at single ones
 MOST_AHEAD = 8  # draft tokens of a window in one forward
-FORWARD_COST = 64  # a forward costs as much as so many of its tokens
+FREE = {"cpu": 16}  # tokens that a forward reads for little more than the price of one
+FREE_ELSEWHERE = 256
 
 
 class GrowingLayer(DynamicLayer):
@@ -101,6 +103,10 @@ def draw(
 
 def _inverse(mass: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
     """The first token whose cumulative mass reaches ``uniform`` times the whole."""
+    if mass.shape[-1] <= SMALL_VOCABULARY:
+        reached = mass.to(uniform.dtype).cumsum(-1)
+        token = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:])[:, 0]
+        return token.clamp(max=mass.shape[-1] - 1)  # NaN only
     behind = -mass.shape[-1] % BLOCK
     blocks = torch.nn.functional.pad(mass, (0, behind)).unflatten(-1, (-1, BLOCK))
     reached = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
@@ -294,6 +300,7 @@ class WindowBatch:
 
     def rows(self) -> list[int]:
         """The rows of the cache that are still needed; from now on they are numbered anew."""
+        self._going.sort(key=lambda k: self.windows[k].row)
         rows = sorted({self.windows[k].row for k in self._going})
         number = {row: i for i, row in enumerate(rows)}
         for k in self._going:
@@ -303,32 +310,45 @@ class WindowBatch:
     def lay_out(self) -> Layout:
         """What is read next."""
         going = [self.windows[k] for k in self._going]
-        self._read = blocks(going)
+        self._read = blocks(going, FREE.get(self._device.type, FREE_ELSEWHERE))
+        for window, block in zip(going, self._read, strict=True):
+            window.read, window.forwards = window.read + len(block), window.forwards + 1
+        single = len({window.row for window in going}) == sum(map(len, self._read))
+        self._layout = self._one_each(going) if single else self._packed(going)
+        self._place = self._places()
+        return self._layout
+
+    def _one_each(self, going: Sequence[Window]) -> Layout:
+        """The same as ``_packed``, sooner, for one token in every row."""
+        cells = [[w.tokens[-1], w.known + len(w.tokens) - 1, w.row] for w in going]
+        ids, positions, row = torch.tensor(cells, device=self._device).unbind(-1)
+        owner = torch.tensor(self._going, device=self._device)
+        mask = torch.nn.functional.pad(self._seen[owner], (0, 1), value=True)[:, None, None]
+        return Layout(ids[:, None], positions[:, None], row, torch.zeros_like(row), mask)
+
+    def _packed(self, going: Sequence[Window]) -> Layout:
         cells: list[list[tuple[int, int, int, bool]]] = [[] for _ in {w.row for w in going}]
         place: list[tuple[int, int]] = []
         for k, window, block in zip(self._going, going, self._read, strict=True):
             first, row = window.known + len(window.tokens) - 1, cells[window.row]
             place += [(window.row, len(row) + j) for j in range(len(block))]
             row += [(token, first + j, k, True) for j, token in enumerate(block)]
-            window.read, window.forwards = window.read + len(block), window.forwards + 1
         width = max(map(len, cells))
         filled = [row + [(0, 0, row[0][2], False)] * (width - len(row)) for row in cells]
         ids, positions, owner, real = torch.tensor(filled, device=self._device).unbind(-1)
         beside = (owner[:, :, None] == owner[:, None, :]).tril() & (real[:, None, :] > 0)
         mask = torch.cat([self._seen[owner], beside], dim=-1)[:, None]
         row_of, column = torch.tensor(place, device=self._device).unbind(-1)
-        self._layout, self._place = Layout(ids, positions, row_of, column, mask), self._places()
-        return self._layout
+        return Layout(ids, positions, row_of, column, mask)
 
 
-def blocks(windows: Sequence[Window]) -> list[list[int]]:
-    """What each window reads next: as much of the drafts as pays for the filling of short rows."""
-
-    def gain(ahead: int) -> float:
+def blocks(windows: Sequence[Window], budget: int) -> list[list[int]]:
+    """What each window reads next: as much of the drafts as keeps the filled rows in budget."""
+    most = budget // len({window.row for window in windows}) - 1
+    for ahead in range(min(MOST_AHEAD, most), 0, -1):
         held = Counter[int]()
         for window in windows:
             held[window.row] += len(window.to_read(ahead))
-        return held.total() / (FORWARD_COST + len(held) * max(held.values()))
-
-    ahead = max(range(MOST_AHEAD + 1), key=gain)
-    return [window.to_read(ahead) for window in windows]
+        if len(held) * max(held.values()) <= budget:
+            return [window.to_read(ahead) for window in windows]
+    return [window.to_read(0) for window in windows]

@@ -100,6 +100,7 @@ class HFEngine:
         self.name = name
         self._autocast = autocast
         self.vocab_size = vocab_size or head_of(model).vocab_size
+        self._kernel = model.config.get_text_config()._attn_implementation
         self._ends = frozenset(eos_ids)
         self._eos = torch.tensor(sorted(self._ends), device=model.device)
 
@@ -201,8 +202,7 @@ class HFEngine:
 
     def _takes_masks(self, cache: DynamicCache) -> bool:
         """Whether a mask of our own fits: full attention throughout, by a kernel that takes any."""
-        kernel = self.model.config.get_text_config()._attn_implementation
-        return kernel in ("sdpa", "eager") and all(
+        return self._kernel in ("sdpa", "eager") and all(
             type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers
         )
 
@@ -216,7 +216,7 @@ class HFEngine:
         tick: Tick,
     ) -> list[Generation]:
         """Write windows: read some tokens of each, draw behind each, keep what agrees."""
-        prefix, steps = scores.prefix, sampling.max_new_tokens
+        prefix, steps, head = scores.prefix, sampling.max_new_tokens, self.head
         assert isinstance(prefix, _Prefix)
         width, device = scores.hidden.shape[-1], scores.hidden.device
         windows, rows = open_windows(
@@ -228,9 +228,7 @@ class HFEngine:
         cache = self._copied(prefix.cache, rows, longest, room=steps)
         while True:
             tick()
-            token, logprob = draw(self.head.logits(hidden), batch.uniform, sampling)
-            self._check_written(logprob)
-            batch.take(hidden, token, logprob)
+            batch.take(hidden, *draw(head.logits(hidden), batch.uniform, sampling))
             if rejoin:
                 batch.rejoin(rejoin, scores, starts)
             needed = batch.rows()
@@ -242,6 +240,7 @@ class HFEngine:
             layout = batch.lay_out()
             hidden = self._forward(layout.ids, layout.mask, layout.positions, cache)
             hidden = hidden[layout.row, layout.column]
+        self._check_written(self._tensor([sum(window.logprobs) for window in windows]))
         return [
             Generation(
                 tuple(window.tokens),
@@ -294,6 +293,7 @@ class HFEngine:
         position of its next token. A row leaves the batch when it has ended.
         """
         steps, head = sampling.max_new_tokens, self.head
+        own_masks = self._takes_masks(cache)
         uniform = uniforms(seeds, steps, hidden.device)
         alive = torch.arange(len(hidden), device=hidden.device)
         tokens = torch.full((len(hidden), steps), -1, device=hidden.device)
@@ -309,7 +309,7 @@ class HFEngine:
                 cache.batch_select_indices(going)
                 alive, token, mask, position = (x[going] for x in (alive, token, mask, position))
             mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-            seen = mask[:, None, None] if self._takes_masks(cache) else mask
+            seen = mask[:, None, None] if own_masks else mask
             hidden = self._forward(token[:, None], seen, position[:, None], cache)[:, -1]
             position = position + 1
         self._check_written(logprobs)
@@ -349,7 +349,7 @@ class HFEngine:
         """In the form that the model expects: eager attention adds a mask [N 1 q L]."""
         if mask is None or mask.dim() == 2:
             return None if mask is None else mask.long()
-        if self.model.config.get_text_config()._attn_implementation == "sdpa":
+        if self._kernel == "sdpa":
             return mask
         added = torch.zeros_like(mask, dtype=self.model.dtype)
         return added.masked_fill_(~mask, torch.finfo(added.dtype).min)
