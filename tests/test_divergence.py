@@ -173,8 +173,10 @@ def test_a_surprise_is_the_teachers_nll_less_its_frequency(tokens):
     nll, likeliest, written = (torch.tensor(column) for column in zip(*tokens, strict=True))
     found = surprise(-nll, likeliest, written)
     for i, (loss, a, y) in enumerate(tokens):
-        others = sum((b, z) == (a, y) for _, b, z in tokens) - 1
-        rarity = math.log((len(tokens) + 1) / (others + 1)) / math.log(len(tokens) + 1)
+        same = sum((b, z) == (a, y) for _, b, z in tokens) - 1
+        asked = sum(b == a for _, b, _ in tokens) - 1
+        habit = same / asked if asked else 0
+        rarity = (1 - habit) * (1 - math.log(same + 1) / math.log(len(tokens) + 1))
         assert found[i].item() == pytest.approx(loss * rarity, abs=1e-4)
         assert 0 <= found[i] <= loss + 1e-5
 

@@ -194,7 +194,7 @@ def test_the_first_fork_is_learned_and_what_follows_counts_less():
     first, second = METHODS["first_fork"].guide(found, after=0.25)
     (branch,) = first.branches
     tokens = found.windows.teacher_tokens[1][found.windows.teacher_mask[1]]
-    assert (branch.start, branch.tokens, branch.loss) == (2, tuple(tokens.tolist()), "reverse_kl")
+    assert (branch.start, branch.tokens, branch.loss) == (2, tuple(tokens.tolist()), "forward_kl")
     assert first.weights == (1.0, 1.0, 1.0, 0.25, 0.25)
     assert second == Guidance((1.0, 1.0))
 

@@ -64,11 +64,12 @@ def surprise(
 ) -> Float[Tensor, " P"]:
     """How surprised the teacher is by each token, less where the student has a habit; [P], nats.
 
-        s_t = -log p_T(y_t) log((P + 1) / (c_t + 1)) / log(P + 1)
+        s_t = -log p_T(y_t) (1 - c_t / n_t) (1 - log(1 + c_t) / log(1 + P))
 
-    c_t counts the other tokens at which the student writes the same y where the teacher would
-    write the same a. A habit ("next" wherever the teacher says "so") is loud and frequent, a fork
-    is loud and rare.
+    n_t counts the other tokens where the teacher would write the same a, c_t those of them where
+    the student writes the same y. A habit ("next" wherever the teacher says "so") is loud and
+    frequent, a fork is loud and rare. The first factor is small where the student mostly does so,
+    the second where the batch is full of it.
 
     Args:
         teacher_logprobs: [P], nats, of the student's tokens; all tokens of a batch.
@@ -79,12 +80,18 @@ def surprise(
 
     >>> nll, a, y = torch.full((4,), -2.0), torch.zeros(4).int(), torch.tensor([1, 1, 1, 2])
     >>> surprise(nll, a, y).round(decimals=2)
-    tensor([0.6300, 0.6300, 0.6300, 2.0000])
+    tensor([0.2100, 0.2100, 0.2100, 2.0000])
     """
-    pairs = torch.stack([likeliest, tokens.to(likeliest)])
-    _, place, counts = pairs.unique(dim=1, return_inverse=True, return_counts=True)
-    everything = math.log1p(len(tokens)) or 1.0
-    return -teacher_logprobs * (1 - counts[place].log() / everything)
+    pairs = _count_of_each(torch.stack([likeliest, tokens.to(likeliest)], dim=1))
+    share = (pairs - 1) / (_count_of_each(likeliest) - 1).clamp(min=1)
+    spread = pairs.log() / math.log1p(max(len(tokens), 1))
+    return -teacher_logprobs * (1 - share) * (1 - spread)
+
+
+def _count_of_each(rows: Tensor) -> Int[Tensor, " P"]:
+    """How often each row [P ...] is there, itself included."""
+    _, place, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    return counts[place]
 
 
 def thin_candidates(candidates: Bool[Tensor, "B T"], *, gap: int) -> Bool[Tensor, "B T"]:

@@ -83,8 +83,8 @@ def first_fork(
     """Back to the first real divergent point: the teacher's window there, less of what followed.
 
     At the first real point t of a rollout the student learns the teacher's window in the teacher's
-    own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses behind t count
-    ``after`` times: there the rollout is off the teacher's path, and so is the teacher's advice.
+    own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses behind t
+    count ``after`` times: there the rollout is off the teacher's path, as is the teacher's advice.
     Meant with candidates by ``candidate_loss: surprise`` above a ``candidate_threshold``, and
     ``false_alarm_share: 0``. Source: this project.
     """
