@@ -24,6 +24,7 @@ from topd.methods import Method
 from topd.progress import Phases
 from topd.rollouts import make_rollout, sampling_seeds
 from topd.types import (
+    Effort,
     Evidence,
     Fork,
     Generation,
@@ -47,7 +48,7 @@ class Experience:
 
     ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
     and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats. ``branch_hidden`` has the
-    teacher's states [K D] for each branch of the guidance.
+    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -56,6 +57,7 @@ class Experience:
     forks: tuple[tuple[Fork, ...], ...]
     guidance: tuple[Guidance, ...]
     branch_hidden: tuple[tuple[Tensor, ...], ...]
+    efforts: tuple[Effort, ...] = ()
 
     def all_ids(self) -> Iterator[Ids]:
         """Every sequence of tokens in it: prompts, responses, the teacher's windows."""
@@ -138,6 +140,7 @@ class Observer:
             _forks(evidence, len(rollouts)),
             guidance,
             self._branch_states(rollouts, guidance, dict(zip(starts, written, strict=True))),
+            tuple(window.effort for window in written),
         )
 
     def score(self, rollouts: Sequence[Rollout], first: int = 0) -> Scores:
@@ -305,7 +308,12 @@ class Observer:
         ]
         with self.phases.phase("windows", self.args.window_length) as tick:
             return self.teacher.continue_from(
-                scores, starts, self.args.window_sampling, window_seeds, tick=tick
+                scores,
+                starts,
+                self.args.window_sampling,
+                window_seeds,
+                rejoin=self.args.window_rejoin,
+                tick=tick,
             )
 
     def _evidence(

@@ -184,16 +184,11 @@ def open_windows(
 ) -> tuple[list[Window], list[int]]:
     """Windows from (row, token) pairs, and of which response each row of their cache is.
 
-    Some windows of one response share a row: as many as cost least. A row's entries are read once
-    for all its windows, which costs about entries / ``width`` tokens; short rows are filled up.
+    Windows of one response may share a row, whose entries are then read once for all of them.
     """
     counts = Counter(b for b, _ in starts)
     length = max(len(prompts[b]) + t for b, t in starts)
-
-    def cost(share: int) -> float:
-        return sum(-(-count // share) for count in counts.values()) * (share + length / width)
-
-    share = min(range(1, max(counts.values()) + 1), key=cost)
+    share = least_cost([*counts.values()], length / width)
     rows: list[int] = []
     last: dict[int, tuple[int, int]] = {}  # of each response its last row, and the windows there
     windows = []
@@ -205,6 +200,18 @@ def open_windows(
         last[b] = row, held + 1
         windows.append(Window(row, len(prompts[b]) + t, responses[b][t : t + limit], limit))
     return windows, rows
+
+
+def least_cost(counts: Sequence[int], entries: float) -> int:
+    """How many windows share a row: rows with fewer are filled up with as many tokens.
+
+    ``counts`` are the windows of each response; to read a row costs as much as ``entries`` tokens.
+    """
+
+    def cost(share: int) -> float:
+        return sum(-(-count // share) for count in counts) * (share + entries)
+
+    return min(range(1, max(counts) + 1), key=cost)
 
 
 class Layout(NamedTuple):

@@ -240,7 +240,7 @@ class HFEngine:
             layout = batch.lay_out()
             hidden = self._forward(layout.ids, layout.mask, layout.positions, cache)
             hidden = hidden[layout.row, layout.column]
-        self._check_written(self._tensor([sum(window.logprobs) for window in windows]))
+        self._check_written(torch.tensor([sum(window.logprobs) for window in windows]))
         return [
             Generation(
                 tuple(window.tokens),
