@@ -240,19 +240,22 @@ def _exact(cost: Tensor, rows: Tensor, columns: Tensor) -> Transport:
 def _exact_some(cost: Tensor, rows: Tensor, columns: Tensor) -> list[_Entries]:
     if rows.all() and columns.all():
         return [_exact_one(one) for one in _shifted(cost.double()).numpy()]
-    windows = zip(*(x.numpy() for x in (cost.double(), rows, columns)), strict=True)
-    places = [(one, row.nonzero()[0], column.nonzero()[0]) for one, row, column in windows]
-    solved = [(_exact_one(one[np.ix_(i, j)]), i, j) for one, i, j in places]
-    return [one._replace(i=i[one.i], j=j[one.j]) for one, i, j in solved]
+    solved = []
+    for one, row, column in zip(cost.double(), rows, columns, strict=True):
+        i, j = row.nonzero()[:, 0], column.nonzero()[:, 0]
+        found = _exact_one(_shifted(one[i[:, None], j]).numpy())
+        solved.append(found._replace(i=i.numpy()[found.i], j=j.numpy()[found.j]))
+    return solved
 
 
 def _shifted(cost: Tensor) -> Tensor:
-    """Less a number a column, so that no column is everyone's nearest: the same plans, sooner."""
+    """Less a number a column, so that no column is everyone's nearest: the same plans, sooner.
+
+    Minima are exact, so that the choice among equal plans does not depend on the batch.
+    """
     if not cost.numel():
         return cost
-    near = cost.amin(-1, keepdim=True)
-    near = near.lerp(cost.mean(-1, keepdim=True), 0.2)
-    return cost - (cost - near).amin(-2, keepdim=True)
+    return cost - (cost - cost.amin(-1, keepdim=True)).amin(-2, keepdim=True)
 
 
 def _exact_one(cost: np.ndarray) -> _Entries:
