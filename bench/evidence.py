@@ -7,6 +7,7 @@ from typing import Any
 
 RESULTS = Path("docs/results")
 FAMILIES = ("arithmetic", "programs", "logic")
+COMPARISONS = {family: family.capitalize() for family in FAMILIES} | {"sweeps": "Sweeps"}
 Found = Mapping[str, Any]
 
 
@@ -14,10 +15,10 @@ def main() -> None:
     """Write the page."""
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     parts = [text.strip()]
-    for family in FAMILIES:
-        path = RESULTS / f"compare-{family}.json"
+    for name, title in COMPARISONS.items():
+        path = RESULTS / f"compare-{name}.json"
         if path.exists():
-            parts.append("\n".join(comparison(family, json.loads(path.read_text()))))
+            parts.append("\n".join(comparison(name, title, json.loads(path.read_text()))))
     for family in FAMILIES:
         path = RESULTS / f"detectors-{family}.json"
         if path.exists():
@@ -25,25 +26,28 @@ def main() -> None:
     Path("docs/evidence.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def comparison(family: str, found: Found) -> Iterator[str]:
-    """One family's arms."""
+def comparison(name: str, title: str, found: Found) -> Iterator[str]:
+    """The arms of one comparison."""
     base, summary = found["baseline"], found["summary"]
     problems = summary[base]["greedy"]["problems"]
-    yield f"## {family.capitalize()}: {len(found['seeds'])} seeds, {problems} test problems"
+    yield f"## {title}: {len(found['seeds'])} seeds, {problems} test problems"
     yield ""
-    yield f"`topd compare recipes/testbed/{family}.yaml`"
+    yield f"`topd compare recipes/testbed/{name}.yaml`"
     yield ""
-    yield f"| arm | greedy | over {base} | pass@1 | over {base} | time | teacher tokens |"
-    yield "|---|---|---|---|---|---|---|"
-    for name, start in found["starts"].items():
-        yield f"| {name} | {_percent(start['greedy'])} | | {_percent(start['pass@1'])} | | | |"
+    over = f"over {base} | in its time"
+    yield f"| arm | greedy | {over} | pass@1 | {over} | time | teacher tokens |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for start, figures in found["starts"].items():
+        scores = [_percent(figures[score]) for score in ("greedy", "pass@1")]
+        yield f"| {start} | {scores[0]} | | | {scores[1]} | | | | |"
     for arm, figures in summary.items():
-        versus = [_gain(figures[f"{s}_vs_{base}"]) for s in ("greedy", "pass@1")]
-        first, second = ("", "") if arm == base else versus
-        yield (
-            f"| {arm} | {_percent(figures['greedy'])} | {first} | {_percent(figures['pass@1'])} "
-            f"| {second} | {figures['seconds_ratio']:.2f} x | {figures['teacher_tokens']:,.0f} |"
-        )
+        cells = [arm]
+        for score in ("greedy", "pass@1"):
+            versus = (f"{score}_vs_{base}", f"{score}_vs_{base} at equal time")
+            cells.append(_percent(figures[score]))
+            cells += ["", ""] if arm == base else [_gain(figures[key]) for key in versus]
+        cells += [f"{figures['seconds_ratio']:.2f} x", f"{figures['teacher_tokens']:,.0f}"]
+        yield f"| {' | '.join(cells)} |"
 
 
 def detectors(family: str, found: Found) -> Iterator[str]:

@@ -424,3 +424,12 @@ def test_a_fork_keeps_the_plan_of_its_own_window(tmp_path):
             table[list(own)][None], table[list(fork.teacher_tokens)][None]
         )[0]
         assert float((plan * cost).sum()) == pytest.approx(fork.distance, abs=1e-5)
+
+
+def test_only_the_first_window_is_written_where_a_method_needs_no_other(tmp_path):
+    options = {"method": "first_fork", "false_alarm_share": 0.0, "window_gap": 1}
+    found = observed(tmp_path, **options)
+    every = observed(tmp_path, **{**options, "ot_threshold": 0.0})  # the same verdicts, by distance
+    assert [f[:1] for f in every.forks] == list(found.forks)
+    assert any(len(f) > 1 for f in every.forks)
+    assert found.guidance == every.guidance

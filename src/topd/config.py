@@ -171,6 +171,11 @@ class TOPDConfig(TrainingArguments):
         method = METHODS[self.method]
         return method._replace(guide=partial(method.guide, **self._method_options()))
 
+    @property
+    def all_candidates_are_real(self) -> bool:
+        """Whether no candidate is taken for a false alarm, whatever its windows are."""
+        return self.false_alarm_share == 0 and self.ot_threshold is None
+
     def looks_ahead(self, step: int) -> bool:
         """Whether update ``step`` is guided by the method; else it is plain OPD."""
         return not METHODS[self.method].looks_ahead or step % self.look_ahead_every == 0

@@ -127,6 +127,8 @@ class Observer:
             losses += self.token_losses(some, scores, known)
             if method.looks_ahead:
                 found = self.candidates(losses[first:])
+                if method.first_only and self.args.all_candidates_are_real:
+                    found = sorted({row: (row, t) for row, t in reversed(found)}.values())
                 starts += [(first + row, t) for row, t in found]
                 written += self.look_ahead(scores, found, seeds[first:])
         evidence = self._evidence(rollouts, losses, starts, written)

@@ -258,11 +258,12 @@ def negative(
 
 class Method(NamedTuple):
     """A method and what it needs: windows (the teacher decodes), statistics (one more student
-    forward)."""
+    forward), of a rollout's real points the first alone."""
 
     guide: Callable[..., tuple[Guidance, ...]]
     looks_ahead: bool = False
     statistics: bool = False
+    first_only: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -270,7 +271,7 @@ METHODS: dict[str, Method] = {
     "topd": Method(topd, looks_ahead=True),
     "window_sft": Method(window_sft, looks_ahead=True),
     "window_kd": Method(window_kd, looks_ahead=True),
-    "first_fork": Method(first_fork, looks_ahead=True),
+    "first_fork": Method(first_fork, looks_ahead=True, first_only=True),
     "relay": Method(relay, looks_ahead=True),
     "downweight": Method(downweight, looks_ahead=True),
     "downweight_matched": Method(downweight_matched, looks_ahead=True),
