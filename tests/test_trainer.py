@@ -201,6 +201,21 @@ def test_topd_without_guidance_is_opd_bit_for_bit(tmp_path, switched_off):
     torch.testing.assert_close(topd.weights, opd.weights, rtol=0, atol=0)
 
 
+def test_updates_between_those_that_look_ahead_are_opd(tmp_path):
+    """Update 0 looks ahead, 1 and 2 do not: their records have no fork, and no fork's cost."""
+    options = {"max_steps": 4, "look_ahead_every": 3, "method": "topd"}
+    trainer = make(tmp_path / "topd", **options)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["topd/candidates"] > 0 for log in logs] == [True, False, False, True]
+    assert [log["topd/teacher_tokens"] > 0 for log in logs] == [True, False, False, True]
+    other = make(tmp_path / "kl_top", **options | {"method": "kl_top", "max_steps": 2})
+    other.train()
+    lines = (tmp_path / "kl_top" / "guidance.jsonl").read_text().splitlines()
+    weights = [json.loads(line)["weights"] for line in lines]
+    assert not any(all(w == 1 for w in row) for row in weights if row)  # never plain OPD
+
+
 def test_guidance_changes_the_update(tmp_path):
     opd = run(tmp_path / "opd", method="opd")
     topd = run(tmp_path / "topd", method="topd")
