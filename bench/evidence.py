@@ -7,7 +7,7 @@ from typing import Any
 
 RESULTS = Path("docs/results")
 FAMILIES = ("arithmetic", "programs", "logic")
-COMPARISONS = {family: family.capitalize() for family in FAMILIES} | {"sweeps": "Sweeps"}
+SHOWN = ("topd", "window_sft", "first_fork", "first_fork, every update")
 Found = Mapping[str, Any]
 
 
@@ -15,22 +15,42 @@ def main() -> None:
     """Write the page."""
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     parts = [text.strip()]
-    for name, title in COMPARISONS.items():
-        path = RESULTS / f"compare-{name}.json"
-        if path.exists():
-            parts.append("\n".join(comparison(name, title, json.loads(path.read_text()))))
-    for family in FAMILIES:
-        path = RESULTS / f"detectors-{family}.json"
-        if path.exists():
-            parts.append("\n".join(detectors(family, json.loads(path.read_text()))))
+    compared, detected = _read("compare"), _read("detectors")
+    parts.append("\n".join(overview(compared)))
+    parts += ["\n".join(comparison(*found)) for found in compared.items()]
+    parts += ["\n".join(detectors(*found)) for found in detected.items()]
     Path("docs/evidence.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def comparison(name: str, title: str, found: Found) -> Iterator[str]:
-    """The arms of one comparison."""
+def _read(kind: str) -> dict[str, Found]:
+    """What is measured of every family, of those where it is."""
+    paths = {family: RESULTS / f"{kind}-{family}.json" for family in FAMILIES}
+    return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
+
+
+def overview(compared: Mapping[str, Found]) -> Iterator[str]:
+    """The gains of the arms that matter most, in every family."""
+    yield "## In short: gains over OPD, in points"
+    yield ""
+    yield "| family | warm start | opd | arm | greedy | pass@1 | time |"
+    yield "|---|---|---|---|---|---|---|"
+    for family, found in compared.items():
+        base, summary = found["baseline"], found["summary"]
+        levels = [
+            " / ".join(_percent(scores[score]) for score in ("greedy", "pass@1"))
+            for scores in (found["starts"]["warm start"], summary[base])
+        ]
+        for arm in SHOWN:
+            gains = [_gain(summary[arm][f"{score}_vs_{base}"]) for score in ("greedy", "pass@1")]
+            cells = [family, *levels, arm, *gains, f"{summary[arm]['seconds_ratio']:.2f} x"]
+            yield f"| {' | '.join(cells)} |"
+
+
+def comparison(name: str, found: Found) -> Iterator[str]:
+    """One family's arms."""
     base, summary = found["baseline"], found["summary"]
     problems = summary[base]["greedy"]["problems"]
-    yield f"## {title}: {len(found['seeds'])} seeds, {problems} test problems"
+    yield f"## {name.capitalize()}: {len(found['seeds'])} seeds, {problems} test problems"
     yield ""
     yield f"`topd compare recipes/testbed/{name}.yaml`"
     yield ""
