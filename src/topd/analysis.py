@@ -190,7 +190,7 @@ def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) ->
     return kept
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[Any]:
     """The records of a JSONL file, one at a time."""
     with open(path, encoding="utf-8") as file:
         yield from map(json.loads, file)

@@ -211,7 +211,7 @@ def figures(
 
 @contextmanager
 def _faults() -> Iterator[None]:
-    """Bad input ends with exit code 2 and one message."""
+    """A fault ends with one message and its exit code: 2 for bad input, else see StoppedError."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
     from topd.types import TOPDError
 
@@ -219,7 +219,7 @@ def _faults() -> Iterator[None]:
         yield
     except TOPDError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+        raise typer.Exit(error.exit_code) from error
 
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:

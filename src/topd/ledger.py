@@ -60,20 +60,6 @@ class Ledger:
             partial.write_text(json.dumps(record, indent=2, default=str) + "\n")
             partial.replace(self.folder / name)
 
-    def rewind(self, step: int) -> None:
-        """Drop the records of updates after ``step``, which a resumed run makes again.
-
-        A half-written last line is dropped too.
-        """
-        for name in RECORDS if self.active else ():
-            path = self.folder / name
-            if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if _belongs(line, step, logged=name == RECORDS[0])]
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(kept), encoding="utf-8")
-                partial.replace(path)
-
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file."""
         if self.active:
@@ -168,14 +154,6 @@ def guidance_record(
         "branches": [asdict(branch) for branch in guidance.branches],
         "advantages": guidance.advantages,
     }
-
-
-def _belongs(line: str, step: int, *, logged: bool) -> bool:
-    """Whether a record is of the first ``step`` updates: a log counts those done, others begin."""
-    if not line.endswith("\n"):
-        return False
-    number = json.loads(line)["step"]
-    return number <= step if logged else number < step
 
 
 def _versions() -> dict[str, str]:

@@ -12,13 +12,13 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from topd import checkpoints
 from topd.config import TOPDConfig
 from topd.evaluate import EvaluationCallback, Evaluator
 from topd.ledger import check_run_folder
 from topd.progress import Phases
 from topd.recipe import Recipe, parse_overrides, read_recipe
 from topd.trainer import TOPDTrainer
-from topd.types import TOPDError
 from topd.warmstart import WarmstartTrainer
 
 
@@ -27,10 +27,13 @@ def run_recipe(
 ) -> Path:
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
     recipe = read_recipe(path, parse_overrides(words), warmstart=warmstart)
-    checkpoint = recipe.args.resume_from_checkpoint
-    if checkpoint and not Path(checkpoint).is_dir():
-        raise TOPDError(f"resume_from_checkpoint: there is no folder {checkpoint}.")
-    check_run_folder(Path(recipe.args.output_dir), resume=bool(checkpoint))
+    folder, wanted = Path(recipe.args.output_dir), recipe.args.resume_from_checkpoint
+    check_run_folder(folder, resume=bool(wanted))
+    checkpoint = checkpoints.resolve(wanted, folder)
+    if checkpoint:
+        checkpoints.check(checkpoint, resumable=True)
+    elif wanted:  # the last of none: it was stopped before its first checkpoint
+        checkpoints.begin_anew(folder)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not quiet:
@@ -47,10 +50,11 @@ def run_recipe(
         trainer.phases.show(Console())
         trainer.add_callback(_StepBar(trainer.phases))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainer.watch.until_terminated():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.phases.stop()
-    return Path(recipe.args.output_dir)
+    return folder
 
 
 def make_trainer(

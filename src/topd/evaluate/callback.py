@@ -19,7 +19,8 @@ class EvaluationCallback(TrainerCallback):
     The figures go through ``trainer.log`` under ``eval/``: to metrics.jsonl of the run folder and
     to every logger. Training is the same with it and without: engines draw from seeds of their own.
     Every rank evaluates all problems, the first one logs. ``eval/training_seconds`` is the
-    wall-clock since the beginning without the evaluations; ``latest`` is the latest evaluation.
+    wall-clock since the beginning without the evaluations; a resumed run goes on counting from its
+    last evaluation. ``latest`` is the latest evaluation.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
 
@@ -45,6 +46,9 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         """Evaluate the student as it comes, unless the run goes on from a checkpoint."""
         self._began = time.perf_counter()
+        for log in state.log_history:
+            if "eval/training_seconds" in log:  # a resumed run: what was evaluated before
+                self._latest_step, self._spent = log["step"], -log["eval/training_seconds"]
         if state.global_step == 0:
             self._evaluate(state.global_step, control)
 

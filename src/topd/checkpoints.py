@@ -1,0 +1,292 @@
+"""Checkpoints that are there whole or not at all, and the way back to one.
+
+::
+
+    RUN/checkpoint-40/   files of transformers: weights (safetensors), optimiser, schedule, RNG
+        seal.json        written last: size and SHA-256 of every file, where each record file of
+                         the run ended, and the running means of the updates not logged yet
+
+A checkpoint is made under ``RUN/.partial``, synced to disk, sealed, read back and renamed; only
+then are older ones removed. To go on from it, the run's JSONL files are cut where they ended then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from topd.types import DISK, StoppedError, TOPDError
+
+logger = logging.get_logger(__name__)
+
+SEAL = "seal.json"
+PARTIAL = ".partial"
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
+WRITING_FAULTS = (OSError, RuntimeError, SafetensorError)  # how Python, torch and Rust say "full"
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a checkpoint consists of and where its run stood.
+
+    ``files`` has size and SHA-256 of each file, ``records`` the length in bytes of each JSONL file
+    of the run folder, ``means`` the sums and counts of :class:`~topd.metrics.Means` by name.
+    """
+
+    step: int
+    files: dict[str, tuple[int, str]]
+    records: dict[str, int]
+    means: dict[str, dict[str, list[float]]]
+
+
+@contextmanager
+def making(run: Path, step: int, means: Any, *, active: bool = True) -> Iterator[Path]:
+    """Yield a folder to write ``checkpoint-STEP`` in; then seal it, read it back and name it.
+
+    Args:
+        run: the run folder.
+        step: updates done.
+        means: running means, for the seal.
+        active: False on ranks that only write into the folder.
+
+    Raises:
+        StoppedError: it could not be written (the disk is full, for instance). Nothing of it stays.
+    """
+    partial = run / PARTIAL / f"checkpoint-{step}"
+    try:
+        if active:
+            shutil.rmtree(partial.parent, ignore_errors=True)
+            partial.mkdir(parents=True)
+        yield partial
+        if active:
+            _seal(partial, Seal(step, {}, positions(run), means))
+            check(partial)
+            partial.rename(run / partial.name)
+            sync(run)
+            partial.parent.rmdir()
+    except WRITING_FAULTS as error:
+        shutil.rmtree(partial.parent, ignore_errors=True)
+        before = last(run)
+        raise StoppedError(
+            f"{run / partial.name} could not be written: {error}. "
+            + (f"{before.name} is whole. " if before else "")
+            + "Free some space, then go on with resume_from_checkpoint: last.",
+            DISK,
+        ) from error
+
+
+def _seal(folder: Path, record: Seal) -> None:
+    """Sync every file of a new checkpoint to disk and write its seal."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sync(path)
+        record.files[str(path.relative_to(folder))] = _digest(path)
+    text = json.dumps(asdict(record), indent=1)
+    (folder / SEAL).write_text(text + "\n", encoding="utf-8")
+    sync(folder / SEAL)
+    sync(folder)
+
+
+def prune(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond ``limit``; the best and the newest are kept."""
+    kept = {Path(best).name} if best else set()
+    found = _numbered(run)
+    for path in found[:-1]:
+        if limit and len(found) > max(limit, 1) and path.name not in kept:
+            shutil.rmtree(path)
+            found.remove(path)
+
+
+def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
+    """The seal of a checkpoint, once every file agrees with it.
+
+    Args:
+        checkpoint: its folder.
+        resumable: also have what a resume needs: optimiser, schedule, weights as safetensors.
+
+    Raises:
+        TOPDError: there is no checkpoint, or a file is missing, changed or cut off. The message
+            names it, and the newest whole checkpoint before it.
+    """
+    found = _examined(checkpoint)
+    if isinstance(found, Seal):
+        missing = [name for name in NEEDED if name not in found.files]
+        if not any(name.endswith(".safetensors") for name in found.files):
+            missing.append("weights as safetensors")
+        if not (resumable and missing):
+            return found
+        raise TOPDError(
+            f"resume_from_checkpoint: {checkpoint} has no {', no '.join(missing)}. Was it saved "
+            "with save_only_model? Begin a new run with this student."
+        )
+    earlier = [path for path in _numbered(checkpoint.parent) if _step(path) < _step(checkpoint)]
+    whole = [path for path in earlier if isinstance(_examined(path), Seal)]
+    remedy = (
+        f"The one before is whole: resume_from_checkpoint: {whole[-1]}."
+        if whole
+        else "There is no whole one before it; begin anew in another folder."
+    )
+    raise TOPDError(f"resume_from_checkpoint: {checkpoint}: {found}. {remedy}")
+
+
+def last(run: Path) -> Path | None:
+    """The newest checkpoint of a run folder, whole or not; None if there is none."""
+    found = _numbered(run)
+    return found[-1] if found else None
+
+
+def resolve(given: str | bool | None, run: Path) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means: ``True`` and ``last`` are the newest.
+
+    None where there is nothing to go on from. Raises TOPDError if ``run`` has no such checkpoint.
+    """
+    if given is True or given == "last":
+        return last(run)
+    if not given:
+        return None
+    found = [path for path in _numbered(run) if path.resolve() == Path(given).resolve()]
+    if not found:
+        there = ", ".join(path.name for path in _numbered(run)) or "none"
+        raise TOPDError(
+            f"resume_from_checkpoint: there is no checkpoint {given} in {run} (output_dir). It "
+            f"holds: {there}. Name one of them, or say last."
+        )
+    return found[0]
+
+
+def positions(run: Path) -> dict[str, int]:
+    """Length in bytes of every JSONL file of a run folder, synced to disk."""
+    paths = sorted(run.glob("*.jsonl"))
+    for path in paths:
+        sync(path)
+    return {path.name: path.stat().st_size for path in paths}
+
+
+def cut_back(run: Path, found: Seal) -> None:
+    """Drop what was recorded and saved after a checkpoint: the resumed run makes it again.
+
+    Raises:
+        TOPDError: a file holds less than it did at the checkpoint.
+    """
+    for name, length in found.records.items():
+        path = run / name
+        there = path.stat().st_size if path.exists() else 0
+        if there < length:
+            raise TOPDError(
+                f"{path}: has {there} bytes, but had {length} at checkpoint-{found.step}. Bring "
+                "the records back, or begin anew in another folder."
+            )
+    for path in run.glob("*.jsonl"):
+        os.truncate(path, found.records.get(path.name, 0))
+    later = [path for path in _numbered(run) if _step(path) > found.step]
+    if later:
+        logger.warning(f"{run}: dropped {', '.join(p.name for p in later)}, later than the resume")
+    for path in later:
+        shutil.rmtree(path)
+
+
+def check_same(
+    run: Path, step: int, settings: Mapping[str, Any], record: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Make sure that a run goes on with the data and the models that it was begun with.
+
+    Args:
+        run: the run folder.
+        step: updates done.
+        settings: what run.json would hold now.
+        record: what manifest.json would hold now.
+
+    Returns:
+        ``resumed`` of run.json: at which updates the run went on, and what was changed there.
+
+    Raises:
+        TOPDError: other data or models, by their fingerprints.
+    """
+    before = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    for part in ("data", "models"):
+        if before[part] != record[part]:
+            raise TOPDError(
+                f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
+                "with the same, or begin anew in another folder."
+            )
+    stored = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(dict(settings), default=str))
+    changed = {
+        f"{part}.{key}": [stored[part].get(key), value]
+        for part in ("recipe", "config")
+        for key, value in now[part].items()
+        if key not in FREE and stored[part].get(key) != value
+    }
+    changed |= {
+        f"versions.{name}": [before["versions"].get(name), version]
+        for name, version in record["versions"].items()
+        if before["versions"].get(name) != version
+    }
+    if changed:
+        logger.warning(f"{run}: from update {step} on with other settings: {changed}")
+    return [*stored.get("resumed", ()), {"step": step, "changed": changed}]
+
+
+def begin_anew(run: Path) -> None:
+    """Remove the records and checkpoints of a run that did not finish.
+
+    A teacher's answers stay: they are used again.
+    """
+    for path in run.glob("*.jsonl"):
+        if path.name != "answers.jsonl":
+            path.unlink()
+    for path in [*_numbered(run), run / PARTIAL]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _examined(checkpoint: Path) -> Seal | str:
+    """The seal of a checkpoint, or what is wrong with it."""
+    try:
+        found = Seal(**json.loads((checkpoint / SEAL).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return f"has no {SEAL}, so it was not written whole by this program"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    for name, (size, digest) in found.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if _digest(path)[1] != digest:
+            return f"{name} was changed after it was written"
+    return found
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    with open(path, "rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _numbered(run: Path) -> list[Path]:
+    """The checkpoints of a run folder by rising update."""
+    found = (path for path in run.glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[11:])
