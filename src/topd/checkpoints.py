@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -235,6 +235,29 @@ def check_same(
     if changed:
         logger.warning(f"{run}: from update {step} on with other settings: {changed}")
     return [*stored.get("resumed", ()), {"step": step, "changed": changed}]
+
+
+def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> int:
+    """Cut a JSONL file before its first line that is half-written or not to be kept.
+
+    Reads a line at a time. Returns the number of lines left; 0 if there is no file.
+    """
+    if not path.exists():
+        return 0
+    kept = end = 0
+    with open(path, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n") or not keep(json.loads(line)):
+                break
+            kept, end = kept + 1, end + len(line)
+        file.truncate(end)
+    return kept
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The records of a JSONL file, one at a time."""
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
 
 
 def begin_anew(run: Path) -> None:

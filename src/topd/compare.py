@@ -27,8 +27,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.utils import logging
 
-from topd.analysis import read_lines, trim
-from topd.checkpoints import begin_anew
+from topd.checkpoints import begin_anew, read_lines, trim
 from topd.engines.hf import HFEngine
 from topd.evaluate import Evaluation, two_way_bootstrap
 from topd.ledger import Ledger, check_run_folder

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from topd.analysis import read_lines, trim
+from topd.checkpoints import read_lines, trim
 from topd.config import TOPDConfig, _field
 from topd.ledger import check_run_folder, model_fingerprint
 from topd.rollouts import fingerprint, sampling_seeds
