@@ -1,0 +1,227 @@
+"""Kill runs at random moments, resume them, and compare with runs that were not killed.
+
+``python -m bench.kill`` writes docs/results/kill.json. Every attempt is a process of its own,
+killed with SIGKILL after a random share of the time that an undisturbed run takes, at most four
+times a trial; then it is left to end. What it leaves must equal the undisturbed run, byte for byte
+in weights, and in every record but for times. This shows nothing about power cuts: what a killed
+process has written stays in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from topd.compare import run_compare
+from topd.probe import run_probe
+from topd.run import run_recipe
+
+OUTPUT = Path("docs/results/kill.json")
+MOST_KILLS = 4  # a trial
+TIMES = ("seconds", "runtime", "per_second", "equal time")
+BASE: dict[str, Any] = {
+    "student": "testbed://programs/student",
+    "teacher": "testbed://programs/teacher",
+    "data": {"path": "testbed://programs", "limit": 64},
+    "max_steps": 6,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 32,
+    "learning_rate": 1.0e-3,
+    "window_length": 12,
+    "candidate_fraction": 0.2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "use_cpu": True,
+}
+LORA = {"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}
+COMPARE: dict[str, Any] = {
+    "max_steps": 3,
+    "save_strategy": "no",
+    "evaluation": {
+        **{"path": "testbed://programs", "limit": 8, "samples": 1, "max_tokens": 24, "every": 3},
+    },
+    "warmstart": {
+        "data": {"path": "testbed://programs", "limit": 32},
+        **{"max_steps": 3, "max_completion_length": 48, "save_strategy": "no", "use_cpu": True},
+    },
+    "compare": {
+        "warmstart": True,
+        "seeds": [0, 1],
+        "arms": {"opd": {"method": "opd"}, "topd": {"method": "topd"}},
+    },
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "opd": {"method": "opd", "logging_steps": 2},
+    "topd": {"method": "topd"},
+    "topd, bf16": {"method": "topd", "bf16": True},
+    "topd, LoRA with dropout": {"method": "topd", "lora": LORA, "disable_dropout": False},
+    "first_fork": {"method": "first_fork", "gradient_accumulation_steps": 2},
+    "compare": COMPARE,
+    "probe": {},
+}
+
+
+def main() -> None:
+    """Kill, resume, compare, and write what came out."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--kills", type=int, default=8, help="Of each kind of run, at least.")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = random.Random(options.seed)
+    found = {}
+    with tempfile.TemporaryDirectory() as place:
+        for name in options.only:
+            found[name] = series(name, Path(place), rng, options.kills)
+            print(f"{name}: {json.dumps({k: v for k, v in found[name].items() if k != 'at'})}")
+    record = {"command": f"python -m bench.kill --kills {options.kills} --seed {options.seed}"}
+    options.output.write_text(json.dumps({**record, "runs": found}, indent=1) + "\n")
+    if any(kind["unequal"] for kind in found.values()):
+        sys.exit("a resumed run is not the uninterrupted one")
+
+
+def series(name: str, place: Path, rng: random.Random, kills: int) -> dict[str, Any]:
+    """Trials of one kind of run until it was killed so many times."""
+    recipe = place / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**BASE, **RUNS[name]}))
+    command = {"compare": compare, "probe": probe}.get(name, train)
+    whole = place / f"{name}-whole"
+    began = time.perf_counter()
+    started(command, recipe, whole).join()
+    seconds = time.perf_counter() - began
+    trials, at, unequal = 0, [], []
+    while len(at) < kills:
+        folder = place / f"{name}-{trials}"
+        at += trial(command, recipe, folder, rng, seconds, recorded(whole))
+        unequal += [f"trial {trials}: {fault}" for fault in differences(whole, folder)]
+        shutil.rmtree(folder)
+        trials += 1
+    return {
+        "kills": len(at),
+        "trials": trials,
+        "before the first record": sum(not k["records"] for k in at),
+        "during a checkpoint": sum(k["writing"] for k in at),
+        "unequal": unequal,
+        "seconds undisturbed": round(seconds, 2),
+        "at": at,
+    }
+
+
+def trial(
+    command: Callable[[Path, Path], None],
+    recipe: Path,
+    folder: Path,
+    rng: random.Random,
+    seconds: float,
+    total: int,
+) -> list[dict[str, Any]]:
+    """One run, killed and resumed till it ends; the share of ``total`` that each kill found."""
+    at: list[dict[str, Any]] = []
+    while True:
+        process = started(command, recipe, folder)
+        process.join(rng.uniform(0, seconds) if len(at) < MOST_KILLS else None)
+        if process.exitcode is not None:
+            if process.exitcode:
+                raise SystemExit(f"{folder}: exit code {process.exitcode}")
+            return at
+        process.kill()
+        process.join()
+        writing = any(folder.rglob(".partial"))
+        at.append({"records": round(recorded(folder) / total, 3), "writing": writing})
+
+
+def recorded(folder: Path) -> int:
+    """Bytes of records below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+
+
+def started(
+    command: Callable[[Path, Path], None], recipe: Path, folder: Path
+) -> multiprocessing.process.BaseProcess:
+    """A process that runs a command. Forked: the imports are paid for once."""
+    process = multiprocessing.get_context("fork").Process(
+        target=silently, args=(command, recipe, folder)
+    )
+    process.start()
+    return process
+
+
+def silently(command: Callable[[Path, Path], None], recipe: Path, folder: Path) -> None:
+    """Without the log lines of training."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    command(recipe, folder)
+
+
+def train(recipe: Path, folder: Path) -> None:
+    """``topd train`` that goes on where it was stopped."""
+    words = [f"--output_dir={folder}", "--resume_from_checkpoint=last"]
+    run_recipe(recipe, words, quiet=True)
+
+
+def compare(recipe: Path, folder: Path) -> None:
+    """``topd compare``."""
+    run_compare(recipe, [f"--output_dir={folder}"])
+
+
+def probe(recipe: Path, folder: Path) -> None:
+    """``topd probe``."""
+    words = ["--rollouts=48", "--rollout_batch_size=8", "--bootstrap=50"]
+    run_probe(recipe, [f"--output_dir={folder}", *words])
+
+
+def differences(whole: Path, folder: Path) -> Iterator[str]:
+    """What is not the same in two run folders, times apart."""
+    for path in sorted(p for p in whole.rglob("*") if p.suffix in (".jsonl", ".json")):
+        other = folder / path.relative_to(whole)
+        if not {"run.json", "seal.json"} & {path.name} and not same(path, other):
+            yield f"{path.relative_to(whole)} differs"
+    for path in sorted(whole.rglob("*.safetensors")):
+        other = folder / path.relative_to(whole)
+        if not other.exists() or path.read_bytes() != other.read_bytes():
+            yield f"{path.relative_to(whole)} differs"
+    for path in sorted(folder.rglob("*")):
+        if not (whole / path.relative_to(folder)).exists():
+            yield f"{path.relative_to(folder)} is left over"
+
+
+def same(path: Path, other: Path) -> bool:
+    """Whether two record files agree in all but times."""
+    if not other.exists():
+        return False
+    if path.suffix == ".json":
+        texts = ([path.read_text()], [other.read_text()])
+    else:
+        texts = (path.read_text().splitlines(), other.read_text().splitlines())
+    first, second = ([timeless(json.loads(text)) for text in some] for some in texts)
+    return first == second
+
+
+def timeless(value: Any) -> Any:
+    """A record without its times and its place."""
+    if isinstance(value, dict):
+        return {
+            k: timeless(v)
+            for k, v in value.items()
+            if not any(time in k for time in TIMES) and k not in ("output_dir", "_name_or_path")
+        }
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    main()
