@@ -206,6 +206,47 @@ def test_more_windows_than_decode_at_once_go_in_turns(model, monkeypatch, at_onc
     assert max(count for count, _ in shapes) == at_once
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_where_memory_runs_out_fewer_windows_go_at_a_time(model, monkeypatch, caplog, fault):
+    engine = HFEngine(model, eos_ids=NEVER)
+    scores, seeds = engine.score(PROMPTS, RESPONSES), range(len(STARTS))
+    expected = engine.continue_from(scores, STARTS, WARM, seeds)
+    select, asked = hf._select, []
+
+    def small(cache, rows, length):
+        asked.append(len(rows))
+        if len(rows) > 2:
+            raise fault
+        return select(cache, rows, length)
+
+    monkeypatch.setattr(hf, "_select", small)
+    assert_same_text(engine.continue_from(scores, STARTS, WARM, seeds), expected)
+    assert asked[0] == len(STARTS)
+    assert max(asked[-2:]) <= 2
+
+
+def test_memory_for_not_even_one_window_and_other_faults_are_raised(model, monkeypatch):
+    engine = HFEngine(model, eos_ids=NEVER)
+    scores = engine.score(PROMPTS, RESPONSES)
+    for text in ("CUDA out of memory. Tried", "shapes do not match"):
+        calls = []
+
+        def fail(*_, text=text, calls=calls):
+            calls.append(1)
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(hf, "_select", fail)
+        with pytest.raises(RuntimeError, match=text):
+            engine.continue_from(scores, STARTS, WARM, range(len(STARTS)))
+        assert len(calls) == (7 if "memory" in text else 1)  # 64, 32, ..., 1
+
+
 def test_no_windows_are_no_work(model):
     engine = HFEngine(model, eos_ids=[EOS])
     scores = engine.score(PROMPTS, RESPONSES)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from conftest import rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, checkpoints
@@ -234,25 +240,48 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert state["best_model_checkpoint"] == str(best)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_and_no_half_one(tmp_path, monkeypatch):
-    save = torch.save
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """The system takes no more than so many bytes in a file: what a full disk looks like."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def full(record, path, *args, **kwargs):
-        if "checkpoint-2" in str(path) and "scheduler" in str(path):
-            raise OSError(28, "No space left on device")
-        save(record, path, *args, **kwargs)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        StoppedError, match=r"checkpoint-2 could not.*No space.*checkpoint-1 is"
-    ) as e:
-        make(tmp_path, method="opd", max_steps=2).train()
-    assert e.value.exit_code == DISK
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert not (tmp_path / checkpoints.PARTIAL).exists()
-    monkeypatch.undo()
-    resume(tmp_path)
-    assert [json.loads(line)["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 2]
+@pytest.mark.parametrize("written", ["model.safetensors", "optimizer.pt"])  # by Rust, by C++
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_half_one(run, tmp_path, written):
+    size = (run / "checkpoint-1" / written).stat().st_size
+    with no_file_above(size - 1000), pytest.raises(StoppedError) as found:
+        resume(run, str(run / "checkpoint-1"))
+    assert re.search(r"checkpoint-2 could not be .*checkpoint-1 is whole.*Free", str(found.value))
+    assert found.value.exit_code == DISK
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (run / checkpoints.PARTIAL).exists()
+    resume(run, "last")
+    whole = tmp_path / "whole"
+    make(whole, method="opd", max_steps=2).train()
+    assert records(run) == records(whole)
+
+
+@pytest.mark.parametrize("size", [2000, 12_000])  # run.json, rollouts.jsonl
+def test_records_that_the_disk_does_not_take_stop_the_run(tmp_path, size):
+    with no_file_above(size), pytest.raises(StoppedError, match=r"Free some space.*last") as found:
+        make(tmp_path, save_strategy="no").train()
+    assert found.value.exit_code == DISK
+
+
+def test_other_faults_of_the_system_are_raised_as_they_are(tmp_path):
+    class Offline(TrainerCallback):
+        def on_log(self, *_, **__):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "no tracker")
+
+    trainer = make(tmp_path)
+    trainer.add_callback(Offline())
+    with pytest.raises(ConnectionRefusedError):
+        trainer.train()
 
 
 def test_an_adapter_begins_with_weights_of_the_seed_whatever_was_drawn_before(tmp_path):

@@ -12,11 +12,12 @@ then are older ones removed. To go on from it, the run's JSONL files are cut whe
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +31,14 @@ from topd.types import DISK, StoppedError, TOPDError
 logger = logging.get_logger(__name__)
 
 SEAL = "seal.json"
+LEDGER = "ledger.jsonl"  # is only ever added to: a resume is an entry of it
 PARTIAL = ".partial"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
+DISK_FAULTS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+)
 WRITING_FAULTS = (OSError, RuntimeError, SafetensorError)  # how Python, torch and Rust say "full"
 
 
@@ -66,17 +72,18 @@ def making(run: Path, step: int, means: Any, *, active: bool = True) -> Iterator
     partial = run / PARTIAL / f"checkpoint-{step}"
     try:
         if active:
-            shutil.rmtree(partial.parent, ignore_errors=True)
+            _discard(run, [])
             partial.mkdir(parents=True)
         yield partial
         if active:
             _seal(partial, Seal(step, {}, positions(run), means))
-            check(partial)
+            if isinstance(fault := _examined(partial), str):
+                raise OSError(f"read back, {fault}")
             partial.rename(run / partial.name)
             sync(run)
             partial.parent.rmdir()
     except WRITING_FAULTS as error:
-        shutil.rmtree(partial.parent, ignore_errors=True)
+        _discard(run, [])
         before = last(run)
         raise StoppedError(
             f"{run / partial.name} could not be written: {error}. "
@@ -84,6 +91,34 @@ def making(run: Path, step: int, means: Any, *, active: bool = True) -> Iterator
             + "Free some space, then go on with resume_from_checkpoint: last.",
             DISK,
         ) from error
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Say what can be done where the disk takes no more records.
+
+    Raises:
+        StoppedError: a file of the run could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
+            raise
+        raise StoppedError(
+            f"{run}: {error}. Free some space, or see to its rights, then go on with "
+            "resume_from_checkpoint: last.",
+            DISK,
+        ) from error
+
+
+def _discard(run: Path, checkpoints: Iterable[Path]) -> None:
+    """Remove checkpoints and what is left of others. None keeps its name and loses its files."""
+    shutil.rmtree(run / PARTIAL, ignore_errors=True)
+    for path in checkpoints:
+        (run / PARTIAL).mkdir(exist_ok=True)
+        path.rename(run / PARTIAL / f"old-{path.name}")
+    shutil.rmtree(run / PARTIAL, ignore_errors=True)
 
 
 def _seal(folder: Path, record: Seal) -> None:
@@ -99,12 +134,10 @@ def _seal(folder: Path, record: Seal) -> None:
 
 def prune(run: Path, limit: int | None, best: str | None) -> None:
     """Remove the oldest checkpoints beyond ``limit``; the best and the newest are kept."""
-    kept = {Path(best).name} if best else set()
     found = _numbered(run)
-    for path in found[:-1]:
-        if limit and len(found) > max(limit, 1) and path.name not in kept:
-            shutil.rmtree(path)
-            found.remove(path)
+    kept = {found[-1].name, Path(best or "").name}
+    spare = [path for path in found if path.name not in kept]
+    _discard(run, spare[: max(0, len(found) - limit)] if limit else [])
 
 
 def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
@@ -165,8 +198,8 @@ def resolve(given: str | bool | None, run: Path) -> Path | None:
 
 
 def positions(run: Path) -> dict[str, int]:
-    """Length in bytes of every JSONL file of a run folder, synced to disk."""
-    paths = sorted(run.glob("*.jsonl"))
+    """Length in bytes of every JSONL file of a run folder, the ledger apart, synced to disk."""
+    paths = _record_files(run)
     for path in paths:
         sync(path)
     return {path.name: path.stat().st_size for path in paths}
@@ -186,13 +219,12 @@ def cut_back(run: Path, found: Seal) -> None:
                 f"{path}: has {there} bytes, but had {length} at checkpoint-{found.step}. Bring "
                 "the records back, or begin anew in another folder."
             )
-    for path in run.glob("*.jsonl"):
+    for path in _record_files(run):
         os.truncate(path, found.records.get(path.name, 0))
     later = [path for path in _numbered(run) if _step(path) > found.step]
     if later:
         logger.warning(f"{run}: dropped {', '.join(p.name for p in later)}, later than the resume")
-    for path in later:
-        shutil.rmtree(path)
+    _discard(run, later)
 
 
 def check_same(
@@ -265,11 +297,10 @@ def begin_anew(run: Path) -> None:
 
     A teacher's answers stay: they are used again.
     """
-    for path in run.glob("*.jsonl"):
+    for path in [*run.glob("*.jsonl"), *run.glob("head.json")]:
         if path.name != "answers.jsonl":
             path.unlink()
-    for path in [*_numbered(run), run / PARTIAL]:
-        shutil.rmtree(path, ignore_errors=True)
+    _discard(run, _numbered(run))
 
 
 def sync(path: Path) -> None:
@@ -303,6 +334,10 @@ def _examined(checkpoint: Path) -> Seal | str:
 def _digest(path: Path) -> tuple[int, str]:
     with open(path, "rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record_files(run: Path) -> list[Path]:
+    return sorted(path for path in run.glob("*.jsonl") if path.name != LEDGER)
 
 
 def _numbered(run: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -279,6 +280,16 @@ class TOPDTrainer(Trainer):
                 f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
                 "or go on from a checkpoint of this one."
             )
+        with checkpoints.writing(self.run_folder):
+            self._open_folder(checkpoint)
+            result = super().train(
+                resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
+            )
+            self._save_student(self.record)
+        return result
+
+    def _open_folder(self, checkpoint: Path | None) -> None:
+        """Begin the records of a run, or have them as they were at a checkpoint."""
         self.record = self.record or manifest(
             models={"student": self.model, "teacher": self.teacher_model},
             data=fingerprint(self.train_dataset),
@@ -294,11 +305,6 @@ class TOPDTrainer(Trainer):
         self.ledger.write("run.json", settings)
         if not checkpoint:
             self.ledger.write("manifest.json", self.record)
-        result = super().train(
-            resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
-        )
-        self._save_student(self.record)
-        return result
 
     def _go_back(self, checkpoint: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """Have run folder and means as they were at a checkpoint. Returns run.json's ``resumed``.
@@ -311,6 +317,10 @@ class TOPDTrainer(Trainer):
         history = checkpoints.check_same(self.run_folder, seal.step, settings, self.record)
         if self.is_world_process_zero():
             checkpoints.cut_back(self.run_folder, seal)
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            checkpoints.prune(
+                self.run_folder, self.args.save_total_limit, state.best_model_checkpoint
+            )
         self.accelerator.wait_for_everyone()
         self.meter.load(seal.means["meter"])
         self.totals.load(seal.means["totals"])

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from topd.engines import Scores, Tick, no_tick
+from topd.engines.memory import in_chunks
 from topd.losses import linear_logprobs
 from topd.types import Generation, Head, Ids, Sampling, TOPDError, wide_dtype
 
@@ -182,25 +183,35 @@ class HFEngine:
         assert isinstance(prefix, _Prefix)
         if not all(type(layer) is DynamicLayer for layer in prefix.cache.layers):
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
-        written: list[Generation] = []
         with self._evaluating():
-            for first in range(0, len(starts), WINDOWS_AT_ONCE):
-                some = slice(first, first + WINDOWS_AT_ONCE)
-                row = self._tensor([b for b, _ in starts[some]])
-                start = self._tensor([t for _, t in starts[some]])
-                known = self._tensor([len(prefix.prompts[b]) + t for b, t in starts[some]])
-                longest = max(len(prefix.prompts[b]) + t for b, t in starts[some])
-                mask = torch.arange(longest, device=row.device) < known[:, None]
-                cache = _select(prefix.cache, row, longest)
-                hidden = scores.hidden[row, start]
-                window, states = self._decode(
-                    hidden, mask, known, cache, sampling, seeds[some], tick, keep_states=True
-                )
-                written += [
-                    replace(w, hidden=h[: len(w.tokens)])
-                    for w, h in zip(window, states, strict=True)
-                ]
-        return written
+            return in_chunks(
+                lambda some: self._windows(
+                    scores.hidden, prefix, starts[some], sampling, seeds[some], tick
+                ),
+                len(starts),
+                WINDOWS_AT_ONCE,
+            )
+
+    def _windows(
+        self,
+        hidden: Tensor,
+        prefix: _Prefix,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tick: Tick,
+    ) -> list[Generation]:
+        """Windows that decode together, from the states [B T D] of their scoring forward."""
+        row = self._tensor([b for b, _ in starts])
+        start = self._tensor([t for _, t in starts])
+        known = self._tensor([len(prefix.prompts[b]) + t for b, t in starts])
+        longest = max(len(prefix.prompts[b]) + t for b, t in starts)
+        mask = torch.arange(longest, device=row.device) < known[:, None]
+        cache = _select(prefix.cache, row, longest)
+        window, states = self._decode(
+            hidden[row, start], mask, known, cache, sampling, seeds, tick, keep_states=True
+        )
+        return [replace(w, hidden=h[: len(w.tokens)]) for w, h in zip(window, states, strict=True)]
 
     def _continue_afresh(
         self,
