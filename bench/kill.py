@@ -90,7 +90,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for name in options.only:
             found[name] = series(name, Path(place), rng, options.kills)
-            print(f"{name}: {json.dumps({k: v for k, v in found[name].items() if k != 'at'})}")
+            print(
+                f"{name}: {json.dumps({k: v for k, v in found[name].items() if k != 'at'})}",
+                flush=True,
+            )
     record = {"command": f"python -m bench.kill --kills {options.kills} --seed {options.seed}"}
     options.output.write_text(json.dumps({**record, "runs": found}, indent=1) + "\n")
     if any(kind["unequal"] for kind in found.values()):

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import signal
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import write_pair
 from test_resume import lines, make, records
-from topd import TOPDConfig, TOPDTrainer
+from topd import TOPDConfig, TOPDTrainer, cli
 from topd.run import run_recipe
-from topd.types import COLLAPSED, NONFINITE, TERMINATED, StoppedError
-from topd.warmstart import WarmstartConfig
+from topd.types import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
+from topd.warmstart import WarmstartConfig, WarmstartTrainer
 from topd.watch import Rule, rules
 
 # Stop rules
@@ -69,6 +71,7 @@ def test_a_rule_can_be_switched_off(off):
     logs = [{"length": value} for value in (9, 9, 1, 1)]
     assert LENGTH.broken(logs, args())
     assert not LENGTH.broken(logs, replace(args(), stop_length=off))
+    assert not LENGTH.broken(logs, replace(args(), stop_patience=None))
 
 
 def test_every_limit_has_a_rule_and_answers_have_one_only():
@@ -214,6 +217,39 @@ def test_last_begins_a_run_that_has_no_checkpoint_yet(tmp_path):
     words = [f"--output_dir={run}", "--resume_from_checkpoint=last", "--max_completion_length=8"]
     run_recipe(recipe, words, quiet=True)
     assert [log["step"] for log in map(json.loads, lines(run / "metrics.jsonl"))] == [1, 2, 2]
+
+
+def test_sigterm_ends_the_writing_of_answers_too(tmp_path):
+    """Those that are there are kept, and a resume uses them."""
+    words = [f"--output_dir={tmp_path / 'run'}", "--answer_batch_size=2", "--max_steps=2"]
+    words += ["--max_completion_length=8", "--resume_from_checkpoint=last", "--use_cpu=true"]
+    recipe, answer, asked = write_pair(tmp_path), WarmstartTrainer._answer, []
+
+    def terminated(self, *args):
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [[7, 2] for _ in answer(self, *args)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WarmstartTrainer, "_answer", terminated)
+        with pytest.raises(StoppedError, match="SIGTERM"):
+            run_recipe(recipe, words, quiet=True, warmstart=True)
+        assert len(lines(tmp_path / "run" / "answers.jsonl")) == 1 + 4
+        run_recipe(recipe, words, quiet=True, warmstart=True)
+    assert len(asked) == 4  # of eight prompts, two at a time
+
+
+def test_a_command_ends_with_the_exit_code_of_its_fault():
+    for error, code in ((TOPDError("a"), 2), (StoppedError("b", TERMINATED), 75)):
+        with pytest.raises(typer.Exit) as found, cli._faults():
+            raise error
+        assert found.value.exit_code == code
+
+
+def test_a_stop_comes_whole_out_of_another_process():
+    again = pickle.loads(pickle.dumps(StoppedError("why", DISK)))  # noqa: S301
+    assert (str(again), again.exit_code) == ("why", DISK)
 
 
 # Trackers

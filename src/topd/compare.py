@@ -135,6 +135,7 @@ def run_arm(task: Task) -> Result:
     logging.disable_progress_bar()
     recipe = read_recipe(path, overrides)
     recipe.args.disable_tqdm = True
+    recipe.args.stop_patience = None  # an arm that collapses is a result
     trainer, evaluation = make_trainer(recipe, recipe.data.load())
     trainer.remove_callback(PrinterCallback)
     trainer.train()

@@ -104,7 +104,9 @@ class TOPDConfig(TrainingArguments):
     stop_fresh: float | None = _field(0.25, "Least share of 4-grams that are new in a response.")
     stop_entropy: float | None = _field(0.02, "Least entropy of the student.")
     stop_divergence: float | None = _field(10.0, "Largest token divergence.")
-    stop_patience: int = _field(10, "Logs that make the start, and logs in a row beyond a limit.")
+    stop_patience: int | None = _field(
+        10, "Logs that make the start, and logs in a row beyond a limit; none: no rules."
+    )
 
     # Defaults of transformers that differ here
     output_dir: str = _field("", "The run folder; empty: runs/topd-DATE-TIME.")

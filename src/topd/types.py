@@ -52,6 +52,9 @@ class StoppedError(TOPDError):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[type[StoppedError], tuple[str, int]]:
+        return StoppedError, (str(self), self.exit_code)  # to another process
+
 
 @dataclass(frozen=True)
 class Prompt:

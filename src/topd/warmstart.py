@@ -112,6 +112,7 @@ class WarmstartTrainer(TOPDTrainer):
         size = self.args.answer_batch_size
         with open(path, "a", encoding="utf-8") as file:
             for first in range(len(done), len(prompts), size):
+                self.watch.end_if_asked()
                 answers = self._answer(prompts[first : first + size], first)
                 file.writelines(json.dumps(answer) + "\n" for answer in answers)
                 file.flush()

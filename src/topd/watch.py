@@ -53,7 +53,7 @@ class Rule:
         """What was seen and what the limit is; empty if the rule holds."""
         share, count = getattr(args, self.limit), args.stop_patience
         values = [1 - log[self.figure] if self.rest else log[self.figure] for log in logs]
-        if not share or len(values) < 2 * count:
+        if not share or not count or len(values) < 2 * count:
             return ""
         start, latest = sum(values[:count]) / count, values[-count:]
         limit = share * max(start, self.floor)
@@ -150,6 +150,10 @@ class Watch(TrainerCallback):
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """End the run, now that it can go on. Raises StoppedError."""
+        self.end_if_asked()
+
+    def end_if_asked(self) -> None:
+        """Raise the StoppedError that is due, if one is: everything is on disk."""
         if self.reason is not None:
             raise self.reason
 
@@ -160,7 +164,7 @@ class Watch(TrainerCallback):
         def end(*_: Any) -> None:
             signal.signal(signal.SIGTERM, before)
             self.reason = StoppedError(
-                "SIGTERM: the update under way was finished and saved. Go on with "
+                "SIGTERM: what was under way is finished and saved. Go on with "
                 "resume_from_checkpoint: last.",
                 TERMINATED,
             )
