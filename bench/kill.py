@@ -1,10 +1,10 @@
 """Kill runs at random moments, resume them, and compare with runs that were not killed.
 
-``python -m bench.kill`` writes docs/results/kill.json. Every attempt is a process of its own, killed
-with SIGKILL: one in five while it loads, the others up to 0.2 s after a random share of the records
-is there. Each trial is killed up to four times and then left to end. What it leaves must equal the
-undisturbed run, byte for byte in weights, and in every record but for times. This shows nothing about power cuts: what a killed
-process has written stays in the page cache.
+``python -m bench.kill`` writes docs/results/kill.json. Every attempt is a process of its own,
+killed with SIGKILL: one in five while it loads, the others up to 0.2 s after a random share of the
+records is there. Each trial is killed up to four times and then left to end. What it leaves must
+equal the undisturbed run, byte for byte in weights, and in every record but for times. This shows
+nothing about power cuts: what a killed process has written stays in the page cache.
 """
 
 from __future__ import annotations
@@ -161,7 +161,10 @@ def wait(process: Process, folder: Path, rng: random.Random, total: int) -> None
 
 def recorded(folder: Path) -> int:
     """Bytes of records below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*.jsonl"))
+    except FileNotFoundError:  # removed meanwhile
+        return 0
 
 
 def started(command: Callable[[Path, Path], None], recipe: Path, folder: Path) -> Process:
