@@ -191,6 +191,13 @@ def test_a_run_goes_on_only_with_its_data_and_models(run):
         trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "run.json"])
+def test_a_run_whose_beginnings_are_lost_is_not_resumed(run, name):
+    (run / name).write_text("{")
+    with pytest.raises(TOPDError, match=f"{name} cannot be read"):
+        resume(run)
+
+
 def test_what_was_changed_at_a_resume_is_recorded(run):
     resume(run, max_steps=3)
     resume(run, max_steps=3)

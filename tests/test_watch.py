@@ -252,6 +252,21 @@ def test_a_stop_comes_whole_out_of_another_process():
     assert (str(again), again.exit_code) == ("why", DISK)
 
 
+@pytest.mark.parametrize("kind", ["ended", "probe", "compare"])
+def test_last_never_empties_the_folder_of_another_run(tmp_path, kind):
+    recipe, run = write_pair(tmp_path, method="opd"), tmp_path / "run"
+    (run / "student").mkdir(parents=True)
+    (run / "positions.jsonl").write_text("{}\n")
+    if kind == "ended":
+        (run / "student" / "README.md").touch()
+    else:
+        key = "command" if kind == "probe" else "compare"
+        (run / "run.json").write_text(json.dumps({key: "something"}))
+    with pytest.raises(TOPDError, match=r"holds a(nother command's)? run .*no checkpoint"):
+        run_recipe(recipe, [f"--output_dir={run}", "--resume_from_checkpoint=last"])
+    assert (run / "positions.jsonl").exists()
+
+
 # Trackers
 
 

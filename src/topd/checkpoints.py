@@ -242,16 +242,15 @@ def check_same(
         ``resumed`` of run.json: at which updates the run went on, and what was changed there.
 
     Raises:
-        TOPDError: other data or models, by their fingerprints.
+        TOPDError: other data or models, by their fingerprints, or no record of what they were.
     """
-    before = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
     for part in ("data", "models"):
         if before[part] != record[part]:
             raise TOPDError(
                 f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
                 "with the same, or begin anew in another folder."
             )
-    stored = json.loads((run / "run.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(dict(settings), default=str))
     changed = {
         f"{part}.{key}": [stored[part].get(key), value]
@@ -267,6 +266,16 @@ def check_same(
     if changed:
         logger.warning(f"{run}: from update {step} on with other settings: {changed}")
     return [*stored.get("resumed", ()), {"step": step, "changed": changed}]
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TOPDError(
+            f"resume_from_checkpoint: {path} cannot be read ({error}). Bring it back, or begin "
+            "anew in another folder."
+        ) from error
 
 
 def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from topd.ledger import check_run_folder
 from topd.progress import Phases
 from topd.recipe import Recipe, parse_overrides, read_recipe
 from topd.trainer import TOPDTrainer
+from topd.types import TOPDError
 from topd.warmstart import WarmstartTrainer
 
 
@@ -32,8 +34,8 @@ def run_recipe(
     checkpoint = checkpoints.resolve(wanted, folder)
     if checkpoint:
         checkpoints.check(checkpoint, resumable=True)
-    elif wanted:  # the last of none: it was stopped before its first checkpoint
-        checkpoints.begin_anew(folder)
+    elif wanted:
+        _begin_anew(folder)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not quiet:
@@ -55,6 +57,20 @@ def run_recipe(
     finally:
         trainer.phases.stop()
     return folder
+
+
+def _begin_anew(folder: Path) -> None:
+    """Empty the folder of a run that was stopped before its first checkpoint, and of no other."""
+    stored = folder / "run.json"
+    settings = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    ended = (folder / "student" / "README.md").exists()  # the model card is written last
+    if ended or {"command", "compare"} & set(settings):
+        kind = "a run that has ended" if ended else "another command's run"
+        raise TOPDError(
+            f"resume_from_checkpoint: {folder} holds {kind} and no checkpoint. Choose another "
+            "folder."
+        )
+    checkpoints.begin_anew(folder)
 
 
 def make_trainer(

@@ -338,12 +338,14 @@ class TOPDTrainer(Trainer):
         with checkpoints.making(run, step, means, active=self.args.should_save) as partial:
             self.accelerator.wait_for_everyone()
             self._apart = str(partial.parent)
-            super()._save_checkpoint(model, trial)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._apart = None
             if self.state.best_model_checkpoint == str(partial):
                 self.state.best_model_checkpoint = str(run / partial.name)
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
-            self._apart = None
         if self.args.should_save:
             checkpoints.prune(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
