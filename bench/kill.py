@@ -86,15 +86,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rng = random.Random(options.seed)
-    found = {}
+    stored = json.loads(options.output.read_text()) if options.output.exists() else {}
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
         for name in options.only:
+            rng = random.Random(f"{options.seed} {name}")
             found[name] = series(name, Path(place), rng, options.kills)
             figures = {key: value for key, value in found[name].items() if key != "at"}
             print(f"{name}: {json.dumps(figures)}", flush=True)
-    record = {"command": f"python -m bench.kill --kills {options.kills} --seed {options.seed}"}
-    options.output.write_text(json.dumps({**record, "runs": found}, indent=1) + "\n")
+    options.output.write_text(json.dumps({**stored, **found}, indent=1) + "\n")
     if any(kind["unequal"] for kind in found.values()):
         sys.exit("a resumed run is not the uninterrupted one")
 
@@ -203,7 +203,7 @@ def differences(whole: Path, folder: Path) -> Iterator[str]:
     """What is not the same in two run folders, times apart."""
     for path in sorted(p for p in whole.rglob("*") if p.suffix in (".jsonl", ".json")):
         other = folder / path.relative_to(whole)
-        if path.name not in APART and not same(path, other):
+        if path.name not in APART and not same(path, other, whole, folder):
             yield f"{path.relative_to(whole)} differs"
     for path in sorted(whole.rglob("*.safetensors")):
         other = folder / path.relative_to(whole)
@@ -214,26 +214,23 @@ def differences(whole: Path, folder: Path) -> Iterator[str]:
             yield f"{path.relative_to(folder)} is left over"
 
 
-def same(path: Path, other: Path) -> bool:
-    """Whether two record files agree in all but times."""
-    if not other.exists():
-        return False
-    if path.suffix == ".json":
-        texts = ([path.read_text()], [other.read_text()])
-    else:
-        texts = (path.read_text().splitlines(), other.read_text().splitlines())
-    first, second = ([timeless(json.loads(text)) for text in some] for some in texts)
-    return first == second
+def same(path: Path, other: Path, whole: Path, folder: Path) -> bool:
+    """Whether two record files agree in all but times and the names of their folders."""
+    return other.exists() and contents(path, whole) == contents(other, folder)
+
+
+def contents(path: Path, folder: Path) -> list[Any]:
+    """The records of a file, comparable with those of another folder."""
+    text = path.read_text().replace(str(folder), "RUN")
+    records = [text] if path.suffix == ".json" else text.splitlines()
+    return [timeless(json.loads(record)) for record in records]
 
 
 def timeless(value: Any) -> Any:
-    """A record without its times and its place."""
+    """A record without its times."""
     if isinstance(value, dict):
-        return {
-            k: timeless(v)
-            for k, v in value.items()
-            if not any(time in k for time in TIMES) and k not in ("output_dir", "_name_or_path")
-        }
+        kept = {k: v for k, v in value.items() if not any(time in k for time in TIMES)}
+        return {key: timeless(inner) for key, inner in kept.items()}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 
 

@@ -39,7 +39,7 @@ def args(**changes) -> TOPDConfig:
     ("rule", "values", "fires"),
     [
         (LENGTH, [10, 10, 9, 4, 4], True),
-        (LENGTH, [12, 8, 4, 4.9], True),  # the limit is 0.5 x their mean
+        (LENGTH, [12, 4, 5, 5.9], True),  # the limit is 0.5 x the best of them
         (LENGTH, [10, 10, 4, 5], False),  # the limit itself is allowed
         (LENGTH, [10, 10, 4, 4, 9], False),  # it came back
         (LENGTH, [10, 4, 4], False),  # too few to say
@@ -48,7 +48,8 @@ def args(**changes) -> TOPDConfig:
         (REST, [0.2, 0.2, 0.9, 0.7], True),  # of 0.8, less than 0.4 is left
         (REST, [0.2, 0.2, 0.9, 0.5], False),
         (ABOVE, [1, 3, 1.1, 1.2], True),
-        (ABOVE, [1, 3, 1.1, 0.9], False),
+        (ABOVE, [1, 9, 0.6, 0.7], True),
+        (ABOVE, [1, 3, 1.1, 0.4], False),
         (ABOVE, [0, 0, 0.2, 0.2], False),  # reckoned from 0.5
         (ABOVE, [0, 0, 0.3, 0.26], True),
     ],
@@ -61,8 +62,8 @@ def test_a_rule_compares_the_last_logs_with_the_first(rule, values, fires):
 def test_a_rule_says_what_was_seen_and_what_the_limit_is():
     said = LENGTH.broken([{"length": value} for value in (12, 8, 3, 4)], args())
     assert said == (
-        "mean length was 3 to 4 in the last 2 logs and 10 on average in the first 2; the limit is "
-        "5 (stop_length: 0.5)"
+        "mean length was 3 to 4 in the last 2 logs and 12 at best in the first 2; the limit is "
+        "6 (stop_length: 0.5)"
     )
 
 

@@ -98,12 +98,12 @@ class TOPDConfig(TrainingArguments):
     )
     log_rollouts: bool = _field(True, "Write every rollout and its guidance to the run folder.")
 
-    # Stop rules: limits as multiples of the figure at the start of the run; none: no limit
+    # Stop rules: limits as multiples of the best figure at the start of the run; none: no limit
     stop_length: float | None = _field(0.1, "Least mean response length.")
     stop_finished: float | None = _field(0.05, "Least share of responses that end by themselves.")
     stop_fresh: float | None = _field(0.25, "Least share of 4-grams that are new in a response.")
     stop_entropy: float | None = _field(0.02, "Least entropy of the student.")
-    stop_divergence: float | None = _field(10.0, "Largest token divergence.")
+    stop_divergence: float | None = _field(3.0, "Largest token divergence.")
     stop_patience: int | None = _field(
         10, "Logs that make the start, and logs in a row beyond a limit; none: no rules."
     )

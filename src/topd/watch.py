@@ -1,7 +1,7 @@
 """Looking after a run: rules that stop it when it collapses, losses that are not finite, SIGTERM.
 
-Every rule compares the last ``stop_patience`` logs with the first ones of the run, all of them: no
-single update stops a run, and no figure does that was as bad at the start.
+Every rule compares the last ``stop_patience`` logs, all of them, with the best of the first ones:
+no single update stops a run, and no figure does that was as bad from the start.
 """
 
 from __future__ import annotations
@@ -55,20 +55,21 @@ class Rule:
         values = [1 - log[self.figure] if self.rest else log[self.figure] for log in logs]
         if not share or not count or len(values) < 2 * count:
             return ""
-        start, latest = sum(values[:count]) / count, values[-count:]
+        start = min(values[:count]) if self.above else max(values[:count])
+        latest = values[-count:]
         limit = share * max(start, self.floor)
         if min(latest) <= limit if self.above else max(latest) >= limit:
             return ""
         return (
             f"{self.what} was {min(latest):.4g} to {max(latest):.4g} in the last {count} logs and "
-            f"{start:.4g} on average in the first {count}; the limit is {limit:.4g} "
+            f"{start:.4g} at best in the first {count}; the limit is {limit:.4g} "
             f"({self.limit}: {share:g})"
         )
 
 
 def rules(args: TOPDConfig) -> tuple[Rule, ...]:
     """The rules of a run. On answers written beforehand only the divergence says something."""
-    divergence = Rule("stop_divergence", args.divergence, "divergence", above=True, floor=0.05)
+    divergence = Rule("stop_divergence", args.divergence, "divergence", above=True, floor=0.1)
     if args.learns_from_answers:
         return (divergence,)
     return (
