@@ -94,7 +94,7 @@ def main() -> None:
             found[name] = series(name, Path(place), rng, options.kills)
             figures = {key: value for key, value in found[name].items() if key != "at"}
             print(f"{name}: {json.dumps(figures)}", flush=True)
-    options.output.write_text(json.dumps({**stored, **found}, indent=1) + "\n")
+            options.output.write_text(json.dumps({**stored, **found}, indent=1) + "\n")
     if any(kind["unequal"] for kind in found.values()):
         sys.exit("a resumed run is not the uninterrupted one")
 
@@ -132,12 +132,17 @@ def trial(
 ) -> list[dict[str, Any]]:
     """One run, killed and resumed till it ends; the share of ``total`` that each kill found."""
     at: list[dict[str, Any]] = []
+    levels = iter(sorted(rng.uniform(0, total) for _ in range(MOST_KILLS)))
     while True:
         process = started(command, recipe, folder)
-        if len(at) < MOST_KILLS:
-            wait(process, folder, rng, total)
-        else:
+        level = next(levels, None)
+        if level is None:
             process.join()
+        elif rng.random() < 0.2:
+            process.join(rng.uniform(0, 2))
+        else:
+            wait(process, folder, level)
+            process.join(rng.uniform(0, 0.2))
         if process.exitcode is not None:
             if process.exitcode:
                 raise SystemExit(f"{folder}: exit code {process.exitcode}")
@@ -148,15 +153,10 @@ def trial(
         at.append({"records": round(recorded(folder) / total, 3), "writing": writing})
 
 
-def wait(process: Process, folder: Path, rng: random.Random, total: int) -> None:
-    """Until a random moment of a run, or its end."""
-    if rng.random() < 0.2:
-        process.join(rng.uniform(0, 2))
-        return
-    level = rng.uniform(recorded(folder), total)
+def wait(process: Process, folder: Path, level: float) -> None:
+    """Until so many bytes of records are there, or the process has ended."""
     while process.exitcode is None and recorded(folder) < level:
         process.join(0.01)
-    process.join(rng.uniform(0, 0.2))
 
 
 def recorded(folder: Path) -> int:
