@@ -83,7 +83,7 @@ def test_a_resumed_run_drops_the_records_that_it_makes_again(tmp_path):
     ledger.append("rollouts.jsonl", [{"step": step} for step in (0, 0, 1, 1, 2, 2)])
     with open(tmp_path / "guidance.jsonl", "w") as file:
         file.write('{"step": 0}\n{"step": 1}\n{"step": 1, "for')
-    ledger.rewind(2)
+    ledger.begin(2)
 
     def steps(name: str) -> list[int]:
         return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]

@@ -37,7 +37,16 @@ from topd.learning import (
     learning_terms,
     update_loss,
 )
-from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rollout_record
+from topd.ledger import (
+    Ledger,
+    SealCheckpoints,
+    check_run_folder,
+    guidance_record,
+    manifest,
+    rollout_record,
+    trained_digest,
+    weights_in,
+)
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
 from topd.modelcard import write_model_card
@@ -258,9 +267,12 @@ class TOPDTrainer(Trainer):
             self.args.output_dir,
             resume=bool(resume_from_checkpoint),
             active=self.is_world_process_zero(),
+            chained=True,
         )
-        if resume_from_checkpoint:
-            self.ledger.rewind(_step_of(resume_from_checkpoint, self.args.output_dir))
+        goes_on = bool(resume_from_checkpoint)
+        self.ledger.begin(
+            _step_of(cast(Any, resume_from_checkpoint), self.args.output_dir) if goes_on else 0
+        )
         self.ledger.write("run.json", {"recipe": self.recipe, "config": self.args.to_dict()})
         record = manifest(
             models={"student": self.model, "teacher": self.teacher_model},
@@ -269,6 +281,8 @@ class TOPDTrainer(Trainer):
             device=self.accelerator.device,
         )
         self.ledger.write("manifest.json", record)
+        self.remove_callback(SealCheckpoints)  # of an earlier call
+        self.add_callback(SealCheckpoints(self.ledger))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self._save_student(record)
         return result
@@ -285,6 +299,8 @@ class TOPDTrainer(Trainer):
         else:
             self.save_model(str(folder))
         if self.args.should_save:
+            self.ledger.seal(*weights_in(self.ledger.folder, "student"))
+            self.ledger.note("end", step=self.state.global_step)
             write_model_card(folder, record, self.args, self.state.log_history)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -322,6 +338,7 @@ class TOPDTrainer(Trainer):
             return
         step, decode = self.state.global_step, self.processing_class.decode
         rows = list(enumerate(experience.rollouts))
+        self.ledger.note("update", step=step, student=trained_digest(self.model))
         self.ledger.append(TOKENS, self.token_writer.records(experience.all_ids()))
         self.ledger.append(
             "rollouts.jsonl",
