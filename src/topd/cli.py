@@ -209,6 +209,51 @@ def figures(
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
+Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may differ.")]
+
+
+@app.command()
+def audit(
+    run: RunFolder,
+    updates: Annotated[
+        int, typer.Option(min=0, help="Updates whose decisions are made again; 0: no models.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Which updates.")] = 0,
+    tolerance: Tolerance = 1e-4,
+) -> None:
+    """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
+    with _faults():
+        from topd.audit import audit_run
+
+        found = audit_run(run, updates=updates, seed=seed, tolerance=tolerance)
+    _report_findings(found.checked, found.faults)
+
+
+@app.command()
+def replay(
+    run: RunFolder,
+    step: Annotated[int, typer.Option(min=0, help="Number of the update, from 0.")],
+    tolerance: Tolerance = 0.0,
+) -> None:
+    """Repeat an update from the checkpoint before it and compare it with the records."""
+    with _faults():
+        from topd.audit import replay_step
+
+        found = replay_step(run, step, tolerance=tolerance)
+    _report_findings(found.checked, found.faults)
+
+
+def _report_findings(checked: list[str], faults: list[str]) -> None:
+    """Exit code 1 if there are faults."""
+    for line in checked:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    for fault in faults:
+        errors.print(fault, style="bold red", soft_wrap=True, markup=False, highlight=False)
+    if faults:
+        raise typer.Exit(1)
+    console.print("no fault found", style="green")
+
+
 @contextmanager
 def _faults() -> Iterator[None]:
     """Bad input ends with exit code 2 and one message."""

@@ -50,7 +50,12 @@ class Recipe:
             **{name: spec.model_dump() for name, spec in specs.items()},
             "eval_data": self.eval_data.model_dump() if self.eval_data else None,
             "evaluation": self.evaluation.model_dump() if self.evaluation else None,
-            "lora": self.lora.to_dict() if self.lora else None,
+            "lora": {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in self.lora.to_dict().items()
+            }
+            if self.lora
+            else None,
         }
 
 

@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
+    set_seed,
 )
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
 from transformers.utils import logging
@@ -127,6 +128,7 @@ class TOPDTrainer(Trainer):
         _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
+            set_seed(args.seed)  # a run that is repeated starts from the same adapter
             student = _with_adapter(student, peft_config)
         _check_trainable(student)
         if args.disable_dropout:
@@ -300,7 +302,7 @@ class TOPDTrainer(Trainer):
             self.save_model(str(folder))
         if self.args.should_save:
             self.ledger.seal(*weights_in(self.ledger.folder, "student"))
-            self.ledger.note("end", step=self.state.global_step)
+            self.ledger.note("end", step=self.state.global_step, student=trained_digest(self.model))
             write_model_card(folder, record, self.args, self.state.log_history)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
