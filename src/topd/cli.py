@@ -162,6 +162,27 @@ def evaluate_model(
 
 
 @app.command()
+def gate(
+    base: Annotated[str, typer.Argument(help="Folder, hub name, or package://NAME.")],
+    candidate: Annotated[str, typer.Argument(help="The model that is to replace it.")],
+    suite: Annotated[Path, typer.Option(help="YAML: problems, refusals, limits, error.")],
+    dtype: Dtype = "float32",
+    base_gguf_file: Annotated[str | None, typer.Option(help="GGUF file of the base.")] = None,
+    output: Output = "",
+) -> None:
+    """Did anything get worse? Paired evaluation of a suite; exit code 1 on a regression."""
+    with _faults():
+        from topd.gate import run_gate
+        from topd.models import ModelSpec
+
+        before = ModelSpec(path=base, gguf_file=base_gguf_file, dtype=dtype)
+        after = ModelSpec(path=candidate, dtype=dtype)
+        good = run_gate(before, after, suite, output=output, console=console)
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run: RunFolder,
     rollouts: Annotated[int, typer.Option(min=1, help="Most rollouts in the page.")] = 1000,

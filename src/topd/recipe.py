@@ -119,7 +119,7 @@ def read_recipe(
         TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
     """
     path = Path(path)
-    content = _parse(path)
+    content = read_mapping(path)
     stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
     _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
     _refuse_unknown(path, content, {*_fields(config), *PARTS})
@@ -137,16 +137,16 @@ def read_recipe(
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
     return Recipe(
-        student=_spec(path, "student", ModelSpec, content["student"]),
-        teacher=_spec(path, "teacher", ModelSpec, content["teacher"]),
-        data=_spec(path, "data", DataSpec, content["data"]),
-        eval_data=_spec(path, "eval_data", DataSpec, content["eval_data"])
+        student=parse_spec(path, "student", ModelSpec, content["student"]),
+        teacher=parse_spec(path, "teacher", ModelSpec, content["teacher"]),
+        data=parse_spec(path, "data", DataSpec, content["data"]),
+        eval_data=parse_spec(path, "eval_data", DataSpec, content["eval_data"])
         if content.get("eval_data")
         else None,
-        evaluation=_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
+        evaluation=parse_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
         if content.get("evaluation")
         else None,
-        compare=_spec(path, "compare", CompareSpec, content["compare"])
+        compare=parse_spec(path, "compare", CompareSpec, content["compare"])
         if content.get("compare")
         else None,
         lora=_lora(path, content.get("lora")),
@@ -199,7 +199,8 @@ def _yaml(place: str, text: str) -> Any:
         raise TOPDError(f"{place}: not valid YAML: {error}") from error
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises TOPDError if it does not."""
     try:
         content = _yaml(str(path), path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -240,7 +241,8 @@ def _refuse_unknown(
             raise TOPDError(f"{path}: unknown key {key!r}{place}.{hint}")
 
 
-def _spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
+def parse_spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
+    """A part of a file as its model; text stands for its path. Raises TOPDError, with the place."""
     content = {"path": value} if isinstance(value, str) else _mapping(path, part, value)
     _refuse_unknown(path, content, set(kind.model_fields), f"{part}.")
     try:

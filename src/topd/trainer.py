@@ -303,7 +303,8 @@ class TOPDTrainer(Trainer):
         if self.args.should_save:
             self.ledger.seal(*weights_in(self.ledger.folder, "student"))
             self.ledger.note("end", step=self.state.global_step, student=trained_digest(self.model))
-            write_model_card(folder, record, self.args, self.state.log_history)
+            history, chain = self.state.log_history, self.ledger.chain
+            write_model_card(folder, record, self.args, history, chain)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the update measured; also a line of metrics.jsonl."""
