@@ -132,7 +132,7 @@ class Figure:
 
 def read_suite(path: Path) -> Suite:
     """Read and check a suite. Raises TOPDError: no such file, an unknown key, a bad value."""
-    return parse_spec(path, "suite", Suite, read_mapping(path))
+    return parse_spec(path, "suite", Suite, read_mapping(path, "problems: PATH"))
 
 
 # Figures: one value a prompt, larger is worse
@@ -250,7 +250,7 @@ def run_gate(
         evaluations, made_of[role] = measure(spec, list(evaluators[role].values()), console)
         found[role] = dict(zip(evaluators[role], evaluations, strict=True))
         for part, evaluation in found[role].items():
-            ledger.append(f"{role}_{part}.jsonl", map(asdict, evaluation.responses))
+            ledger.append(f"{role}_{part}.jsonl", (r.record() for r in evaluation.responses))
     figures = compare_models(found["base"], found["candidate"], suite)
     good = passed(figures, strict=suite.strict)
     lost = lost_problems(found["base"]["problems"], found["candidate"]["problems"])

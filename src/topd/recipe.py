@@ -199,14 +199,14 @@ def _yaml(place: str, text: str) -> Any:
         raise TOPDError(f"{place}: not valid YAML: {error}") from error
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, begin: str = "student: PATH") -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises TOPDError if it does not."""
     try:
         content = _yaml(str(path), path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise TOPDError(f"recipe {path}: cannot be read: {error}.") from error
+        raise TOPDError(f"{path}: cannot be read: {error}.") from error
     if not isinstance(content, dict):
-        raise TOPDError(f"recipe {path}: must be a mapping of keys to values.")
+        raise TOPDError(f"{path}: must be a mapping of keys to values. Begin with {begin}.")
     return content
 
 
@@ -236,7 +236,8 @@ def _refuse_unknown(
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else " See topd.TOPDConfig for the keys."
+            where = "peft.LoraConfig" if section == "lora." else "topd.TOPDConfig"
+            hint = f" Did you mean {near[0]}?" if near else f" See {where} for the keys."
             place = f" in {section[:-1]}" if section else ""
             raise TOPDError(f"{path}: unknown key {key!r}{place}.{hint}")
 
@@ -272,7 +273,8 @@ def _first(error: ValidationError) -> str:
     place = "".join(f".{part}" for part in first["loc"] if isinstance(part, str))
     if first["type"] == "missing":
         return f"{place} is missing."
-    return f"{place}: {first['msg']} (given: {first['input']!r})."
+    fault = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {fault} (given: {first['input']!r})."
 
 
 def _lora(path: Path, value: Any) -> LoraConfig | None:

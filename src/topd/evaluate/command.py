@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +83,7 @@ def run_evaluation(
         "data": spec.model_dump(),
         "template_kwargs": dict(template_kwargs),
     }
-    ledger.append(RESPONSES, map(asdict, found.responses))
+    ledger.append(RESPONSES, (response.record() for response in found.responses))
     ledger.write(RESULT, {**found.record(), "settings": settings, **made_of})
     show(found, spec, console)
     return ledger.folder

@@ -38,7 +38,11 @@ class Response:
     text: str
     verified: bool
     finished: bool
-    logprob: float = field(default=0.0, compare=False)  # its last bits depend on the batch
+    logprob: float = field(default=0.0, compare=False)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values; without the log-prob, whose last bits depend on the batch."""
+        return {key: value for key, value in asdict(self).items() if key != "logprob"}
 
 
 @dataclass(frozen=True)
