@@ -194,7 +194,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _yaml(place: str, text: str) -> Any:
     try:
-        return yaml.load(text, _StrictLoader)
+        return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise TOPDError(f"{place}: not valid YAML: {error}") from error
 
@@ -261,11 +261,12 @@ def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> 
             values[key] = adapter.validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]
-            raise TOPDError(f"{path}: {key}: {first['msg']} (given: {value!r}).") from error
+            given = "not shown" if "token" in key else repr(value)
+            raise TOPDError(f"{path}: {key}: {first['msg']} (given: {given}).") from error
     try:
         return kind(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise TOPDError(f"{path}: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
+        raise TOPDError(f"{path}: {error}") from error  # of transformers' own checks
 
 
 def _first(error: ValidationError) -> str:
