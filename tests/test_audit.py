@@ -226,6 +226,29 @@ def test_changed_prompts_are_found(copied):
     only(audit_run(RUN), "data: the prompts are not those of the run")
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("student", {}), ("teacher", {"path": "no/where"}), ("data", None), ("lora", {"r": "x"})],
+)
+def test_a_recipe_that_cannot_be_run_is_one_more_fault(copied, part, value):
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["recipe"][part] = value
+    (RUN / "run.json").write_text(json.dumps(stored))
+    faults = audit_run(RUN).faults
+    assert faults[0] == "run.json: was changed"
+    assert faults[1].startswith("decisions: not made again: ")
+
+
+def test_a_run_folder_alone_cannot_make_an_audit_run_code(copied):
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["recipe"]["teacher"]["trust_remote_code"] = True
+    (RUN / "run.json").write_text(json.dumps(stored))
+    assert "--trust-remote-code" in audit_run(RUN).faults[1]
+    assert audit_run(RUN, trust_remote_code=True).faults == ["run.json: was changed"]
+    with pytest.raises(TOPDError, match="--trust-remote-code"):
+        replay_step(RUN, 1)
+
+
 # Of the ledger itself
 
 

@@ -23,7 +23,9 @@ from topd.recipe import PARTS, Recipe, parse_overrides, read_recipe
 from topd.rollouts import PromptEncoder
 from topd.types import Prompt, TOPDError
 
-RARE = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RARE = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 NAMES = st.sampled_from(
     sorted({f.name for f in fields(TOPDConfig) if f.init} | {*PARTS, "warmstart"} - {"report_to"})
 )
@@ -121,7 +123,7 @@ ROWS = st.lists(
 )
 
 
-@settings(RARE, max_examples=40)
+@RARE
 @given(
     content=st.binary(max_size=120)
     | ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())

@@ -55,7 +55,12 @@ class Findings:
 
 
 def audit_run(
-    folder: Path, *, updates: int = 3, seed: int = 0, tolerance: float = 1e-4
+    folder: Path,
+    *,
+    updates: int = 3,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+    trust_remote_code: bool = False,
 ) -> Findings:
     """Check a training run's folder.
 
@@ -64,34 +69,48 @@ def audit_run(
         updates: how many updates' decisions are made again; 0 loads no model.
         seed: which ones.
         tolerance: by how much a number may differ, in its own unit.
+        trust_remote_code: run code of the models' repositories where the run did. What a run
+            folder says is not enough for that: it may be another's.
 
     Raises:
-        TOPDError: the folder has no ledger, or models or data cannot be loaded.
+        TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
+            faults already, that is one more).
     """
     found = Findings()
     entries = _entries(folder, found)
     _check_records(folder, surviving(entries), found)
-    if updates and _readable(folder, found):
-        with _Rebuilt(folder) as trainer:
+    if not updates or not _readable(folder, found):
+        return found
+    try:
+        with _Rebuilt(folder, trust_remote_code) as trainer:
             _check_sources(folder, trainer, found)
             _check_decisions(folder, trainer, updates, seed, tolerance, found)
+    except TOPDError as error:
+        if not found.faults:
+            raise
+        found.faults.append(f"decisions: not made again: {error}")
     return found
 
 
-def replay_step(folder: Path, step: int, *, tolerance: float = 0.0) -> Findings:
+def replay_step(
+    folder: Path, step: int, *, tolerance: float = 0.0, trust_remote_code: bool = False
+) -> Findings:
     """Repeat an update from the checkpoint before it, or from the start, and compare.
 
-    Compared are every record from there on and, where the ledger has them, the weights.
+    Compared are every record from there on and, where the ledger has them, the weights. See
+    :func:`audit_run` for the arguments.
 
     Raises:
         TOPDError: there is no such update, or models or data cannot be loaded.
     """
     recorded = _records(folder, "rollouts.jsonl")
+    if not recorded:
+        raise TOPDError(f"{folder}: has no rollouts to compare with (log_rollouts was off?).")
     if not any(record["step"] == step for record in recorded):
         last = max((record["step"] for record in recorded), default=-1)
         raise TOPDError(f"--step {step}: {folder} has the updates 0 to {last}. Choose one.")
     found, start = Findings(), _checkpoint_before(folder, step)
-    with _Rebuilt(folder) as trainer:
+    with _Rebuilt(folder, trust_remote_code) as trainer:
         trainer.add_callback(_StopAfter(step + 1))
         trainer.train(resume_from_checkpoint=str(start) if start else None)
         scratch = Path(trainer.args.output_dir)
@@ -194,13 +213,20 @@ def _place(record: Mapping[str, Any]) -> str:
 class _Rebuilt:
     """The trainer of a run folder, in a folder of its own that is removed at the end."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        self.folder, self.trust = folder, trust_remote_code
         self.scratch = tempfile.TemporaryDirectory(prefix="topd-")
 
     def __enter__(self) -> TOPDTrainer:
         logging.set_verbosity_error()
         recipe = stored_recipe(self.folder, Path(self.scratch.name))
+        if (
+            recipe.student.trust_remote_code or recipe.teacher.trust_remote_code
+        ) and not self.trust:
+            raise TOPDError(
+                f"{self.folder}: its models ran code of their repositories. To run it again, say "
+                "--trust-remote-code."
+            )
         rows = recipe.data.load()
         warmstart = isinstance(recipe.args, WarmstartConfig)
         trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
@@ -224,8 +250,16 @@ def stored_recipe(folder: Path, output: Path) -> Recipe:
     try:
         stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         sources, config = stored["recipe"], stored["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _recipe(folder, sources, config, output)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, TOPDError):
+            raise
         raise TOPDError(f"{folder / 'run.json'}: cannot be read: {error!r}.") from error
+
+
+def _recipe(
+    folder: Path, sources: Mapping[str, Any], config: Mapping[str, Any], output: Path
+) -> Recipe:
     if not sources:
         raise TOPDError(
             f"{folder}: its models and data came from Python, not from a recipe: they cannot be "

@@ -231,6 +231,7 @@ def figures(
 
 
 Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may differ.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the run's models.")]
 
 
 @app.command()
@@ -241,12 +242,15 @@ def audit(
     ] = 3,
     seed: Annotated[int, typer.Option(help="Which updates.")] = 0,
     tolerance: Tolerance = 1e-4,
+    trust: Trust = False,
 ) -> None:
     """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
     with _faults():
         from topd.audit import audit_run
 
-        found = audit_run(run, updates=updates, seed=seed, tolerance=tolerance)
+        found = audit_run(
+            run, updates=updates, seed=seed, tolerance=tolerance, trust_remote_code=trust
+        )
     _report_findings(found.checked, found.faults)
 
 
@@ -255,12 +259,13 @@ def replay(
     run: RunFolder,
     step: Annotated[int, typer.Option(min=0, help="Number of the update, from 0.")],
     tolerance: Tolerance = 0.0,
+    trust: Trust = False,
 ) -> None:
     """Repeat an update from the checkpoint before it and compare it with the records."""
     with _faults():
         from topd.audit import replay_step
 
-        found = replay_step(run, step, tolerance=tolerance)
+        found = replay_step(run, step, tolerance=tolerance, trust_remote_code=trust)
     _report_findings(found.checked, found.faults)
 
 
