@@ -228,7 +228,7 @@ def test_changed_prompts_are_found(copied):
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("student", {}), ("teacher", {"path": "no/where"}), ("data", None), ("lora", {"r": "x"})],
+    [("student", {}), ("teacher", {"path": "no/where"}), ("data", None), ("lora", {"rank": 2})],
 )
 def test_a_recipe_that_cannot_be_run_is_one_more_fault(copied, part, value):
     stored = json.loads((RUN / "run.json").read_text())

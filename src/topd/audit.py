@@ -41,6 +41,7 @@ ALONE: dict[str, Any] = {  # a repetition writes nothing but records
     "eval_strategy": "no",
     "load_best_model_at_end": False,
     "resume_from_checkpoint": None,
+    "hub_token": None,  # transformers writes a placeholder
     "report_to": "none",
     "disable_tqdm": True,
 }
