@@ -3,7 +3,8 @@
 ``python -m bench.kill`` writes docs/results/kill.json. Every attempt is a process of its own,
 killed with SIGKILL: one in five while it loads, the others up to 0.2 s after a random share of the
 records is there. Each trial is killed up to four times and then left to end. What it leaves must
-equal the undisturbed run, byte for byte in weights, and in every record but for times. This shows
+equal the undisturbed run, byte for byte in weights, and in every record but for times, and the
+audit of its ledger must find no fault. This shows
 nothing about power cuts: what a killed process has written stays in the page cache.
 """
 
@@ -24,6 +25,7 @@ from typing import Any, TypeAlias
 import torch
 import yaml
 
+from topd.audit import audit_run
 from topd.compare import run_compare
 from topd.probe import run_probe
 from topd.run import run_recipe
@@ -32,8 +34,8 @@ Process: TypeAlias = multiprocessing.process.BaseProcess
 
 OUTPUT = Path("docs/results/kill.json")
 MOST_KILLS = 4  # a trial
-APART = ("run.json", "seal.json", "ledger.jsonl", "head.json")  # they say that a run was resumed
-TIMES = ("seconds", "runtime", "per_second", "equal time")
+APART = ("seal.json", "ledger.jsonl", "head.json")  # hashes of times; the audit looks at them
+VARYING = ("seconds", "runtime", "per_second", "equal time", "resumed")  # parts of keys
 BASE: dict[str, Any] = {
     "student": "testbed://programs/student",
     "teacher": "testbed://programs/teacher",
@@ -110,7 +112,8 @@ def series(name: str, place: Path, rng: random.Random, kills: int) -> dict[str, 
     while len(at) < kills:
         folder = place / f"{name}-{trials}"
         at += trial(command, recipe, folder, rng, recorded(whole))
-        unequal += [f"trial {trials}: {fault}" for fault in differences(whole, folder)]
+        faults = [*differences(whole, folder), *audited(folder)]
+        unequal += [f"trial {trials}: {fault}" for fault in faults]
         shutil.rmtree(folder)
         trials += 1
     return {
@@ -199,6 +202,12 @@ def probe(recipe: Path, folder: Path) -> None:
     run_probe(recipe, [f"--output_dir={folder}", *words])
 
 
+def audited(folder: Path) -> Iterator[str]:
+    """What ``topd audit --updates 0`` finds in the runs below a folder."""
+    for ledger in sorted(folder.rglob("ledger.jsonl")):
+        yield from audit_run(ledger.parent, updates=0).faults
+
+
 def differences(whole: Path, folder: Path) -> Iterator[str]:
     """What is not the same in two run folders, times apart."""
     for path in sorted(p for p in whole.rglob("*") if p.suffix in (".jsonl", ".json")):
@@ -227,9 +236,9 @@ def contents(path: Path, folder: Path) -> list[Any]:
 
 
 def timeless(value: Any) -> Any:
-    """A record without its times."""
+    """A record without its times, and without what run.json says of resumes."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not any(time in k for time in TIMES)}
+        kept = {k: v for k, v in value.items() if not any(part in k for part in VARYING)}
         return {key: timeless(inner) for key, inner in kept.items()}
     return [timeless(v) for v in value] if isinstance(value, list) else value
 

@@ -249,7 +249,7 @@ def test_a_command_ends_with_the_exit_code_of_its_fault():
 
 
 def test_a_stop_comes_whole_out_of_another_process():
-    again = pickle.loads(pickle.dumps(StoppedError("why", DISK)))  # noqa: S301
+    again = pickle.loads(pickle.dumps(StoppedError("why", DISK)))
     assert (str(again), again.exit_code) == ("why", DISK)
 
 

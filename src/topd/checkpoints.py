@@ -13,7 +13,6 @@ then are older ones removed. To go on from it, the run's JSONL files are cut whe
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -26,12 +25,12 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
+from topd.chain import CHAIN, HEAD, file_digest
 from topd.types import DISK, StoppedError, TOPDError
 
 logger = logging.get_logger(__name__)
 
 SEAL = "seal.json"
-LEDGER = "ledger.jsonl"  # is only ever added to: a resume is an entry of it
 PARTIAL = ".partial"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
@@ -77,7 +76,7 @@ def making(run: Path, step: int, means: Any, *, active: bool = True) -> Iterator
         yield partial
         if active:
             _seal(partial, Seal(step, {}, positions(run), means))
-            if isinstance(fault := _examined(partial), str):
+            if isinstance(fault := examined(partial), str):
                 raise OSError(f"read back, {fault}")
             partial.rename(run / partial.name)
             sync(run)
@@ -125,7 +124,7 @@ def _seal(folder: Path, record: Seal) -> None:
     """Sync every file of a new checkpoint to disk and write its seal."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         sync(path)
-        record.files[str(path.relative_to(folder))] = _digest(path)
+        record.files[str(path.relative_to(folder))] = path.stat().st_size, file_digest(path)
     text = json.dumps(asdict(record), indent=1)
     (folder / SEAL).write_text(text + "\n", encoding="utf-8")
     sync(folder / SEAL)
@@ -151,7 +150,7 @@ def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
         TOPDError: there is no checkpoint, or a file is missing, changed or cut off. The message
             names it, and the newest whole checkpoint before it.
     """
-    found = _examined(checkpoint)
+    found = examined(checkpoint)
     if isinstance(found, Seal):
         missing = [name for name in NEEDED if name not in found.files]
         if not any(name.endswith(".safetensors") for name in found.files):
@@ -163,7 +162,7 @@ def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
             "with save_only_model? Begin a new run with this student."
         )
     earlier = [path for path in _numbered(checkpoint.parent) if _step(path) < _step(checkpoint)]
-    whole = [path for path in earlier if isinstance(_examined(path), Seal)]
+    whole = [path for path in earlier if isinstance(examined(path), Seal)]
     remedy = (
         f"The one before is whole: resume_from_checkpoint: {whole[-1]}."
         if whole
@@ -172,9 +171,9 @@ def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
     raise TOPDError(f"resume_from_checkpoint: {checkpoint}: {found}. {remedy}")
 
 
-def last(run: Path) -> Path | None:
-    """The newest checkpoint of a run folder, whole or not; None if there is none."""
-    found = _numbered(run)
+def last(run: Path, step: int | None = None) -> Path | None:
+    """The newest checkpoint of a run folder, or at most ``step`` updates old, whole or not."""
+    found = [path for path in _numbered(run) if step is None or _step(path) <= step]
     return found[-1] if found else None
 
 
@@ -198,11 +197,10 @@ def resolve(given: str | bool | None, run: Path) -> Path | None:
 
 
 def positions(run: Path) -> dict[str, int]:
-    """Length in bytes of every JSONL file of a run folder, the ledger apart, synced to disk."""
-    paths = _record_files(run)
-    for path in paths:
+    """Length in bytes of every JSONL file of a run folder, the ledger apart; all synced to disk."""
+    for path in run.glob("*.jsonl"):
         sync(path)
-    return {path.name: path.stat().st_size for path in paths}
+    return {path.name: path.stat().st_size for path in _record_files(run)}
 
 
 def cut_back(run: Path, found: Seal) -> None:
@@ -306,7 +304,7 @@ def begin_anew(run: Path) -> None:
 
     A teacher's answers stay: they are used again.
     """
-    for path in [*run.glob("*.jsonl"), *run.glob("head.json")]:
+    for path in [*run.glob("*.jsonl"), *run.glob(HEAD)]:
         if path.name != "answers.jsonl":
             path.unlink()
     _discard(run, _numbered(run))
@@ -321,7 +319,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _examined(checkpoint: Path) -> Seal | str:
+def examined(checkpoint: Path) -> Seal | str:
     """The seal of a checkpoint, or what is wrong with it."""
     try:
         found = Seal(**json.loads((checkpoint / SEAL).read_text(encoding="utf-8")))
@@ -335,18 +333,14 @@ def _examined(checkpoint: Path) -> Seal | str:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
-        if _digest(path)[1] != digest:
+        if file_digest(path) != digest:
             return f"{name} was changed after it was written"
     return found
 
 
-def _digest(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _record_files(run: Path) -> list[Path]:
-    return sorted(path for path in run.glob("*.jsonl") if path.name != LEDGER)
+    """All but the ledger, which is only ever added to: a resume is an entry of it."""
+    return sorted(path for path in run.glob("*.jsonl") if path.name != CHAIN)
 
 
 def _numbered(run: Path) -> list[Path]:

@@ -158,6 +158,11 @@ class TOPDConfig(TrainingArguments):
                 "push_to_hub: would publish the run folder with all prompts and rollouts. Upload "
                 "its student/ folder instead."
             )
+        if self.hub_token:
+            raise TOPDError(
+                "hub_token: a secret would be written into the run folder. Set HF_TOKEN in the "
+                "environment instead, and revoke this one if it was in a file."
+            )
         for name in ("chat_template_kwargs", "method_options"):
             given = getattr(self, name)
             if isinstance(given, str) and not given.startswith("{"):

@@ -32,9 +32,8 @@ def run_recipe(
     folder, wanted = Path(recipe.args.output_dir), recipe.args.resume_from_checkpoint
     check_run_folder(folder, resume=bool(wanted))
     checkpoint = checkpoints.resolve(wanted, folder)
-    if checkpoint:
-        checkpoints.check(checkpoint, resumable=True)
-    elif wanted:
+    examined = {checkpoint: checkpoints.check(checkpoint, resumable=True)} if checkpoint else {}
+    if wanted and not checkpoint:
         _begin_anew(folder)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -44,11 +43,12 @@ def run_recipe(
     recipe.args.disable_tqdm = True
     rows = recipe.data.load()
     trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
+    trainer.remove_callback(PrinterCallback)
+    trainer.examined = examined
     if not quiet:
         left_out = len(rows) - len(trainer.train_dataset)
         if left_out:
             Console().print(f"{left_out} of {len(rows)} prompts are too long and left out")
-        trainer.remove_callback(PrinterCallback)
         trainer.phases.show(Console())
         trainer.add_callback(_StepBar(trainer.phases))
     try:

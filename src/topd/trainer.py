@@ -40,7 +40,15 @@ from topd.learning import (
     learning_terms,
     update_loss,
 )
-from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rollout_record
+from topd.ledger import (
+    Ledger,
+    check_run_folder,
+    guidance_record,
+    manifest,
+    rollout_record,
+    trained_digest,
+    weights_in,
+)
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
 from topd.modelcard import write_model_card
@@ -133,6 +141,7 @@ class TOPDTrainer(Trainer):
         self.totals = Means()  # since the beginning
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
+        self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
         self._apart: str | None = None  # where a checkpoint is being made
         self.run_folder = Path(args.output_dir)
         self.phases = Phases()
@@ -300,8 +309,12 @@ class TOPDTrainer(Trainer):
         if checkpoint:
             settings["resumed"] = self._go_back(checkpoint, settings)
         self.ledger = Ledger(
-            self.args.output_dir, resume=bool(checkpoint), active=self.is_world_process_zero()
+            self.args.output_dir,
+            resume=bool(checkpoint),
+            active=self.is_world_process_zero(),
+            chained=True,
         )
+        self.ledger.begin(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
         self.ledger.write("run.json", settings)
         if not checkpoint:
             self.ledger.write("manifest.json", self.record)
@@ -313,7 +326,7 @@ class TOPDTrainer(Trainer):
             TOPDError: the checkpoint is damaged or no one can go on from it, or the run was begun
                 with other data or another teacher.
         """
-        seal = checkpoints.check(checkpoint, resumable=True)
+        seal = self.examined.pop(checkpoint, None) or checkpoints.check(checkpoint, resumable=True)
         history = checkpoints.check_same(self.run_folder, seal.step, settings, self.record)
         if self.is_world_process_zero():
             checkpoints.cut_back(self.run_folder, seal)
@@ -347,6 +360,7 @@ class TOPDTrainer(Trainer):
                 self.state.save_to_json(str(partial / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self.ledger.seal(f"checkpoint-{step}/{checkpoints.SEAL}")
             checkpoints.prune(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -370,7 +384,10 @@ class TOPDTrainer(Trainer):
         else:
             self.save_model(str(folder))
         if self.args.should_save:
-            write_model_card(folder, record, self.args, self.state.log_history)
+            self.ledger.seal(*weights_in(self.ledger.folder, "student"))
+            self.ledger.note("end", step=self.state.global_step, student=trained_digest(self.model))
+            history, chain = self.state.log_history, self.ledger.chain
+            write_model_card(folder, record, self.args, history, chain)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the update measured; also a line of metrics.jsonl."""
@@ -409,6 +426,7 @@ class TOPDTrainer(Trainer):
             return
         step, decode = self.state.global_step, self.processing_class.decode
         rows = list(enumerate(experience.rollouts))
+        self.ledger.note("update", step=step, student=trained_digest(self.model))
         self.ledger.append(TOKENS, self.token_writer.records(experience.all_ids()))
         self.ledger.append(
             "rollouts.jsonl",

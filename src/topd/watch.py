@@ -111,8 +111,9 @@ class Watch(TrainerCallback):
             return
         trainer.save_model(str(folder))
         raise StoppedError(
-            f"{fault}finite. {folder} has its batch and the weights. Lower learning_rate or "
-            "max_grad_norm, or leave such updates out with nonfinite: skip; then go on with "
+            f"{fault}finite. {folder} has its batch and the weights; topd replay "
+            f"{trainer.run_folder} --step {state.global_step} makes it again. Lower learning_rate "
+            "or max_grad_norm, or leave such updates out with nonfinite: skip; then go on with "
             "resume_from_checkpoint: last.",
             NONFINITE,
         )
