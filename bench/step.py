@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -48,6 +49,7 @@ ARMS = {
     "smollm2": ("opd", "topd", "DistillationTrainer", "GKDTrainer"),
     "testbed": ("opd", "topd", "first_fork"),
 }
+STOP = "stop"
 PHASES = ("rollouts", "scoring", "windows", "transport", "learning")
 
 
@@ -150,7 +152,8 @@ class Gate(TrainerCallback):
         self.wait()
 
     def wait(self) -> None:
-        self.pipe.recv()
+        if self.pipe.recv() == STOP:
+            raise SystemExit
         self.started = time.perf_counter()
 
 
@@ -174,7 +177,8 @@ def measure(cases: Mapping[str, Case], runs: int, student: str) -> dict[str, lis
             process = context.Process(target=serve, args=(end, case, student), daemon=True)
             process.start()
             end.close()
-            stack.callback(process.kill)
+            stack.callback(process.join)
+            stack.callback(pipes[name].send, STOP)
             step_of(pipes[name])
         for run in range(runs):
             for name in in_turn(list(cases), run):
@@ -183,7 +187,7 @@ def measure(cases: Mapping[str, Case], runs: int, student: str) -> dict[str, lis
 
 
 def step_of(pipe: Connection) -> Found:
-    """Let one step run."""
+    """Let one step run. Raises EOFError where its process has failed."""
     pipe.send("step")
     return pipe.recv()
 
@@ -212,7 +216,7 @@ def main(
         name: Case(name, models, batch, tokens, window, fraction, checkpointing) for name in names
     }
     with tempfile.TemporaryDirectory() as folder:
-        tempfile.tempdir = folder
+        os.environ["TMPDIR"] = folder  # where every trainer puts its run folder
         student = in_fresh_process(warm_student, folder) if models == "testbed" else ""
         steps = measure(cases, runs, student)
     found = summary({name: [step["seconds"] for step in own] for name, own in steps.items()})
