@@ -8,6 +8,7 @@ number follows the fraction.
 from __future__ import annotations
 
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from bench.measure import RESULTS, Found, Table, environment, finish, in_turn
-from bench.pairs import Pair, load, ours
+from bench.pairs import PHASES, Pair, load, ours
 from topd import TOPDTrainer
 
-PHASES = ("rollouts", "scoring", "windows", "transport", "learning")
+REST = "the rest"
 NO_ATTENTION = "own_value"
 
 
@@ -44,12 +45,14 @@ def without_attention(pair: Pair) -> Pair:
 
 
 def step(trainer: TOPDTrainer) -> dict[str, float]:
-    """Seconds by phase of one experience and one forward and backward."""
+    """Seconds by phase of one experience and one forward and backward, and outside of phases."""
+    started = time.perf_counter()
     prompts = trainer.train_dataset[: trainer.args.per_device_train_batch_size]
     batches, _ = trainer.get_batch_samples(iter([prompts]), 1, trainer.args.device)
     trainer.training_step(trainer.model, batches[0])
     trainer.model.zero_grad()
-    return trainer.phases.take()
+    seconds = trainer.phases.take()
+    return {**seconds, REST: time.perf_counter() - started - sum(seconds.values())}
 
 
 def measure(trainers: dict[str, TOPDTrainer], runs: int) -> Found:
@@ -62,7 +65,7 @@ def measure(trainers: dict[str, TOPDTrainer], runs: int) -> Found:
             for phase, spent in step(trainers[name]).items():
                 seconds[name][phase].append(spent)
     return {
-        name: {phase: statistics.median(seconds[name][phase]) for phase in PHASES}
+        name: {phase: statistics.median(seconds[name][phase]) for phase in (*PHASES, REST)}
         for name in trainers
     }
 
@@ -73,12 +76,13 @@ def main(
     batches: Annotated[str, typer.Option(help="Rollouts.")] = "1,2,4,8",
     windows: Annotated[str, typer.Option(help="K.")] = "25,50,100",
     fractions: Annotated[str, typer.Option(help="Of tokens.")] = "0.01,0.0225,0.045,0.09",
+    vocab: int = 8192,
     length: Annotated[int, typer.Option(help="Of rollouts where something else varies.")] = 512,
     runs: int = 5,
     results: Path = RESULTS,
 ) -> None:
     """Vary one of rollout length, batch, K and fraction at a time."""
-    started, pair = environment(), without_attention(load(models))
+    started, pair = environment(), without_attention(load(models, vocab))
     usual = {"length": length, "batch": 4, "window": 50, "fraction": 0.0225}
     varied = {
         "length": [int(x) for x in lengths.split(",")],
@@ -90,7 +94,13 @@ def main(
     for name, values in varied.items():
         settings = {str(value): {**usual, name: value} for value in values}
         found[name] = measure({value: trainer_of(pair, x) for value, x in settings.items()}, runs)
-    settings = {"precision": "float32", "models": models, "usual": usual, "runs": runs}
+    settings = {
+        "precision": "float32",
+        "models": models,
+        "vocab": vocab,
+        "usual": usual,
+        "runs": runs,
+    }
     finish("growth", settings, found, started, tables, results)
 
 
@@ -116,7 +126,7 @@ def tables(found: Found) -> Iterator[Table]:
     lengths = [int(value) for value in by_length]
     first = 512 if 512 in lengths else lengths[0]
     rows = []
-    for phase in (*PHASES, "step"):
+    for phase in (*PHASES, REST, "step"):
         cost = {n: _seconds(by_length[str(n)], phase) * 1e6 / n for n in lengths}
         grown = cost[lengths[-1]] / cost[first] if cost[first] else 1.0
         rows.append([phase, *(f"{x:,.0f}" for x in cost.values()), f"{grown:.2f}"])
@@ -124,14 +134,15 @@ def tables(found: Found) -> Iterator[Table]:
         f"Microseconds for each position of {settings['usual']['batch']} rollouts, by their length",
         ["phase", *(f"{n:,}" for n in lengths), f"{lengths[-1]:,} over {first:,}"],
         rows,
-        f"Medians of {settings['runs']} runs. Without attention; linear growth is 1.00.",
+        f"Medians of {settings['runs']} runs, student {settings['models']}, V = "
+        f"{settings['vocab']:,}, without attention; linear growth is 1.00.",
     )
     for name in ("batch", "window", "fraction"):
         yield Table(
             f"Seconds by {name} (else {usual})",
-            [name, *PHASES, "step"],
+            [name, *PHASES, REST, "step"],
             [
-                [value, *(f"{_seconds(x, phase):.2f}" for phase in (*PHASES, "step"))]
+                [value, *(f"{_seconds(x, phase):.2f}" for phase in (*PHASES, REST, "step"))]
                 for value, x in results[name].items()
             ],
         )

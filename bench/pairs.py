@@ -29,26 +29,28 @@ QUIET: dict[str, Any] = {
     "learning_rate": 1e-6,
     "max_steps": 1000,
 }
+PHASES = ("rollouts", "scoring", "windows", "transport", "learning")
 NOISE = 0.05  # the teacher is the student with its weights moved by so much of their deviation
 
 Pair = tuple[PreTrainedModel, PreTrainedModel, Any]
 
 
-def load(name: str) -> Pair:
+def load(name: str, vocab: int = VOCAB) -> Pair:
     """Student, teacher and tokenizer: ``smollm2``, ``tiny``, or ``WIDTHxLAYERS`` of a tiny one."""
     if name == "smollm2":
         student, tokenizer = SMOLLM2.load_model(), SMOLLM2.load_tokenizer()
         teacher = moved(student)
     else:
         width, layers = (128, 4) if name == "tiny" else map(int, name.split("x"))
-        student, teacher, tokenizer = tiny(width, layers), tiny(2 * width, layers, seed=1), words()
+        student = tiny(width, layers, seed=0, vocab=vocab)
+        teacher, tokenizer = tiny(2 * width, layers, seed=1, vocab=vocab), words(vocab)
     for model in (student, teacher):
         bar(model, eos_ids(model, tokenizer))
     return student, teacher, tokenizer
 
 
-def tiny(width: int, layers: int, *, seed: int = 0, vocab: int = VOCAB) -> PreTrainedModel:
-    """A random Llama with tied embeddings, as SmolLM2 has, and SmolLM2's vocabulary."""
+def tiny(width: int, layers: int, *, seed: int, vocab: int) -> PreTrainedModel:
+    """A random Llama with tied embeddings, as SmolLM2 has."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
@@ -84,7 +86,7 @@ def bar(model: PreTrainedModel, tokens: tuple[int, ...]) -> None:
     head.bias = nn.Parameter(bias, requires_grad=False)
 
 
-def words(vocab: int = VOCAB) -> PreTrainedTokenizerFast:
+def words(vocab: int) -> PreTrainedTokenizerFast:
     """A tokenizer with one word a token."""
     names = ["<pad>", "<s>", "</s>", "<unk>"] + [f"w{i}" for i in range(4, vocab)]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token="<unk>"))

@@ -39,7 +39,7 @@ from bench.measure import (
     spread,
     summary,
 )
-from bench.pairs import QUIET, load, ours, prompts
+from bench.pairs import PHASES, QUIET, load, ours, prompts
 from topd.recipe import read_recipe
 from topd.run import make_trainer, run_recipe
 
@@ -50,7 +50,6 @@ ARMS = {
     "testbed": ("opd", "topd", "first_fork"),
 }
 STOP = "stop"
-PHASES = ("rollouts", "scoring", "windows", "transport", "learning")
 
 
 @dataclass(frozen=True)
