@@ -20,7 +20,8 @@ SMALL = {
     "windows": (windows, "64x1 --tokens 24 --window 4 --fraction 0.1 --runs 2"),
     "growth": (
         growth,
-        "64x1 --vocab 64 --lengths 8,16 --length 8 --batches 1,2 --windows 2 --fractions 0.3 --runs 1",
+        "64x1 --vocab 64 --lengths 8,16 --length 8 --batches 1,2 --windows 2 --fractions 0.3 "
+        "--runs 1",
     ),
     "step": (step, "64x1 --batch 2 --tokens 12 --window 3 --fraction 0.2 --runs 2"),
 }
