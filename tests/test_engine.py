@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,9 +30,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from conftest import EOS, VOCAB, tiny_model
-from topd.engines import Engine, hf
+from topd.engines import Engine, decoding, hf
 from topd.engines.hf import HFEngine, head_of
-from topd.types import Generation, Ids, Sampling, TOPDError
+from topd.types import Effort, Generation, Ids, Sampling, TOPDError
 
 PROMPTS: list[Ids] = [(1, 9, 23, 41, 5), (1, 8), (1, 30, 31, 32, 33, 34, 35, 36, 7), (1,)]
 RESPONSES: list[Ids] = [(11, 12, 13), (40, 41, 42, 43, 44, 45, 46), (50,), (9, 3, 9, 3)]
@@ -217,15 +218,15 @@ def test_where_memory_runs_out_fewer_windows_go_at_a_time(model, monkeypatch, ca
     engine = HFEngine(model, eos_ids=NEVER)
     scores, seeds = engine.score(PROMPTS, RESPONSES), range(len(STARTS))
     expected = engine.continue_from(scores, STARTS, WARM, seeds)
-    select, asked = hf._select, []
+    right, asked = hf.open_windows, []
 
-    def small(cache, rows, length):
-        asked.append(len(rows))
-        if len(rows) > 2:
+    def small(starts, *args, **kwargs):
+        asked.append(len(starts))
+        if len(starts) > 2:
             raise fault
-        return select(cache, rows, length)
+        return right(starts, *args, **kwargs)
 
-    monkeypatch.setattr(hf, "_select", small)
+    monkeypatch.setattr(hf, "open_windows", small)
     assert_same_text(engine.continue_from(scores, STARTS, WARM, seeds), expected)
     assert asked[0] == len(STARTS)
     assert max(asked[-2:]) <= 2
@@ -237,14 +238,105 @@ def test_memory_for_not_even_one_window_and_other_faults_are_raised(model, monke
     for text in ("CUDA out of memory. Tried", "shapes do not match"):
         calls = []
 
-        def fail(*_, text=text, calls=calls):
+        def fail(*_, text=text, calls=calls, **__):
             calls.append(1)
             raise RuntimeError(text)
 
-        monkeypatch.setattr(hf, "_select", fail)
+        monkeypatch.setattr(hf, "open_windows", fail)
         with pytest.raises(RuntimeError, match=text):
             engine.continue_from(scores, STARTS, WARM, range(len(STARTS)))
         assert len(calls) == (7 if "memory" in text else 1)  # 64, 32, ..., 1
+
+
+@pytest.fixture(params=["alone", "shared"])
+def share(request, monkeypatch) -> str:
+    """Whether windows of one response have rows of their own or are packed into one."""
+    if request.param == "shared":
+        monkeypatch.setattr(decoding, "least_cost", lambda counts, _: max(counts))
+    return request.param
+
+
+def nearly(engine: HFEngine, sampling: Sampling, seed: int) -> Ids:
+    """What the engine itself writes, with some tokens changed: drafts that hold for a while."""
+    (written,) = engine.generate([PROMPTS[0]], replace(sampling, max_new_tokens=40), [seed])
+    return tuple(7 if i in (5, 6, 19) else token for i, token in enumerate(written.tokens))
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.8), Sampling(1.0, 0.9, 20)])
+@pytest.mark.parametrize("budget", [0, 16, 1000])
+def test_blocks_of_the_draft_are_verified_exactly(model_kind, monkeypatch, share, sampling, budget):
+    """Token for token what is written one by one; all windows draw the numbers of their draft."""
+    monkeypatch.setitem(decoding.FREE, "cpu", budget)
+    engine = engine_of(model_kind, eos_ids=NEVER)
+    sampling, seed = replace(sampling, max_new_tokens=30), 3
+    response = nearly(engine, sampling, seed)
+    starts = [(0, t) for t in (20, 0, 6, 7)] + [(1, 2)]
+    seeds = [seed] * len(starts)
+    scores = engine.score([PROMPTS[0], PROMPTS[1]], [response, RESPONSES[0]])
+    found = engine.continue_from(scores, starts, sampling, seeds)
+    cuts = [PROMPTS[0] + response[:t] for _, t in starts[:-1]] + [PROMPTS[1] + RESPONSES[0][:2]]
+    expected = engine.generate(cuts, sampling, seeds)
+    assert tokens_of(found) == tokens_of(expected)
+    for one, other in zip(found, expected, strict=True):  # 30 tokens deep in float32
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    for one, start in zip(found, cuts, strict=True):
+        expected = engine.score([start], [one.tokens]).hidden[0]
+        torch.testing.assert_close(one.hidden, expected, atol=1e-4, rtol=1e-4)
+    if budget == 0:
+        assert [one.effort.forwards for one in found] == [29] * 5
+
+
+def test_a_draft_that_holds_saves_forwards(model):
+    engine = HFEngine(model, eos_ids=NEVER)
+    sampling = Sampling(0.0, max_new_tokens=30)
+    (written,) = engine.generate([PROMPTS[0]], sampling, [0])
+    scores = engine.score([PROMPTS[0]], [written.tokens])
+    with fed(model) as shapes:
+        (found,) = engine.continue_from(scores, [(0, 0)], sampling, [0])
+    assert found.tokens == written.tokens
+    assert found.effort == Effort(positions=29, forwards=len(shapes))
+    assert len(shapes) < 8
+    assert sum(length for _, length in shapes) == 29  # nothing was read in vain
+
+
+def test_windows_that_share_a_row_read_its_cache_once(model, monkeypatch):
+    monkeypatch.setattr(decoding, "least_cost", lambda counts, _: max(counts))
+    engine = HFEngine(model, eos_ids=NEVER)
+    scores = engine.score(PROMPTS, RESPONSES)
+    with fed(model) as shapes:
+        found = engine.continue_from(scores, STARTS, WARM, range(len(STARTS)))
+    assert {rows for rows, _ in shapes} == {4}
+    expected = engine.generate([cut(b, t) for b, t in STARTS], WARM, range(len(STARTS)))
+    assert_same_text(found, expected)
+
+
+def test_eager_attention_continues_like_any_other(share):
+    model = tiny_model(attn_implementation="eager")
+    engine, other = HFEngine(model, eos_ids=MANY_ENDS), engine_of("qwen3", eos_ids=MANY_ENDS)
+    found = engine.continue_from(engine.score(PROMPTS, RESPONSES), STARTS, WARM, range(15))
+    assert_same_text(found, other.generate([cut(b, t) for b, t in STARTS], WARM, range(15)))
+
+
+def test_a_window_that_has_rejoined_takes_its_rest_from_the_response(model):
+    engine = HFEngine(model, eos_ids=NEVER)
+    sampling = Sampling(0.0, max_new_tokens=30)
+    (written,) = engine.generate([PROMPTS[0]], sampling, [0])
+    response = (*written.tokens[:20], *([7] * 10))
+    scores = engine.score([PROMPTS[0]], [response])
+    (exact,) = engine.continue_from(scores, [(0, 2)], sampling, [0])
+    (found,) = engine.continue_from(scores, [(0, 2)], sampling, [0], rejoin=4)
+    assert exact.tokens[:18] == response[2:20]
+    assert found.tokens == response[2:]
+    assert found.logprobs[4:] == pytest.approx(scores.logprobs[0, 6:].tolist(), abs=1e-4)
+    torch.testing.assert_close(found.hidden[4:], scores.hidden[0, 6:], atol=1e-4, rtol=1e-4)
+    assert found.effort.positions <= 6 < exact.effort.positions
+
+
+def test_a_window_that_never_rejoins_is_exact(model_kind):
+    engine = engine_of(model_kind)
+    scores, seeds = engine.score(PROMPTS, RESPONSES), range(len(STARTS))
+    exact = engine.continue_from(scores, STARTS, WARM, seeds)
+    assert engine.continue_from(scores, STARTS, WARM, seeds, rejoin=9) == exact
 
 
 def test_no_windows_are_no_work(model):
@@ -509,9 +601,32 @@ def test_a_uniform_number_of_one_takes_no_impossible_token():
     """The numbers lie in (0, 1]; at both ends the token drawn has probability above 0."""
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, 4)
     uniform = torch.tensor([1e-300, 0.5, 1.0], dtype=torch.float64)
-    token, logprob = hf._draw(logits, uniform, Sampling())
+    token, logprob = decoding.draw(logits, uniform, Sampling())
     assert token.tolist() == [1, 1, 2]
     assert logprob.tolist() == pytest.approx([np.log(0.5)] * 3)
+
+
+@pytest.mark.parametrize("vocab", [5000, 4608, 49_152])
+def test_a_draw_by_blocks_is_a_draw_from_the_cumulative_sum(vocab):
+    """In float64 both are the same inverse transform; zeros are never drawn, at either end."""
+    torch.manual_seed(0)
+    logits = torch.randn(200, vocab) * 4
+    logits[:, : vocab // 3] = -torch.inf
+    logits[:, -300:] = -torch.inf
+    ends = torch.tensor([1e-300, 1.0], dtype=torch.float64)
+    uniform = torch.cat([torch.rand(198, dtype=torch.float64), ends])
+    token, logprob = decoding.draw(logits, uniform, Sampling())
+    mass = logits.double().softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:])[:, 0]
+    assert (token == expected).float().mean() > 0.98  # float32 may move a border
+    reached = mass.gather(-1, token[:, None])[:, 0] - uniform * mass[:, -1]
+    before = reached - mass.diff(dim=-1, prepend=mass[:, :1] * 0).gather(-1, token[:, None])[:, 0]
+    assert (reached > -1e-5).all()
+    assert (before < 1e-5).all()
+    assert logprob.isfinite().all()
+    assert logprob.tolist() == pytest.approx(
+        logits.log_softmax(-1).gather(-1, token[:, None])[:, 0].tolist(), abs=1e-4
+    )
 
 
 # ---- other architectures ----------------------------------------------------------------------

@@ -372,6 +372,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "num_generations": [0],
     "window_length": [0],
     "window_gap": [0],
+    "window_rejoin": [-1],
     "chunk_tokens": [0],
     "score_batch_size": [0],
     "per_device_train_batch_size": [0],

@@ -67,6 +67,11 @@ class TOPDConfig(TrainingArguments):
     )
     candidate_threshold: float | None = _field(None, "Candidates need this token loss, in nats.")
     window_length: int = _field(50, "K, tokens a window.")
+    window_rejoin: int = _field(
+        0,
+        "A teacher's window whose last so many tokens are the rollout's stops and takes its rest "
+        "from there, which is cheaper and no longer exact; 0: never.",
+    )
     window_gap: int | None = _field(
         None, "Fewest tokens between two windows' starts; none: K, so that windows are disjoint."
     )
@@ -218,8 +223,8 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
         "must be finite and above 0",
     ),
     (
-        "trajectory_weight position_weight window_temperature top_k learning_rate stop_length "
-        "stop_finished stop_fresh stop_entropy stop_divergence",
+        "trajectory_weight position_weight window_temperature window_rejoin top_k learning_rate "
+        "stop_length stop_finished stop_fresh stop_entropy stop_divergence",
         lambda x: 0 <= x < float("inf"),
         "must be finite and at least 0",
     ),

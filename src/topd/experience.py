@@ -19,6 +19,7 @@ from topd.methods import Method
 from topd.progress import Phases
 from topd.rollouts import make_rollout, sampling_seeds
 from topd.types import (
+    Effort,
     Evidence,
     Fork,
     Generation,
@@ -42,7 +43,7 @@ class Experience:
 
     ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
     and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats. ``branch_hidden`` has the
-    teacher's states [K D] for each branch of the guidance.
+    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -51,6 +52,7 @@ class Experience:
     forks: tuple[tuple[Fork, ...], ...]
     guidance: tuple[Guidance, ...]
     branch_hidden: tuple[tuple[Tensor, ...], ...]
+    efforts: tuple[Effort, ...] = ()
 
     def all_ids(self) -> Iterator[Ids]:
         """Every sequence of tokens in it: prompts, responses, the teacher's windows."""
@@ -133,6 +135,7 @@ class Observer:
             _forks(evidence, len(rollouts)),
             guidance,
             self._branch_states(rollouts, guidance, dict(zip(starts, written, strict=True))),
+            tuple(window.effort for window in written),
         )
 
     def score(self, rollouts: Sequence[Rollout], first: int = 0) -> Scores:
@@ -295,7 +298,12 @@ class Observer:
         ]
         with self.phases.phase("windows", self.args.window_length) as tick:
             return self.teacher.continue_from(
-                scores, starts, self.args.window_sampling, window_seeds, tick=tick
+                scores,
+                starts,
+                self.args.window_sampling,
+                window_seeds,
+                rejoin=self.args.window_rejoin,
+                tick=tick,
             )
 
     def _evidence(
@@ -361,7 +369,7 @@ def pair_windows(
 
 def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     forks: list[list[Fork]] = [[] for _ in range(count)]
-    windows = evidence.windows
+    windows, plans = evidence.windows, transport.sparse_plans(evidence.transport.plan)
     for k, (row, start) in enumerate(
         zip(windows.row.tolist(), windows.start.tolist(), strict=True)
     ):
@@ -373,7 +381,7 @@ def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
                 real=bool(evidence.real[k]),
                 teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
                 student_length=int(windows.student_mask[k].sum()),
-                plan=transport.sparse_plan(evidence.transport.plan[k]),
+                plan=plans[k],
             )
         )
     return tuple(tuple(row) for row in forks)

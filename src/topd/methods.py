@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from topd.divergence import select_candidates
-from topd.transport import sparse_soft_target
+from topd.transport import sparse_soft_targets
 from topd.types import (
     Branch,
     BranchLoss,
@@ -51,12 +51,11 @@ def topd(evidence: Evidence) -> tuple[Guidance, ...]:
     False alarms keep their token loss. Source: arXiv 2606.00305, the published method.
     """
     targets: list[list[SoftTarget]] = [[] for _ in _lengths(evidence)]
-    windows, plan = evidence.windows, evidence.transport.plan
-    for k in evidence.real.nonzero()[:, 0].tolist():
-        row, start = int(windows.row[k]), int(windows.start[k])
-        for i in range(int(windows.student_mask[k].sum())):
-            target = sparse_soft_target(plan[k, i], windows.teacher_tokens[k])
-            targets[row].append(SoftTarget(start + i, *target))
+    windows, real = evidence.windows, evidence.real
+    guided = sparse_soft_targets(evidence.transport.plan[real], windows.teacher_tokens[real])
+    starts = zip(windows.row[real].tolist(), windows.start[real].tolist(), guided, strict=True)
+    for row, start, window in starts:
+        targets[row] += [SoftTarget(start + i, *y) for i, y in enumerate(window) if y[0]]
     plain = opd(evidence)
     return tuple(replace(g, targets=tuple(t)) for g, t in zip(plain, targets, strict=True))
 

@@ -63,3 +63,6 @@ def measure_experience(means: Means, experience: Experience) -> None:
     means.add("topd/false_alarm_share", len(forks) - real, len(forks))
     means.add("topd/mean_ot", sum(fork.distance for fork in forks), len(forks))
     means.add("topd/teacher_tokens", sum(len(fork.teacher_tokens) for fork in forks))
+    efforts = experience.efforts
+    means.add("topd/window_positions", sum(e.positions for e in efforts), len(efforts))
+    means.add("topd/window_forwards", sum(e.forwards for e in efforts), len(efforts))

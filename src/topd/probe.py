@@ -49,7 +49,7 @@ from topd.losses import TokenTerms, linear_token_terms
 from topd.progress import Phases
 from topd.rollouts import sampling_seeds
 from topd.tokentext import FILE as TOKENS
-from topd.transport import sparse_plan
+from topd.transport import sparse_plans
 from topd.types import Rollout, TOPDError, Transport, Windows
 
 POSITION_STREAM = 1 << 22  # seeds that no rollout, window or answer uses
@@ -236,6 +236,7 @@ def choose(
 def position_records(look: Look, number: int) -> Iterator[dict[str, Any]]:
     """Lines of positions.jsonl; ``real`` is decided once all positions are known."""
     windows, transport = look.windows, look.transport
+    plans = sparse_plans(transport.plan)
     starts = zip(windows.row.tolist(), windows.start.tolist(), look.groups, strict=True)
     for k, (row, t, group) in enumerate(starts):
         student = windows.student_tokens[k][windows.student_mask[k]].tolist()
@@ -253,7 +254,7 @@ def position_records(look: Look, number: int) -> Iterator[dict[str, Any]]:
             "rejoin": rejoin(student, teacher),
             "student_tokens": student,
             "teacher_tokens": teacher,
-            "plan": sparse_plan(transport.plan[k]),
+            "plan": plans[k],
         }
 
 

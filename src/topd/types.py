@@ -81,18 +81,28 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """What it took to write a text: token-positions read behind its prefix, and forwards."""
+
+    positions: int = 0
+    forwards: int = 0
+
+
+@dataclass(frozen=True)
 class Generation:
     """What an engine wrote: token ids, their log-probs in nats, and whether it ended by itself.
 
     Log-probs are those of softmax(logits / temperature), before top-k and top-p (at temperature 0:
     of the plain softmax). The end-of-sequence token is part of ``tokens`` only if it was sampled.
-    ``hidden`` [K D] are the last hidden states that predict each token, where they were kept.
+    ``hidden`` [K D] are the last hidden states that predict each token, where they were kept;
+    ``effort`` is counted for windows.
     """
 
     tokens: Ids
     logprobs: tuple[float, ...]
     finished: bool
     hidden: Float[Tensor, "K D"] | None = field(default=None, compare=False, repr=False)
+    effort: Effort = field(default=Effort(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,13 @@ class Engine(Protocol):
         sampling: Sampling,
         seeds: Sequence[int],
         *,
+        rejoin: int = 0,
         tick: Tick = ...,
     ) -> list[Generation]:
         """Continue scored response ``b`` from before its token ``t``, for every (b, t).
 
-        The hidden states of what it writes are kept, as those of a scored response are.
+        The hidden states of what it writes are kept, as those of a scored response are. With
+        ``rejoin`` above 0 a window whose last so many tokens are the response's stops, and takes
+        its rest from there: no longer exact.
         """
         ...

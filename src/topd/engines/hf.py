@@ -16,16 +16,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from topd.engines import Scores, Tick, no_tick
+from topd.engines.decoding import (
+    GrowingLayer,
+    WindowBatch,
+    draw,
+    growing_cache,
+    open_windows,
+    uniforms,
+)
 from topd.engines.memory import in_chunks
 from topd.losses import linear_logprobs
-from topd.types import Generation, Head, Ids, Sampling, TOPDError, wide_dtype
+from topd.types import Effort, Generation, Head, Ids, Sampling, TOPDError
 
 WINDOWS_AT_ONCE = 64
-
-Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+ROOM = 256  # entries that a cache holds at first; then it grows by half
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -95,6 +101,7 @@ class HFEngine:
         self.name = name
         self._autocast = autocast
         self.vocab_size = vocab_size or head_of(model).vocab_size
+        self._kernel = model.config.get_text_config()._attn_implementation
         self._ends = frozenset(eos_ids)
         self._eos = torch.tensor(sorted(self._ends), device=model.device)
 
@@ -122,6 +129,7 @@ class HFEngine:
         tick: Tick = no_tick,
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
+        _check_seeds(seeds, prompts)
         if not prompts:
             return []
         width = max(len(prompt) for prompt in prompts)
@@ -129,11 +137,10 @@ class HFEngine:
         length = self._tensor([len(prompt) for prompt in prompts])
         mask = torch.arange(width, device=ids.device) >= width - length[:, None]
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        cache = growing_cache(self.model, room=min(sampling.max_new_tokens, ROOM))
         with self._evaluating():
             hidden = self._forward(ids, mask, positions, cache)[:, -1]
-            written, _ = self._decode(hidden, mask, length, cache, sampling, seeds, tick)
-        return written
+            return self._decode(hidden, mask, length, cache, sampling, seeds, tick)
 
     @torch.no_grad()
     def score(
@@ -172,46 +179,89 @@ class HFEngine:
         sampling: Sampling,
         seeds: Sequence[int],
         *,
+        rejoin: int = 0,
         tick: Tick = no_tick,
     ) -> list[Generation]:
         """Continue scored responses from (row, token) pairs. See :class:`~topd.engines.Engine`.
 
-        All windows decode together, ``WINDOWS_AT_ONCE`` at most, on copies of the rows of the
-        scoring forward's cache; the first token comes from its hidden states.
+        All windows decode together, ``WINDOWS_AT_ONCE`` at most, behind a copy of the scoring
+        forward's cache that windows of one response may share; the first token comes from its
+        hidden states. The response is the draft of its windows, verified in blocks.
         """
         prefix = scores.prefix
         assert isinstance(prefix, _Prefix)
-        if not all(type(layer) is DynamicLayer for layer in prefix.cache.layers):
+        _check_seeds(seeds, starts)
+        if not self._takes_masks(prefix.cache):
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
         with self._evaluating():
             return in_chunks(
                 lambda some: self._windows(
-                    scores.hidden, prefix, starts[some], sampling, seeds[some], tick
+                    scores, starts[some], sampling, seeds[some], rejoin, tick
                 ),
                 len(starts),
                 WINDOWS_AT_ONCE,
             )
 
+    def _takes_masks(self, cache: DynamicCache) -> bool:
+        """Whether a mask of our own fits: full attention throughout, by a kernel that takes any."""
+        return self._kernel in ("sdpa", "eager") and all(
+            type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers
+        )
+
     def _windows(
         self,
-        hidden: Tensor,
-        prefix: _Prefix,
+        scores: Scores,
         starts: Sequence[tuple[int, int]],
         sampling: Sampling,
         seeds: Sequence[int],
+        rejoin: int,
         tick: Tick,
     ) -> list[Generation]:
-        """Windows that decode together, from the states [B T D] of their scoring forward."""
-        row = self._tensor([b for b, _ in starts])
-        start = self._tensor([t for _, t in starts])
-        known = self._tensor([len(prefix.prompts[b]) + t for b, t in starts])
-        longest = max(len(prefix.prompts[b]) + t for b, t in starts)
-        mask = torch.arange(longest, device=row.device) < known[:, None]
-        cache = _select(prefix.cache, row, longest)
-        window, states = self._decode(
-            hidden[row, start], mask, known, cache, sampling, seeds, tick, keep_states=True
+        """Write windows: read some tokens of each, draw behind each, keep what agrees."""
+        prefix, steps, head = scores.prefix, sampling.max_new_tokens, self.head
+        assert isinstance(prefix, _Prefix)
+        width, device = scores.hidden.shape[-1], scores.hidden.device
+        windows, rows = open_windows(
+            starts, prefix.prompts, prefix.responses, limit=steps, width=width
         )
-        return [replace(w, hidden=h[: len(w.tokens)]) for w, h in zip(window, states, strict=True)]
+        hidden = scores.hidden[tuple(self._tensor(starts).unbind(-1))]
+        batch = WindowBatch(windows, uniforms(seeds, steps, device), hidden, self._ends)
+        longest = max(window.known for window in windows)
+        cache = self._copied(prefix.cache, rows, longest, room=steps)
+        while True:
+            tick()
+            batch.take(hidden, *draw(head.logits(hidden), batch.uniform, sampling))
+            if rejoin:
+                batch.rejoin(rejoin, scores, starts)
+            needed = batch.rows()
+            if not needed:
+                break
+            if len(needed) < len(rows):
+                rows = needed
+                cache.batch_select_indices(self._tensor(needed))
+            layout = batch.lay_out()
+            hidden = self._forward(layout.ids, layout.mask, layout.positions, cache)
+            hidden = hidden[layout.row, layout.column]
+        self._check_written(torch.tensor([sum(window.logprobs) for window in windows]))
+        return [
+            Generation(
+                tuple(window.tokens),
+                tuple(window.logprobs),
+                window.ended,
+                states[: len(window.tokens)],
+                Effort(window.read, window.forwards),
+            )
+            for window, states in zip(windows, batch.states, strict=True)
+        ]
+
+    def _copied(
+        self, cache: DynamicCache, rows: Sequence[int], length: int, *, room: int
+    ) -> DynamicCache:
+        """Some rows of a cache, cut to their first ``length`` entries, with room for more."""
+        index, copy = self._tensor(rows), growing_cache(self.model, room)
+        for new, old in zip(copy.layers, cache.layers, strict=True):
+            new.update(*(x[:, :, :length].index_select(0, index) for x in (old.keys, old.values)))
+        return copy
 
     def _continue_afresh(
         self,
@@ -238,44 +288,41 @@ class HFEngine:
         sampling: Sampling,
         seeds: Sequence[int],
         tick: Tick,
-        *,
-        keep_states: bool = False,
-    ) -> tuple[list[Generation], Tensor]:
+    ) -> list[Generation]:
         """Write tokens from ``hidden`` [N D], the states that predict each row's next token.
 
         ``mask`` [N L] says which entries of the cache a row may see, ``position`` [N] is the
-        position of its next token. A row leaves the batch when it has ended. Also returns the
-        states that predict each token [N K D], if they are to be kept (K is 0 otherwise).
+        position of its next token. A row leaves the batch when it has ended.
         """
-        if len(seeds) != len(hidden):
-            raise TOPDError(f"{len(seeds)} seeds for {len(hidden)} rows: give one a row.")
         steps, head = sampling.max_new_tokens, self.head
-        uniforms = _uniforms(seeds, steps).to(hidden.device, wide_dtype(hidden.device))
+        own_masks = self._takes_masks(cache)
+        uniform = uniforms(seeds, steps, hidden.device)
         alive = torch.arange(len(hidden), device=hidden.device)
         tokens = torch.full((len(hidden), steps), -1, device=hidden.device)
         logprobs = torch.zeros(len(hidden), steps, device=hidden.device)
-        states = hidden.new_zeros(len(hidden), steps if keep_states else 0, hidden.shape[-1])
         for step in range(steps):
-            if keep_states:
-                states[alive, step] = hidden
-            token, logprob = _draw(head.logits(hidden), uniforms[alive, step], sampling)
+            token, logprob = draw(head.logits(hidden), uniform[alive, step], sampling)
             tokens[alive, step], logprobs[alive, step] = token, logprob.float()
             tick()
-            going = ~torch.isin(token, self._eos)
-            if step + 1 == steps or not bool(going.any()):
+            going = (~torch.isin(token, self._eos)).nonzero()[:, 0]  # the only host sync
+            if step + 1 == steps or not len(going):
                 break
-            if not bool(going.all()):
-                cache.batch_select_indices(going.nonzero()[:, 0])
+            if len(going) < len(alive):
+                cache.batch_select_indices(going)
                 alive, token, mask, position = (x[going] for x in (alive, token, mask, position))
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = self._forward(token[:, None], mask, position[:, None], cache)[:, -1]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+            seen = mask[:, None, None] if own_masks else mask
+            hidden = self._forward(token[:, None], seen, position[:, None], cache)[:, -1]
             position = position + 1
+        self._check_written(logprobs)
+        return self._generations(tokens, logprobs)
+
+    def _check_written(self, logprobs: Tensor) -> None:
         if bool(logprobs.isnan().any()):
             raise TOPDError(
                 f"{self.name}: NaN logits while writing. Check its weights, lower the learning "
                 "rate, or use bfloat16 or float32."
             )
-        return self._generations(tokens, logprobs), states
 
     def _generations(self, tokens: Tensor, logprobs: Tensor) -> list[Generation]:
         finished = torch.isin(tokens, self._eos).any(-1).tolist()
@@ -293,12 +340,21 @@ class HFEngine:
         """Last hidden states [N L D]; the cache grows by L."""
         output = self.model.get_decoder()(
             input_ids=ids,
-            attention_mask=None if mask is None else mask.long(),
+            attention_mask=self._mask(mask),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
         )
         return output.last_hidden_state
+
+    def _mask(self, mask: Tensor | None) -> Tensor | None:
+        """In the form that the model expects: eager attention adds a mask [N 1 q L]."""
+        if mask is None or mask.dim() == 2:
+            return None if mask is None else mask.long()
+        if self._kernel == "sdpa":
+            return mask
+        added = torch.zeros_like(mask, dtype=self.model.dtype)
+        return added.masked_fill_(~mask, torch.finfo(added.dtype).min)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -318,39 +374,9 @@ class HFEngine:
         return torch.tensor(values, device=self._eos.device)
 
 
-def _draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """A token a row [N], and its log-prob before top-k and top-p [N]."""
-    if sampling.temperature == 0:
-        logprobs = logits.log_softmax(-1)
-        token = logits.argmax(-1)
-    else:
-        logprobs = (logits / sampling.temperature).log_softmax(-1)
-        kept = logprobs
-        if sampling.top_k:
-            kept = TopKLogitsWarper(min(sampling.top_k, kept.shape[-1]))(None, kept)
-        if sampling.top_p < 1:
-            kept = TopPLogitsWarper(sampling.top_p)(None, kept)
-        mass = kept.to(uniform.dtype).exp().cumsum(-1)
-        # uniform lies in (0, 1]: a token of probability 0 is never the first to reach the level
-        level = uniform[:, None] * mass[:, -1:]
-        token = torch.searchsorted(mass, level)[:, 0].clamp(max=mass.shape[-1] - 1)  # NaN only
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
-def _uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """[N steps] numbers in (0, 1], each row from its own seed."""
-    rows = [
-        1 - torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for seed in seeds
-    ]
-    return torch.stack(rows)
-
-
-def _select(cache: DynamicCache, rows: Tensor, length: int) -> DynamicCache:
-    """Copies of some rows of a cache, cut to their first ``length`` entries."""
-    return DynamicCache(
-        (layer.keys[rows, :, :length], layer.values[rows, :, :length]) for layer in cache.layers
-    )
+def _check_seeds(seeds: Sequence[int], rows: Sequence[object]) -> None:
+    if len(seeds) != len(rows):
+        raise TOPDError(f"{len(seeds)} seeds for {len(rows)} rows: give one a row.")
 
 
 def _logit_scale(config: object) -> float:

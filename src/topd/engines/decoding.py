@@ -1,0 +1,361 @@
+"""What decoding is made of: a cache that grows in place, a draw, windows that share a prefix."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+
+from topd.engines import Scores
+from topd.types import Ids, Sampling, wide_dtype
+
+SMALL_VOCABULARY = 4096
+BLOCK = 256  # tokens whose probabilities are summed before the draw looks at single ones
+MOST_AHEAD = 8  # draft tokens of a window in one forward
+FREE = {"cpu": 16}  # tokens that a forward reads for little more than the price of one
+FREE_ELSEWHERE = 256
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values in a buffer that is written in place; transformers copies all at each token.
+
+    ``room`` is how many entries the first buffer holds behind what is written first.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write behind what there is; returns all keys and all values, as views."""
+        used = self.get_seq_length()
+        length = used + key_states.shape[-2]
+        if self._buffers is None or length > self._buffers[0].shape[-2]:
+            self._grow(key_states, value_states, length)
+        assert self._buffers is not None
+        keys, values = self._buffers
+        keys[:, :, used:length], values[:, :, used:length] = key_states, value_states
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        return self.keys, self.values
+
+    def _grow(self, key_states: Tensor, value_states: Tensor, length: int) -> None:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        used = self.get_seq_length()
+        room = max(self.room, length // 2)
+        buffers = []
+        for old, new in ((self.keys, key_states), (self.values, value_states)):
+            buffer = new.new_empty(*new.shape[:-2], length + room, new.shape[-1])
+            if used:
+                buffer[:, :, :used] = old
+            buffers.append(buffer)
+        self._buffers = (buffers[0], buffers[1])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        if self._buffers is not None:
+            keys, values = (buffer.index_select(0, indices) for buffer in self._buffers)
+            length, self._buffers = self.get_seq_length(), (keys, values)
+            self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+
+def growing_cache(model: PreTrainedModel, room: int) -> DynamicCache:
+    """An empty cache; its full-attention layers grow in place."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [
+        GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def draw(
+    logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"], sampling: Sampling
+) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """A token a row by inverse transform, and its log-prob before top-k and top-p.
+
+    ``uniform`` lies in (0, 1]: a token of probability 0 is never the first to reach the level. Sums
+    are of the widest float, first over blocks of tokens, then inside the block that was met.
+    """
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
+    level = scaled.logsumexp(-1, keepdim=True)
+    kept = scaled
+    if sampling.top_k:
+        kept = TopKLogitsWarper(min(sampling.top_k, kept.shape[-1]))(None, kept)
+    if sampling.top_p < 1:
+        kept = TopPLogitsWarper(sampling.top_p)(None, kept)
+    token = _inverse((kept - level).exp_(), uniform)
+    return token, (scaled.gather(-1, token[:, None]) - level)[:, 0]
+
+
+def _inverse(mass: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
+    """The first token whose cumulative mass reaches ``uniform`` times the whole."""
+    if mass.shape[-1] <= SMALL_VOCABULARY:
+        reached = mass.to(uniform.dtype).cumsum(-1)
+        token = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:])[:, 0]
+        return token.clamp(max=mass.shape[-1] - 1)  # NaN only
+    behind = -mass.shape[-1] % BLOCK
+    blocks = torch.nn.functional.pad(mass, (0, behind)).unflatten(-1, (-1, BLOCK))
+    reached = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
+    level = uniform[:, None] * reached[:, -1:]
+    block = torch.searchsorted(reached, level).clamp(max=reached.shape[-1] - 1)  # NaN only
+    before = torch.nn.functional.pad(reached, (1, 0)).gather(-1, block)
+    inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].to(uniform.dtype).cumsum(-1)
+    level = torch.minimum(level - before, inside[:, -1:])  # both sums are rounded
+    return (block * BLOCK + torch.searchsorted(inside, level))[:, 0].clamp(max=mass.shape[-1] - 1)
+
+
+def uniforms(seeds: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "N steps"]:
+    """Numbers in (0, 1], each row from its own seed."""
+    rows = [
+        1 - torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for seed in seeds
+    ]
+    return torch.stack(rows).to(device, wide_dtype(device))
+
+
+@dataclass
+class Window:
+    """One window on its way: what is written, and the rollout from the same token on as its draft.
+
+    ``row`` is its row of the cache and ``known`` how many tokens stand before it. ``agreed`` counts
+    its last tokens that are the draft's: as many more of the draft may be read in one forward, and
+    are kept as long as they are what is drawn. A window at odds with the rollout reads none.
+    """
+
+    row: int
+    known: int
+    draft: Ids
+    limit: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    agreed: int = 0
+    read: int = 0
+    forwards: int = 0
+    ended: bool = False
+
+    @property
+    def going(self) -> bool:
+        """Whether there is more to write."""
+        return not self.ended and len(self.tokens) < self.limit
+
+    def to_read(self, ahead: int) -> list[int]:
+        """Its last token, and at most ``ahead`` tokens of the draft behind it."""
+        written = len(self.tokens)
+        ahead = min(self.agreed, ahead, self.limit - written - 1)
+        return [self.tokens[-1], *self.draft[written : written + ahead]]
+
+    def take(self, drawn: Sequence[int], logprobs: Sequence[float], ends: Container[int]) -> int:
+        """Write what was drawn behind each token read, up to the first that is not the draft's.
+
+        Returns how many tokens were written.
+        """
+        for count, (token, logprob) in enumerate(zip(drawn, logprobs, strict=True), 1):
+            met = self.draft[len(self.tokens) : len(self.tokens) + 1] == (token,)
+            self.tokens.append(token)
+            self.logprobs.append(logprob)
+            self.agreed = self.agreed + 1 if met else 0
+            self.ended = token in ends
+            if self.ended or not met:
+                return count
+        return len(drawn)
+
+
+def open_windows(
+    starts: Sequence[tuple[int, int]],
+    prompts: Sequence[Ids],
+    responses: Sequence[Ids],
+    *,
+    limit: int,
+    width: int,
+) -> tuple[list[Window], list[int]]:
+    """Windows from (row, token) pairs, and of which response each row of their cache is.
+
+    Windows of one response may share a row, whose entries are then read once for all of them.
+    """
+    counts = Counter(b for b, _ in starts)
+    length = max(len(prompts[b]) + t for b, t in starts)
+    share = least_cost([*counts.values()], length / width)
+    rows: list[int] = []
+    last: dict[int, tuple[int, int]] = {}  # of each response its last row, and the windows there
+    windows = []
+    for b, t in starts:
+        row, held = last.get(b, (0, share))
+        if held == share:
+            row, held = len(rows), 0
+            rows.append(b)
+        last[b] = row, held + 1
+        windows.append(Window(row, len(prompts[b]) + t, responses[b][t : t + limit], limit))
+    return windows, rows
+
+
+def least_cost(counts: Sequence[int], entries: float) -> int:
+    """How many windows share a row: rows with fewer are filled up with as many tokens.
+
+    ``counts`` are the windows of each response; to read a row costs as much as ``entries`` tokens.
+    """
+
+    def cost(share: int) -> float:
+        return sum(-(-count // share) for count in counts) * (share + entries)
+
+    return min(range(1, max(counts) + 1), key=cost)
+
+
+class Layout(NamedTuple):
+    """Blocks of tokens, F in all, in rows of the cache that are filled up to q.
+
+    ``row`` and ``column`` [F] say where in ``ids`` each stands. ``mask`` [R 1 q L] is True where a
+    token looks: what its window sees of the cache, and its own block up to itself.
+    """
+
+    ids: Int[Tensor, "R q"]
+    positions: Int[Tensor, "R q"]
+    row: Int[Tensor, " F"]
+    column: Int[Tensor, " F"]
+    mask: Bool[Tensor, "R 1 q L"]
+
+
+class WindowBatch:
+    """Windows that are written together: ``take`` what was drawn, ``lay_out`` what is read next.
+
+    What was read in vain stays in the cache, and nobody sees it.
+
+    Args:
+        windows: N of them, nothing written yet.
+        uniform: [N K], a number for the draw of each token.
+        hidden: [N D], the states that predict the first tokens.
+        ends: tokens that end a window.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[Window],
+        uniform: Float[Tensor, "N K"],
+        hidden: Float[Tensor, "N D"],
+        ends: Container[int],
+    ) -> None:
+        self.windows, self._ends, self._device = windows, ends, hidden.device
+        known = torch.tensor([window.known for window in windows], device=self._device)
+        self._seen = torch.arange(int(known.max()), device=self._device) < known[:, None]
+        self._uniform = uniform
+        self.states = hidden.new_zeros(*uniform.shape, hidden.shape[-1])
+        self._going = list(range(len(windows)))
+        self._read = [[0]] * len(windows)
+        self._layout: Layout | None = None
+        self._place = self._places()
+
+    @property
+    def uniform(self) -> Float[Tensor, " F"]:
+        """The numbers for what is drawn next."""
+        return self._uniform[self._place]
+
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """Window and token that each of the F tokens read predicts."""
+        pairs = [
+            (k, len(self.windows[k].tokens) + j)
+            for k, block in zip(self._going, self._read, strict=True)
+            for j in range(len(block))
+        ]
+        window, token = torch.tensor(pairs, device=self._device).unbind(-1)
+        return window, token
+
+    def take(
+        self,
+        hidden: Float[Tensor, "F D"],
+        token: Int[Tensor, " F"],
+        logprob: Float[Tensor, " F"],
+    ) -> None:
+        """Write what was drawn from the states behind each token read."""
+        self.states[self._place] = hidden
+        tokens, logprobs = token.tolist(), logprob.tolist()
+        kept: list[bool] = []
+        for k, block in zip(self._going, self._read, strict=True):
+            some = slice(len(kept), len(kept) + len(block))
+            count = self.windows[k].take(tokens[some], logprobs[some], self._ends)
+            kept += [j < count for j in range(len(block))]
+        if self._layout:
+            new = self._seen.new_zeros(len(self.windows), self._layout.ids.shape[1])
+            new[self._place[0], self._layout.column] = torch.tensor(kept, device=self._device)
+            self._seen = torch.cat([self._seen, new], dim=1)
+        self._going = [k for k in self._going if self.windows[k].going]
+
+    def rejoin(self, least: int, scores: Scores, starts: Sequence[tuple[int, int]]) -> None:
+        """Windows whose last ``least`` tokens are the draft's take their rest from it."""
+        for k in self._going:
+            window, (b, t) = self.windows[k], starts[k]
+            if window.agreed >= least:
+                rest = slice(len(window.tokens), min(window.limit, len(window.draft)))
+                own = slice(t + rest.start, t + rest.stop)
+                window.tokens += window.draft[rest]
+                window.logprobs += scores.logprobs[b, own].tolist()
+                window.ended, window.limit = window.tokens[-1] in self._ends, len(window.tokens)
+                self.states[k, rest] = scores.hidden[b, own]
+        self._going = [k for k in self._going if self.windows[k].going]
+
+    def rows(self) -> list[int]:
+        """The rows of the cache that are still needed; from now on they are numbered anew."""
+        self._going.sort(key=lambda k: self.windows[k].row)
+        rows = sorted({self.windows[k].row for k in self._going})
+        number = {row: i for i, row in enumerate(rows)}
+        for k in self._going:
+            self.windows[k].row = number[self.windows[k].row]
+        return rows
+
+    def lay_out(self) -> Layout:
+        """What is read next."""
+        going = [self.windows[k] for k in self._going]
+        self._read = blocks(going, FREE.get(self._device.type, FREE_ELSEWHERE))
+        for window, block in zip(going, self._read, strict=True):
+            window.read, window.forwards = window.read + len(block), window.forwards + 1
+        single = len({window.row for window in going}) == sum(map(len, self._read))
+        self._layout = self._one_each(going) if single else self._packed(going)
+        self._place = self._places()
+        return self._layout
+
+    def _one_each(self, going: Sequence[Window]) -> Layout:
+        """The same as ``_packed``, sooner, for one token in every row."""
+        cells = [[w.tokens[-1], w.known + len(w.tokens) - 1, w.row] for w in going]
+        ids, positions, row = torch.tensor(cells, device=self._device).unbind(-1)
+        owner = torch.tensor(self._going, device=self._device)
+        mask = torch.nn.functional.pad(self._seen[owner], (0, 1), value=True)[:, None, None]
+        return Layout(ids[:, None], positions[:, None], row, torch.zeros_like(row), mask)
+
+    def _packed(self, going: Sequence[Window]) -> Layout:
+        cells: list[list[tuple[int, int, int, bool]]] = [[] for _ in {w.row for w in going}]
+        place: list[tuple[int, int]] = []
+        for k, window, block in zip(self._going, going, self._read, strict=True):
+            first, row = window.known + len(window.tokens) - 1, cells[window.row]
+            place += [(window.row, len(row) + j) for j in range(len(block))]
+            row += [(token, first + j, k, True) for j, token in enumerate(block)]
+        width = max(map(len, cells))
+        filled = [row + [(0, 0, row[0][2], False)] * (width - len(row)) for row in cells]
+        ids, positions, owner, real = torch.tensor(filled, device=self._device).unbind(-1)
+        beside = (owner[:, :, None] == owner[:, None, :]).tril() & (real[:, None, :] > 0)
+        mask = torch.cat([self._seen[owner], beside], dim=-1)[:, None]
+        row_of, column = torch.tensor(place, device=self._device).unbind(-1)
+        return Layout(ids, positions, row_of, column, mask)
+
+
+def blocks(windows: Sequence[Window], budget: int) -> list[list[int]]:
+    """What each window reads next: as much of the drafts as keeps the filled rows in budget."""
+    most = budget // len({window.row for window in windows}) - 1
+    for ahead in range(min(MOST_AHEAD, most), 0, -1):
+        held = Counter[int]()
+        for window in windows:
+            held[window.row] += len(window.to_read(ahead))
+        if len(held) * max(held.values()) <= budget:
+            return [window.to_read(ahead) for window in windows]
+    return [window.to_read(0) for window in windows]
