@@ -1,6 +1,7 @@
 # make demo   set up and train SmolLM2-135M on word problems, six updates
 # make quickstart   set up, then warm start, OPD, TOPD and first_fork on tiny models; table and page
 # make test   set up and pass every check
+# make coverage   set up, then all tests with coverage of lines and branches, at least 90 %
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ SHAPES := --jaxtyping-packages=topd.losses,topd.transport,topd.divergence,topd.t
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo quickstart test clean
+.PHONY: demo quickstart test coverage clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/topd train recipes/smollm2_gsm8k.yaml
@@ -24,6 +25,9 @@ test: $(VENV)/test.done
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SHAPES) $(CORE)  # every call with its shapes checked
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+coverage: $(VENV)/test.done
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-fail-under=90
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -138,7 +138,7 @@ def test_a_run_prints_no_warnings_and_leaves_no_bars(finished):
 def test_the_run_folder_holds_all_that_its_legend_names(finished):
     _, folder = finished
     records = {"metrics.jsonl", "rollouts.jsonl", "guidance.jsonl", "tokens.jsonl"}
-    names = {"run.json", "manifest.json", *records}
+    names = {"run.json", "manifest.json", "ledger.jsonl", "head.json", *records}
     assert {path.name for path in folder.iterdir()} == {*names, "report.html", "student"}
     rollouts, guidance = read(folder / "rollouts.jsonl"), read(folder / "guidance.jsonl")
     assert [(r["step"], r["rollout"]) for r in rollouts] == [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -55,7 +55,7 @@ def test_a_split_of_what_has_none_is_refused_or_obeyed_but_never_ignored(stored,
     try:
         loaded = load(stored / name, split=split, chat=False)
     except TOPDError as error:
-        assert "split" in str(error)  # noqa: PT017 - either is right
+        assert "split" in str(error)
     else:
         assert split == "train[:2]"
         assert loaded == ROWS[:2]

@@ -207,6 +207,47 @@ def test_more_windows_than_decode_at_once_go_in_turns(model, monkeypatch, at_onc
     assert max(count for count, _ in shapes) == at_once
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_where_memory_runs_out_fewer_windows_go_at_a_time(model, monkeypatch, caplog, fault):
+    engine = HFEngine(model, eos_ids=NEVER)
+    scores, seeds = engine.score(PROMPTS, RESPONSES), range(len(STARTS))
+    expected = engine.continue_from(scores, STARTS, WARM, seeds)
+    right, asked = hf.open_windows, []
+
+    def small(starts, *args, **kwargs):
+        asked.append(len(starts))
+        if len(starts) > 2:
+            raise fault
+        return right(starts, *args, **kwargs)
+
+    monkeypatch.setattr(hf, "open_windows", small)
+    assert_same_text(engine.continue_from(scores, STARTS, WARM, seeds), expected)
+    assert asked[0] == len(STARTS)
+    assert max(asked[-2:]) <= 2
+
+
+def test_memory_for_not_even_one_window_and_other_faults_are_raised(model, monkeypatch):
+    engine = HFEngine(model, eos_ids=NEVER)
+    scores = engine.score(PROMPTS, RESPONSES)
+    for text in ("CUDA out of memory. Tried", "shapes do not match"):
+        calls = []
+
+        def fail(*_, text=text, calls=calls, **__):
+            calls.append(1)
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(hf, "open_windows", fail)
+        with pytest.raises(RuntimeError, match=text):
+            engine.continue_from(scores, STARTS, WARM, range(len(STARTS)))
+        assert len(calls) == (7 if "memory" in text else 1)  # 64, 32, ..., 1
+
+
 @pytest.fixture(params=["alone", "shared"])
 def share(request, monkeypatch) -> str:
     """Whether windows of one response have rows of their own or are packed into one."""

@@ -76,26 +76,6 @@ def test_a_rank_that_does_not_write_touches_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_resumed_run_drops_the_records_that_it_makes_again(tmp_path):
-    """A log counts the updates done, a rollout the updates before it."""
-    ledger = Ledger(tmp_path)
-    ledger.append("metrics.jsonl", [{"step": step} for step in (1, 2, 2, 3)])
-    ledger.append("rollouts.jsonl", [{"step": step} for step in (0, 0, 1, 1, 2, 2)])
-    with open(tmp_path / "guidance.jsonl", "w") as file:
-        file.write('{"step": 0}\n{"step": 1}\n{"step": 1, "for')
-    ledger.rewind(2)
-
-    def steps(name: str) -> list[int]:
-        return [json.loads(line)["step"] for line in (tmp_path / name).read_text().splitlines()]
-
-    assert steps("metrics.jsonl") == [1, 2, 2]
-    assert steps("rollouts.jsonl") == [0, 0, 1, 1]
-    assert steps("guidance.jsonl") == [0, 1]
-
-
-# Run folders
-
-
 def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on(tmp_path):
     Ledger(tmp_path).append("metrics.jsonl", [{"loss": 1.0}])
     with pytest.raises(TOPDError, match=r"already holds a run.*resume_from_checkpoint"):

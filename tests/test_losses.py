@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from topd import chunked
 from topd.losses import (
+    Upstream,
     linear_logprobs,
     linear_token_divergence,
     linear_token_terms,
@@ -562,6 +565,100 @@ def test_a_loss_of_all_terms_together_has_the_full_gradient():
     expected = expected - 3 * full[rows[:, None], targets].sum()
     found = terms.divergence.sum() - 2 * terms.logprob.sum() - 3 * terms.target_logprobs.sum()
     assert_same(found, expected, leaves(*case[:2]))
+
+
+def foreseen_case():
+    """A head with everything (bias, padding, scale, soft-cap), tokens and soft targets."""
+    h, s, g, t = linear_case(student_pad=3)
+    case = h, Head(s.weight, s.bias, 0.5, 1.5), g, Head(t.weight, None, 1.3)
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(V, (P,), generator=generator)
+    targets = torch.randint(V, (P, 3), generator=generator)
+    factors = Upstream(*(torch.randn(x, generator=generator) for x in ((P,), (P,), (P, 3))))
+    return case, tokens, targets, Upstream(*(x.double() for x in factors))
+
+
+def weighted(divergence: Tensor, logprob: Tensor, targets: Tensor, by: Upstream) -> Tensor:
+    return (divergence * by[0]).sum() + (logprob * by[1]).sum() + (targets * by[2]).sum()
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[None]:
+    """Grows by one whenever the chunks are computed."""
+    made: list[None] = []
+    compute = chunked._compute
+    monkeypatch.setattr(chunked, "_compute", lambda *a: (made.append(None), compute(*a))[1])
+    return made
+
+
+@kinds
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("scale", "once"), [(1.0, True), (-3.0, True), ("a token", None)])
+def test_a_gradient_is_right_whether_its_factors_were_foreseen_or_not(
+    kind, beta, frozen, scale, once, passes
+):
+    """One number times what was foreseen needs no second pass; for a frozen head, one a token."""
+    case, tokens, targets, foreseen = foreseen_case()
+    options = {"kind": kind, "beta": beta, "temperature": 0.6}
+    if frozen:
+        head = case[1]
+        weight, bias = head.weight.detach(), head.bias.detach()
+        case = case[0], replace(head, weight=weight, bias=bias), *case[2:]
+    inputs = [case[0]] if frozen else leaves(*case[:2])
+    actual = foreseen
+    if scale == "a token":
+        scale, once = torch.linspace(-1, 2, P, dtype=torch.float64), frozen
+        actual = Upstream(scale * foreseen[0], scale * foreseen[1], scale[:, None] * foreseen[2])
+    else:
+        actual = Upstream(*(scale * factor for factor in foreseen))
+    terms = linear_token_terms(*case, tokens, targets, **options, chunk_tokens=3, expected=foreseen)
+    loss = weighted(terms.divergence, terms.logprob, terms.target_logprobs, actual)
+    found = torch.autograd.grad(loss, inputs)
+    assert len(passes) == (1 if once else 2)
+
+    full = (naive_logits(*case[:2]) / 0.6).log_softmax(-1)
+    teacher = naive_logits(*case[2:]).detach()
+    expected = weighted(
+        token_divergence(naive_logits(*case[:2]), teacher, **options),
+        full.gather(1, tokens[:, None])[:, 0],
+        full.gather(1, targets),
+        actual,
+    )
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, inputs))
+
+
+def test_a_tied_head_gets_both_gradients_of_its_embeddings():
+    """Through the states and as the head, added."""
+    _, head, g, t = linear_case(bias=False)
+    tokens = torch.arange(P) % V
+
+    def value(divergence) -> Tensor:
+        hidden = head.weight[tokens].tanh().cumsum(0)
+        return divergence(hidden).sum()
+
+    found = value(lambda h: linear_token_divergence(h, head, g, t, chunk_tokens=3))
+    expected = value(lambda h: token_divergence(naive_logits(h, head), naive_logits(g, t)))
+    assert_same(found, expected, [head.weight])
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    """A thousand equal shares, a chunk each: bfloat16 sums stop growing at 256 of them."""
+    tokens, vocab = 1024, 8
+    generator = torch.Generator().manual_seed(0)
+    row, other = torch.randn(2, 1, 16, generator=generator).bfloat16()
+    head, theirs = torch.randn(2, vocab, 16, generator=generator).bfloat16()
+    head.requires_grad_()
+
+    def gradient(count: int) -> Tensor:
+        states = row.expand(count, -1), other.expand(count, -1)
+        loss = linear_token_divergence(states[0], head, states[1], theirs, chunk_tokens=1)
+        assert loss.dtype == torch.float32
+        return torch.autograd.grad(loss.sum(), head)[0].double()
+
+    one = gradient(1)
+    assert one.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(tokens), tokens * one, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])

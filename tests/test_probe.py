@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from conftest import EOS, tiny_model, write_pair
 from topd import cli, transport
-from topd.analysis import open_pair, read_analysis, trim
+from topd.analysis import open_pair, read_analysis
+from topd.checkpoints import trim
 from topd.config import TOPDConfig
 from topd.experience import Observer
 from topd.findings import GROUPS

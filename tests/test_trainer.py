@@ -660,25 +660,6 @@ def test_sampling_neither_reads_nor_moves_the_global_random_state(tmp_path):
     assert (again.rollouts, again.forks) == (first.rollouts, first.forks)
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = run(tmp_path / "whole", **options)
-    resumed = make(tmp_path / "whole", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    torch.testing.assert_close(dict(resumed.model.state_dict()), whole.weights, rtol=0, atol=0)
-    recorded = lines(tmp_path / "whole", "rollouts")
-    assert recorded[-16:] == whole.rollouts[-16:]
-
-
-def test_the_run_folder_of_a_resumed_run_holds_every_update_once(tmp_path):
-    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
-    run(tmp_path, **options)
-    make(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert [log["step"] for log in updates(lines(tmp_path, "metrics"))] == [1, 2, 3]
-    keys = [(r["step"], r["rollout"]) for r in lines(tmp_path, "rollouts")]
-    assert keys == [(step, i) for step in range(3) for i in range(8)]
-
-
 # Evaluation
 
 

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
+from topd.checkpoints import read_lines, trim
 from topd.config import TOPDConfig, _field
 from topd.engines.hf import HFEngine, check_head, head_of
 from topd.experience import Observer
@@ -171,29 +172,6 @@ def batches(
     while batch := list(islice(prompts, size)):
         yield first, batch
         first += len(batch)
-
-
-def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> int:
-    """Cut a JSONL file before its first line that is half-written or not to be kept.
-
-    Reads a line at a time. Returns the number of lines left; 0 if there is no file.
-    """
-    if not path.exists():
-        return 0
-    kept = end = 0
-    with open(path, "r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n") or not keep(json.loads(line)):
-                break
-            kept, end = kept + 1, end + len(line)
-        file.truncate(end)
-    return kept
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSONL file, one at a time."""
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
 
 
 def _run_record(command: str, recipe: Recipe) -> dict[str, Any]:

@@ -162,6 +162,27 @@ def evaluate_model(
 
 
 @app.command()
+def gate(
+    base: Annotated[str, typer.Argument(help="Folder, hub name, or package://NAME.")],
+    candidate: Annotated[str, typer.Argument(help="The model that is to replace it.")],
+    suite: Annotated[Path, typer.Option(help="YAML: problems, refusals, limits, error.")],
+    dtype: Dtype = "float32",
+    base_gguf_file: Annotated[str | None, typer.Option(help="GGUF file of the base.")] = None,
+    output: Output = "",
+) -> None:
+    """Did anything get worse? Paired evaluation of a suite; exit code 1 on a regression."""
+    with _faults():
+        from topd.gate import run_gate
+        from topd.models import ModelSpec
+
+        before = ModelSpec(path=base, gguf_file=base_gguf_file, dtype=dtype)
+        after = ModelSpec(path=candidate, dtype=dtype)
+        good = run_gate(before, after, suite, output=output, console=console)
+    if not good:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run: RunFolder,
     rollouts: Annotated[int, typer.Option(min=1, help="Most rollouts in the page.")] = 1000,
@@ -209,9 +230,59 @@ def figures(
         console.print(str(path), soft_wrap=True, markup=False, highlight=False)
 
 
+Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may differ.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the run's models.")]
+
+
+@app.command()
+def audit(
+    run: RunFolder,
+    updates: Annotated[
+        int, typer.Option(min=0, help="Updates whose decisions are made again; 0: no models.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Which updates.")] = 0,
+    tolerance: Tolerance = 1e-4,
+    trust: Trust = False,
+) -> None:
+    """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
+    with _faults():
+        from topd.audit import audit_run
+
+        found = audit_run(
+            run, updates=updates, seed=seed, tolerance=tolerance, trust_remote_code=trust
+        )
+    _report_findings(found.checked, found.faults)
+
+
+@app.command()
+def replay(
+    run: RunFolder,
+    step: Annotated[int, typer.Option(min=0, help="Number of the update, from 0.")],
+    tolerance: Tolerance = 0.0,
+    trust: Trust = False,
+) -> None:
+    """Repeat an update from the checkpoint before it and compare it with the records."""
+    with _faults():
+        from topd.audit import replay_step
+
+        found = replay_step(run, step, tolerance=tolerance, trust_remote_code=trust)
+    _report_findings(found.checked, found.faults)
+
+
+def _report_findings(checked: list[str], faults: list[str]) -> None:
+    """Exit code 1 if there are faults."""
+    for line in checked:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+    for fault in faults:
+        errors.print(fault, style="bold red", soft_wrap=True, markup=False, highlight=False)
+    if faults:
+        raise typer.Exit(1)
+    console.print("no fault found", style="green")
+
+
 @contextmanager
 def _faults() -> Iterator[None]:
-    """Bad input ends with exit code 2 and one message."""
+    """A fault ends with one message and its exit code: 2 for bad input, else see StoppedError."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
     from topd.types import TOPDError
 
@@ -219,7 +290,7 @@ def _faults() -> Iterator[None]:
         yield
     except TOPDError as error:
         errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
+        raise typer.Exit(error.exit_code) from error
 
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:

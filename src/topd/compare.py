@@ -28,6 +28,7 @@ from scipy.stats import t as student_t
 from transformers import PrinterCallback
 from transformers.utils import logging
 
+from topd.checkpoints import begin_anew, read_lines, trim
 from topd.engines.hf import HFEngine
 from topd.evaluate import Evaluation, two_way_bootstrap
 from topd.ledger import Ledger, check_run_folder
@@ -151,6 +152,7 @@ def run_arm(task: Task) -> Result:
     logging.disable_progress_bar()
     recipe = read_recipe(path, overrides)
     recipe.args.disable_tqdm = True
+    recipe.args.stop_patience = None  # an arm that collapses is a result
     trainer, evaluation = make_trainer(recipe, recipe.data.load())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -249,18 +251,12 @@ def _starting_point(
     student = place / "student"
     if not (student / "README.md").exists():  # the model card is written last
         words = [f"--{key}={json.dumps(v)}" for key, v in overrides.items() if key in STAGE_1]
-        _clear(place)
+        begin_anew(place)
         run_recipe(path, [*words, f"--output_dir={place}"], quiet=quiet, warmstart=True)
     return {"student": str(student)}
 
 
 STAGE_1 = ("student", "teacher", "data")
-
-
-def _clear(place: Path) -> None:
-    """Remove the records of a warm start that did not finish; its answers are used again."""
-    for name in ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl"):
-        (place / name).unlink(missing_ok=True)
 
 
 def _starts(
@@ -284,16 +280,12 @@ def _evaluated(recipe: Recipe) -> Result:
 def _stored(folder: Path) -> list[Result]:
     """Finished runs; a last line that was cut off is dropped."""
     path = folder / RESULTS
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(lines), encoding="utf-8")
-    return [json.loads(line) for line in lines]
+    return list(read_lines(path)) if trim(path) else []
 
 
 def _place(folder: Path, arm: str, seed: int) -> str:
     """The run folder of an arm, emptied if a run there did not finish."""
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
     place = folder / "arms" / f"{name}-{seed}"
-    if place.exists():
-        _clear(place)
+    begin_anew(place)
     return str(place)

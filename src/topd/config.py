@@ -101,7 +101,20 @@ class TOPDConfig(TrainingArguments):
     max_logprob_gap: float = _field(
         0.1, "Nats: a larger mean gap between sampling and training log-probs stops the run."
     )
+    nonfinite: Literal["stop", "skip"] = _field(
+        "stop", "An update whose loss or gradient is not finite: stop the run, or leave it out."
+    )
     log_rollouts: bool = _field(True, "Write every rollout and its guidance to the run folder.")
+
+    # Stop rules: limits as multiples of the best figure at the start of the run; none: no limit
+    stop_length: float | None = _field(0.1, "Least mean response length.")
+    stop_finished: float | None = _field(0.05, "Least share of responses that end by themselves.")
+    stop_fresh: float | None = _field(0.25, "Least share of 4-grams that are new in a response.")
+    stop_entropy: float | None = _field(0.02, "Least entropy of the student.")
+    stop_divergence: float | None = _field(3.0, "Largest token divergence.")
+    stop_patience: int | None = _field(
+        10, "Logs that make the start, and logs in a row beyond a limit; none: no rules."
+    )
 
     # Defaults of transformers that differ here
     output_dir: str = _field("", "The run folder; empty: runs/topd-DATE-TIME.")
@@ -152,6 +165,11 @@ class TOPDConfig(TrainingArguments):
             raise TOPDError(
                 "push_to_hub: would publish the run folder with all prompts and rollouts. Upload "
                 "its student/ folder instead."
+            )
+        if self.hub_token:
+            raise TOPDError(
+                "hub_token: a secret would be written into the run folder. Set HF_TOKEN in the "
+                "environment instead, and revoke this one if it was in a file."
             )
         for name in ("chat_template_kwargs", "method_options"):
             given = getattr(self, name)
@@ -217,7 +235,8 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
         "must be finite and above 0",
     ),
     (
-        "trajectory_weight position_weight window_temperature window_rejoin top_k learning_rate",
+        "trajectory_weight position_weight window_temperature window_rejoin top_k learning_rate "
+        "stop_length stop_finished stop_fresh stop_entropy stop_divergence",
         lambda x: 0 <= x < float("inf"),
         "must be finite and at least 0",
     ),
@@ -225,7 +244,7 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
         "max_prompt_length max_completion_length num_generations window_length window_gap "
         "look_ahead_every "
         "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
-        "gradient_accumulation_steps",
+        "gradient_accumulation_steps stop_patience",
         lambda x: x >= 1,
         "must be at least 1",
     ),
@@ -235,6 +254,7 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
         "is unknown",
     ),
     ("embedding", lambda x: x in ("teacher", "student"), "is not one of teacher, student"),
+    ("nonfinite", lambda x: x in ("stop", "skip"), "is not one of stop, skip"),
     ("solver", lambda x: x in ("exact", "sinkhorn"), "is not one of exact, sinkhorn"),
     ("trajectory_reduction", lambda x: x in ("mean", "sum"), "is not one of mean, sum"),
     ("remove_unused_columns", lambda x: not x, "must be off: prompts are encoded at the door"),

@@ -83,7 +83,10 @@ class DataSpec(BaseModel):
         try:
             return list(create_dataset(self.task, size=self.size, seed=self.seed))[: self.limit]
         except ValueError as error:
-            raise TOPDError(f"data.task {self.task!r}: {error}") from error
+            raise TOPDError(
+                f"data.task {self.task!r}: {str(error).rstrip('.')}. Name a generator of "
+                "reasoning-gym."
+            ) from error
 
     def _stored_rows(self) -> list[dict[str, Any]]:
         assert self.path is not None

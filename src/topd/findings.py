@@ -23,7 +23,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.stats import rankdata
 
-from topd.analysis import ROLLOUTS, AnalysisConfig, read_lines
+from topd.analysis import ROLLOUTS, AnalysisConfig
+from topd.checkpoints import read_lines
 from topd.types import TOPDError
 
 POSITIONS = "positions.jsonl"

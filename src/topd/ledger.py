@@ -8,7 +8,9 @@
         rollouts.jsonl   one line a rollout: prompt, token ids, log-probs
         guidance.jsonl   one line a rollout: its forks, weights and soft targets
         tokens.jsonl     one line a token that occurs: its text (see :mod:`topd.tokentext`)
-        checkpoint-*/    of transformers
+        ledger.jsonl     a chain of hashes over all of these but the tokens (:mod:`topd.chain`)
+        head.json        where the chain ends
+        checkpoint-*/    of transformers, with a seal (:mod:`topd.checkpoints`)
         report.html      the page (topd.report)
         student/         the trained student, its tokenizer and model card
 
@@ -28,7 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
+from topd.chain import Chain, digest, file_digest, write_whole
 from topd.types import Fork, Guidance, Rollout, TOPDError
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
@@ -42,43 +46,69 @@ class Ledger:
         folder: created if need be.
         resume: go on in a folder that already holds a run.
         active: False on ranks that do not write.
+        chained: keep a chain of hashes over what is written.
 
     Raises:
         TOPDError: the folder cannot be written, or holds a run and ``resume`` is off.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool = False, active: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        active: bool = True,
+        chained: bool = False,
+    ) -> None:
         self.folder = Path(folder)
         self.active = active
         if active:
             check_run_folder(self.folder, resume=resume)
+        self.chain = Chain(self.folder) if active and chained else None
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Write one JSON file, whole or not at all."""
         if self.active:
-            partial = self.folder / f"{name}.partial"
-            partial.write_text(json.dumps(record, indent=2, default=str) + "\n")
-            partial.replace(self.folder / name)
+            write_whole(self.folder / name, record)
+            self.seal(name)
 
-    def rewind(self, step: int) -> None:
-        """Drop the records of updates after ``step``, which a resumed run makes again.
-
-        A half-written last line is dropped too.
-        """
-        for name in RECORDS if self.active else ():
-            path = self.folder / name
-            if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                kept = [line for line in lines if _belongs(line, step, logged=name == RECORDS[0])]
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(kept), encoding="utf-8")
-                partial.replace(path)
+    def begin(self, step: int) -> None:
+        """Note that a run begins at update ``step``, on top of the records that are there."""
+        self.note("begin", step=step, records={n: _lines_of(self.folder / n) for n in RECORDS})
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file."""
-        if self.active:
-            with open(self.folder / name, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+        if not self.active:
+            return
+        written = [(record, json.dumps(record)) for record in records]
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for _, line in written)
+        if self.chain and name in RECORDS:
+            self.chain.add(
+                {
+                    "file": name,
+                    **{key: record[key] for key in ("step", "rollout", "prompt") if key in record},
+                    "record": digest(line.encode()),
+                }
+                for record, line in written
+            )
+
+    def note(self, event: str, **details: Any) -> None:
+        """Add an event to the chain, if one is kept."""
+        if self.chain:
+            self.chain.add([{"event": event, **details}])
+
+    def seal(self, *names: str) -> None:
+        """Add files as they are now to the chain, if one is kept."""
+        if self.chain:
+            self.chain.add(
+                {"file": name, "record": file_digest(self.folder / name)} for name in names
+            )
+
+
+def weights_in(folder: Path, place: str) -> list[str]:
+    """The safetensors files of a folder of the run folder, relative to it."""
+    return sorted(str(path.relative_to(folder)) for path in (folder / place).glob("*.safetensors"))
 
 
 def check_run_folder(folder: Path, *, resume: bool = False) -> None:
@@ -117,21 +147,49 @@ def manifest(
 
 
 def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
-    """Name, size and a SHA-256 over every parameter's name, shape, type and 64 spaced values."""
-    digest, count = hashlib.sha256(), 0
-    for name, parameter in sorted(model.state_dict().items()):
-        flat = parameter.detach().flatten()
-        count += flat.numel()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        sample = flat[:: max(1, flat.numel() // 64)].double().cpu()
-        digest.update(sample.numpy().tobytes())
+    """Name, size and a SHA-256 over every parameter's name, shape, type and values.
+
+    Of a model with an adapter, those of the model below it.
+    """
+    tensors = _base_weights(model)
     config = getattr(model, "config", None)
     return {
         "name": getattr(config, "_name_or_path", "") or type(model).__name__,
-        "class": type(model).__name__,
-        "values": count,
-        "sha256": digest.hexdigest(),
+        "class": type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
+        "values": sum(tensor.numel() for tensor in tensors.values()),
+        "sha256": _tensor_digest(tensors),
     }
+
+
+def trained_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over 64 spaced values of every trainable parameter: one update changes it."""
+    return _tensor_digest(
+        {
+            name: parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+    )
+
+
+def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    weights = model.state_dict()
+    if not isinstance(model, PeftModel):
+        return weights
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in weights.items()
+        if ".lora_" not in name
+    }
+
+
+def _tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def rollout_record(
@@ -170,12 +228,11 @@ def guidance_record(
     }
 
 
-def _belongs(line: str, step: int, *, logged: bool) -> bool:
-    """Whether a record is of the first ``step`` updates: a log counts those done, others begin."""
-    if not line.endswith("\n"):
-        return False
-    number = json.loads(line)["step"]
-    return number <= step if logged else number < step
+def _lines_of(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
 
 
 def _versions() -> dict[str, str]:

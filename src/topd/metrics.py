@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,6 +22,14 @@ class Means:
         """Add ``total``, the sum of ``count`` values."""
         before, seen = self._sums.get(name, (0.0, 0))
         self._sums[name] = (before + total, seen + count)
+
+    def state(self) -> dict[str, list[float]]:
+        """Sums and counts of this process, for a checkpoint."""
+        return {name: [float(total), count] for name, (total, count) in self._sums.items()}
+
+    def load(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from the state of a checkpoint."""
+        self._sums = {name: (total, count) for name, (total, count) in state.items()}
 
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The means since the last call, over all ranks; a mean of nothing is left out."""

@@ -32,8 +32,9 @@ class ModelSpec(BaseModel):
 
     ``path`` is a folder, a hub name, ``package://NAME`` for the folder of an installed Python
     package, or ``testbed://FAMILY/ROLE``. ``gguf_file`` names a GGUF file in it, whose weights are
-    dequantised. ``eos_token`` replaces the tokenizer's end-of-sequence token. Code of a model
-    repository runs only with ``trust_remote_code``.
+    dequantised. ``eos_token`` replaces the tokenizer's end-of-sequence token. Weights are read from
+    safetensors or GGUF, never from a pickle; code of a model repository runs only with
+    ``trust_remote_code``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,8 +56,9 @@ class ModelSpec(BaseModel):
             return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
         name = self.path.removeprefix(PACKAGE)
         try:
-            found = importlib.util.find_spec(name)
-        except (ModuleNotFoundError, ValueError):  # below what is not installed; no name
+            # a dotted name would import the package above it
+            found = None if "." in name else importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # no name
             found = None
         if found is None or not found.submodule_search_locations:
             raise TOPDError(
@@ -107,6 +109,8 @@ class ModelSpec(BaseModel):
     def load_model(self) -> PreTrainedModel:
         """The causal language model. Raises TOPDError if it cannot be loaded."""
         options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if not self.gguf_file:
+            options["use_safetensors"] = True  # no pickle
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
         model = self._load(AutoModelForCausalLM, "weights", **options)

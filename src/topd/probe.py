@@ -38,8 +38,8 @@ from topd.analysis import (
     open_folder,
     open_pair,
     read_analysis,
-    trim,
 )
+from topd.checkpoints import trim
 from topd.config import _field
 from topd.engines import Scores
 from topd.experience import pair_windows

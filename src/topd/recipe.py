@@ -50,7 +50,12 @@ class Recipe:
             **{name: spec.model_dump() for name, spec in specs.items()},
             "eval_data": self.eval_data.model_dump() if self.eval_data else None,
             "evaluation": self.evaluation.model_dump() if self.evaluation else None,
-            "lora": self.lora.to_dict() if self.lora else None,
+            "lora": {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in self.lora.to_dict().items()
+            }
+            if self.lora
+            else None,
         }
 
 
@@ -119,7 +124,7 @@ def read_recipe(
         TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
     """
     path = Path(path)
-    content = _parse(path)
+    content = read_mapping(path)
     stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
     _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
     _refuse_unknown(path, content, {*_fields(config), *PARTS})
@@ -137,16 +142,16 @@ def read_recipe(
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
     return Recipe(
-        student=_spec(path, "student", ModelSpec, content["student"]),
-        teacher=_spec(path, "teacher", ModelSpec, content["teacher"]),
-        data=_spec(path, "data", DataSpec, content["data"]),
-        eval_data=_spec(path, "eval_data", DataSpec, content["eval_data"])
+        student=parse_spec(path, "student", ModelSpec, content["student"]),
+        teacher=parse_spec(path, "teacher", ModelSpec, content["teacher"]),
+        data=parse_spec(path, "data", DataSpec, content["data"]),
+        eval_data=parse_spec(path, "eval_data", DataSpec, content["eval_data"])
         if content.get("eval_data")
         else None,
-        evaluation=_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
+        evaluation=parse_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
         if content.get("evaluation")
         else None,
-        compare=_spec(path, "compare", CompareSpec, content["compare"])
+        compare=parse_spec(path, "compare", CompareSpec, content["compare"])
         if content.get("compare")
         else None,
         lora=_lora(path, content.get("lora")),
@@ -194,18 +199,19 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _yaml(place: str, text: str) -> Any:
     try:
-        return yaml.load(text, _StrictLoader)
+        return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise TOPDError(f"{place}: not valid YAML: {error}") from error
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, begin: str = "student: PATH") -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises TOPDError if it does not."""
     try:
         content = _yaml(str(path), path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise TOPDError(f"recipe {path}: cannot be read: {error}.") from error
+        raise TOPDError(f"{path}: cannot be read: {error}.") from error
     if not isinstance(content, dict):
-        raise TOPDError(f"recipe {path}: must be a mapping of keys to values.")
+        raise TOPDError(f"{path}: must be a mapping of keys to values. Begin with {begin}.")
     return content
 
 
@@ -235,12 +241,14 @@ def _refuse_unknown(
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else " See topd.TOPDConfig for the keys."
+            where = "peft.LoraConfig" if section == "lora." else "topd.TOPDConfig"
+            hint = f" Did you mean {near[0]}?" if near else f" See {where} for the keys."
             place = f" in {section[:-1]}" if section else ""
             raise TOPDError(f"{path}: unknown key {key!r}{place}.{hint}")
 
 
-def _spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
+def parse_spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
+    """A part of a file as its model; text stands for its path. Raises TOPDError, with the place."""
     content = {"path": value} if isinstance(value, str) else _mapping(path, part, value)
     _refuse_unknown(path, content, set(kind.model_fields), f"{part}.")
     try:
@@ -258,11 +266,12 @@ def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> 
             values[key] = adapter.validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]
-            raise TOPDError(f"{path}: {key}: {first['msg']} (given: {value!r}).") from error
+            given = "not shown" if "token" in key else repr(value)
+            raise TOPDError(f"{path}: {key}: {first['msg']} (given: {given}).") from error
     try:
         return kind(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise TOPDError(f"{path}: {error}") from error
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
+        raise TOPDError(f"{path}: {error}") from error  # of transformers' own checks
 
 
 def _first(error: ValidationError) -> str:
@@ -270,7 +279,8 @@ def _first(error: ValidationError) -> str:
     place = "".join(f".{part}" for part in first["loc"] if isinstance(part, str))
     if first["type"] == "missing":
         return f"{place} is missing."
-    return f"{place}: {first['msg']} (given: {first['input']!r})."
+    fault = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {fault} (given: {first['input']!r})."
 
 
 def _lora(path: Path, value: Any) -> LoraConfig | None:

@@ -41,10 +41,9 @@ from topd.analysis import (
     open_folder,
     open_pair,
     read_analysis,
-    read_lines,
-    trim,
 )
 from topd.arms import ARMS, Arm, Lesson
+from topd.checkpoints import read_lines, trim
 from topd.config import _field
 from topd.divergence import real_divergent_points
 from topd.experience import pair_windows

@@ -107,7 +107,7 @@ class PromptEncoder:
             text = template.render({**columns, "prompt": _last_user(prompt)})
         except _TEMPLATE_FAULTS as error:
             raise TOPDError(
-                f"data row {index}: teacher_prompt cannot be filled in: {error}. "
+                f"data row {index}: teacher_prompt cannot be filled in: {_said(error)}. "
                 f"The row has the columns {', '.join(sorted(columns))}."
             ) from error
         if not text.strip():
@@ -133,7 +133,7 @@ class PromptEncoder:
             )
         except _TEMPLATE_FAULTS as error:
             raise TOPDError(
-                f"{name}: its chat template fails: {error}. Check the messages' roles and "
+                f"{name}: its chat template fails: {_said(error)}. Check the messages' roles and "
                 "chat_template_kwargs."
             ) from error
         return tuple(encoded["input_ids"])
@@ -151,7 +151,7 @@ class PromptEncoder:
         try:
             return sandbox.from_string(self.teacher_prompt)
         except TemplateError as error:
-            raise TOPDError(f"teacher_prompt: not a Jinja template: {error}.") from error
+            raise TOPDError(f"teacher_prompt: not a Jinja template: {_said(error)}.") from error
 
 
 def make_rollout(prompt: Prompt, written: Generation) -> Rollout:
@@ -187,6 +187,10 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
         record = [prompt.student, prompt.teacher, prompt.response]
         digest.update(json.dumps(record).encode())
     return digest.hexdigest()
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".")
 
 
 def _split(index: int, row: Mapping[str, Any]) -> tuple[str | Messages, str | None]:

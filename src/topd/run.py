@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from topd import checkpoints
 from topd.config import TOPDConfig
 from topd.evaluate import EvaluationCallback, Evaluator
 from topd.ledger import check_run_folder
@@ -27,10 +29,12 @@ def run_recipe(
 ) -> Path:
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
     recipe = read_recipe(path, parse_overrides(words), warmstart=warmstart)
-    checkpoint = recipe.args.resume_from_checkpoint
-    if checkpoint and not Path(checkpoint).is_dir():
-        raise TOPDError(f"resume_from_checkpoint: there is no folder {checkpoint}.")
-    check_run_folder(Path(recipe.args.output_dir), resume=bool(checkpoint))
+    folder, wanted = Path(recipe.args.output_dir), recipe.args.resume_from_checkpoint
+    check_run_folder(folder, resume=bool(wanted))
+    checkpoint = checkpoints.resolve(wanted, folder)
+    examined = {checkpoint: checkpoints.check(checkpoint, resumable=True)} if checkpoint else {}
+    if wanted and not checkpoint:
+        _begin_anew(folder)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not quiet:
@@ -39,18 +43,34 @@ def run_recipe(
     recipe.args.disable_tqdm = True
     rows = recipe.data.load()
     trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
+    trainer.remove_callback(PrinterCallback)
+    trainer.examined = examined
     if not quiet:
         left_out = len(rows) - len(trainer.train_dataset)
         if left_out:
             Console().print(f"{left_out} of {len(rows)} prompts are too long and left out")
-        trainer.remove_callback(PrinterCallback)
         trainer.phases.show(Console())
         trainer.add_callback(_StepBar(trainer.phases))
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with trainer.watch.until_terminated():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.phases.stop()
-    return Path(recipe.args.output_dir)
+    return folder
+
+
+def _begin_anew(folder: Path) -> None:
+    """Empty the folder of a run that was stopped before its first checkpoint, and of no other."""
+    stored = folder / "run.json"
+    settings = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    ended = (folder / "student" / "README.md").exists()  # the model card is written last
+    if ended or {"command", "compare"} & set(settings):
+        kind = "a run that has ended" if ended else "another command's run"
+        raise TOPDError(
+            f"resume_from_checkpoint: {folder} holds {kind} and no checkpoint. Choose another "
+            "folder."
+        )
+    checkpoints.begin_anew(folder)
 
 
 def make_trainer(

@@ -20,10 +20,13 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainerState,
+    set_seed,
 )
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
+from topd import checkpoints
 from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine, check_head, head_of
 from topd.experience import Experience, Observer
@@ -37,7 +40,15 @@ from topd.learning import (
     learning_terms,
     update_loss,
 )
-from topd.ledger import Ledger, check_run_folder, guidance_record, manifest, rollout_record
+from topd.ledger import (
+    Ledger,
+    check_run_folder,
+    guidance_record,
+    manifest,
+    rollout_record,
+    trained_digest,
+    weights_in,
+)
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
 from topd.modelcard import write_model_card
@@ -45,8 +56,9 @@ from topd.models import ModelSource, check_context, eos_ids, load_pair, tokenize
 from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
 from topd.tokentext import FILE as TOKENS
-from topd.tokentext import TokenWriter
+from topd.tokentext import TokenTexts, TokenWriter
 from topd.types import Ids, Prompt, TOPDError
+from topd.watch import Watch
 
 logger = logging.get_logger(__name__)
 
@@ -118,12 +130,20 @@ class TOPDTrainer(Trainer):
         _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
+            set_seed(args.seed)  # of the adapter's first weights
             student = _with_adapter(student, peft_config)
         _check_trainable(student)
         if args.disable_dropout:
             _without_dropout(student)
         self.recipe: dict[str, Any] = {}  # what the run was asked for, if there was a recipe
-        self.meter = Means()
+        self.record: dict[str, Any] = {}  # of manifest.json, from the first training on
+        self.meter = Means()  # since the latest log
+        self.totals = Means()  # since the beginning
+        self.update_loss = torch.zeros(())  # of the update under way
+        self.batches: list[LearningBatch] = []  # likewise
+        self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
+        self._apart: str | None = None  # where a checkpoint is being made
+        self.run_folder = Path(args.output_dir)
         self.phases = Phases()
         self.ledger = Ledger(args.output_dir, active=False)
         self.token_writer = TokenWriter(tokenizer)
@@ -143,6 +163,8 @@ class TOPDTrainer(Trainer):
         check_head("teacher", teacher)
         self.observer = self._observer(student, teacher, self.phases)
         self.evaluator = self._observer(student, teacher, Phases())
+        self.watch = Watch(self)
+        self.add_callback(self.watch)
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         return self.encoder.encode(rows)
@@ -166,6 +188,9 @@ class TOPDTrainer(Trainer):
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
     ) -> tuple[list[LearningBatch], None]:
         """The experience of one update: prompts in, micro-batches to learn from out."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # resumed where it had ended
+            self.control.should_training_stop = True
+            return [], None
         prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not prompts:
             return [], None
@@ -180,7 +205,9 @@ class TOPDTrainer(Trainer):
         rows = iter(range(len(flat)))
         parts = [[next(rows) for _ in batch] for batch in prompts]
         packed = can_pack(self.accelerator.unwrap_model(self.model))
-        return [collate(experience, part, totals, device, packed=packed) for part in parts], None
+        self.batches = [collate(experience, p, totals, device, packed=packed) for p in parts]
+        self.update_loss = torch.zeros((), device=device)
+        return self.batches, None
 
     def compute_loss(
         self,
@@ -193,6 +220,7 @@ class TOPDTrainer(Trainer):
         terms = self._terms(model, inputs)
         loss, trajectory = update_loss(terms, inputs, self.args)
         self._measure(terms.tokens, trajectory, inputs)
+        self.update_loss = self.update_loss + loss.detach()
         loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over ranks
         return (loss, None) if return_outputs else loss
 
@@ -257,24 +285,95 @@ class TOPDTrainer(Trainer):
         """Train, writing the run folder (see :mod:`topd.ledger`). As in transformers' Trainer."""
         if self.train_dataset is None:
             raise TOPDError("train_dataset: none was given.")
-        self.ledger = Ledger(
-            self.args.output_dir,
-            resume=bool(resume_from_checkpoint),
-            active=self.is_world_process_zero(),
-        )
-        if resume_from_checkpoint:
-            self.ledger.rewind(_step_of(resume_from_checkpoint, self.args.output_dir))
-        self.ledger.write("run.json", {"recipe": self.recipe, "config": self.args.to_dict()})
-        record = manifest(
+        checkpoint = checkpoints.resolve(resume_from_checkpoint, self.run_folder)
+        if bool(resume_from_checkpoint) != bool(checkpoints.last(self.run_folder)):
+            found = "no checkpoint" if resume_from_checkpoint else "checkpoints of another run"
+            raise TOPDError(
+                f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
+                "or go on from a checkpoint of this one."
+            )
+        with checkpoints.writing(self.run_folder):
+            self._open_folder(checkpoint)
+            result = super().train(
+                resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
+            )
+            self._save_student(self.record)
+        return result
+
+    def _open_folder(self, checkpoint: Path | None) -> None:
+        """Begin the records of a run, or have them as they were at a checkpoint."""
+        self.record = self.record or manifest(
             models={"student": self.model, "teacher": self.teacher_model},
             data=fingerprint(self.train_dataset),
             seed=self.args.seed,
             device=self.accelerator.device,
         )
-        self.ledger.write("manifest.json", record)
-        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self._save_student(record)
-        return result
+        settings = {"recipe": self.recipe, "config": self.args.to_dict()}
+        if checkpoint:
+            settings["resumed"] = self._go_back(checkpoint, settings)
+        self.ledger = Ledger(
+            self.args.output_dir,
+            resume=bool(checkpoint),
+            active=self.is_world_process_zero(),
+            chained=True,
+        )
+        self.ledger.begin(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        self.ledger.write("run.json", settings)
+        if not checkpoint:
+            self.ledger.write("manifest.json", self.record)
+
+    def _go_back(self, checkpoint: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Have run folder and means as they were at a checkpoint. Returns run.json's ``resumed``.
+
+        Raises:
+            TOPDError: the checkpoint is damaged or no one can go on from it, or the run was begun
+                with other data or another teacher.
+        """
+        seal = self.examined.pop(checkpoint, None) or checkpoints.check(checkpoint, resumable=True)
+        history = checkpoints.check_same(self.run_folder, seal.step, settings, self.record)
+        if self.is_world_process_zero():
+            checkpoints.cut_back(self.run_folder, seal)
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            checkpoints.prune(
+                self.run_folder, self.args.save_total_limit, state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+        self.meter.load(seal.means["meter"])
+        self.totals.load(seal.means["totals"])
+        self.token_writer = TokenWriter(
+            self.processing_class, TokenTexts.read(self.run_folder).pieces
+        )
+        return history
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, whole or not at all (see :mod:`topd.checkpoints`)."""
+        run, step = self.run_folder, self.state.global_step
+        if (run / f"checkpoint-{step}").exists():  # an epoch may end where a step was saved
+            return
+        means = {"meter": self.meter.state(), "totals": self.totals.state()}
+        with checkpoints.making(run, step, means, active=self.args.should_save) as partial:
+            self.accelerator.wait_for_everyone()
+            self._apart = str(partial.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._apart = None
+            if self.state.best_model_checkpoint == str(partial):
+                self.state.best_model_checkpoint = str(run / partial.name)
+                self.state.save_to_json(str(partial / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.ledger.seal(f"checkpoint-{step}/{checkpoints.SEAL}")
+            checkpoints.prune(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Trainer's; while a checkpoint is being made, the folder apart that it is made in."""
+        return self._apart or super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainer's, without the pickled arguments: run.json has them as text."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
 
     def _save_student(self, record: dict[str, Any]) -> None:
         """The whole student into ``student/``, LoRA merged (and the adapter into ``adapter/``)."""
@@ -288,10 +387,15 @@ class TOPDTrainer(Trainer):
         else:
             self.save_model(str(folder))
         if self.args.should_save:
-            write_model_card(folder, record, self.args, self.state.log_history)
+            self.ledger.seal(*weights_in(self.ledger.folder, "student"))
+            self.ledger.note("end", step=self.state.global_step, student=trained_digest(self.model))
+            history, chain = self.state.log_history, self.ledger.chain
+            write_model_card(folder, record, self.args, history, chain)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the update measured; also a line of metrics.jsonl."""
+        if "train_loss" in logs:
+            logs = {**logs, **self.totals.take(self.accelerator)}
         if "loss" in logs:
             seconds = self.phases.take()
             self.meter.add("tokens_per_second", 0, sum(seconds.values()))
@@ -325,6 +429,7 @@ class TOPDTrainer(Trainer):
             return
         step, decode = self.state.global_step, self.processing_class.decode
         rows = list(enumerate(experience.rollouts))
+        self.ledger.note("update", step=step, student=trained_digest(self.model))
         self.ledger.append(TOKENS, self.token_writer.records(experience.all_ids()))
         self.ledger.append(
             "rollouts.jsonl",
@@ -407,15 +512,6 @@ def _check_trainable(student: PreTrainedModel) -> None:
             f"student: its trainable weights are {dtypes}; small updates are lost in rounding. "
             "Load it in float32 and set bf16: true for mixed precision."
         )
-
-
-def _step_of(checkpoint: str | bool, output_dir: str) -> int:
-    """The number of updates that a checkpoint has seen."""
-    path = get_last_checkpoint(output_dir) if checkpoint is True else checkpoint
-    state = Path(str(path)) / "trainer_state.json"
-    if not state.is_file():
-        raise TOPDError(f"resume_from_checkpoint: there is no checkpoint at {path or output_dir}.")
-    return TrainerState.load_from_json(str(state)).global_step
 
 
 def _without_dropout(model: nn.Module) -> None:

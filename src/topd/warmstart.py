@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from topd.checkpoints import read_lines, trim
 from topd.config import TOPDConfig, _field
 from topd.ledger import check_run_folder, model_fingerprint
 from topd.rollouts import fingerprint, sampling_seeds
@@ -111,6 +112,7 @@ class WarmstartTrainer(TOPDTrainer):
         size = self.args.answer_batch_size
         with open(path, "a", encoding="utf-8") as file:
             for first in range(len(done), len(prompts), size):
+                self.watch.end_if_asked()
                 answers = self._answer(prompts[first : first + size], first)
                 file.writelines(json.dumps(answer) + "\n" for answer in answers)
                 file.flush()
@@ -142,14 +144,12 @@ def _stored_answers(path: Path, header: dict[str, Any]) -> list[list[int]]:
 
     Starts the file if there is none; a last line that was cut off is dropped.
     """
-    stored = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [line for line in stored.splitlines(keepends=True) if line.endswith("\n")]
-    if not lines:
-        lines = [json.dumps(header) + "\n"]
-    if json.loads(lines[0]) != header:
+    if not trim(path):
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    first, *answers = read_lines(path)
+    if first != header:
         raise TOPDError(
             f"{path}: holds answers to other prompts, of another teacher or of other sampling. "
             "Choose another folder."
         )
-    path.write_text("".join(lines), encoding="utf-8")
-    return [json.loads(line) for line in lines[1:]]
+    return answers

@@ -26,6 +26,7 @@ from topd.engines.decoding import (
     open_windows,
     uniforms,
 )
+from topd.engines.memory import in_chunks
 from topd.losses import linear_logprobs
 from topd.types import Effort, Generation, Head, Ids, Sampling, TOPDError
 
@@ -193,12 +194,14 @@ class HFEngine:
         _check_seeds(seeds, starts)
         if not self._takes_masks(prefix.cache):
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
-        written: list[Generation] = []
         with self._evaluating():
-            for first in range(0, len(starts), WINDOWS_AT_ONCE):
-                some = slice(first, first + WINDOWS_AT_ONCE)
-                written += self._windows(scores, starts[some], sampling, seeds[some], rejoin, tick)
-        return written
+            return in_chunks(
+                lambda some: self._windows(
+                    scores, starts[some], sampling, seeds[some], rejoin, tick
+                ),
+                len(starts),
+                WINDOWS_AT_ONCE,
+            )
 
     def _takes_masks(self, cache: DynamicCache) -> bool:
         """Whether a mask of our own fits: full attention throughout, by a kernel that takes any."""

@@ -13,6 +13,8 @@ from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.models import eos_ids
 from topd.types import TOPDError
 
+TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")
+
 
 class EvaluationCallback(TrainerCallback):
     """Evaluates before the first update, every ``every`` updates, and after the last.
@@ -21,7 +23,8 @@ class EvaluationCallback(TrainerCallback):
     to every logger. Training is the same with it and without: engines draw from seeds of their own.
     Every rank evaluates all problems, the first one logs. ``eval/training_seconds`` and
     ``eval/training_cpu_seconds`` are the wall-clock and this process's CPU time since the beginning
-    without the evaluations; ``latest`` is the latest evaluation.
+    without the evaluations; a resumed run goes on counting from its last evaluation. ``latest`` is
+    the latest evaluation.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
 
@@ -47,6 +50,10 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         """Evaluate the student as it comes, unless the run goes on from a checkpoint."""
         self._began = _clocks()
+        for log in state.log_history:
+            if TIMES[0] in log:  # a resumed run: what was evaluated before
+                self._latest_step = log["step"]
+                self._spent = -np.array([log[time] for time in TIMES])
         if state.global_step == 0:
             self._evaluate(state.global_step, control)
 
@@ -75,9 +82,8 @@ class EvaluationCallback(TrainerCallback):
             autocast=accelerator.autocast,
         )
         self.latest = self.evaluator(engine)
-        wall, cpu = (began - self._began - self._spent).tolist()
-        times = {"eval/training_seconds": wall, "eval/training_cpu_seconds": cpu}
-        self.trainer.log({**logged(self.latest), **times})
+        times = (began - self._began - self._spent).tolist()
+        self.trainer.log({**logged(self.latest), **dict(zip(TIMES, times, strict=True))})
         control.should_log = log_wanted  # a log of ours must not stand for that of the update
         self._latest_step = step
         self._spent = self._spent + _clocks() - began

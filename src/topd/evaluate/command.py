@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -77,36 +76,36 @@ def run_evaluation(
     tokenizer, config = model.load_tokenizer(), model.load_config()
     check_embedding_rows("model", config, tokenizer)
     evaluator = spec.evaluator(rows, tokenizer, config, template_kwargs=template_kwargs)
-    found, made_of = _measure(model, evaluator, console)
+    (found,), made_of = measure(model, [evaluator], console)
+    made_of["references"] = _references(rows)
     settings = {
         "model": model.model_dump(),
         "data": spec.model_dump(),
         "template_kwargs": dict(template_kwargs),
     }
-    ledger.append(RESPONSES, map(asdict, found.responses))
+    ledger.append(RESPONSES, (response.record() for response in found.responses))
     ledger.write(RESULT, {**found.record(), "settings": settings, **made_of})
     show(found, spec, console)
     return ledger.folder
 
 
-def _measure(
-    spec: ModelSpec, evaluator: Evaluator, console: Console
-) -> tuple[Evaluation, dict[str, Any]]:
-    """The evaluation, and what it was made of: model, data, versions."""
+def measure(
+    spec: ModelSpec, evaluators: Sequence[Evaluator], console: Console
+) -> tuple[list[Evaluation], dict[str, Any]]:
+    """A model's evaluations, and what they were made of: model, data of the first, versions."""
     device = PartialState().device
     model = spec.load_model().eval().to(device)
     check_head("model", model)
-    engine = HFEngine(model, eos_ids=eos_ids(model, evaluator.tokenizer))
+    engine = HFEngine(model, eos_ids=eos_ids(model, evaluators[0].tokenizer))
     made_of = manifest(
         models={"model": model},
-        data=fingerprint(evaluator.prompts),
-        seed=evaluator.seed,
+        data=fingerprint(evaluators[0].prompts),
+        seed=evaluators[0].seed,
         device=device,
     )
     made_of["versions"]["math-verify"] = version("math-verify")
-    made_of["references"] = _references(evaluator.rows)
-    with _bar(console, evaluator.count) as tick:
-        return evaluator(engine, tick=tick), made_of
+    with _bar(console, sum(evaluator.count for evaluator in evaluators)) as tick:
+        return [evaluator(engine, tick=tick) for evaluator in evaluators], made_of
 
 
 def _references(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -29,6 +29,7 @@ class Response:
     """One answer. ``problem`` is the row of the data; ``sample`` counts from 0, None is greedy.
 
     ``finished`` is False if the length limit cut it off; it is verified all the same.
+    ``logprob`` is that of the whole response under the model, in nats.
     """
 
     problem: int
@@ -37,6 +38,11 @@ class Response:
     text: str
     verified: bool
     finished: bool
+    logprob: float = field(default=0.0, compare=False)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values; without the log-prob, whose last bits depend on the batch."""
+        return {key: value for key, value in asdict(self).items() if key != "logprob"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Evaluation:
 
     def solved(self, *, greedy: bool = False) -> list[float]:
         """The share of right responses to each problem: what ``paired_bootstrap`` compares."""
-        return [_mean(r.verified for r in group) for group in _by_problem(self.responses, greedy)]
+        return [_mean(r.verified for r in g) for g in by_problem(self.responses, greedy)]
 
     def intervals(self) -> dict[str, Interval]:
         """Every figure by its name: greedy, pass@k, lengths and truncated shares."""
@@ -139,7 +145,7 @@ def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
 
     Every problem has one greedy response and the same number of samples.
     """
-    greedy, drawn = _by_problem(responses, True), _by_problem(responses, False)
+    greedy, drawn = by_problem(responses, True), by_problem(responses, False)
     samples = len(drawn[0])
     right = [sum(r.verified for r in group) for group in drawn]
     return Evaluation(
@@ -232,7 +238,8 @@ def _verified(
 ) -> Response:
     text = decode(written.tokens)
     right = bool(verify(text, rows[problem]))
-    return Response(problem, sample, written.tokens, text, right, written.finished)
+    logprob = sum(written.logprobs)
+    return Response(problem, sample, written.tokens, text, right, written.finished, logprob)
 
 
 def _seeds(seed: int, batch: Sequence[tuple[Prompt, int | None]]) -> list[int]:
@@ -242,7 +249,8 @@ def _seeds(seed: int, batch: Sequence[tuple[Prompt, int | None]]) -> list[int]:
     ]
 
 
-def _by_problem(responses: Sequence[Response], greedy: bool) -> list[list[Response]]:
+def by_problem(responses: Sequence[Response], greedy: bool) -> list[list[Response]]:
+    """The greedy responses, or the samples, in groups of one problem."""
     groups: dict[int, list[Response]] = {}
     for response in responses:
         if (response.sample is None) == greedy:

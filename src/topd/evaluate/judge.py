@@ -57,7 +57,7 @@ class Judge:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._child is None:
-            child = self._child = subprocess.Popen(
+            child = self._child = subprocess.Popen(  # noqa: S603 - our own file
                 # -P: the modules beside that file must not stand in for the library's
                 [sys.executable, "-P", str(Path(equality.__file__))],
                 stdin=subprocess.PIPE,

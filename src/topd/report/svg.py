@@ -75,7 +75,7 @@ def to_svg(figure: Figure, *, name: str, label: str) -> str:
     file = StringIO()
     with mpl.rc_context({"svg.hashsalt": name, **STYLE}):
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    root = ElementTree.fromstring(file.getvalue())
+    root = ElementTree.fromstring(file.getvalue())  # noqa: S314 - matplotlib's
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
     for defs in root.findall(f"{{{SVG}}}defs"):  # a style that would hold for the whole page

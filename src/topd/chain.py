@@ -1,0 +1,127 @@
+"""A chain of hashes beside the run folder's records: what was written, in which order.
+
+``ledger.jsonl`` has an entry for every record and every file that a training run writes::
+
+    {"n": 7, "file": "guidance.jsonl", "step": 0, "rollout": 1, "record": SHA-256 of the line,
+     "previous": hash of entry 6, "hash": SHA-256 of this entry without its hash}
+
+Entries are only ever added. ``{"event": "begin", "step": s, "records": {NAME: n}}`` says that a run
+begins there, or goes on from a checkpoint: what was recorded after the first ``n`` lines of a file
+was dropped and is made again. ``update`` names
+the student's weights before an update, ``end`` is the last entry of a run that ended. ``head.json``
+holds the number of entries and the last hash, so that a chain whose end was cut off is found too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+CHAIN, HEAD = "ledger.jsonl", "head.json"
+START = "0" * 64  # what the first entry follows
+
+Entry: TypeAlias = dict[str, Any]
+
+
+class Chain:
+    """Adds entries to the chain of a folder; goes on where an earlier one ended.
+
+    A last entry that was cut off while it was written is dropped.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.count, self.head = 0, START
+        path = folder / CHAIN
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(path, len(whole))
+        for entry in map(json.loads, whole.splitlines()[-1:]):
+            self.count, self.head = entry["n"] + 1, entry["hash"]
+
+    def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Chain the entries and write them, and the new head."""
+        with open(self.folder / CHAIN, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(self._linked(entry)) + "\n" for entry in entries)
+        write_whole(self.folder / HEAD, {"entries": self.count, "hash": self.head})
+
+    def _linked(self, entry: Mapping[str, Any]) -> Entry:
+        linked = {"n": self.count, **entry, "previous": self.head}
+        self.count, self.head = self.count + 1, entry_hash(linked)
+        return {**linked, "hash": self.head}
+
+
+def entry_hash(entry: Mapping[str, Any]) -> str:
+    """SHA-256 of an entry as canonical JSON (sorted keys, no spaces), its own hash left out.
+
+    The hash of the entry before it is part of it.
+    """
+    content = {key: value for key, value in entry.items() if key != "hash"}
+    return digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+
+
+def digest(content: bytes) -> str:
+    """SHA-256 in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    partial.replace(path)
+
+
+def check_chain(entries: Iterable[Mapping[str, Any]], head: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with a chain: changed, missing and swapped entries, a cut end. In words."""
+    expected, previous, at = 0, START, {}
+    for entry in entries:
+        at[entry["n"]] = entry["hash"]
+        if entry["n"] > expected:
+            yield f"{CHAIN}: {_span(expected, entry['n'] - 1)} missing"
+        elif entry["n"] < expected:
+            yield f"{CHAIN}: entry {entry['n']} stands behind entry {expected - 1}: moved or added"
+        elif entry["previous"] != previous:
+            yield f"{CHAIN}: entry {entry['n']} does not follow the one before it: one was replaced"
+        if entry["hash"] != entry_hash(entry):
+            yield f"{CHAIN}: entry {entry['n']} was changed"
+        expected, previous = entry["n"] + 1, entry["hash"]
+    last = head["entries"] - 1
+    if last >= expected:
+        yield f"{CHAIN}: its end is missing, {_span(expected, last)} gone"
+    elif last >= 0 and at.get(last) != head["hash"]:
+        yield f"{HEAD}: its hash is not that of entry {last}: the chain was written anew"
+
+
+def surviving(entries: Iterable[Entry]) -> list[Entry]:
+    """The entries of files and records that count.
+
+    Those of updates that were made again are left out; of a file, the latest entry counts.
+    """
+    files: dict[str, Entry] = {}
+    records: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.get("event") == "begin":
+            for name, kept in entry["records"].items():
+                del records.setdefault(name, [])[kept:]
+        elif "file" in entry and "step" in entry:
+            records.setdefault(entry["file"], []).append(entry)
+        elif "file" in entry:
+            files[entry["file"]] = entry
+    return [*files.values(), *(entry for of_file in records.values() for entry in of_file)]
+
+
+def _span(first: int, last: int) -> str:
+    return f"entry {first} is" if first == last else f"entries {first} to {last} are"

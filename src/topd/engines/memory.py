@@ -1,0 +1,39 @@
+"""Work in chunks that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+Result = TypeVar("Result")
+
+
+def in_chunks(work: Callable[[slice], list[Result]], count: int, most: int) -> list[Result]:
+    """The results of ``count`` pieces of work, ``most`` at a time, fewer where memory runs out.
+
+    >>> in_chunks(lambda some: list(range(5))[some], 5, 2)
+    [0, 1, 2, 3, 4]
+
+    Raises:
+        RuntimeError: out of memory with a single piece.
+    """
+    done: list[Result] = []
+    while len(done) < count:
+        try:
+            done += work(slice(len(done), len(done) + most))
+            continue
+        except RuntimeError as error:
+            if most == 1 or not should_reduce_batch_size(error):
+                raise
+        most //= 2  # outside the handler, whose traceback holds what is to be freed
+        clear_device_cache(garbage_collection=True)
+        logger.warning_once(
+            f"out of memory in windows: {most} of these at a time; nothing changes but rounding. "
+            "Lower per_device_train_batch_size or window_length to have all at once."
+        )
+    return done

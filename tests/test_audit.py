@@ -1,0 +1,428 @@
+"""Audit and replay: a run as it was has no fault, and every forgery is found and named."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from conftest import rows, tiny_model, tiny_tokenizer, write_pair
+from topd import TOPDConfig, TOPDTrainer
+from topd.audit import Findings, audit_run, replay_step
+from topd.chain import CHAIN, HEAD, Chain, digest, file_digest
+from topd.cli import app
+from topd.ledger import RECORDS
+from topd.run import run_recipe
+from topd.types import StoppedError, TOPDError
+
+SMALL = {
+    "student": "student",
+    "teacher": "teacher",
+    "data": "prompts.jsonl",
+    "output_dir": "run",
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 12,
+    "window_length": 4,
+    "candidate_fraction": 0.3,
+    "learning_rate": 1e-3,
+    "save_steps": 2,
+    "seed": 3,
+}
+LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+RUN = Path("run")
+
+
+def trained(root: Path, *, stage: int = 2, **changes: Any) -> Path:
+    """A folder of models, data and a run, all named relative to it."""
+    with contextlib.chdir(root):
+        run_recipe(write_pair(root, **{**SMALL, **changes}), quiet=True, warmstart=stage == 1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return trained(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def copied(whole, tmp_path, monkeypatch) -> None:
+    """We stand in a copy of a folder with a finished run, to do as we like there."""
+    shutil.copytree(whole, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+
+
+def edit(path: Path, change: Callable[[list[str]], object]) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    change(lines)
+    path.write_text("".join(lines))
+
+
+def edit_record(path: Path, number: int, change: Callable[[dict[str, Any]], object]) -> None:
+    def changed(lines: list[str]) -> None:
+        record = json.loads(lines[number])
+        change(record)
+        lines[number] = json.dumps(record) + "\n"
+
+    edit(path, changed)
+
+
+def swap(lines: list[str]) -> None:
+    lines[1], lines[2] = lines[2], lines[1]
+
+
+def turn(fork: dict[str, Any]) -> None:
+    fork["real"] = not fork["real"]
+
+
+def chain_again() -> None:
+    """What a forger does who knows the format: the chain anew, over the records as they are."""
+    (RUN / CHAIN).unlink()
+    chain = Chain(RUN)
+    for name in RECORDS:
+        for line in (RUN / name).read_text().splitlines():
+            record = json.loads(line)
+            place = {key: record[key] for key in ("step", "rollout") if key in record}
+            chain.add([{"file": name, **place, "record": digest(line.encode())}])
+
+
+def only(found: Findings, *parts: str) -> None:
+    """One fault, that says all this."""
+    assert len(found.faults) == 1, found.faults
+    for part in parts:
+        assert part in found.faults[0]
+
+
+# As it was
+
+
+def test_a_run_as_it_was_has_no_fault(copied):
+    found = audit_run(RUN)
+    assert found.faults == []
+    assert "decisions: 12 rollouts and 26 candidates of the updates 0, 1, 2 made again" in (
+        found.checked
+    )
+    assert "files: 5, records: 28" in found.checked  # 12 + 12, three updates and the summary
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [
+        ({"lora": LORA}, 2),
+        ({"method": "first_fork"}, 2),
+        ({"method": "relay"}, 2),
+        ({"method": "kl_top"}, 2),
+        ({"candidate_loss": "reverse_kl"}, 2),
+        ({"embedding": "student"}, 2),
+        ({"method": "downweight_matched", "window_temperature": 1.0}, 2),
+        ({"teacher_prompt": "{{ prompt }} so {{ solution }}"}, 2),
+        ({"warmstart": {**SMALL, "answers": "data"}}, 1),
+        ({"warmstart": {**SMALL, "max_completion_length": 400}}, 1),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_every_kind_of_run_passes_audit_and_replay(tmp_path, monkeypatch, changes, stage):
+    monkeypatch.chdir(trained(tmp_path, stage=stage, **changes))
+    assert audit_run(RUN).faults == []
+    for step in (0, 2):
+        assert replay_step(RUN, step).faults == []
+
+
+def test_a_run_that_went_on_from_a_checkpoint_has_no_fault(copied):
+    words = [f"--resume_from_checkpoint={RUN / 'checkpoint-2'}"]
+    run_recipe(Path("recipe.yaml"), words, quiet=True)
+    assert audit_run(RUN).faults == []
+    begun = [line for line in (RUN / CHAIN).read_text().splitlines() if '"begin"' in line]
+    assert [json.loads(line)["step"] for line in begun] == [0, 2]
+
+
+def test_a_finished_run_that_goes_on_from_its_last_checkpoint_has_no_fault(copied):
+    """It makes its summary again, which is dated as the last log is."""
+    run_recipe(Path("recipe.yaml"), ["--resume_from_checkpoint=last"], quiet=True)
+    assert audit_run(RUN, updates=0).faults == []
+
+
+def test_a_loss_that_is_not_finite_is_made_again(tmp_path, monkeypatch):
+    """By the command that its message names."""
+    right = TOPDTrainer.compute_loss
+
+    def broken(self, *args, **kwargs):
+        loss = right(self, *args, **kwargs)
+        return loss * math.nan if self.state.global_step == 2 else loss
+
+    monkeypatch.setattr(TOPDTrainer, "compute_loss", broken)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoppedError, match="topd replay run --step 2 makes it again"):
+        run_recipe(write_pair(tmp_path, **SMALL), quiet=True)
+    assert audit_run(RUN).faults == []
+    found = replay_step(RUN, 2)
+    assert found.faults == []
+    assert found.checked[0] == "replay: update 2, from checkpoint-2"
+    assert re.match("stopped: update 3: the loss .* is not finite", found.checked[1])
+
+
+def test_a_pruned_checkpoint_is_no_fault(copied):
+    shutil.rmtree(RUN / "checkpoint-2")
+    assert audit_run(RUN, updates=0).faults == []
+
+
+# What a forger does
+
+
+def test_an_edited_weight_of_a_token_is_found(copied):
+    edit_record(RUN / "guidance.jsonl", 5, lambda record: record["weights"].update({"3": 0.5}))
+    found = audit_run(RUN)
+    assert found.faults[0] == "guidance.jsonl, update 1, rollout 1: was changed (line 6)"
+    assert found.faults[1].startswith("update 1, rollout 1: weights: recorded {")
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("student", "student/model.safetensors: was changed"),
+        ("checkpoint-2", "checkpoint-2: model.safetensors was changed after it was written"),
+    ],
+)
+def test_an_edited_weight_of_the_student_is_found(copied, place, said):
+    edit_weights(RUN / place, 1.000001)
+    only(audit_run(RUN), said)
+
+
+def test_an_edited_checkpoint_with_its_seal_made_anew_is_found(copied):
+    edit_weights(RUN / "checkpoint-2", 1.01)
+    seal_again(RUN / "checkpoint-2")
+    only(audit_run(RUN, updates=0), "checkpoint-2/seal.json: was changed")
+
+
+def edit_weights(place: Path, factor: float) -> None:
+    weights = load_file(place / "model.safetensors")
+    weights["model.norm.weight"] *= factor
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+
+
+def seal_again(place: Path) -> None:
+    """What a forger does who knows the format of seals."""
+    seal = json.loads((place / "seal.json").read_text())
+    path = place / "model.safetensors"
+    seal["files"][path.name] = [path.stat().st_size, file_digest(path)]
+    (place / "seal.json").write_text(json.dumps(seal))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "place"),
+    [
+        ("rollouts.jsonl", 0, "update 0, rollout 0"),
+        ("guidance.jsonl", 7, "update 1, rollout 3"),
+        ("guidance.jsonl", 11, "update 2, rollout 3"),
+        ("metrics.jsonl", 1, "step 2"),
+    ],
+)
+def test_a_deleted_record_is_found(copied, name, number, place):
+    edit(RUN / name, lambda lines: lines.pop(number))
+    only(audit_run(RUN), f"{name}, {place}: is missing")
+
+
+def test_two_swapped_records_are_found(copied):
+    edit(RUN / "rollouts.jsonl", swap)
+    assert audit_run(RUN, updates=0).faults == [
+        "rollouts.jsonl, line 2: update 0, rollout 2 stands where update 0, rollout 1 did",
+        "rollouts.jsonl, line 3: update 0, rollout 1 stands where update 0, rollout 2 did",
+    ]
+
+
+def test_an_added_record_is_found(copied):
+    edit(RUN / "metrics.jsonl", lambda lines: lines.insert(0, '{"step": 0, "loss": 9.0}\n'))
+    only(audit_run(RUN, updates=0), "metrics.jsonl, line 1: is not in the ledger")
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_swapped_model_is_found(copied, role):
+    tiny_model(seed=7).save_pretrained(role)
+    faults = audit_run(RUN).faults
+    assert re.fullmatch(rf"{role}: {role} has not the weights of the run: .*", faults[0])
+    assert len(faults) > 1 or role == "student"  # the teacher's decisions are other ones too
+
+
+def test_a_teacher_with_one_other_weight_is_found(copied):
+    weights = load_file("teacher/model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][7, 11] += 1e-6
+    save_file(weights, "teacher/model.safetensors", {"format": "pt"})
+    assert audit_run(RUN).faults[0].startswith("teacher: teacher has not the weights")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [("config", "false_alarm_share", 0.9), ("config", "seed", 4), ("recipe", "lora", None)],
+)
+def test_a_changed_recipe_is_found(copied, part, key, value):
+    stored = json.loads((RUN / "run.json").read_text())
+    stored[part][key] = value
+    (RUN / "run.json").write_text(json.dumps(stored))
+    assert audit_run(RUN, updates=0).faults == ["run.json: was changed"]
+
+
+def test_changed_prompts_are_found(copied):
+    edit_record(Path("prompts.jsonl"), 0, lambda row: row.update(prompt="what is 3 + 3 ?"))
+    only(audit_run(RUN), "data: the prompts are not those of the run")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("student", {}), ("teacher", {"path": "no/where"}), ("data", None), ("lora", {"rank": 2})],
+)
+def test_a_recipe_that_cannot_be_run_is_one_more_fault(copied, part, value):
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["recipe"][part] = value
+    (RUN / "run.json").write_text(json.dumps(stored))
+    faults = audit_run(RUN).faults
+    assert faults[0] == "run.json: was changed"
+    assert faults[1].startswith("decisions: not made again: ")
+
+
+def test_a_run_folder_alone_cannot_make_an_audit_run_code(copied):
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["recipe"]["teacher"]["trust_remote_code"] = True
+    (RUN / "run.json").write_text(json.dumps(stored))
+    assert "--trust-remote-code" in audit_run(RUN).faults[1]
+    assert audit_run(RUN, trust_remote_code=True).faults == ["run.json: was changed"]
+    with pytest.raises(TOPDError, match="--trust-remote-code"):
+        replay_step(RUN, 1)
+
+
+# Of the ledger itself
+
+
+def test_a_deleted_and_an_edited_entry_are_found(copied):
+    edit(RUN / CHAIN, lambda lines: lines.pop(9))
+    edit_record(RUN / CHAIN, 20, lambda entry: entry.update(step=7))
+    faults = audit_run(RUN, updates=0).faults
+    assert faults[:2] == [f"{CHAIN}: entry 9 is missing", f"{CHAIN}: entry 21 was changed"]
+
+
+def test_a_ledger_whose_end_was_cut_off_is_found(copied):
+    edit(RUN / CHAIN, lambda lines: lines.pop())
+    assert f"{CHAIN}: its end is missing, entry 37 is gone" in audit_run(RUN, updates=0).faults
+
+
+@pytest.mark.parametrize("text", ["", "so", "[]", '{"entries": 38}'])
+def test_a_head_that_is_none_is_found(copied, text):
+    (RUN / HEAD).write_text(text)
+    only(audit_run(RUN, updates=0), f"{HEAD}: is missing or no head")
+
+
+def test_an_entry_that_is_none_is_found(copied):
+    edit(RUN / CHAIN, lambda lines: lines.__setitem__(4, "so\n"))
+    assert f"{CHAIN}: line 5 is no entry" in audit_run(RUN, updates=0).faults
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "fault"),
+    [
+        ("guidance.jsonl", lambda r: r["weights"].update({"3": 0.5}), "weights"),
+        (
+            "guidance.jsonl",
+            lambda r: r["forks"][0].update(real=not r["forks"][0]["real"]),
+            "forks[0].real",
+        ),
+        ("guidance.jsonl", lambda r: r["forks"][0].update(distance=0.0), "forks[0].distance"),
+        ("guidance.jsonl", lambda r: r["forks"].pop(), "forks"),
+        ("guidance.jsonl", lambda r: r["targets"].pop(), "targets"),
+        ("guidance.jsonl", lambda r: r.update(prompt=0), "prompt"),
+        ("rollouts.jsonl", lambda r: r["teacher_logprobs"].__setitem__(2, -0.1), "teacher_log"),
+        ("rollouts.jsonl", lambda r: r["logprobs"].__setitem__(0, -9.0), "forks"),
+        ("rollouts.jsonl", lambda r: r["response_ids"].__setitem__(0, 9), "forks"),
+        ("rollouts.jsonl", lambda r: r.update(text="forged"), "text"),
+    ],
+)
+def test_a_forgery_with_a_chain_made_anew_is_found_by_making_decisions_again(
+    copied, name, change, fault
+):
+    edit_record(RUN / name, 6, change)
+    chain_again()
+    faults = audit_run(RUN).faults
+    assert any(said.startswith(f"update 1, rollout 2: {fault}") for said in faults), faults
+
+
+def test_records_that_cannot_be_read_are_a_fault(copied):
+    edit(RUN / "rollouts.jsonl", lambda lines: lines.__setitem__(4, "so\n"))
+    faults = audit_run(RUN).faults
+    assert faults[0] == "rollouts.jsonl, update 1, rollout 0: was changed (line 5)"
+    assert faults[1].startswith("decisions: not made again")
+
+
+# Replay
+
+
+def test_a_replay_starts_from_the_checkpoint_before(copied):
+    assert replay_step(RUN, 1).checked[0] == "replay: update 1, from the beginning"
+    found = replay_step(RUN, 2)
+    assert found.checked[0] == "replay: update 2, from checkpoint-2"
+    assert found.checked[-1] == "weights: before the updates 2, 3"
+
+
+def test_a_replay_finds_another_rollout_another_loss_and_other_weights(copied):
+    edit_record(RUN / "rollouts.jsonl", 4, lambda record: record["logprobs"].__setitem__(3, -0.25))
+    edit_record(RUN / "metrics.jsonl", 0, lambda record: record.update(loss=1.0))
+    written = [json.loads(line) for line in (RUN / CHAIN).read_text().splitlines()]
+    (number,) = (e["n"] for e in written if e.get("event") == "update" and e["step"] == 1)
+    edit_record(RUN / CHAIN, number, lambda entry: entry.update(student="f" * 64))
+    faults = replay_step(RUN, 1).faults
+    assert [re.sub(r"[\d.e-]+$", "", fault) for fault in faults] == [
+        "metrics.jsonl, step 1: loss: recorded 1.0, made again ",
+        "rollouts.jsonl, update 1, rollout 0: logprobs[3]: recorded -0.25, made again ",
+        "weights before update 1: not those of the run",
+    ]
+
+
+def test_a_replay_from_a_changed_checkpoint_differs(copied):
+    edit_weights(RUN / "checkpoint-2", 1.01)
+    with pytest.raises(TOPDError, match=r"checkpoint-2: model.safetensors was changed"):
+        replay_step(RUN, 2)
+    seal_again(RUN / "checkpoint-2")
+    assert "weights before update 2: not those of the run" in replay_step(RUN, 2).faults
+
+
+def test_an_update_that_there_was_not_is_refused(copied):
+    with pytest.raises(TOPDError, match=r"--step 3: run has the updates 0 to 2\. Choose one"):
+        replay_step(RUN, 3)
+
+
+# Doors
+
+
+def test_the_command_says_what_it_checked_and_ends_with_1_if_there_is_a_fault(copied):
+    good = CliRunner().invoke(app, ["audit", "run", "--updates", "1"])
+    assert (good.exit_code, good.stderr) == (0, "")
+    assert good.stdout.endswith("no fault found\n")
+    assert CliRunner().invoke(app, ["replay", "run", "--step", "1"]).exit_code == 0
+    edit(RUN / "guidance.jsonl", lambda lines: lines.pop())
+    bad = CliRunner().invoke(app, ["audit", "run", "--updates", "0"])
+    assert (bad.exit_code, bad.stderr) == (
+        1,
+        "guidance.jsonl, update 2, rollout 3: is missing\n",
+    )
+
+
+def test_a_folder_without_a_ledger_is_refused(tmp_path):
+    with pytest.raises(TOPDError, match=r"has no ledger.jsonl\. Only runs of topd train"):
+        audit_run(tmp_path)
+
+
+def test_models_from_python_cannot_be_loaded_again(tmp_path):
+    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True, max_steps=1, save_strategy="no")
+    args.max_completion_length = 8
+    TOPDTrainer(
+        tiny_model(), tiny_model(seed=1), args, rows(4), processing_class=tiny_tokenizer()
+    ).train()
+    assert audit_run(tmp_path, updates=0).faults == []
+    with pytest.raises(TOPDError, match=r"came from Python.*--updates 0"):
+        audit_run(tmp_path)

@@ -1,0 +1,115 @@
+"""The benchmarks run at their smallest sizes and find what they should; no time is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+pytest.importorskip("trl", minversion="1.16")
+from bench import growth, loss, measure, performance, step, transport, windows
+
+SMALL = {
+    "loss": (loss, "--shapes 97x8 --tokens 40 --growth 40,80 --runs 2"),
+    "transport": (transport, "--windows 20 --length 5 --runs 2"),
+    "windows": (windows, "64x1 --tokens 24 --window 4 --fraction 0.1 --runs 2"),
+    "growth": (
+        growth,
+        "64x1 --vocab 64 --lengths 8,16 --length 8 --batches 1,2 --windows 2 --fractions 0.3 "
+        "--runs 1",
+    ),
+    "step": (step, "64x1 --batch 2 --tokens 12 --window 3 --fraction 0.2 --runs 2"),
+}
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """A benchmark at its smallest size: what it wrote."""
+    module, words = SMALL[name]
+    app = typer.Typer()
+    app.command()(module.main)
+    done = CliRunner().invoke(app, [*words.split(), "--results", str(folder)])
+    assert done.exit_code == 0, done.output
+    assert "over" in done.output
+    (path,) = folder.glob(f"perf-{name}*.json")
+    return json.loads(path.read_text())
+
+
+def page(folder: Path) -> str:
+    (folder / "performance_head.md").write_text("# Head\n")
+    return performance.page(folder)
+
+
+def test_loss_compares_three_ways_to_one_gradient(tmp_path):
+    found = run("loss", tmp_path)["results"]["shapes"]["97x8"]
+    assert list(found) == ["full", "chunked", "TRL"]
+    assert 0 < found["chunked"]["gradient_gap"] < 1e-5
+    assert 0 < found["TRL"]["gradient_gap"] < 1e-5
+    assert "| chunked |" in page(tmp_path)
+
+
+def test_transport_compares_equal_distances(tmp_path):
+    found = run("transport", tmp_path)["results"]
+    assert set(found) == {"exact", "cut", "sinkhorn"}
+    for way in (*found["exact"].values(), *found["cut"].values()):
+        assert way["gap"] < 1e-6
+        assert len(way["runs"]) == 2
+    assert "loop over SciPy" in page(tmp_path)
+
+
+def test_windows_are_those_of_generate_and_need_fewer_positions(tmp_path):
+    found = run("windows", tmp_path)
+    count = found["settings"]["windows"]
+    ours, theirs = (found["results"][name] for name in ("topd", "generate, one by one"))
+    assert ours["equal"] == count > 0
+    assert 0 < ours["positions"] < theirs["positions"]
+    assert theirs["forwards"] == 4 * count
+    assert "generate, one call" in page(tmp_path)
+
+
+def test_growth_has_every_phase_at_every_size(tmp_path):
+    found = run("growth", tmp_path)["results"]
+    assert list(found["length"]) == ["8", "16"]
+    assert all(x > 0 for x in found["length"]["16"].values())
+    assert "| rollouts " in page(tmp_path)
+
+
+def test_a_step_of_four_trainers_each_in_its_own_process(tmp_path):
+    found = run("step", tmp_path)["results"]
+    assert list(found) == list(step.ARMS["tiny"])
+    for figures in found.values():
+        assert 0 < figures["phases"]["rollouts"] < figures["seconds"]
+        assert 0 < figures["base"] < figures["peak"]
+    assert found["topd"]["phases"]["windows"] > 0
+    assert found["opd"]["phases"]["windows"] == 0
+    assert "| GKDTrainer " in page(tmp_path)
+
+
+def test_runs_are_paired_and_every_second_one_goes_backwards():
+    order: list[str] = []
+    cases = {name: lambda name=name: order.append(name) for name in "ab"}
+    seconds = measure.paired(cases, 3)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+    assert [len(x) for x in seconds.values()] == [3, 3]
+
+
+def test_ratio_is_taken_run_by_run():
+    ratio = measure.against([1.0, 2.0, 4.0], [2.0, 2.0, 2.0])
+    assert ratio == {"median": 1.0, "low": 0.5, "high": 2.0}
+
+
+def test_peak_memory_counts_what_was_freed_again_and_not_what_was_there():
+    size = 64 * measure.MIB
+    found = measure.in_fresh_process(_peak_of_one_tensor, size)
+    assert size <= found < 1.2 * size
+
+
+def _peak_of_one_tensor(size: int) -> int:
+    before = torch.ones(2 * size, dtype=torch.uint8)
+    found = measure.peak_memory(lambda: torch.ones(size, dtype=torch.uint8).max())
+    assert len(before) == 2 * size
+    return found

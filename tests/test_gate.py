@@ -1,0 +1,275 @@
+"""The release gate: figures worked by hand, verdicts, and models made worse on purpose."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from topd.cli import app
+from topd.evaluate import Evaluation, Response, summarise
+from topd.evaluate.spec import EvaluationSpec
+from topd.gate import MEASURES, Limits, Suite, compare_models, lost_problems, passed, read_suite
+from topd.modelcard import replace_section
+from topd.types import TOPDError
+
+
+def answers(
+    right: list[bool], *, samples: int = 1, ids: tuple[int, ...] = (1, 2), **changes: Any
+) -> Evaluation:
+    """One greedy response and samples a problem, all alike."""
+    return summarise(
+        [
+            Response(i, sample, ids, "", ok, **{"finished": True, "logprob": -1.0, **changes})
+            for i, ok in enumerate(right)
+            for sample in (None, *range(samples))
+        ]
+    )
+
+
+def suite(**changes: Any) -> Suite:
+    return Suite(problems=EvaluationSpec(path="x.jsonl"), **changes)
+
+
+def verdicts(base: Evaluation, candidate: Evaluation, **changes: Any) -> dict[str, str]:
+    pair = {"problems": base}, {"problems": candidate}
+    return {f.name: f.verdict for f in compare_models(*pair, suite(**changes))}
+
+
+# Figures
+
+
+def test_figures_are_means_by_problem_and_larger_is_worse():
+    found = summarise(
+        [
+            Response(0, None, (1, 2), "", True, True, math.log(0.25)),
+            Response(0, 0, (1, 2, 3, 4), "", False, True),
+            Response(1, None, (7,) * 6, "", False, False, math.log(0.5) * 6),
+            Response(1, 0, (1, 2), "", True, True),
+        ]
+    )
+    values = {name: measure(found) for name, measure in MEASURES.items()}
+    assert values["accuracy"] == [0, 1]
+    assert values["sampled_accuracy"] == [1, 0]
+    assert values["length"] == [3, 4]
+    assert values["truncated"] == [0, 0.5]
+    assert values["repetition"] == pytest.approx([0, (2 / 3) / 2])  # 7777 three times, once new
+    assert values["calibration"] == pytest.approx([(0.5 - 1) ** 2, 0.5**2])
+    assert values["refusals"] == [0.5, 0.5]
+
+
+def test_harm_and_its_interval_are_paired():
+    """A base right on every second problem, and a candidate right on the same: no harm at all."""
+    half = [i % 2 == 0 for i in range(40)]
+    figures = compare_models({"problems": answers(half)}, {"problems": answers(half)}, suite())
+    assert {(f.harm.mean, f.harm.low, f.harm.high) for f in figures} == {(0, 0, 0)}
+    other = [i % 2 == 1 for i in range(40)]
+    figures = compare_models({"problems": answers(half)}, {"problems": answers(other)}, suite())
+    assert figures[0].harm.mean == 0
+    assert figures[0].harm.low < -0.3 < 0.3 < figures[0].harm.high
+
+
+def test_the_error_is_shared_by_the_figures():
+    pair = {"problems": answers([True] * 10)}, {"problems": answers([False] * 10)}
+    assert {f.harm.level for f in compare_models(*pair, suite())} == {1 - 2 * 0.05 / 6}
+    one = Limits(**dict.fromkeys(set(Limits.model_fields) - {"length"}))
+    assert [f.harm.level for f in compare_models(*pair, suite(limits=one))] == [0.9]
+
+
+def test_length_is_relative_to_the_base():
+    base, longer = answers([True] * 10), answers([True] * 10, ids=(1, 2, 3))
+    (figure,) = (
+        f
+        for f in compare_models({"problems": base}, {"problems": longer}, suite())
+        if f.name == "length"
+    )
+    assert (figure.base, figure.candidate, figure.harm.mean) == (2, 3, 0.5)
+    assert figure.verdict == "worse"
+
+
+# Verdicts
+
+
+def test_each_figure_can_fail_alone():
+    good = answers([True] * 50)
+    assert set(verdicts(good, good).values()) == {"within"}
+    bad = {
+        "length": answers([True] * 50, ids=(1, 2, 3), logprob=-1.5),
+        "truncated": answers([True] * 50, finished=False),
+        "repetition": answers([True] * 50, ids=(7,) * 8, logprob=-4.0),
+        "calibration": answers([True] * 50, logprob=-3.0),
+    }
+    for name, candidate in bad.items():
+        found = verdicts(good, candidate, limits=Limits(length=9 if name == "repetition" else 0.25))
+        assert [key for key, verdict in found.items() if verdict == "worse"] == [name]
+
+
+def test_few_problems_leave_a_figure_open_and_only_a_strict_gate_fails_then():
+    base, candidate = answers([True] * 20), answers([True] * 18 + [False] * 2)
+    pair = {"problems": base}, {"problems": candidate}
+    figures = compare_models(*pair, suite(limits=Limits(calibration=None)))
+    assert {f.name: f.verdict for f in figures}["accuracy"] == "open"
+    assert passed(figures, strict=False)
+    assert not passed(figures, strict=True)
+
+
+def test_a_better_candidate_is_within_every_limit():
+    found = verdicts(answers([False] * 50), answers([True] * 50))
+    assert set(found.values()) == {"within"}
+
+
+def test_a_harm_is_worse_only_beyond_its_limit():
+    base, candidate = answers([True] * 100), answers([True] * 70 + [False] * 30)
+    for limit, verdict in ((0.1, "worse"), (0.3, "open"), (0.5, "within")):
+        assert verdicts(base, candidate, limits=Limits(accuracy=limit))["accuracy"] == verdict
+
+
+def test_problems_that_the_base_solves_and_the_candidate_does_not():
+    base, candidate = answers([True, True, False]), answers([True, False, True])
+    assert lost_problems(base, candidate) == [1]
+
+
+def test_refusals_count_if_there_are_some():
+    pair = [{"problems": answers([True] * 30), "refusals": answers([ok] * 30)} for ok in (1, 0)]
+    figures = compare_models(*pair, suite())
+    assert [(f.name, f.verdict) for f in figures if f.verdict != "within"] == [
+        ("refusals", "worse")
+    ]
+
+
+# The command
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """Two models, ten problems, four prompts to refuse or not, and a suite."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("base", 0), ("same", 0), ("other", 1)):
+        tiny_model(seed=seed).save_pretrained(name)
+        tiny_tokenizer().save_pretrained(name)
+    problems = [{"prompt": row["prompt"], "answer": "3"} for row in rows(10)]
+    lines(tmp_path / "problems.jsonl", problems)
+    asked = [{"prompt": "what is two ?", "refuse": i % 2 == 0} for i in range(4)]
+    lines(tmp_path / "refusals.jsonl", asked)
+    write_suite()
+    return tmp_path
+
+
+def lines(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_suite(**changes: Any) -> None:
+    content = {
+        "problems": {"path": "problems.jsonl", "samples": 2, "max_tokens": 6},
+        "refusals": {"path": "refusals.jsonl", "max_tokens": 6, "phrases": ["so"]},
+        **changes,
+    }
+    Path("suite.yaml").write_text(yaml.safe_dump(content))
+
+
+def gate(*words: str) -> Any:
+    return CliRunner().invoke(app, ["gate", *words, "--suite", "suite.yaml", "--output", "out"])
+
+
+def test_a_model_passes_against_itself_and_the_card_says_so(place):
+    Path("same/README.md").write_text(
+        "# A model\n\n## Release gate\n\nNot run.\n\n## Uses\n\nAny\n"
+    )
+    result = gate("base", "same")
+    assert result.exit_code == 0, result.output
+    assert "passed" in result.output
+    found = json.loads(Path("out/gate.json").read_text())
+    assert found["passed"]
+    assert {f["name"]: f["harm"]["mean"] for f in found["figures"]} == dict.fromkeys(MEASURES, 0)
+    assert (
+        found["base"]["models"]["model"]["sha256"]
+        == (found["candidate"]["models"]["model"]["sha256"])
+    )
+    assert len(Path("out/candidate_problems.jsonl").read_text().splitlines()) == 10 * 3
+    assert len(Path("out/base_refusals.jsonl").read_text().splitlines()) == 4 * 2
+    card = Path("same/README.md").read_text()
+    assert card.startswith("# A model\n\n## Release gate\n\nPassed against `base` on 10 problems")
+    assert "| accuracy |" in card
+    assert card.endswith("\n## Uses\n\nAny\n")
+    assert "Not run" not in card
+
+
+def test_a_regression_ends_with_1_and_the_card_names_it(place):
+    """The base ends at once, the candidate goes on until it is cut off."""
+    terse = tiny_model()
+    terse.model.embed_tokens.weight.data[:, 0] = 1e4  # one large coordinate in every state
+    terse.lm_head.weight.data[EOS, 0] = 1e3
+    terse.save_pretrained("base")
+    Path("other/README.md").write_text("# A model\n")
+    result = gate("base", "other")
+    found = json.loads(Path("out/gate.json").read_text())
+    worse = [f["name"] for f in found["figures"] if f["verdict"] == "worse"]
+    assert worse == ["length", "truncated"]
+    assert (result.exit_code, found["passed"]) == (1, False)
+    assert "FAILED" in result.output
+    card = Path("other/README.md").read_text()
+    assert "## Release gate\n\nFAILED against `base`" in card
+    assert "- worse: length, truncated\n" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"problem": {}}, r"suite.yaml: unknown key 'problem' in suite\. Did you mean problems\?"),
+        ({"problems": {"path": "no.jsonl"}}, "no.jsonl"),
+        ({"problems": {"path": "problems.jsonl", "sample": 2}}, r"suite\.problems\.sample"),
+        ({"problems": None}, r"suite\.problems"),
+        ({"limits": {"accuracy": -0.1}}, r"suite\.limits\.accuracy: .*greater than or equal to 0"),
+        ({"limits": {"speed": 0.1}}, r"suite\.limits\.speed"),
+        ({"error": 0.5}, r"suite\.error: .*less than 0.5"),
+        ({"refusals": {"path": "problems.jsonl"}}, r"problems.jsonl, row 0: refuse is None"),
+    ],
+)
+def test_a_bad_suite_is_refused_before_a_model_loads(place, monkeypatch, changes, fault):
+    def load(*_: object, **__: object) -> None:
+        pytest.fail("a model was loaded before the suite was checked")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    write_suite(**changes)
+    result = gate("base", "same")
+    assert result.exit_code == 2
+    assert re.search(fault, " ".join(result.stderr.split())), result.stderr
+
+
+def test_a_suite_without_limits_is_refused():
+    none = Limits(**dict.fromkeys(Limits.model_fields))
+    pair = {"problems": answers([True])}, {"problems": answers([True])}
+    with pytest.raises(TOPDError, match=r"suite\.limits: no figure has one"):
+        compare_models(*pair, suite(limits=none))
+
+
+def test_a_folder_with_a_result_is_refused(place):
+    Path("out").mkdir()
+    Path("out/gate.json").write_text("{}")
+    result = gate("base", "same")
+    assert (result.exit_code, "already holds a gate's result" in result.stderr) == (2, True)
+
+
+def test_a_section_is_replaced_or_added(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("# A\n\nText\n")
+    replace_section(card, "Gate", "one")
+    assert card.read_text() == "# A\n\nText\n\n## Gate\n\none\n"
+    replace_section(card, "Gate", "two")
+    assert card.read_text() == "# A\n\nText\n\n## Gate\n\ntwo\n"
+
+
+def test_a_suite_is_read_with_its_defaults(place):
+    found = read_suite(Path("suite.yaml"))
+    assert (found.error, found.strict, found.limits) == (0.05, False, Limits())
+    assert found.refusals is not None
+    assert found.refusals.phrases == ("so",)

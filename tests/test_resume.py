@@ -1,0 +1,309 @@
+"""A run that was stopped and resumed is the run that was not, bit for bit; damage is named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from conftest import rows, tiny_model, tiny_tokenizer
+from topd import TOPDConfig, TOPDTrainer, checkpoints
+from topd.types import DISK, StoppedError, TOPDError
+
+TIMES = ("seconds", "runtime", "per_second")
+OPTIONS = {
+    "max_steps": 6,  # four updates an epoch: the second one is cut off
+    "per_device_train_batch_size": 2,
+    "max_completion_length": 8,
+    "window_length": 4,
+    "candidate_fraction": 0.3,
+    "learning_rate": 3e-3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+LORA = {
+    "r": 2,
+    "lora_dropout": 0.2,
+    "target_modules": ["q_proj", "v_proj"],
+    "task_type": "CAUSAL_LM",
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "opd": {"method": "opd", "logging_steps": 4},
+    "topd": {"method": "topd", "window_temperature": 1.0},
+    "first_fork, bf16": {"method": "first_fork", "bf16": True},
+    "lora with dropout": {"disable_dropout": False, "lora": LORA},
+    "accumulation": {"gradient_accumulation_steps": 2, "num_generations": 2, "logging_steps": 3},
+}
+
+
+def make(folder: Path, *, lora: dict[str, Any] | None = None, **changes) -> TOPDTrainer:
+    return TOPDTrainer(
+        tiny_model("llama", seed=0),
+        tiny_model("qwen3", seed=1),
+        TOPDConfig(output_dir=str(folder), **{**OPTIONS, **changes}),
+        train_dataset=rows(8),
+        processing_class=tiny_tokenizer(),
+        peft_config=LoraConfig(**lora) if lora else None,
+    )
+
+
+def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Every JSONL file of a run folder, without times."""
+    return {path.name: [timeless(line) for line in lines(path)] for path in folder.glob("*.jsonl")}
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+def timeless(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    return {k: v for k, v in record.items() if not any(time in k for time in TIMES)}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def whole(request, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run that was not stopped, and its options."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    make(folder, **VARIANTS[request.param]).train()
+    return folder, VARIANTS[request.param]
+
+
+def resumed(whole: Path, folder: Path, step: int, **options) -> Path:
+    """The same run, stopped some time after a checkpoint and resumed from it."""
+    shutil.copytree(whole, folder)
+    with open(folder / "rollouts.jsonl", "a") as file:
+        file.write('{"step": 9')  # it was writing
+    shutil.rmtree(folder / "student")
+    make(folder, **options).train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 6])  # inside and at the end of an epoch and the run
+def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, step):
+    folder, options = whole
+    again = resumed(folder, tmp_path / "again", step, **options)
+    assert records(again) == records(folder)
+    before, after = (load_file(f / "student" / "model.safetensors") for f in (folder, again))
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    for kept in (folder, again):
+        assert sorted(p.name for p in kept.glob("checkpoint-*"))[-1] == "checkpoint-6"
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run of two updates with a checkpoint each."""
+    make(tmp_path / "run", method="opd", max_steps=2).train()
+    return tmp_path / "run"
+
+
+def resume(run: Path, given: str | bool = True, **changes) -> TOPDTrainer:
+    trainer = make(run, **{"method": "opd", "max_steps": 2, **changes})
+    trainer.train(resume_from_checkpoint=given)
+    return trainer
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+        ("model.safetensors", flip, "model.safetensors was changed"),
+        ("optimizer.pt", cut, "optimizer.pt has [0-9]+ bytes of"),
+        ("seal.json", Path.unlink, "has no seal.json"),
+        ("seal.json", cut, "seal.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(run, name, damage, said):
+    damage(run / "checkpoint-2" / name)
+    with pytest.raises(TOPDError, match=f"checkpoint-2: {said}.*checkpoint-1") as error:
+        resume(run)
+    assert error.value.exit_code == 2
+    shutil.rmtree(run / "checkpoint-1")
+    with pytest.raises(TOPDError, match="no whole one before"):
+        resume(run)
+
+
+def test_going_on_from_the_one_before_drops_the_damaged_one(run):
+    flip(run / "checkpoint-2" / "model.safetensors")
+    resume(run, str(run / "checkpoint-1"))
+    checkpoints.check(run / "checkpoint-2")
+
+
+def test_weights_that_are_no_safetensors_are_refused(run):
+    place = run / "checkpoint-2"
+    (place / "model.safetensors").rename(place / "pytorch_model.bin")
+    seal = json.loads((place / "seal.json").read_text())
+    seal["files"]["pytorch_model.bin"] = seal["files"].pop("model.safetensors")
+    (place / "seal.json").write_text(json.dumps(seal))
+    with pytest.raises(TOPDError, match="no weights as safetensors"):
+        resume(run)
+
+
+def test_no_pickled_arguments_are_left(run):
+    assert not list(run.rglob("training_args.bin"))
+
+
+def test_only_the_optimiser_makes_a_checkpoint_resumable(tmp_path):
+    make(tmp_path, max_steps=1, save_only_model=True).train()
+    with pytest.raises(TOPDError, match=r"no optimizer.pt.*save_only_model"):
+        resume(tmp_path)
+
+
+def test_records_that_are_missing_are_named(run):
+    cut(run / "guidance.jsonl")
+    with pytest.raises(TOPDError, match=r"guidance.jsonl: has [0-9]+ bytes, but had"):
+        resume(run)
+
+
+def test_a_run_goes_on_only_with_its_data_and_models(run):
+    trainer = make(run, method="opd", max_steps=2)
+    trainer.train_dataset = trainer.train_dataset[:4]
+    with pytest.raises(TOPDError, match="begun with other data"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer = make(run, method="opd", max_steps=2)
+    trainer.teacher_model = tiny_model("qwen3", seed=2)
+    with pytest.raises(TOPDError, match="begun with other models"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "run.json"])
+def test_a_run_whose_beginnings_are_lost_is_not_resumed(run, name):
+    (run / name).write_text("{")
+    with pytest.raises(TOPDError, match=f"{name} cannot be read"):
+        resume(run)
+
+
+def test_what_was_changed_at_a_resume_is_recorded(run):
+    resume(run, max_steps=3)
+    resume(run, max_steps=3)
+    found = json.loads((run / "run.json").read_text())["resumed"]
+    assert found[0] == {"step": 2, "changed": {"config.max_steps": [2, 3]}}
+    assert found[1] == {"step": 3, "changed": {}}
+
+
+def test_a_folder_with_checkpoints_is_not_begun_anew_by_accident(run):
+    for path in run.glob("*.jsonl"):
+        path.unlink()
+    with pytest.raises(TOPDError, match="holds checkpoints of another run"):
+        make(run).train()
+
+
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(TOPDError, match="holds no checkpoint"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(TOPDError, match=r"no checkpoint .*elsewhere.*It holds: none"):
+        make(tmp_path).train(resume_from_checkpoint="elsewhere")
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+    trainer = TOPDTrainer(
+        tiny_model("llama", seed=0),
+        tiny_model("qwen3", seed=1),
+        TOPDConfig(
+            output_dir=str(tmp_path),
+            **{**OPTIONS, "max_steps": 4, "learning_rate": 1.0},  # it gets worse at once
+            save_total_limit=2,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            max_logprob_gap=100.0,
+        ),
+        train_dataset=rows(8),
+        eval_dataset=rows(4),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert best.is_dir()
+    kept = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert kept == sorted({best.name, "checkpoint-4"}) or len(kept) == 2
+    state = json.loads((best / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(best)
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """The system takes no more than so many bytes in a file: what a full disk looks like."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("written", ["model.safetensors", "optimizer.pt"])  # by Rust, by C++
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_half_one(run, tmp_path, written):
+    size = (run / "checkpoint-1" / written).stat().st_size
+    with no_file_above(size - 1000), pytest.raises(StoppedError) as found:
+        resume(run, str(run / "checkpoint-1"))
+    assert re.search(r"checkpoint-2 could not be .*checkpoint-1 is whole.*Free", str(found.value))
+    assert found.value.exit_code == DISK
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (run / checkpoints.PARTIAL).exists()
+    resume(run, "last")
+    whole = tmp_path / "whole"
+    make(whole, method="opd", max_steps=2).train()
+    assert records(run) == records(whole)
+
+
+@pytest.mark.parametrize("size", [2000, 12_000])  # run.json, rollouts.jsonl
+def test_records_that_the_disk_does_not_take_stop_the_run(tmp_path, size):
+    with no_file_above(size), pytest.raises(StoppedError, match=r"Free some space.*last") as found:
+        make(tmp_path, save_strategy="no").train()
+    assert found.value.exit_code == DISK
+
+
+def test_other_faults_of_the_system_are_raised_as_they_are(tmp_path):
+    class Offline(TrainerCallback):
+        def on_log(self, *_, **__):
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "no tracker")
+
+    trainer = make(tmp_path)
+    trainer.add_callback(Offline())
+    with pytest.raises(ConnectionRefusedError):
+        trainer.train()
+
+
+def test_an_adapter_begins_with_weights_of_the_seed_whatever_was_drawn_before(tmp_path):
+    def first(state: int, **changes) -> torch.Tensor:
+        models = tiny_model("llama", seed=0), tiny_model("qwen3", seed=1)
+        torch.manual_seed(state)
+        args = TOPDConfig(output_dir=str(tmp_path), **{**OPTIONS, **changes})
+        trainer = TOPDTrainer(
+            *models,
+            args,
+            train_dataset=rows(2),
+            processing_class=tiny_tokenizer(),
+            peft_config=LoraConfig(**LORA),
+        )
+        return next(p for n, p in trainer.model.named_parameters() if "lora_A" in n)
+
+    assert torch.equal(first(1), first(2))
+    assert not torch.equal(first(1), first(1, seed=3))

@@ -1,0 +1,141 @@
+"""What a recipe, a model, a template or a secret must not be able to do."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from conftest import tiny_model, tiny_tokenizer, write_pair
+from topd.models import ModelSpec
+from topd.recipe import read_recipe
+from topd.run import run_recipe
+from topd.types import TOPDError
+
+SECRET = "hf_ThisMustNotBeWrittenAnywhere"
+SMALL = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 8}
+ESCAPE = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+
+
+class Touch:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def run(root: Path, **changes: Any) -> Path:
+    path = write_pair(root, output_dir=str(root / "run"), **SMALL, **changes)
+    return run_recipe(path, quiet=True)
+
+
+def foreign(root: Path) -> Path:
+    """A model folder whose code leaves a mark beside it when it runs."""
+    tiny_tokenizer().save_pretrained(root)
+    mark = root.parent / "code_ran"
+    code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nraise ImportError('no model')\n"
+    (root / "configuration_foreign.py").write_text(code)
+    auto = {"AutoConfig": "configuration_foreign.ForeignConfig"}
+    (root / "config.json").write_text(json.dumps({"model_type": "foreign", "auto_map": auto}))
+    return mark
+
+
+# Code of others
+
+
+def test_code_of_a_model_does_not_run_unless_the_recipe_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    mark = foreign(tmp_path / "foreign")
+    with pytest.raises(TOPDError, match="trust_remote_code"):
+        ModelSpec(path=str(tmp_path / "foreign")).load_config()
+    assert not mark.exists()
+    with pytest.raises(TOPDError, match="no model"):
+        ModelSpec(path=str(tmp_path / "foreign"), trust_remote_code=True).load_config()
+    assert mark.exists()  # so the mark would have told
+
+
+def test_trust_in_code_of_others_is_recorded(tmp_path):
+    teacher = {"path": str(tmp_path / "teacher"), "trust_remote_code": True}
+    recorded = json.loads((run(tmp_path, teacher=teacher) / "run.json").read_text())["recipe"]
+    assert recorded["teacher"]["trust_remote_code"]
+    assert not recorded["student"]["trust_remote_code"]
+
+
+def test_pickled_weights_are_not_loaded(tmp_path):
+    """Neither such a file alone, nor one beside safetensors."""
+    place, mark = tmp_path / "model", tmp_path / "pickle_ran"
+    tiny_model().save_pretrained(place)
+    weights = load_file(place / "model.safetensors")
+    torch.save({**weights, "lm_head.weight": Touch(mark)}, place / "pytorch_model.bin")
+    ModelSpec(path=str(place)).load_model()
+    (place / "model.safetensors").unlink()
+    torch.save(weights, place / "pytorch_model.bin")
+    with pytest.raises(TOPDError, match=r"weights cannot be loaded.*safetensors"):
+        ModelSpec(path=str(place)).load_model()
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["rows.pkl", "rows.pt", "rows.jsonl"])
+def test_pickled_data_is_not_loaded(tmp_path, name):
+    mark = tmp_path / "pickle_ran"
+    (tmp_path / name).write_bytes(pickle.dumps(Touch(mark)))
+    with pytest.raises(TOPDError, match="data"):
+        run(tmp_path, data=str(tmp_path / name))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("tag", ["object/apply:pathlib.Path.touch", "name:os.system", "module:os"])
+def test_a_recipe_cannot_run_code(tmp_path, tag):
+    mark = tmp_path / "yaml_ran"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"student: a\nteacher: b\ndata: !!python/{tag} [{mark}]\n")
+    with pytest.raises(TOPDError, match="not valid YAML"):
+        read_recipe(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_chat_template_cannot_leave_its_sandbox(tmp_path, side):
+    path = write_pair(tmp_path, output_dir=str(tmp_path / "run"), **SMALL)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ESCAPE
+    tokenizer.save_pretrained(tmp_path / side)
+    with pytest.raises(TOPDError, match=rf"{side}: its chat template fails: .* is unsafe"):
+        run_recipe(path, quiet=True)
+
+
+# Secrets
+
+
+def test_a_secret_of_the_environment_is_in_no_file_of_a_run(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, SECRET)
+    folder = run(tmp_path, save_steps=1)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"run.json", "manifest.json", "rollouts.jsonl", "README.md"} <= {f.name for f in files}
+    assert [str(file) for file in files if SECRET.encode() in file.read_bytes()] == []
+
+
+@pytest.mark.parametrize("key", ["hub_token", "push_to_hub_token"])
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path, key):
+    path = write_pair(tmp_path, **{key: SECRET})
+    with pytest.raises(TOPDError, match=r"(hub_token: .*HF_TOKEN|unknown key)") as caught:
+        read_recipe(path)
+    assert SECRET not in str(caught.value)
+
+
+def test_a_recipe_file_with_a_secret_where_a_number_stands_does_not_repeat_it(tmp_path):
+    text = yaml.safe_dump({"student": "a", "teacher": "b", "data": "c", "hub_token": [SECRET]})
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(TOPDError) as caught:
+        read_recipe(tmp_path / "r.yaml")
+    assert SECRET not in str(caught.value)

@@ -1,0 +1,290 @@
+"""A run that should not go on: what is seen, what is said, and that it can be resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import signal
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from conftest import write_pair
+from test_resume import lines, make, records
+from topd import TOPDConfig, TOPDTrainer, cli
+from topd.run import run_recipe
+from topd.types import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
+from topd.warmstart import WarmstartConfig, WarmstartTrainer
+from topd.watch import Rule, rules
+
+# Stop rules
+
+LENGTH = Rule("stop_length", "length", "mean length")
+REST = replace(LENGTH, rest=True)
+ABOVE = replace(LENGTH, above=True, floor=0.5)
+
+
+def args(**changes) -> TOPDConfig:
+    return TOPDConfig(output_dir="unused", stop_length=0.5, stop_patience=2, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rule", "values", "fires"),
+    [
+        (LENGTH, [10, 10, 9, 4, 4], True),
+        (LENGTH, [12, 4, 5, 5.9], True),  # the limit is 0.5 x the best of them
+        (LENGTH, [10, 10, 4, 5], False),  # the limit itself is allowed
+        (LENGTH, [10, 10, 4, 4, 9], False),  # it came back
+        (LENGTH, [10, 4, 4], False),  # too few to say
+        (LENGTH, [0, 0, 0, 0], False),  # it was so from the start
+        (LENGTH, [10, 10, 99, 99], False),
+        (REST, [0.2, 0.2, 0.9, 0.7], True),  # of 0.8, less than 0.4 is left
+        (REST, [0.2, 0.2, 0.9, 0.5], False),
+        (ABOVE, [1, 3, 1.1, 1.2], True),
+        (ABOVE, [1, 9, 0.6, 0.7], True),
+        (ABOVE, [1, 3, 1.1, 0.4], False),
+        (ABOVE, [0, 0, 0.2, 0.2], False),  # reckoned from 0.5
+        (ABOVE, [0, 0, 0.3, 0.26], True),
+    ],
+)
+def test_a_rule_compares_the_last_logs_with_the_first(rule, values, fires):
+    found = rule.broken([{"length": value} for value in values], args())
+    assert bool(found) is fires
+
+
+def test_a_rule_says_what_was_seen_and_what_the_limit_is():
+    said = LENGTH.broken([{"length": value} for value in (12, 8, 3, 4)], args())
+    assert said == (
+        "mean length was 3 to 4 in the last 2 logs and 12 at best in the first 2; the limit is "
+        "6 (stop_length: 0.5)"
+    )
+
+
+@pytest.mark.parametrize("off", [None, 0.0])
+def test_a_rule_can_be_switched_off(off):
+    logs = [{"length": value} for value in (9, 9, 1, 1)]
+    assert LENGTH.broken(logs, args())
+    assert not LENGTH.broken(logs, replace(args(), stop_length=off))
+    assert not LENGTH.broken(logs, replace(args(), stop_patience=None))
+
+
+def test_every_limit_has_a_rule_and_answers_have_one_only():
+    fields = {n for n in TOPDConfig.__dataclass_fields__ if n.startswith("stop_")}
+    assert {rule.limit for rule in rules(args())} == fields - {"stop_patience"}
+    assert [rule.figure for rule in rules(WarmstartConfig(output_dir="unused"))] == ["forward_kl"]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_that_collapses_is_stopped_with_a_checkpoint(tmp_path, every):
+    """A learning rate that ruins the student: its responses are one token again and again."""
+    trainer = make(
+        tmp_path,
+        method="opd",
+        max_steps=60,
+        learning_rate=0.3,
+        warmup_steps=6,
+        logging_steps=every,
+        save_strategy="no",
+        stop_patience=3,
+        max_logprob_gap=1e9,
+    )
+    with pytest.raises(StoppedError, match=r"collapsed.*in the last 3 logs.*stop_") as found:
+        trainer.train()
+    assert found.value.exit_code == COLLAPSED
+    step = trainer.state.global_step
+    assert f"update {step}:" in str(found.value)
+    assert 6 * every <= step < 60
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert not (tmp_path / "student").exists()
+
+
+# Losses that are not finite
+
+
+def broken(monkeypatch, at: int, value: float, *, gradient: bool = False) -> None:
+    """The loss of an update is not finite, or only its gradient is not."""
+    right = TOPDTrainer.compute_loss
+
+    def loss(self, model, inputs, **kwargs):
+        found = right(self, model, inputs, **kwargs)
+        if self.state.global_step != at:
+            return found
+        if not gradient:
+            self.update_loss = self.update_loss * value
+            return found * value
+        first = next(p for p in model.parameters() if p.requires_grad)
+        return found + (first.flatten()[0] - first.flatten()[0].detach()).abs().sqrt()  # d/dx at 0
+
+    monkeypatch.setattr(TOPDTrainer, "compute_loss", loss)
+
+
+FAULTS: list[dict[str, Any]] = [
+    {"value": math.nan},
+    {"value": math.inf},
+    {"value": 1.0, "gradient": True},
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(tmp_path, monkeypatch, fault):
+    broken(monkeypatch, 2, **fault)
+    trainer = make(tmp_path, method="opd", max_steps=4)
+    with pytest.raises(
+        StoppedError, match=r"update 3: .*not finite.*fault-2.*nonfinite: skip"
+    ) as e:
+        trainer.train()
+    assert e.value.exit_code == NONFINITE
+    fault_folder, before = tmp_path / "fault-2", tmp_path / "checkpoint-2"
+    kept, saved = (load_file(f / "model.safetensors") for f in (fault_folder, before))
+    torch.testing.assert_close(kept, saved, rtol=0, atol=0)
+    batch = load_file(fault_folder / "batch.safetensors")
+    responses = [
+        r["response_ids"] for r in map(json.loads, lines(tmp_path / "rollouts.jsonl")[-2:])
+    ]
+    assert batch["0.tokens"].tolist() == responses[0] + responses[1]
+
+
+def test_after_the_fault_is_mended_the_run_goes_on(tmp_path, monkeypatch):
+    make(tmp_path / "whole", method="opd", max_steps=4).train()
+    broken(monkeypatch, 2, math.nan)
+    with pytest.raises(StoppedError):
+        make(tmp_path / "run", method="opd", max_steps=4).train()
+    monkeypatch.undo()
+    make(tmp_path / "run", method="opd", max_steps=4).train(resume_from_checkpoint=True)
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_such_an_update_can_be_left_out(tmp_path, monkeypatch, fault):
+    broken(monkeypatch, 2, **fault)
+    make(tmp_path, method="opd", max_steps=5, nonfinite="skip").train()
+    weights = [load_file(tmp_path / f"checkpoint-{n}" / "model.safetensors") for n in (2, 3, 4)]
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+    assert any(not torch.equal(weights[2][name], weights[1][name]) for name in weights[1])
+    assert (tmp_path / "fault-2" / "batch.safetensors").exists()
+    assert not (tmp_path / "fault-2" / "model.safetensors").exists()
+    logs = [json.loads(line) for line in lines(tmp_path / "metrics.jsonl")]
+    finite = [math.isfinite(log["loss"]) for log in logs[:5]]
+    assert finite == [True, True, fault.get("gradient", False), True, True]
+    assert math.isfinite(logs[-1]["train_loss"])
+
+
+# SIGTERM
+
+
+class Terminate(TrainerCallback):
+    """The machine is wanted by someone else, in the middle of an update."""
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_the_update_saves_and_says_so(tmp_path, monkeypatch):
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "max_completion_length": 8}
+    recipe = write_pair(tmp_path, **settings, save_strategy="no", method="opd")
+    run_recipe(recipe, [f"--output_dir={tmp_path / 'whole'}"], quiet=True)
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        create = TOPDTrainer.__init__
+
+        def with_callback(self, *args, **kwargs):
+            create(self, *args, **kwargs)
+            self.add_callback(Terminate())
+
+        patch.setattr(TOPDTrainer, "__init__", with_callback)
+        words = [f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=last"]
+        with pytest.raises(StoppedError, match=r"SIGTERM.*resume_from_checkpoint: last") as found:
+            run_recipe(recipe, words, quiet=True)
+    assert found.value.exit_code == TERMINATED
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    run_recipe(recipe, words, quiet=True)
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_last_begins_a_run_that_has_no_checkpoint_yet(tmp_path):
+    recipe = write_pair(tmp_path, max_steps=2, per_device_train_batch_size=2, method="opd")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"loss": 1.0, "step": 1}\n')
+    words = [f"--output_dir={run}", "--resume_from_checkpoint=last", "--max_completion_length=8"]
+    run_recipe(recipe, words, quiet=True)
+    assert [log["step"] for log in map(json.loads, lines(run / "metrics.jsonl"))] == [1, 2, 2]
+
+
+def test_sigterm_ends_the_writing_of_answers_too(tmp_path):
+    """Those that are there are kept, and a resume uses them."""
+    words = [f"--output_dir={tmp_path / 'run'}", "--answer_batch_size=2", "--max_steps=2"]
+    words += ["--max_completion_length=8", "--resume_from_checkpoint=last", "--use_cpu=true"]
+    recipe, answer, asked = write_pair(tmp_path), WarmstartTrainer._answer, []
+
+    def terminated(self, *args):
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return [[7, 2] for _ in answer(self, *args)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WarmstartTrainer, "_answer", terminated)
+        with pytest.raises(StoppedError, match="SIGTERM"):
+            run_recipe(recipe, words, quiet=True, warmstart=True)
+        assert len(lines(tmp_path / "run" / "answers.jsonl")) == 1 + 4
+        run_recipe(recipe, words, quiet=True, warmstart=True)
+    assert len(asked) == 4  # of eight prompts, two at a time
+
+
+def test_a_command_ends_with_the_exit_code_of_its_fault():
+    for error, code in ((TOPDError("a"), 2), (StoppedError("b", TERMINATED), 75)):
+        with pytest.raises(typer.Exit) as found, cli._faults():
+            raise error
+        assert found.value.exit_code == code
+
+
+def test_a_stop_comes_whole_out_of_another_process():
+    again = pickle.loads(pickle.dumps(StoppedError("why", DISK)))
+    assert (str(again), again.exit_code) == ("why", DISK)
+
+
+@pytest.mark.parametrize("kind", ["ended", "probe", "compare"])
+def test_last_never_empties_the_folder_of_another_run(tmp_path, kind):
+    recipe, run = write_pair(tmp_path, method="opd"), tmp_path / "run"
+    (run / "student").mkdir(parents=True)
+    (run / "positions.jsonl").write_text("{}\n")
+    if kind == "ended":
+        (run / "student" / "README.md").touch()
+    else:
+        key = "command" if kind == "probe" else "compare"
+        (run / "run.json").write_text(json.dumps({key: "something"}))
+    with pytest.raises(TOPDError, match=r"holds a(nother command's)? run .*no checkpoint"):
+        run_recipe(recipe, [f"--output_dir={run}", "--resume_from_checkpoint=last"])
+    assert (run / "positions.jsonl").exists()
+
+
+# Trackers
+
+
+def test_every_figure_of_the_log_reaches_the_trackers(tmp_path):
+    class Tracker(TrainerCallback):
+        seen: list[dict[str, float]] = []  # noqa: RUF012
+
+        def on_log(self, args, state, control, logs=None, **_):
+            self.seen.append(dict(logs))
+
+    trainer = make(tmp_path, max_steps=1)
+    trainer.add_callback(Tracker())
+    trainer.train()
+    recorded = json.loads(lines(tmp_path / "metrics.jsonl")[0])
+    assert set(recorded) - {"step"} == set(Tracker.seen[0])
+    assert {"topd/mean_ot", "reverse_kl", "completions/mean_length"} <= set(Tracker.seen[0])
+
+
+def test_no_tracker_is_used_unless_named():
+    assert TOPDConfig(output_dir="unused").report_to == []
