@@ -193,7 +193,7 @@ def step_of(pipe: Connection) -> Found:
 
 def warm_student(folder: str) -> str:
     """The testbed's student after stage 1, as the recipe has it."""
-    words = [f"--output_dir={folder}/warmstart", "--logging_strategy='no'", "--evaluation=null"]
+    words = [f"--output_dir={folder}/warmstart", "--logging_strategy=no", "--evaluation=null"]
     return str(run_recipe(TESTBED, words, quiet=True, warmstart=True) / "student")
 
 

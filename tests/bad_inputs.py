@@ -601,7 +601,7 @@ CASES: tuple[Case, ...] = (
     ),
     folder(
         "a checkpoint that is not there",
-        "there is no folder",
+        "there is no checkpoint",
         "resume_from_checkpoint",
         "no/checkpoint-1",
         changes={"resume_from_checkpoint": "no/checkpoint-1"},

@@ -312,7 +312,6 @@ def test_the_warm_start_must_be_a_mapping(write, stage):
         ("method", 3),
         ("window_length", [50]),
         ("drop_long_prompts", "perhaps"),
-        ("save_strategy", False),  # YAML's own reading of an unquoted no
         ("chat_template_kwargs", "enable_thinking"),
         ("chat_template_kwargs", ["enable_thinking"]),
     ],
@@ -353,6 +352,12 @@ def test_a_key_of_the_other_source_of_data_is_refused(write, source, key):
     says(refusal(write(data=data)), "data", f"{key} has no effect with {source}")
 
 
+@pytest.mark.parametrize("key", ["save_strategy", "logging_strategy", "eval_strategy"])
+def test_no_means_no_where_text_is_wanted(write, key):
+    """YAML reads a bare no as false."""
+    assert getattr(read_recipe(write(), parse_overrides([f"--{key}=no"])).args, key) == "no"
+
+
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "beta": [-0.1, 1.1, float("nan")],
     "kd_ratio": [-0.1, 1.1],
@@ -383,6 +388,13 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "embedding": ["both"],
     "solver": ["magic"],
     "trajectory_reduction": ["median"],
+    "stop_length": [-0.1],
+    "stop_finished": [-0.1],
+    "stop_fresh": [-0.1],
+    "stop_entropy": [-0.1],
+    "stop_divergence": [-0.1],
+    "stop_patience": [0],
+    "nonfinite": ["go on"],
     "remove_unused_columns": [True],
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -263,7 +264,7 @@ def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> 
     for key, value in settings.items():
         adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
         try:
-            values[key] = adapter.validate_python(value)
+            values[key] = _validated(adapter, value)
         except ValidationError as error:
             first = error.errors()[0]
             given = "not shown" if "token" in key else repr(value)
@@ -272,6 +273,17 @@ def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> 
         return kind(**values)
     except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
         raise TOPDError(f"{path}: {error}") from error  # of transformers' own checks
+
+
+def _validated(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """The value as its type; false, as YAML reads a bare no, is the word where text is wanted."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        if value is False:
+            with suppress(ValidationError):
+                return adapter.validate_python("no")
+        raise
 
 
 def _first(error: ValidationError) -> str:
