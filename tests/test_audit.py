@@ -118,7 +118,7 @@ def test_a_run_as_it_was_has_no_fault(copied):
     ("changes", "stage"),
     [
         ({"lora": LORA}, 2),
-        ({"method": "first_fork"}, 2),
+        ({"method": "first_fork", "candidate_loss": "surprise", "look_ahead_every": 2}, 2),
         ({"method": "relay"}, 2),
         ({"method": "kl_top"}, 2),
         ({"candidate_loss": "reverse_kl"}, 2),

@@ -374,7 +374,7 @@ def _decided(
     """The records that the teacher and the method make of stored rollouts."""
     rollouts = [_rollout(record) for record in records]
     seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
-    look = step == 0 or not _needs_student(trainer.args)
+    look = trainer.args.looks_ahead(step) and (step == 0 or not _needs_student(trainer.args))
     made = trainer.observer.inspect(rollouts, seeds, trainer.args.guidance_method(look_ahead=look))
     decode = trainer.processing_class.decode
     return [
