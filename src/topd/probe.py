@@ -175,9 +175,11 @@ def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], numbe
     assert isinstance(args, ProbeConfig)
     scores = observer.score(rollouts, number)
     terms = _token_terms(pair, rollouts, scores)
-    loss = _token_loss(rollouts, scores.logprobs.cpu(), terms, args.candidate_loss)
-    lengths = [len(r.response) for r in rollouts]
-    losses = [row[:length] for row, length in zip(loss, lengths, strict=True)]
+    known = [
+        row[None, : len(r.response)] for row, r in zip(terms.divergence, rollouts, strict=True)
+    ]
+    losses = observer.token_losses(rollouts, scores, known)
+    loss = torch.nn.utils.rnn.pad_sequence(losses, batch_first=True)
     high: list[list[int]] = [[] for _ in rollouts]
     for row, t in observer.candidates(losses):
         high[row].append(t)
@@ -279,18 +281,6 @@ def _token_terms(pair: Pair, rollouts: Sequence[Rollout], scores: Scores) -> Tok
             chunk_tokens=args.chunk_tokens,
         )
     return TokenTerms(*(term.cpu().unflatten(0, shape) for term in terms))
-
-
-def _token_loss(
-    rollouts: Sequence[Rollout], teacher: Tensor, terms: TokenTerms, kind: str
-) -> Tensor:
-    """The loss that ranks candidates in training, [B T]."""
-    if kind == "reverse_kl":
-        return terms.divergence
-    if kind == "teacher_nll":
-        return -teacher
-    sampled = [torch.tensor(r.logprobs) for r in rollouts]
-    return torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher
 
 
 def _tokens(look: Look) -> dict[str, int]:
