@@ -145,6 +145,17 @@ def test_a_run_that_went_on_from_a_checkpoint_has_no_fault(copied):
     assert [json.loads(line)["step"] for line in begun] == [0, 2]
 
 
+def test_a_killed_run_that_goes_on_has_no_fault(copied):
+    """SIGKILL between a record and its entry, inside an entry, and before the head."""
+    with open(RUN / "rollouts.jsonl", "a") as records, open(RUN / CHAIN, "a") as chain:
+        records.write('{"step": 3, "rollout": 0}\n')
+        chain.write('{"n": 38, "fi')
+    entry = json.loads((RUN / CHAIN).read_text().splitlines()[-4])
+    (RUN / HEAD).write_text(json.dumps({"entries": entry["n"] + 1, "hash": entry["hash"]}))
+    run_recipe(Path("recipe.yaml"), ["--resume_from_checkpoint=last"], quiet=True)
+    assert audit_run(RUN, updates=0).faults == []
+
+
 def test_a_finished_run_that_goes_on_from_its_last_checkpoint_has_no_fault(copied):
     """It makes its summary again, which is dated as the last log is."""
     run_recipe(Path("recipe.yaml"), ["--resume_from_checkpoint=last"], quiet=True)

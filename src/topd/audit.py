@@ -162,6 +162,8 @@ def _entries(folder: Path, found: Findings) -> list[Entry]:
 def _entry(line: str) -> Entry:
     entry = dict(json.loads(line))
     int(entry["n"]), str(entry["previous"]), str(entry["hash"])
+    if entry.get("event") == "begin":
+        int(sum(dict(entry["records"]).values()))
     return entry
 
 

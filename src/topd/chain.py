@@ -7,9 +7,9 @@
 
 Entries are only ever added. ``{"event": "begin", "step": s, "records": {NAME: n}}`` says that a run
 begins there, or goes on from a checkpoint: what was recorded after the first ``n`` lines of a file
-was dropped and is made again. ``update`` names
-the student's weights before an update, ``end`` is the last entry of a run that ended. ``head.json``
-holds the number of entries and the last hash, so that a chain whose end was cut off is found too.
+was dropped and is made again. ``update`` names the student's weights before an update, ``end`` is
+the last entry of a run that ended. ``head.json`` holds the number of entries and the last hash, so
+that a chain whose end was cut off is found too.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def surviving(entries: Iterable[Entry]) -> list[Entry]:
     for entry in entries:
         if entry.get("event") == "begin":
             for name, kept in entry["records"].items():
-                del records.setdefault(name, [])[kept:]
+                del records.setdefault(name, [])[int(kept) :]
         elif "file" in entry and "step" in entry:
             records.setdefault(entry["file"], []).append(entry)
         elif "file" in entry:

@@ -56,13 +56,16 @@ class Seal:
 
 
 @contextmanager
-def making(run: Path, step: int, means: Any, *, active: bool = True) -> Iterator[Path]:
+def making(
+    run: Path, step: int, means: Any, note: Callable[[Path], None], *, active: bool = True
+) -> Iterator[Path]:
     """Yield a folder to write ``checkpoint-STEP`` in; then seal it, read it back and name it.
 
     Args:
         run: the run folder.
         step: updates done.
         means: running means, for the seal.
+        note: told where the seal is, just before the checkpoint has its name.
         active: False on ranks that only write into the folder.
 
     Raises:
@@ -78,6 +81,7 @@ def making(run: Path, step: int, means: Any, *, active: bool = True) -> Iterator
             _seal(partial, Seal(step, {}, positions(run), means))
             if isinstance(fault := examined(partial), str):
                 raise OSError(f"read back, {fault}")
+            note(partial / SEAL)
             partial.rename(run / partial.name)
             sync(run)
             partial.parent.rmdir()
@@ -172,7 +176,7 @@ def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
 
 
 def last(run: Path, step: int | None = None) -> Path | None:
-    """The newest checkpoint of a run folder, or at most ``step`` updates old, whole or not."""
+    """The newest checkpoint of a run folder (of at most ``step`` updates), whole or not."""
     found = [path for path in _numbered(run) if step is None or _step(path) <= step]
     return found[-1] if found else None
 

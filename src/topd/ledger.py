@@ -100,10 +100,13 @@ class Ledger:
 
     def seal(self, *names: str) -> None:
         """Add files as they are now to the chain, if one is kept."""
+        for name in names:
+            self.seal_as(name, self.folder / name)
+
+    def seal_as(self, name: str, path: Path) -> None:
+        """Add a file that is to be called ``name`` to the chain, if one is kept."""
         if self.chain:
-            self.chain.add(
-                {"file": name, "record": file_digest(self.folder / name)} for name in names
-            )
+            self.chain.add([{"file": name, "record": file_digest(path)}])
 
 
 def weights_in(folder: Path, place: str) -> list[str]:

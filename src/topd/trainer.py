@@ -351,19 +351,20 @@ class TOPDTrainer(Trainer):
         if (run / f"checkpoint-{step}").exists():  # an epoch may end where a step was saved
             return
         means = {"meter": self.meter.state(), "totals": self.totals.state()}
-        with checkpoints.making(run, step, means, active=self.args.should_save) as partial:
+        note = partial(self.ledger.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
+        active = self.args.should_save
+        with checkpoints.making(run, step, means, note, active=active) as place:
             self.accelerator.wait_for_everyone()
-            self._apart = str(partial.parent)
+            self._apart = str(place.parent)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._apart = None
-            if self.state.best_model_checkpoint == str(partial):
-                self.state.best_model_checkpoint = str(run / partial.name)
-                self.state.save_to_json(str(partial / "trainer_state.json"))
+            if self.state.best_model_checkpoint == str(place):
+                self.state.best_model_checkpoint = str(run / place.name)
+                self.state.save_to_json(str(place / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.ledger.seal(f"checkpoint-{step}/{checkpoints.SEAL}")
             checkpoints.prune(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
