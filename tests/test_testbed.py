@@ -61,9 +61,10 @@ def test_a_mistake_is_one_fork_with_nothing_but_derailment_behind(name):
 def test_habits_change_words_and_never_the_answer(name):
     family = FAMILIES[name]
     one, other = Author((1.0, 0.0, 0.0)), Author((0.0, 0.0, 1.0))
+    sure = replace(TEACHER, mistakes=0.0)
     differ = 0
     for prompt in problems(name, "test", 30):
-        texts = [write(family, prompt, author, random.Random(0)) for author in (TEACHER, one)]
+        texts = [write(family, prompt, author, random.Random(0)) for author in (sure, one)]
         assert all(family.check(prompt, text) for text in texts)
         try:
             differ += texts[1] != write(family, prompt, other, random.Random(0))
@@ -196,6 +197,7 @@ def test_guidance_shuffled_between_windows_does_worse(tmp_path, monkeypatch):
             output_dir=str(tmp_path / method), method=method, max_steps=30, use_cpu=True,
             per_device_train_batch_size=32, max_completion_length=48, learning_rate=5e-4,
             window_length=24, candidate_fraction=0.2, candidate_threshold=1.0,
+            candidate_loss="surprise", false_alarm_share=0.0,
             trajectory_weight=2.0, save_strategy="no", log_rollouts=False, disable_tqdm=True,
         )  # fmt: skip
         models = [ModelSpec(path=f"testbed://programs/{r}") for r in ("student", "teacher")]
@@ -246,5 +248,12 @@ def test_every_detector_scores_every_token_before_the_fork():
     assert [found.fork[found.rollout == r].sum() <= 1 for r in range(24)] == [True] * 24
     figures = table(found, resamples=20)["all tokens"]["detectors"]
     assert figures["token loss"]["auc"]["mean"] > 0.8  # a teacher that knows the way
-    assert set(figures) >= {"entropy", "full KL", "teachability", "OT, static", "OT, contextual"}
+    assert set(figures) >= {
+        "surprise",
+        "teacher NLL",
+        "entropy",
+        "full KL",
+        "teachability",
+        "OT, contextual",
+    }
     assert torch.isfinite(torch.tensor(np.stack(list(found.scores.values())))).all()
