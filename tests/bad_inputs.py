@@ -428,7 +428,7 @@ CASES: tuple[Case, ...] = (
         "a split that the testbed has not",
         "has no split 'dev'",
         "testbed://logic",
-        "test, train",
+        "test, validation, train",
         {"path": "testbed://logic", "split": "dev"},
     ),
     template(
