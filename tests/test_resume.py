@@ -63,8 +63,9 @@ def make(folder: Path, *, lora: dict[str, Any] | None = None, **changes) -> TOPD
 
 
 def records(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every JSONL file of a run folder, without times."""
-    return {path.name: [timeless(line) for line in lines(path)] for path in folder.glob("*.jsonl")}
+    """Every JSONL file of a run folder, without times; the ledger also tells of every start."""
+    files = [path for path in folder.glob("*.jsonl") if path.name != "ledger.jsonl"]
+    return {path.name: [timeless(line) for line in lines(path)] for path in files}
 
 
 def lines(path: Path) -> list[str]:

@@ -43,9 +43,9 @@ def run_recipe(
     recipe.args.disable_tqdm = True
     rows = recipe.data.load()
     trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
-    trainer.remove_callback(PrinterCallback)
     trainer.examined = examined
     if not quiet:
+        trainer.remove_callback(PrinterCallback)
         left_out = len(rows) - len(trainer.train_dataset)
         if left_out:
             Console().print(f"{left_out} of {len(rows)} prompts are too long and left out")
