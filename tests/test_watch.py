@@ -288,3 +288,11 @@ def test_every_figure_of_the_log_reaches_the_trackers(tmp_path):
 
 def test_no_tracker_is_used_unless_named():
     assert TOPDConfig(output_dir="unused").report_to == []
+
+
+def test_a_warm_start_without_divergence_in_its_loss_has_no_rule(tmp_path):
+    args = [
+        WarmstartConfig(output_dir=str(tmp_path), use_cpu=True, kd_ratio=kd_ratio)
+        for kd_ratio in (0.0, 0.5)
+    ]
+    assert [[rule.limit for rule in rules(one)] for one in args] == [[], ["stop_divergence"]]

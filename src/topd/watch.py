@@ -68,10 +68,13 @@ class Rule:
 
 
 def rules(args: TOPDConfig) -> tuple[Rule, ...]:
-    """The rules of a run. On answers written beforehand only the divergence says something."""
+    """The rules of a run. On answers written beforehand only the divergence says something.
+
+    Where it is no part of the loss (``kd_ratio: 0``) it may rise as it likes.
+    """
     divergence = Rule("stop_divergence", args.divergence, "divergence", above=True, floor=0.1)
     if args.learns_from_answers:
-        return (divergence,)
+        return (divergence,) if args.kd_ratio else ()
     return (
         divergence,
         Rule("stop_length", "completions/mean_length", "mean response length"),
