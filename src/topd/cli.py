@@ -318,7 +318,7 @@ def show_change(logs: list[dict[str, float]]) -> None:
     The intervals are 95 % t-intervals over updates. Each update has prompts of its own, so this
     shows the trend in training; it is no evaluation.
     """
-    from scipy.stats import sem, t
+    from topd.evaluate.intervals import t_reach
 
     count = len(logs) // 5
     if count < 2:
@@ -326,7 +326,7 @@ def show_change(logs: list[dict[str, float]]) -> None:
     name = next(key for key in ("reverse_kl", "forward_kl", "jsd") if key in logs[0])
     for label, part in (("first", logs[:count]), ("last", logs[-count:])):
         values = [entry[name] for entry in part]
-        mean, half = sum(values) / count, t.ppf(0.975, count - 1) * sem(values)
+        mean, half = sum(values) / count, t_reach(values)
         console.print(f"{name}, {label} {count} updates: {mean:.4f} +- {half:.4f} nats a token")
 
 

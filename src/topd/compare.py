@@ -24,13 +24,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from rich.console import Console
-from scipy.stats import t as student_t
 from transformers import PrinterCallback
 from transformers.utils import logging
 
 from topd.checkpoints import begin_anew, read_lines, trim
 from topd.engines.hf import HFEngine
 from topd.evaluate import Evaluation, two_way_bootstrap
+from topd.evaluate.intervals import t_reach
 from topd.ledger import Ledger, check_run_folder
 from topd.models import eos_ids
 from topd.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
@@ -140,8 +140,7 @@ def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return {"mean": mean, "low": None, "high": None}
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    reach = float(student_t.ppf(0.975, len(values) - 1)) * error
+    reach = t_reach(values)
     return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
 

@@ -82,15 +82,16 @@ def surprise(
     >>> surprise(nll, a, y).round(decimals=2)
     tensor([0.2100, 0.2100, 0.2100, 2.0000])
     """
-    pairs = _count_of_each(torch.stack([likeliest, tokens.to(likeliest)], dim=1))
+    width = int(tokens.max()) + 1 if len(tokens) else 1
+    pairs = _count_of_each(likeliest.long() * width + tokens)
     share = (pairs - 1) / (_count_of_each(likeliest) - 1).clamp(min=1)
     spread = pairs.log() / math.log1p(max(len(tokens), 1))
     return -teacher_logprobs * (1 - share) * (1 - spread)
 
 
-def _count_of_each(rows: Tensor) -> Int[Tensor, " P"]:
-    """How often each row [P ...] is there, itself included."""
-    _, place, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+def _count_of_each(values: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
+    """How often each value is there, itself included."""
+    _, place, counts = values.unique(return_inverse=True, return_counts=True)
     return counts[place]
 
 

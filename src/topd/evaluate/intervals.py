@@ -143,6 +143,17 @@ def two_way_bootstrap(
     return Interval(float(known.mean()), float(low), float(high), problems, level)
 
 
+def t_reach(values: Sequence[float], level: float = 0.95) -> float:
+    """How far Student's t-interval of the mean reaches to either side; for two values or more.
+
+    >>> round(t_reach([0.0, 2.0]), 3)
+    12.706
+    """
+    from scipy.stats import sem, t
+
+    return float(t.ppf((1 + level) / 2, len(values) - 1) * sem(values))
+
+
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """Chance that at least one of ``k`` samples is right, without bias, from more of them.
 
