@@ -14,10 +14,12 @@ from topd.engines.hf import head_of
 from topd.experience import Experience
 from topd.learning import Totals, can_pack, collate, learning_terms, update_loss
 from topd.losses import token_divergence
+from topd.types import Branch, Guidance, SoftTarget
 
 METHODS = [
     ("window_sft", {}),
     ("first_fork", {}),
+    ("first_fork", {"after": 0.0}),
     ("window_kd", {}),
     ("window_kd", {"reverse": True}),
     ("relay", {}),
@@ -104,6 +106,30 @@ def test_loss_and_gradient_are_those_of_every_branch_alone(tmp_path, method, opt
     parameters = list(trainer.model.parameters())
     reference = torch.autograd.grad(expected, parameters)
     torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "learned"),
+    [
+        (Guidance((1.0, 1.0, 0.0, 0.5, 0.0, 0.0)), 4),
+        (Guidance((0.0,) * 6), 0),
+        (Guidance((0.0,) * 6, advantages=(0.0, 0.0, -1.0, 0.0, 0.0, 0.0)), 3),
+        (Guidance((0.0,) * 6, targets=(SoftTarget(4, (1,), (1.0,)),)), 5),
+        (Guidance((1.0,) + (0.0,) * 5, branches=(Branch(2, (7, 8), "forward_kl"),)), 3),
+        (Guidance((0.0,) * 6, capped=(1,)), 6),
+    ],
+)
+def test_only_tokens_up_to_the_last_that_counts_are_read(guidance, learned):
+    assert guidance.learned == learned
+
+
+def test_what_follows_the_fork_is_not_read_where_it_counts_nothing(tmp_path):
+    trainer = make(tmp_path, method="first_fork", method_options={"after": 0.0})
+    experience = observed(trainer)
+    batch = collate(experience, range(4), Totals(1, 1), trainer.args.device)
+    ends = [g.branches[0].start + 1 if g.branches else len(g.weights) for g in experience.guidance]
+    assert batch["lengths"] == ends
+    assert sum(ends) < sum(len(r.response) for r in experience.rollouts)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])

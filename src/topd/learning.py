@@ -9,7 +9,7 @@ denominators are those of the whole update, over micro-batches and ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -46,7 +46,8 @@ class BranchBatch(TypedDict):
 
 
 class LearningBatch(TypedDict):
-    """Some rollouts of an update, ready for the student. P are their response tokens, end to end.
+    """Some rollouts of an update, ready for the student. P are the response tokens that the loss
+    depends on, end to end.
 
     ``place`` [P] are flat positions in ``input_ids`` [B L] whose state predicts each token;
     ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
@@ -92,8 +93,8 @@ def collate(
 
     ``packed`` branches stand behind their rollout, in the same row; else each has a row.
     """
-    rollouts = [experience.rollouts[row] for row in rows]
-    guidance = [experience.guidance[row] for row in rows]
+    pairs = [_learned(experience.rollouts[row], experience.guidance[row]) for row in rows]
+    rollouts, guidance = [rollout for rollout, _ in pairs], [guide for _, guide in pairs]
     layout = lay_out(rollouts, guidance, packed=packed)
     width = max(map(len, layout.ids))
     place = [
@@ -101,7 +102,7 @@ def collate(
         for b, r in enumerate(rollouts)
         for t in range(len(r.response))
     ]
-    support = _support(experience, rows)
+    support = _support(guidance)
     breadth = max((len(tokens) for tokens, _ in support), default=0)
 
     def tensor(values: Any, dtype: torch.dtype = torch.long) -> Tensor:
@@ -118,7 +119,12 @@ def collate(
             [p for r in rollouts for p in (r.logprobs or [torch.nan] * len(r.response))],
             torch.float32,
         ),
-        teacher_hidden=torch.cat([experience.teacher_hidden[row] for row in rows]).to(device),
+        teacher_hidden=torch.cat(
+            [
+                experience.teacher_hidden[row][: len(g.weights)]
+                for row, g in zip(rows, guidance, strict=True)
+            ]
+        ).to(device),
         target_tokens=tensor(
             [tokens + [0] * (breadth - len(tokens)) for tokens, _ in support]
         ).reshape(len(support), breadth),
@@ -346,13 +352,22 @@ def _advantages(guidance: Guidance) -> Sequence[float]:
     return guidance.advantages or (0.0,) * len(guidance.weights)
 
 
-def _support(experience: Experience, rows: Sequence[int]) -> list[tuple[list[int], list[float]]]:
-    """Tokens and probabilities of all soft targets at each response token of these rollouts."""
+def _learned(rollout: Rollout, guidance: Guidance) -> tuple[Rollout, Guidance]:
+    """Without the tokens behind the last that the loss depends on: nobody needs to read them."""
+    end = guidance.learned
+    return (
+        replace(rollout, response=rollout.response[:end], logprobs=rollout.logprobs[:end]),
+        replace(guidance, weights=guidance.weights[:end], advantages=guidance.advantages[:end]),
+    )
+
+
+def _support(guidance: Sequence[Guidance]) -> list[tuple[list[int], list[float]]]:
+    """Tokens and probabilities of all soft targets at each response token that is learned."""
     support: list[tuple[list[int], list[float]]] = []
-    for row in rows:
+    for guide in guidance:
         first = len(support)
-        support += [([], []) for _ in experience.rollouts[row].response]
-        for target in experience.guidance[row].targets:
+        support += [([], []) for _ in guide.weights]
+        for target in guide.targets:
             tokens, mass = support[first + target.position]
             tokens.extend(target.tokens)
             mass.extend(target.probabilities)

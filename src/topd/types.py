@@ -266,6 +266,16 @@ class Guidance:
         """How many tokens L_traj is taken over."""
         return len(self.targets) + sum(len(branch.tokens) for branch in self.branches)
 
+    @property
+    def learned(self) -> int:
+        """How many response tokens the loss depends on: all up to the last with a part in it."""
+        if self.capped:  # at a median over the whole rollout
+            return len(self.weights)
+        last = [target.position for target in self.targets]
+        last += [branch.start for branch in self.branches]
+        last += [t for terms in (self.weights, self.advantages) for t, x in enumerate(terms) if x]
+        return max(last, default=-1) + 1
+
 
 @dataclass(frozen=True)
 class Fork:
