@@ -29,6 +29,7 @@ from transformers.utils import logging
 from topd import checkpoints
 from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine, check_head, head_of
+from topd.engines.vllm import VLLMEngine, check_logprobs, check_servers, teacher_engine
 from topd.experience import Experience, Observer
 from topd.learning import (
     LearningBatch,
@@ -127,7 +128,8 @@ class TOPDTrainer(Trainer):
         )
         train = None if train_dataset is None else self._encode_training(train_dataset, args)
         evaluation = None if eval_dataset is None else self.encoder.encode(eval_dataset)
-        _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
+        longest = _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
+        check_servers("teacher", teacher_model, teacher_tokenizer, longest)
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             set_seed(args.seed)  # of the adapter's first weights
@@ -161,25 +163,28 @@ class TOPDTrainer(Trainer):
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         check_head("student", student)
         check_head("teacher", teacher)
-        self.observer = self._observer(student, teacher, self.phases)
-        self.evaluator = self._observer(student, teacher, Phases())
+        engines = self._engines(student, teacher, teacher_model)
+        if isinstance(engines[1], VLLMEngine):
+            check_logprobs(engines[1], teacher_tokenizer)
+        self.observer = Observer(*engines, args, self.phases)
+        self.evaluator = Observer(*engines, args, Phases())
         self.watch = Watch(self)
         self.add_callback(self.watch)
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         return self.encoder.encode(rows)
 
-    def _observer(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, phases: Phases
-    ) -> Observer:
-        engine = partial(
-            HFEngine,
-            eos_ids=eos_ids(student, self.processing_class),
-            vocab_size=min(head_of(student).vocab_size, head_of(teacher).vocab_size),
-            autocast=self.accelerator.autocast,
-        )
-        return Observer(
-            engine(student, name="student"), engine(teacher, name="teacher"), self.args, phases
+    def _engines(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, source: ModelSource
+    ) -> tuple[HFEngine, HFEngine]:
+        options: dict[str, Any] = {
+            "eos_ids": eos_ids(student, self.processing_class),
+            "vocab_size": min(head_of(student).vocab_size, head_of(teacher).vocab_size),
+            "autocast": self.accelerator.autocast,
+        }
+        return (
+            HFEngine(student, name="student", **options),
+            teacher_engine(source, teacher, name="teacher", **options),
         )
 
     # The step
@@ -484,12 +489,14 @@ def _check_arguments(args: Any, train: Any, evaluation: Any, peft_config: Any) -
 
 def _check_contexts(
     student: ModelSource, teacher: ModelSource, prompts: Sequence[Prompt], args: TOPDConfig
-) -> None:
+) -> int:
+    """The most tokens that a teacher is asked for at once. Raises TOPDError if they do not fit."""
     longest = [max((len(ids) for ids in side), default=0) for side in _prompt_ids(prompts)]
     for name, model, length in zip(
         ("student", "teacher"), (student, teacher), longest, strict=True
     ):
         check_context(name, model, length + args.max_completion_length)
+    return longest[1] + args.max_completion_length + args.window_length
 
 
 def _prompt_ids(prompts: Sequence[Prompt]) -> tuple[list[Ids], list[Ids]]:
