@@ -280,6 +280,42 @@ def _report_findings(checked: list[str], faults: list[str]) -> None:
     console.print("no fault found", style="green")
 
 
+@app.command("serve-teacher", context_settings=EXTRA)
+def serve_teacher(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or hub name, as in the recipe.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the completions server; pooling: one more.")] = 8000,
+    python: Annotated[str, typer.Option(help="A Python that has vLLM; by default this one.")] = "",
+    patience: Annotated[float, typer.Option(help="Seconds until both must answer.")] = 3600,
+) -> None:
+    """Serve a teacher with vLLM, as a recipe's teacher.served wants it; Ctrl-C ends it.
+
+    Further options go to both servers, e.g. --tensor-parallel-size 4 --max-model-len 16384
+    --gpu-memory-utilization 0.45. VLLM_API_KEY in the environment becomes their API key.
+    """
+    import sys
+
+    from topd.serve import run_servers
+
+    def ready(urls: dict[Any, str]) -> None:
+        lines = [f"  served: {{{', '.join(f'{kind}: {url}' for kind, url in urls.items())}}}"]
+        for line in ["teacher:", f"  path: {model}", "  dtype: bfloat16", *lines]:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    with _faults():
+        run_servers(
+            ("completions", "pooling"),
+            model,
+            context.args,
+            host=host,
+            port=port,
+            python=python or sys.executable,
+            patience=patience,
+            ready=ready,
+        )
+
+
 @contextmanager
 def _faults() -> Iterator[None]:
     """A fault ends with one message and its exit code: 2 for bad input, else see StoppedError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -58,7 +59,7 @@ from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
 from topd.tokentext import FILE as TOKENS
 from topd.tokentext import TokenTexts, TokenWriter
-from topd.types import Ids, Prompt, TOPDError
+from topd.types import Ids, Prompt, StoppedError, TOPDError
 from topd.watch import Watch
 
 logger = logging.get_logger(__name__)
@@ -202,9 +203,10 @@ class TOPDTrainer(Trainer):
         flat = [prompt for batch in prompts for prompt in batch]
         first = self.accelerator.process_index * len(flat)
         step = self.state.global_step
-        experience = self.observer.observe(
-            flat, step=step, first=first, look_ahead=self.args.looks_ahead(step)
-        )
+        with self._saved_if_stopped():
+            experience = self.observer.observe(
+                flat, step=step, first=first, look_ahead=self.args.looks_ahead(step)
+            )
         self._record(experience)
         totals = self._totals(experience)
         rows = iter(range(len(flat)))
@@ -213,6 +215,17 @@ class TOPDTrainer(Trainer):
         self.batches = [collate(experience, p, totals, device, packed=packed) for p in parts]
         self.update_loss = torch.zeros((), device=device)
         return self.batches, None
+
+    @contextmanager
+    def _saved_if_stopped(self) -> Iterator[None]:
+        """Keep what was learned when an experience cannot be had, as when its servers are gone."""
+        try:
+            yield
+        except StoppedError:
+            saves = self.args.save_strategy != "no" and self.state.global_step > 0
+            if saves and self.accelerator.num_processes == 1:  # other ranks may not have stopped
+                self._save_checkpoint(self.model, None)
+            raise
 
     def compute_loss(
         self,

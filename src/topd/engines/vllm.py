@@ -134,9 +134,9 @@ class Completions:
                     f"{self.servers.name}: wrote token {max(tokens)} of a vocabulary of "
                     f"{self.vocab_size}. It serves another model."
                 )
-            logprobs, count = choice["logprobs"]["token_logprobs"], len(tokens)
+            logprobs, behind = choice["logprobs"]["token_logprobs"], len(tokens) - 1
             ended = tokens[-1] in self.ends
-            yield Generation(tuple(tokens), tuple(logprobs), ended, effort=Effort(count, count))
+            yield Generation(tuple(tokens), tuple(logprobs), ended, effort=Effort(behind, behind))
 
 
 def _top_scores(places: Sequence[Any], text: Ids, k: int) -> TopScores:

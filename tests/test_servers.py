@@ -1,0 +1,433 @@
+"""Servers: load, failures, time limits and keys; and the served engine against the embedded one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers.utils import logging
+from typer.testing import CliRunner
+
+from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
+from fake_vllm import Fake, another, running
+from topd.cli import app
+from topd.engines.hf import HFEngine
+from topd.engines.servers import Request, ServedSpec, Servers
+from topd.engines.vllm import VLLMEngine, check_logprobs, check_servers, teacher_engine
+from topd.models import ModelSpec
+from topd.run import run_recipe
+from topd.types import UNREACHABLE, Sampling, StoppedError, TOPDError
+
+PROMPTS = [(1, 5, 9, 11), (1, 7), (3, 3, 8, 20, 21, 40)]
+RESPONSES = [(4, 9, 30, 31, 7), (12,), (8, 8, 50, 2)]
+STARTS = [(2, 1), (0, 3), (0, 0), (1, 0), (0, 4), (2, 3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A student, a teacher, prompts and a recipe."""
+    root = tmp_path_factory.mktemp("pair")
+    write_pair(root)
+    return root
+
+
+@pytest.fixture
+def start():
+    """Run fakes like one another until the test ends."""
+    with ExitStack() as stack:
+        engine = HFEngine(tiny_model(seed=1), eos_ids=[EOS])
+        one = Fake(engine, tiny_tokenizer())
+        yield lambda **changes: stack.enter_context(running(another(one, **changes)))
+
+
+def servers(*urls: str, **settings: Any) -> Servers:
+    settings = {"timeout": 5, "retries": 0, **settings}
+    return Servers("teacher", urls, ServedSpec(completions=urls, **settings))
+
+
+def spec_of(folder: Path, completions: list[Fake], pooling: list[Fake], **more: Any) -> ModelSpec:
+    served = {
+        "completions": [fake.url for fake in completions],
+        "pooling": [fake.url for fake in pooling],
+        **{"timeout": 5, "retries": 0, "tolerance": 1e-3, **more},
+    }
+    return ModelSpec(path=str(folder / "teacher"), served=served)
+
+
+def engine_of(spec: ModelSpec) -> VLLMEngine:
+    engine = teacher_engine(spec, spec.load_frame(), eos_ids=[EOS], name="teacher")
+    assert isinstance(engine, VLLMEngine)
+    return engine
+
+
+LIST = Request("/tokenize", {"prompt": "1 + 2"})
+ANSWER = {"tokens": tiny_tokenizer()("1 + 2", add_special_tokens=False)["input_ids"]}
+
+
+# Requests
+
+
+def test_requests_go_where_fewest_are_under_way(start):
+    slow, fast = start(delay=1.0), start()
+    found = servers(slow.url, fast.url, concurrency=2).ask([LIST] * 20)
+    assert found == [ANSWER] * 20
+    assert slow.seen["/tokenize"] < 5 < fast.seen["/tokenize"]
+
+
+def test_requests_of_a_group_go_to_one_server(start):
+    fakes = [start(), start()]
+    bodies = [Request("/tokenize", {"prompt": f"{k}"}, group=k % 2) for k in range(8)]
+    servers(*(fake.url for fake in fakes)).ask(bodies)
+    assert [{int(body["prompt"]) % 2 for body in fake.bodies} for fake in fakes] == [{0}, {1}]
+
+
+def test_a_busy_server_is_asked_again_and_not_left_out(start):
+    fake = start(statuses=[503, 429])
+    assert servers(fake.url, retries=2).ask([LIST]) == [ANSWER]
+    assert fake.seen["/tokenize"] == 3
+
+
+def test_tries_are_bounded(start):
+    fake = start(statuses=[503] * 9)
+    with pytest.raises(StoppedError, match="too many 503"):
+        servers(fake.url, retries=2).ask([LIST])
+    assert fake.seen["/tokenize"] == 3
+
+
+@pytest.fixture
+def errors(monkeypatch) -> list[str]:
+    said: list[str] = []
+    logger = logging.get_logger("topd.engines.servers")
+    monkeypatch.setattr(logger, "error", said.append)
+    return said
+
+
+def test_a_failing_server_is_left_out_and_said_once(start, errors):
+    good, bad = start(), start(statuses=[500] * 9)
+    both = servers(bad.url, good.url)
+    assert both.ask([LIST] * 8) == [ANSWER] * 8
+    assert both.ask([LIST] * 8) == [ANSWER] * 8
+    (said,) = errors
+    assert bad.url in said
+    assert "left out" in said
+    assert good.seen["/tokenize"] == 16
+
+
+def test_when_none_is_left_the_error_names_all_and_how_to_go_on(start):
+    bad = start(statuses=[500] * 9)
+    gone = "http://127.0.0.1:9"  # nobody listens there
+    with pytest.raises(StoppedError) as caught:
+        servers(bad.url, gone).ask([LIST])
+    assert caught.value.exit_code == UNREACHABLE
+    for part in (bad.url, gone, "refused", "500", "resume_from_checkpoint: last"):
+        assert part in str(caught.value)
+
+
+def test_a_slow_server_hits_the_time_limit(start):
+    fake, before = start(delay=3.0), time.monotonic()
+    with pytest.raises(
+        StoppedError, match=r"no answer within its time limit, served.timeout 0.2 s"
+    ):
+        servers(fake.url, timeout=0.2).ask([LIST])
+    assert time.monotonic() - before < 3  # it did not wait for the answer
+
+
+def test_the_key_comes_from_the_environment_and_is_nowhere_else(start, monkeypatch):
+    monkeypatch.setenv("OUR_KEY", "s3cret")
+    fake = start(key="s3cret")
+    ours = servers(fake.url, api_key_env="OUR_KEY")
+    assert ours.ask([LIST]) == [ANSWER]
+    assert "s3cret" not in repr(ours.served) + json.dumps(ours.served.model_dump())
+    with pytest.raises(TOPDError, match=r"401.*api_key_env") as caught:
+        servers(fake.url).ask([LIST])
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_redirect_is_not_followed(start):
+    with pytest.raises(TOPDError, match="answers 307"):
+        servers(start(statuses=[307]).url).ask([LIST])
+
+
+def test_what_is_no_json_is_refused(start):
+    fake = start()
+    fake.answer = lambda *_: b"<html>"  # type: ignore[method-assign]
+    with pytest.raises(TOPDError, match=r"no JSON. Give the URL of a vLLM server"):
+        servers(fake.url).get("/v1/models")
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path):
+    made = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key -out crt"
+    subprocess.run(["openssl", *made.split()], cwd=tmp_path, check=True, capture_output=True)
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "crt", tmp_path / "key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    with pytest.raises(StoppedError, match="CERTIFICATE_VERIFY_FAILED"):
+        servers(f"https://127.0.0.1:{server.server_port}").get("/v1/models")
+    server.shutdown()
+    server.server_close()
+
+
+# The engine: what the embedded one says
+
+
+def test_scores_and_windows_are_those_of_the_embedded_engine(folder, start):
+    local = HFEngine(tiny_model(seed=1), eos_ids=[EOS])
+    served = engine_of(spec_of(folder, [start(), start()], [start(), start()]))
+    for temperature in (1.0, 0.7):
+        ours = local.score(PROMPTS, RESPONSES, temperature=temperature)
+        theirs = served.score(PROMPTS, RESPONSES, temperature=temperature)
+        torch.testing.assert_close(theirs.logprobs, ours.logprobs)
+        for row, response in enumerate(RESPONSES):
+            torch.testing.assert_close(
+                theirs.hidden[row, : len(response)], ours.hidden[row, : len(response)]
+            )
+            assert theirs.likeliest[row, 0] == ours.likeliest[row, 0]
+    for sampling in (Sampling(0.0, max_new_tokens=9), Sampling(1.0, max_new_tokens=9)):
+        seeds = range(100, 100 + len(STARTS))
+        windows = served.continue_from(theirs, STARTS, sampling, seeds)
+        assert windows == approx(local.continue_from(ours, STARTS, sampling, seeds))
+        assert served.generate(PROMPTS, sampling, [1, 2, 3]) == approx(
+            local.generate(PROMPTS, sampling, [1, 2, 3])
+        )
+
+
+def approx(written: list[Any]) -> list[Any]:
+    class Near:
+        def __init__(self, one: Any) -> None:
+            self.one = one
+
+        def __eq__(self, other: Any) -> bool:
+            return (self.one.tokens, self.one.finished) == (
+                other.tokens,
+                other.finished,
+            ) and self.one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+        def __repr__(self) -> str:
+            return repr(self.one)
+
+    return [Near(one) for one in written]
+
+
+def test_windows_of_one_rollout_are_one_request_by_length(folder, start):
+    fakes, pooling = [start(), start()], start()
+    served = engine_of(spec_of(folder, fakes, [pooling]))
+    scores = served.score(PROMPTS, RESPONSES)
+    served.continue_from(scores, STARTS, Sampling(0.0, max_new_tokens=4), range(len(STARTS)))
+    sent = sorted(body["prompt"] for fake in fakes for body in fake.bodies)
+    expected = [[[*PROMPTS[b], *RESPONSES[b][:t]] for t in starts] for b, starts in WINDOWS.items()]
+    assert sent == sorted(expected)
+
+
+WINDOWS = {0: (0, 3, 4), 1: (0,), 2: (1, 3)}
+
+
+def test_the_last_token_of_a_response_needs_no_state(folder, start):
+    pooling = start()
+    engine_of(spec_of(folder, [start()], [pooling])).score(PROMPTS, RESPONSES)
+    sent = sorted(body["input"] for body in pooling.bodies)
+    assert sent == sorted(
+        [*prompt, *response][:-1] for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    )
+
+
+def test_the_likeliest_tokens_are_those_of_the_whole_distribution(folder, start):
+    local = HFEngine(tiny_model(seed=1), eos_ids=[EOS])
+    served = engine_of(spec_of(folder, [start()], [start()]))
+    scores = local.score(PROMPTS, RESPONSES)
+    for row, found in enumerate(served.score_top(PROMPTS, RESPONSES, 3)):
+        length = len(RESPONSES[row])
+        top = local.head.logits(scores.hidden[row, :length]).log_softmax(-1).topk(3)
+        torch.testing.assert_close(found.top, top.values)
+        assert found.tokens.tolist() == top.indices.tolist()
+        torch.testing.assert_close(found.logprobs, scores.logprobs[row, :length])
+
+
+def test_of_a_served_teacher_no_layer_is_read(folder):
+    whole = tiny_model(seed=1)
+    frame = ModelSpec(path=str(folder / "teacher")).load_frame()
+    assert sorted(frame.state_dict()) == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+    ]
+    for name, tensor in frame.state_dict().items():
+        assert torch.equal(tensor, whole.state_dict()[name])
+
+
+def test_an_answer_that_was_cut_off_is_refused(folder, start):
+    served = engine_of(spec_of(folder, [start(finish="abort")], [start()]))
+    with pytest.raises(TOPDError, match="finish_reason 'abort'"):
+        served.generate(PROMPTS * 20, Sampling(1.0, max_new_tokens=64), range(60))
+
+
+def test_states_of_another_width_are_refused(folder, start):
+    other = HFEngine(tiny_model(seed=1, hidden_size=16), eos_ids=[EOS])
+    served = engine_of(spec_of(folder, [start()], [start(engine=other)]))
+    with pytest.raises(TOPDError, match=r"width 32.*another model"):
+        served.score(PROMPTS, RESPONSES)
+
+
+# Checks at the door
+
+
+def check(spec: ModelSpec, longest: int = 100) -> None:
+    check_servers("teacher", spec, tiny_tokenizer(), longest)
+    check_logprobs(engine_of(spec), tiny_tokenizer())
+
+
+def test_servers_of_the_model_pass(folder, start):
+    check(spec_of(folder, [start(), start()], [start(), start()]))
+
+
+def test_another_model_is_refused_by_its_name(folder, start):
+    wrong = start(name="another")
+    with pytest.raises(TOPDError, match=f"{wrong.url} serves some/another, not .*/teacher"):
+        check(spec_of(folder, [start()], [wrong]))
+    check(spec_of(folder, [wrong], [wrong], model="some/another"))
+    assert all(body["model"] == "some/another" for body in wrong.bodies if body.get("prompt"))
+
+
+def test_another_model_under_the_same_name_is_refused_with_both_numbers(folder, start):
+    other = HFEngine(tiny_model(seed=2), eos_ids=[EOS])
+    numbers = r"-\d+\.\d{4} nats a token of a probe; .*, -\d+\.\d{4}\. They differ by \d"
+    for completions, pooling in ((other, None), (None, other), (other, other)):
+        writer = start(engine=completions) if completions else start()
+        reader = start(engine=pooling) if pooling else start()
+        with pytest.raises(TOPDError, match=numbers) as caught:
+            check(spec_of(folder, [writer], [reader]))
+        assert writer.url in str(caught.value)
+        assert reader.url in str(caught.value)
+
+
+def test_every_server_is_checked(folder, start):
+    other = start(engine=HFEngine(tiny_model(seed=2), eos_ids=[EOS]))
+    with pytest.raises(TOPDError, match=other.url):
+        check(spec_of(folder, [start(), other], [start()]))
+    with pytest.raises(TOPDError, match=other.url):
+        check(spec_of(folder, [start()], [start(), other]))
+
+
+def test_another_tokenizer_is_refused(folder, start):
+    wrong = start(tokenizer=tiny_tokenizer(["<pad>", "<s>", "</s>", "answer", "<unk>", "=", "is"]))
+    with pytest.raises(TOPDError, match="the tokenizer of"):
+        check(spec_of(folder, [wrong], [start()]))
+
+
+def test_too_little_room_is_refused(folder, start):
+    with pytest.raises(TOPDError, match=r"has room for 99 tokens.*make 100.*--max-model-len"):
+        check(spec_of(folder, [start(room=99)], [start()]))
+
+
+def test_scoring_at_another_temperature_is_refused(folder, start):
+    with pytest.raises(TOPDError, match=r"when it writes at temperature 0.5.*raw_logprobs"):
+        check(spec_of(folder, [start(sharpened=True)], [start()]))
+
+
+def test_a_server_that_does_not_answer_alike_twice_is_refused(folder, start):
+    with pytest.raises(TOPDError, match=r"at first, .*asked again, .*alike twice"):
+        check(spec_of(folder, [start(noise=0.01)], [start()]))
+
+
+# Training
+
+
+SHORT: dict[str, Any] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 16,
+    "window_length": 5,
+    "candidate_fraction": 0.2,
+    "learning_rate": 1e-3,
+    "save_strategy": "steps",
+    "save_steps": 10,
+    "seed": 3,
+}
+
+
+def recipe_of(root: Path, spec: ModelSpec | None, run: str, **changes: Any) -> Path:
+    path = write_pair(root, **SHORT, output_dir=str(root / run), **changes)
+    content = yaml.safe_load(path.read_text())
+    if spec:
+        content["teacher"] = {"path": content["teacher"], "served": spec.served.model_dump()}
+        content["teacher"]["served"] = json.loads(json.dumps(content["teacher"]["served"]))
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def records(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", ["topd", "first_fork"])
+def test_training_is_that_of_an_embedded_teacher(tmp_path, start, method):
+    spec = spec_of(tmp_path, [start(), start()], [start()])
+    served = run_recipe(recipe_of(tmp_path, spec, "served", method=method), quiet=True)
+    plain = run_recipe(recipe_of(tmp_path, None, "plain", method=method), quiet=True)
+    for ours, theirs in zip(
+        records(served, "guidance.jsonl"), records(plain, "guidance.jsonl"), strict=True
+    ):
+        assert [f["teacher_tokens"] for f in ours["forks"]] == [
+            f["teacher_tokens"] for f in theirs["forks"]
+        ]
+    logs = zip(records(served, "metrics.jsonl"), records(plain, "metrics.jsonl"), strict=True)
+    for ours, theirs in list(logs)[:-1]:  # the last line is the summary
+        for name in ("loss", "reverse_kl", "topd/trajectory_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+
+
+def test_a_run_that_loses_its_servers_is_saved_and_goes_on(tmp_path, start, monkeypatch):
+    monkeypatch.setenv("OUR_KEY", "s3cret")
+    writer, reader = start(key="s3cret"), start(key="s3cret")
+    spec = spec_of(tmp_path, [writer], [reader], api_key_env="OUR_KEY")
+    path = recipe_of(tmp_path, spec, "run")
+    scored = reader.states
+
+    def failing(body: dict[str, Any]) -> bytes:
+        if reader.seen["/pooling"] > 2 * 4 + 2:  # the check asked once or twice, an update 4 times
+            reader.statuses = [500] * 99
+        return scored(body)
+
+    reader.states = failing  # type: ignore[method-assign]
+    lost = CliRunner().invoke(app, ["train", str(path), "--quiet"])
+    assert lost.exit_code == UNREACHABLE
+    assert reader.url in lost.output.replace("\n", "")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    reader.states, reader.statuses = scored, []  # type: ignore[method-assign]
+    words = ["train", str(path), "--quiet", "--resume_from_checkpoint", "last"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    run = tmp_path / "run"
+    assert [log["step"] for log in records(run, "metrics.jsonl") if "loss" in log] == [1, 2, 3, 4]
+    plain = run_recipe(recipe_of(tmp_path, spec, "whole"), quiet=True)
+    ours, theirs = (records(r, "rollouts.jsonl") for r in (run, plain))
+    assert [r["response_ids"] for r in ours] == [r["response_ids"] for r in theirs]
+    assert not any("s3cret" in p.read_text() for p in run.glob("*.json*"))
+
+
+def test_help_of_serve_teacher_needs_no_torch():
+    code = (
+        "import sys; from typer.testing import CliRunner; from topd.cli import app; "
+        "r = CliRunner().invoke(app, ['serve-teacher', '--help']); "
+        "assert r.exit_code == 0, r.output; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_python_without_vllm_is_named():
+    result = CliRunner().invoke(app, ["serve-teacher", "MODEL", "--python", "no-such-python"])
+    assert result.exit_code == 2
+    assert "no-such-python cannot be run" in result.output
