@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -87,7 +88,9 @@ def serving(
     running: list[subprocess.Popen[bytes]] = []
     try:
         for kind, words in servers.values():
-            running.append(subprocess.Popen(words, env=environment(kind)))  # noqa: S603
+            running.append(
+                subprocess.Popen(words, env=environment(kind), stdout=sys.stderr)  # noqa: S603
+            )
         _await(dict(zip(servers, running, strict=True)), patience)
         yield running
     finally:
