@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from topd.engines.hf import HFEngine
@@ -25,7 +26,7 @@ class Fake:
 
     ``statuses`` are answered first, one a request. ``sharpened`` log-probs are those of the
     temperature that a text is written at; ``noise`` is added to those that are read, another time
-    with another sign.
+    with another sign. With ``loads`` off it only says that it has loaded weights.
     """
 
     engine: HFEngine
@@ -38,8 +39,10 @@ class Fake:
     sharpened: bool = False
     noise: float = 0.0
     finish: str = "stop"
+    loads: bool = True
     url: str = ""
     seen: Counter[str] = field(default_factory=Counter)
+    order: list[str] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -51,6 +54,11 @@ class Fake:
             return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
         if path == "/pooling":
             return self.states(body)
+        if path == "/collective_rpc" and self.loads:
+            assert body["method"] == "take_weights"
+            self.engine.model.load_state_dict(load_file(f"{body['args'][0]}/model.safetensors"))
+        if path != "/v1/completions":
+            return {}
         return {"choices": [self.written(tuple(ids), body) for ids in body["prompt"]]}
 
     def states(self, body: dict[str, Any]) -> bytes:
@@ -99,6 +107,7 @@ def running(fake: Fake) -> Iterator[Fake]:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length) or "{}")
             fake.seen[self.path] += 1
+            fake.order.append(self.path)
             fake.bodies.append(body)
             time.sleep(fake.delay)
             if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
@@ -126,8 +135,10 @@ def running(fake: Fake) -> Iterator[Fake]:
             except (BrokenPipeError, ConnectionResetError):  # who asked has gone
                 self.close_connection = True
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
     fake.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -141,5 +152,5 @@ def running(fake: Fake) -> Iterator[Fake]:
 
 def another(fake: Fake, **changes: Any) -> Fake:
     """One more like it, with records of its own."""
-    fresh = {"seen": Counter(), "bodies": [], "lock": threading.Lock(), "statuses": []}
+    fresh = {"seen": Counter(), "bodies": [], "order": [], "lock": threading.Lock(), "statuses": []}
     return replace(fake, **{**fresh, **changes})

@@ -418,6 +418,92 @@ def test_a_run_that_loses_its_servers_is_saved_and_goes_on(tmp_path, start, monk
     assert not any("s3cret" in p.read_text() for p in run.glob("*.json*"))
 
 
+# Rollouts from servers
+
+
+@pytest.fixture
+def rollouts(start):
+    """Start servers of a student that is not yet the recipe's."""
+    return lambda **more: start(
+        name="student", engine=HFEngine(tiny_model(seed=5), eos_ids=[EOS]), **more
+    )
+
+
+def student_recipe(root: Path, run: str, *fakes: Fake, **changes: Any) -> Path:
+    path = write_pair(
+        root, **{**SHORT, "save_strategy": "no", **changes}, output_dir=str(root / run)
+    )
+    content = yaml.safe_load(path.read_text())
+    served = {"completions": [fake.url for fake in fakes], "weights": str(root / "weights")}
+    if fakes:
+        content["student"] = {"path": content["student"], "served": {**served, "tolerance": 1e-3}}
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_training_on_served_rollouts_is_that_on_embedded_ones(tmp_path, rollouts):
+    fakes = [rollouts(), rollouts()]
+    served = run_recipe(student_recipe(tmp_path, "served", *fakes, learning_rate=1e-2), quiet=True)
+    plain = run_recipe(student_recipe(tmp_path, "plain", learning_rate=1e-2), quiet=True)
+    ours, theirs = (records(run, "rollouts.jsonl") for run in (served, plain))
+    assert [r["response_ids"] for r in ours] == [r["response_ids"] for r in theirs]
+    assert all(log["logprob_gap"] < 1e-4 for log in records(served, "metrics.jsonl")[:-1])
+    assert not list((tmp_path / "weights").iterdir())  # nothing is left
+
+
+def test_weights_go_over_when_they_have_changed_and_in_order(tmp_path, rollouts):
+    fake = rollouts()
+    run_recipe(student_recipe(tmp_path, "run", fake), quiet=True)
+    handed = ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/resume"]
+    others = [
+        path for path in fake.order if path not in ("/v1/completions", "/v1/models", "/tokenize")
+    ]
+    assert others == handed * 3  # at first, and after two of three updates: the first has rate 0
+    places = [body["args"][0] for body in fake.bodies if "args" in body]
+    assert len(set(places)) == 3
+
+
+def test_a_server_that_does_not_take_the_weights_stops_the_run_with_both_numbers(
+    tmp_path, rollouts
+):
+    fakes = [rollouts(), rollouts(loads=False)]
+    said = (
+        rf"{fakes[1].url} with the weights that it was given, -\d.* in training, -\d.*differ by \d"
+    )
+    with pytest.raises(TOPDError, match=said):
+        run_recipe(student_recipe(tmp_path, "run", *fakes), quiet=True)
+
+
+def test_a_sync_that_is_lost_later_stops_the_run(tmp_path, rollouts, monkeypatch):
+    fake = rollouts()
+    path = student_recipe(tmp_path, "run", fake, learning_rate=0.1, warmup_steps=0)
+    answer = fake.answer
+
+    def once(path: str, body: dict[str, Any]) -> Any:
+        fake.loads = fake.seen["/collective_rpc"] < 2
+        return answer(path, body)
+
+    fake.answer = once  # type: ignore[method-assign]
+    with pytest.raises(TOPDError, match="weights that it was given"):
+        run_recipe(path, quiet=True)
+    assert len(records(tmp_path / "run", "metrics.jsonl")) == 1
+
+
+def test_an_adapter_goes_over_in_the_weights(tmp_path, rollouts):
+    changes = {"lora": {"r": 4, "target_modules": ["q_proj", "o_proj"]}, "learning_rate": 1e-2}
+    served = run_recipe(student_recipe(tmp_path, "served", rollouts(), **changes), quiet=True)
+    logs = records(served, "metrics.jsonl")[:-1]
+    assert all(log["logprob_gap"] < 1e-4 for log in logs)
+
+
+def test_another_temperature_is_refused_for_served_rollouts(tmp_path, rollouts):
+    with pytest.raises(TOPDError, match=r"temperature: 0\.7 does not go with student\.served"):
+        run_recipe(student_recipe(tmp_path, "run", rollouts(), temperature=0.7), quiet=True)
+
+
+# The commands
+
+
 def test_help_of_serve_teacher_needs_no_torch():
     code = (
         "import sys; from typer.testing import CliRunner; from topd.cli import app; "

@@ -183,6 +183,11 @@ def tokenizers_of(
             "teacher.served.pooling: is missing. A teacher's states come from a pooling server: "
             "start both kinds with topd serve-teacher, and give both URLs."
         )
+    if isinstance(student, ModelSpec) and student.served and not student.served.weights:
+        raise TOPDError(
+            "student.served.weights: is missing. Name a folder that training and servers share: "
+            "the student's weights go there after every update."
+        )
     alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or _tokenizer(student)
     theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))

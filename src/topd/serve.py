@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -122,6 +123,20 @@ def _healthy(url: str) -> bool:
         return False
 
 
+def recipe_lines(urls: Mapping[Kind, str]) -> str:
+    """What belongs below teacher or student in a recipe.
+
+    >>> print(recipe_lines({"completions": "http://here:8000", "pooling": "http://here:8001"}))
+      dtype: bfloat16
+      served: {completions: "http://here:8000", pooling: "http://here:8001"}
+    """
+    if "rollouts" in urls:
+        weights = Path(tempfile.gettempdir()) / "topd-weights"
+        return f'  served: {{completions: "{urls["rollouts"]}", weights: "{weights}"}}'
+    served = ", ".join(f'{kind}: "{url}"' for kind, url in urls.items())
+    return f"  dtype: bfloat16\n  served: {{{served}}}"
+
+
 def run_servers(
     kinds: Sequence[Kind],
     model: str,
@@ -131,11 +146,12 @@ def run_servers(
     port: int,
     python: str,
     patience: float,
-    ready: Callable[[dict[Kind, str]], None],
+    ready: Callable[[str], None],
 ) -> None:
     """Run a server a kind on ports from ``port`` on until the process is told to end.
 
-    ``ready`` is given their URLs once they answer. Raises TOPDError if a server ends by itself.
+    ``ready`` is given what a recipe says of them, once they answer. Raises TOPDError if a server
+    ends by itself.
     """
     cpu = not has_accelerator(python)
     urls = {kind: f"http://{host}:{port + i}" for i, kind in enumerate(kinds)}
@@ -145,7 +161,7 @@ def run_servers(
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a Ctrl-C: the servers end too
     with suppress(KeyboardInterrupt), serving(servers, patience=patience) as running:
-        ready(urls)
+        ready(recipe_lines(urls))
         while all(process.poll() is None for process in running):
             time.sleep(0.5)
         raise TOPDError("a server ended; its log above says why. The others are ended too.")

@@ -30,7 +30,13 @@ from transformers.utils import logging
 from topd import checkpoints
 from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine, check_head, head_of
-from topd.engines.vllm import VLLMEngine, check_logprobs, check_servers, teacher_engine
+from topd.engines.vllm import (
+    VLLMEngine,
+    check_logprobs,
+    check_servers,
+    student_engine,
+    teacher_engine,
+)
 from topd.experience import Experience, Observer
 from topd.learning import (
     LearningBatch,
@@ -129,8 +135,9 @@ class TOPDTrainer(Trainer):
         )
         train = None if train_dataset is None else self._encode_training(train_dataset, args)
         evaluation = None if eval_dataset is None else self.encoder.encode(eval_dataset)
-        longest = _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
-        check_servers("teacher", teacher_model, teacher_tokenizer, longest)
+        most = _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
+        check_servers("student", model, tokenizer, most[0])
+        check_servers("teacher", teacher_model, teacher_tokenizer, most[1])
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             set_seed(args.seed)  # of the adapter's first weights
@@ -164,7 +171,7 @@ class TOPDTrainer(Trainer):
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         check_head("student", student)
         check_head("teacher", teacher)
-        engines = self._engines(student, teacher, teacher_model)
+        engines = self._engines(model, student, teacher_model, teacher)
         if isinstance(engines[1], VLLMEngine):
             check_logprobs(engines[1], teacher_tokenizer)
         self.observer = Observer(*engines, args, self.phases)
@@ -176,16 +183,24 @@ class TOPDTrainer(Trainer):
         return self.encoder.encode(rows)
 
     def _engines(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, source: ModelSource
+        self,
+        student: ModelSource,
+        student_model: PreTrainedModel,
+        teacher: ModelSource,
+        teacher_model: PreTrainedModel,
     ) -> tuple[HFEngine, HFEngine]:
+        heads = head_of(student_model), head_of(teacher_model)
         options: dict[str, Any] = {
-            "eos_ids": eos_ids(student, self.processing_class),
-            "vocab_size": min(head_of(student).vocab_size, head_of(teacher).vocab_size),
+            "eos_ids": eos_ids(student_model, self.processing_class),
+            "vocab_size": min(head.vocab_size for head in heads),
             "autocast": self.accelerator.autocast,
         }
+        tokenizer, temperature = self.processing_class, self.args.temperature
         return (
-            HFEngine(student, name="student", **options),
-            teacher_engine(source, teacher, name="teacher", **options),
+            student_engine(
+                student, student_model, tokenizer, temperature, name="student", **options
+            ),
+            teacher_engine(teacher, teacher_model, name="teacher", **options),
         )
 
     # The step
@@ -502,14 +517,15 @@ def _check_arguments(args: Any, train: Any, evaluation: Any, peft_config: Any) -
 
 def _check_contexts(
     student: ModelSource, teacher: ModelSource, prompts: Sequence[Prompt], args: TOPDConfig
-) -> int:
-    """The most tokens that a teacher is asked for at once. Raises TOPDError if they do not fit."""
+) -> tuple[int, int]:
+    """The most tokens that either is asked for at once. Raises TOPDError if they do not fit."""
     longest = [max((len(ids) for ids in side), default=0) for side in _prompt_ids(prompts)]
     for name, model, length in zip(
         ("student", "teacher"), (student, teacher), longest, strict=True
     ):
         check_context(name, model, length + args.max_completion_length)
-    return longest[1] + args.max_completion_length + args.window_length
+    student_most, teacher_most = (length + args.max_completion_length for length in longest)
+    return student_most, teacher_most + args.window_length
 
 
 def _prompt_ids(prompts: Sequence[Prompt]) -> tuple[list[Ids], list[Ids]]:

@@ -33,10 +33,11 @@ class ServedSpec(BaseModel):
 
     ``completions`` are the URLs of servers that write and tell log-probs, ``pooling`` of those that
     give last hidden states; several of a kind share the load. ``model`` is the name to ask for,
-    where it is not that of the recipe's path. ``api_key_env`` names the environment variable with
-    the API key. A request may take ``timeout`` seconds and is tried ``retries`` times more where a
-    server is busy or away; ``concurrency`` of them are under way at once. Log-probs of a probe may
-    differ by ``tolerance`` nats a token, in the mean.
+    where it is not that of the recipe's path. A student's servers take its weights from the folder
+    ``weights``, which they share with the training. ``api_key_env`` names the environment variable
+    with the API key. A request may take ``timeout`` seconds and is tried ``retries`` times more
+    where a server is busy or away; ``concurrency`` of them are under way at once. Log-probs of a
+    probe may differ by ``tolerance`` nats a token, in the mean.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +45,7 @@ class ServedSpec(BaseModel):
     completions: tuple[str, ...]
     pooling: tuple[str, ...] = ()
     model: str | None = None
+    weights: str | None = None
     api_key_env: str | None = None
     timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
     retries: int = Field(default=3, ge=0)
@@ -124,8 +126,8 @@ class Servers:
         self._lock = Lock()
 
     def alone(self) -> Iterator[Servers]:
-        """Each by itself."""
-        for url in self.urls:
+        """Each that has not failed, by itself."""
+        for url in list(self._load):
             yield Servers(self.name, [url], self.served)
 
     @property
@@ -144,6 +146,12 @@ class Servers:
     def ask(self, wanted: Sequence[Request]) -> list[Any]:
         """The answers to all requests, in order, from JSON."""
         return [self._parsed(answer) for answer in self.fetch(wanted)]
+
+    def post_to_each(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """Send the same to every server."""
+        for url in list(self._load):
+            self._answer("POST", url, path, body)
+        self._check_left()
 
     def _parsed(self, answer: bytes) -> Any:
         try:
@@ -165,35 +173,35 @@ class Servers:
     def _send(self, method: str, path: str, body: Any = None, group: int | None = None) -> bytes:
         while True:
             with self._chosen(group) as url:
-                try:
-                    answer = self.session.request(
-                        method,
-                        url + path,
-                        json=body,
-                        timeout=(CONNECT, self.served.timeout),
-                        allow_redirects=False,
-                    )
-                except requests.RequestException as error:
-                    self._leave_out(url, error)
-                    continue
-            if answer.status_code == 200:
-                return answer.content
-            raise TOPDError(
-                f"{self.name}: {url}{path} answers {answer.status_code}: {answer.text[:300]}. "
-                + REMEDIES.get(answer.status_code, OTHER)
+                answer = self._answer(method, url, path, body)
+            if answer is not None:
+                return answer
+
+    def _answer(self, method: str, url: str, path: str, body: Any) -> bytes | None:
+        """What a server says; None if it fails, which is then left out."""
+        try:
+            answer = self.session.request(
+                method,
+                url + path,
+                json=body,
+                timeout=(CONNECT, self.served.timeout),
+                allow_redirects=False,
             )
+        except requests.RequestException as error:
+            self._leave_out(url, error)
+            return None
+        if answer.status_code == 200:
+            return answer.content
+        raise TOPDError(
+            f"{self.name}: {url}{path} answers {answer.status_code}: {answer.text[:300]}. "
+            + REMEDIES.get(answer.status_code, OTHER)
+        )
 
     @contextmanager
     def _chosen(self, group: int | None) -> Iterator[str]:
         """The server for a request, which counts as under way meanwhile."""
         with self._lock:
-            if not self._load:
-                why = "; ".join(f"{url}: {reason}" for url, reason in self._failures.items())
-                raise StoppedError(
-                    f"{self.name}: no server is left. {why}. Start them again; a run that was "
-                    "under way goes on with resume_from_checkpoint: last.",
-                    UNREACHABLE,
-                )
+            self._check_left()
             urls = list(self._load)
             url = (
                 min(urls, key=self._load.__getitem__) if group is None else urls[group % len(urls)]
@@ -205,6 +213,15 @@ class Servers:
             with self._lock:
                 if url in self._load:
                     self._load[url] -= 1
+
+    def _check_left(self) -> None:
+        if not self._load:
+            why = "; ".join(f"{url}: {reason}" for url, reason in self._failures.items())
+            raise StoppedError(
+                f"{self.name}: no server is left. {why}. Start them again; a run that was under "
+                "way goes on with resume_from_checkpoint: last.",
+                UNREACHABLE,
+            )
 
     def _leave_out(self, url: str, error: requests.RequestException) -> None:
         reason = f"{type(error).__name__}: {error}"

@@ -1,26 +1,31 @@
-"""The served engine: a teacher that vLLM servers read and write, token ids in and out.
+"""The served engines: models that vLLM servers read and write, token ids in and out.
 
 A teacher needs two kinds of servers. *Completions* servers write windows, behind prefixes that
 their prefix cache knows; *pooling* servers give the last hidden states of scored texts, D numbers
 a token instead of V. The teacher's head and input embeddings are in this process, so that the
-loss sees its whole distribution; its decoder is not.
+loss sees its whole distribution; its decoder is not. A student in training may have its rollouts
+written by servers, which are given its weights after every update.
 """
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.hf import HFEngine, check_seeds
 from topd.engines.servers import Request, ServedSpec, Servers
+from topd.ledger import trained_digest
 from topd.losses import linear_logprobs
 from topd.models import PROBE, ModelSpec
 from topd.types import Effort, Generation, Ids, Sampling, TOPDError
@@ -81,6 +86,13 @@ class Completions:
             sizes.append(len(texts))
         written = iter([g for a in self.servers.ask(wanted) for g in self._generations(a)])
         return [[next(written) for _ in range(size)] for size in sizes]
+
+    def write_each(
+        self, texts: Sequence[Ids], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """What comes behind texts that share nothing."""
+        body = [self._request([t], sampling, s) for t, s in zip(texts, seeds, strict=True)]
+        return [g for answer in self.servers.ask(body) for g in self._generations(answer)]
 
     def read(self, texts: Sequence[Ids], k: int) -> list[TopScores]:
         """The log-probs of given texts and of the ``k`` likeliest tokens at each place."""
@@ -187,9 +199,7 @@ class VLLMEngine(HFEngine):
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
         check_seeds(seeds, prompts)
-        groups = [[prompt] for prompt in prompts]
-        written = self.completions.write(groups, sampling, [[seed] for seed in seeds])
-        return [row[0] for row in written]
+        return self.completions.write_each(prompts, sampling, seeds)
 
     @torch.no_grad()
     def score(
@@ -278,6 +288,86 @@ class VLLMEngine(HFEngine):
         return [found[k] for k in range(len(starts))]
 
 
+class ServedStudent(HFEngine):
+    """A model in training, whose responses its vLLM servers write with the weights of now.
+
+    The weights go into the folder ``served.weights`` whenever they have changed; the servers pause,
+    load them, forget what they have cached, and are asked for the log-probs of a probe, which must
+    be those of this process. All else is done here.
+
+    Args:
+        model: the student.
+        served: where its servers are; started by ``topd serve-student``.
+        probe: token ids of a text.
+        eos_ids, vocab_size, name, autocast: as in HFEngine.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, served: ServedSpec, probe: Ids, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        servers = Servers(f"{self.name} (rollouts)", served.completions, served)
+        self.completions = Completions(servers, self._ends, self.vocab_size)
+        self.probe, self._served_digest = probe, ""
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Sample one response a prompt. See :class:`~topd.engines.Engine`.
+
+        Raises TOPDError if a server has not the weights of now, StoppedError if none is left.
+        """
+        check_seeds(seeds, prompts)
+        digest = trained_digest(self.model)
+        if digest != self._served_digest:
+            self._hand_over(digest)
+            self._served_digest = digest
+        return self.completions.write_each(prompts, sampling, seeds)
+
+    def _hand_over(self, digest: str) -> None:
+        """Give the servers the weights of now. On an error they stay paused: nobody is misled."""
+        servers = self.completions.servers
+        folder = Path(servers.served.weights or "").absolute()
+        place = folder / digest[:16]
+        _merged(self.model).save_pretrained(place)
+        try:
+            servers.post_to_each("/pause?mode=wait")
+            servers.post_to_each(
+                "/collective_rpc", {"method": "take_weights", "args": [str(place)]}
+            )
+            servers.post_to_each("/reset_prefix_cache")
+            servers.post_to_each("/resume")
+        finally:
+            shutil.rmtree(place)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        ours = self.score([self.probe[:1]], [self.probe[1:]]).logprobs[0].cpu()
+        for server in self.completions.servers.alone():
+            (theirs,) = Completions(server, self._ends, self.vocab_size).read([self.probe], 0)
+            _agree(
+                server,
+                f"{server.urls[0]} with the weights that it was given",
+                theirs.logprobs,
+                "the student in training",
+                ours,
+                "The servers must load what they are told: start them with topd serve-student, of "
+                "this version, and share the folder student.served.weights.",
+            )
+
+
+def _merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself; of one with an adapter a copy that has it in its weights."""
+    if isinstance(model, PeftModel):
+        return copy.deepcopy(model).merge_and_unload()
+    return model
+
+
 def check_servers(
     name: str, model: object, tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> None:
@@ -292,8 +382,7 @@ def check_servers(
     """
     if not isinstance(model, ModelSpec) or model.served is None:
         return
-    probe = tuple(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
-    served = model.served
+    probe, served = _probe(tokenizer), model.served
     for server in Servers(name, [*served.completions, *served.pooling], served).alone():
         _check_model(server, model.path, longest)
         _check_tokenizer(server, probe)
@@ -306,11 +395,15 @@ def check_logprobs(engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase) -> No
     again, and those of each pooling server's states under the head that is here. Raises TOPDError
     with both numbers where they differ, StoppedError if a server does not answer.
     """
-    probe = tuple(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+    probe = _probe(tokenizer)
     for server in engine.completions.servers.alone():
         text, told = _told(Completions(server, engine.completions.ends, engine.vocab_size), probe)
         for reader in engine.pooling.alone():
             _check_states(engine, server, reader, text, told)
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> Ids:
+    return tuple(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
 
 
 def _check_model(server: Servers, path: str, longest: int) -> None:
@@ -352,7 +445,7 @@ def _told(completions: Completions, probe: Ids) -> tuple[Ids, Tensor]:
     Raises TOPDError if the log-probs that it writes with, or those of a second reading, differ.
     """
     server = completions.servers
-    written = completions.write([[probe]], PROBED, [[0]])[0][0]
+    (written,) = completions.write_each([probe], PROBED, [0])
     text = probe + written.tokens
     told, again = (scores.logprobs for scores in completions.read([text, text], 0))
     url = server.urls[0]
@@ -395,6 +488,27 @@ def _agree(
             f"{theirs.mean():.4f}. They differ by {gap:.4f} in the mean, served.tolerance is "
             f"{most:g}. {remedy}"
         )
+
+
+def student_engine(
+    source: object,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
+    **options: Any,
+) -> HFEngine:
+    """The engine of a student that ``source`` describes: its rollouts served if it says so.
+
+    Raises TOPDError for a temperature that servers do not tell the log-probs of.
+    """
+    if not isinstance(source, ModelSpec) or source.served is None:
+        return HFEngine(model, **options)
+    if temperature != 1:
+        raise TOPDError(
+            f"temperature: {temperature:g} does not go with student.served, whose log-probs are "
+            "those of temperature 1. Set it to 1, or leave student.served out."
+        )
+    return ServedStudent(model, source.served, _probe(tokenizer), **options)
 
 
 def teacher_engine(source: object, model: PreTrainedModel, **options: Any) -> HFEngine:
