@@ -26,10 +26,11 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer, write_pair
 from topd.cli import app
 from topd.data import DataSpec
 from topd.engines.hf import HFEngine
+from topd.engines.servers import Servers
 from topd.engines.vllm import VLLMEngine, check_logprobs, teacher_engine
 from topd.losses import linear_token_divergence
 from topd.models import ModelSpec
@@ -121,14 +122,18 @@ def teacher(folder, tmp_path_factory) -> Iterator[dict[str, Any]]:
     log = tmp_path_factory.mktemp("logs") / "teacher.log"
     words = [sys.executable, "-m", "topd", "serve-teacher", str(folder), "--python", PYTHON]
     with started([*words, "--port", str(free_port(2)), *EXTRA], log) as process:
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if "served" in line:
-                break
-        assert lines, log.read_text()[-3000:]
-        yield yaml.safe_load("".join(lines))["teacher"]
+        yield printed(process, log)["teacher"]
+
+
+def printed(process: subprocess.Popen[str], log: Path) -> dict[str, Any]:
+    """The part of a recipe that a process prints, up to its line on servers."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "served" in line:
+            return yaml.safe_load("".join(lines))
+    raise AssertionError(log.read_text()[-3000:])
 
 
 @pytest.fixture(scope="session")
@@ -375,6 +380,66 @@ def test_a_server_killed_in_mid_run_is_named_and_the_run_goes_on(
     )
     assert gone_on.exit_code == 0, gone_on.output
     assert [log["step"] for log in losses(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+# Rollouts
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory) -> Iterator[dict[str, Any]]:
+    """A tiny student whose head is tied to its embeddings, and what serve-student prints of it."""
+    root = tmp_path_factory.mktemp("student")
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "initializer_range": 0.2}
+    tied = {"tie_word_embeddings": True, "num_key_value_heads": 2}
+    tiny_model(**sizes, **tied).save_pretrained(root / "student")
+    tiny_tokenizer().save_pretrained(root / "student")
+    words = [sys.executable, "-m", "topd", "serve-student", str(root / "student")]
+    extra = ["--python", PYTHON, "--port", str(free_port()), "--enforce-eager"]
+    with started([*words, *extra, "--dtype", "float32"], root / "student.log") as process:
+        yield printed(process, root / "student.log")["student"]
+
+
+def rollout_recipe(root: Path, student: dict[str, Any]) -> Path:
+    write_pair(root)
+    given = {**student, "served": {**student["served"], "weights": str(root / "weights")}}
+    content = {
+        "student": given,
+        "teacher": str(root / "teacher"),
+        "data": str(root / "prompts.jsonl"),
+        "output_dir": str(root / "run"),
+        "max_steps": 4,
+        "max_completion_length": 32,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return root / "recipe.yaml"
+
+
+def test_rollouts_are_written_with_the_weights_of_now(student, tmp_path):
+    """The log-probs at sampling are those in training, after every one of some large updates."""
+    result = CliRunner().invoke(app, ["train", str(rollout_recipe(tmp_path, student)), "--quiet"])
+    assert result.exit_code == 0, result.output
+    logs = losses(tmp_path / "run")
+    assert all(log["logprob_gap"] < 1e-4 for log in logs)
+    assert logs[-1]["reverse_kl"] < logs[0]["reverse_kl"] - 0.1  # the updates were large
+    assert not list((tmp_path / "weights").iterdir())
+
+
+def test_vllms_own_reload_which_forgets_a_tied_head_is_found_out(student, tmp_path, monkeypatch):
+    post = Servers.post_to_each
+
+    def as_vllm_does(servers: Servers, path: str, body: dict[str, Any] | None = None) -> None:
+        if body is not None:
+            (place,) = body["args"]
+            body = {"method": "reload_weights", "kwargs": {"weights_path": place}}
+        post(servers, path, body)
+
+    monkeypatch.setattr(Servers, "post_to_each", as_vllm_does)
+    said = r"weights that it was given, -\d.*the student in training, -\d.*They differ by \d"
+    with pytest.raises(TOPDError, match=said):
+        run_recipe(rollout_recipe(tmp_path, student), quiet=True)
 
 
 def wait_for(url: str, process: subprocess.Popen[str]) -> None:

@@ -300,7 +300,8 @@ def serve_teacher(
     """Serve a teacher with vLLM, as a recipe's teacher.served wants it; Ctrl-C ends it.
 
     Further options go to both of its servers, e.g. --tensor-parallel-size 4 --max-model-len 16384
-    --gpu-memory-utilization 0.45. VLLM_API_KEY in the environment becomes their API key.
+    --gpu-memory-utilization 0.45. VLLM_API_KEY in the environment becomes their API key; it guards
+    paths below /v1 only, so keep them on loopback or a private network.
     """
     kinds = ("completions", "pooling")
     _serve("teacher", kinds, model, context.args, host, port, python, patience)
@@ -317,8 +318,8 @@ def serve_student(
 ) -> None:
     """Serve a student's rollouts with vLLM, as a recipe's student.served wants it; Ctrl-C ends it.
 
-    Whoever reaches the server can change its weights: keep it on loopback or a private network, and
-    set VLLM_API_KEY. Further options go to vLLM.
+    Whoever reaches the server can change its weights, key or no key: keep it on loopback or a
+    private network. Further options go to vLLM.
     """
     _serve("student", ("rollouts",), model, context.args, host, port, python, patience)
 
