@@ -25,7 +25,7 @@ from fake_vllm import Fake, another, running
 from topd.cli import app
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Request, ServedSpec, Servers
-from topd.engines.vllm import VLLMEngine, check_logprobs, check_servers, teacher_engine
+from topd.engines.vllm import VLLMEngine, check_logprobs, check_servers
 from topd.models import ModelSpec
 from topd.run import run_recipe
 from topd.types import UNREACHABLE, Sampling, StoppedError, TOPDError
@@ -67,9 +67,8 @@ def spec_of(folder: Path, completions: list[Fake], pooling: list[Fake], **more: 
 
 
 def engine_of(spec: ModelSpec) -> VLLMEngine:
-    engine = teacher_engine(spec, spec.load_frame(), eos_ids=[EOS], name="teacher")
-    assert isinstance(engine, VLLMEngine)
-    return engine
+    assert spec.served
+    return VLLMEngine(spec.load_frame(), spec.path, spec.served, eos_ids=[EOS], name="teacher")
 
 
 LIST = Request("/tokenize", {"prompt": "1 + 2"})
@@ -416,6 +415,37 @@ def test_a_run_that_loses_its_servers_is_saved_and_goes_on(tmp_path, start, monk
     ours, theirs = (records(r, "rollouts.jsonl") for r in (run, plain))
     assert [r["response_ids"] for r in ours] == [r["response_ids"] for r in theirs]
     assert not any("s3cret" in p.read_text() for p in run.glob("*.json*"))
+
+
+@pytest.mark.parametrize(("command", "count"), [("probe", "--rollouts"), ("repair", "--samples")])
+def test_an_analysis_with_a_served_teacher_is_that_with_an_embedded_one(
+    tmp_path, start, command, count
+):
+    words, found = ["--quiet", count, "4", "--bootstrap", "20"], []
+    for name, given in (("served", spec_of(tmp_path, [start()], [start()])), ("plain", None)):
+        path, run = recipe_of(tmp_path, given, "unused"), tmp_path / name
+        result = CliRunner().invoke(app, [command, str(path), *words, "--output_dir", str(run)])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads((run / f"{command}.json").read_text()))
+    ours, theirs = (numbers(one) for one in found)
+    assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert len(ours) > 10
+
+
+def numbers(found: Any) -> list[float]:
+    """All numbers of a JSON document, in order, but for times."""
+    if isinstance(found, dict):
+        found = [value for key, value in found.items() if "seconds" not in key]
+    if isinstance(found, list):
+        return [number for one in found for number in numbers(one)]
+    return [found] if isinstance(found, int | float) else []
+
+
+def test_a_run_with_a_served_teacher_passes_its_audit(tmp_path, start):
+    spec = spec_of(tmp_path, [start()], [start()])
+    run = run_recipe(recipe_of(tmp_path, spec, "run"), quiet=True)
+    audited = CliRunner().invoke(app, ["audit", str(run)])
+    assert audited.exit_code == 0, audited.output
 
 
 # Rollouts from servers

@@ -31,7 +31,7 @@ from topd.cli import app
 from topd.data import DataSpec
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Servers
-from topd.engines.vllm import VLLMEngine, check_logprobs, teacher_engine
+from topd.engines.vllm import VLLMEngine, check_logprobs
 from topd.losses import linear_token_divergence
 from topd.models import ModelSpec
 from topd.rollouts import PromptEncoder
@@ -150,9 +150,8 @@ def local(spec) -> HFEngine:
 @pytest.fixture(scope="session")
 def served(spec) -> VLLMEngine:
     eos = [spec.load_tokenizer().eos_token_id]
-    engine = teacher_engine(spec, spec.load_frame(), eos_ids=eos, name="teacher")
-    assert isinstance(engine, VLLMEngine)
-    return engine
+    assert spec.served
+    return VLLMEngine(spec.load_frame(), spec.path, spec.served, eos_ids=eos, name="teacher")
 
 
 @pytest.fixture(scope="session")
@@ -256,11 +255,6 @@ def test_sampled_windows_are_those_of_their_seeds(served, both):
 # The door
 
 
-def served_again(spec: ModelSpec, **changes: Any) -> ModelSpec:
-    """The same servers with other settings."""
-    return spec.model_copy(update={"served": spec.served.model_copy(update=changes)})
-
-
 def test_servers_pass_their_own_check(spec, served):
     check_logprobs(served, spec.load_tokenizer())
 
@@ -286,9 +280,10 @@ def test_a_server_with_another_model_is_refused(spec, folder, tmp_path):
 
 
 def test_a_slow_server_hits_the_time_limit(spec, prompts):
-    slow = served_again(spec, timeout=0.05, retries=0)
+    assert spec.served
+    slow = spec.served.model_copy(update={"timeout": 0.05, "retries": 0})
     eos = [spec.load_tokenizer().eos_token_id]
-    engine, before = teacher_engine(slow, spec.load_frame(), eos_ids=eos), time.monotonic()
+    engine, before = VLLMEngine(spec.load_frame(), spec.path, slow, eos_ids=eos), time.monotonic()
     with pytest.raises(StoppedError, match=r"no answer within its time limit, .* 0\.05 s"):
         engine.generate([prompts[0].teacher], Sampling(1.0, max_new_tokens=64), [0])
     assert time.monotonic() - before < 5

@@ -29,14 +29,8 @@ from transformers.utils import logging
 
 from topd import checkpoints
 from topd.config import TOPDConfig
-from topd.engines.hf import HFEngine, check_head, head_of
-from topd.engines.vllm import (
-    VLLMEngine,
-    check_logprobs,
-    check_servers,
-    student_engine,
-    teacher_engine,
-)
+from topd.engines.hf import check_head, head_of
+from topd.engines.vllm import check_servers, open_engines
 from topd.experience import Experience, Observer
 from topd.learning import (
     LearningBatch,
@@ -60,7 +54,7 @@ from topd.ledger import (
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
 from topd.modelcard import write_model_card
-from topd.models import ModelSource, check_context, eos_ids, load_pair, tokenizers_of
+from topd.models import ModelSource, check_context, load_pair, tokenizers_of
 from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
 from topd.tokentext import FILE as TOKENS
@@ -171,9 +165,13 @@ class TOPDTrainer(Trainer):
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         check_head("student", student)
         check_head("teacher", teacher)
-        engines = self._engines(model, student, teacher_model, teacher)
-        if isinstance(engines[1], VLLMEngine):
-            check_logprobs(engines[1], teacher_tokenizer)
+        engines = open_engines(
+            (model, teacher_model),
+            (student, teacher),
+            (tokenizer, teacher_tokenizer),
+            args.temperature,
+            self.accelerator.autocast,
+        )
         self.observer = Observer(*engines, args, self.phases)
         self.evaluator = Observer(*engines, args, Phases())
         self.watch = Watch(self)
@@ -181,27 +179,6 @@ class TOPDTrainer(Trainer):
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         return self.encoder.encode(rows)
-
-    def _engines(
-        self,
-        student: ModelSource,
-        student_model: PreTrainedModel,
-        teacher: ModelSource,
-        teacher_model: PreTrainedModel,
-    ) -> tuple[HFEngine, HFEngine]:
-        heads = head_of(student_model), head_of(teacher_model)
-        options: dict[str, Any] = {
-            "eos_ids": eos_ids(student_model, self.processing_class),
-            "vocab_size": min(head.vocab_size for head in heads),
-            "autocast": self.accelerator.autocast,
-        }
-        tokenizer, temperature = self.processing_class, self.args.temperature
-        return (
-            student_engine(
-                student, student_model, tokenizer, temperature, name="student", **options
-            ),
-            teacher_engine(teacher, teacher_model, name="teacher", **options),
-        )
 
     # The step
 

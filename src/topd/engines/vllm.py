@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topd.engines import Scores, Tick, no_tick
-from topd.engines.hf import HFEngine, check_seeds
+from topd.engines.hf import HFEngine, check_seeds, head_of
 from topd.engines.servers import Request, ServedSpec, Servers
 from topd.ledger import trained_digest
 from topd.losses import linear_logprobs
-from topd.models import PROBE, ModelSpec
+from topd.models import PROBE, ModelSpec, eos_ids
 from topd.types import Effort, Generation, Ids, Sampling, TOPDError
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
@@ -490,29 +491,40 @@ def _agree(
         )
 
 
-def student_engine(
-    source: object,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+def open_engines(
+    sources: tuple[object, object],
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     temperature: float,
-    **options: Any,
-) -> HFEngine:
-    """The engine of a student that ``source`` describes: its rollouts served if it says so.
+    autocast: Callable[[], AbstractContextManager[None]],
+) -> tuple[HFEngine, HFEngine]:
+    """The engines of a student and a teacher, served where their ``sources`` say so, and checked.
 
-    Raises TOPDError for a temperature that servers do not tell the log-probs of.
+    Raises:
+        TOPDError: servers of the teacher disagree, or the student's cannot tell the log-probs of
+            ``temperature``.
+        StoppedError: a server does not answer.
     """
-    if not isinstance(source, ModelSpec) or source.served is None:
-        return HFEngine(model, **options)
-    if temperature != 1:
-        raise TOPDError(
-            f"temperature: {temperature:g} does not go with student.served, whose log-probs are "
-            "those of temperature 1. Set it to 1, or leave student.served out."
-        )
-    return ServedStudent(model, source.served, _probe(tokenizer), **options)
-
-
-def teacher_engine(source: object, model: PreTrainedModel, **options: Any) -> HFEngine:
-    """The engine of a teacher that ``source`` describes: served if it says so, else embedded."""
-    if not isinstance(source, ModelSpec) or source.served is None:
-        return HFEngine(model, **options)
-    return VLLMEngine(model, source.path, source.served, **options)
+    options: dict[str, Any] = {
+        "eos_ids": eos_ids(models[0], tokenizers[0]),
+        "vocab_size": min(head_of(model).vocab_size for model in models),
+        "autocast": autocast,
+    }
+    served = [(isinstance(source, ModelSpec) and source.served) or None for source in sources]
+    student = teacher = None
+    if served[0]:
+        if temperature != 1:
+            raise TOPDError(
+                f"temperature: {temperature:g} does not go with student.served, whose log-probs "
+                "are those of temperature 1. Set it to 1, or leave student.served out."
+            )
+        probe = _probe(tokenizers[0])
+        student = ServedStudent(models[0], served[0], probe, name="student", **options)
+    if served[1]:
+        path = models[1].config._name_or_path
+        teacher = VLLMEngine(models[1], path, served[1], name="teacher", **options)
+        check_logprobs(teacher, tokenizers[1])
+    return (
+        student or HFEngine(models[0], name="student", **options),
+        teacher or HFEngine(models[1], name="teacher", **options),
+    )
