@@ -122,13 +122,8 @@ class ModelSpec(BaseModel):
     def load_frame(self) -> PreTrainedModel:
         """What is around the decoder of the model: embeddings, last norm, head; no layer is read.
 
-        Raises TOPDError if they cannot be loaded, or stand in a GGUF file.
+        Raises TOPDError if they cannot be loaded.
         """
-        if self.gguf_file:
-            raise TOPDError(
-                f"model {self.path}: a served teacher's head is read from safetensors, not from "
-                "GGUF. Save it with save_pretrained, and serve that."
-            )
         config = self.load_config()
         text = config.get_text_config()
         text.num_hidden_layers = 0
@@ -178,16 +173,7 @@ def tokenizers_of(
     """
     if student is teacher and isinstance(student, LOADED):
         raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
-    if isinstance(teacher, ModelSpec) and teacher.served and not teacher.served.pooling:
-        raise TOPDError(
-            "teacher.served.pooling: is missing. A teacher's states come from a pooling server: "
-            "start both kinds with topd serve-teacher, and give both URLs."
-        )
-    if isinstance(student, ModelSpec) and student.served and not student.served.weights:
-        raise TOPDError(
-            "student.served.weights: is missing. Name a folder that training and servers share: "
-            "the student's weights go there after every update."
-        )
+    _check_served(student, teacher)
     alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or _tokenizer(student)
     theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
@@ -266,6 +252,26 @@ def check_embedding_rows(
         raise TOPDError(
             f"{name}: {rows} embedding rows for {needed} tokens of its tokenizer. "
             "Use the tokenizer that belongs to the model."
+        )
+
+
+def _check_served(student: ModelSource, teacher: ModelSource) -> None:
+    """What each role needs of its servers. Raises TOPDError."""
+    if isinstance(teacher, ModelSpec) and teacher.served:
+        if not teacher.served.pooling:
+            raise TOPDError(
+                "teacher.served.pooling: is missing. A teacher's states come from a pooling "
+                "server: start both kinds with topd serve-teacher, and give both URLs."
+            )
+        if teacher.gguf_file:
+            raise TOPDError(
+                "teacher.served: goes with safetensors, of which the head is read here, not with "
+                "gguf_file. Save the model with save_pretrained, and serve that."
+            )
+    if isinstance(student, ModelSpec) and student.served and not student.served.weights:
+        raise TOPDError(
+            "student.served.weights: is missing. Name a folder that training and servers share: "
+            "the student's weights go there after every update."
         )
 
 

@@ -87,6 +87,8 @@ class ServedSpec(BaseModel):
 
 
 def _check_url(url: str) -> None:
+    if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a secret
+        raise ValueError("only http://HOST:PORT/PATH is wanted. A key belongs into api_key_env")
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -94,8 +96,6 @@ def _check_url(url: str) -> None:
         good = False
     if not good:
         raise ValueError(f"{url!r} is no URL of a server. Write http://HOST:PORT")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("only http://HOST:PORT/PATH is wanted. A key belongs into api_key_env")
 
 
 class Request(NamedTuple):
@@ -224,7 +224,8 @@ class Servers:
             )
 
     def _leave_out(self, url: str, error: requests.RequestException) -> None:
-        reason = f"{type(error).__name__}: {error}"
+        cause = getattr(error.args[0], "reason", error) if error.args else error
+        reason = f"{type(cause).__name__}: {cause}"
         if "Read timed out" in reason:
             reason = f"no answer within its time limit, served.timeout {self.served.timeout:g} s"
         with self._lock:
