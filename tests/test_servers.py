@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import ssl
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import TrainerCallback
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -26,8 +28,12 @@ from topd.cli import app
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Request, ServedSpec, Servers
 from topd.engines.vllm import VLLMEngine, check_logprobs, check_servers
+from topd.experience import Observer
+from topd.learning import importance
 from topd.models import ModelSpec
-from topd.run import run_recipe
+from topd.recipe import read_recipe
+from topd.run import make_trainer, run_recipe
+from topd.trainer import TOPDTrainer
 from topd.types import UNREACHABLE, Sampling, StoppedError, TOPDError
 
 PROMPTS = [(1, 5, 9, 11), (1, 7), (3, 3, 8, 20, 21, 40)]
@@ -359,7 +365,7 @@ SHORT: dict[str, Any] = {
 
 
 def recipe_of(root: Path, spec: ModelSpec | None, run: str, **changes: Any) -> Path:
-    path = write_pair(root, **SHORT, output_dir=str(root / run), **changes)
+    path = write_pair(root, **{**SHORT, **changes}, output_dir=str(root / run))
     content = yaml.safe_load(path.read_text())
     if spec:
         content["teacher"] = {"path": content["teacher"], "served": spec.served.model_dump()}
@@ -529,6 +535,122 @@ def test_an_adapter_goes_over_in_the_weights(tmp_path, rollouts):
 def test_another_temperature_is_refused_for_served_rollouts(tmp_path, rollouts):
     with pytest.raises(TOPDError, match=r"temperature: 0\.7 does not go with student\.served"):
         run_recipe(student_recipe(tmp_path, "run", rollouts(), temperature=0.7), quiet=True)
+
+
+# Overlap
+
+
+@pytest.fixture
+def overlapping(tmp_path, start, rollouts):
+    """A recipe whose student and teacher are both served; 2 updates an epoch."""
+
+    def overlapping(run: str, **changes: Any) -> Path:
+        teacher = spec_of(tmp_path, [start()], [start()])
+        student = {"completions": rollouts().url, "weights": str(tmp_path / "weights")}
+        path = recipe_of(tmp_path, teacher, run, **{"save_strategy": "no", **changes})
+        content = yaml.safe_load(path.read_text())
+        content["student"] = {"path": content["student"], "served": student}
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return overlapping
+
+
+def made_of(path: Path) -> tuple[TOPDTrainer, list[dict[str, torch.Tensor]]]:
+    """A finished training, and the student's weights before every update."""
+    recipe, weights = read_recipe(path), []
+
+    class Snapshots(TrainerCallback):
+        def on_step_begin(self, *_: Any, model: Any, **__: Any) -> None:
+            weights.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    trainer, _ = make_trainer(recipe, recipe.data.load())
+    trainer.add_callback(Snapshots())
+    trainer.train()
+    return trainer, weights
+
+
+def test_rollouts_are_one_update_old_and_no_more(overlapping, tmp_path):
+    """Of 6 updates, 2 an epoch, those that begin an epoch have had nobody to gather for them."""
+    changes = {"overlap": True, "max_steps": 6, "max_logprob_gap": 9.0, "warmup_steps": 0}
+    constant = {"learning_rate": 0.02, "lr_scheduler_type": "constant"}
+    trainer, weights = made_of(overlapping("run", **changes, **constant))
+    written, student = records(tmp_path / "run", "rollouts.jsonl"), tiny_model()
+    engine = HFEngine(student, eos_ids=[EOS])
+    for rollout in written:
+        age = rollout["step"] % 2
+        for steps in (age, 1 - age):
+            student.load_state_dict(weights[max(rollout["step"] - steps, 0)])
+            ids = tuple(rollout["prompt_ids"]), tuple(rollout["response_ids"])
+            found = engine.score([ids[0]], [ids[1]]).logprobs[0].tolist()
+            same = found == pytest.approx(rollout["logprobs"], abs=1e-3)
+            assert same == (steps == age) or rollout["step"] == 0
+    logs = [log for log in records(tmp_path / "run", "metrics.jsonl") if "loss" in log]
+    assert [log["logprob_gap"] < 1e-3 for log in logs] == [True, False] * 3
+    assert [abs(log["importance_ratio"] - 1) < 1e-4 for log in logs] == [True, False] * 3
+    assert all("seconds/waiting" in log for log in logs)
+    assert trainer.state.global_step == 6
+
+
+def test_with_nothing_learned_overlap_changes_nothing(overlapping, tmp_path):
+    for run, overlap in (("plain", False), ("overlapped", True)):
+        run_recipe(overlapping(run, overlap=overlap, learning_rate=0.0), quiet=True)
+    plain, ahead = (
+        records(tmp_path / run, "metrics.jsonl")[:-1] for run in ("plain", "overlapped")
+    )
+    for ours, theirs in zip(ahead, plain, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert "importance_ratio" not in theirs
+    for name in ("rollouts.jsonl", "guidance.jsonl"):
+        ours, theirs = (records(tmp_path / run, name) for run in ("overlapped", "plain"))
+        assert [r.get("response_ids") for r in ours] == [r.get("response_ids") for r in theirs]
+
+
+def test_a_stale_token_counts_by_its_importance():
+    ratio = importance(torch.tensor([-1.0, -1.0, -3.0]), torch.tensor([-1.0, -4.0, -2.0]), 2.0)
+    torch.testing.assert_close(ratio, torch.tensor([1.0, 2.0, math.exp(-1)]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"candidate_loss": "reverse_kl"}, "overlap: candidate_loss: reverse_kl looks"),
+        ({"embedding": "student"}, "overlap: embedding: student looks"),
+        ({"method": "teachability"}, "overlap: method: teachability looks"),
+    ],
+)
+def test_overlap_is_refused_where_something_looks_at_the_student(overlapping, changes, said):
+    with pytest.raises(TOPDError, match=said):
+        run_recipe(overlapping("run", overlap=True, **changes), quiet=True)
+
+
+def test_overlap_needs_servers_for_both(tmp_path, start):
+    path = recipe_of(tmp_path, spec_of(tmp_path, [start()], [start()]), "run", overlap=True)
+    with pytest.raises(TOPDError, match=r"overlap: needs student\.served and teacher\.served"):
+        run_recipe(path, quiet=True)
+
+
+def test_servers_that_go_while_the_next_update_is_gathered_leave_a_checkpoint(
+    overlapping, tmp_path, monkeypatch
+):
+    path, observe = overlapping("run", overlap=True, save_strategy="steps", save_steps=10), []
+    whole = Observer.observe
+
+    def failing(observer: Observer, *args: Any, **kwargs: Any) -> Any:
+        observe.append(kwargs["step"])
+        if observe[-1] == 3:
+            raise StoppedError("no server is left", UNREACHABLE)
+        return whole(observer, *args, **kwargs)
+
+    monkeypatch.setattr(Observer, "observe", failing)
+    with pytest.raises(StoppedError):
+        run_recipe(path, quiet=True)
+    monkeypatch.setattr(Observer, "observe", whole)
+    run_recipe(path, ["--resume_from_checkpoint", "last"], quiet=True)
+    logs = [log for log in records(tmp_path / "run", "metrics.jsonl") if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4]
+    steps = [rollout["step"] for rollout in records(tmp_path / "run", "rollouts.jsonl")]
+    assert steps == sorted([0, 1, 2, 3] * 4)
 
 
 # The commands

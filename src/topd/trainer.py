@@ -28,9 +28,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from topd import checkpoints
+from topd.ahead import Ahead
 from topd.config import TOPDConfig
 from topd.engines.hf import check_head, head_of
-from topd.engines.vllm import check_servers, open_engines
+from topd.engines.vllm import ServedStudent, check_servers, open_engines
 from topd.experience import Experience, Observer
 from topd.learning import (
     LearningBatch,
@@ -38,6 +39,7 @@ from topd.learning import (
     Totals,
     can_pack,
     collate,
+    importance,
     inside_forward,
     learning_terms,
     update_loss,
@@ -172,8 +174,12 @@ class TOPDTrainer(Trainer):
             args.temperature,
             self.accelerator.autocast,
         )
+        if isinstance(engines[0], ServedStudent) and self.accelerator.num_processes > 1:
+            raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
         self.observer = Observer(*engines, args, self.phases)
         self.evaluator = Observer(*engines, args, Phases())
+        self.ahead = Ahead(self.observer) if args.overlap else None
+        self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.watch = Watch(self)
         self.add_callback(self.watch)
 
@@ -189,16 +195,17 @@ class TOPDTrainer(Trainer):
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed where it had ended
             self.control.should_training_stop = True
             return [], None
-        prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        prompts, self.fetched = self.fetched, []
+        if not prompts:
+            prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not prompts:
             return [], None
         flat = [prompt for batch in prompts for prompt in batch]
-        first = self.accelerator.process_index * len(flat)
-        step = self.state.global_step
         with self._saved_if_stopped():
-            experience = self.observer.observe(
-                flat, step=step, first=first, look_ahead=self.args.looks_ahead(step)
-            )
+            experience = self._experience(flat)
+            if self.ahead and self.state.global_step + 1 < self.state.max_steps:
+                self.fetched, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+                self._begin_next()
         self._record(experience)
         totals = self._totals(experience)
         rows = iter(range(len(flat)))
@@ -207,6 +214,24 @@ class TOPDTrainer(Trainer):
         self.batches = [collate(experience, p, totals, device, packed=packed) for p in parts]
         self.update_loss = torch.zeros((), device=device)
         return self.batches, None
+
+    def _experience(self, prompts: Sequence[Prompt]) -> Experience:
+        """That of this update: gathered beside the one before, or now."""
+        if self.ahead:
+            with self.phases.phase("waiting"):
+                ready = self.ahead.take()
+            if ready is not None:
+                return ready
+        step = self.state.global_step
+        first = self.accelerator.process_index * len(prompts)
+        looks = self.args.looks_ahead(step)
+        return self.observer.observe(prompts, step=step, first=first, look_ahead=looks)
+
+    def _begin_next(self) -> None:
+        """Have the next update's experience gathered while this one is learned."""
+        if self.ahead and self.fetched:  # an epoch's last update has no next one
+            prompts = [prompt for batch in self.fetched for prompt in batch]
+            self.ahead.begin(prompts, step=self.state.global_step + 1)
 
     @contextmanager
     def _saved_if_stopped(self) -> Iterator[None]:
@@ -304,9 +329,13 @@ class TOPDTrainer(Trainer):
             )
         with checkpoints.writing(self.run_folder):
             self._open_folder(checkpoint)
-            result = super().train(
-                resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
-            )
+            try:
+                result = super().train(
+                    resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
+                )
+            finally:
+                if self.ahead:
+                    self.ahead.close()
             self._save_student(self.record)
         return result
 
@@ -432,6 +461,11 @@ class TOPDTrainer(Trainer):
                 "weights, without dropout, or raise the limit."
             )
         self.meter.add("logprob_gap", gap * count, count)
+        if self.args.overlap:
+            ratio = importance(detached.logprob, batch["sampled"], self.args.max_importance)
+            self.meter.add("importance_ratio", ratio.sum(), count)
+            cut = (ratio >= self.args.max_importance).sum()
+            self.meter.add("importance_cut_share", cut, count)
 
     def _record(self, experience: Experience) -> None:
         """Measure an experience and write it to the run folder."""

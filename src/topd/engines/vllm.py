@@ -310,6 +310,7 @@ class ServedStudent(HFEngine):
         servers = Servers(f"{self.name} (rollouts)", served.completions, served)
         self.completions = Completions(servers, self._ends, self.vocab_size)
         self.probe, self._served_digest = probe, ""
+        self.held = False  # write with the weights that the servers have
 
     def generate(
         self,
@@ -324,11 +325,16 @@ class ServedStudent(HFEngine):
         Raises TOPDError if a server has not the weights of now, StoppedError if none is left.
         """
         check_seeds(seeds, prompts)
+        if not self.held:
+            self.bring_up_to_date()
+        return self.completions.write_each(prompts, sampling, seeds)
+
+    def bring_up_to_date(self) -> None:
+        """Give the servers the weights of now, if they have others. Raises as ``generate``."""
         digest = trained_digest(self.model)
         if digest != self._served_digest:
             self._hand_over(digest)
             self._served_digest = digest
-        return self.completions.write_each(prompts, sampling, seeds)
 
     def _hand_over(self, digest: str) -> None:
         """Give the servers the weights of now. On an error they stay paused: nobody is misled."""
