@@ -21,9 +21,10 @@ import typer
 from bench.measure import RESULTS, Found, Table, describe, environment, paired, spread, summary
 from topd.data import DataSpec
 from topd.engines import Scores
+from topd.engines.door import check_logprobs, check_servers
 from topd.engines.hf import HFEngine
 from topd.engines.servers import ServedSpec
-from topd.engines.vllm import TopScores, VLLMEngine, check_logprobs, check_servers
+from topd.engines.vllm import TopScores, VLLMEngine
 from topd.losses import linear_token_divergence
 from topd.models import ModelSpec
 from topd.rollouts import PromptEncoder

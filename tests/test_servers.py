@@ -25,16 +25,17 @@ from typer.testing import CliRunner
 from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
 from topd.cli import app
+from topd.engines.door import check_logprobs, check_servers
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Request, ServedSpec, Servers
-from topd.engines.vllm import VLLMEngine, check_logprobs, check_servers
+from topd.engines.vllm import VLLMEngine
 from topd.experience import Observer
 from topd.learning import importance
 from topd.models import ModelSpec
 from topd.recipe import read_recipe
 from topd.run import make_trainer, run_recipe
 from topd.trainer import TOPDTrainer
-from topd.types import UNREACHABLE, Sampling, StoppedError, TOPDError
+from topd.types import DISK, UNREACHABLE, Sampling, StoppedError, TOPDError
 
 PROMPTS = [(1, 5, 9, 11), (1, 7), (3, 3, 8, 20, 21, 40)]
 RESPONSES = [(4, 9, 30, 31, 7), (12,), (8, 8, 50, 2)]
@@ -319,6 +320,18 @@ def test_another_model_under_the_same_name_is_refused_with_both_numbers(folder, 
         assert reader.url in str(caught.value)
 
 
+def test_another_decoder_under_the_same_head_is_found_with_check_whole(tmp_path, start):
+    other = tiny_model(seed=1)
+    other.model.layers[0].mlp.down_proj.weight.data.zero_()
+    fake = start(engine=HFEngine(other, eos_ids=[EOS]))
+    check(spec_of(write_pair(tmp_path).parent, [fake], [fake]))  # its head is the teacher's
+    wrong = recipe_of(tmp_path, spec_of(tmp_path, [fake], [fake], check_whole=True), "wrong")
+    with pytest.raises(TOPDError, match=r"the whole of .*, -\d+\.\d{4}\. They differ by \d"):
+        run_recipe(wrong, quiet=True)
+    right = spec_of(tmp_path, [start()], [start()], check_whole=True)
+    run_recipe(recipe_of(tmp_path, right, "right"), quiet=True)
+
+
 def test_every_server_is_checked(folder, start):
     other = start(engine=HFEngine(tiny_model(seed=2), eos_ids=[EOS]))
     with pytest.raises(TOPDError, match=other.url):
@@ -530,6 +543,32 @@ def test_an_adapter_goes_over_in_the_weights(tmp_path, rollouts):
     served = run_recipe(student_recipe(tmp_path, "served", rollouts(), **changes), quiet=True)
     logs = records(served, "metrics.jsonl")[:-1]
     assert all(log["logprob_gap"] < 1e-4 for log in logs)
+
+
+def test_a_server_that_cannot_load_says_why_and_the_others_write(tmp_path, rollouts, errors):
+    good, bad = rollouts(), rollouts()
+    whole = bad.answer
+
+    def failing(path: str, body: dict[str, Any]) -> Any:
+        if path == "/collective_rpc":
+            bad.statuses.append(500)  # to what is asked next
+        return whole(path, body)
+
+    bad.answer = failing  # type: ignore[method-assign]
+    run = run_recipe(student_recipe(tmp_path, "run", good, bad), quiet=True)
+    assert len(records(run, "rollouts.jsonl")) == 16
+    (said,) = errors
+    assert bad.url in said
+    assert "answers 500: not now" in said
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, rollouts):
+    (tmp_path / "weights").write_text("a file")
+    with pytest.raises(
+        StoppedError, match=r"student\.served\.weights: .* cannot be written"
+    ) as caught:
+        run_recipe(student_recipe(tmp_path, "run", rollouts()), quiet=True)
+    assert caught.value.exit_code == DISK
 
 
 def test_another_temperature_is_refused_for_served_rollouts(tmp_path, rollouts):

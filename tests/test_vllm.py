@@ -29,9 +29,10 @@ from typer.testing import CliRunner
 from conftest import tiny_model, tiny_tokenizer, write_pair
 from topd.cli import app
 from topd.data import DataSpec
+from topd.engines.door import check_logprobs
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Servers
-from topd.engines.vllm import VLLMEngine, check_logprobs
+from topd.engines.vllm import VLLMEngine
 from topd.losses import linear_token_divergence
 from topd.models import ModelSpec
 from topd.rollouts import PromptEncoder

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from topd.config import TOPDConfig
-from topd.engines.vllm import ServedStudent, VLLMEngine
+from topd.engines.handover import ServedStudent
+from topd.engines.vllm import VLLMEngine
 from topd.experience import Experience, Observer
 from topd.progress import Phases
 from topd.types import Prompt, TOPDError

@@ -24,8 +24,9 @@ from transformers.utils import logging
 
 from topd.checkpoints import read_lines, trim
 from topd.config import TOPDConfig, _field
+from topd.engines.door import check_servers
 from topd.engines.hf import check_head
-from topd.engines.vllm import check_servers, open_engines
+from topd.engines.opened import open_engines
 from topd.experience import Observer
 from topd.ledger import Ledger, check_run_folder, manifest
 from topd.models import check_context, load_pair, tokenizers_of

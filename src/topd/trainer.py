@@ -30,8 +30,10 @@ from transformers.utils import logging
 from topd import checkpoints
 from topd.ahead import Ahead
 from topd.config import TOPDConfig
+from topd.engines.door import check_servers
+from topd.engines.handover import ServedStudent
 from topd.engines.hf import check_head, head_of
-from topd.engines.vllm import ServedStudent, check_servers, open_engines
+from topd.engines.opened import open_engines
 from topd.experience import Experience, Observer
 from topd.learning import (
     LearningBatch,

@@ -21,7 +21,7 @@ from topd.types import UNREACHABLE, StoppedError, TOPDError
 
 logger = logging.get_logger(__name__)
 
-BUSY = (429, 500, 502, 503, 504)  # answers that another try may better
+BUSY = (429, 502, 503, 504)  # answers that another try may better
 CONNECT = 10.0  # seconds
 OTHER = "Give the URL of a vLLM server, started as topd serve-teacher does."
 KEY = "Put its API key into an environment variable and name that in served.api_key_env."
@@ -37,7 +37,8 @@ class ServedSpec(BaseModel):
     ``weights``, which they share with the training. ``api_key_env`` names the environment variable
     with the API key. A request may take ``timeout`` seconds and is tried ``retries`` times more
     where a server is busy or away; ``concurrency`` of them are under way at once. Log-probs of a
-    probe may differ by ``tolerance`` nats a token, in the mean.
+    probe may differ by ``tolerance`` nats a token, in the mean; with ``check_whole`` they are also
+    compared with those of the whole model, which is read once for that.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,6 +52,7 @@ class ServedSpec(BaseModel):
     retries: int = Field(default=3, ge=0)
     concurrency: int = Field(default=64, ge=1)
     tolerance: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    check_whole: bool = False
 
     @field_validator("completions", "pooling", mode="before")
     @classmethod
@@ -148,9 +150,9 @@ class Servers:
         return [self._parsed(answer) for answer in self.fetch(wanted)]
 
     def post_to_each(self, path: str, body: dict[str, Any] | None = None) -> None:
-        """Send the same to every server."""
-        for url in list(self._load):
-            self._answer("POST", url, path, body)
+        """Send the same to every server, at the same time."""
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            list(pool.map(lambda url: self._answer("POST", url, path, body), list(self._load)))
         self._check_left()
 
     def _parsed(self, answer: bytes) -> Any:
@@ -188,14 +190,16 @@ class Servers:
                 allow_redirects=False,
             )
         except requests.RequestException as error:
-            self._leave_out(url, error)
+            self._leave_out(url, self._reason(error))
             return None
         if answer.status_code == 200:
             return answer.content
-        raise TOPDError(
-            f"{self.name}: {url}{path} answers {answer.status_code}: {answer.text[:300]}. "
-            + REMEDIES.get(answer.status_code, OTHER)
-        )
+        said = f"{path} answers {answer.status_code}: {answer.text[:300]}"
+        if answer.status_code < 500:
+            remedy = REMEDIES.get(answer.status_code, OTHER)
+            raise TOPDError(f"{self.name}: {url}{said}. {remedy}")
+        self._leave_out(url, said)
+        return None
 
     @contextmanager
     def _chosen(self, group: int | None) -> Iterator[str]:
@@ -223,16 +227,18 @@ class Servers:
                 UNREACHABLE,
             )
 
-    def _leave_out(self, url: str, error: requests.RequestException) -> None:
-        cause = getattr(error.args[0], "reason", error) if error.args else error
-        reason = f"{type(cause).__name__}: {cause}"
-        if "Read timed out" in reason:
-            reason = f"no answer within its time limit, served.timeout {self.served.timeout:g} s"
+    def _leave_out(self, url: str, reason: str) -> None:
         with self._lock:
             first = self._load.pop(url, None) is not None
             self._failures[url] = reason
         if first:
             logger.error(f"{self.name}: {url} is left out from now on. {reason}")
+
+    def _reason(self, error: requests.RequestException) -> str:
+        cause = getattr(error.args[0], "reason", error) if error.args else error
+        if "Read timed out" in str(cause):
+            return f"no answer within its time limit, served.timeout {self.served.timeout:g} s"
+        return f"{type(cause).__name__}: {cause}"
 
 
 def _session(served: ServedSpec) -> requests.Session:

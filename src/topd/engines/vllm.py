@@ -1,39 +1,29 @@
-"""The served engines: models that vLLM servers read and write, token ids in and out.
+"""The served engine: a teacher that vLLM servers read and write, token ids in and out.
 
 A teacher needs two kinds of servers. *Completions* servers write windows, behind prefixes that
 their prefix cache knows; *pooling* servers give the last hidden states of scored texts, D numbers
 a token instead of V. The teacher's head and input embeddings are in this process, so that the
-loss sees its whole distribution; its decoder is not. A student in training may have its rollouts
-written by servers, which are given its weights after every update.
+loss sees its whole distribution; its decoder is not.
 """
 
 from __future__ import annotations
 
-import copy
-import shutil
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
-from topd.engines.hf import HFEngine, check_seeds, head_of
+from topd.engines.hf import HFEngine, check_seeds
 from topd.engines.servers import Request, ServedSpec, Servers
-from topd.ledger import trained_digest
-from topd.losses import linear_logprobs
-from topd.models import PROBE, ModelSpec, eos_ids
 from topd.types import Effort, Generation, Ids, Sampling, TOPDError
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
 WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-PROBED = Sampling(temperature=0.5, max_new_tokens=8)  # no log-prob may depend on its temperature
 
 
 @dataclass(frozen=True)
@@ -80,11 +70,12 @@ class Completions:
         """
         wanted, sizes = [], []
         for number, (texts, own) in enumerate(zip(groups, seeds, strict=True)):
-            parts: list[tuple[Sequence[Ids], int]] = [(texts, own[0])]
-            if sampling.temperature:
-                parts = [([text], seed) for text, seed in zip(texts, own, strict=True)]
-            wanted += [self._request(some, sampling, seed, number) for some, seed in parts]
             sizes.append(len(texts))
+            if sampling.temperature == 0:
+                wanted.append(self._request(texts, sampling, own[0]))
+                continue
+            for text, seed in zip(texts, own, strict=True):
+                wanted.append(self._request([text], sampling, seed, group=number))
         written = iter([g for a in self.servers.ask(wanted) for g in self._generations(a)])
         return [[next(written) for _ in range(size)] for size in sizes]
 
@@ -287,250 +278,3 @@ class VLLMEngine(HFEngine):
             for k, window in zip(row, windows, strict=True)
         }
         return [found[k] for k in range(len(starts))]
-
-
-class ServedStudent(HFEngine):
-    """A model in training, whose responses its vLLM servers write with the weights of now.
-
-    The weights go into the folder ``served.weights`` whenever they have changed; the servers pause,
-    load them, forget what they have cached, and are asked for the log-probs of a probe, which must
-    be those of this process. All else is done here.
-
-    Args:
-        model: the student.
-        served: where its servers are; started by ``topd serve-student``.
-        probe: token ids of a text.
-        eos_ids, vocab_size, name, autocast: as in HFEngine.
-    """
-
-    def __init__(
-        self, model: PreTrainedModel, served: ServedSpec, probe: Ids, **options: Any
-    ) -> None:
-        super().__init__(model, **options)
-        servers = Servers(f"{self.name} (rollouts)", served.completions, served)
-        self.completions = Completions(servers, self._ends, self.vocab_size)
-        self.probe, self._served_digest = probe, ""
-        self.held = False  # write with the weights that the servers have
-
-    def generate(
-        self,
-        prompts: Sequence[Ids],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
-    ) -> list[Generation]:
-        """Sample one response a prompt. See :class:`~topd.engines.Engine`.
-
-        Raises TOPDError if a server has not the weights of now, StoppedError if none is left.
-        """
-        check_seeds(seeds, prompts)
-        if not self.held:
-            self.bring_up_to_date()
-        return self.completions.write_each(prompts, sampling, seeds)
-
-    def bring_up_to_date(self) -> None:
-        """Give the servers the weights of now, if they have others. Raises as ``generate``."""
-        digest = trained_digest(self.model)
-        if digest != self._served_digest:
-            self._hand_over(digest)
-            self._served_digest = digest
-
-    def _hand_over(self, digest: str) -> None:
-        """Give the servers the weights of now. On an error they stay paused: nobody is misled."""
-        servers = self.completions.servers
-        folder = Path(servers.served.weights or "").absolute()
-        place = folder / digest[:16]
-        _merged(self.model).save_pretrained(place)
-        try:
-            servers.post_to_each("/pause?mode=wait")
-            servers.post_to_each(
-                "/collective_rpc", {"method": "take_weights", "args": [str(place)]}
-            )
-            servers.post_to_each("/reset_prefix_cache")
-            servers.post_to_each("/resume")
-        finally:
-            shutil.rmtree(place)
-        self._check_weights()
-
-    def _check_weights(self) -> None:
-        ours = self.score([self.probe[:1]], [self.probe[1:]]).logprobs[0].cpu()
-        for server in self.completions.servers.alone():
-            (theirs,) = Completions(server, self._ends, self.vocab_size).read([self.probe], 0)
-            _agree(
-                server,
-                f"{server.urls[0]} with the weights that it was given",
-                theirs.logprobs,
-                "the student in training",
-                ours,
-                "The servers must load what they are told: start them with topd serve-student, of "
-                "this version, and share the folder student.served.weights.",
-            )
-
-
-def _merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model itself; of one with an adapter a copy that has it in its weights."""
-    if isinstance(model, PeftModel):
-        return copy.deepcopy(model).merge_and_unload()
-    return model
-
-
-def check_servers(
-    name: str, model: object, tokenizer: PreTrainedTokenizerBase, longest: int
-) -> None:
-    """Make sure that the servers of a model, if it is served, are there and are of that model.
-
-    Needs no weights. Names and tokenizers are compared; ``longest`` is the most tokens that will be
-    asked for at once.
-
-    Raises:
-        TOPDError: a server has another model, another tokenizer or too little room.
-        StoppedError: a server does not answer.
-    """
-    if not isinstance(model, ModelSpec) or model.served is None:
-        return
-    probe, served = _probe(tokenizer), model.served
-    for server in Servers(name, [*served.completions, *served.pooling], served).alone():
-        _check_model(server, model.path, longest)
-        _check_tokenizer(server, probe)
-
-
-def check_logprobs(engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure that all servers of a model agree on the log-probs of a probe, at temperature 1.
-
-    Compared are those of each completions server when it writes, when it reads and when it reads
-    again, and those of each pooling server's states under the head that is here. Raises TOPDError
-    with both numbers where they differ, StoppedError if a server does not answer.
-    """
-    probe = _probe(tokenizer)
-    for server in engine.completions.servers.alone():
-        text, told = _told(Completions(server, engine.completions.ends, engine.vocab_size), probe)
-        for reader in engine.pooling.alone():
-            _check_states(engine, server, reader, text, told)
-
-
-def _probe(tokenizer: PreTrainedTokenizerBase) -> Ids:
-    return tuple(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
-
-
-def _check_model(server: Servers, path: str, longest: int) -> None:
-    """By the names that a server gives its models; a path and a hub name may end alike."""
-    wanted, listed = server.served.model or path, server.get("/v1/models")["data"]
-    for model in listed:
-        names = (model["id"], model.get("root") or "")
-        if wanted in names or (
-            not server.served.model and PurePath(wanted).name in [PurePath(n).name for n in names]
-        ):
-            room = model.get("max_model_len") or longest
-            break
-    else:
-        raise TOPDError(
-            f"{server.name}: {server.urls[0]} serves {', '.join(m['id'] for m in listed)}, not "
-            f"{wanted}. Serve that, or name the same model as the server does in served.model."
-        )
-    if room < longest:
-        raise TOPDError(
-            f"{server.name}: {server.urls[0]} has room for {room} tokens; the longest prompt, "
-            f"max_completion_length and window_length make {longest}. Raise its --max-model-len, "
-            "or lower these."
-        )
-
-
-def _check_tokenizer(server: Servers, probe: Ids) -> None:
-    body = {"prompt": PROBE, "add_special_tokens": False, **server.model}
-    theirs = tuple(server.post("/tokenize", body)["tokens"])
-    if theirs != probe:
-        raise TOPDError(
-            f"{server.name}: the tokenizer of {server.urls[0]} splits {PROBE!r} into {theirs}, "
-            f"that of the recipe's path into {probe}. Serve the model of the recipe."
-        )
-
-
-def _told(completions: Completions, probe: Ids) -> tuple[Ids, Tensor]:
-    """The probe with what the server writes behind it, and its log-probs [L - 1] as it reads them.
-
-    Raises TOPDError if the log-probs that it writes with, or those of a second reading, differ.
-    """
-    server = completions.servers
-    (written,) = completions.write_each([probe], PROBED, [0])
-    text = probe + written.tokens
-    told, again = (scores.logprobs for scores in completions.read([text, text], 0))
-    url = server.urls[0]
-    _agree(server, f"{url} at first", told, "asked again", again, "It must answer alike twice.")
-    _agree(
-        server,
-        f"{url} when it reads",
-        told[len(probe) - 1 :],
-        f"when it writes at temperature {PROBED.temperature}",
-        torch.tensor(written.logprobs),
-        "Both must be of temperature 1: start it with --logprobs-mode raw_logprobs.",
-    )
-    return text, told
-
-
-def _check_states(
-    engine: VLLMEngine, writer: Servers, reader: Servers, text: Ids, told: Tensor
-) -> None:
-    (states,) = engine.states([text[:-1]], reader)
-    tokens = torch.tensor(text[1:], device=engine.model.device)
-    ours, _ = linear_logprobs(states.to(tokens.device), engine.head, tokens)
-    _agree(
-        writer,
-        writer.urls[0],
-        told,
-        f"the states of {reader.urls[0]} under the head of {engine.path}",
-        ours.cpu(),
-        f"Serve {engine.path} on both, and read it in their dtype.",
-    )
-
-
-def _agree(
-    server: Servers, one: str, ours: Tensor, other: str, theirs: Tensor, remedy: str
-) -> None:
-    """Raise TOPDError unless the log-probs of the same tokens are alike."""
-    gap, most = (ours.float() - theirs.float()).abs().mean().item(), server.served.tolerance
-    if not gap <= most:  # a NaN is refused too
-        raise TOPDError(
-            f"{server.name}: {one}, {ours.mean():.4f} nats a token of a probe; {other}, "
-            f"{theirs.mean():.4f}. They differ by {gap:.4f} in the mean, served.tolerance is "
-            f"{most:g}. {remedy}"
-        )
-
-
-def open_engines(
-    sources: tuple[object, object],
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
-    temperature: float,
-    autocast: Callable[[], AbstractContextManager[None]],
-) -> tuple[HFEngine, HFEngine]:
-    """The engines of a student and a teacher, served where their ``sources`` say so, and checked.
-
-    Raises:
-        TOPDError: servers of the teacher disagree, or the student's cannot tell the log-probs of
-            ``temperature``.
-        StoppedError: a server does not answer.
-    """
-    options: dict[str, Any] = {
-        "eos_ids": eos_ids(models[0], tokenizers[0]),
-        "vocab_size": min(head_of(model).vocab_size for model in models),
-        "autocast": autocast,
-    }
-    served = [(isinstance(source, ModelSpec) and source.served) or None for source in sources]
-    student = teacher = None
-    if served[0]:
-        if temperature != 1:
-            raise TOPDError(
-                f"temperature: {temperature:g} does not go with student.served, whose log-probs "
-                "are those of temperature 1. Set it to 1, or leave student.served out."
-            )
-        probe = _probe(tokenizers[0])
-        student = ServedStudent(models[0], served[0], probe, name="student", **options)
-    if served[1]:
-        path = models[1].config._name_or_path
-        teacher = VLLMEngine(models[1], path, served[1], name="teacher", **options)
-        check_logprobs(teacher, tokenizers[1])
-    return (
-        student or HFEngine(models[0], name="student", **options),
-        teacher or HFEngine(models[1], name="teacher", **options),
-    )
