@@ -23,7 +23,9 @@ from typing import Any
 import pytest
 import requests
 import torch
+import typer
 import yaml
+from bench import served as served_bench
 from typer.testing import CliRunner
 
 from conftest import tiny_model, tiny_tokenizer, write_pair
@@ -45,7 +47,7 @@ pytestmark = pytest.mark.skipif(
     not PYTHON, reason="TOPD_VLLM_PYTHON names no Python with vLLM: make test-vllm"
 )
 TIE = 0.25  # nats: two steps of bfloat16 between 16 and 32
-EXTRA = ["--enforce-eager", "--max-model-len", "1024"]
+EXTRA = ["--enforce-eager", "--max-model-len", "1024", "--max-logprobs", "-1"]
 GREEDY = Sampling(0.0, max_new_tokens=50)
 TEACHER_PROMPT = "{{ prompt }}\n\nA correct solution, for you to follow:\n{{ solution }}\n"
 DATA = {
@@ -376,6 +378,21 @@ def test_a_server_killed_in_mid_run_is_named_and_the_run_goes_on(
     )
     assert gone_on.exit_code == 0, gone_on.output
     assert [log["step"] for log in losses(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_the_benchmark_counts_bytes_and_what_is_lost(teacher, folder, tmp_path):
+    bench = typer.Typer()
+    bench.command()(served_bench.main)
+    urls = [teacher["served"][kind] for kind in ("completions", "pooling")]
+    small = "--batch 2 --tokens 24 --window 4 --every 12 --full 2 --runs 1 --results"
+    done = CliRunner().invoke(bench, [str(folder), *urls, *small.split(), str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "served.json").read_text())["results"]
+    scoring, read = found["scoring"], found["read"]
+    assert scoring["states"]["received"] == read["states"] * 576 * 2  # bfloat16, and nothing else
+    assert scoring["full"]["received"] / read["full"] > 49152 * 10
+    losses = found["reverse_kl"]
+    assert losses["top"] < losses["states"]  # buckets can only lose
 
 
 # Rollouts

@@ -61,6 +61,8 @@ class Ahead:
 
 
 def _check(args: TOPDConfig) -> None:
+    if args.learns_from_answers:
+        raise TOPDError("overlap: a warm start has no rollouts to gather. Set overlap: false.")
     method = args.guidance_method()
     for holds, key in (
         (method.statistics, f"method: {args.method} looks"),
