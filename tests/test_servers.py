@@ -34,6 +34,7 @@ from topd.learning import importance
 from topd.models import ModelSpec
 from topd.recipe import read_recipe
 from topd.run import make_trainer, run_recipe
+from topd.serve import serving
 from topd.trainer import TOPDTrainer
 from topd.types import DISK, UNREACHABLE, Sampling, StoppedError, TOPDError
 
@@ -702,6 +703,24 @@ def test_help_of_serve_teacher_needs_no_torch():
         "assert r.exit_code == 0, r.output; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_server_that_does_not_answer_is_ended_with_its_children(tmp_path):
+    """A script in vLLM's place has a child, as vLLM has."""
+    note = tmp_path / "child"
+    script = (
+        "import subprocess, time; p = subprocess.Popen(['sleep', '100']); "
+        f"open({str(note)!r}, 'w').write(str(p.pid)); time.sleep(100)"
+    )
+    servers: Any = {"http://127.0.0.1:9": ("completions", [sys.executable, "-c", script])}
+    with pytest.raises(TOPDError, match="does not answer after 2 s"), serving(servers, patience=2):
+        pass
+    child = Path(f"/proc/{note.read_text()}/stat")
+    for _ in range(50):
+        if not child.exists() or " Z " in child.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{child} was left")
 
 
 def test_a_python_without_vllm_is_named():

@@ -217,11 +217,13 @@ def test_reverse_kl_from_states_is_the_local_teachers(local, served, prompts, re
     found = [
         linear_token_divergence(
             student.hidden[mask], local.head, scores.hidden[mask], head, kind="reverse_kl"
-        ).mean()
+        )
+        .mean()
+        .item()
         for scores, head in zip(both, (local.head, served.head), strict=True)
     ]
     print(f"reverse KL: local {found[0]:.5f}, served {found[1]:.5f} nats a token")
-    assert float(found[1]) == pytest.approx(float(found[0]), rel=0.02)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
 def test_top_k_says_what_the_states_say(served, prompts, responses, both):

@@ -90,7 +90,9 @@ def serving(
     try:
         for kind, words in servers.values():
             running.append(
-                subprocess.Popen(words, env=environment(kind), stdout=sys.stderr)  # noqa: S603
+                subprocess.Popen(  # noqa: S603
+                    words, env=environment(kind), stdout=sys.stderr, start_new_session=True
+                )
             )
         _await(dict(zip(servers, running, strict=True)), patience)
         yield running
@@ -100,7 +102,8 @@ def serving(
         for process in running:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP)
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # vLLM's own children outlive a crash
 
 
 def _await(servers: Mapping[str, subprocess.Popen[bytes]], patience: float) -> None:
