@@ -457,6 +457,22 @@ def test_vllms_own_reload_which_forgets_a_tied_head_is_found_out(student, tmp_pa
         run_recipe(rollout_recipe(tmp_path, student), quiet=True)
 
 
+def test_overlap_with_both_models_served(teacher, folder, tmp_path):
+    """Rollouts one update old, by a server in bfloat16, of a student that is trained in float32."""
+    words = [sys.executable, "-m", "topd", "serve-student", str(folder), "--python", PYTHON]
+    log = tmp_path / "student.log"
+    with started([*words, "--port", str(free_port()), *EXTRA], log) as process:
+        student = printed(process, log)["student"]
+        student["served"]["weights"] = str(tmp_path / "weights")
+        recipe = write_recipe(tmp_path, teacher, student=student, overlap=True, max_steps=3)
+        result = CliRunner().invoke(app, ["train", str(recipe), "--quiet"])
+    assert result.exit_code == 0, result.output
+    logs = losses(tmp_path / "run")
+    assert [log["step"] for log in logs] == [1, 2, 3]
+    assert all(log["logprob_gap"] < 0.1 for log in logs)
+    assert all(0.9 < log["importance_ratio"] < 1.1 for log in logs)
+
+
 def wait_for(url: str, process: subprocess.Popen[str]) -> None:
     while True:
         assert process.poll() is None
