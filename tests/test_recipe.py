@@ -367,6 +367,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "temperature": [0.0, -1.0, float("nan"), float("inf")],
     "epsilon": [0.0],
     "max_logprob_gap": [0.0],
+    "max_importance": [0.9, float("inf")],
     "trajectory_weight": [-0.1, float("inf"), float("nan")],
     "position_weight": [-0.1],
     "window_temperature": [-0.1],

@@ -24,10 +24,12 @@ from transformers.utils import logging
 
 from topd.checkpoints import read_lines, trim
 from topd.config import TOPDConfig, _field
-from topd.engines.hf import HFEngine, check_head, head_of
+from topd.engines.door import check_servers
+from topd.engines.hf import check_head
+from topd.engines.opened import open_engines
 from topd.experience import Observer
 from topd.ledger import Ledger, check_run_folder, manifest
-from topd.models import check_context, eos_ids, load_pair, tokenizers_of
+from topd.models import check_context, load_pair, tokenizers_of
 from topd.progress import Phases
 from topd.recipe import Recipe, parse_overrides, read_recipe
 from topd.rollouts import PromptEncoder, fingerprint
@@ -118,22 +120,23 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
         ("student", recipe.student, [len(p.student) for p in prompts]),
         ("teacher", recipe.teacher, [len(p.teacher) for p in prompts]),
     ):
-        check_context(name, spec, max(lengths) + args.max_completion_length + args.window_length)
+        most = max(lengths) + args.max_completion_length + args.window_length
+        check_context(name, spec, most)
+        check_servers(name, spec, tokenizer, most)
     student, teacher = (
         model.eval().to(device) for model in load_pair(recipe.student, recipe.teacher)
     )
     check_head("student", student)
     check_head("teacher", teacher.requires_grad_(False))
     autocast = partial(_autocast, args, device)
-    engine = partial(
-        HFEngine,
-        eos_ids=eos_ids(student, tokenizer),
-        vocab_size=min(head_of(student).vocab_size, head_of(teacher).vocab_size),
-        autocast=autocast,
+    engines = open_engines(
+        (recipe.student, recipe.teacher),
+        (student, teacher),
+        (tokenizer, teacher_tokenizer),
+        args.temperature,
+        autocast,
     )
-    observer = Observer(
-        engine(student, name="student"), engine(teacher, name="teacher"), args, phases
-    )
+    observer = Observer(*engines, args, phases)
     return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast)
 
 

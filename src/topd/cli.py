@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -278,6 +279,75 @@ def _report_findings(checked: list[str], faults: list[str]) -> None:
     if faults:
         raise typer.Exit(1)
     console.print("no fault found", style="green")
+
+
+ServedModel = Annotated[str, typer.Argument(metavar="MODEL", help="As in the recipe.")]
+Host = Annotated[str, typer.Option(help="Address to listen at.")]
+Port = Annotated[int, typer.Option(help="Of the first server; a second has the next one.")]
+Python = Annotated[str, typer.Option(help="A Python that has vLLM; by default this one.")]
+Patience = Annotated[float, typer.Option(help="Seconds until the servers must answer.")]
+
+
+@app.command("serve-teacher", context_settings=EXTRA)
+def serve_teacher(
+    context: typer.Context,
+    model: ServedModel,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    python: Python = "",
+    patience: Patience = 3600,
+) -> None:
+    """Serve a teacher with vLLM, as a recipe's teacher.served wants it; Ctrl-C ends it.
+
+    Further options go to both of its servers, e.g. --tensor-parallel-size 4 --max-model-len 16384
+    --gpu-memory-utilization 0.45. VLLM_API_KEY in the environment becomes their API key; it guards
+    paths below /v1 only, so keep them on loopback or a private network.
+    """
+    kinds = ("completions", "pooling")
+    _serve("teacher", kinds, model, context.args, host, port, python, patience)
+
+
+@app.command("serve-student", context_settings=EXTRA)
+def serve_student(
+    context: typer.Context,
+    model: ServedModel,
+    host: Host = "127.0.0.1",
+    port: Port = 8010,
+    python: Python = "",
+    patience: Patience = 3600,
+) -> None:
+    """Serve a student's rollouts with vLLM, as a recipe's student.served wants it; Ctrl-C ends it.
+
+    Whoever reaches the server can change its weights, key or no key: keep it on loopback or a
+    private network. Further options go to vLLM.
+    """
+    _serve("student", ("rollouts",), model, context.args, host, port, python, patience)
+
+
+def _serve(
+    role: str,
+    kinds: tuple[Any, ...],
+    model: str,
+    extra: list[str],
+    host: str,
+    port: int,
+    python: str,
+    patience: float,
+) -> None:
+    """Run servers, and print the part of a recipe that uses them once they answer."""
+    from topd.serve import run_servers
+
+    with _faults():
+        run_servers(
+            kinds,
+            model,
+            extra,
+            host=host,
+            port=port,
+            python=python or sys.executable,
+            patience=patience,
+            ready=lambda lines: print(f"{role}:\n  path: {model}\n{lines}", flush=True),
+        )
 
 
 @contextmanager

@@ -106,6 +106,13 @@ class TOPDConfig(TrainingArguments):
     )
     log_rollouts: bool = _field(True, "Write every rollout and its guidance to the run folder.")
 
+    overlap: bool = _field(
+        False,
+        "Let the servers write and look ahead for the next update while this one is learned; its "
+        "rollouts are then one update old, and token losses are multiplied by p_now / p_sampling.",
+    )
+    max_importance: float = _field(2.0, "Largest such factor; at least 1.")
+
     # Stop rules: limits as multiples of the best figure at the start of the run; none: no limit
     stop_length: float | None = _field(0.1, "Least mean response length.")
     stop_finished: float | None = _field(0.05, "Least share of responses that end by themselves.")
@@ -240,6 +247,7 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
         lambda x: 0 <= x < float("inf"),
         "must be finite and at least 0",
     ),
+    ("max_importance", lambda x: 1 <= x < float("inf"), "must be finite and at least 1"),
     (
         "max_prompt_length max_completion_length num_generations window_length window_gap "
         "look_ahead_every "

@@ -301,14 +301,32 @@ def update_loss(
         token_loss = args.kd_ratio * token_loss - (1 - args.kd_ratio) * terms.logprob
     if batch["capped"] is not None:
         token_loss = cap_at_medians(token_loss, batch["capped"], batch["lengths"])
+    gain = terms.logprob
+    if args.overlap:
+        ratio = importance(terms.logprob, batch["sampled"], args.max_importance)
+        token_loss, gain = ratio * token_loss, ratio * gain
     loss = (batch["weights"] * token_loss).sum() / max(totals.tokens, 1)
     if batch["advantages"] is not None:
-        loss = loss - (batch["advantages"] * terms.logprob).sum() / max(totals.tokens, 1)
+        loss = loss - (batch["advantages"] * gain).sum() / max(totals.tokens, 1)
     trajectory = soft_target_kl(terms.target_logprobs, batch["target_probabilities"]).sum()
     trajectory = trajectory + learned.branches
     if args.trajectory_weight and totals.guided:
         loss = loss + _trajectory_factor(totals, args) * trajectory
     return loss, trajectory.detach()
+
+
+def importance(
+    logprob: Float[Tensor, " P"], sampled: Float[Tensor, " P"], most: float
+) -> Float[Tensor, " P"]:
+    """p_now / p_sampling of every sampled token, at most ``most``; without gradient.
+
+    Corrects for rollouts that older weights wrote. Source: truncated importance sampling, Ionides,
+    Journal of Computational and Graphical Statistics 17 (2008); a token at a time, as is usual.
+
+    >>> importance(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -4.0]), 2.0)
+    tensor([1., 2.])
+    """
+    return (logprob.detach() - sampled).exp().clamp(max=most)
 
 
 def cap_at_medians(

@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
+from topd.engines.servers import ServedSpec
 from topd.testbed import SCHEME, weights_of
 from topd.types import TOPDError
 
@@ -34,7 +36,7 @@ class ModelSpec(BaseModel):
     package, or ``testbed://FAMILY/ROLE``. ``gguf_file`` names a GGUF file in it, whose weights are
     dequantised. ``eos_token`` replaces the tokenizer's end-of-sequence token. Weights are read from
     safetensors or GGUF, never from a pickle; code of a model repository runs only with
-    ``trust_remote_code``.
+    ``trust_remote_code``. ``served`` says where vLLM serves it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +48,7 @@ class ModelSpec(BaseModel):
     attn_implementation: str | None = None
     eos_token: str | None = None
     trust_remote_code: bool = False
+    served: ServedSpec | None = None
 
     @property
     def place(self) -> str:
@@ -116,6 +119,34 @@ class ModelSpec(BaseModel):
         model = self._load(AutoModelForCausalLM, "weights", **options)
         return _without_quantisation(model) if self.gguf_file else model
 
+    def load_frame(self) -> PreTrainedModel:
+        """What is around the decoder of the model: embeddings, last norm, head; no layer is read.
+
+        Raises TOPDError if they cannot be loaded.
+        """
+        config = self.load_config()
+        text = config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # of the layers that are there and not wanted
+        try:
+            model, report = self._load(
+                AutoModelForCausalLM,
+                "head",
+                config=config,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        if report["missing_keys"]:
+            missing = ", ".join(sorted(report["missing_keys"]))
+            raise TOPDError(f"model {self.path}: its weights lack {missing}.")
+        return model
+
 
 LOADED = (PreTrainedModel, PeftModel)
 ModelSource: TypeAlias = str | Path | ModelSpec | PreTrainedModel | PeftModel
@@ -142,6 +173,7 @@ def tokenizers_of(
     """
     if student is teacher and isinstance(student, LOADED):
         raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
+    _check_served(student, teacher)
     alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or _tokenizer(student)
     theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
@@ -155,12 +187,18 @@ def tokenizers_of(
 def load_pair(
     student: ModelSource, teacher: ModelSource
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Both models, loaded unless they are already; a pair of equal sources is read once."""
+    """Both models, loaded unless they are already; a pair of equal sources is read once.
+
+    Of a served teacher only what is around its decoder.
+    """
     ours = student if isinstance(student, LOADED) else _spec(student).load_model()
     if isinstance(teacher, LOADED):
         return ours, teacher
+    theirs = _spec(teacher)
+    if theirs.served:
+        return ours, theirs.load_frame()
     alike = not isinstance(student, LOADED) and student == teacher
-    return ours, copy.deepcopy(ours) if alike else _spec(teacher).load_model()
+    return ours, copy.deepcopy(ours) if alike else theirs.load_model()
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -214,6 +252,26 @@ def check_embedding_rows(
         raise TOPDError(
             f"{name}: {rows} embedding rows for {needed} tokens of its tokenizer. "
             "Use the tokenizer that belongs to the model."
+        )
+
+
+def _check_served(student: ModelSource, teacher: ModelSource) -> None:
+    """What each role needs of its servers. Raises TOPDError."""
+    if isinstance(teacher, ModelSpec) and teacher.served:
+        if not teacher.served.pooling:
+            raise TOPDError(
+                "teacher.served.pooling: is missing. A teacher's states come from a pooling "
+                "server: start both kinds with topd serve-teacher, and give both URLs."
+            )
+        if teacher.gguf_file:
+            raise TOPDError(
+                "teacher.served: goes with safetensors, of which the head is read here, not with "
+                "gguf_file. Save the model with save_pretrained, and serve that."
+            )
+    if isinstance(student, ModelSpec) and student.served and not student.served.weights:
+        raise TOPDError(
+            "student.served.weights: is missing. Name a folder that training and servers share: "
+            "the student's weights go there after every update."
         )
 
 

@@ -292,7 +292,10 @@ def _first(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{place} is missing."
     fault = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {fault} (given: {first['input']!r})."
+    given = repr(first["input"])
+    if "api_key" in place or "@" in given:
+        given = "not shown"
+    return f"{place}: {fault} (given: {given})."
 
 
 def _lora(path: Path, value: Any) -> LoraConfig | None:

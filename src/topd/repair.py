@@ -214,7 +214,9 @@ def samples_of(
         rollout, t = rollouts[row], starts[k][1]
         n, m = int(windows.student_mask[k].sum()), int(windows.teacher_mask[k].sum())
         hidden = written[k].hidden
-        assert hidden is not None  # continue_from keeps them
+        if hidden is None:  # a served teacher keeps none
+            seen = rollout.prompt.teacher + rollout.response[:t]
+            hidden = observer.teacher.score([seen], [written[k].tokens]).hidden[0]
         head, temperature = observer.teacher.head, args.loss_temperature
         lesson = Lesson(
             rollout.prompt.student + rollout.response[:t],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -27,8 +28,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from topd import checkpoints
+from topd.ahead import Ahead
 from topd.config import TOPDConfig
-from topd.engines.hf import HFEngine, check_head, head_of
+from topd.engines.door import check_servers
+from topd.engines.handover import ServedStudent
+from topd.engines.hf import check_head, head_of
+from topd.engines.opened import open_engines
 from topd.experience import Experience, Observer
 from topd.learning import (
     LearningBatch,
@@ -36,6 +41,7 @@ from topd.learning import (
     Totals,
     can_pack,
     collate,
+    importance,
     inside_forward,
     learning_terms,
     update_loss,
@@ -52,12 +58,12 @@ from topd.ledger import (
 from topd.losses import TokenTerms
 from topd.metrics import Means, measure_experience
 from topd.modelcard import write_model_card
-from topd.models import ModelSource, check_context, eos_ids, load_pair, tokenizers_of
+from topd.models import ModelSource, check_context, load_pair, tokenizers_of
 from topd.progress import Phases
 from topd.rollouts import PromptEncoder, fingerprint
 from topd.tokentext import FILE as TOKENS
 from topd.tokentext import TokenTexts, TokenWriter
-from topd.types import Ids, Prompt, TOPDError
+from topd.types import Ids, Prompt, StoppedError, TOPDError
 from topd.watch import Watch
 
 logger = logging.get_logger(__name__)
@@ -127,7 +133,9 @@ class TOPDTrainer(Trainer):
         )
         train = None if train_dataset is None else self._encode_training(train_dataset, args)
         evaluation = None if eval_dataset is None else self.encoder.encode(eval_dataset)
-        _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
+        most = _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
+        check_servers("student", model, tokenizer, most[0])
+        check_servers("teacher", teacher_model, teacher_tokenizer, most[1])
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             set_seed(args.seed)  # of the adapter's first weights
@@ -161,26 +169,24 @@ class TOPDTrainer(Trainer):
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         check_head("student", student)
         check_head("teacher", teacher)
-        self.observer = self._observer(student, teacher, self.phases)
-        self.evaluator = self._observer(student, teacher, Phases())
+        engines = open_engines(
+            (model, teacher_model),
+            (student, teacher),
+            (tokenizer, teacher_tokenizer),
+            args.temperature,
+            self.accelerator.autocast,
+        )
+        if isinstance(engines[0], ServedStudent) and self.accelerator.num_processes > 1:
+            raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
+        self.observer = Observer(*engines, args, self.phases)
+        self.evaluator = Observer(*engines, args, Phases())
+        self.ahead = Ahead(self.observer) if args.overlap else None
+        self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.watch = Watch(self)
         self.add_callback(self.watch)
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         return self.encoder.encode(rows)
-
-    def _observer(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, phases: Phases
-    ) -> Observer:
-        engine = partial(
-            HFEngine,
-            eos_ids=eos_ids(student, self.processing_class),
-            vocab_size=min(head_of(student).vocab_size, head_of(teacher).vocab_size),
-            autocast=self.accelerator.autocast,
-        )
-        return Observer(
-            engine(student, name="student"), engine(teacher, name="teacher"), self.args, phases
-        )
 
     # The step
 
@@ -191,15 +197,17 @@ class TOPDTrainer(Trainer):
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed where it had ended
             self.control.should_training_stop = True
             return [], None
-        prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        prompts, self.fetched = self.fetched, []
+        if not prompts:
+            prompts, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not prompts:
             return [], None
         flat = [prompt for batch in prompts for prompt in batch]
-        first = self.accelerator.process_index * len(flat)
-        step = self.state.global_step
-        experience = self.observer.observe(
-            flat, step=step, first=first, look_ahead=self.args.looks_ahead(step)
-        )
+        with self._saved_if_stopped():
+            experience = self._experience(flat)
+            if self.ahead and self.state.global_step + 1 < self.state.max_steps:
+                self.fetched, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+                self._begin_next()
         self._record(experience)
         totals = self._totals(experience)
         rows = iter(range(len(flat)))
@@ -208,6 +216,35 @@ class TOPDTrainer(Trainer):
         self.batches = [collate(experience, p, totals, device, packed=packed) for p in parts]
         self.update_loss = torch.zeros((), device=device)
         return self.batches, None
+
+    def _experience(self, prompts: Sequence[Prompt]) -> Experience:
+        """That of this update: gathered beside the one before, or now."""
+        if self.ahead:
+            with self.phases.phase("waiting"):
+                ready = self.ahead.take()
+            if ready is not None:
+                return ready
+        step = self.state.global_step
+        first = self.accelerator.process_index * len(prompts)
+        looks = self.args.looks_ahead(step)
+        return self.observer.observe(prompts, step=step, first=first, look_ahead=looks)
+
+    def _begin_next(self) -> None:
+        """Have the next update's experience gathered while this one is learned."""
+        if self.ahead and self.fetched:  # an epoch's last update has no next one
+            prompts = [prompt for batch in self.fetched for prompt in batch]
+            self.ahead.begin(prompts, step=self.state.global_step + 1)
+
+    @contextmanager
+    def _saved_if_stopped(self) -> Iterator[None]:
+        """Keep what was learned when an experience cannot be had, as when its servers are gone."""
+        try:
+            yield
+        except StoppedError:
+            saves = self.args.save_strategy != "no" and self.state.global_step > 0
+            if saves and self.accelerator.num_processes == 1:  # other ranks may not have stopped
+                self._save_checkpoint(self.model, None)
+            raise
 
     def compute_loss(
         self,
@@ -294,9 +331,13 @@ class TOPDTrainer(Trainer):
             )
         with checkpoints.writing(self.run_folder):
             self._open_folder(checkpoint)
-            result = super().train(
-                resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
-            )
+            try:
+                result = super().train(
+                    resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
+                )
+            finally:
+                if self.ahead:
+                    self.ahead.close()
             self._save_student(self.record)
         return result
 
@@ -422,6 +463,11 @@ class TOPDTrainer(Trainer):
                 "weights, without dropout, or raise the limit."
             )
         self.meter.add("logprob_gap", gap * count, count)
+        if self.args.overlap:
+            ratio = importance(detached.logprob, batch["sampled"], self.args.max_importance)
+            self.meter.add("importance_ratio", ratio.sum(), count)
+            cut = (ratio >= self.args.max_importance).sum()
+            self.meter.add("importance_cut_share", cut, count)
 
     def _record(self, experience: Experience) -> None:
         """Measure an experience and write it to the run folder."""
@@ -484,12 +530,15 @@ def _check_arguments(args: Any, train: Any, evaluation: Any, peft_config: Any) -
 
 def _check_contexts(
     student: ModelSource, teacher: ModelSource, prompts: Sequence[Prompt], args: TOPDConfig
-) -> None:
+) -> tuple[int, int]:
+    """The most tokens that either is asked for at once. Raises TOPDError if they do not fit."""
     longest = [max((len(ids) for ids in side), default=0) for side in _prompt_ids(prompts)]
     for name, model, length in zip(
         ("student", "teacher"), (student, teacher), longest, strict=True
     ):
         check_context(name, model, length + args.max_completion_length)
+    student_most, teacher_most = (length + args.max_completion_length for length in longest)
+    return student_most, teacher_most + args.window_length
 
 
 def _prompt_ids(prompts: Sequence[Prompt]) -> tuple[list[Ids], list[Ids]]:

@@ -38,14 +38,14 @@ class TOPDError(ValueError):
     exit_code = 2
 
 
-NONFINITE, COLLAPSED, DISK, TERMINATED = 3, 4, 5, 75
+NONFINITE, COLLAPSED, DISK, UNREACHABLE, TERMINATED = 3, 4, 5, 6, 75
 
 
 class StoppedError(TOPDError):
     """A run that had to stop before its end, with the reason and how to go on.
 
     The exit code is 3 for a loss or gradient that is not finite, 4 for a stop rule, 5 for a disk
-    that takes no more, 75 for SIGTERM.
+    that takes no more, 6 for servers that do not answer, 75 for SIGTERM.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -129,7 +129,7 @@ class HFEngine:
         tick: Tick = no_tick,
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
-        _check_seeds(seeds, prompts)
+        check_seeds(seeds, prompts)
         if not prompts:
             return []
         width = max(len(prompt) for prompt in prompts)
@@ -157,19 +157,26 @@ class HFEngine:
         cache = DynamicCache(config=self.model.config)
         # Padding stands on the right, where a causal model cannot see it: no mask is needed.
         states = self._forward(self._padded(ids), None, None, cache)
-        tokens = self._padded(responses)
+        width = max(len(response) for response in responses)
         place = self._tensor([len(p) - 1 for p in prompts])[:, None] + torch.arange(
-            tokens.shape[1], device=tokens.device
+            width, device=states.device
         )
         place = place.clamp(max=states.shape[1] - 1)
         hidden = states.gather(1, place[:, :, None].expand(-1, -1, states.shape[-1]))
+        prefix = _Prefix(tuple(prompts), tuple(responses), cache)
+        return self._scores(hidden, responses, temperature, prefix)
+
+    def _scores(
+        self, hidden: Tensor, responses: Sequence[Ids], temperature: float, prefix: object
+    ) -> Scores:
+        """What the states [B T D] that predict the responses say of them."""
+        tokens = self._padded(responses)
         found = linear_logprobs(
             hidden.flatten(0, 1), self.head, tokens.flatten(), temperature=temperature
         )
         logprobs, likeliest = (values.reshape(tokens.shape) for values in found)
         length = self._tensor([len(response) for response in responses])
         outside = torch.arange(tokens.shape[1], device=tokens.device) >= length[:, None]
-        prefix = _Prefix(tuple(prompts), tuple(responses), cache)
         return Scores(hidden, logprobs.masked_fill(outside, 0.0), likeliest, prefix)
 
     @torch.no_grad()
@@ -191,7 +198,7 @@ class HFEngine:
         """
         prefix = scores.prefix
         assert isinstance(prefix, _Prefix)
-        _check_seeds(seeds, starts)
+        check_seeds(seeds, starts)
         if not self._takes_masks(prefix.cache):
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
         with self._evaluating():
@@ -375,7 +382,8 @@ class HFEngine:
         return torch.tensor(values, device=self._eos.device)
 
 
-def _check_seeds(seeds: Sequence[int], rows: Sequence[object]) -> None:
+def check_seeds(seeds: Sequence[int], rows: Sequence[object]) -> None:
+    """Every row has a seed. Raises TOPDError if not."""
     if len(seeds) != len(rows):
         raise TOPDError(f"{len(seeds)} seeds for {len(rows)} rows: give one a row.")
 

@@ -1,0 +1,270 @@
+"""Servers of one model behind HTTP: where they are, and requests that survive the loss of some."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from requests.adapters import HTTPAdapter
+from transformers.utils import logging
+from urllib3.util import Retry
+
+from topd.types import UNREACHABLE, StoppedError, TOPDError
+
+logger = logging.get_logger(__name__)
+
+BUSY = (429, 502, 503, 504)  # answers that another try may better
+CONNECT = 10.0  # seconds
+OTHER = "Give the URL of a vLLM server, started as topd serve-teacher does."
+KEY = "Put its API key into an environment variable and name that in served.api_key_env."
+REMEDIES = {401: KEY, 403: KEY}
+
+
+class ServedSpec(BaseModel):
+    """vLLM servers of a model, as ``topd serve-teacher`` starts them.
+
+    ``completions`` are the URLs of servers that write and tell log-probs, ``pooling`` of those that
+    give last hidden states; several of a kind share the load. ``model`` is the name to ask for,
+    where it is not that of the recipe's path. A student's servers take its weights from the folder
+    ``weights``, which they share with the training. ``api_key_env`` names the environment variable
+    with the API key. A request may take ``timeout`` seconds and is tried ``retries`` times more
+    where a server is busy or away; ``concurrency`` of them are under way at once. Log-probs of a
+    probe may differ by ``tolerance`` nats a token, in the mean; with ``check_whole`` they are also
+    compared with those of the whole model, which is read once for that.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    completions: tuple[str, ...]
+    pooling: tuple[str, ...] = ()
+    model: str | None = None
+    weights: str | None = None
+    api_key_env: str | None = None
+    timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    retries: int = Field(default=3, ge=0)
+    concurrency: int = Field(default=64, ge=1)
+    tolerance: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    check_whole: bool = False
+
+    @field_validator("completions", "pooling", mode="before")
+    @classmethod
+    def _several(cls, urls: Any) -> Any:
+        """A single URL stands for a list of it."""
+        return (urls,) if isinstance(urls, str) else urls
+
+    @field_validator("completions", "pooling")
+    @classmethod
+    def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            _check_url(url)
+        return tuple(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
+
+    @field_validator("completions")
+    @classmethod
+    def _some(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        if not urls:
+            raise ValueError("no server. Give its URL, e.g. http://127.0.0.1:8000")
+        return urls
+
+    @property
+    def api_key(self) -> str | None:
+        """The API key. Raises TOPDError if the environment does not have it."""
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise TOPDError(
+                f"served.api_key_env: the environment variable {self.api_key_env} is not set. "
+                "Put the servers' API key there."
+            )
+        return key
+
+
+def _check_url(url: str) -> None:
+    if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a secret
+        raise ValueError("only http://HOST:PORT/PATH is wanted. A key belongs into api_key_env")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        good = False
+    if not good:
+        raise ValueError(f"{url!r} is no URL of a server. Write http://HOST:PORT")
+
+
+class Request(NamedTuple):
+    """A path and the JSON to post there. Requests of one ``group`` go to one server."""
+
+    path: str
+    body: dict[str, Any]
+    group: int | None = None
+
+
+class Servers:
+    """Equal servers. A request goes where fewest are under way; a server that fails is left out.
+
+    Args:
+        name: what messages call them.
+        urls: where they are.
+        served: key, time limit, tries.
+
+    Every method that sends raises TOPDError where a server refuses a request, and StoppedError
+    where no server is left.
+    """
+
+    def __init__(self, name: str, urls: Sequence[str], served: ServedSpec) -> None:
+        self.name, self.urls, self.served = name, tuple(urls), served
+        self.session = _session(served)
+        self._load = dict.fromkeys(self.urls, 0)  # requests under way at those that have not failed
+        self._failures: dict[str, str] = {}
+        self._lock = Lock()
+
+    def alone(self) -> Iterator[Servers]:
+        """Each that has not failed, by itself."""
+        for url in list(self._load):
+            yield Servers(self.name, [url], self.served)
+
+    @property
+    def model(self) -> dict[str, str]:
+        """The part of a request that names the model; empty where a server has but one."""
+        return {"model": self.served.model} if self.served.model else {}
+
+    def get(self, path: str) -> Any:
+        """The answer, from JSON."""
+        return self._parsed(self._send("GET", path))
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The answer, from JSON."""
+        return self._parsed(self._send("POST", path, body))
+
+    def ask(self, wanted: Sequence[Request]) -> list[Any]:
+        """The answers to all requests, in order, from JSON."""
+        return [self._parsed(answer) for answer in self.fetch(wanted)]
+
+    def post_to_each(self, path: str, body: dict[str, Any] | None = None) -> None:
+        """Send the same to every server, at the same time."""
+        with ThreadPoolExecutor(len(self.urls)) as pool:
+            list(pool.map(lambda url: self._answer("POST", url, path, body), list(self._load)))
+        self._check_left()
+
+    def _parsed(self, answer: bytes) -> Any:
+        try:
+            return json.loads(answer)
+        except ValueError as error:
+            raise TOPDError(
+                f"{self.name}: {', '.join(self.urls)} answer {answer[:80]!r}, which is no JSON. "
+                f"{OTHER}"
+            ) from error
+
+    def fetch(self, wanted: Sequence[Request]) -> list[bytes]:
+        """The answers to all requests, in order."""
+        pool = ThreadPoolExecutor(self.served.concurrency)
+        try:
+            return list(pool.map(lambda request: self._send("POST", *request), wanted))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _send(self, method: str, path: str, body: Any = None, group: int | None = None) -> bytes:
+        while True:
+            with self._chosen(group) as url:
+                answer = self._answer(method, url, path, body)
+            if answer is not None:
+                return answer
+
+    def _answer(self, method: str, url: str, path: str, body: Any) -> bytes | None:
+        """What a server says; None if it fails, which is then left out."""
+        try:
+            answer = self.session.request(
+                method,
+                url + path,
+                json=body,
+                timeout=(CONNECT, self.served.timeout),
+                allow_redirects=False,
+            )
+        except requests.RequestException as error:
+            self._leave_out(url, self._reason(error))
+            return None
+        if answer.status_code == 200:
+            return answer.content
+        said = f"{path} answers {answer.status_code}: {answer.text[:300]}"
+        if answer.status_code < 500:
+            remedy = REMEDIES.get(answer.status_code, OTHER)
+            raise TOPDError(f"{self.name}: {url}{said}. {remedy}")
+        self._leave_out(url, said)
+        return None
+
+    @contextmanager
+    def _chosen(self, group: int | None) -> Iterator[str]:
+        """The server for a request, which counts as under way meanwhile."""
+        with self._lock:
+            self._check_left()
+            urls = list(self._load)
+            url = (
+                min(urls, key=self._load.__getitem__) if group is None else urls[group % len(urls)]
+            )
+            self._load[url] += 1
+        try:
+            yield url
+        finally:
+            with self._lock:
+                if url in self._load:
+                    self._load[url] -= 1
+
+    def _check_left(self) -> None:
+        if not self._load:
+            why = "; ".join(f"{url}: {reason}" for url, reason in self._failures.items())
+            raise StoppedError(
+                f"{self.name}: no server is left. {why}. Start them again; a run that was under "
+                "way goes on with resume_from_checkpoint: last.",
+                UNREACHABLE,
+            )
+
+    def _leave_out(self, url: str, reason: str) -> None:
+        with self._lock:
+            first = self._load.pop(url, None) is not None
+            self._failures[url] = reason
+        if first:
+            logger.error(f"{self.name}: {url} is left out from now on. {reason}")
+
+    def _reason(self, error: requests.RequestException) -> str:
+        cause = getattr(error.args[0], "reason", error) if error.args else error
+        if "Read timed out" in str(cause):
+            return f"no answer within its time limit, served.timeout {self.served.timeout:g} s"
+        return f"{type(cause).__name__}: {cause}"
+
+
+def _session(served: ServedSpec) -> requests.Session:
+    """Connections that are kept; tries with growing pauses, a read that timed out once more."""
+    session = requests.Session()
+    again = Retry(
+        total=served.retries,
+        read=min(1, served.retries),
+        status_forcelist=BUSY,
+        allowed_methods=None,
+        backoff_factor=0.5,
+        backoff_jitter=0.5,
+    )
+    adapter = HTTPAdapter(pool_maxsize=served.concurrency, max_retries=again)
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    session.auth = _signed(served.api_key)
+    return session
+
+
+def _signed(key: str | None) -> Callable[[requests.PreparedRequest], requests.PreparedRequest]:
+    """As an auth hook, before which no .netrc comes."""
+
+    def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    return sign

@@ -1,0 +1,280 @@
+"""The served engine: a teacher that vLLM servers read and write, token ids in and out.
+
+A teacher needs two kinds of servers. *Completions* servers write windows, behind prefixes that
+their prefix cache knows; *pooling* servers give the last hidden states of scored texts, D numbers
+a token instead of V. The teacher's head and input embeddings are in this process, so that the
+loss sees its whole distribution; its decoder is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from topd.engines import Scores, Tick, no_tick
+from topd.engines.hf import HFEngine, check_seeds
+from topd.engines.servers import Request, ServedSpec, Servers
+from topd.types import Effort, Generation, Ids, Sampling, TOPDError
+
+COMPLETIONS, POOLING = "/v1/completions", "/pooling"
+WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """What ``continue_from`` needs: the texts. The servers' prefix caches have the rest."""
+
+    prompts: tuple[Ids, ...]
+    responses: tuple[Ids, ...]
+
+
+class TopScores(NamedTuple):
+    """What a model says of a text's tokens but the first, in nats: L - 1 of them.
+
+    ``logprobs`` [L-1] of the tokens that stand there; ``tokens`` and ``top`` [L-1 k] of the
+    likeliest there.
+    """
+
+    logprobs: Float[Tensor, " L"]
+    tokens: Int[Tensor, "L k"]
+    top: Float[Tensor, "L k"]
+
+
+class Completions:
+    """Texts from completions servers.
+
+    Log-probs are the model's own, those of temperature 1, whatever a text is sampled at.
+
+    Args:
+        servers: vLLM's OpenAI-compatible API.
+        ends: tokens that end a text.
+        vocab_size: tokens from this one on are an error.
+    """
+
+    def __init__(self, servers: Servers, ends: Iterable[int], vocab_size: int) -> None:
+        self.servers, self.ends, self.vocab_size = servers, frozenset(ends), vocab_size
+
+    def write(
+        self, groups: Sequence[Sequence[Ids]], sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Generation]]:
+        """What comes behind every text; those of a group share a prefix and go to one server.
+
+        Greedy texts of a group are one request, in the order of their length: what one has left in
+        the prefix cache the next one finds there. Sampled ones are a request each, with their seed.
+        """
+        wanted, sizes = [], []
+        for number, (texts, own) in enumerate(zip(groups, seeds, strict=True)):
+            sizes.append(len(texts))
+            if sampling.temperature == 0:
+                wanted.append(self._request(texts, sampling, own[0]))
+                continue
+            for text, seed in zip(texts, own, strict=True):
+                wanted.append(self._request([text], sampling, seed, group=number))
+        written = iter([g for a in self.servers.ask(wanted) for g in self._generations(a)])
+        return [[next(written) for _ in range(size)] for size in sizes]
+
+    def write_each(
+        self, texts: Sequence[Ids], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
+        """What comes behind texts that share nothing."""
+        body = [self._request([t], sampling, s) for t, s in zip(texts, seeds, strict=True)]
+        return [g for answer in self.servers.ask(body) for g in self._generations(answer)]
+
+    def read(self, texts: Sequence[Ids], k: int) -> list[TopScores]:
+        """The log-probs of given texts and of the ``k`` likeliest tokens at each place."""
+        once = Sampling(temperature=0, max_new_tokens=1)
+        wanted = [self._request([text], once, 0, prompt_logprobs=k) for text in texts]
+        return [
+            _top_scores(answer["choices"][0]["prompt_logprobs"], text, k)
+            for answer, text in zip(self.servers.ask(wanted), texts, strict=True)
+        ]
+
+    def _request(
+        self,
+        texts: Sequence[Ids],
+        sampling: Sampling,
+        seed: int,
+        group: int | None = None,
+        **more: Any,
+    ) -> Request:
+        """Everything is said: no default of a server or of its model counts."""
+        body = {
+            "prompt": [list(text) for text in texts],
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": 0,
+            "repetition_penalty": 1,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "seed": seed,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "ignore_eos": True,  # the server's idea of it
+            "stop_token_ids": sorted(self.ends),
+            **self.servers.model,
+            **more,
+        }
+        return Request(COMPLETIONS, body, group)
+
+    def _generations(self, answer: Any) -> Iterable[Generation]:
+        for choice in answer["choices"]:
+            tokens = choice.get("token_ids")
+            if tokens is None or choice["finish_reason"] not in ("stop", "length"):
+                raise TOPDError(
+                    f"{self.servers.name}: no whole answer (token_ids {tokens}, finish_reason "
+                    f"{choice['finish_reason']!r}). Use vLLM 0.11 or later, and nothing that "
+                    "interrupts it."
+                )
+            if max(tokens) >= self.vocab_size:
+                raise TOPDError(
+                    f"{self.servers.name}: wrote token {max(tokens)} of a vocabulary of "
+                    f"{self.vocab_size}. It serves another model."
+                )
+            logprobs, behind = choice["logprobs"]["token_logprobs"], len(tokens) - 1
+            ended = tokens[-1] in self.ends
+            yield Generation(tuple(tokens), tuple(logprobs), ended, effort=Effort(behind, behind))
+
+
+def _top_scores(places: Sequence[Any], text: Ids, k: int) -> TopScores:
+    """From vLLM's mapping of token to log-prob and rank at each place; the first has none."""
+    logprobs, tokens, top = [], [], []
+    for place, token in zip(places[1:], text[1:], strict=True):
+        ranked = sorted(place.items(), key=lambda entry: entry[1]["rank"])[:k]
+        logprobs.append(place[str(token)]["logprob"])
+        tokens.append([int(t) for t, _ in ranked])
+        top.append([entry["logprob"] for _, entry in ranked])
+    count = len(logprobs)
+    return TopScores(
+        torch.tensor(logprobs),
+        torch.tensor(tokens, dtype=torch.long).reshape(count, -1),
+        torch.tensor(top).reshape(count, -1),
+    )
+
+
+class VLLMEngine(HFEngine):
+    """A model on vLLM servers; of ``model`` only head and embeddings are used.
+
+    Args:
+        model: see :meth:`~topd.models.ModelSpec.load_frame`.
+        path: what messages call its weights.
+        served: where the servers are.
+        eos_ids, vocab_size, name, autocast: as in HFEngine.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, path: str, served: ServedSpec, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        self.path = path
+        self.completions = Completions(
+            Servers(f"{self.name} (completions)", served.completions, served),
+            self._ends,
+            self.vocab_size,
+        )
+        self.pooling = Servers(f"{self.name} (pooling)", served.pooling, served)
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
+        check_seeds(seeds, prompts)
+        return self.completions.write_each(prompts, sampling, seeds)
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], *, temperature: float = 1.0
+    ) -> Scores:
+        """Log-probs and last hidden states of responses. See :class:`~topd.engines.Engine`.
+
+        The hidden states come over the wire in the head's own dtype.
+        """
+        states = self.states(
+            [(p + r)[:-1] for p, r in zip(prompts, responses, strict=True)], self.pooling
+        )
+        hidden = torch.nn.utils.rnn.pad_sequence(
+            [h[len(p) - 1 :] for h, p in zip(states, prompts, strict=True)], batch_first=True
+        ).to(self.model.device)
+        prefix = _Prefix(tuple(prompts), tuple(responses))
+        with self._evaluating():
+            return self._scores(hidden, responses, temperature, prefix)
+
+    def score_top(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], k: int
+    ) -> list[TopScores]:
+        """The responses' log-probs and the ``k`` likeliest tokens, as a completions server says.
+
+        A part of the distribution, and more bytes than hidden states for a ``k`` that matters: the
+        check at the door and the measurement of what is sent use it, no loss does.
+        """
+        read = self.completions.read([p + r for p, r in zip(prompts, responses, strict=True)], k)
+        starts = [len(prompt) - 1 for prompt in prompts]
+        return [TopScores(*(x[t:] for x in row)) for row, t in zip(read, starts, strict=True)]
+
+    def states(self, texts: Sequence[Ids], servers: Servers) -> list[Float[Tensor, "L D"]]:
+        """Last hidden states of whole texts. Raises TOPDError if they do not fit the head."""
+        dtype, width = self.head.weight.dtype, self.head.weight.shape[1]
+        body = {
+            "task": "token_embed",
+            "use_activation": False,
+            "encoding_format": "bytes_only",
+            "embed_dtype": WIRE[dtype],
+            "endianness": "little",
+            **servers.model,
+        }
+        answers = servers.fetch([Request(POOLING, {"input": list(t), **body}) for t in texts])
+        for answer, text in zip(answers, texts, strict=True):
+            if len(answer) != len(text) * width * dtype.itemsize:
+                raise TOPDError(
+                    f"{servers.name}: {len(answer)} bytes for {len(text)} tokens, where states of "
+                    f"width {width} have {len(text) * width * dtype.itemsize}. It serves another "
+                    "model, or was not started for token_embed."
+                )
+        return [torch.frombuffer(bytearray(a), dtype=dtype).view(-1, width) for a in answers]
+
+    def continue_from(
+        self,
+        scores: Scores,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        rejoin: int = 0,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Continue scored responses from (row, token) pairs. See :class:`~topd.engines.Engine`.
+
+        Windows are written to their end: ``rejoin`` changes nothing. Hidden states are not kept.
+        """
+        prefix = scores.prefix
+        assert isinstance(prefix, _Prefix)
+        check_seeds(seeds, starts)
+        rows: dict[int, list[int]] = {}
+        for k in sorted(range(len(starts)), key=starts.__getitem__):
+            rows.setdefault(starts[k][0], []).append(k)
+        written = self.completions.write(
+            [
+                [prefix.prompts[b] + prefix.responses[b][: starts[k][1]] for k in row]
+                for b, row in rows.items()
+            ],
+            sampling,
+            [[seeds[k] for k in row] for row in rows.values()],
+        )
+        found = {
+            k: window
+            for row, windows in zip(rows.values(), written, strict=True)
+            for k, window in zip(row, windows, strict=True)
+        }
+        return [found[k] for k in range(len(starts))]

@@ -1,0 +1,156 @@
+"""A server that answers as vLLM does, on a tiny model: for what must not take half a minute."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from topd.engines.hf import HFEngine
+from topd.types import Sampling
+
+
+@dataclass
+class Fake:
+    """What the server is and does; tests change it while it runs.
+
+    ``statuses`` are answered first, one a request. ``sharpened`` log-probs are those of the
+    temperature that a text is written at; ``noise`` is added to those that are read, another time
+    with another sign. With ``loads`` off it only says that it has loaded weights.
+    """
+
+    engine: HFEngine
+    tokenizer: PreTrainedTokenizerBase
+    name: str = "teacher"
+    room: int = 512
+    delay: float = 0.0
+    statuses: list[int] = field(default_factory=list)
+    key: str | None = None
+    sharpened: bool = False
+    noise: float = 0.0
+    finish: str = "stop"
+    loads: bool = True
+    url: str = ""
+    seen: Counter[str] = field(default_factory=Counter)
+    order: list[str] = field(default_factory=list)
+    bodies: list[dict[str, Any]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(self, path: str, body: dict[str, Any]) -> Any:
+        """JSON, or bytes."""
+        if path == "/v1/models":
+            return {"data": [{"id": f"some/{self.name}", "root": "", "max_model_len": self.room}]}
+        if path == "/tokenize":
+            return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]}
+        if path == "/pooling":
+            return self.states(body)
+        if path == "/collective_rpc" and self.loads:
+            assert body["method"] == "take_weights"
+            self.engine.model.load_state_dict(load_file(f"{body['args'][0]}/model.safetensors"))
+        if path != "/v1/completions":
+            return {}
+        return {"choices": [self.written(tuple(ids), body) for ids in body["prompt"]]}
+
+    def states(self, body: dict[str, Any]) -> bytes:
+        assert (body["task"], body["use_activation"]) == ("token_embed", False)
+        assert (body["encoding_format"], body["endianness"]) == ("bytes_only", "little")
+        ids = torch.tensor([body["input"]])
+        with torch.no_grad():
+            states = self.engine.model.get_decoder()(input_ids=ids).last_hidden_state[0]
+        return states.to(getattr(torch, body["embed_dtype"])).numpy().tobytes()
+
+    def written(self, ids: tuple[int, ...], body: dict[str, Any]) -> dict[str, Any]:
+        assert (body["ignore_eos"], body["return_token_ids"]) == (True, True)
+        top_k = max(body["top_k"], 0)
+        sampling = Sampling(body["temperature"], body["top_p"], top_k, body["max_tokens"])
+        with self.lock:
+            (found,) = self.engine.generate([ids], sampling, [body["seed"]])
+            told = self.engine.score([ids], [found.tokens]).logprobs[0].tolist()
+            choice = {
+                "token_ids": list(found.tokens),
+                "finish_reason": self.finish if found.finished else "length",
+                "logprobs": {"token_logprobs": found.logprobs if self.sharpened else told},
+            }
+            if "prompt_logprobs" in body:
+                choice["prompt_logprobs"] = [None, *self.read(ids, body["prompt_logprobs"])]
+        return choice
+
+    def read(self, ids: tuple[int, ...], k: int) -> Iterator[dict[str, Any]]:
+        hidden = self.engine.score([ids[:1]], [ids[1:]]).hidden[0]
+        self.noise = -self.noise
+        logprobs = self.engine.head.logits(hidden).detach().log_softmax(-1) + self.noise
+        for row, token in zip(logprobs, ids[1:], strict=True):
+            ranks = row.argsort(descending=True).argsort() + 1
+            kept = {token, *row.topk(k).indices.tolist()}
+            yield {str(t): {"logprob": float(row[t]), "rank": int(ranks[t])} for t in kept}
+
+
+@contextmanager
+def running(fake: Fake) -> Iterator[Fake]:
+    """The server on a port of its own, its URL in ``fake.url``."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_POST()
+
+        def do_POST(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length) or "{}")
+            fake.seen[self.path] += 1
+            fake.order.append(self.path)
+            fake.bodies.append(body)
+            time.sleep(fake.delay)
+            if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
+                return self.reply(401, b"who are you?")
+            status = fake.statuses.pop(0) if fake.statuses else 200
+            if status != 200:
+                return self.reply(status, b"not now")
+            answer = fake.answer(self.path, body)
+            self.reply(200, answer if isinstance(answer, bytes) else json.dumps(answer).encode())
+
+        def reply(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            if status == 307:
+                self.send_header("Location", "http://elsewhere.invalid/")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def handle_one_request(self) -> None:
+            try:
+                super().handle_one_request()
+            except (BrokenPipeError, ConnectionResetError):  # who asked has gone
+                self.close_connection = True
+
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
+    fake.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def another(fake: Fake, **changes: Any) -> Fake:
+    """One more like it, with records of its own."""
+    fresh = {"seen": Counter(), "bodies": [], "order": [], "lock": threading.Lock(), "statuses": []}
+    return replace(fake, **{**fresh, **changes})
