@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
 from transformers import Trainer, TrainerCallback
@@ -214,8 +215,8 @@ def main(
     cases = {
         name: Case(name, models, batch, tokens, window, fraction, checkpointing) for name in names
     }
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"] = folder  # where every trainer puts its run folder
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TMPDIR=folder):
+        # every trainer puts its run folder there
         student = in_fresh_process(warm_student, folder) if models == "testbed" else ""
         steps = measure(cases, runs, student)
     found = summary({name: [step["seconds"] for step in own] for name, own in steps.items()})

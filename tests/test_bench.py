@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ def test_growth_has_every_phase_at_every_size(tmp_path):
 
 
 def test_a_step_of_four_trainers_each_in_its_own_process(tmp_path):
+    before = dict(os.environ)
     found = run("step", tmp_path)["results"]
+    assert dict(os.environ) == before  # else whoever comes next has no TMPDIR
     assert list(found) == list(step.ARMS["tiny"])
     for figures in found.values():
         assert 0 < figures["phases"]["rollouts"] < figures["seconds"]

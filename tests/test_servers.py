@@ -659,7 +659,10 @@ def test_a_stale_token_counts_by_its_importance():
         ({"method": "teachability"}, "overlap: method: teachability looks"),
     ],
 )
-def test_overlap_is_refused_where_something_looks_at_the_student(overlapping, changes, said):
+def test_overlap_is_refused_where_something_looks_at_the_student(
+    overlapping, changes, said, monkeypatch
+):
+    monkeypatch.delattr("topd.trainer.load_pair")  # before a model is loaded
     with pytest.raises(TOPDError, match=said):
         run_recipe(overlapping("run", overlap=True, **changes), quiet=True)
 

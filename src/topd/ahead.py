@@ -7,8 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from topd.config import TOPDConfig
 from topd.engines.handover import ServedStudent
-from topd.engines.vllm import VLLMEngine
 from topd.experience import Experience, Observer
+from topd.models import ModelSource, ModelSpec
 from topd.progress import Phases
 from topd.types import Prompt, TOPDError
 
@@ -20,19 +20,15 @@ class Ahead:
     when they are learned from.
 
     Args:
-        observer: whose student and teacher are both served.
-
-    Raises:
-        TOPDError: something in ``observer`` would read the student while it is trained.
+        observer: whose student and teacher are both served, as ``check_overlap`` makes sure.
     """
 
     def __init__(self, observer: Observer) -> None:
-        student, teacher, args = observer.student, observer.teacher, observer.args
-        if not isinstance(student, ServedStudent) or not isinstance(teacher, VLLMEngine):
-            raise TOPDError("overlap: needs student.served and teacher.served, both in a recipe.")
-        _check(args)
-        self._student = student
-        self._observer = Observer(student, teacher, args, Phases())  # not the main thread's clock
+        assert isinstance(observer.student, ServedStudent)
+        self._student = observer.student
+        self._observer = Observer(  # not on the main thread's clock
+            observer.student, observer.teacher, observer.args, Phases()
+        )
         self._pool = ThreadPoolExecutor(1)
         self._found: Future[Experience] | None = None
 
@@ -60,7 +56,10 @@ class Ahead:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check(args: TOPDConfig) -> None:
+def check_overlap(student: ModelSource, teacher: ModelSource, args: TOPDConfig) -> None:
+    """Make sure that nothing would read the student while it is trained. Raises TOPDError."""
+    if not all(isinstance(model, ModelSpec) and model.served for model in (student, teacher)):
+        raise TOPDError("overlap: needs student.served and teacher.served, both in a recipe.")
     if args.learns_from_answers:
         raise TOPDError("overlap: a warm start has no rollouts to gather. Set overlap: false.")
     method = args.guidance_method()

@@ -106,6 +106,7 @@ class TOPDConfig(TrainingArguments):
     )
     log_rollouts: bool = _field(True, "Write every rollout and its guidance to the run folder.")
 
+    # Served rollouts
     overlap: bool = _field(
         False,
         "Let the servers write and look ahead for the next update while this one is learned; its "

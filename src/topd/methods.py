@@ -84,7 +84,8 @@ def first_fork(
 
     At the first real point t of a rollout the student learns the teacher's window in the teacher's
     own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses behind t
-    count ``after`` times: there the rollout is off the teacher's path, as is the teacher's advice.
+    count ``after`` times: there the rollout is off the teacher's path, as is the teacher's advice;
+    with 0 the student does not even read them.
     Meant with candidates by ``candidate_loss: surprise`` above a ``candidate_threshold``, and
     ``false_alarm_share: 0``. Source: this project.
     """

@@ -28,7 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from topd import checkpoints
-from topd.ahead import Ahead
+from topd.ahead import Ahead, check_overlap
 from topd.config import TOPDConfig
 from topd.engines.door import check_servers
 from topd.engines.handover import ServedStudent
@@ -123,6 +123,8 @@ class TOPDTrainer(Trainer):
         )
         if args.eval_strategy != "no" and eval_dataset is None:
             raise TOPDError("eval_strategy: needs data: give eval_dataset (eval_data in a recipe).")
+        if args.overlap:
+            check_overlap(model, teacher_model, args)
         self.encoder = PromptEncoder(
             tokenizer,
             teacher_tokenizer,

@@ -74,7 +74,8 @@ class Engine(Protocol):
     ) -> list[Generation]:
         """Continue scored response ``b`` from before its token ``t``, for every (b, t).
 
-        The hidden states of what it writes are kept, as those of a scored response are. With
+        The hidden states of what it writes are kept, as those of a scored response are, where the
+        engine has them at hand; else they are None, and scored when they are needed. With
         ``rejoin`` above 0 a window whose last so many tokens are the response's stops, and takes
         its rest from there: no longer exact.
         """
