@@ -1,13 +1,26 @@
 """docs/evidence.md from the committed results: ``python -m bench.evidence``."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+
+def _alone(window: int, until: int, more: str = "") -> str:
+    """The words of a comparison of OPD and the default alone, on more problems."""
+    fork = "method: first_fork, candidate_loss: surprise, false_alarm_share: 0.0"
+    size = f"window_length: {window}, look_ahead_until: {until}"
+    arms = f"{{opd: {{method: opd}}, first_fork: &d {{{fork}, {size}}}{more}}}"
+    return f'--evaluation.limit 400 --compare.sweeps "[]" --compare.arms "{arms}"'
+
+
 RESULTS = Path("docs/results")
 FAMILIES = ("arithmetic", "programs", "logic")
-SHOWN = ("topd", "window_sft", "first_fork", "first_fork, every update")
+SHOWN = ("topd", "window_sft", "first_fork", "first_fork, K 24", "first_fork, every update")
+DEFAULT = {
+    "programs": _alone(12, 70, ", 'first_fork, every update': {<<: *d, look_ahead_until: 140}"),
+    "logic": _alone(24, 40),
+}
 Found = Mapping[str, Any]
 
 
@@ -16,10 +29,19 @@ def main() -> None:
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     parts = [text.strip()]
     compared, detected = _read("compare"), _read("detectors")
-    parts.append("\n".join(overview(compared)))
-    parts += ["\n".join(comparison(*found)) for found in compared.items()]
+    parts.append("\n".join(overview([*compared.items(), *_read("default").items()])))
+    for family, found in compared.items():
+        parts.append("\n".join(comparison(family.capitalize(), _command(family), found)))
+    for family, found in _read("default").items():
+        title = f"The default on {family}, and what fits into 1.2 times OPD's time"
+        command = f"{_command(family)} {DEFAULT[family]}"
+        parts.append("\n".join(comparison(title, command, found)))
     parts += ["\n".join(detectors(*found)) for found in detected.items()]
     Path("docs/evidence.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _command(family: str) -> str:
+    return f"topd compare recipes/testbed/{family}.yaml"
 
 
 def _read(kind: str) -> dict[str, Found]:
@@ -28,31 +50,31 @@ def _read(kind: str) -> dict[str, Found]:
     return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
 
 
-def overview(compared: Mapping[str, Found]) -> Iterator[str]:
+def overview(compared: Iterable[tuple[str, Found]]) -> Iterator[str]:
     """The gains of the arms that matter most, in every family."""
     yield "## In short: gains over OPD, in points"
     yield ""
     yield "| family | warm start | opd | arm | greedy | pass@1 | time |"
     yield "|---|---|---|---|---|---|---|"
-    for family, found in compared.items():
+    for family, found in compared:
         base, summary = found["baseline"], found["summary"]
         levels = [
             " / ".join(_percent(scores[score]) for score in ("greedy", "pass@1"))
             for scores in (found["starts"]["warm start"], summary[base])
         ]
-        for arm in SHOWN:
+        for arm in filter(summary.get, SHOWN):
             gains = [_gain(summary[arm][f"{score}_vs_{base}"]) for score in ("greedy", "pass@1")]
             cells = [family, *levels, arm, *gains, f"{summary[arm]['seconds_ratio']:.2f} x"]
             yield f"| {' | '.join(cells)} |"
 
 
-def comparison(name: str, found: Found) -> Iterator[str]:
+def comparison(title: str, command: str, found: Found) -> Iterator[str]:
     """One family's arms."""
     base, summary = found["baseline"], found["summary"]
     problems = summary[base]["greedy"]["problems"]
-    yield f"## {name.capitalize()}: {len(found['seeds'])} seeds, {problems} test problems"
+    yield f"## {title}: {len(found['seeds'])} seeds, {problems} test problems"
     yield ""
-    yield f"`topd compare recipes/testbed/{name}.yaml`"
+    yield f"`{command}`"
     yield ""
     over = f"over {base} | in its time"
     yield f"| arm | greedy | {over} | pass@1 | {over} | time | teacher tokens |"

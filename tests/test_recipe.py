@@ -379,6 +379,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "window_length": [0],
     "window_gap": [0],
     "look_ahead_every": [0],
+    "look_ahead_until": [0],
     "window_rejoin": [-1],
     "chunk_tokens": [0],
     "score_batch_size": [0],

@@ -209,6 +209,10 @@ def test_updates_between_those_that_look_ahead_are_opd(tmp_path):
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["topd/candidates"] > 0 for log in logs] == [True, False, False, True]
     assert [log["topd/teacher_tokens"] > 0 for log in logs] == [True, False, False, True]
+    early = make(tmp_path / "early", **options | {"look_ahead_every": 1, "look_ahead_until": 2})
+    early.train()
+    logs = [log for log in early.state.log_history if "loss" in log]
+    assert [log["topd/candidates"] > 0 for log in logs] == [True, True, False, False]
     other = make(tmp_path / "kl_top", **options | {"method": "kl_top", "max_steps": 2})
     other.train()
     lines = (tmp_path / "kl_top" / "guidance.jsonl").read_text().splitlines()

@@ -78,6 +78,9 @@ class TOPDConfig(TrainingArguments):
     look_ahead_every: int = _field(
         1, "Updates from one that looks ahead to the next; those between are plain OPD."
     )
+    look_ahead_until: int | None = _field(
+        None, "Updates from this one on are plain OPD; none: all look ahead."
+    )
     window_temperature: float = _field(0.0, "Of the teacher's windows; 0 is greedy.")
 
     # Transport and verdict
@@ -204,7 +207,10 @@ class TOPDConfig(TrainingArguments):
 
     def looks_ahead(self, step: int) -> bool:
         """Whether update ``step`` is guided by the method; else it is plain OPD."""
-        return not METHODS[self.method].looks_ahead or step % self.look_ahead_every == 0
+        if not METHODS[self.method].looks_ahead:
+            return True
+        until = self.look_ahead_until
+        return step % self.look_ahead_every == 0 and (until is None or step < until)
 
     @property
     def divergence(self) -> Kind:
@@ -251,7 +257,7 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
     ("max_importance", lambda x: 1 <= x < float("inf"), "must be finite and at least 1"),
     (
         "max_prompt_length max_completion_length num_generations window_length window_gap "
-        "look_ahead_every "
+        "look_ahead_every look_ahead_until "
         "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
         "gradient_accumulation_steps stop_patience",
         lambda x: x >= 1,
