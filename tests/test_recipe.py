@@ -14,7 +14,7 @@ from topd import TOPDConfig
 from topd.config import _RULES
 from topd.data import DataSpec
 from topd.models import ModelSpec
-from topd.recipe import parse_overrides, read_recipe
+from topd.recipe import parse_overrides, read_mapping, read_recipe
 from topd.types import TOPDError
 from topd.warmstart import WarmstartConfig
 
@@ -271,6 +271,11 @@ def test_a_key_that_stands_twice_is_refused_with_its_line(write, text):
 def test_a_key_that_stands_twice_beside_a_merge_is_refused(write):
     text = "student: &m {dtype: float32}\nteacher: {<<: *m, path: a, path: b}\n"
     says(refusal(write(text)), "a key twice", "line 2")
+
+
+def test_what_was_merged_may_be_merged_again(write):
+    text = "a: &a {x: 1, y: 1}\nb: &b {<<: *a, y: 2}\nc: {<<: *b, y: 3}\n"
+    assert read_mapping(write(text))["c"] == {"x": 1, "y": 3}
 
 
 def test_a_missing_recipe_is_named(tmp_path):
