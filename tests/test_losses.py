@@ -21,6 +21,7 @@ from topd.losses import (
     Upstream,
     linear_logprobs,
     linear_token_divergence,
+    linear_token_statistics,
     linear_token_terms,
     sampled_divergence,
     soft_target_kl,
@@ -293,6 +294,7 @@ def test_different_vocabularies_are_an_error_that_says_the_remedy():
 def test_expectation_of_the_sampled_divergence_is_the_reverse_kl(kind):
     student, teacher = pair(4, 11)
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    assert torch.equal(sampled_divergence(log_s, log_t), log_s - log_t)  # k1
     mean = (log_s.exp() * sampled_divergence(log_s, log_t, kind=kind)).sum(-1)
     torch.testing.assert_close(mean, token_divergence(student, teacher))
 
@@ -672,11 +674,107 @@ def test_linear_logprobs_equal_the_full_log_softmax(chunk_tokens):
     assert (best == full.argmax(-1)).all()
 
 
+def test_logprobs_by_default_are_at_temperature_1():
+    hidden, head, _, _ = linear_case()
+    tokens = torch.arange(P) % V
+    found, _ = linear_logprobs(hidden, head, tokens)
+    full = naive_logits(hidden, head).log_softmax(-1)
+    torch.testing.assert_close(found, full[torch.arange(P), tokens])
+
+
+@untyped
+def test_logprobs_of_fewer_states_than_tokens_are_an_error():
+    hidden, head, _, _ = linear_case()
+    with pytest.raises(ValueError, match="zip"):
+        linear_logprobs(hidden[:-1], head, torch.zeros(P, dtype=torch.long), chunk_tokens=1)
+
+
 def test_logprobs_of_a_bfloat16_head_are_float32():
     hidden, head, _, _ = linear_case()
     narrow = Head(head.weight.bfloat16(), head.bias.bfloat16())
     found, _ = linear_logprobs(hidden.bfloat16(), narrow, torch.zeros(P, dtype=torch.long))
     assert found.dtype == torch.float32
+
+
+def full_divergence(**options) -> Tensor:
+    return token_divergence(*pair(3, 7), **options)
+
+
+def divergence_of_few(**options) -> Tensor:
+    student, teacher = pair(3, 7)
+    return topk_divergence(student, *top_of(teacher, 4), **options)
+
+
+def divergence_of_heads(**options) -> Tensor:
+    return linear_token_divergence(*linear_case(), **options)
+
+
+def divergence_of_terms(**options) -> Tensor:
+    none = torch.zeros(P, 0, dtype=torch.long)
+    return linear_token_terms(*linear_case(), torch.zeros(P).long(), none, **options).divergence
+
+
+@pytest.mark.parametrize(
+    "divergence", [full_divergence, divergence_of_few, divergence_of_heads, divergence_of_terms]
+)
+def test_a_divergence_is_by_default_reverse_kl_at_temperature_1_and_the_even_jsd(divergence):
+    said = divergence(kind="reverse_kl", temperature=1.0)
+    assert torch.equal(divergence(), said)
+    assert not torch.equal(divergence(kind="forward_kl"), said)
+    even = divergence(kind="jsd", beta=0.5, temperature=1.0)
+    assert torch.equal(divergence(kind="jsd"), even)
+    assert not torch.equal(divergence(kind="jsd", beta=0.6), even)
+
+
+# ---- linear_token_statistics --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize(("candidates", "temperature"), [(1, 1.0), (2, 0.6), (4, 1.7), (100, 0.6)])
+def test_statistics_equal_those_of_one_token_after_another(candidates, temperature, chunk_tokens):
+    """Of a head with padded rows, which are no tokens."""
+    h, s, g, t = linear_case(student_pad=3)
+    found = linear_token_statistics(
+        h, s, g, t, temperature=temperature, candidates=candidates, chunk_tokens=chunk_tokens
+    )
+    expected = []
+    for ours, theirs in zip(naive_logits(h, s), naive_logits(g, t), strict=True):
+        p, q = (softmax(x.detach().double().numpy() / temperature) for x in (ours, theirs))
+        likely = set(np.argsort(-p)[:candidates])
+        union = sorted(likely | set(np.argsort(-q)[:candidates]))
+        inner = kl(q[union] / q[union].sum(), p[union] / p[union].sum())
+        entropy = -sum(x * math.log(x) for x in p)
+        expected.append([kl(p, q), entropy, inner, sum(q[v] for v in likely)])
+    assert found.shape == (4, P)
+    torch.testing.assert_close(found.mT.double(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_statistics_by_default_look_at_sixteen_tokens_at_temperature_1():
+    h, s, g, t = linear_case()
+    wide = [Head(torch.cat([x.weight] * 3) * torch.linspace(0, 1, 3 * V)[:, None]) for x in (s, t)]
+    found = linear_token_statistics(h, wide[0], g, wide[1])
+    said = linear_token_statistics(h, wide[0], g, wide[1], candidates=16, temperature=1.0)
+    other = linear_token_statistics(h, wide[0], g, wide[1], candidates=15)
+    assert torch.equal(found, said)
+    assert not torch.equal(found, other)
+
+
+def test_statistics_survive_a_token_that_cannot_be():
+    """A bias of -inf bars it from both: its probability is 0 and adds nothing."""
+    h, s, g, t = linear_case()
+    barred = [torch.zeros(V, dtype=torch.float64).index_fill(0, torch.tensor([2]), -math.inf)] * 2
+    heads = [Head(x.weight, bias) for x, bias in zip((s, t), barred, strict=True)]
+    found = linear_token_statistics(h, heads[0], g, heads[1], candidates=V)
+    kept = torch.tensor([v for v in range(V) if v != 2])
+    without = [Head(x.weight[kept]) for x in (s, t)]
+    expected = linear_token_statistics(h, without[0], g, without[1], candidates=V)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"chunk_tokens": 0}])
+def test_statistics_refuse_options_out_of_range(options):
+    with pytest.raises(TOPDError, match=next(iter(options))):
+        linear_token_statistics(*linear_case(), **options)
 
 
 class Memory(TorchDispatchMode):
@@ -756,6 +854,8 @@ def test_trajectory_loss_by_hand():
     second = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     found = trajectory_loss(logprobs, targets, mask)
     assert found.item() == pytest.approx((first + second) / 2, abs=1e-14)
+    alone = trajectory_loss(logprobs, targets, torch.tensor([[True, False, False]]))
+    assert alone.item() == pytest.approx(first, abs=1e-14)
 
 
 def test_gradient_of_the_trajectory_loss_is_that_of_the_mean_cross_entropy():

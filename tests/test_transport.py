@@ -474,6 +474,12 @@ def test_sparse_targets_are_the_dense_rows(method, seed):
             assert sum(probabilities) == pytest.approx(float(real), abs=1e-12)
 
 
+def test_dust_of_a_sparse_target_is_measured_against_its_row():
+    """Of the first row all is little, of the second only one entry."""
+    plan = torch.tensor([[[1e-12, 0.0], [0.5, 4e-10]]], dtype=torch.float64)
+    assert sparse_soft_targets(plan, torch.tensor([[7, 8]])) == [[((7,), (1.0,)), ((7,), (1.0,))]]
+
+
 def test_no_plans_have_no_sparse_form():
     assert sparse_soft_targets(torch.zeros(0, 0, 0), torch.zeros(0, 0, dtype=torch.long)) == []
     assert sparse_plans(torch.zeros(0, 0, 0)) == []
@@ -500,3 +506,12 @@ def test_an_exact_plan_is_written_down_whole(n, m):
 def test_dust_of_a_plan_is_not_written_down_and_an_empty_row_has_no_entry():
     plan = torch.tensor([[0.5 - PLAN_DUST / 4, PLAN_DUST / 4], [0.0, 0.0]])
     assert sparse_plans(plan[None]) == [((0, 0, pytest.approx(0.5 - PLAN_DUST / 4)),)]
+
+
+def test_dust_is_measured_against_its_row_and_masses_are_rounded_to_nine_digits():
+    """A row of little mass keeps entries that would be dust in another."""
+    little = PLAN_DUST / 4
+    plan = torch.tensor([[0.5, 0.0], [little / 3, little], [0.1, 3.4]], dtype=torch.float64)
+    assert sparse_plans(plan[None]) == [
+        ((0, 0, 0.5), (1, 0, round(little / 3, 9)), (1, 1, little), (2, 0, 0.1), (2, 1, 3.4))
+    ]

@@ -42,8 +42,9 @@ class Chain:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(path, len(whole))
-        for entry in map(json.loads, whole.splitlines()[-1:]):
-            self.count, self.head = entry["n"] + 1, entry["hash"]
+        if whole:
+            last = json.loads(whole.splitlines()[-1])
+            self.count, self.head = last["n"] + 1, last["hash"]
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Chain the entries and write them, and the new head."""
