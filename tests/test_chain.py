@@ -120,7 +120,7 @@ def test_updates_that_were_made_again_and_files_written_again_count_once():
 
     found = surviving(
         [
-            {"event": "begin", "step": 0, "records": {"metrics.jsonl": 0, "rollouts.jsonl": 0}},
+            {"event": "begin", "step": 0, "records": {"rollouts.jsonl": 0, "metrics.jsonl": 0}},
             {"file": "run.json", "record": "old"},
             record("rollouts.jsonl", 0, "a"),
             record("metrics.jsonl", 1, "b"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import tiny_model
@@ -111,7 +112,7 @@ def test_a_warm_start_that_broke_off_while_answering_may_go_on(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(TOPDError, match=r"output_dir: .*cannot be written \(.*\)\. Choose"):
+        with pytest.raises(TOPDError, match=r"^output_dir: .* \(.+\)\. Choose another folder\.$"):
             check_run_folder(folder)
 
 
@@ -198,6 +199,23 @@ def test_guidance_is_recorded_without_its_weights_of_one():
 
 
 # Fingerprints
+
+
+def test_a_fingerprint_names_where_a_model_is_from_or_else_its_class():
+    found = model_fingerprint(little())
+    assert (found["name"], found["class"]) == ("Sequential", "Sequential")
+    model = tiny_model()
+    assert model_fingerprint(model)["name"] == "Qwen3ForCausalLM"
+    model.config._name_or_path = "models/a"
+    assert model_fingerprint(model)["name"] == "models/a"
+
+
+def test_a_model_with_an_adapter_has_the_fingerprint_of_the_one_below_it():
+    model = tiny_model()
+    model.config._name_or_path = "models/a"
+    whole = model_fingerprint(model)
+    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    assert model_fingerprint(get_peft_model(model, adapter)) == whole
 
 
 def test_a_copy_has_the_same_fingerprint():

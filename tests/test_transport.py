@@ -32,7 +32,7 @@ SHAPES = [(1, 1), (1, 4), (3, 1), (2, 3), (3, 2), (4, 4), (2, 6), (5, 7), (7, 5)
 shapes = pytest.mark.parametrize(("n", "m"), SHAPES)
 methods = pytest.mark.parametrize("method", ["exact", "sinkhorn"])
 untyped = pytest.mark.skipif(
-    hasattr(solve, "__wrapped__"), reason="--jaxtyping-packages objects first"
+    "config.getoption('jaxtyping_packages', None)", reason="--jaxtyping-packages objects first"
 )
 
 
@@ -124,7 +124,8 @@ def test_cost_of_bfloat16_embeddings_is_float32():
 
 @pytest.mark.parametrize("eta", [-0.1, math.inf, math.nan])
 def test_position_weight_out_of_range_is_an_error(eta):
-    with pytest.raises(TOPDError, match="position_weight"):
+    said = f"^position_weight = {eta} must be finite and at least 0.$"
+    with pytest.raises(TOPDError, match=said):
         ground_cost(torch.ones(1, 2, 3), torch.ones(1, 2, 3), position_weight=eta)
 
 
@@ -399,27 +400,40 @@ def test_unfinished_exact_plans_are_reported(monkeypatch):
 def test_a_cost_that_is_not_finite_is_an_error(method, bad):
     cost = random_cost(2, 3)
     cost[0, 1, 2] = bad
-    with pytest.raises(TOPDError, match="NaN or infinite"):
+    said = r"^transport\.solve: a cost is NaN or infinite\. Check the embeddings\.$"
+    with pytest.raises(TOPDError, match=said):
         solve(cost, method=method)
 
 
 @untyped
-@pytest.mark.parametrize("masks", [{"student_mask": (1, 3)}, {"teacher_mask": (1, 2)}])
-def test_masks_on_the_wrong_side_are_an_error(masks):
+@pytest.mark.parametrize(
+    ("masks", "said"),
+    [
+        ({"student_mask": (1, 3)}, "masks (1, 3) and (1, 3) do"),
+        ({"teacher_mask": (1, 2)}, "masks (1, 2) and (1, 2) do"),
+    ],
+)
+def test_masks_on_the_wrong_side_are_an_error(masks, said):
     masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in masks.items()}
-    with pytest.raises(TOPDError, match="rows are the student"):
+    with pytest.raises(TOPDError) as caught:
         solve(random_cost(2, 3), **masks)
+    assert str(caught.value) == (
+        f"transport.solve: {said} not fit the cost (1, 2, 3): rows are the student, columns the "
+        "teacher."
+    )
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, math.inf, math.nan])
 def test_epsilon_out_of_range_is_an_error(epsilon):
-    with pytest.raises(TOPDError, match="epsilon"):
+    said = rf"^transport\.solve: epsilon = {epsilon} must be finite and above 0\.$"
+    with pytest.raises(TOPDError, match=said):
         solve(random_cost(2, 3), method="sinkhorn", epsilon=epsilon)
 
 
 @untyped
 def test_unknown_method_is_an_error():
-    with pytest.raises(TOPDError, match="exact, sinkhorn"):
+    said = r"^transport\.solve: method 'greedy' is not one of exact, sinkhorn\.$"
+    with pytest.raises(TOPDError, match=said):
         solve(random_cost(2, 3), method="greedy")
 
 
@@ -451,6 +465,11 @@ def test_tokens_behind_the_mask_do_not_matter(rubbish):
     tokens = torch.tensor([[5, 6, 1, 1], [1, 2, 3, 4]])
     dirty = tokens.masked_fill(~teacher, rubbish)
     assert torch.equal(soft_targets(plan, dirty, 9), soft_targets(plan, tokens, 9))
+
+
+def test_soft_targets_of_one_token_that_there_is():
+    plan = torch.tensor([[[0.5, 0.0], [0.0, 0.0]]])
+    assert soft_targets(plan, torch.tensor([[0, 7]]), 1).tolist() == [[[1.0], [0.0]]]
 
 
 def test_soft_targets_do_not_depend_on_the_mass_of_the_plan():

@@ -191,7 +191,7 @@ def sparse_plans(plan: Float[Tensor, "N n m"]) -> list[tuple[tuple[int, int, flo
 
 def _row_distributions(plan: Tensor) -> Tensor:
     mass = plan.sum(-1, keepdim=True)
-    return torch.where(mass > 0, plan / mass.where(mass > 0, torch.ones_like(mass)), 0.0)
+    return plan / mass.where(mass > 0, torch.ones_like(mass))
 
 
 def _masks(cost: Tensor, student: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
