@@ -363,9 +363,18 @@ def test_topk_rises_with_k_to_the_full_divergence(kind, beta):
 
 
 @kinds
+def test_topk_of_narrow_logprobs_is_computed_as_widely_as_the_students(kind, beta):
+    student, teacher = pair(3, 9)
+    logprobs, tokens = top_of(teacher, 4)
+    found = topk_divergence(student, logprobs.bfloat16(), tokens, kind=kind, beta=beta)
+    wide = topk_divergence(student, logprobs.bfloat16().double(), tokens, kind=kind, beta=beta)
+    assert torch.equal(found, wide)
+
+
+@kinds
 def test_topk_of_the_whole_vocabulary_is_still_a_lower_bound(kind, beta):
     # There is no tail then: one held above 0 for the teacher alone would cost "forward_kl" inf.
-    student, teacher = pair(3, 6)
+    student, teacher = pair(2, 3, 6)
     found = topk_divergence(student, *top_of(teacher, 6), kind=kind, beta=beta)
     full = token_divergence(student, teacher, kind=kind, beta=beta)
     torch.testing.assert_close(found, full)
