@@ -139,7 +139,7 @@ def test_mutants_are_counted_and_a_reason_does_not_make_a_survivor_a_kill():
         "no tests": 0,
         "other": 0,
         "equivalent": 1,
-        "rate": 0.5,
+        "rate": 0.25,
     }
-    assert "| `f` | 4 | 1 | 1 | 2 | 0 | 0 | 1 | 50.0% |" in mutants.table({"f": counted})
+    assert "| `f` | 4 | 1 | 1 | 2 | 0 | 0 | 1 | 25.0% |" in mutants.table({"f": counted})
     assert mutants.unused(found, reasons) == ["return 1"]

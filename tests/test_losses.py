@@ -653,6 +653,21 @@ def test_a_gradient_is_right_whether_its_factors_were_foreseen_or_not(
     torch.testing.assert_close(found, torch.autograd.grad(expected, inputs))
 
 
+def test_the_sum_of_a_linear_divergence_is_differentiated_in_one_pass(passes):
+    case = linear_case()
+    found = linear_token_divergence(*case).sum()
+    torch.autograd.grad(3 * found, case[0])
+    assert len(passes) == 1
+
+
+def test_a_head_may_be_a_linear_layer_its_weight_or_a_head():
+    h, s, g, t = linear_case()
+    layer = torch.nn.Linear(5, V, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = s.weight.detach(), s.bias.detach()
+    expected = linear_token_divergence(h, s, g, t)
+    assert torch.equal(linear_token_divergence(h, layer, g, t.weight), expected)
+
+
 def test_a_tied_head_gets_both_gradients_of_its_embeddings():
     """Through the states and as the head, added."""
     _, head, g, t = linear_case(bias=False)
