@@ -1,9 +1,9 @@
 """Do the tests of the core notice when it is wrong? What mutmut found, module by module.
 
 ``make mutants`` changes the core one small step at a time, runs the tests that reach the change,
-and calls this. A mutant is *killed* if a test fails. One whose tests ran out of time is not, since a
-busy machine is enough for that. Survivors are listed with what was changed; those that change nothing that could be seen have their
-reason in ``docs/results/mutants_equivalent.json``::
+and calls this. A mutant is *killed* if a test fails. One whose tests ran out of time is not, since
+a busy machine is enough for that. Survivors are listed with what was changed; those that change
+nothing that could be seen have their reason in ``docs/results/mutants_equivalent.json``::
 
     [{"function": "solve", "was": LINE, "becomes": [LINE, ...], "reason": WORDS}]
 
