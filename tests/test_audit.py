@@ -7,11 +7,13 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -370,6 +372,141 @@ def test_records_that_cannot_be_read_are_a_fault(copied):
     assert faults[1].startswith("decisions: not made again")
 
 
+# Of anything at all
+
+FILES = (*RECORDS, CHAIN, HEAD, "run.json", "manifest.json")
+ODD = (None, -1, 10**30, math.nan, "x", "\x00", [], {}, [None], {"a": 1})
+
+
+@pytest.fixture(scope="module")
+def other(whole, tmp_path_factory) -> Path:
+    """A copy that examples change and put right again."""
+    return shutil.copytree(whole, tmp_path_factory.mktemp("other") / "copy")
+
+
+@contextlib.contextmanager
+def holding(root: Path, name: str, content: bytes) -> Iterator[None]:
+    """We stand in the folder while a file of its run holds this."""
+    path = root / RUN / name
+    right = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        with contextlib.chdir(root):
+            yield
+    finally:
+        path.write_bytes(right)
+
+
+def changed_bytes(data: st.DataObject, content: bytes) -> bytes:
+    """One byte flipped, lost or added, or the end cut off."""
+    at = data.draw(st.integers(0, len(content) - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != content[at]))
+    before, after = content[:at], content[at:]
+    return data.draw(
+        st.sampled_from(
+            [before + bytes([byte]) + after[1:], before + after[1:], before]
+            + [before + bytes([byte]) + after]
+        )
+    )
+
+
+def changed_value(data: st.DataObject, record: Any) -> None:
+    """Some value of a record, however deep, lost or replaced by another kind."""
+    while True:
+        keys = sorted(record) if isinstance(record, dict) else range(len(record))
+        key = data.draw(st.sampled_from(keys))
+        inner = record[key]
+        if not (isinstance(inner, dict | list) and inner and data.draw(st.booleans())):
+            break
+        record = inner
+    new = data.draw(st.sampled_from(ODD).filter(lambda value: value != inner) | st.just(LOST))
+    if new is LOST:
+        del record[key]
+    else:
+        record[key] = new
+
+
+LOST = object()
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_any_byte_changed_in_any_record_file_is_found_there(other, data, name):
+    content = changed_bytes(data, (other / RUN / name).read_bytes())
+    with holding(other, name, content):
+        faults = audit_run(RUN, updates=0).faults
+    assert any(name in fault for fault in faults), faults
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), name=st.sampled_from(FILES))
+def test_any_value_changed_in_any_record_file_is_found_there_and_decisions_end_in_words(
+    other, data, name
+):
+    lines = (other / RUN / name).read_bytes().splitlines(keepends=True)
+    n = data.draw(st.integers(0, len(lines) - 1))
+    record = json.loads(lines[n] if name.endswith("jsonl") else b"".join(lines))
+    changed_value(data, record)
+    written = f"{json.dumps(record)}\n".encode()
+    content = b"".join([*lines[:n], written, *lines[n + 1 :]])
+    with holding(other, name, content if name.endswith("jsonl") else written):
+        faults = audit_run(RUN, updates=1).faults
+    assert any(name in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "fault"),
+    [
+        ("rollouts.jsonl", lambda b: b.replace(b'"step": 1', b'"step": \xff', 1), "(line 5)"),
+        ("metrics.jsonl", lambda b: b[:-1], "metrics.jsonl: line 4 is cut off"),
+        ("metrics.jsonl", lambda b: b.replace(b"\n", b"\r", 1), "(line 1)"),
+        (CHAIN, lambda b: b.replace(b'"record"', b'"recorb"', 1), f"{CHAIN}: line 2 is no entry"),
+        (CHAIN, lambda b: b.replace(b"begin", b"beg\xffn", 1), f"{CHAIN}: line 1 is no entry"),
+        (CHAIN, lambda b: b.replace(b": 7", b":\t7", 1), f"{CHAIN}: line 8 was changed"),
+        (CHAIN, lambda b: b[:-1], f"{CHAIN}: line 38 is cut off"),
+        (CHAIN, lambda b: b"[" * 100_000 + b"\n" + b, f"{CHAIN}: line 1 is no entry"),
+        (HEAD, lambda b: b.replace(b"38", b"93", 1), f"{HEAD}: counts 93 entries, the chain has"),
+        (HEAD, lambda b: b.replace(b"38", b"0", 1), f"{HEAD}: is missing or no head"),
+        (HEAD, lambda b: b.replace(b"  ", b"", 1), f"{HEAD}: is missing or no head"),
+        ("manifest.json", lambda b: b.replace(b"models", b"mode1s"), "manifest.json: was changed"),
+    ],
+)
+def test_damage_is_named_with_its_line(copied, name, damage, fault):
+    content = (RUN / name).read_bytes()
+    (RUN / name).write_bytes(damage(content))
+    faults = audit_run(RUN, updates=0).faults
+    assert any(fault in said for said in faults), faults
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("manifest.json", (b'"teacher"', b'"teach3r"'), "manifest.json.*models.teacher is missing"),
+        ("manifest.json", (b"sha256", b"sha\xff56"), "manifest.json: cannot be read"),
+        (
+            "rollouts.jsonl",
+            (b'"logprobs": [', b'"logprobs": [0,'),
+            "rollouts.jsonl, line 1: .*diff",
+        ),
+        ("guidance.jsonl", (b'"forks"', b'"fork3"'), "guidance.jsonl, line 1: .*forks"),
+        ("rollouts.jsonl", (b'_ids": [', b'_ids": [99999'), "update 0, rollout 0: .* know 64"),
+        ("run.json", (b'"config"', b'"confih"'), "run.json: cannot be used: KeyError"),
+    ],
+)
+def test_what_decisions_cannot_be_made_from_is_named(copied, name, damage, said):
+    content = (RUN / name).read_bytes()
+    (RUN / name).write_bytes(content.replace(*damage, 1))
+    last = audit_run(RUN).faults[-1]
+    assert re.match(f"decisions: not made again: .*{said}", last), last
+
+
+def test_an_entry_of_a_file_outside_of_the_run_is_not_followed(copied):
+    """Reading a device would never end."""
+    Chain(RUN).add([{"file": "/dev/zero", "record": "0"}, {"file": "a" * 300, "record": "0"}])
+    faults = audit_run(RUN, updates=0).faults
+    assert faults == ["/dev/zero: is missing", f"{'a' * 300}: cannot be read (File name too long)"]
+
+
 # Replay
 
 
@@ -400,6 +537,22 @@ def test_a_replay_from_a_changed_checkpoint_differs(copied):
         replay_step(RUN, 2)
     seal_again(RUN / "checkpoint-2")
     assert "weights before update 2: not those of the run" in replay_step(RUN, 2).faults
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("rollouts.jsonl", (b"text", b"t\xffxt"), "rollouts.jsonl, line 1: cannot be read"),
+        ("metrics.jsonl", (b'"step"', b'"stop"'), "metrics.jsonl, line 1: cannot be read: step"),
+        ("manifest.json", (b"models", b"mode1s"), "was begun with other models"),
+        ("run.json", (b"{", b""), "run.json: cannot be used"),
+    ],
+)
+def test_a_replay_of_damaged_records_ends_in_words(copied, name, damage, said):
+    content = (RUN / name).read_bytes()
+    (RUN / name).write_bytes(content.replace(*damage, 1))
+    with pytest.raises(TOPDError, match=said):
+        replay_step(RUN, 2)
 
 
 def test_an_update_that_there_was_not_is_refused(copied):

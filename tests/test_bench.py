@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 pytest.importorskip("trl", minversion="1.16")
-from bench import growth, loss, measure, performance, step, transport, windows
+from bench import growth, loss, measure, mutants, performance, step, transport, windows
 
 SMALL = {
     "loss": (loss, "--shapes 97x8 --tokens 40 --growth 40,80 --runs 2"),
@@ -116,3 +116,30 @@ def _peak_of_one_tensor(size: int) -> int:
     found = measure.peak_memory(lambda: torch.ones(size, dtype=torch.uint8).max())
     assert len(before) == 2 * size
     return found
+
+
+def test_mutants_are_counted_and_a_reason_does_not_make_a_survivor_a_kill():
+    diff = "--- a\n+++ a\n@@ -1,3 +1,3 @@\n def f():\n-    return 1\n+    return 2\n"
+    lines = mutants.changed_lines(diff)
+    assert lines == {"was": "return 1", "becomes": "return 2"}
+    found = [{"function": "f", "status": "killed"}, {"function": "f", "status": "timeout"}]
+    found += [{"function": name, "status": "survived", **lines} for name in "fg"]
+    reasons = [
+        {"function": "f", "was": "return 1", "becomes": ["return 2", "return 3"], "reason": "so"},
+        {"function": "h", "was": "return 1", "becomes": ["return 2"], "reason": "none"},
+    ]
+    judged = list(mutants.judged(found, reasons))
+    assert [mutant.get("reason") for mutant in judged] == [None, None, "so", None]
+    counted = mutants.counts(judged)
+    assert counted == {
+        "mutants": 4,
+        "killed": 1,
+        "timeout": 1,
+        "survived": 2,
+        "no tests": 0,
+        "other": 0,
+        "equivalent": 1,
+        "rate": 0.25,
+    }
+    assert "| `f` | 4 | 1 | 1 | 2 | 0 | 0 | 1 | 25.0% |" in mutants.table({"f": counted})
+    assert mutants.unused(found, reasons) == ["return 1"]

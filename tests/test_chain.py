@@ -92,6 +92,20 @@ def test_a_chain_that_is_written_anew_is_not_that_of_the_head(five, tmp_path):
     ]
 
 
+def test_a_head_that_counts_more_than_there_is_is_told_from_a_cut_end(five):
+    found, head = five
+    assert list(check_chain(found, {**head, "entries": 6})) == [
+        f"{HEAD}: counts 6 entries, the chain has 5"
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_chain_goes_on_where_it_ended(tmp_path, count):
+    Chain(tmp_path).add({"record": str(n)} for n in range(count))
+    assert list(check_chain(*chain_of(tmp_path, {"record": "next"}))) == []
+    assert [entry["n"] for entry in entries(tmp_path)] == list(range(count + 1))
+
+
 def test_a_chain_goes_on_where_it_ended_and_drops_a_half_written_entry(tmp_path):
     chain_of(tmp_path, {"record": "a"}, {"record": "b"})
     with open(tmp_path / CHAIN, "a") as file:
@@ -106,7 +120,7 @@ def test_updates_that_were_made_again_and_files_written_again_count_once():
 
     found = surviving(
         [
-            {"event": "begin", "step": 0, "records": {}},
+            {"event": "begin", "step": 0, "records": {"rollouts.jsonl": 0, "metrics.jsonl": 0}},
             {"file": "run.json", "record": "old"},
             record("rollouts.jsonl", 0, "a"),
             record("metrics.jsonl", 1, "b"),
@@ -118,6 +132,19 @@ def test_updates_that_were_made_again_and_files_written_again_count_once():
         ]
     )
     assert [entry["record"] for entry in found] == ["new", "a", "c", "b"]
+
+
+def test_a_run_that_begins_again_notes_at_which_update_and_on_top_of_how_many_records(tmp_path):
+    first = Ledger(tmp_path, chained=True)
+    first.begin(0)
+    first.append("rollouts.jsonl", [{"step": 0}, {"step": 0}, {"step": 1}])
+    Ledger(tmp_path, chained=True, resume=True).begin(2)
+    begun = [entry for entry in entries(tmp_path) if entry.get("event") == "begin"]
+    assert [entry["step"] for entry in begun] == [0, 2]
+    assert [entry["records"] for entry in begun] == [
+        {"metrics.jsonl": 0, "rollouts.jsonl": 0, "guidance.jsonl": 0},
+        {"metrics.jsonl": 0, "rollouts.jsonl": 3, "guidance.jsonl": 0},
+    ]
 
 
 def test_what_a_ledger_writes_is_in_its_chain(tmp_path):

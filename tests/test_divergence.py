@@ -122,7 +122,8 @@ def test_quieter_tokens_than_the_threshold_are_left_out(threshold, expected):
 
 def test_a_nan_loss_is_an_error_only_under_the_mask():
     loss = torch.tensor([[1.0, math.nan]])
-    with pytest.raises(TOPDError, match="NaN"):
+    said = r"^select_candidates: a token loss is NaN\. Check both models' log-probs\.$"
+    with pytest.raises(TOPDError, match=said):
         select_candidates(loss, torch.tensor([[True, True]]), fraction=0.5)
     found = select_candidates(loss, torch.tensor([[True, False]]), fraction=0.5)
     assert chosen(found) == [(0, 0)]
@@ -130,7 +131,8 @@ def test_a_nan_loss_is_an_error_only_under_the_mask():
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, math.nan])
 def test_fraction_out_of_range_is_an_error(fraction):
-    with pytest.raises(TOPDError, match="fraction"):
+    said = rf"^fraction = {fraction} must be above 0 and at most 1\.$"
+    with pytest.raises(TOPDError, match=said):
         select_candidates(torch.zeros(1, 2), torch.ones(1, 2).bool(), fraction=fraction)
 
 
@@ -157,7 +159,7 @@ def test_thinning_changes_no_input():
 
 @pytest.mark.parametrize("gap", [0, -1])
 def test_gap_out_of_range_is_an_error(gap):
-    with pytest.raises(TOPDError, match="gap"):
+    with pytest.raises(TOPDError, match=rf"^gap = {gap} must be at least 1\.$"):
         thin_candidates(torch.ones(1, 2).bool(), gap=gap)
 
 
@@ -232,5 +234,6 @@ def test_a_threshold_decides_instead_of_the_share(share):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])
 def test_share_out_of_range_is_an_error(share):
-    with pytest.raises(TOPDError, match="false_alarm_share"):
+    said = rf"^false_alarm_share = {share} must be between 0 and 1\.$"
+    with pytest.raises(TOPDError, match=said):
         real_divergent_points(torch.ones(2), false_alarm_share=share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from topd.losses import (
     Upstream,
     linear_logprobs,
     linear_token_divergence,
+    linear_token_statistics,
     linear_token_terms,
     sampled_divergence,
     soft_target_kl,
@@ -39,7 +41,7 @@ KINDS = [
 ]
 kinds = pytest.mark.parametrize(("kind", "beta"), KINDS)
 untyped = pytest.mark.skipif(
-    hasattr(token_divergence, "__wrapped__"), reason="--jaxtyping-packages objects first"
+    "config.getoption('jaxtyping_packages', None)", reason="--jaxtyping-packages objects first"
 )
 
 
@@ -256,22 +258,30 @@ def test_divergence_keeps_every_leading_axis(shape):
     torch.testing.assert_close(found, reference(student, teacher, "reverse_kl"))
 
 
+OUTSIDE = "is outside (0, 1): use forward_kl for 0, reverse_kl for 1."
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        pytest.param({"kind": "kl"}, "kind 'kl'", marks=untyped),
-        ({"kind": "jsd", "beta": 0.0}, "beta"),
-        ({"kind": "jsd", "beta": 1.0}, "beta"),
-        ({"kind": "jsd", "beta": math.nan}, "beta"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"temperature": -1.0}, "temperature"),
-        ({"temperature": math.nan}, "temperature"),
+        pytest.param(
+            {"kind": "kl"},
+            "kind 'kl' is not one of reverse_kl, forward_kl, jsd.",
+            marks=untyped,
+        ),
+        ({"kind": "jsd", "beta": 0.0}, f"beta = 0.0 {OUTSIDE}"),
+        ({"kind": "jsd", "beta": 1.0}, f"beta = 1.0 {OUTSIDE}"),
+        ({"kind": "jsd", "beta": math.nan}, f"beta = nan {OUTSIDE}"),
+        ({"temperature": 0.0}, "temperature = 0.0 must be above 0."),
+        ({"temperature": -1.0}, "temperature = -1.0 must be above 0."),
+        ({"temperature": math.nan}, "temperature = nan must be above 0."),
     ],
 )
 def test_options_out_of_range_are_errors_everywhere(options, words):
     student, teacher = pair(2, 4)
     hidden, weight = torch.ones(2, 3), torch.ones(4, 3)
     tokens = torch.zeros(2, 1, dtype=torch.long)
+    words = f"^{re.escape(words)}$"
     with pytest.raises(TOPDError, match=words):
         token_divergence(student, teacher, **options)
     with pytest.raises(TOPDError, match=words):
@@ -282,8 +292,12 @@ def test_options_out_of_range_are_errors_everywhere(options, words):
 
 @untyped
 def test_different_vocabularies_are_an_error_that_says_the_remedy():
-    with pytest.raises(TOPDError, match="padded vocabulary rows"):
+    with pytest.raises(TOPDError) as caught:
         token_divergence(torch.zeros(2, 4), torch.zeros(2, 5))
+    assert str(caught.value) == (
+        "token_divergence: student logits (2, 4) and teacher logits (2, 5) differ in shape. Slice "
+        "padded vocabulary rows first."
+    )
 
 
 # ---- sampled_divergence -----------------------------------------------------------------------
@@ -293,6 +307,7 @@ def test_different_vocabularies_are_an_error_that_says_the_remedy():
 def test_expectation_of_the_sampled_divergence_is_the_reverse_kl(kind):
     student, teacher = pair(4, 11)
     log_s, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    assert torch.equal(sampled_divergence(log_s, log_t), log_s - log_t)  # k1
     mean = (log_s.exp() * sampled_divergence(log_s, log_t, kind=kind)).sum(-1)
     torch.testing.assert_close(mean, token_divergence(student, teacher))
 
@@ -312,7 +327,7 @@ def test_k3_is_never_negative(log_s, log_t):
 
 @untyped
 def test_unknown_sampled_divergence_is_an_error():
-    with pytest.raises(TOPDError, match="k1, k3"):
+    with pytest.raises(TOPDError, match=r"^sampled_divergence: kind 'k2' is not one of k1, k3\.$"):
         sampled_divergence(torch.zeros(1), torch.zeros(1), kind="k2")
 
 
@@ -348,9 +363,18 @@ def test_topk_rises_with_k_to_the_full_divergence(kind, beta):
 
 
 @kinds
+def test_topk_of_narrow_logprobs_is_computed_as_widely_as_the_students(kind, beta):
+    student, teacher = pair(3, 9)
+    logprobs, tokens = top_of(teacher, 4)
+    found = topk_divergence(student, logprobs.bfloat16(), tokens, kind=kind, beta=beta)
+    wide = topk_divergence(student, logprobs.bfloat16().double(), tokens, kind=kind, beta=beta)
+    assert torch.equal(found, wide)
+
+
+@kinds
 def test_topk_of_the_whole_vocabulary_is_still_a_lower_bound(kind, beta):
     # There is no tail then: one held above 0 for the teacher alone would cost "forward_kl" inf.
-    student, teacher = pair(3, 6)
+    student, teacher = pair(2, 3, 6)
     found = topk_divergence(student, *top_of(teacher, 6), kind=kind, beta=beta)
     full = token_divergence(student, teacher, kind=kind, beta=beta)
     torch.testing.assert_close(found, full)
@@ -514,9 +538,10 @@ def test_linear_divergence_of_no_tokens_is_empty_and_differentiable():
 @pytest.mark.parametrize("chunk_tokens", [0, -1])
 def test_chunks_of_no_tokens_are_an_error(chunk_tokens):
     h, s, g, t = linear_case()
-    with pytest.raises(TOPDError, match="chunk_tokens"):
+    said = f"^chunk_tokens = {chunk_tokens} must be at least 1.$"
+    with pytest.raises(TOPDError, match=said):
         linear_token_divergence(h, s, g, t, chunk_tokens=chunk_tokens)
-    with pytest.raises(TOPDError, match="chunk_tokens"):
+    with pytest.raises(TOPDError, match=said):
         linear_logprobs(h, s, torch.zeros(P, dtype=torch.long), chunk_tokens=chunk_tokens)
 
 
@@ -628,6 +653,21 @@ def test_a_gradient_is_right_whether_its_factors_were_foreseen_or_not(
     torch.testing.assert_close(found, torch.autograd.grad(expected, inputs))
 
 
+def test_the_sum_of_a_linear_divergence_is_differentiated_in_one_pass(passes):
+    case = linear_case()
+    found = linear_token_divergence(*case).sum()
+    torch.autograd.grad(3 * found, case[0])
+    assert len(passes) == 1
+
+
+def test_a_head_may_be_a_linear_layer_its_weight_or_a_head():
+    h, s, g, t = linear_case()
+    layer = torch.nn.Linear(5, V, dtype=torch.float64)
+    layer.weight.data, layer.bias.data = s.weight.detach(), s.bias.detach()
+    expected = linear_token_divergence(h, s, g, t)
+    assert torch.equal(linear_token_divergence(h, layer, g, t.weight), expected)
+
+
 def test_a_tied_head_gets_both_gradients_of_its_embeddings():
     """Through the states and as the head, added."""
     _, head, g, t = linear_case(bias=False)
@@ -672,11 +712,107 @@ def test_linear_logprobs_equal_the_full_log_softmax(chunk_tokens):
     assert (best == full.argmax(-1)).all()
 
 
+def test_logprobs_by_default_are_at_temperature_1():
+    hidden, head, _, _ = linear_case()
+    tokens = torch.arange(P) % V
+    found, _ = linear_logprobs(hidden, head, tokens)
+    full = naive_logits(hidden, head).log_softmax(-1)
+    torch.testing.assert_close(found, full[torch.arange(P), tokens])
+
+
+@untyped
+def test_logprobs_of_fewer_states_than_tokens_are_an_error():
+    hidden, head, _, _ = linear_case()
+    with pytest.raises(ValueError, match="zip"):
+        linear_logprobs(hidden[:-1], head, torch.zeros(P, dtype=torch.long), chunk_tokens=1)
+
+
 def test_logprobs_of_a_bfloat16_head_are_float32():
     hidden, head, _, _ = linear_case()
     narrow = Head(head.weight.bfloat16(), head.bias.bfloat16())
     found, _ = linear_logprobs(hidden.bfloat16(), narrow, torch.zeros(P, dtype=torch.long))
     assert found.dtype == torch.float32
+
+
+def full_divergence(**options) -> Tensor:
+    return token_divergence(*pair(3, 7), **options)
+
+
+def divergence_of_few(**options) -> Tensor:
+    student, teacher = pair(3, 7)
+    return topk_divergence(student, *top_of(teacher, 4), **options)
+
+
+def divergence_of_heads(**options) -> Tensor:
+    return linear_token_divergence(*linear_case(), **options)
+
+
+def divergence_of_terms(**options) -> Tensor:
+    none = torch.zeros(P, 0, dtype=torch.long)
+    return linear_token_terms(*linear_case(), torch.zeros(P).long(), none, **options).divergence
+
+
+@pytest.mark.parametrize(
+    "divergence", [full_divergence, divergence_of_few, divergence_of_heads, divergence_of_terms]
+)
+def test_a_divergence_is_by_default_reverse_kl_at_temperature_1_and_the_even_jsd(divergence):
+    said = divergence(kind="reverse_kl", temperature=1.0)
+    assert torch.equal(divergence(), said)
+    assert not torch.equal(divergence(kind="forward_kl"), said)
+    even = divergence(kind="jsd", beta=0.5, temperature=1.0)
+    assert torch.equal(divergence(kind="jsd"), even)
+    assert not torch.equal(divergence(kind="jsd", beta=0.6), even)
+
+
+# ---- linear_token_statistics --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
+@pytest.mark.parametrize(("candidates", "temperature"), [(1, 1.0), (2, 0.6), (4, 1.7), (100, 0.6)])
+def test_statistics_equal_those_of_one_token_after_another(candidates, temperature, chunk_tokens):
+    """Of a head with padded rows, which are no tokens."""
+    h, s, g, t = linear_case(student_pad=3)
+    found = linear_token_statistics(
+        h, s, g, t, temperature=temperature, candidates=candidates, chunk_tokens=chunk_tokens
+    )
+    expected = []
+    for ours, theirs in zip(naive_logits(h, s), naive_logits(g, t), strict=True):
+        p, q = (softmax(x.detach().double().numpy() / temperature) for x in (ours, theirs))
+        likely = set(np.argsort(-p)[:candidates])
+        union = sorted(likely | set(np.argsort(-q)[:candidates]))
+        inner = kl(q[union] / q[union].sum(), p[union] / p[union].sum())
+        entropy = -sum(x * math.log(x) for x in p)
+        expected.append([kl(p, q), entropy, inner, sum(q[v] for v in likely)])
+    assert found.shape == (4, P)
+    torch.testing.assert_close(found.mT.double(), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_statistics_by_default_look_at_sixteen_tokens_at_temperature_1():
+    h, s, g, t = linear_case()
+    wide = [Head(torch.cat([x.weight] * 3) * torch.linspace(0, 1, 3 * V)[:, None]) for x in (s, t)]
+    found = linear_token_statistics(h, wide[0], g, wide[1])
+    said = linear_token_statistics(h, wide[0], g, wide[1], candidates=16, temperature=1.0)
+    other = linear_token_statistics(h, wide[0], g, wide[1], candidates=15)
+    assert torch.equal(found, said)
+    assert not torch.equal(found, other)
+
+
+def test_statistics_survive_a_token_that_cannot_be():
+    """A bias of -inf bars it from both: its probability is 0 and adds nothing."""
+    h, s, g, t = linear_case()
+    barred = [torch.zeros(V, dtype=torch.float64).index_fill(0, torch.tensor([2]), -math.inf)] * 2
+    heads = [Head(x.weight, bias) for x, bias in zip((s, t), barred, strict=True)]
+    found = linear_token_statistics(h, heads[0], g, heads[1], candidates=V)
+    kept = torch.tensor([v for v in range(V) if v != 2])
+    without = [Head(x.weight[kept]) for x in (s, t)]
+    expected = linear_token_statistics(h, without[0], g, without[1], candidates=V)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"chunk_tokens": 0}])
+def test_statistics_refuse_options_out_of_range(options):
+    with pytest.raises(TOPDError, match=next(iter(options))):
+        linear_token_statistics(*linear_case(), **options)
 
 
 class Memory(TorchDispatchMode):
@@ -756,6 +892,8 @@ def test_trajectory_loss_by_hand():
     second = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     found = trajectory_loss(logprobs, targets, mask)
     assert found.item() == pytest.approx((first + second) / 2, abs=1e-14)
+    alone = trajectory_loss(logprobs, targets, torch.tensor([[True, False, False]]))
+    assert alone.item() == pytest.approx(first, abs=1e-14)
 
 
 def test_gradient_of_the_trajectory_loss_is_that_of_the_mean_cross_entropy():

@@ -32,7 +32,7 @@ SHAPES = [(1, 1), (1, 4), (3, 1), (2, 3), (3, 2), (4, 4), (2, 6), (5, 7), (7, 5)
 shapes = pytest.mark.parametrize(("n", "m"), SHAPES)
 methods = pytest.mark.parametrize("method", ["exact", "sinkhorn"])
 untyped = pytest.mark.skipif(
-    hasattr(solve, "__wrapped__"), reason="--jaxtyping-packages objects first"
+    "config.getoption('jaxtyping_packages', None)", reason="--jaxtyping-packages objects first"
 )
 
 
@@ -124,7 +124,8 @@ def test_cost_of_bfloat16_embeddings_is_float32():
 
 @pytest.mark.parametrize("eta", [-0.1, math.inf, math.nan])
 def test_position_weight_out_of_range_is_an_error(eta):
-    with pytest.raises(TOPDError, match="position_weight"):
+    said = f"^position_weight = {eta} must be finite and at least 0.$"
+    with pytest.raises(TOPDError, match=said):
         ground_cost(torch.ones(1, 2, 3), torch.ones(1, 2, 3), position_weight=eta)
 
 
@@ -399,27 +400,40 @@ def test_unfinished_exact_plans_are_reported(monkeypatch):
 def test_a_cost_that_is_not_finite_is_an_error(method, bad):
     cost = random_cost(2, 3)
     cost[0, 1, 2] = bad
-    with pytest.raises(TOPDError, match="NaN or infinite"):
+    said = r"^transport\.solve: a cost is NaN or infinite\. Check the embeddings\.$"
+    with pytest.raises(TOPDError, match=said):
         solve(cost, method=method)
 
 
 @untyped
-@pytest.mark.parametrize("masks", [{"student_mask": (1, 3)}, {"teacher_mask": (1, 2)}])
-def test_masks_on_the_wrong_side_are_an_error(masks):
+@pytest.mark.parametrize(
+    ("masks", "said"),
+    [
+        ({"student_mask": (1, 3)}, "masks (1, 3) and (1, 3) do"),
+        ({"teacher_mask": (1, 2)}, "masks (1, 2) and (1, 2) do"),
+    ],
+)
+def test_masks_on_the_wrong_side_are_an_error(masks, said):
     masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in masks.items()}
-    with pytest.raises(TOPDError, match="rows are the student"):
+    with pytest.raises(TOPDError) as caught:
         solve(random_cost(2, 3), **masks)
+    assert str(caught.value) == (
+        f"transport.solve: {said} not fit the cost (1, 2, 3): rows are the student, columns the "
+        "teacher."
+    )
 
 
 @pytest.mark.parametrize("epsilon", [0.0, -1.0, math.inf, math.nan])
 def test_epsilon_out_of_range_is_an_error(epsilon):
-    with pytest.raises(TOPDError, match="epsilon"):
+    said = rf"^transport\.solve: epsilon = {epsilon} must be finite and above 0\.$"
+    with pytest.raises(TOPDError, match=said):
         solve(random_cost(2, 3), method="sinkhorn", epsilon=epsilon)
 
 
 @untyped
 def test_unknown_method_is_an_error():
-    with pytest.raises(TOPDError, match="exact, sinkhorn"):
+    said = r"^transport\.solve: method 'greedy' is not one of exact, sinkhorn\.$"
+    with pytest.raises(TOPDError, match=said):
         solve(random_cost(2, 3), method="greedy")
 
 
@@ -453,6 +467,11 @@ def test_tokens_behind_the_mask_do_not_matter(rubbish):
     assert torch.equal(soft_targets(plan, dirty, 9), soft_targets(plan, tokens, 9))
 
 
+def test_soft_targets_of_one_token_that_there_is():
+    plan = torch.tensor([[[0.5, 0.0], [0.0, 0.0]]])
+    assert soft_targets(plan, torch.tensor([[0, 7]]), 1).tolist() == [[[1.0], [0.0]]]
+
+
 def test_soft_targets_do_not_depend_on_the_mass_of_the_plan():
     plan, tokens = solve(random_cost(3, 4)).plan, torch.tensor([[1, 2, 1, 0]])
     torch.testing.assert_close(soft_targets(7 * plan, tokens, 5), soft_targets(plan, tokens, 5))
@@ -472,6 +491,12 @@ def test_sparse_targets_are_the_dense_rows(method, seed):
             assert list(support) == row.nonzero()[:, 0].tolist()
             assert list(probabilities) == pytest.approx(row[list(support)].tolist(), rel=1e-12)
             assert sum(probabilities) == pytest.approx(float(real), abs=1e-12)
+
+
+def test_dust_of_a_sparse_target_is_measured_against_its_row():
+    """Of the first row all is little, of the second only one entry."""
+    plan = torch.tensor([[[1e-12, 0.0], [0.5, 4e-10]]], dtype=torch.float64)
+    assert sparse_soft_targets(plan, torch.tensor([[7, 8]])) == [[((7,), (1.0,)), ((7,), (1.0,))]]
 
 
 def test_no_plans_have_no_sparse_form():
@@ -500,3 +525,12 @@ def test_an_exact_plan_is_written_down_whole(n, m):
 def test_dust_of_a_plan_is_not_written_down_and_an_empty_row_has_no_entry():
     plan = torch.tensor([[0.5 - PLAN_DUST / 4, PLAN_DUST / 4], [0.0, 0.0]])
     assert sparse_plans(plan[None]) == [((0, 0, pytest.approx(0.5 - PLAN_DUST / 4)),)]
+
+
+def test_dust_is_measured_against_its_row_and_masses_are_rounded_to_nine_digits():
+    """A row of little mass keeps entries that would be dust in another."""
+    little = PLAN_DUST / 4
+    plan = torch.tensor([[0.5, 0.0], [little / 3, little], [0.1, 3.4]], dtype=torch.float64)
+    assert sparse_plans(plan[None]) == [
+        ((0, 0, 0.5), (1, 0, round(little / 3, 9)), (1, 1, little), (2, 0, 0.1), (2, 1, 3.4))
+    ]

@@ -15,6 +15,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from topd.models import ModelSpec
 from topd.recipe import Recipe
 from topd.rollouts import fingerprint, sampling_seeds
 from topd.run import make_trainer
+from topd.stored import read_entries, read_head, read_lines, read_manifest, read_records
 from topd.trainer import TOPDTrainer
 from topd.types import COLLAPSED, NONFINITE, Prompt, Rollout, StoppedError, TOPDError
 from topd.warmstart import WarmstartConfig, WarmstartTrainer
@@ -106,7 +108,7 @@ def replay_step(
         TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
             loaded or are others.
     """
-    recorded = _records(folder, "rollouts.jsonl")
+    recorded = read_records(folder, "rollouts.jsonl")
     if not recorded:
         raise TOPDError(f"{folder}: has no rollouts to compare with (log_rollouts was off?).")
     if not any(record["step"] == step for record in recorded):
@@ -140,16 +142,9 @@ def replay_step(
 
 def _entries(folder: Path, found: Findings) -> list[Entry]:
     """The ledger's entries; what is wrong with their chain is found here."""
-    path = folder / CHAIN
-    if not path.exists():
-        raise TOPDError(f"{folder}: has no {CHAIN}. Only runs of topd train can be audited.")
-    entries: list[Entry] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            entries.append(_entry(line))
-        except (ValueError, KeyError, TypeError):
-            found.faults.append(f"{CHAIN}: line {number + 1} is no entry")
-    head = _head(folder)
+    entries, faults = read_entries(folder)
+    found.faults += faults
+    head = read_head(folder)
     if head is None:
         found.faults.append(f"{HEAD}: is missing or no head")
     found.faults += check_chain(entries, head or {"entries": 0, "hash": ""})
@@ -159,44 +154,37 @@ def _entries(folder: Path, found: Findings) -> list[Entry]:
     return entries
 
 
-def _entry(line: str) -> Entry:
-    entry = dict(json.loads(line))
-    int(entry["n"]), str(entry["previous"]), str(entry["hash"])
-    if entry.get("event") == "begin":
-        int(sum(dict(entry["records"]).values()))
-    return entry
-
-
-def _head(folder: Path) -> dict[str, Any] | None:
-    try:
-        head = dict(json.loads((folder / HEAD).read_text(encoding="utf-8")))
-        return {"entries": int(head["entries"]), "hash": str(head["hash"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _check_records(folder: Path, entries: Sequence[Entry], found: Findings) -> None:
     whole = [entry for entry in entries if "step" not in entry]
     for entry in whole:
-        path, name = folder / entry["file"], entry["file"]
-        if path.name == checkpoints.SEAL and not path.parent.exists():
-            continue  # pruned
-        if not path.exists():
-            found.faults.append(f"{name}: is missing")
-        elif file_digest(path) != entry["record"]:
-            found.faults.append(f"{name}: was changed")
-        elif path.name == checkpoints.SEAL and isinstance(
-            fault := checkpoints.examined(path.parent), str
-        ):
-            found.faults.append(f"{path.parent.name}: {fault}")
+        found.faults += _file_faults(folder, entry["file"], entry["record"])
     records = 0
     for name in RECORDS:
         expected = [entry for entry in entries if entry["file"] == name and "step" in entry]
-        path = folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        found.faults += _line_faults(name, expected, [digest(line.encode()) for line in lines])
+        lines, ends = read_lines(folder / name)
+        found.faults += _line_faults(name, expected, [digest(line) for line in lines])
+        if not ends:
+            found.faults.append(f"{name}: line {len(lines)} is cut off")
         records += len(expected)
     found.checked.append(f"files: {len(whole)}, records: {records}")
+
+
+def _file_faults(folder: Path, name: str, recorded: str) -> Iterator[str]:
+    """A file that is missing or was changed; of a checkpoint, any of its files."""
+    path = folder / name
+    try:
+        if path.name == checkpoints.SEAL and not path.parent.exists():
+            return  # pruned
+        if not path.is_file():
+            yield f"{name}: is missing"
+        elif file_digest(path) != recorded:
+            yield f"{name}: was changed"
+        elif path.name == checkpoints.SEAL and isinstance(
+            fault := checkpoints.examined(path.parent), str
+        ):
+            yield f"{path.parent.name}: {fault}"
+    except OSError as error:
+        yield f"{name}: cannot be read ({error.strerror})"
 
 
 def _line_faults(name: str, expected: Sequence[Entry], lines: Sequence[str]) -> Iterator[str]:
@@ -246,14 +234,16 @@ class _Rebuilt:
                 f"{self.folder}: its models ran code of their repositories. To run it again, say "
                 "--trust-remote-code."
             )
-        rows = recipe.data.load()
-        warmstart = isinstance(recipe.args, WarmstartConfig)
-        trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
+        with _read_from(self.folder, "run.json"):
+            trainer, _ = make_trainer(
+                recipe, recipe.data.load(), warmstart=isinstance(recipe.args, WarmstartConfig)
+            )
         trainer.remove_callback(PrinterCallback)
         if isinstance(trainer, WarmstartTrainer) and trainer.args.answers == "teacher":
             answers = Path(self.scratch.name) / "answers.jsonl"
-            shutil.copy(self.folder / answers.name, answers)
-            trainer.train_dataset = trainer._answered(trainer.questions, answers)
+            with _read_from(self.folder, answers.name):
+                shutil.copy(self.folder / answers.name, answers)
+                trainer.train_dataset = trainer._answered(trainer.questions, answers)
         return trainer
 
     def __exit__(self, *_: object) -> None:
@@ -266,14 +256,21 @@ def stored_recipe(folder: Path, output: Path) -> Recipe:
     Raises:
         TOPDError: there is none, or it cannot be read.
     """
-    try:
+    with _read_from(folder, "run.json"):
         stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        sources, config = stored["recipe"], stored["config"]
-        return _recipe(folder, sources, config, output)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, TOPDError):
-            raise
-        raise TOPDError(f"{folder / 'run.json'}: cannot be read: {error!r}.") from error
+        return _recipe(folder, stored["recipe"], stored["config"], output)
+
+
+@contextmanager
+def _read_from(folder: Path, name: str) -> Iterator[None]:
+    """Say which file it was where what stands in it cannot be used, whatever that leads to."""
+    try:
+        yield
+    except TOPDError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        said = " ".join(repr(error).split())
+        raise TOPDError(f"{folder / name}: cannot be used: {said}.") from error
 
 
 def _recipe(
@@ -309,24 +306,17 @@ def _readable(folder: Path, found: Findings) -> bool:
     """Whether the records can be read at all; else there is nothing to make again."""
     try:
         for name in ("rollouts.jsonl", "guidance.jsonl"):
-            _records(folder, name)
-        json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        found.faults.append(f"decisions: not made again, the records cannot be read: {error}")
+            read_records(folder, name)
+        read_manifest(folder)
+    except TOPDError as error:
+        found.faults.append(f"decisions: not made again: {error}")
         return False
     return True
 
 
-def _records(folder: Path, name: str) -> list[dict[str, Any]]:
-    path = folder / name
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def _check_sources(folder: Path, trainer: TOPDTrainer, found: Findings) -> None:
     """Models and data against their fingerprints in the manifest."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(folder)
     for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
         recorded, now = manifest["models"][role], model_fingerprint(model)
         if recorded["sha256"] != now["sha256"]:
@@ -349,7 +339,7 @@ def _check_decisions(
 ) -> None:
     stored: dict[int, tuple[list[Any], list[Any]]] = {}
     for i, name in enumerate(("rollouts.jsonl", "guidance.jsonl")):
-        for record in _records(folder, name):
+        for record in read_records(folder, name):
             stored.setdefault(record["step"], ([], []))[i].append(record)
     whole = [n for n, (rollouts, guidance) in stored.items() if len(rollouts) == len(guidance)]
     steps = sorted(random.Random(seed).sample(sorted(whole), min(updates, len(whole))))
@@ -374,7 +364,7 @@ def _decided(
     trainer: TOPDTrainer, step: int, records: Sequence[Mapping[str, Any]]
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """The records that the teacher and the method make of stored rollouts."""
-    rollouts = [_rollout(record) for record in records]
+    rollouts = [_rollout(record, trainer.observer.teacher.head.vocab_size) for record in records]
     seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
     look = trainer.args.looks_ahead(step) and (step == 0 or not _needs_student(trainer.args))
     made = trainer.observer.inspect(rollouts, seeds, trainer.args.guidance_method(look_ahead=look))
@@ -388,7 +378,13 @@ def _decided(
     ]
 
 
-def _rollout(record: Mapping[str, Any]) -> Rollout:
+def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
+    for key in ("prompt_ids", "teacher_prompt_ids", "response_ids"):
+        if max(record[key], default=0) >= vocab_size:
+            raise TOPDError(
+                f"rollouts.jsonl, {_place(record)}: {key} has the token {max(record[key])}, the "
+                f"models know {vocab_size}."
+            )
     prompt = Prompt(
         record["prompt"], tuple(record["prompt_ids"]), tuple(record["teacher_prompt_ids"])
     )
@@ -488,7 +484,7 @@ def _compare_records(
     """Records of the replayed updates, key by key; times and evaluations aside."""
     first, last = (step + (name == "metrics.jsonl") for step in steps)
     ours, theirs = (
-        [r for r in _records(place, name) if first <= r["step"] <= last and _of_an_update(r)]
+        [r for r in read_records(place, name) if first <= r["step"] <= last and _of_an_update(r)]
         for place in (folder, scratch)
     )
     if len(ours) != len(theirs):
@@ -520,8 +516,9 @@ def _compare_weights(
 
 
 def _weights(folder: Path) -> dict[int, str]:
+    entries = read_entries(folder)[0] if (folder / CHAIN).exists() else []
     return {
         entry["step"]: entry["student"]
-        for entry in _records(folder, CHAIN)
+        for entry in entries
         if entry.get("event") in ("update", "end")
     }

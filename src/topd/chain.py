@@ -42,8 +42,9 @@ class Chain:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.truncate(path, len(whole))
-        for entry in map(json.loads, whole.splitlines()[-1:]):
-            self.count, self.head = entry["n"] + 1, entry["hash"]
+        if whole:
+            last = json.loads(whole.splitlines()[-1])
+            self.count, self.head = last["n"] + 1, last["hash"]
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Chain the entries and write them, and the new head."""
@@ -80,8 +81,13 @@ def file_digest(path: Path) -> str:
 def write_whole(path: Path, record: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    partial.write_text(json_text(record))
     partial.replace(path)
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """How a JSON file of the run folder is written."""
+    return json.dumps(record, indent=2, default=str) + "\n"
 
 
 def check_chain(entries: Iterable[Mapping[str, Any]], head: Mapping[str, Any]) -> Iterator[str]:
@@ -99,7 +105,9 @@ def check_chain(entries: Iterable[Mapping[str, Any]], head: Mapping[str, Any]) -
             yield f"{CHAIN}: entry {entry['n']} was changed"
         expected, previous = entry["n"] + 1, entry["hash"]
     last = head["entries"] - 1
-    if last >= expected:
+    if last >= expected and head["hash"] == previous:
+        yield f"{HEAD}: counts {head['entries']} entries, the chain has {expected}"
+    elif last >= expected:
         yield f"{CHAIN}: its end is missing, {_span(expected, last)} gone"
     elif last >= 0 and at.get(last) != head["hash"]:
         yield f"{HEAD}: its hash is not that of entry {last}: the chain was written anew"

@@ -248,22 +248,19 @@ def check_same(
     """
     before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
     for part in ("data", "models"):
-        if before[part] != record[part]:
+        if before.get(part) != record[part]:
             raise TOPDError(
                 f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
                 "with the same, or begin anew in another folder."
             )
     now = json.loads(json.dumps(dict(settings), default=str))
+    pairs = [(part, stored.get(part, {}), now[part]) for part in ("recipe", "config")]
+    pairs.append(("versions", before.get("versions", {}), record["versions"]))
     changed = {
-        f"{part}.{key}": [stored[part].get(key), value]
-        for part in ("recipe", "config")
-        for key, value in now[part].items()
-        if key not in FREE and stored[part].get(key) != value
-    }
-    changed |= {
-        f"versions.{name}": [before["versions"].get(name), version]
-        for name, version in record["versions"].items()
-        if before["versions"].get(name) != version
+        f"{part}.{key}": [then.get(key), value]
+        for part, then, new in pairs
+        for key, value in new.items()
+        if key not in FREE and then.get(key) != value
     }
     if changed:
         logger.warning(f"{run}: from update {step} on with other settings: {changed}")

@@ -85,7 +85,7 @@ def surprise(
     width = int(tokens.max()) + 1 if len(tokens) else 1
     pairs = _count_of_each(likeliest.long() * width + tokens)
     share = (pairs - 1) / (_count_of_each(likeliest) - 1).clamp(min=1)
-    spread = pairs.log() / math.log1p(max(len(tokens), 1))
+    spread = pairs.log() / math.log1p(len(tokens))
     return -teacher_logprobs * (1 - share) * (1 - spread)
 
 

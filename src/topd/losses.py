@@ -360,8 +360,8 @@ def trajectory_loss(
 
     Source: arXiv 2606.00305, L_traj.
     """
-    guided = mask.to(student_logprobs.dtype)
-    kl = soft_target_kl(student_logprobs, targets).masked_fill(~mask.bool(), 0.0)
+    guided = mask.bool()
+    kl = soft_target_kl(student_logprobs, targets).masked_fill(~guided, 0.0)
     return kl.sum() / guided.sum().clamp(min=1)
 
 

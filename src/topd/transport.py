@@ -157,9 +157,9 @@ def sparse_soft_targets(
     row, token = (window * n + i).numpy(), teacher_tokens[window, j].numpy()
     vocab = token.max(initial=0) + 1
     met, place = np.unique(row * vocab + token, return_inverse=True)
-    mass = np.bincount(place, weights=plan[window, i, j].double().numpy(), minlength=len(met))
+    mass = np.bincount(place, weights=plan[window, i, j].double().numpy())
     row, token = np.divmod(met, vocab)
-    mass = mass / np.bincount(row, weights=mass, minlength=count * n)[row]
+    mass = mass / np.bincount(row, weights=mass)[row]
     ends = np.searchsorted(row, np.arange(count * n + 1)).tolist()
     tokens, probabilities = token.tolist(), mass.tolist()
     rows = [
@@ -191,7 +191,7 @@ def sparse_plans(plan: Float[Tensor, "N n m"]) -> list[tuple[tuple[int, int, flo
 
 def _row_distributions(plan: Tensor) -> Tensor:
     mass = plan.sum(-1, keepdim=True)
-    return torch.where(mass > 0, plan / mass.where(mass > 0, torch.ones_like(mass)), 0.0)
+    return plan / mass.where(mass > 0, torch.ones_like(mass))
 
 
 def _masks(cost: Tensor, student: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
