@@ -6,6 +6,7 @@ that the environment says (RANK, WORLD_SIZE, ...), and leaves ``CASE-RANK.pt`` i
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -32,9 +33,12 @@ from topd.types import TOPDError
 
 BATCH, RANKS = 4, 2
 FORK = {"method": "first_fork", "candidate_loss": "surprise"}
-FSDP = {
-    "fsdp": True,
-    "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False},
+FSDP = {  # what accelerate's launcher sets
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 
@@ -116,33 +120,35 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def ddp(folder: Path, ranks: int, **options: Any) -> dict[str, Any]:
-    """Every case under DDP, or as ``options`` say."""
+def ddp(folder: Path, ranks: int) -> dict[str, Any]:
+    """Every case under DDP."""
     return {
-        name: trained(folder / name, ranks, change, **args, **options)
+        name: trained(folder / name, ranks, change, **args)
         for name, (change, args) in CASES.items()
     }
 
 
 def fsdp(folder: Path, ranks: int) -> dict[str, Any]:
     """Every case under accelerate's FSDP2."""
-    return ddp(folder, ranks, **FSDP)
+    os.environ.update(FSDP)
+    return ddp(folder, ranks)
 
 
-def ddp_resumed(folder: Path, ranks: int, kind: str = "ddp", **options: Any) -> dict[str, Any]:
+def ddp_resumed(folder: Path, ranks: int, kind: str = "ddp") -> dict[str, Any]:
     """The first case's run, which was saved, gone on with from its first update."""
     if rank() == 0:
         shutil.copytree(folder.parent / kind / "opd", folder)
         shutil.rmtree(folder / "student")
     everywhere(None)
-    trainer = made(folder, ranks, **CASES["opd"][1], **options)
+    trainer = made(folder, ranks, **CASES["opd"][1])
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
     return left(trainer)
 
 
 def fsdp_resumed(folder: Path, ranks: int) -> dict[str, Any]:
     """The same under FSDP2."""
-    return ddp_resumed(folder, ranks, "fsdp", **FSDP)
+    os.environ.update(FSDP)
+    return ddp_resumed(folder, ranks, "fsdp")
 
 
 def faults(folder: Path, ranks: int) -> dict[str, str]:

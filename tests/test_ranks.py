@@ -224,7 +224,7 @@ def test_topd_train_by_accelerate_launch(tmp_path):
                 "FSDP_VERSION": "2",
                 "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
             },
-            "state_dict_type: FULL_STATE_DICT",
+            "fsdp_state_dict_type: FULL_STATE_DICT",
         ),
         (
             {
@@ -233,17 +233,16 @@ def test_topd_train_by_accelerate_launch(tmp_path):
                 "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
                 "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
             },
-            "cpu_ram_efficient_loading: false",
+            "fsdp_cpu_ram_efficient_loading: false",
         ),
     ],
 )
-def test_a_launch_that_does_not_go_is_refused(tmp_path, monkeypatch, variables, said):
-    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
-    check_launch(args)
+def test_a_launch_that_does_not_go_is_refused(monkeypatch, variables, said):
+    check_launch()
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(TOPDError, match=said):
-        check_launch(args)
+        check_launch()
 
 
 @pytest.mark.parametrize(

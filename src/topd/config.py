@@ -194,9 +194,10 @@ class TOPDConfig(TrainingArguments):
                 f"num_generations: {self.num_generations} does not divide the {rollouts} rollouts "
                 "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
             )
-        if self.deepspeed:
+        if self.fsdp or self.deepspeed:
             raise TOPDError(
-                "deepspeed: is not supported. Shard the student with FSDP2 (docs/scaling.md)."
+                "fsdp, deepspeed: FSDP2 is the launcher's to say (accelerate launch, see "
+                "docs/scaling.md), DeepSpeed is not supported. Leave it out."
             )
         if self.push_to_hub:
             raise TOPDError(

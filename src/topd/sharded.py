@@ -12,7 +12,6 @@ import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from topd.config import TOPDConfig
 from topd.types import TOPDError
 
 WRAPPER = "_checkpoint_wrapped_module."  # of activation checkpointing, inside a parameter's name
@@ -67,38 +65,37 @@ class WholeCopy:
                 own.data = own.data.new_empty(0)
 
 
-def fsdp_plugin(args: TOPDConfig) -> FullyShardedDataParallelPlugin | None:
-    """What accelerate is going to shard with, by the arguments or by its launcher."""
-    given: dict[str, Any] | None = args.fsdp_plugin_args
-    if given is not None:
-        return FullyShardedDataParallelPlugin(**given)
+def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """What accelerate's launcher said to shard with."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return FullyShardedDataParallelPlugin() if launched else None
 
 
-def check_launch(args: TOPDConfig) -> None:
+def check_launch() -> None:
     """Refuse what accelerate was launched with and does not go. Raises TOPDError."""
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise TOPDError(
-                f"accelerate: {name} is not supported. Launch with --multi_gpu (DDP) or with "
-                "--use_fsdp --fsdp_version 2."
+                f"accelerate: {name} is not supported. Launch with --multi_gpu (DDP), or with FSDP "
+                "as docs/scaling.md says."
             )
-    plugin = fsdp_plugin(args)
+    plugin = fsdp_plugin()
     if plugin is None:
         return
     for holds, fault, remedy in (
-        (plugin.fsdp_version == 2, "version 1 is not supported", "version: 2"),
+        (plugin.fsdp_version == 2, "version 1 is not supported", "fsdp_version: 2"),
         (
             "FULL_STATE_DICT" in str(plugin.state_dict_type),
             f"{plugin.state_dict_type} makes checkpoints that load in no other place",
-            "state_dict_type: FULL_STATE_DICT",
+            "fsdp_state_dict_type: FULL_STATE_DICT",
         ),
         (
             not plugin.cpu_ram_efficient_loading,
             "cpu_ram_efficient_loading leaves ranks without the weights that they check",
-            "cpu_ram_efficient_loading: false",
+            "fsdp_cpu_ram_efficient_loading: false",
         ),
     ):
         if not holds:
-            raise TOPDError(f"fsdp: {fault}. Set {remedy} (docs/scaling.md has a whole file).")
+            raise TOPDError(
+                f"accelerate: FSDP: {fault}. Set {remedy} (docs/scaling.md has a file)."
+            )

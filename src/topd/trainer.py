@@ -140,7 +140,7 @@ class TOPDTrainer(Trainer):
         most = _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
         check_servers("student", model, tokenizer, most[0])
         check_servers("teacher", teacher_model, teacher_tokenizer, most[1])
-        check_launch(args)
+        check_launch()
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             set_seed(args.seed)  # of the adapter's first weights
@@ -198,13 +198,12 @@ class TOPDTrainer(Trainer):
 
     def _prepare_sharding(self, student: PreTrainedModel) -> WholeCopy | None:
         """What the engines write with where FSDP2 is going to shard the student; else None."""
-        plugin = fsdp_plugin(self.args)
-        if plugin is None:
+        if fsdp_plugin() is None:
             return None
         if not self.accelerator.is_fsdp2:
             raise TOPDError(
-                "fsdp: accelerate shards on several accelerators only, and would run DDP here. "
-                "Leave it out."
+                "accelerate: FSDP shards over several accelerators, and would run DDP here. Launch "
+                "without it."
             )
         student.to(self.args.device)
         policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
