@@ -298,8 +298,8 @@ def testbed(**changes: Any) -> TOPDTrainer:
 
 
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
-    "SmolLM2, 2 x 48": ("smollm2", {"batch": 2, "length": 48, "window": 16}),
-    "SmolLM2, 4 x 96": ("smollm2", {"batch": 4, "length": 96, "window": 32}),
+    "SmolLM2, 2 x 24": ("smollm2", {"batch": 2, "length": 24, "window": 8}),
+    "SmolLM2, 4 x 48": ("smollm2", {"batch": 4, "length": 48, "window": 16}),
     "128 wide, 4 x 128": ("tiny", {"batch": 4, "length": 128, "window": 32}),
     "testbed, 32 x 64": ("testbed", {"batch": 32, "length": 64, "window": 24}),
 }

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -32,15 +34,18 @@ from topd.ranks import agreed, everywhere, on_first, rank
 from topd.types import TOPDError
 
 BATCH, RANKS = 4, 2
+FILE = Path(__file__).parents[1] / "docs" / "fsdp2.yaml"
 FORK = {"method": "first_fork", "candidate_loss": "surprise"}
-FSDP = {  # what accelerate's launcher sets
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
+HALF = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
 SAVED = {"save_strategy": "steps", "save_steps": 1}
+
+
+def launched() -> dict[str, str]:
+    """What accelerate's launcher tells ranks of FSDP with the file of docs/scaling.md."""
+    two = ["--num_machines", "2", "--num_processes", "16", "--main_process_port", "29500"]
+    words = ["--config_file", str(FILE), *two, "--machine_rank", "1", "-m", "topd"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    return {k: v for k, v in prepare_multi_gpu_env(args).items() if "FSDP" in k}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -130,7 +135,7 @@ def ddp(folder: Path, ranks: int) -> dict[str, Any]:
 
 def fsdp(folder: Path, ranks: int) -> dict[str, Any]:
     """Every case under accelerate's FSDP2."""
-    os.environ.update(FSDP)
+    os.environ.update(launched())
     return ddp(folder, ranks)
 
 
@@ -147,7 +152,7 @@ def ddp_resumed(folder: Path, ranks: int, kind: str = "ddp") -> dict[str, Any]:
 
 def fsdp_resumed(folder: Path, ranks: int) -> dict[str, Any]:
     """The same under FSDP2."""
-    os.environ.update(FSDP)
+    os.environ.update(launched())
     return ddp_resumed(folder, ranks, "fsdp")
 
 
@@ -218,11 +223,10 @@ def pretended() -> None:
 
 def layouts(folder: Path, ranks: int) -> dict[str, Any]:
     """One update of students that are sharded in other ways, or not where there is one rank."""
-    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
     return {
         "in one": by_hand(folder / "in one", ranks, fully_shard),
         "tied": by_hand(folder / "tied", ranks, layers, tie_word_embeddings=True),
-        "half": by_hand(folder / "half", ranks, partial(layers, mp_policy=half)),
+        "half": by_hand(folder / "half", ranks, partial(layers, mp_policy=HALF)),
     }
 
 
