@@ -266,12 +266,10 @@ def paper() -> Found:
 def shape_of(model: PreTrainedModel) -> Shape:
     """The counts of a dense model in memory."""
     config = model.config.get_text_config()
-    head, embedding = (
-        get().weight for get in (model.get_output_embeddings, model.get_input_embeddings)
-    )
-    tied = head is embedding
-    rest = sum(p.numel() for p in model.parameters() if p.requires_grad) - head.numel()
-    rest -= 0 if tied else embedding.numel()
+    linear, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = linear.weight is embedding.weight
+    ends = {id(p) for module in (linear, embedding) for p in module.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in ends)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
         rest,

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 pytest.importorskip("trl", minversion="1.16")
-from bench import growth, loss, measure, performance, step, transport, windows
+from bench import cost, growth, loss, measure, performance, step, transport, windows
+from bench.pairs import tiny
 
 SMALL = {
     "loss": (loss, "--shapes 97x8 --tokens 40 --growth 40,80 --runs 2"),
@@ -116,3 +118,26 @@ def _peak_of_one_tensor(size: int) -> int:
     found = measure.peak_memory(lambda: torch.ones(size, dtype=torch.uint8).max())
     assert len(before) == 2 * size
     return found
+
+
+def test_the_cost_model_counts_the_flops_of_a_forward():
+    model, n = tiny(128, 3, seed=0, vocab=512).requires_grad_(False), 40
+    model.set_attn_implementation("eager")  # the counter does not know the CPU's kernel
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.arange(n)[None])
+    shape = cost.shape_of(model)
+    counted = (
+        cost.forward(shape, n, n) + 2 * shape.head * n
+    )  # it multiplies what the mask hides too
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert shape.weights == sum(p.numel() for p in model.parameters())
+
+
+def test_the_rates_that_made_some_seconds_are_found_again():
+    rates = cost.Rates(3e10, 8e9, 2e-5)
+    work = cost.Work(4, 30, 60, 96, 3, 32)
+    parts = cost.costs(cost.STUDENT, cost.TEACHER, work)
+    seconds = {name: part.seconds(rates) for name, part in parts.items()}
+    found = cost.calibrated(seconds, parts)
+    again = {name: part.seconds(found) for name, part in parts.items()}
+    assert again == pytest.approx(seconds, rel=1e-3)
