@@ -10,12 +10,26 @@ from typing import Any
 import pytest
 import torch
 import typer
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 pytest.importorskip("trl", minversion="1.16")
-from bench import growth, loss, measure, mutants, performance, step, transport, windows
+from bench import (
+    cost,
+    decode,
+    growth,
+    loss,
+    measure,
+    mutants,
+    performance,
+    step,
+    transport,
+    windows,
+)
+from bench.pairs import tiny
 
 SMALL = {
+    "decode": (decode, "64x2 --batch 2 --tokens 4 --no-compiled --runs 2"),
     "loss": (loss, "--shapes 97x8 --tokens 40 --growth 40,80 --runs 2"),
     "transport": (transport, "--windows 20 --length 5 --runs 2"),
     "windows": (windows, "64x1 --tokens 24 --window 4 --fraction 0.1 --runs 2"),
@@ -51,6 +65,18 @@ def test_loss_compares_three_ways_to_one_gradient(tmp_path):
     assert 0 < found["chunked"]["gradient_gap"] < 1e-5
     assert 0 < found["TRL"]["gradient_gap"] < 1e-5
     assert "| chunked |" in page(tmp_path)
+
+
+def test_decode_writes_as_many_tokens_in_every_way(tmp_path):
+    found = run("decode", tmp_path)
+    assert list(found["results"]) == [
+        "ours",
+        "ours, bfloat16",
+        "generate",
+        "generate, static cache",
+    ]
+    assert found["settings"]["failed"] == {}
+    assert "| ours, bfloat16 " in page(tmp_path)
 
 
 def test_transport_compares_equal_distances(tmp_path):
@@ -143,3 +169,26 @@ def test_mutants_are_counted_and_a_reason_does_not_make_a_survivor_a_kill():
     }
     assert "| `f` | 4 | 1 | 1 | 2 | 0 | 0 | 1 | 25.0% |" in mutants.table({"f": counted})
     assert mutants.unused(found, reasons) == ["return 1"]
+
+
+def test_the_cost_model_counts_the_flops_of_a_forward():
+    model, n = tiny(128, 3, seed=0, vocab=512).requires_grad_(False), 40
+    model.set_attn_implementation("eager")  # the counter does not know the CPU's kernel
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.arange(n)[None])
+    shape = cost.shape_of(model)
+    counted = (
+        cost.forward(shape, n, n) + 2 * shape.head * n
+    )  # it multiplies what the mask hides too
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert shape.weights == sum(p.numel() for p in model.parameters())
+
+
+def test_the_rates_that_made_some_seconds_are_found_again():
+    rates = cost.Rates(3e10, 8e9, 2e-5)
+    work = cost.Work(4, 30, 60, 96, 3, 32)
+    parts = cost.costs(cost.STUDENT, cost.TEACHER, work)
+    seconds = {name: part.seconds(rates) for name, part in parts.items()}
+    found = cost.calibrated(seconds, parts)
+    again = {name: part.seconds(found) for name, part in parts.items()}
+    assert again == pytest.approx(seconds, rel=1e-3)

@@ -149,7 +149,7 @@ def test_sampled_logprobs_are_the_students_own(tmp_path):
 def test_a_rank_that_starts_later_sees_the_later_rollouts_of_the_update(tmp_path):
     rank = observer(tmp_path)
     whole = rank.observe(PROMPTS, step=3)
-    second = rank.observe(PROMPTS[4:], step=3, first=4)
+    second = rank.observe(PROMPTS[4:], step=3, numbers=range(4, 8))
     later = rank.observe(PROMPTS, step=4)
     answers = [[r.response for r in some.rollouts] for some in (whole, second, later)]
     assert answers[1] == answers[0][4:]

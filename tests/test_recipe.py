@@ -449,7 +449,7 @@ def test_generations_that_do_not_fill_an_update_are_refused(write):
 
 @pytest.mark.parametrize("key", ["fsdp", "deepspeed"])
 def test_sharding_is_refused(write, key):
-    says(refusal(write(**{key: "full_shard"})), key, "not supported yet")
+    says(refusal(write(**{key: "full_shard"})), key, "the launcher's to say", "Leave it out")
 
 
 def test_pushing_the_run_folder_to_the_hub_is_refused(write):

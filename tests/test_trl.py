@@ -128,7 +128,7 @@ def test_loss_gradient_and_entropy_of_an_update_equal_those_of_trl(tmp_path, bet
     close = {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(loss, expected, **close)
     torch.testing.assert_close(gradients(mine.model), gradients(trl.model), **close)
-    entropy = mine.meter.take(mine.accelerator)["entropy"]
+    entropy = mine.meter.take()["entropy"]
     by_batch = trl._metrics["train"]["entropy"]
     weighted = by_batch[0] * sum(lengths[:4]) + by_batch[1] * sum(lengths[4:])
     assert entropy == pytest.approx(weighted / sum(lengths), rel=1e-5)

@@ -33,6 +33,7 @@ logger = logging.get_logger(__name__)
 SEAL = "seal.json"
 PARTIAL = ".partial"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+SHARDED = {"optimizer.pt": "optimizer.bin"}  # what FSDP2 calls it
 FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
 DISK_FAULTS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
@@ -156,7 +157,7 @@ def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
     """
     found = examined(checkpoint)
     if isinstance(found, Seal):
-        missing = [name for name in NEEDED if name not in found.files]
+        missing = [n for n in NEEDED if {n, SHARDED.get(n, n)}.isdisjoint(found.files)]
         if not any(name.endswith(".safetensors") for name in found.files):
             missing.append("weights as safetensors")
         if not (resumable and missing):

@@ -365,9 +365,12 @@ def _faults() -> Iterator[None]:
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     with _faults():
+        from topd.ranks import rank
         from topd.run import run_recipe
 
         folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
+    if rank() > 0:  # the first one shows what came of it
+        return
     logs = read_logs(folder)
     if logs:
         show_table(logs)

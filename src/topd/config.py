@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from topd.losses import Kind
 from topd.methods import METHODS, Method, check_options
+from topd.ranks import everywhere
 from topd.types import Sampling, TOPDError
 
 
@@ -147,10 +148,36 @@ class TOPDConfig(TrainingArguments):
     ]
 
     def __post_init__(self) -> None:
-        if not self.output_dir:
+        named = bool(self.output_dir)
+        if not named:
             self.output_dir = f"runs/topd-{datetime.now():%Y%m%d-%H%M%S}"
         self._check()
         super().__post_init__()
+        if not named:  # each rank looked at its own clock
+            self.output_dir = everywhere(self.output_dir)[0]
+        if self.world_size > 1:
+            self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        """What does not go with several ranks. Raises TOPDError."""
+        if METHODS[self.method].whole_update:
+            raise TOPDError(
+                f"method: {self.method} chooses among all rollouts of an update, and a rank has "
+                f"only its own. Run one process, with gradient_accumulation_steps."
+            )
+        size = self.score_batch_size or self.per_device_train_batch_size
+        if self.candidate_loss == "surprise" and self.per_device_train_batch_size % size:
+            raise TOPDError(
+                f"score_batch_size: {size} does not divide per_device_train_batch_size, and "
+                "candidate_loss: surprise would count over other rollouts than in one process. "
+                "Leave it out."
+            )
+        loader = self.accelerator_config
+        if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
+            raise TOPDError(
+                "accelerator_config: split_batches, dispatch_batches and even_batches: false do "
+                "not go with several ranks, which take whole micro-batches in turn. Leave them out."
+            )
 
     def _check(self) -> None:
         check_options(self.method, self._method_options())
@@ -171,7 +198,10 @@ class TOPDConfig(TrainingArguments):
                 "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
             )
         if self.fsdp or self.deepspeed:
-            raise TOPDError("fsdp, deepspeed: sharded students are not supported yet.")
+            raise TOPDError(
+                "fsdp, deepspeed: FSDP2 is the launcher's to say (accelerate launch, see "
+                "docs/scaling.md), DeepSpeed is not supported. Leave it out."
+            )
         if self.push_to_hub:
             raise TOPDError(
                 "push_to_hub: would publish the run folder with all prompts and rollouts. Upload "

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +19,11 @@ from topd.divergence import (
     surprise,
     thin_candidates,
 )
-from topd.engines import Engine, Scores
+from topd.engines import Engine, Scores, Tick
 from topd.losses import linear_token_statistics
 from topd.methods import Method
 from topd.progress import Phases
+from topd.ranks import agreed, everywhere
 from topd.rollouts import make_rollout, sampling_seeds
 from topd.types import (
     Effort,
@@ -29,7 +31,6 @@ from topd.types import (
     Fork,
     Generation,
     Guidance,
-    Ids,
     Prompt,
     Rollout,
     TokenStatistics,
@@ -59,11 +60,16 @@ class Experience:
     branch_hidden: tuple[tuple[Tensor, ...], ...]
     efforts: tuple[Effort, ...] = ()
 
-    def all_ids(self) -> Iterator[Ids]:
-        """Every sequence of tokens in it: prompts, responses, the teacher's windows."""
-        for rollout in self.rollouts:
-            yield from (rollout.prompt.student, rollout.prompt.teacher, rollout.response)
-        yield from (fork.teacher_tokens for row in self.forks for fork in row)
+
+@dataclass(frozen=True)
+class _Look:
+    """What a rank has seen of its rollouts; ``starts`` (row, token) and ``written`` by window."""
+
+    hidden: list[Tensor]
+    logprobs: list[Tensor]
+    starts: list[tuple[int, int]]
+    written: list[Generation]
+    evidence: Evidence
 
 
 class Observer:
@@ -83,19 +89,29 @@ class Observer:
         self.phases = phases or Phases()
 
     def observe(
-        self, prompts: Sequence[Prompt], *, step: int, first: int = 0, look_ahead: bool = True
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        numbers: Sequence[int] | None = None,
+        look_ahead: bool = True,
     ) -> Experience:
-        """Roll out and look ahead.
+        """Roll out and look ahead. A collective where there are several ranks.
 
         Args:
             prompts: one a rollout; a prompt that stands there twice is answered twice.
             step: number of the update; with the seed it fixes what is sampled.
-            first: number of the first prompt within the update, over all ranks.
+            numbers: of the rollouts within the update, over all ranks; none: from 0 on.
             look_ahead: False to score only: no windows, and every token counts as it is.
+
+        Raises:
+            TOPDError: here or on another rank.
         """
-        seeds = sampling_seeds(self.args.seed, step, len(prompts), first=first)
+        numbers = range(len(prompts)) if numbers is None else numbers
+        seeds = [sampling_seeds(self.args.seed, step, 1, first=number)[0] for number in numbers]
         method = self.args.guidance_method(look_ahead=look_ahead)
-        return self.inspect(self.roll_out(prompts, seeds), seeds, method)
+        rollouts = agreed(lambda: self.roll_out(prompts, seeds), self._waiting)
+        return self.inspect(rollouts, seeds, method, numbers)
 
     def roll_out(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
         """The student's responses; those written beforehand are taken as they are."""
@@ -108,9 +124,23 @@ class Observer:
         return [make_rollout(p, w) for p, w in zip(prompts, written, strict=True)]
 
     def inspect(
-        self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method
+        self,
+        rollouts: Sequence[Rollout],
+        seeds: Sequence[int],
+        method: Method,
+        numbers: Sequence[int] | None = None,
     ) -> Experience:
-        """The teacher's view of given rollouts: scores, forks and guidance."""
+        """The teacher's view of given rollouts: scores, forks and guidance. As ``observe``."""
+        numbers = range(len(rollouts)) if numbers is None else numbers
+        look = agreed(lambda: self._look(rollouts, seeds, method), self._waiting)
+        real = self._verdicts(look, numbers) if method.looks_ahead else look.evidence.real
+        return agreed(lambda: self._guided(rollouts, seeds, method, look, real), self._waiting)
+
+    def _waiting(self) -> AbstractContextManager[Tick]:
+        return self.phases.phase("waiting")
+
+    def _look(self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method) -> _Look:
+        """Scores and windows, and how far these are apart; no verdict yet."""
         hidden: list[Tensor] = []
         logprobs: list[Tensor] = []
         losses: list[Tensor] = []
@@ -134,15 +164,41 @@ class Observer:
         evidence = self._evidence(rollouts, losses, starts, written)
         if method.statistics:
             evidence = replace(evidence, statistics=_statistics_of(statistics))
-        guidance = self._gone_on(rollouts, method.guide(replace(evidence, seed=seeds[0])), seeds)
+        return _Look(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
+
+    def _verdicts(self, look: _Look, numbers: Sequence[int]) -> Tensor:
+        """[N] bool, which windows are real divergent points: a share is one of all ranks'."""
+        distance = look.evidence.transport.distance
+        own = [(numbers[row], t) for row, t in look.starts]
+        pairs = list(zip(own, distance.tolist(), strict=True))
+        all_ = sorted(pair for found in everywhere(pairs) for pair in found)
+        real = real_divergent_points(
+            distance.new_tensor([far for _, far in all_]),
+            false_alarm_share=self.args.false_alarm_share,
+            threshold=self.args.ot_threshold,
+        )
+        verdict = dict(zip([place for place, _ in all_], real.tolist(), strict=True))
+        return torch.tensor([verdict[place] for place in own], dtype=torch.bool)
+
+    def _guided(
+        self,
+        rollouts: Sequence[Rollout],
+        seeds: Sequence[int],
+        method: Method,
+        look: _Look,
+        real: Tensor,
+    ) -> Experience:
+        evidence = replace(look.evidence, real=real)
+        guidance = self._gone_on(rollouts, method.guide(evidence), seeds)
+        windows = dict(zip(look.starts, look.written, strict=True))
         return Experience(
             tuple(rollouts),
-            tuple(hidden),
-            tuple(logprobs),
+            tuple(look.hidden),
+            tuple(look.logprobs),
             _forks(evidence, len(rollouts)),
             guidance,
-            self._branch_states(rollouts, guidance, dict(zip(starts, written, strict=True))),
-            tuple(window.effort for window in written),
+            self._branch_states(rollouts, guidance, windows),
+            tuple(window.effort for window in look.written),
         )
 
     def score(self, rollouts: Sequence[Rollout], first: int = 0) -> Scores:
@@ -328,11 +384,7 @@ class Observer:
         token_loss, mask = _padded(losses)
         windows = pair_windows(rollouts, starts, written, self.args.window_length)
         solved = self.compare(windows)
-        real = real_divergent_points(
-            solved.distance,
-            false_alarm_share=self.args.false_alarm_share,
-            threshold=self.args.ot_threshold,
-        )
+        real = torch.zeros(len(starts), dtype=torch.bool)
         logprobs, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
         return Evidence(token_loss, logprobs, mask, windows, solved, real)
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from topd.config import TOPDConfig
@@ -22,6 +23,8 @@ from topd.engines.hf import head_of
 from topd.experience import Experience
 from topd.losses import Kind, TokenTerms, Upstream, linear_token_terms, soft_target_kl
 from topd.types import BranchLoss, Guidance, Head, Rollout
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -229,12 +232,25 @@ def _branch_batches(
 def learning_terms(
     model: PreTrainedModel, batch: LearningBatch, teacher_head: Head, args: TOPDConfig
 ) -> LearningTerms:
-    """One forward of the student without its head, then the chunked head."""
+    """One forward of the student without its head, then the chunked head.
+
+    The head's weight is read inside the head's own forward, where FSDP2 has it whole.
+    """
     more = {} if batch["visible"] is None else {"attention_mask": batch["visible"]}
     if batch["positions"] is not None:
         more["position_ids"] = batch["positions"]
     output = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **more)
-    states, head = output.last_hidden_state.flatten(0, 1), head_of(model)
+    states, linear = output.last_hidden_state.flatten(0, 1), model.get_output_embeddings()
+
+    def head_forward() -> LearningTerms:
+        return _terms(states, head_of(model), batch, teacher_head, args)
+
+    return inside_forward(linear, linear, head_forward)
+
+
+def _terms(
+    states: Tensor, head: Head, batch: LearningBatch, teacher_head: Head, args: TOPDConfig
+) -> LearningTerms:
     terms = linear_token_terms(
         states[batch["place"]],
         head,
@@ -342,12 +358,13 @@ def cap_at_medians(
     return token_loss * torch.where(loud, median / token_loss.detach(), 1.0)
 
 
-def inside_forward(wrapped: nn.Module, module: nn.Module, run: Callable[[], Any]) -> Any:
+def inside_forward(wrapped: nn.Module, module: nn.Module, run: Callable[[], T]) -> T:
     """Call ``run`` as the forward of ``wrapped``, so that the hooks of DDP and FSDP fire.
 
     ``module`` is what ``wrapped`` wraps (or the same).
     """
     own = vars(module).get("forward")  # accelerate's autocast, if any
+    found: list[T] = []
 
     def restore() -> None:
         if own is not None:
@@ -355,15 +372,18 @@ def inside_forward(wrapped: nn.Module, module: nn.Module, run: Callable[[], Any]
         else:
             vars(module).pop("forward", None)
 
-    def redirected() -> Any:
+    def redirected() -> T:
         restore()  # ``run`` may need the real one
-        return run()
+        found.append(run())
+        return found[0]
 
     module.forward = redirected
     try:
-        return wrapped()
+        output = wrapped()
     finally:
         restore()
+    # FSDP2 hands on a copy in the dtype of its policy; its hooks are on what was returned to it
+    return found[0] if isinstance(wrapped, FSDPModule) else output
 
 
 def _advantages(guidance: Guidance) -> Sequence[float]:

@@ -33,6 +33,7 @@ import torch
 from peft import PeftModel
 
 from topd.chain import Chain, digest, file_digest, write_whole
+from topd.sharded import WRAPPER, whole
 from topd.types import Fork, Guidance, Rollout, TOPDError
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
@@ -120,7 +121,7 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another rank may have done it
     except OSError as error:
         raise TOPDError(
             f"output_dir: {folder} cannot be written ({error.strerror}). Choose another folder."
@@ -165,10 +166,15 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def trained_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over 64 spaced values of every trainable parameter: one update changes it."""
+    """SHA-256 over 64 spaced values of every trainable parameter: one update changes it.
+
+    A collective where the model is sharded; the digest is that of the whole model.
+    """
     return _tensor_digest(
         {
-            name: parameter.detach().flatten()[:: max(1, parameter.numel() // 64)]
+            name.replace(WRAPPER, ""): whole(parameter).flatten()[
+                :: max(1, parameter.numel() // 64)
+            ]
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }

@@ -259,12 +259,13 @@ def negative(
 
 class Method(NamedTuple):
     """A method and what it needs: windows (the teacher decodes), statistics (one more student
-    forward), of a rollout's real points the first alone."""
+    forward), of a rollout's real points the first alone, all rollouts of an update together."""
 
     guide: Callable[..., tuple[Guidance, ...]]
     looks_ahead: bool = False
     statistics: bool = False
     first_only: bool = False
+    whole_update: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -275,12 +276,12 @@ METHODS: dict[str, Method] = {
     "first_fork": Method(first_fork, looks_ahead=True, first_only=True),
     "relay": Method(relay, looks_ahead=True),
     "downweight": Method(downweight, looks_ahead=True),
-    "downweight_matched": Method(downweight_matched, looks_ahead=True),
-    "kl_top": Method(kl_top, statistics=True),
-    "entropy_top": Method(entropy_top, statistics=True),
-    "teachability": Method(teachability, statistics=True),
+    "downweight_matched": Method(downweight_matched, looks_ahead=True, whole_update=True),
+    "kl_top": Method(kl_top, statistics=True, whole_update=True),
+    "entropy_top": Method(entropy_top, statistics=True, whole_update=True),
+    "teachability": Method(teachability, statistics=True, whole_update=True),
     "iw_opd": Method(iw_opd),
-    "negative": Method(negative),
+    "negative": Method(negative, whole_update=True),
 }
 
 

@@ -4,43 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from topd.experience import Experience
+from topd.ranks import everywhere
 from topd.rollouts import repeated_ngram_share
 
 
 class Means:
-    """Running sums and counts by name. Tensors are added without waiting for the device."""
+    """Running sums and counts by name. Tensors are added without waiting for the device.
 
-    def __init__(self) -> None:
+    Args:
+        ranks: how many ranks add to these means.
+    """
+
+    def __init__(self, ranks: int = 1) -> None:
         self._sums: dict[str, tuple[Tensor | float, float]] = {}
+        self._share = 1 / ranks
 
-    def add(self, name: str, total: Tensor | float, count: float = 1) -> None:
-        """Add ``total``, the sum of ``count`` values."""
+    def add(self, name: str, total: Tensor | float, count: float | None = None) -> None:
+        """Add ``total``, the sum of ``count`` values; none: this rank's share of one value."""
         before, seen = self._sums.get(name, (0.0, 0))
-        self._sums[name] = (before + total, seen + count)
+        self._sums[name] = (before + total, seen + (self._share if count is None else count))
 
     def state(self) -> dict[str, list[float]]:
-        """Sums and counts of this process, for a checkpoint."""
-        return {name: [float(total), count] for name, (total, count) in self._sums.items()}
+        """Sums and counts over all ranks, for a checkpoint; a collective."""
+        sums: dict[str, list[float]] = {}
+        own = {name: (float(total), count) for name, (total, count) in self._sums.items()}
+        for found in everywhere(own):
+            for name, (total, count) in found.items():
+                before, seen = sums.get(name, (0.0, 0))
+                sums[name] = [before + total, seen + count]
+        return sums
 
     def load(self, state: Mapping[str, Sequence[float]]) -> None:
-        """Go on from the state of a checkpoint."""
+        """Go on from the state of a checkpoint, which only one rank may do."""
         self._sums = {name: (total, count) for name, (total, count) in state.items()}
 
-    def take(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means since the last call, over all ranks; a mean of nothing is left out."""
-        names = sorted(self._sums)
-        pairs = [[float(x) for x in self._sums[name]] for name in names]
+    def take(self) -> dict[str, float]:
+        """The means since the last call, over all ranks; a mean of nothing is left out.
+
+        A collective.
+        """
+        table = self.state()
         self._sums.clear()
-        table = torch.tensor(pairs, device=accelerator.device).reshape(-1, 2)
-        table = accelerator.reduce(table, reduction="sum").tolist()
-        return {
-            name: total / count for name, (total, count) in zip(names, table, strict=True) if count
-        }
+        return {name: total / count for name, (total, count) in sorted(table.items()) if count}
+
+
+def mean_seconds(by_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds by phase, the mean over ranks; a phase that a rank had not took it no time.
+
+    >>> mean_seconds([{"scoring": 2.0, "windows": 1.0}, {"scoring": 4.0}])
+    {'scoring': 3.0, 'windows': 0.5}
+    """
+    names = dict.fromkeys(name for seconds in by_rank for name in seconds)
+    return {n: sum(seconds.get(n, 0.0) for seconds in by_rank) / len(by_rank) for n in names}
 
 
 def measure_experience(means: Means, experience: Experience) -> None:

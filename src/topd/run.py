@@ -18,6 +18,7 @@ from topd.config import TOPDConfig
 from topd.evaluate import EvaluationCallback, Evaluator
 from topd.ledger import check_run_folder
 from topd.progress import Phases
+from topd.ranks import agreed, everywhere, rank
 from topd.recipe import Recipe, parse_overrides, read_recipe
 from topd.trainer import TOPDTrainer
 from topd.types import TOPDError
@@ -29,12 +30,13 @@ def run_recipe(
 ) -> Path:
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
     recipe = read_recipe(path, parse_overrides(words), warmstart=warmstart)
+    recipe.args.output_dir = everywhere(recipe.args.output_dir)[0]  # it may have a rank's time
     folder, wanted = Path(recipe.args.output_dir), recipe.args.resume_from_checkpoint
     check_run_folder(folder, resume=bool(wanted))
     checkpoint = checkpoints.resolve(wanted, folder)
     examined = {checkpoint: checkpoints.check(checkpoint, resumable=True)} if checkpoint else {}
     if wanted and not checkpoint:
-        _begin_anew(folder)
+        agreed(lambda: _begin_anew(folder) if rank() == 0 else None)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not quiet:
@@ -46,6 +48,7 @@ def run_recipe(
     trainer.examined = examined
     if not quiet:
         trainer.remove_callback(PrinterCallback)
+    if not quiet and rank() == 0:
         left_out = len(rows) - len(trainer.train_dataset)
         if left_out:
             Console().print(f"{left_out} of {len(rows)} prompts are too long and left out")

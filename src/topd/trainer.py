@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -56,11 +56,13 @@ from topd.ledger import (
     weights_in,
 )
 from topd.losses import TokenTerms
-from topd.metrics import Means, measure_experience
+from topd.metrics import Means, mean_seconds, measure_experience
 from topd.modelcard import write_model_card
 from topd.models import ModelSource, check_context, load_pair, tokenizers_of
 from topd.progress import Phases
+from topd.ranks import everywhere, on_first
 from topd.rollouts import PromptEncoder, fingerprint
+from topd.sharded import WholeCopy, check_launch, fsdp_plugin
 from topd.tokentext import FILE as TOKENS
 from topd.tokentext import TokenTexts, TokenWriter
 from topd.types import Ids, Prompt, StoppedError, TOPDError
@@ -138,6 +140,7 @@ class TOPDTrainer(Trainer):
         most = _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
         check_servers("student", model, tokenizer, most[0])
         check_servers("teacher", teacher_model, teacher_tokenizer, most[1])
+        check_launch()
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             set_seed(args.seed)  # of the adapter's first weights
@@ -147,8 +150,8 @@ class TOPDTrainer(Trainer):
             _without_dropout(student)
         self.recipe: dict[str, Any] = {}  # what the run was asked for, if there was a recipe
         self.record: dict[str, Any] = {}  # of manifest.json, from the first training on
-        self.meter = Means()  # since the latest log
-        self.totals = Means()  # since the beginning
+        self.meter = Means(args.world_size)  # since the latest log
+        self.totals = Means(args.world_size)  # since the beginning
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
         self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
@@ -168,6 +171,7 @@ class TOPDTrainer(Trainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True
+        self.copy = self._prepare_sharding(student)
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         check_head("student", student)
         check_head("teacher", teacher)
@@ -178,8 +182,10 @@ class TOPDTrainer(Trainer):
             args.temperature,
             self.accelerator.autocast,
         )
-        if isinstance(engines[0], ServedStudent) and self.accelerator.num_processes > 1:
+        if isinstance(engines[0], ServedStudent) and (self.copy or args.world_size > 1):
             raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
+        if self.copy:
+            engines[0].model = self.copy.model
         self.observer = Observer(*engines, args, self.phases)
         self.evaluator = Observer(*engines, args, Phases())
         self.ahead = Ahead(self.observer) if args.overlap else None
@@ -189,6 +195,32 @@ class TOPDTrainer(Trainer):
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         return self.encoder.encode(rows)
+
+    def _prepare_sharding(self, student: PreTrainedModel) -> WholeCopy | None:
+        """What the engines write with where FSDP2 is going to shard the student; else None."""
+        if fsdp_plugin() is None:
+            return None
+        if not self.accelerator.is_fsdp2:
+            raise TOPDError(
+                "accelerate: FSDP shards over several accelerators, and would run DDP here. Launch "
+                "without it."
+            )
+        student.to(self.args.device)
+        policy = self.accelerator.state.fsdp_plugin.mixed_precision_policy
+        return WholeCopy(student, policy.param_dtype if policy else None)
+
+    @contextmanager
+    def whole_student(self, *, exact: bool = False) -> Iterator[PreTrainedModel]:
+        """The student as a plain model with its weights of now; a collective under FSDP2.
+
+        Args:
+            exact: in the dtype that it is trained in, where FSDP2 computes in another.
+        """
+        if self.copy is None:
+            yield self.accelerator.unwrap_model(self.model)
+        else:
+            with self.copy.gathered(self.model, exact=exact) as student:
+                yield student
 
     # The step
 
@@ -205,12 +237,13 @@ class TOPDTrainer(Trainer):
         if not prompts:
             return [], None
         flat = [prompt for batch in prompts for prompt in batch]
+        numbers = self._numbers([len(batch) for batch in prompts])
         with self._saved_if_stopped():
-            experience = self._experience(flat)
+            experience = self._experience(flat, numbers)
             if self.ahead and self.state.global_step + 1 < self.state.max_steps:
                 self.fetched, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
                 self._begin_next()
-        self._record(experience)
+        self._record(experience, numbers)
         totals = self._totals(experience)
         rows = iter(range(len(flat)))
         parts = [[next(rows) for _ in batch] for batch in prompts]
@@ -219,7 +252,17 @@ class TOPDTrainer(Trainer):
         self.update_loss = torch.zeros((), device=device)
         return self.batches, None
 
-    def _experience(self, prompts: Sequence[Prompt]) -> Experience:
+    def _numbers(self, sizes: Sequence[int]) -> list[int]:
+        """The numbers of this rank's rollouts in the update: ranks take micro-batches in turn.
+
+        So they are those that one process has with as many times the accumulation steps.
+        """
+        ranks, own = self.args.world_size, self.args.process_index
+        return [
+            (micro * ranks + own) * sizes[0] + i for micro, n in enumerate(sizes) for i in range(n)
+        ]
+
+    def _experience(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Experience:
         """That of this update: gathered beside the one before, or now."""
         if self.ahead:
             with self.phases.phase("waiting"):
@@ -227,9 +270,20 @@ class TOPDTrainer(Trainer):
             if ready is not None:
                 return ready
         step = self.state.global_step
-        first = self.accelerator.process_index * len(prompts)
         looks = self.args.looks_ahead(step)
-        return self.observer.observe(prompts, step=step, first=first, look_ahead=looks)
+        with self._synced():
+            return self.observer.observe(prompts, step=step, numbers=numbers, look_ahead=looks)
+
+    @contextmanager
+    def _synced(self) -> Iterator[None]:
+        """The student whole for the engines, where it is sharded; how long that takes is timed."""
+        if self.copy is None:
+            yield
+            return
+        with ExitStack() as stack:
+            with self.phases.phase("gathering"):
+                stack.enter_context(self.whole_student())
+            yield
 
     def _begin_next(self) -> None:
         """Have the next update's experience gathered while this one is learned."""
@@ -239,12 +293,14 @@ class TOPDTrainer(Trainer):
 
     @contextmanager
     def _saved_if_stopped(self) -> Iterator[None]:
-        """Keep what was learned when an experience cannot be had, as when its servers are gone."""
+        """Keep what was learned when an experience cannot be had, as when its servers are gone.
+
+        All ranks stop then: see :func:`~topd.ranks.agreed`.
+        """
         try:
             yield
         except StoppedError:
-            saves = self.args.save_strategy != "no" and self.state.global_step > 0
-            if saves and self.accelerator.num_processes == 1:  # other ranks may not have stopped
+            if self.args.save_strategy != "no" and self.state.global_step > 0:
                 self._save_checkpoint(self.model, None)
             raise
 
@@ -289,23 +345,31 @@ class TOPDTrainer(Trainer):
         self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
         """Mean token divergence of fresh rollouts: the same seeds at every evaluation."""
-        experience = self.evaluator.observe(
-            inputs, step=EVALUATION_STREAM, first=inputs[0].index, look_ahead=False
-        )
-        rows = range(len(inputs))
-        batch = collate(experience, rows, self._totals(experience), self.accelerator.device)
+        numbers = [prompt.index for prompt in inputs]
+        with self._synced():
+            experience = self.evaluator.observe(
+                inputs, step=EVALUATION_STREAM, numbers=numbers, look_ahead=False
+            )
+        rows, device = range(len(inputs)), self.accelerator.device
+        batch = collate(experience, rows, Totals(1, 0), device)
         with torch.no_grad():
             divergence = self._terms(model, batch).tokens.divergence
-        self.evaluation.add("loss", divergence.sum(), len(divergence))
+        parts = zip(numbers, divergence.split(batch["lengths"]), strict=True)
+        self.evaluation.update({n: (float(part.sum()), len(part)) for n, part in parts})
         return divergence.mean(), None, None
 
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Trainer's; the loss is the mean over all tokens, however they were batched."""
-        self.evaluation = Means()
+        """Trainer's; the loss is the mean over all tokens, however they were batched.
+
+        A prompt that fills up the last batch of a rank counts once.
+        """
+        self.evaluation: dict[int, tuple[float, int]] = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = self.evaluation.take(self.accelerator)["loss"]
+        by_prompt = {n: pair for found in everywhere(self.evaluation) for n, pair in found.items()}
+        divergence, tokens = (sum(column) for column in zip(*by_prompt.values(), strict=True))
+        output.metrics[f"{metric_key_prefix}_loss"] = divergence / tokens
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -381,8 +445,9 @@ class TOPDTrainer(Trainer):
                 self.run_folder, self.args.save_total_limit, state.best_model_checkpoint
             )
         self.accelerator.wait_for_everyone()
-        self.meter.load(seal.means["meter"])
-        self.totals.load(seal.means["totals"])
+        if self.is_world_process_zero():  # the means are those over all ranks
+            self.meter.load(seal.means["meter"])
+            self.totals.load(seal.means["totals"])
         self.token_writer = TokenWriter(
             self.processing_class, TokenTexts.read(self.run_folder).pieces
         )
@@ -391,8 +456,8 @@ class TOPDTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, whole or not at all (see :mod:`topd.checkpoints`)."""
         run, step = self.run_folder, self.state.global_step
-        if (run / f"checkpoint-{step}").exists():  # an epoch may end where a step was saved
-            return
+        if everywhere((run / f"checkpoint-{step}").exists())[0]:
+            return  # an epoch may end where a step was saved
         means = {"meter": self.meter.state(), "totals": self.totals.state()}
         note = partial(self.ledger.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
         active = self.args.should_save
@@ -407,6 +472,7 @@ class TOPDTrainer(Trainer):
                 self.state.best_model_checkpoint = str(run / place.name)
                 self.state.save_to_json(str(place / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # it has its name
         if self.args.should_save:
             checkpoints.prune(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
@@ -417,46 +483,54 @@ class TOPDTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainer's, without the pickled arguments: run.json has them as text."""
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
 
     def _save_student(self, record: dict[str, Any]) -> None:
         """The whole student into ``student/``, LoRA merged (and the adapter into ``adapter/``)."""
         folder = Path(self.args.output_dir) / "student"
-        model = self.accelerator.unwrap_model(self.model)
-        if isinstance(model, PeftModel):
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
             self.save_model(str(folder.with_name("adapter")))
-            if self.args.should_save:
-                copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
-                self.processing_class.save_pretrained(folder)
+            with self.whole_student(exact=True) as model:
+                if self.args.should_save:
+                    copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
+                    self.processing_class.save_pretrained(folder)
         else:
             self.save_model(str(folder))
+        trained = trained_digest(self.model)
         if self.args.should_save:
             self.ledger.seal(*weights_in(self.ledger.folder, "student"))
-            self.ledger.note("end", step=self.state.global_step, student=trained_digest(self.model))
+            self.ledger.note("end", step=self.state.global_step, student=trained)
             history, chain = self.state.log_history, self.ledger.chain
             write_model_card(folder, record, self.args, history, chain)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with what the update measured; also a line of metrics.jsonl."""
+        """Trainer's, with what the update measured; also a line of metrics.jsonl.
+
+        Seconds are means over ranks.
+        """
         if "train_loss" in logs:
-            logs = {**logs, **self.totals.take(self.accelerator)}
+            logs = {**logs, **self.totals.take()}
         if "loss" in logs:
-            seconds = self.phases.take()
-            self.meter.add("tokens_per_second", 0, sum(seconds.values()))
-            logs = {**logs, **self.meter.take(self.accelerator)}
+            seconds = mean_seconds(everywhere(self.phases.take()))
+            self.meter.add("tokens_per_second", 0, sum(seconds.values()) / self.args.world_size)
+            logs = {**logs, **self.meter.take()}
             logs.update({f"seconds/{name}": spent for name, spent in seconds.items()})
         super().log(logs, start_time)
         self.ledger.append("metrics.jsonl", [self.state.log_history[-1]])
 
     def _measure(self, terms: TokenTerms, trajectory: Tensor, batch: LearningBatch) -> None:
-        """Add a micro-batch to the means; stop if it is not what was sampled."""
+        """Add a micro-batch to the means; all ranks stop if it is not what was sampled."""
         count, detached = len(batch["tokens"]), TokenTerms(*(term.detach() for term in terms))
         self.meter.add(self.args.divergence, detached.divergence.sum(), count)
         self.meter.add("entropy", detached.entropy.sum(), count)
         self.meter.add("topd/trajectory_loss", trajectory, batch["guided"])
         if self.args.learns_from_answers:
             return
-        gap = (detached.logprob - batch["sampled"]).abs().mean().item()
+        off = (detached.logprob - batch["sampled"]).abs().sum()
+        apart = torch.stack([off, torch.full_like(off, count)])
+        total, tokens = self.accelerator.reduce(apart, reduction="sum").tolist()
+        gap = total / tokens if tokens else 0.0
         if not gap <= self.args.max_logprob_gap:  # a NaN is refused too
             raise TOPDError(
                 f"step {self.state.global_step}: log-probs at sampling and in training differ by "
@@ -464,38 +538,50 @@ class TOPDTrainer(Trainer):
                 f"{self.args.max_logprob_gap}. Sample and train in the same dtype, temperature and "
                 "weights, without dropout, or raise the limit."
             )
-        self.meter.add("logprob_gap", gap * count, count)
+        self.meter.add("logprob_gap", off, count)
         if self.args.overlap:
             ratio = importance(detached.logprob, batch["sampled"], self.args.max_importance)
             self.meter.add("importance_ratio", ratio.sum(), count)
             cut = (ratio >= self.args.max_importance).sum()
             self.meter.add("importance_cut_share", cut, count)
 
-    def _record(self, experience: Experience) -> None:
-        """Measure an experience and write it to the run folder."""
+    def _record(self, experience: Experience, numbers: Sequence[int]) -> None:
+        """Measure an experience; write it and those of the other ranks to the run folder."""
         measure_experience(self.meter, experience)
         if not self.args.log_rollouts:
             return
-        step, decode = self.state.global_step, self.processing_class.decode
-        rows = list(enumerate(experience.rollouts))
-        self.ledger.note("update", step=step, student=trained_digest(self.model))
-        self.ledger.append(TOKENS, self.token_writer.records(experience.all_ids()))
-        self.ledger.append(
-            "rollouts.jsonl",
-            (
-                rollout_record(
-                    step, i, r, experience.teacher_logprobs[i].tolist(), decode(list(r.response))
-                )
-                for i, r in rows
-            ),
+        step, trained = self.state.global_step, trained_digest(self.model)
+        own = [self._records(step, i, n, experience) for i, n in enumerate(numbers)]
+        pairs = [pair for found in on_first(own) for pair in found]
+        if not pairs:
+            return
+        pairs.sort(key=lambda pair: pair[0]["rollout"])
+        rollouts, guidance = (list(records) for records in zip(*pairs, strict=True))
+        self.ledger.note("update", step=step, student=trained)
+        self.ledger.append(TOKENS, self.token_writer.records(_all_ids(rollouts, guidance)))
+        self.ledger.append("rollouts.jsonl", rollouts)
+        self.ledger.append("guidance.jsonl", guidance)
+
+    def _records(
+        self, step: int, row: int, number: int, experience: Experience
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the run folder keeps of one rollout and its guidance."""
+        rollout, guidance = experience.rollouts[row], experience.guidance[row]
+        text = self.processing_class.decode(list(rollout.response))
+        scores = experience.teacher_logprobs[row].tolist()
+        return (
+            rollout_record(step, number, rollout, scores, text),
+            guidance_record(step, number, rollout, experience.forks[row], guidance),
         )
-        self.ledger.append(
-            "guidance.jsonl",
-            (
-                guidance_record(step, i, r, experience.forks[i], experience.guidance[i])
-                for i, r in rows
-            ),
-        )
+
+
+def _all_ids(
+    rollouts: Sequence[Mapping[str, Any]], guidance: Sequence[Mapping[str, Any]]
+) -> Iterator[Sequence[int]]:
+    """Every sequence of tokens in an update: prompts, responses, the teacher's windows."""
+    for rollout in rollouts:
+        yield from (rollout[f"{key}_ids"] for key in ("prompt", "teacher_prompt", "response"))
+    yield from (fork["teacher_tokens"] for row in guidance for fork in row["forks"])
 
 
 class GroupSampler(Sampler[int]):

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from topd import ranks
 from topd.config import TOPDConfig
+from topd.sharded import whole
 from topd.types import COLLAPSED, NONFINITE, TERMINATED, StoppedError
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: TOPDTrainer) -> None:
         self.trainer = trainer
         self.reason: StoppedError | None = None
+        self.agreed: StoppedError | None = None  # what all ranks end for
 
     def on_pre_optimizer_step(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
@@ -106,8 +109,7 @@ class Watch(TrainerCallback):
             return
         fault = f"update {state.global_step + 1}: the loss ({float(loss)}) or a gradient is not "
         folder = trainer.run_folder / f"fault-{state.global_step}"
-        if args.should_save:
-            save_batches(trainer.batches, folder)
+        save_batches(trainer.batches, folder, ranks.rank())
         if args.nonfinite == "skip":
             trainer.model.zero_grad(set_to_none=True)  # an optimiser passes over what has none
             logger.warning(f"{fault}finite. It is left out; {folder} has its batch.")
@@ -126,7 +128,7 @@ class Watch(TrainerCallback):
         values = [loss]
         if accelerator.scaler is None:  # fp16's scaler looks after overflows itself
             gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
-            values.append(nn.utils.get_total_norm(gradients))
+            values.append(whole(nn.utils.get_total_norm(gradients)))
         finite = torch.stack([value.isfinite().all() for value in values]).all()
         return int(accelerator.reduce(finite.long(), "sum")) == accelerator.num_processes
 
@@ -138,7 +140,7 @@ class Watch(TrainerCallback):
         found = [rule.broken(logs, args) for rule in rules(args)] if logs else []
         if "loss" in state.log_history[-1] and any(found):
             control.should_save = True
-            self.reason = StoppedError(
+            self.reason = self.agreed = StoppedError(
                 f"update {state.global_step}: the run collapsed. {'; '.join(filter(None, found))}. "
                 "Look at its rollouts (topd report), then go on from an earlier checkpoint with a "
                 "lower learning_rate, or change the limit (null: no limit).",
@@ -148,14 +150,17 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Have a checkpoint saved if the run is to end here."""
-        control.should_save |= self.reason is not None
+        """Have a checkpoint saved if the run is to end here, on all ranks."""
+        reasons = [reason for reason in ranks.everywhere(self.reason) if reason is not None]
+        self.reason = self.agreed = reasons[0] if reasons else None
+        control.should_save |= self.agreed is not None
 
     def on_save(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """End the run, now that it can go on. Raises StoppedError."""
-        self.end_if_asked()
+        if self.agreed is not None:
+            raise self.agreed
 
     def end_if_asked(self) -> None:
         """Raise the StoppedError that is due, if one is: everything is on disk."""
@@ -181,13 +186,16 @@ class Watch(TrainerCallback):
             signal.signal(signal.SIGTERM, before)
 
 
-def save_batches(batches: Sequence[LearningBatch], folder: Path) -> None:
-    """Write the tensors of an update's micro-batches: ``MICRO-BATCH.NAME`` in batch.safetensors."""
-    folder.mkdir(exist_ok=True)
+def save_batches(batches: Sequence[LearningBatch], folder: Path, rank: int = 0) -> None:
+    """Write the tensors of an update's micro-batches: ``MICRO-BATCH.NAME`` in batch.safetensors.
+
+    Those of other ranks go into batch-RANK.safetensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{i}.{name}": value.contiguous()
         for i, batch in enumerate(batches)
         for name, value in batch.items()
         if isinstance(value, Tensor)
     }
-    save_file(tensors, folder / "batch.safetensors")
+    save_file(tensors, folder / (f"batch-{rank}.safetensors" if rank else "batch.safetensors"))

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from topd.engines.hf import HFEngine
 from topd.evaluate.evaluation import Evaluation, Evaluator
@@ -74,19 +82,26 @@ class EvaluationCallback(TrainerCallback):
     def _evaluate(self, step: int, control: TrainerControl) -> None:
         log_wanted, began = control.should_log, _clocks()
         accelerator = self.trainer.accelerator
-        model = accelerator.unwrap_model(self.trainer.model)
-        engine = HFEngine(
-            model,
-            eos_ids=eos_ids(model, self.evaluator.tokenizer),
-            name="student",
-            autocast=accelerator.autocast,
-        )
-        self.latest = self.evaluator(engine)
+        with self._whole() as model:
+            engine = HFEngine(
+                model,
+                eos_ids=eos_ids(model, self.evaluator.tokenizer),
+                name="student",
+                autocast=accelerator.autocast,
+            )
+            self.latest = self.evaluator(engine)
         times = (began - self._began - self._spent).tolist()
         self.trainer.log({**logged(self.latest), **dict(zip(TIMES, times, strict=True))})
         control.should_log = log_wanted  # a log of ours must not stand for that of the update
         self._latest_step = step
         self._spent = self._spent + _clocks() - began
+
+    def _whole(self) -> AbstractContextManager[PreTrainedModel]:
+        """The model, with its weights whole where a TOPDTrainer has them sharded."""
+        whole = getattr(self.trainer, "whole_student", None)
+        if whole is not None:
+            return whole()
+        return nullcontext(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
 
 def _clocks() -> np.ndarray:

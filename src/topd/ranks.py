@@ -1,0 +1,71 @@
+"""What the ranks of a run say to each other.
+
+Every function here is a collective where there are several ranks: all of them must call it, as
+often and in the same order, whatever their prompts, rollouts and windows are. With one rank it
+costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from topd.types import TOPDError
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """The number of this process among the ranks; 0 where there is one. No collective."""
+    return dist.get_rank() if _several() else 0
+
+
+def everywhere(value: T) -> list[T]:
+    """The picklable values of all ranks, in the order of the ranks."""
+    if not _several():
+        return [value]
+    found: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found  # type: ignore[return-value]
+
+
+def on_first(value: T) -> list[T]:
+    """The picklable values of all ranks on rank 0, in the order of the ranks; elsewhere none."""
+    if not _several():
+        return [value]
+    found: list[T | None] = [None] * dist.get_world_size()
+    first = dist.get_rank() == 0
+    dist.gather_object(value, found if first else None)
+    return found if first else []  # type: ignore[return-value]
+
+
+def agreed(
+    run: Callable[[], T], waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> T:
+    """What ``run`` returns here. Where it raises TOPDError on one rank, all ranks raise it.
+
+    So no rank waits for another that has given up, and what was learned can still be saved by all.
+
+    Args:
+        run: what may fail; no collective, or one that cannot.
+        waiting: makes the context of waiting for the other ranks, to time it.
+    """
+    if not _several():
+        return run()
+    fault, found = None, None
+    try:
+        found = run()
+    except TOPDError as error:
+        fault = error
+    with waiting():
+        faults = [error for error in everywhere(fault) if error is not None]
+    if faults:
+        raise fault or faults[0]
+    return found  # type: ignore[return-value]
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,101 @@
+"""A student that FSDP2 has sharded: its weights whole, and what of accelerate's FSDP is refused.
+
+The engines write as many tokens as a rollout happens to have. A sharded model gathers its weights
+in every forward, so ranks whose rollouts differ in length would wait for each other for ever.
+Therefore they write with a plain copy, whose weights are gathered once before an experience and
+dropped behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from topd.types import TOPDError
+
+WRAPPER = "_checkpoint_wrapped_module."  # of activation checkpointing, inside a parameter's name
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, detached. A collective where it is sharded."""
+    detached = parameter.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+class WholeCopy:
+    """A copy of a model, without weights until they are gathered.
+
+    Args:
+        model: the model, on its device, before it is sharded.
+        dtype: what the engines compute in, as the sharded model does; None: its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
+        empty = {
+            id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in model.parameters()
+        }
+        self.model: PreTrainedModel = copy.deepcopy(model, empty)
+        self.device, self.dtype = model.device, dtype
+
+    @contextmanager
+    def gathered(self, source: nn.Module, *, exact: bool = False) -> Iterator[PreTrainedModel]:
+        """The copy with the weights that ``source`` has now; a collective.
+
+        Args:
+            source: the model that was copied, sharded or not yet.
+            exact: in its own dtype, to be saved.
+        """
+        names = dict(self.model.named_parameters())
+        for name, parameter in source.named_parameters():
+            own = names[name.replace(WRAPPER, "")]
+            dtype = None if exact or not parameter.is_floating_point() else self.dtype
+            own.data = whole(parameter).to(self.device, dtype)
+        try:
+            yield self.model
+        finally:
+            for own in names.values():
+                own.data = own.data.new_empty(0)
+
+
+def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """What accelerate's launcher said to shard with."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return FullyShardedDataParallelPlugin() if launched else None
+
+
+def check_launch() -> None:
+    """Refuse what accelerate was launched with and does not go. Raises TOPDError."""
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise TOPDError(
+                f"accelerate: {name} is not supported. Launch with --multi_gpu (DDP), or with FSDP "
+                "as docs/scaling.md says."
+            )
+    plugin = fsdp_plugin()
+    if plugin is None:
+        return
+    for holds, fault, remedy in (
+        (plugin.fsdp_version == 2, "version 1 is not supported", "fsdp_version: 2"),
+        (
+            "FULL_STATE_DICT" in str(plugin.state_dict_type),
+            f"{plugin.state_dict_type} makes checkpoints that load in no other place",
+            "fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
+        (
+            not plugin.cpu_ram_efficient_loading,
+            "cpu_ram_efficient_loading leaves ranks without the weights that they check",
+            "fsdp_cpu_ram_efficient_loading: false",
+        ),
+    ):
+        if not holds:
+            raise TOPDError(
+                f"accelerate: FSDP: {fault}. Set {remedy} (docs/scaling.md has a file)."
+            )

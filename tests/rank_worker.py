@@ -1,0 +1,277 @@
+"""What each of two ranks does for tests/test_ranks.py; one process does the same for comparison.
+
+``python tests/rank_worker.py FOLDER CASE...`` runs cases (functions of this module) as the rank
+that the environment says (RANK, WORLD_SIZE, ...), and leaves ``CASE-RANK.pt`` in the folder.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from conftest import rows
+from test_trainer import lines, make, student, teacher
+from topd import TOPDTrainer
+from topd.experience import Experience
+from topd.learning import collate
+from topd.ranks import agreed, everywhere, on_first, rank
+from topd.types import TOPDError
+
+BATCH, RANKS = 4, 2
+FILE = Path(__file__).parents[1] / "docs" / "fsdp2.yaml"
+FORK = {"method": "first_fork", "candidate_loss": "surprise"}
+HALF = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
+SAVED = {"save_strategy": "steps", "save_steps": 1}
+
+
+def launched() -> dict[str, str]:
+    """What accelerate's launcher tells ranks of FSDP with the file of docs/scaling.md."""
+    two = ["--num_machines", "2", "--num_processes", "16", "--main_process_port", "29500"]
+    words = ["--config_file", str(FILE), *two, "--machine_rank", "1", "-m", "topd"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    return {k: v for k, v in prepare_multi_gpu_env(args).items() if "FSDP" in k}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every update, whole."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
+        names = ((name.removeprefix("module."), p) for name, p in model.named_parameters())
+        self.kept.append({name: whole(p.grad).clone() for name, p in names})
+
+
+def made(folder: Path, ranks: int, **options: Any) -> TOPDTrainer:
+    """A trainer of epochs of one update each: ranks share its four micro-batches."""
+    sizes = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": 4 // ranks}
+    return make(folder, data=rows(16), **{"max_steps": 2, **sizes, **options})
+
+
+def trained(
+    folder: Path, ranks: int, change: Callable[..., Any] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Two updates: gradients, weights, logs and records."""
+    gradients = Gradients()
+    trainer = made(folder, ranks, callbacks=[gradients], **options)
+    if change:
+        change(trainer, ranks)
+    trainer.train()
+    return {"gradients": gradients.kept, **left(trainer)}
+
+
+def left(trainer: TOPDTrainer) -> dict[str, Any]:
+    """What a run came to."""
+    state = trainer.model.state_dict()
+    found = {
+        "weights": {name: whole(value) for name, value in state.items()},
+        "sharded": sum(isinstance(value, DTensor) for value in state.values()),
+        "logs": trainer.state.log_history,
+    }
+    names = ("rollouts", "guidance", "tokens") if rank() == 0 else ()
+    return found | {name: lines(trainer.run_folder, name) for name in names}
+
+
+def without(trainer: TOPDTrainer, ranks: int) -> None:
+    """Nothing to learn from the second, fourth, ... micro-batch: with two ranks, from rank 1."""
+    trainer.observer._guided = emptied(trainer.observer._guided, ranks, weights=True)
+
+
+def without_forks(trainer: TOPDTrainer, ranks: int) -> None:
+    """The same micro-batches have no fork."""
+    trainer.observer._guided = emptied(trainer.observer._guided, ranks, weights=False)
+
+
+def emptied(guided: Callable[..., Experience], ranks: int, *, weights: bool) -> Any:
+    def changed(*args: Any) -> Experience:
+        found = guided(*args)
+        guidance, hidden = list(found.guidance), list(found.branch_hidden)
+        for i, guide in enumerate(guidance):
+            if rank() == 1 or (ranks == 1 and i // BATCH % RANKS == 1):
+                kept = (0.0,) * len(guide.weights) if weights else (1.0,) * len(guide.weights)
+                guidance[i], hidden[i] = replace(guide, weights=kept, targets=(), branches=()), ()
+        return replace(found, guidance=tuple(guidance), branch_hidden=tuple(hidden))
+
+    return changed
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "opd": (None, {"method": "opd", **SAVED}),
+    "topd": (None, {"method": "topd"}),
+    "first_fork": (None, FORK),
+    "topd, nothing on rank 1": (without, {"method": "topd"}),
+    "first_fork, no fork on rank 1": (without_forks, FORK),
+}
+
+
+def ddp(folder: Path, ranks: int) -> dict[str, Any]:
+    """Every case under DDP."""
+    return {
+        name: trained(folder / name, ranks, change, **args)
+        for name, (change, args) in CASES.items()
+    }
+
+
+def fsdp(folder: Path, ranks: int) -> dict[str, Any]:
+    """Every case under accelerate's FSDP2."""
+    os.environ.update(launched())
+    return ddp(folder, ranks)
+
+
+def ddp_resumed(folder: Path, ranks: int, kind: str = "ddp") -> dict[str, Any]:
+    """The first case's run, which was saved, gone on with from its first update."""
+    if rank() == 0:
+        shutil.copytree(folder.parent / kind / "opd", folder)
+        shutil.rmtree(folder / "student")
+    everywhere(None)
+    trainer = made(folder, ranks, **CASES["opd"][1])
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    return left(trainer)
+
+
+def fsdp_resumed(folder: Path, ranks: int) -> dict[str, Any]:
+    """The same under FSDP2."""
+    os.environ.update(launched())
+    return ddp_resumed(folder, ranks, "fsdp")
+
+
+def faults(folder: Path, ranks: int) -> dict[str, str]:
+    """What every rank raises where one of them has a fault."""
+    found = {}
+
+    def one_fails() -> None:
+        if rank() == ranks - 1:
+            raise TOPDError("rank 1: its fault.")
+
+    def broken(trainer: TOPDTrainer, _: int) -> None:
+        score = trainer.observer.score
+
+        def failing(*args: Any) -> Any:
+            one_fails()
+            return score(*args)
+
+        trainer.observer.score = failing
+
+    def gap(trainer: TOPDTrainer, _: int) -> None:
+        generate = trainer.observer.student.generate
+
+        def wrong(*args: Any, **kwargs: Any) -> Any:
+            off = 0.8 if rank() == ranks - 1 else 0.0
+            return [
+                replace(w, logprobs=tuple(p - off for p in w.logprobs))
+                for w in generate(*args, **kwargs)
+            ]
+
+        trainer.observer.student.generate = wrong
+
+    for name, change in (("observe", broken), ("gap", gap)):
+        try:
+            trained(folder / name, ranks, change)
+        except TOPDError as error:
+            found[name] = str(error)
+    try:
+        agreed(one_fails)
+    except TOPDError as error:
+        found["agreed"] = str(error)
+    found["everywhere"] = str(everywhere(rank()))
+    found["on_first"] = str(on_first(rank()))
+    return found
+
+
+def evaluated(folder: Path, ranks: int) -> float:
+    """The evaluation of 7 prompts: the last batch of a rank is filled up."""
+    trainer = make(
+        folder, data=rows(8), eval_dataset=rows(7), per_device_eval_batch_size=2, max_steps=1
+    )
+    return trainer.evaluate()["eval_loss"]
+
+
+def pretended() -> None:
+    """Have accelerate shard on a CPU, where it silently runs DDP else."""
+    init = AcceleratorState.__init__
+
+    def pretending(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+        if self.__dict__.get("fsdp_plugin") is not None:
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = pretending
+
+
+def layouts(folder: Path, ranks: int) -> dict[str, Any]:
+    """One update of students that are sharded in other ways, or not where there is one rank."""
+    return {
+        "in one": by_hand(folder / "in one", ranks, fully_shard),
+        "tied": by_hand(folder / "tied", ranks, layers, tie_word_embeddings=True),
+        "half": by_hand(folder / "half", ranks, partial(layers, mp_policy=HALF)),
+    }
+
+
+def by_hand(folder: Path, ranks: int, shard: Callable[[nn.Module], Any], **changes: Any) -> Any:
+    """Loss and gradient of one update of a student that ``shard`` shards."""
+    model = student(**changes)
+    trainer = make(folder, model, teacher(), data=rows(16), **FORK)
+    own = [i for i in range(16) if ranks == 1 or i // BATCH % RANKS == rank()]
+    prompts = [trainer.train_dataset[i] for i in own]
+    experience = trainer.observer.observe(prompts, step=0, numbers=own)
+    totals = trainer._totals(experience)
+    batch = collate(experience, range(len(own)), totals, trainer.args.device)
+    trainer.args.max_logprob_gap = 1.0  # what is written in float32 may be learned in bfloat16
+    if ranks > 1:
+        shard(model)
+    loss = trainer.compute_loss(model.train(), batch)
+    loss.backward()
+    return {
+        "loss": sum(everywhere(loss.item())) / ranks,
+        "gradients": {name: whole(p.grad) for name, p in model.named_parameters()},
+        "sharded": sum(isinstance(p, DTensor) for p in model.parameters()),
+        "dtype": loss.dtype,
+    }
+
+
+def layers(model: nn.Module, **policy: Any) -> None:
+    """As accelerate does: layers, embeddings and [norm, head] each on their own."""
+    for layer in model.model.layers:
+        fully_shard(layer, **policy)
+    if model.lm_head.weight is not model.model.embed_tokens.weight:
+        fully_shard(model.model.embed_tokens, **policy)
+        fully_shard([model.model.norm, model.lm_head], **policy)
+    else:
+        tail = [model.model.norm, model.model.embed_tokens, model.lm_head]
+        fully_shard(tail, **policy)
+    fully_shard(model, **policy)
+
+
+def main(folder: Path, ranks: int, cases: Sequence[str]) -> None:
+    """Run the cases and store what came of them, each rank for itself."""
+    torch.set_num_threads(1)
+    for case in cases:
+        torch.save(globals()[case](folder / case, ranks), folder / f"{case}-{rank()}.pt")
+
+
+if __name__ == "__main__":
+    pretended()
+    main(Path(sys.argv[1]), RANKS, sys.argv[2:])

@@ -1,0 +1,269 @@
+"""Two real processes, by gloo, are one process with twice the accumulation; a hang fails.
+
+accelerate runs DDP on a CPU where it is asked for FSDP. In tests/rank_worker.py it is made to
+shard, with FSDP2 on a CPU mesh, by the code that it runs on GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import rank_worker
+from rank_worker import CASES
+from topd import TOPDConfig
+from topd.audit import audit_run
+from topd.run import run_recipe
+from topd.sharded import check_launch, fsdp_plugin
+from topd.types import TOPDError
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 300  # seconds; a hang, not a slow machine
+TIMES = ("second", "runtime")
+NEAR = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = os.pathsep.join(str(ROOT / name) for name in ("src", "tests"))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **more}
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for all; on a failure or a hang end the others and tell what was said."""
+    try:
+        said = [process.communicate(timeout=LIMIT)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, text in zip(processes, said, strict=True):
+        assert process.returncode == 0, text[-4000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict[str, Any]]:
+    """What each of two ranks found, by case."""
+    cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "fsdp", "fsdp_resumed")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
+    ranks = [
+        environment(**shared, **{f"{kind}WORLD_SIZE": "2" for kind in ("", "LOCAL_")}, **own)
+        for own in ({"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(2))
+    ]
+    command = [sys.executable, str(ROOT / "tests" / "rank_worker.py"), str(folder), *cases]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ended([subprocess.Popen(command, env=env, **pipes) for env in ranks])
+    return [
+        {case: torch.load(folder / f"{case}-{n}.pt", weights_only=False) for case in cases}
+        for n in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> dict[str, Any]:
+    """The same in this process."""
+    return rank_worker.ddp(tmp_path_factory.mktemp("one"), 1)
+
+
+def same(found: Any, expected: Any) -> None:
+    """Equal in all but the last digits."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key in expected:
+            same(found[key], expected[key])
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected)
+        for ours, theirs in zip(found, expected, strict=True):
+            same(ours, theirs)
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    else:
+        assert found == expected
+
+
+def timeless(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in log.items() if not any(t in k for t in TIMES)} for log in logs]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_ranks_are_one_process_with_twice_the_accumulation(two, one, kind, case):
+    whole = one[case]
+    assert len(whole["gradients"]) == 2
+    if case in ("topd", "first_fork"):
+        assert any(fork["real"] for row in whole["guidance"] for fork in row["forks"])
+    for number, rank in enumerate(two):
+        found = rank[kind][case]
+        assert bool(found["sharded"]) is (kind == "fsdp")
+        torch.testing.assert_close(found["gradients"], whole["gradients"], **NEAR)
+        torch.testing.assert_close(found["weights"], whole["weights"], **NEAR)
+        same(timeless(found["logs"]), timeless(whole["logs"]))
+        if number == 0:  # it writes for all
+            for name in ("rollouts", "guidance", "tokens"):
+                same(found[name], whole[name])
+            assert [r["rollout"] for r in found["rollouts"]] == [*range(16)] * 2
+
+
+def test_a_checkpoint_of_sharded_ranks_loads_in_one_process(two, folder):
+    for place in ("checkpoint-2", "student"):
+        loaded = AutoModelForCausalLM.from_pretrained(folder / "fsdp" / "opd" / place)
+        torch.testing.assert_close(
+            dict(loaded.state_dict()), two[0]["fsdp"]["opd"]["weights"], rtol=0, atol=0
+        )
+
+
+def test_resumed_ranks_are_those_that_were_not_stopped(two):
+    for kind in ("ddp", "fsdp"):
+        found, whole = two[0][f"{kind}_resumed"], two[0][kind]["opd"]
+        torch.testing.assert_close(found["weights"], whole["weights"], rtol=0, atol=0)
+        same(timeless(found["logs"]), timeless(whole["logs"]))  # means are added up otherwise
+        for name in ("rollouts", "guidance", "tokens"):
+            assert found[name] == whole[name]
+
+
+def test_a_student_that_is_sharded_otherwise_learns_the_same(two, tmp_path):
+    whole = rank_worker.layouts(tmp_path, 1)
+    for rank in two:
+        for name, found in rank["layouts"].items():
+            expected, own = whole[name]["gradients"], found["gradients"]
+            assert found["sharded"]
+            assert found["dtype"] == torch.float32  # the policy's bfloat16 is for the model
+            near = 1e-2 if name == "half" else 1e-5
+            assert found["loss"] == pytest.approx(whole[name]["loss"], rel=near)
+            if name != "half":  # this student's gradients in bfloat16 are far from those in float32
+                torch.testing.assert_close(own, expected, **NEAR)
+
+
+def test_a_fault_on_one_rank_is_raised_on_all(two):
+    first, second = (dict(rank["faults"]) for rank in two)
+    assert (first.pop("on_first"), second.pop("on_first")) == ("[0, 1]", "[]")
+    assert first == second
+    assert first["observe"] == first["agreed"] == "rank 1: its fault."
+    assert "max_logprob_gap" in first["gap"]
+    assert first["everywhere"] == "[0, 1]"
+
+
+def test_an_evaluation_counts_every_prompt_once(two, tmp_path):
+    whole = rank_worker.evaluated(tmp_path, 1)
+    for rank in two:
+        assert rank["evaluated"] == pytest.approx(whole, rel=1e-5)
+
+
+RECIPE: dict[str, Any] = {
+    "student": "testbed://arithmetic/student",
+    "teacher": "testbed://arithmetic/teacher",
+    "data": {"path": "testbed://arithmetic", "limit": 64},
+    "method": "topd",
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 24,
+    "window_length": 8,
+    "candidate_fraction": 0.2,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+
+
+def test_topd_train_by_accelerate_launch(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(tmp_path / "two")}))
+    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    port = ["--dynamo_backend", "no", "--main_process_port", free_port()]
+    module = ["-m", "topd", "train", str(recipe)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *port, *module]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ended([subprocess.Popen(command, env=environment(), cwd=tmp_path, **pipes)])
+    words = ["--output_dir", str(tmp_path / "one"), "--gradient_accumulation_steps", "2"]
+    run_recipe(recipe, words, quiet=True)
+
+    def read(run: str, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / run / name).read_text().splitlines()]
+
+    assert [r["rollout"] for r in read("two", "rollouts.jsonl")] == [*range(8)] * 2
+    for name in ("rollouts.jsonl", "guidance.jsonl", "tokens.jsonl"):
+        same(read("two", name), read("one", name))
+    same(timeless(read("two", "metrics.jsonl")), timeless(read("one", "metrics.jsonl")))
+    ours, theirs = (load_file(tmp_path / n / "student/model.safetensors") for n in ("two", "one"))
+    torch.testing.assert_close(ours, theirs, **NEAR)
+    assert (tmp_path / "two" / "report.html").exists()
+    found = audit_run(tmp_path / "two", updates=2)
+    assert found.faults == []
+    assert any("decisions" in said for said in found.checked)
+    shutil.rmtree(tmp_path / "two")
+
+
+def test_the_launch_in_the_docs_goes(monkeypatch):
+    for name, value in rank_worker.launched().items():
+        monkeypatch.setenv(name, value)
+    check_launch()
+    assert fsdp_plugin().reshard_after_forward is True
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1 is not supported"),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+            },
+            "fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
+        (
+            {
+                "ACCELERATE_USE_FSDP": "true",
+                "FSDP_VERSION": "2",
+                "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+                "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+            },
+            "fsdp_cpu_ram_efficient_loading: false",
+        ),
+    ],
+)
+def test_a_launch_that_does_not_go_is_refused(monkeypatch, variables, said):
+    check_launch()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TOPDError, match=said):
+        check_launch()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "kl_top"}, "method: kl_top chooses among all rollouts"),
+        ({"candidate_loss": "surprise", "score_batch_size": 3}, "score_batch_size: 3"),
+        ({"accelerator_config": {"even_batches": False}}, "accelerator_config: split_batches"),
+    ],
+)
+def test_what_does_not_go_with_several_ranks_is_refused(tmp_path, monkeypatch, options, said):
+    args = {"output_dir": str(tmp_path), "use_cpu": True, **options}
+    TOPDConfig(**args)
+    monkeypatch.setattr(TOPDConfig, "world_size", 2)
+    with pytest.raises(TOPDError, match=said):
+        TOPDConfig(**args)
