@@ -189,7 +189,9 @@ RECIPE: dict[str, Any] = {
 def test_topd_train_by_accelerate_launch(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(tmp_path / "two")}))
-    launch = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    # --cpu would start one process; the recipe has use_cpu
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no"]
     port = ["--dynamo_backend", "no", "--main_process_port", free_port()]
     module = ["-m", "topd", "train", str(recipe)]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *port, *module]
