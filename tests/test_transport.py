@@ -534,3 +534,19 @@ def test_dust_is_measured_against_its_row_and_masses_are_rounded_to_nine_digits(
     assert sparse_plans(plan[None]) == [
         ((0, 0, 0.5), (1, 0, round(little / 3, 9)), (1, 1, little), (2, 0, 0.1), (2, 1, 3.4))
     ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_gives_exact_marginals_near_the_plan(seed):
+    """Lemma 7 of Altschuler et al. 2017: it moves at most twice what the marginals lack."""
+    drawn = torch.Generator().manual_seed(seed)
+    plan = torch.rand(3, 4, 6, generator=drawn, dtype=torch.float64) ** 4
+    plan = plan / plan.sum((-1, -2), keepdim=True)
+    a, b = (torch.rand(3, n, generator=drawn, dtype=torch.float64) for n in (4, 6))
+    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
+    rounded = transport._rounded(plan, a, b)
+    assert (rounded >= 0).all()
+    torch.testing.assert_close(rounded.sum(-1), a, rtol=0, atol=1e-12)
+    torch.testing.assert_close(rounded.sum(-2), b, rtol=0, atol=1e-12)
+    lacking = (plan.sum(-1) - a).abs().sum(-1) + (plan.sum(-2) - b).abs().sum(-1)
+    assert ((rounded - plan).abs().sum((-1, -2)) <= 2 * lacking + 1e-12).all()
