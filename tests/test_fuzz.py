@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import tiny_tokenizer
@@ -124,6 +124,7 @@ ROWS = st.lists(
 
 
 @RARE
+@example(content=b'{"":{"":[false,0],"\x01\\u0000":null}}')
 @given(
     content=st.binary(max_size=120)
     | ROWS.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())

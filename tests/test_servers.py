@@ -61,7 +61,7 @@ def start():
 
 
 def servers(*urls: str, **settings: Any) -> Servers:
-    settings = {"timeout": 5, "retries": 0, **settings}
+    settings = {"timeout": 60, "retries": 0, **settings}
     return Servers("teacher", urls, ServedSpec(completions=urls, **settings))
 
 
@@ -69,7 +69,7 @@ def spec_of(folder: Path, completions: list[Fake], pooling: list[Fake], **more: 
     served = {
         "completions": [fake.url for fake in completions],
         "pooling": [fake.url for fake in pooling],
-        **{"timeout": 5, "retries": 0, "tolerance": 1e-3, **more},
+        **{"timeout": 60, "retries": 0, "tolerance": 1e-3, **more},
     }
     return ModelSpec(path=str(folder / "teacher"), served=served)
 

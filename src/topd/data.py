@@ -97,6 +97,10 @@ class DataSpec(BaseModel):
             return list(found if self.limit is None else found.take(min(self.limit, len(found))))
         except UnicodeDecodeError as error:
             raise TOPDError(f"data {self.path}: is not UTF-8 ({error}). Convert it.") from error
+        except KeyError as error:  # of datasets: a NUL in a nested name is cut off in its schema
+            raise TOPDError(
+                f"data {self.path}: no value for {error}, a name that it has. Rename it."
+            ) from error
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
             cause = error.__cause__ or error
             raise TOPDError(
