@@ -11,12 +11,14 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import typer
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from bench.measure import RESULTS, Found, Table, environment, finish, in_turn
@@ -24,7 +26,6 @@ from bench.pairs import PHASES, Pair, load, ours
 from topd import TOPDTrainer
 
 REST = "the rest"
-NO_ATTENTION = "own_value"
 
 
 def own_value(
@@ -35,13 +36,11 @@ def own_value(
     return own.transpose(1, 2).contiguous(), None
 
 
-def without_attention(pair: Pair) -> Pair:
-    """Both models with their attention taken out."""
-    AttentionInterface.register(NO_ATTENTION, own_value)
-    AttentionMaskInterface.register(NO_ATTENTION, lambda *_, **__: None)
-    for model in pair[:2]:
-        model.set_attn_implementation(NO_ATTENTION)
-    return pair
+@contextmanager
+def without_attention() -> Iterator[None]:
+    """Models that ask for ``sdpa``, so that the engines take their usual way, get none."""
+    with patch.dict(AttentionInterface._global_mapping, {"sdpa": own_value}):
+        yield
 
 
 def step(trainer: TOPDTrainer) -> dict[str, float]:
@@ -82,7 +81,7 @@ def main(
     results: Path = RESULTS,
 ) -> None:
     """Vary one of rollout length, batch, K and fraction at a time."""
-    started, pair = environment(), without_attention(load(models, vocab))
+    started, pair = environment(), load(models, vocab)
     usual = {"length": length, "batch": 4, "window": 50, "fraction": 0.0225}
     varied = {
         "length": [int(x) for x in lengths.split(",")],
@@ -93,7 +92,9 @@ def main(
     found = {}
     for name, values in varied.items():
         settings = {str(value): {**usual, name: value} for value in values}
-        found[name] = measure({value: trainer_of(pair, x) for value, x in settings.items()}, runs)
+        with without_attention():
+            trainers = {value: trainer_of(pair, x) for value, x in settings.items()}
+            found[name] = measure(trainers, runs)
     settings = {
         "precision": "float32",
         "models": models,
