@@ -18,9 +18,8 @@ from transformers import PreTrainedModel
 from transformers.generation import CompileConfig
 
 from bench.measure import RESULTS, Found, Table, environment, finish, paired, spread, summary
-from bench.pairs import bar, load, prompts
+from bench.pairs import load, prompts
 from topd.engines.hf import HFEngine
-from topd.models import eos_ids
 from topd.types import Ids, Sampling
 
 
@@ -69,7 +68,6 @@ def main(
     """Seconds of one batch of rollouts, way by way."""
     started = environment()
     single, _, tokenizer = load(models)
-    bar(single, eos_ids(single, tokenizer))
     half = copy.deepcopy(single).to(torch.bfloat16)
     texts = prompts(tokenizer, batch)
     rows = [tuple(tokenizer.apply_chat_template(x, return_dict=False)) for x in texts]

@@ -193,12 +193,12 @@ class _StrictLoader(yaml.SafeLoader):
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
-        self._flat: list[yaml.MappingNode] = []
+        self._flat: set[yaml.MappingNode] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         if node in self._flat:  # merged into another: what it merged itself may be overridden in it
             return
-        self._flat.append(node)
+        self._flat.add(node)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(set(keys)) < len(keys):
             raise yaml.constructor.ConstructorError(None, None, "a key twice", node.start_mark)
