@@ -1,4 +1,4 @@
-"""Ways to write rollouts: precision, cache, compilation. ``python -m bench.decode``.
+"""Ways to write rollouts: weights, precision, cache, compilation. ``python -m bench.decode``.
 
 The same prompts and number of tokens. What the first call of each takes longer than the others,
 where compilation happens, is said apart.
@@ -7,10 +7,12 @@ where compilation happens, is said apart.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 import torch
 import typer
@@ -19,6 +21,7 @@ from transformers.generation import CompileConfig
 
 from bench.measure import RESULTS, Found, Table, environment, finish, paired, spread, summary
 from bench.pairs import load, prompts
+from topd.engines import packed
 from topd.engines.hf import HFEngine
 from topd.types import Ids, Sampling
 
@@ -28,6 +31,16 @@ def engine(model: PreTrainedModel, rows: list[Ids], tokens: int) -> Callable[[],
     writer = HFEngine(model, eos_ids=[])
     sampling = Sampling(max_new_tokens=tokens)
     return lambda: sum(len(g.tokens) for g in writer.generate(rows, sampling, range(len(rows))))
+
+
+def as_they_are(write: Callable[[], int]) -> Callable[[], int]:
+    """The same without packed copies of the weights."""
+
+    def written() -> int:
+        with patch.object(packed, "LEAST_MODEL", math.inf):
+            return write()
+
+    return written
 
 
 def generate(
@@ -74,7 +87,9 @@ def main(
     rows = [row[: min(map(len, rows))] for row in rows]
     ways = {
         "ours": engine(single, rows, tokens),
+        "ours, weights not packed": as_they_are(engine(single, rows, tokens)),
         "ours, bfloat16": engine(half, rows, tokens),
+        "ours, bfloat16, not packed": as_they_are(engine(half, rows, tokens)),
         "generate": generate(single, rows, tokens),
         "generate, static cache": generate(
             single, rows, tokens, cache_implementation="static", disable_compile=True

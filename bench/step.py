@@ -64,6 +64,7 @@ class Case:
     window: int
     fraction: float
     checkpointing: bool
+    bf16: bool
 
 
 def build(case: Case, student: str) -> tuple[Trainer, Callable[[], dict[str, float]]]:
@@ -83,6 +84,7 @@ def build(case: Case, student: str) -> tuple[Trainer, Callable[[], dict[str, flo
             window_length=case.window,
             candidate_fraction=case.fraction,
             activation_checkpointing=case.checkpointing,
+            bf16=case.bf16,
         )
         return trainer, trainer.phases.take
     trainer = theirs(case)
@@ -101,7 +103,7 @@ def theirs(case: Case) -> Trainer:
         "output_dir": tempfile.mkdtemp(),
         "beta": 1.0,
         "temperature": 1.0,
-        "bf16": False,
+        "bf16": case.bf16,
         "activation_checkpointing": case.checkpointing,
         "per_device_train_batch_size": case.batch,
         **QUIET,
@@ -206,6 +208,7 @@ def main(
     window: int = 50,
     fraction: float = 0.0225,
     checkpointing: Annotated[bool, typer.Option(help="Recompute activations.")] = False,
+    bf16: Annotated[bool, typer.Option(help="Compute in bfloat16, weights in float32.")] = False,
     runs: int = 6,
     results: Path = RESULTS,
 ) -> None:
@@ -213,7 +216,8 @@ def main(
     started = environment()
     names = arms.split(",") if arms else ARMS.get(models, ARMS["tiny"])
     cases = {
-        name: Case(name, models, batch, tokens, window, fraction, checkpointing) for name in names
+        name: Case(name, models, batch, tokens, window, fraction, checkpointing, bf16)
+        for name in names
     }
     with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, TMPDIR=folder):
         # every trainer puts its run folder there
@@ -226,8 +230,9 @@ def main(
             for phase in PHASES
         }
         found[name].update({key: own[-1][key] for key in ("base", "peak")})
-    settings = {"precision": "float32", "runs": runs, **asdict(cases[names[0]])}
-    name = f"step-{models}{'-checkpointing' * checkpointing}"
+    precision = "bfloat16 over float32 weights" if bf16 else "float32"
+    settings = {"precision": precision, "runs": runs, **asdict(cases[names[0]])}
+    name = f"step-{models}{'-checkpointing' * checkpointing}{'-bf16' * bf16}"
     finish(name, settings, found, started, tables, results)
 
 

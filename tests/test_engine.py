@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
 from torch import Tensor
 from transformers import (
@@ -31,6 +32,7 @@ from transformers.cache_utils import DynamicLayer
 
 from conftest import EOS, VOCAB, tiny_model
 from topd.engines import Engine, decoding, hf
+from topd.engines import packed as packing
 from topd.engines.hf import HFEngine, head_of
 from topd.types import Effort, Generation, Ids, Sampling, TOPDError
 
@@ -40,6 +42,15 @@ STARTS = [(b, t) for b, response in enumerate(RESPONSES) for t in range(len(resp
 GREEDY = Sampling(temperature=0.0, max_new_tokens=7)
 NEVER: Ids = ()  # no end of sequence
 MANY_ENDS: Ids = tuple(range(2, VOCAB, 6))  # rows leave the batch at different steps
+
+
+@pytest.fixture(autouse=True, params=["plain", "packed"])
+def weights(request, monkeypatch) -> str:
+    """Every test writes with weights as they are, and with the packed copies of larger models."""
+    if request.param == "packed":
+        monkeypatch.setattr(packing, "LEAST", 1)
+        monkeypatch.setattr(packing, "LEAST_MODEL", 1)
+    return request.param
 
 
 @pytest.fixture
@@ -805,3 +816,84 @@ def test_global_random_numbers_are_neither_used_nor_moved(model_kind):
     assert torch.equal(torch.rand(1), after)
     torch.manual_seed(2)
     assert engine.generate(PROMPTS, WARM, range(4)) == first
+
+
+# ---- packed weights ---------------------------------------------------------------------------
+
+
+@contextmanager
+def written_packed() -> Iterator[list[torch.dtype]]:
+    """The precision of every product with a packed weight."""
+    products: list[torch.dtype] = []
+    multiply = packing.PackedLinear.__call__
+
+    def noted(self, x: Tensor) -> Tensor:
+        product = multiply(self, x)
+        products.append(product.dtype)
+        return product
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(packing.PackedLinear, "__call__", noted)
+        yield products
+
+
+def test_models_of_some_size_write_with_packed_weights_and_others_do_not(model, weights):
+    with written_packed() as products:
+        everything(HFEngine(model, eos_ids=[EOS]), lambda: None)
+    assert bool(products) == (weights == "packed")
+
+
+def test_weights_are_packed_anew_and_the_layers_put_back(model_kind):
+    model = tiny_model(model_kind)
+    engine = HFEngine(model, eos_ids=NEVER)
+    engine.generate(PROMPTS, GREEDY, range(4))
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    found = engine.generate(PROMPTS, GREEDY, range(4))
+    assert tokens_of(found) == [greedy_by_hand(model, p, 7, NEVER) for p in PROMPTS]
+    model.get_decoder().register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(PROMPTS, GREEDY, range(4))
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it(model):
+    layer = next(m for m in model.get_decoder().modules() if type(m) is torch.nn.Linear)
+    calls = []
+
+    def own(x: Tensor) -> Tensor:
+        calls.append(1)
+        return torch.nn.Linear.forward(layer, x)
+
+    layer.forward = own
+    HFEngine(model, eos_ids=NEVER).generate(PROMPTS, GREEDY, range(4))
+    assert len(calls) == GREEDY.max_new_tokens
+    assert layer.forward is own
+
+
+def test_packed_products_have_the_precision_of_the_model_or_of_autocast(model_kind, weights):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 products")
+    model = tiny_model(model_kind)
+    half = torch.bfloat16
+    with written_packed() as products:
+        HFEngine(model, eos_ids=NEVER).generate(PROMPTS, GREEDY, range(4))
+        assert set(products) == ({torch.float32} if weights == "packed" else set())
+        products.clear()
+        mixed = HFEngine(model, eos_ids=NEVER, autocast=lambda: torch.autocast("cpu", dtype=half))
+        mixed.generate(PROMPTS, GREEDY, range(4))
+        HFEngine(tiny_model(model_kind).to(half), eos_ids=NEVER).generate(PROMPTS, GREEDY, range(4))
+        assert set(products) == ({half} if weights == "packed" else set())
+
+
+def test_a_model_with_adapters_writes_its_own_text(model_kind):
+    model = tiny_model(model_kind)
+    torch.manual_seed(3)
+    adapted = get_peft_model(
+        model, LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4)
+    )
+    found = HFEngine(adapted, eos_ids=NEVER).generate(PROMPTS, GREEDY, range(4))
+    adapted.eval()
+    assert tokens_of(found) == [greedy_by_hand(adapted, p, 7, NEVER) for p in PROMPTS]

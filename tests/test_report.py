@@ -114,11 +114,15 @@ def test_a_folder_without_a_run_is_an_error_that_names_what_is_missing(tmp_path)
         ("metrics.jsonl", "nonsense\n", r"metrics\.jsonl, line 4: not valid JSON"),
         ("run.json", "}", r"run\.json: not valid JSON"),
         ("tokens.jsonl", "{}\n", r"tokens\.jsonl, line 11: not a token"),
+        ("rollouts.jsonl", "{\udcff}\n", r"line 7: not valid JSON"),
+        ("metrics.jsonl", "{\udcff}\n", r"line 4: not valid JSON"),
+        ("run.json", "\udcff", r"run\.json: not valid JSON"),
+        ("tokens.jsonl", "\udcff\n", r"tokens\.jsonl, line 11: not a token"),
     ],
 )
 def test_a_broken_file_is_an_error_with_its_place(name, text, fault, tmp_path):
-    with open(make.training(tmp_path) / name, "a") as file:
-        file.write(text)
+    with open(make.training(tmp_path) / name, "a", errors="surrogateescape") as file:
+        file.write(text)  # \udcff: the byte FF, which UTF-8 does not have
     with pytest.raises(TOPDError, match=fault):
         write_report(tmp_path)
 

@@ -22,6 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
+from topd.chain import read_whole
 from topd.checkpoints import read_lines, trim
 from topd.config import TOPDConfig, _field
 from topd.engines.door import check_servers
@@ -154,7 +155,7 @@ def open_folder(command: str, recipe: Recipe, pair: Pair) -> Ledger:
         seed=args.seed,
         device=args.device,
     )
-    stored = _stored(ledger.folder / "manifest.json")
+    stored = read_whole(ledger.folder / "manifest.json")
     for key in ("models", "data"):
         if stored and stored[key] != record[key]:
             raise TOPDError(
@@ -182,13 +183,9 @@ def _run_record(command: str, recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(record, default=str))
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
     """Refuse to go on with what was begun otherwise."""
-    stored, ours = _stored(folder / "run.json"), _run_record(command, recipe)
+    stored, ours = read_whole(folder / "run.json"), _run_record(command, recipe)
     if not stored:
         check_run_folder(folder)
         return

@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from topd.types import TOPDError
+
 CHAIN, HEAD = "ledger.jsonl", "head.json"
 START = "0" * 64  # what the first entry follows
 
@@ -83,6 +85,21 @@ def write_whole(path: Path, record: Mapping[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json_text(record))
     partial.replace(path)
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a run folder; empty if there is none. Raises TOPDError if broken."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes().decode())
+    except ValueError as error:
+        raise TOPDError(
+            f"{path}: not valid JSON ({error}). Bring it back, or begin anew in another folder."
+        ) from error
+    if not isinstance(content, dict):
+        raise TOPDError(f"{path}: must hold one JSON object.")
+    return content
 
 
 def json_text(record: Mapping[str, Any]) -> str:

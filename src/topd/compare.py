@@ -27,6 +27,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.utils import logging
 
+from topd.chain import read_whole
 from topd.checkpoints import begin_anew, read_lines, trim
 from topd.engines.hf import HFEngine
 from topd.evaluate import Evaluation, two_way_bootstrap
@@ -232,8 +233,8 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
         content["config"].pop(changing, None)
     for changing in ("jobs", "clock"):
         content["compare"].pop(changing)
-    stored = folder / "run.json"
-    if stored.exists() and json.loads(stored.read_text(encoding="utf-8")) != content:
+    stored = read_whole(folder / "run.json")
+    if stored and stored != content:
         raise TOPDError(f"output_dir: {folder} holds another comparison. Choose another folder.")
     ledger = Ledger(folder, resume=True)
     ledger.write("run.json", content)

@@ -76,7 +76,7 @@ class TokenTexts:
         path = folder / FILE
         if not path.exists():
             return cls({})
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             return cls(dict(_read_piece(path, n, line) for n, line in enumerate(file, 1)))
 
     def texts(self, ids: Sequence[int]) -> list[str]:
@@ -116,9 +116,9 @@ class TokenTexts:
         return [f"⟨{first.hex()}⟩"]
 
 
-def _read_piece(path: Path, number: int, line: str) -> tuple[int, str | bytes]:
+def _read_piece(path: Path, number: int, line: bytes) -> tuple[int, str | bytes]:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
         piece = bytes.fromhex(record["bytes"]) if "bytes" in record else str(record["text"])
         return int(record["id"]), piece
     except (ValueError, KeyError, TypeError) as error:

@@ -19,6 +19,7 @@ Rows are always the student, columns the teacher. Losses are in nats.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -120,13 +121,15 @@ class Head:
     """The map from a last hidden state to logits: scale x (h W^T + b), soft-capped.
 
     weight [V D], bias [V] or None. ``softcap`` c gives c tanh(logits / c) (Gemma); ``scale`` is the
-    factor some models put on their logits (Cohere, Granite).
+    factor some models put on their logits (Cohere, Granite). ``product``, where given, multiplies
+    in the place of weight and bias: a faster way to the same values.
     """
 
     weight: Float[Tensor, "V D"]
     bias: Float[Tensor, " V"] | None = None
     scale: float = 1.0
     softcap: float | None = None
+    product: Callable[[Tensor], Tensor] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -141,7 +144,10 @@ class Head:
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in at least float32."""
-        logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        if self.product is not None:
+            logits = self.product(hidden)
+        else:
+            logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.scale != 1.0:
             logits = logits * self.scale

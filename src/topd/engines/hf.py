@@ -27,6 +27,7 @@ from topd.engines.decoding import (
     uniforms,
 )
 from topd.engines.memory import in_chunks
+from topd.engines.packed import packed
 from topd.losses import linear_logprobs
 from topd.types import Effort, Generation, Head, Ids, Sampling, TOPDError
 
@@ -138,9 +139,9 @@ class HFEngine:
         mask = torch.arange(width, device=ids.device) >= width - length[:, None]
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         cache = growing_cache(self.model, room=min(sampling.max_new_tokens, ROOM))
-        with self._evaluating():
+        with self._evaluating(), packed(self.model, self.head) as head:
             hidden = self._forward(ids, mask, positions, cache)[:, -1]
-            return self._decode(hidden, mask, length, cache, sampling, seeds, tick)
+            return self._decode(head, hidden, mask, length, cache, sampling, seeds, tick)
 
     @torch.no_grad()
     def score(
@@ -201,10 +202,10 @@ class HFEngine:
         check_seeds(seeds, starts)
         if not self._takes_masks(prefix.cache):
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
-        with self._evaluating():
+        with self._evaluating(), packed(self.model, self.head) as head:
             return in_chunks(
                 lambda some: self._windows(
-                    scores, starts[some], sampling, seeds[some], rejoin, tick
+                    head, scores, starts[some], sampling, seeds[some], rejoin, tick
                 ),
                 len(starts),
                 WINDOWS_AT_ONCE,
@@ -218,6 +219,7 @@ class HFEngine:
 
     def _windows(
         self,
+        head: Head,
         scores: Scores,
         starts: Sequence[tuple[int, int]],
         sampling: Sampling,
@@ -226,7 +228,7 @@ class HFEngine:
         tick: Tick,
     ) -> list[Generation]:
         """Write windows: read some tokens of each, draw behind each, keep what agrees."""
-        prefix, steps, head = scores.prefix, sampling.max_new_tokens, self.head
+        prefix, steps = scores.prefix, sampling.max_new_tokens
         assert isinstance(prefix, _Prefix)
         width, device = scores.hidden.shape[-1], scores.hidden.device
         windows, rows = open_windows(
@@ -289,6 +291,7 @@ class HFEngine:
 
     def _decode(
         self,
+        head: Head,
         hidden: Tensor,
         mask: Tensor,
         position: Tensor,
@@ -302,7 +305,7 @@ class HFEngine:
         ``mask`` [N L] says which entries of the cache a row may see, ``position`` [N] is the
         position of its next token. A row leaves the batch when it has ended.
         """
-        steps, head = sampling.max_new_tokens, self.head
+        steps = sampling.max_new_tokens
         own_masks = self._takes_masks(cache)
         uniform = uniforms(seeds, steps, hidden.device)
         alive = torch.arange(len(hidden), device=hidden.device)

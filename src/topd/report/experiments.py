@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from topd.chain import read_whole
 from topd.report.charts import Chart, Series, curve_table, curves, group_table, number
-from topd.report.folder import CurvePoint, ResultRecord, SampleRecord, read_json, read_records
+from topd.report.folder import CurvePoint, ResultRecord, SampleRecord, read_records
 from topd.report.svg import FAINT, INK, PALETTE, REAL, hint
 from topd.report.text import plain
 
@@ -44,7 +45,7 @@ def repair_charts(folder: Path) -> list[Chart]:
 
 def compare_charts(folder: Path) -> list[Chart]:
     """The figures of a comparison."""
-    content = read_json(folder, "compare.json")
+    content = read_whole(folder / "compare.json")
     summary = content.get("summary", {})
     charts = []
     for score, name in SCORES.items():

@@ -137,20 +137,6 @@ def kind_of(folder: Path) -> Kind:
     raise TOPDError(f"run folder {folder}: holds no run. It has none of {known}.")
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON file of a run folder; empty if it is not there. Raises TOPDError if broken."""
-    path = folder / name
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TOPDError(f"{path}: not valid JSON ({error}). Run the command again.") from error
-    if not isinstance(content, dict):
-        raise TOPDError(f"{path}: must hold one JSON object.")
-    return content
-
-
 def read_logs(folder: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, numbers only, in order."""
     path = folder / "metrics.jsonl"
@@ -180,14 +166,14 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Parsed lines with their numbers. A last line cut off by a running job is left out."""
     if not path.is_file():
         return
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                content = json.loads(line)
+                content = json.loads(line.decode())
             except ValueError as error:
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     return
                 raise TOPDError(f"{path}, line {number}: not valid JSON ({error}).") from error
             if not isinstance(content, dict):

@@ -19,9 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from topd.chain import read_whole
 from topd.report.charts import Chart, Fact, figure_of
 from topd.report.experiments import compare_charts, repair_charts
-from topd.report.folder import Kind, kind_of, read_json
+from topd.report.folder import Kind, kind_of
 from topd.report.probe import probe_charts
 from topd.report.rollouts import Selection, select_rollouts
 from topd.report.summary import SummaryTable, summary_tables, verdict_in
@@ -98,7 +99,7 @@ def write_report(folder: Path, *, rollouts: int = 1000) -> Path:
 def make_page(folder: Path, *, rollouts: int) -> Page:
     """Read everything that the page of a run folder shows. Raises TOPDError."""
     kind = kind_of(folder)
-    summary = {} if kind == "training" else read_json(folder, f"{kind}.json")
+    summary = {} if kind == "training" else read_whole(folder / f"{kind}.json")
     selection = select_rollouts(folder, limit=rollouts)
     return Page(
         kind=kind,
@@ -178,21 +179,21 @@ def _drawing(chart: Chart) -> Drawing:
 
 def _subtitle(folder: Path) -> str:
     """Student, teacher and method, as far as the folder names them."""
-    models = read_json(folder, "manifest.json").get("models", {})
+    models = read_whole(folder / "manifest.json").get("models", {})
     names = {
         side: Path(str(models[side].get("name", ""))).name
         for side in ("student", "teacher")
         if isinstance(models.get(side), dict)
     }
     training = kind_of(folder) == "training"
-    method = read_json(folder, "run.json").get("config", {}).get("method") if training else None
+    method = read_whole(folder / "run.json").get("config", {}).get("method") if training else None
     parts = [f"{side} {name}" for side, name in names.items() if name]
     return plain(", ".join([*parts, *([f"method {method}"] if method else [])]), limit=200)
 
 
 def _settings(folder: Path) -> dict[str, str]:
     """run.json and manifest.json, to be read."""
-    found = {name: read_json(folder, name) for name in ("run.json", "manifest.json")}
+    found = {name: read_whole(folder / name) for name in ("run.json", "manifest.json")}
     return {
         name: "\n".join(map(partial(visible, limit=2000), _lines(content)))
         for name, content in found.items()

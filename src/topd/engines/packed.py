@@ -1,0 +1,83 @@
+"""Weights in oneDNN's own order while a model writes on a CPU.
+
+A product of a few rows with a weight that lies as it is trained spends most of its time on the
+weight's order. Writing multiplies with each weight once a token, so a copy in the right order
+pays (docs/performance.md, "decode"). On other devices nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from topd.types import Head
+
+LEAST = 2**16  # entries of a weight: of smaller ones the call costs more than the product
+LEAST_MODEL = 2**22  # entries of all: fewer lie in the processor's cache
+
+
+class PackedLinear:
+    """``x @ weight.T + bias`` with a packed copy of the weight [V D]. No gradient."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._dtype = _computed(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype))
+        self._bias = None if bias is None else bias.detach().to(self._dtype)
+
+    def __call__(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        return torch.ops.mkldnn._linear_pointwise(
+            x.to(self._dtype), self._weight, self._bias, "none", [], ""
+        )
+
+
+@contextmanager
+def packed(model: PreTrainedModel, head: Head) -> Iterator[Head]:
+    """Inside, the model's decoder multiplies with packed copies of its weights.
+
+    Yields the head, packed too. The copies take as much memory as what they are made of, in the
+    precision of the autocast that is on, and are gone behind it. A model that fits into the
+    processor's cache stays as it is.
+    """
+    layers = [module for module in model.get_decoder().modules() if type(module) is nn.Linear]
+    weights = [head.weight, *(layer.weight for layer in layers)]
+    if sum(weight.numel() for weight in weights if packable(weight)) < LEAST_MODEL:
+        yield head
+        return
+    with ExitStack() as stack:
+        for layer in layers:
+            if packable(layer.weight) and "forward" not in vars(layer):
+                stack.callback(vars(layer).pop, "forward")
+                vars(layer)["forward"] = PackedLinear(layer.weight, layer.bias)
+        if packable(head.weight):
+            head = replace(head, product=PackedLinear(head.weight, head.bias))
+        yield head
+
+
+def packable(weight: Tensor) -> bool:
+    """Whether a packed copy can be made of a weight, and pays."""
+    return (
+        type(weight) in (Tensor, nn.Parameter)
+        and weight.device.type == "cpu"
+        and weight.numel() >= LEAST
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and _supported(_computed(weight))
+    )
+
+
+def _computed(weight: Tensor) -> torch.dtype:
+    """The precision that a product with a weight has, under autocast too."""
+    on = torch.is_autocast_enabled("cpu") and weight.dtype.is_floating_point
+    return torch.get_autocast_dtype("cpu") if on else weight.dtype
+
+
+def _supported(dtype: torch.dtype) -> bool:
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
