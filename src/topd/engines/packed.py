@@ -27,7 +27,8 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._dtype = _computed(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(self._dtype))
+        plain = weight.detach().to(self._dtype).contiguous()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(plain)
         self._bias = None if bias is None else bias.detach().to(self._dtype)
 
     def __call__(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
