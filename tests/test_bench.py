@@ -71,7 +71,9 @@ def test_decode_writes_as_many_tokens_in_every_way(tmp_path):
     found = run("decode", tmp_path)
     assert list(found["results"]) == [
         "ours",
+        "ours, weights not packed",
         "ours, bfloat16",
+        "ours, bfloat16, not packed",
         "generate",
         "generate, static cache",
     ]

@@ -195,6 +195,12 @@ def test_another_comparison_is_not_mixed_in(recipe, tmp_path):
         run_compare(recipe, [*words, "--learning_rate=1e-4"])
 
 
+def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
+    (tmp_path / "run.json").write_bytes(b"\xff{")
+    with pytest.raises(TOPDError, match=r"run\.json: not valid JSON.*another folder"):
+        run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
+
+
 @pytest.mark.parametrize(
     ("words", "fault"),
     [

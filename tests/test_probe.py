@@ -362,6 +362,11 @@ def test_a_folder_of_a_training_run_is_refused(recipe, tmp_path):
     assert "another kind (training)" in message
 
 
+def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
+    (tmp_path / "run.json").write_bytes(b"\xff{")
+    assert "run.json: not valid JSON" in refusal(recipe, "--output_dir", str(tmp_path))
+
+
 def test_other_weights_under_the_same_name_are_refused(tmp_path):
     recipe = write_pair(tmp_path, **SETTINGS)
     probe(recipe, tmp_path / "run")
