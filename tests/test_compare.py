@@ -199,6 +199,9 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
     (tmp_path / "run.json").write_bytes(b"\xff{")
     with pytest.raises(TOPDError, match=r"run\.json: not valid JSON.*another folder"):
         run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(TOPDError, match="another comparison"):
+        run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
 
 
 @pytest.mark.parametrize(

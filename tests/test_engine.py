@@ -859,6 +859,27 @@ def test_weights_are_packed_anew_and_the_layers_put_back(model_kind):
     assert not [m for m in model.modules() if "forward" in vars(m)]
 
 
+def test_no_memory_for_a_packed_copy_is_said_and_leaves_the_model_as_it_was(
+    model, weights, monkeypatch
+):
+    made = []
+
+    def second_fails(weight: Tensor, bias: Tensor | None) -> None:
+        made.append(weight)
+        if len(made) > 1:
+            raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(packing, "PackedLinear", second_fails)
+    engine = HFEngine(model, eos_ids=NEVER)
+    if weights == "packed":
+        with pytest.raises(RuntimeError, match="not enough memory"):
+            engine.generate(PROMPTS, GREEDY, range(4))
+    else:
+        engine.generate(PROMPTS, GREEDY, range(4))
+    assert len(made) == (2 if weights == "packed" else 0)
+    assert not [m for m in model.modules() if "forward" in vars(m)]
+
+
 def test_a_layer_with_a_forward_of_its_own_keeps_it(model):
     layer = next(m for m in model.get_decoder().modules() if type(m) is torch.nn.Linear)
     calls = []

@@ -233,8 +233,8 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
         content["config"].pop(changing, None)
     for changing in ("jobs", "clock"):
         content["compare"].pop(changing)
-    stored = read_whole(folder / "run.json")
-    if stored and stored != content:
+    stored = folder / "run.json"
+    if stored.exists() and read_whole(stored) != content:
         raise TOPDError(f"output_dir: {folder} holds another comparison. Choose another folder.")
     ledger = Ledger(folder, resume=True)
     ledger.write("run.json", content)

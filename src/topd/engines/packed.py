@@ -45,18 +45,19 @@ def packed(model: PreTrainedModel, head: Head) -> Iterator[Head]:
     precision of the autocast that is on, and are gone behind it. A model that fits into the
     processor's cache stays as it is.
     """
-    layers = [module for module in model.get_decoder().modules() if type(module) is nn.Linear]
-    weights = [head.weight, *(layer.weight for layer in layers)]
-    if sum(weight.numel() for weight in weights if packable(weight)) < LEAST_MODEL:
-        yield head
-        return
+    layers = [
+        module
+        for module in model.get_decoder().modules()
+        if type(module) is nn.Linear and "forward" not in vars(module) and packable(module.weight)
+    ]
+    weights = [layer.weight for layer in layers] + [head.weight] * packable(head.weight)
     with ExitStack() as stack:
-        for layer in layers:
-            if packable(layer.weight) and "forward" not in vars(layer):
-                stack.callback(vars(layer).pop, "forward")
+        if sum(weight.numel() for weight in weights) >= LEAST_MODEL:
+            for layer in layers:
                 vars(layer)["forward"] = PackedLinear(layer.weight, layer.bias)
-        if packable(head.weight):
-            head = replace(head, product=PackedLinear(head.weight, head.bias))
+                stack.callback(vars(layer).pop, "forward")
+            if packable(head.weight):
+                head = replace(head, product=PackedLinear(head.weight, head.bias))
         yield head
 
 
