@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 from bench.measure import RESULTS, Found, environment
 from bench.pairs import QUIET, bar, load, ours
 from topd import TOPDConfig, TOPDTrainer
-from topd.chain import write_whole
-from topd.data import DataSpec
-from topd.ledger import rollout_record
-from topd.models import ModelSpec, eos_ids
+from topd.inputs.models import ModelSpec, eos_ids
+from topd.inputs.rows import DataSpec
+from topd.runs.folder import rollout_record
+from topd.runs.ledger import write_whole
 from topd.types import Prompt, Rollout
 
 PHASES = ("rollouts", "scoring", "windows", "learning")
@@ -315,7 +315,7 @@ def measured(models: str, size: Mapping[str, Any], runs: int) -> tuple[dict[str,
     trainer = testbed(**options) if models == "testbed" else ours(load(models), **options)
     prompts = trainer.train_dataset[: size["batch"]]
     spent: list[dict[str, float]] = []
-    with patch("topd.progress.time.perf_counter", time.process_time):
+    with patch("topd.training.progress.time.perf_counter", time.process_time):
         for run in range(runs + 1):
             experience = trainer.observer.observe(prompts, step=run)
             with patch.object(trainer, "_experience", lambda *_, found=experience: found):

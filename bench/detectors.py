@@ -11,10 +11,10 @@ from typing import Annotated
 import torch
 import typer
 
+from topd.commands.detectors import label_rollouts, observer_of, table
 from topd.engines.hf import HFEngine
-from topd.models import ModelSpec
+from topd.inputs.models import ModelSpec
 from topd.testbed import FAMILIES, SCHEME, problems
-from topd.testbed.detectors import label_rollouts, observer_of, table
 from topd.testbed.models import tokenizer_of
 from topd.types import Prompt
 

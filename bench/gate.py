@@ -19,11 +19,11 @@ import torch
 import typer
 from scipy.stats import binomtest
 
+from topd.commands.gate import Figure, Limits, Suite, compare_models, passed
 from topd.engines.hf import HFEngine
 from topd.evaluate import Evaluation, Evaluator, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
-from topd.gate import Figure, Limits, Suite, compare_models, passed
-from topd.models import ModelSpec
+from topd.inputs.models import ModelSpec
 from topd.testbed import SCHEME
 
 TOKENS = {"arithmetic": 64, "programs": 48, "logic": 112}

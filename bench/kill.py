@@ -25,10 +25,10 @@ from typing import Any, TypeAlias
 import torch
 import yaml
 
-from topd.audit import audit_run
-from topd.compare import run_compare
-from topd.probe import run_probe
-from topd.run import run_recipe
+from topd.commands.audit import audit_run
+from topd.commands.compare import run_compare
+from topd.commands.probe import run_probe
+from topd.commands.train import run_recipe
 
 Process: TypeAlias = multiprocessing.process.BaseProcess
 

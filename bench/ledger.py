@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 
 from bench.pairs import SMOLLM2
-from topd.chain import CHAIN
-from topd.ledger import Ledger, model_fingerprint, rollout_record, trained_digest
+from topd.runs.folder import Ledger, model_fingerprint, rollout_record, trained_digest
+from topd.runs.ledger import CHAIN
 from topd.types import Prompt, Rollout
 
 LENGTH, ROLLOUTS, UPDATES = 300, 4, 300

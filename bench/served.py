@@ -19,15 +19,15 @@ import torch
 import typer
 
 from bench.measure import RESULTS, Found, Table, describe, environment, paired, spread, summary
-from topd.data import DataSpec
 from topd.engines import Scores
-from topd.engines.door import check_logprobs, check_servers
 from topd.engines.hf import HFEngine
+from topd.engines.server_checks import check_logprobs, check_servers
 from topd.engines.servers import ServedSpec
 from topd.engines.vllm import TopScores, VLLMEngine
+from topd.inputs.models import ModelSpec
+from topd.inputs.prompts import PromptEncoder
+from topd.inputs.rows import DataSpec
 from topd.losses import linear_token_divergence
-from topd.models import ModelSpec
-from topd.rollouts import PromptEncoder
 from topd.types import Head, Ids, Prompt, Sampling
 
 PROMPT = "{{ prompt }}\n\nA correct solution, for you to follow:\n{{ solution }}\n"

@@ -41,8 +41,8 @@ from bench.measure import (
     summary,
 )
 from bench.pairs import PHASES, QUIET, load, ours, prompts
-from topd.recipe import read_recipe
-from topd.run import make_trainer, run_recipe
+from topd.commands.recipe import read_recipe
+from topd.commands.train import make_trainer, run_recipe
 
 TESTBED = Path("recipes/testbed/arithmetic.yaml")
 ARMS = {

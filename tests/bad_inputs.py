@@ -21,7 +21,7 @@ import yaml
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
-from topd.run import run_recipe
+from topd.commands.train import run_recipe
 from topd.types import TOPDError
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"

@@ -28,9 +28,9 @@ from transformers import TrainerCallback
 from conftest import rows
 from test_trainer import lines, make, student, teacher
 from topd import TOPDTrainer
-from topd.experience import Experience
-from topd.learning import collate
-from topd.ranks import agreed, everywhere, on_first, rank
+from topd.distributed import agreed, everywhere, on_first, rank
+from topd.training.experience import Experience
+from topd.training.learning import collate
 from topd.types import TOPDError
 
 BATCH, RANKS = 4, 2

@@ -19,11 +19,11 @@ from typer.testing import CliRunner
 
 from conftest import rows, tiny_model, tiny_tokenizer, write_pair
 from topd import TOPDConfig, TOPDTrainer
-from topd.audit import Findings, audit_run, replay_step
-from topd.chain import CHAIN, HEAD, Chain, digest, file_digest
 from topd.cli import app
-from topd.ledger import RECORDS
-from topd.run import run_recipe
+from topd.commands.audit import Findings, audit_run, replay_step
+from topd.commands.train import run_recipe
+from topd.runs.folder import RECORDS
+from topd.runs.ledger import CHAIN, HEAD, Chain, digest, file_digest
 from topd.types import StoppedError, TOPDError
 
 SMALL = {

@@ -11,9 +11,9 @@ from torch import Tensor
 from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
 from topd.engines.hf import head_of
-from topd.experience import Experience
-from topd.learning import Totals, can_pack, collate, learning_terms, update_loss
 from topd.losses import token_divergence
+from topd.training.experience import Experience
+from topd.training.learning import Totals, can_pack, collate, learning_terms, update_loss
 from topd.types import Branch, Guidance, SoftTarget
 
 METHODS = [

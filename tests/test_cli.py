@@ -22,8 +22,8 @@ from typer.testing import CliRunner, Result
 
 from conftest import rows, tiny_model, tiny_tokenizer
 from topd import cli
-from topd.models import ModelSpec
-from topd.progress import Phases
+from topd.inputs.models import ModelSpec
+from topd.training.progress import Phases
 
 LITTLE = {
     "student": "student",

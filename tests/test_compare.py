@@ -10,10 +10,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from topd import cli, compare
-from topd.compare import run_compare, summarise
+from topd import cli
+from topd.commands import compare
+from topd.commands.compare import run_compare, summarise
+from topd.commands.tables import show_compare
 from topd.evaluate import bootstrap, two_way_bootstrap
-from topd.tables import show_compare
 from topd.types import TOPDError
 
 RECIPE = """

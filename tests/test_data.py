@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from conftest import rows, tiny_tokenizer
-from topd.data import DataSpec
-from topd.rollouts import PromptEncoder
+from topd.inputs.prompts import PromptEncoder
+from topd.inputs.rows import DataSpec
 from topd.types import TOPDError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"

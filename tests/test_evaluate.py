@@ -39,7 +39,7 @@ from topd.evaluate import judge as judging
 from topd.evaluate.answers import final_answer, last_boxed, number, plain, reference_answer
 from topd.evaluate.judge import Judge
 from topd.evaluate.spec import EvaluationSpec
-from topd.models import ModelSpec
+from topd.inputs.models import ModelSpec
 from topd.types import Generation, Ids, Prompt, Sampling, TOPDError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -899,7 +899,7 @@ def harness():
         pytest.skip("the benchmarks' files are not there")
     from lm_eval.tasks import TaskManager
 
-    folder = Path(judging.__file__).parents[1] / "harness"
+    folder = Path(judging.__file__).parent / "harness"
     return TaskManager(
         include_path=str(folder), include_defaults=False, metadata={"data_dir": str(SHARED)}
     )
@@ -965,7 +965,7 @@ def test_the_harness_runs_a_real_model_folder(harness, root):
 
 def test_the_harness_is_told_where_the_data_is():
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra harness)")
-    from topd.harness.problems import load
+    from topd.evaluate.harness.problems import load
 
     with pytest.raises(TOPDError, match="--metadata: say where the data is"):
         load(file="aime24.jsonl", pretrained="model")

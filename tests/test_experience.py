@@ -17,9 +17,9 @@ from conftest import EOS, VOCAB, tiny_model
 from topd import TOPDConfig, transport
 from topd.divergence import surprise
 from topd.engines.hf import HFEngine
-from topd.experience import Experience, Observer
 from topd.losses import token_divergence
 from topd.methods import METHODS, Method
+from topd.training.experience import Experience, Observer
 from topd.types import Evidence, Guidance, Prompt, Rollout, TOPDError
 
 K = 5

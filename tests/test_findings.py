@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from topd.findings import (
+from topd.commands.probe_statistics import (
     COLUMNS,
     GROUPS,
     LEAST_CORRELATION,

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from conftest import tiny_tokenizer
 from topd import TOPDConfig
-from topd.chain import check_chain
-from topd.data import DataSpec
-from topd.gate import Suite, read_suite
-from topd.models import ModelSpec
-from topd.recipe import PARTS, Recipe, parse_overrides, read_recipe
-from topd.rollouts import PromptEncoder
+from topd.commands.gate import Suite, read_suite
+from topd.commands.recipe import PARTS, Recipe, parse_overrides, read_recipe
+from topd.inputs.models import ModelSpec
+from topd.inputs.prompts import PromptEncoder
+from topd.inputs.rows import DataSpec
+from topd.runs.ledger import check_chain
 from topd.types import Prompt, TOPDError
 
 RARE = settings(

@@ -15,10 +15,18 @@ from typer.testing import CliRunner
 
 from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from topd.cli import app
+from topd.commands.gate import (
+    MEASURES,
+    Limits,
+    Suite,
+    compare_models,
+    lost_problems,
+    passed,
+    read_suite,
+)
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
-from topd.gate import MEASURES, Limits, Suite, compare_models, lost_problems, passed, read_suite
-from topd.modelcard import replace_section
+from topd.runs.model_card import replace_section
 from topd.types import TOPDError
 
 

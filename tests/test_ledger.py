@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import tiny_model
-from topd import ledger
-from topd.ledger import (
+from topd.runs import folder as ledger
+from topd.runs.folder import (
     Ledger,
     check_run_folder,
     guidance_record,

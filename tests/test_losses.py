@@ -17,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from topd import chunked
 from topd.losses import (
     Upstream,
+    chunked,
     linear_logprobs,
     linear_token_divergence,
     linear_token_statistics,

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from topd.learning import cap_at_medians
 from topd.methods import METHODS, check_options, downweight, opd, teachability_of, topd
+from topd.training.learning import cap_at_medians
 from topd.transport import soft_targets, solve
 from topd.types import (
     Evidence,

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
-from topd.models import (
+from topd.inputs.models import (
     ModelSpec,
     check_embedding_rows,
     check_tokenizers,

@@ -17,17 +17,17 @@ from typer.testing import CliRunner
 
 from conftest import EOS, tiny_model, write_pair
 from topd import cli, transport
-from topd.analysis import open_pair, read_analysis
-from topd.checkpoints import trim
+from topd.commands.probe import ProbeConfig, choose, run_probe
+from topd.commands.probe_statistics import GROUPS
+from topd.commands.session import open_pair, read_analysis
 from topd.config import TOPDConfig
-from topd.experience import Observer
-from topd.findings import GROUPS
-from topd.ledger import Ledger
+from topd.inputs.prompts import sampling_seeds
 from topd.losses import token_divergence
 from topd.methods import METHODS
-from topd.probe import ProbeConfig, choose, run_probe
-from topd.progress import Phases
-from topd.rollouts import sampling_seeds
+from topd.runs.checkpoints import trim
+from topd.runs.folder import Ledger
+from topd.training.experience import Observer
+from topd.training.progress import Phases
 from topd.types import TOPDError
 
 SETTINGS = {
@@ -348,7 +348,7 @@ def refusal(recipe: Path, *words: str) -> str:
 
 
 def test_a_folder_of_another_probe_is_refused_before_a_model_loads(recipe, finished, monkeypatch):
-    monkeypatch.setattr("topd.analysis.load_pair", partial(pytest.fail, "loaded"))
+    monkeypatch.setattr("topd.commands.session.load_pair", partial(pytest.fail, "loaded"))
     words = (*WORDS, "--output_dir", str(finished))
     message = refusal(recipe, *words, "--seed", "4")
     assert "seed = 3, now it is 4" in message

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 import rank_worker
 from rank_worker import CASES
 from topd import TOPDConfig
-from topd.audit import audit_run
-from topd.run import run_recipe
-from topd.sharded import check_launch, fsdp_plugin
+from topd.commands.audit import audit_run
+from topd.commands.train import run_recipe
+from topd.training.sharded import check_launch, fsdp_plugin
 from topd.types import TOPDError
 
 ROOT = Path(__file__).parents[1]

@@ -11,12 +11,12 @@ import yaml
 from peft import LoraConfig
 
 from topd import TOPDConfig
+from topd.commands.recipe import parse_overrides, read_mapping, read_recipe
 from topd.config import _RULES
-from topd.data import DataSpec
-from topd.models import ModelSpec
-from topd.recipe import parse_overrides, read_mapping, read_recipe
+from topd.inputs.models import ModelSpec
+from topd.inputs.rows import DataSpec
+from topd.training.warmstart import WarmstartConfig
 from topd.types import TOPDError
-from topd.warmstart import WarmstartConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 PARTS = {"student": "a/student", "teacher": "a/teacher", "data": "prompts.jsonl", "use_cpu": True}

@@ -18,14 +18,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import EOS, write_pair
-from topd import arms, cli, repair, transport
-from topd.analysis import Pair, open_pair, read_analysis
-from topd.arms import ARMS, Lesson
-from topd.experience import Observer
-from topd.ledger import Ledger
-from topd.losses import token_divergence
-from topd.progress import Phases
-from topd.repair import (
+from topd import cli, transport
+from topd.commands import arms, repair
+from topd.commands.arms import ARMS, Lesson
+from topd.commands.repair import (
     RepairConfig,
     Sample,
     correct,
@@ -39,6 +35,11 @@ from topd.repair import (
     student_logprobs,
     treat,
 )
+from topd.commands.session import Pair, open_pair, read_analysis
+from topd.losses import token_divergence
+from topd.runs.folder import Ledger
+from topd.training.experience import Observer
+from topd.training.progress import Phases
 from topd.types import TOPDError
 
 K = 5

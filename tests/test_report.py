@@ -21,7 +21,7 @@ from topd.report.folder import ForkRecord, GuidanceRecord, kind_of, read_logs, r
 from topd.report.rollouts import read_rollout, select_rollouts
 from topd.report.summary import summary_tables, verdict_in
 from topd.report.viewer import entry, view
-from topd.tokentext import TokenTexts
+from topd.runs.tokens import TokenTexts
 from topd.types import TOPDError
 
 KINDS = {

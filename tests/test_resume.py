@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from conftest import rows, tiny_model, tiny_tokenizer
-from topd import TOPDConfig, TOPDTrainer, checkpoints
+from topd import TOPDConfig, TOPDTrainer
+from topd.runs import checkpoints
 from topd.types import DISK, StoppedError, TOPDError
 
 TIMES = ("seconds", "runtime", "per_second")

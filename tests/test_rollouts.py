@@ -9,7 +9,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import EOS, rows, tiny_tokenizer
-from topd.rollouts import (
+from topd.inputs.prompts import (
     PromptEncoder,
     fingerprint,
     make_rollout,

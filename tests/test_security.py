@@ -13,9 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from conftest import tiny_model, tiny_tokenizer, write_pair
-from topd.models import ModelSpec
-from topd.recipe import read_recipe
-from topd.run import run_recipe
+from topd.commands.recipe import read_recipe
+from topd.commands.train import run_recipe
+from topd.inputs.models import ModelSpec
 from topd.types import TOPDError
 
 SECRET = "hf_ThisMustNotBeWrittenAnywhere"

@@ -25,17 +25,17 @@ from typer.testing import CliRunner
 from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
 from topd.cli import app
-from topd.engines.door import check_logprobs, check_servers
+from topd.commands.recipe import read_recipe
+from topd.commands.train import make_trainer, run_recipe
 from topd.engines.hf import HFEngine
+from topd.engines.serve import serving
+from topd.engines.server_checks import check_logprobs, check_servers
 from topd.engines.servers import Request, ServedSpec, Servers
 from topd.engines.vllm import VLLMEngine
-from topd.experience import Observer
-from topd.learning import importance
-from topd.models import ModelSpec
-from topd.recipe import read_recipe
-from topd.run import make_trainer, run_recipe
-from topd.serve import serving
-from topd.trainer import TOPDTrainer
+from topd.inputs.models import ModelSpec
+from topd.training.experience import Observer
+from topd.training.learning import importance
+from topd.training.trainer import TOPDTrainer
 from topd.types import DISK, UNREACHABLE, Sampling, StoppedError, TOPDError
 
 PROMPTS = [(1, 5, 9, 11), (1, 7), (3, 3, 8, 20, 21, 40)]
@@ -662,7 +662,7 @@ def test_a_stale_token_counts_by_its_importance():
 def test_overlap_is_refused_where_something_looks_at_the_student(
     overlapping, changes, said, monkeypatch
 ):
-    monkeypatch.delattr("topd.trainer.load_pair")  # before a model is loaded
+    monkeypatch.delattr("topd.training.trainer.load_pair")  # before a model is loaded
     with pytest.raises(TOPDError, match=said):
         run_recipe(overlapping("run", overlap=True, **changes), quiet=True)
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from topd import TOPDConfig, TOPDTrainer
+from topd.commands.detectors import auc, label_rollouts, observer_of, precision_recall, table
 from topd.engines.hf import HFEngine
+from topd.inputs.models import ModelSpec
 from topd.methods import METHODS, first_fork
-from topd.models import ModelSpec
 from topd.testbed import END, FAMILIES, family_of, labels, problems, rows_of, verify, write
 from topd.testbed.arithmetic import value
-from topd.testbed.detectors import auc, label_rollouts, observer_of, precision_recall, table
 from topd.testbed.logic import solution
 from topd.testbed.models import tokenizer_of
 from topd.testbed.programs import run

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_tokenizer
-from topd.tokentext import FILE, PART, TokenTexts, TokenWriter
+from topd.runs.tokens import FILE, PART, TokenTexts, TokenWriter
 from topd.types import TOPDError
 
 

@@ -30,16 +30,16 @@ from typer.testing import CliRunner
 
 from conftest import tiny_model, tiny_tokenizer, write_pair
 from topd.cli import app
-from topd.data import DataSpec
-from topd.engines.door import check_logprobs
+from topd.commands.train import run_recipe
 from topd.engines.hf import HFEngine
+from topd.engines.serve import command
+from topd.engines.server_checks import check_logprobs
 from topd.engines.servers import Servers
 from topd.engines.vllm import VLLMEngine
+from topd.inputs.models import ModelSpec
+from topd.inputs.prompts import PromptEncoder
+from topd.inputs.rows import DataSpec
 from topd.losses import linear_token_divergence
-from topd.models import ModelSpec
-from topd.rollouts import PromptEncoder
-from topd.run import run_recipe
-from topd.serve import command
 from topd.types import UNREACHABLE, Prompt, Sampling, StoppedError, TOPDError
 
 PYTHON = os.environ.get("TOPD_VLLM_PYTHON", "")

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
 from topd.losses import token_divergence
+from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 from topd.types import TOPDError
-from topd.warmstart import WarmstartConfig, WarmstartTrainer
 
 SMALL = {
     "max_steps": 1,

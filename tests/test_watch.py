@@ -19,10 +19,10 @@ from transformers import TrainerCallback
 from conftest import write_pair
 from test_resume import lines, make, records
 from topd import TOPDConfig, TOPDTrainer, cli
-from topd.run import run_recipe
+from topd.commands.train import run_recipe
+from topd.training.stop_rules import Rule, rules
+from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 from topd.types import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
-from topd.warmstart import WarmstartConfig, WarmstartTrainer
-from topd.watch import Rule, rules
 
 # Stop rules
 

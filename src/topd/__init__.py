@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from topd.config import TOPDConfig
-    from topd.trainer import TOPDTrainer
+    from topd.training.trainer import TOPDTrainer
 
 __all__ = ["TOPDConfig", "TOPDTrainer"]
 
@@ -14,7 +14,7 @@ __all__ = ["TOPDConfig", "TOPDTrainer"]
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when a trainer is asked for."""
     if name == "TOPDTrainer":
-        from topd.trainer import TOPDTrainer
+        from topd.training.trainer import TOPDTrainer
 
         return TOPDTrainer
     if name == "TOPDConfig":

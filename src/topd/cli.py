@@ -64,8 +64,8 @@ def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) 
 def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Where do student and teacher part, and does the token loss say so? No training."""
     with _faults():
-        from topd.probe import run_probe
-        from topd.tables import show_probe
+        from topd.commands.probe import run_probe
+        from topd.commands.tables import show_probe
 
         folder = run_probe(recipe, context.args, console=None if quiet else console)
     show_probe(console, _summary(folder, "probe.json"))
@@ -76,8 +76,8 @@ def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> N
 def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Correct the student at single forks with each loss, and measure what comes back."""
     with _faults():
-        from topd.repair import run_repair
-        from topd.tables import show_repair
+        from topd.commands.repair import run_repair
+        from topd.commands.tables import show_repair
 
         folder = run_repair(recipe, context.args, console=None if quiet else console)
     show_repair(console, _summary(folder, "repair.json"))
@@ -98,8 +98,8 @@ def quickstart(context: typer.Context, quiet: Quiet = False) -> None:
 
 def _compare(recipe: Path, words: list[str], quiet: bool) -> None:
     with _faults():
-        from topd.compare import run_compare
-        from topd.tables import show_compare
+        from topd.commands.compare import run_compare
+        from topd.commands.tables import show_compare
 
         folder = run_compare(recipe, words, console=None if quiet else console)
     show_compare(console, _summary(folder, "compare.json"))
@@ -139,9 +139,9 @@ def evaluate_model(
     output: Output = "",
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
-    from topd.evaluate.command import run_evaluation, spec_of
-    from topd.models import ModelSpec
-    from topd.recipe import parse_overrides
+    from topd.commands.evaluate import run_evaluation, spec_of
+    from topd.commands.recipe import parse_overrides
+    from topd.inputs.models import ModelSpec
 
     with _faults():
         spec = spec_of(
@@ -173,8 +173,8 @@ def gate(
 ) -> None:
     """Did anything get worse? Paired evaluation of a suite; exit code 1 on a regression."""
     with _faults():
-        from topd.gate import run_gate
-        from topd.models import ModelSpec
+        from topd.commands.gate import run_gate
+        from topd.inputs.models import ModelSpec
 
         before = ModelSpec(path=base, gguf_file=base_gguf_file, dtype=dtype)
         after = ModelSpec(path=candidate, dtype=dtype)
@@ -247,7 +247,7 @@ def audit(
 ) -> None:
     """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
     with _faults():
-        from topd.audit import audit_run
+        from topd.commands.audit import audit_run
 
         found = audit_run(
             run, updates=updates, seed=seed, tolerance=tolerance, trust_remote_code=trust
@@ -264,7 +264,7 @@ def replay(
 ) -> None:
     """Repeat an update from the checkpoint before it and compare it with the records."""
     with _faults():
-        from topd.audit import replay_step
+        from topd.commands.audit import replay_step
 
         found = replay_step(run, step, tolerance=tolerance, trust_remote_code=trust)
     _report_findings(found.checked, found.faults)
@@ -335,7 +335,7 @@ def _serve(
     patience: float,
 ) -> None:
     """Run servers, and print the part of a recipe that uses them once they answer."""
-    from topd.serve import run_servers
+    from topd.engines.serve import run_servers
 
     with _faults():
         run_servers(
@@ -365,8 +365,8 @@ def _faults() -> Iterator[None]:
 
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     with _faults():
-        from topd.ranks import rank
-        from topd.run import run_recipe
+        from topd.commands.train import run_recipe
+        from topd.distributed import rank
 
         folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
     if rank() > 0:  # the first one shows what came of it
@@ -391,7 +391,7 @@ def show_change(logs: list[dict[str, float]]) -> None:
     The intervals are 95 % t-intervals over updates. Each update has prompts of its own, so this
     shows the trend in training; it is no evaluation.
     """
-    from topd.evaluate.intervals import t_reach
+    from topd.statistics import t_reach
 
     count = len(logs) // 5
     if count < 2:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from topd.distributed import everywhere
 from topd.losses import Kind
 from topd.methods import METHODS, Method, check_options
-from topd.ranks import everywhere
 from topd.types import Sampling, TOPDError
 
 

@@ -163,7 +163,7 @@ class VLLMEngine(HFEngine):
     """A model on vLLM servers; of ``model`` only head and embeddings are used.
 
     Args:
-        model: see :meth:`~topd.models.ModelSpec.load_frame`.
+        model: see :meth:`~topd.inputs.models.ModelSpec.load_frame`.
         path: what messages call its weights.
         served: where the servers are.
         eos_ids, vocab_size, name, autocast: as in HFEngine.

@@ -3,7 +3,7 @@
 from topd.evaluate.answers import AnswerVerifier, Verify
 from topd.evaluate.callback import EvaluationCallback
 from topd.evaluate.evaluation import Evaluation, Evaluator, Response, evaluate, summarise
-from topd.evaluate.intervals import (
+from topd.statistics import (
     Interval,
     bootstrap,
     paired_bootstrap,

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from topd.engines import Engine, Tick, no_tick
 from topd.evaluate.answers import Verify
-from topd.evaluate.intervals import Interval, bootstrap, pass_at_k, share
-from topd.rollouts import sampling_seeds
+from topd.inputs.prompts import sampling_seeds
+from topd.statistics import Interval, bootstrap, pass_at_k, share
 from topd.types import Generation, Ids, Prompt, Sampling, TOPDError
 
 SAMPLE_STREAM = 1 << 22  # seeds that no rollout, window or warm-start answer uses

@@ -13,7 +13,7 @@ from topd.report.folder import kind_of
 from topd.report.rollouts import read_rollout
 from topd.report.text import visible
 from topd.report.viewer import ForkView, RolloutView, view
-from topd.tokentext import TokenTexts
+from topd.runs.tokens import TokenTexts
 from topd.types import TOPDError
 
 SIGNS = {"real": "◆", "alarm": "○", "quiet": "·"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from topd.report.folder import ForkRecord, RolloutRecord
 from topd.report.text import join_visible, plain, visible
-from topd.tokentext import TokenTexts
+from topd.runs.tokens import TokenTexts
 
 SHOWN_TARGETS = 4  # likeliest tokens of a soft target
 

@@ -1,0 +1,530 @@
+"""``topd audit`` and ``topd replay``: is a run folder what was run, and does the run repeat?
+
+An audit checks the chain of the ledger, the files and records against it, and models and data
+against their fingerprints. Then it takes updates at random and makes their decisions again from the
+stored rollouts: the teacher scores them, writes its windows, and the method decides. The student of
+a later update is gone, so what needs its weights is not made again there (its log-probs at
+sampling, ``candidate_loss: reverse_kl``, methods with statistics, ``embedding: student``, what
+``relay`` lets it write); a replay does that, from the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from topd.commands.recipe import Recipe
+from topd.commands.train import make_trainer
+from topd.config import TOPDConfig
+from topd.inputs.models import ModelSpec
+from topd.inputs.prompts import fingerprint, sampling_seeds
+from topd.inputs.rows import DataSpec
+from topd.runs import checkpoints
+from topd.runs.folder import (
+    RECORDS,
+    guidance_record,
+    model_fingerprint,
+    rollout_record,
+    trained_digest,
+)
+from topd.runs.ledger import CHAIN, HEAD, Entry, check_chain, digest, file_digest, surviving
+from topd.runs.verified import read_entries, read_head, read_lines, read_manifest, read_records
+from topd.training.trainer import TOPDTrainer
+from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
+from topd.types import COLLAPSED, NONFINITE, Prompt, Rollout, StoppedError, TOPDError
+
+TIMES = ("seconds/", "tokens_per_second", "train_", "total_flos", "eval/", "eval_", "epoch")
+ALONE: dict[str, Any] = {  # a repetition writes nothing but records
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "resume_from_checkpoint": None,
+    "hub_token": None,  # transformers writes a placeholder
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
+@dataclass
+class Findings:
+    """What was checked, and the faults; both in words."""
+
+    checked: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def audit_run(
+    folder: Path,
+    *,
+    updates: int = 3,
+    seed: int = 0,
+    tolerance: float = 1e-4,
+    trust_remote_code: bool = False,
+) -> Findings:
+    """Check a training run's folder.
+
+    Args:
+        folder: the run.
+        updates: how many updates' decisions are made again; 0 loads no model.
+        seed: which ones.
+        tolerance: by how much a number may differ, in its own unit.
+        trust_remote_code: run code of the models' repositories where the run did. What a run
+            folder says is not enough for that: it may be another's.
+
+    Raises:
+        TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
+            faults already, that is one more).
+    """
+    found = Findings()
+    entries = _entries(folder, found)
+    _check_records(folder, surviving(entries), found)
+    if not updates or not _readable(folder, found):
+        return found
+    try:
+        with _Rebuilt(folder, trust_remote_code) as trainer:
+            _check_sources(folder, trainer, found)
+            _check_decisions(folder, trainer, updates, seed, tolerance, found)
+    except TOPDError as error:
+        if not found.faults:
+            raise
+        found.faults.append(f"decisions: not made again: {error}")
+    return found
+
+
+def replay_step(
+    folder: Path, step: int, *, tolerance: float = 0.0, trust_remote_code: bool = False
+) -> Findings:
+    """Repeat an update from the checkpoint before it, or from the start, and compare.
+
+    Compared are every record from there on and, where the ledger has them, the weights. A loss that
+    is not finite is made again too. See :func:`audit_run` for the arguments.
+
+    Raises:
+        TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
+            loaded or are others.
+    """
+    recorded = read_records(folder, "rollouts.jsonl")
+    if not recorded:
+        raise TOPDError(f"{folder}: has no rollouts to compare with (log_rollouts was off?).")
+    if not any(record["step"] == step for record in recorded):
+        last = max((record["step"] for record in recorded), default=-1)
+        raise TOPDError(f"--step {step}: {folder} has the updates 0 to {last}. Choose one.")
+    found, start = Findings(), checkpoints.last(folder, step)
+    seal = checkpoints.check(start, resumable=True) if start else None
+    first = seal.step if seal else 0
+    with _Rebuilt(folder, trust_remote_code) as trainer:
+        scratch = trainer.run_folder
+        if start and seal:
+            _as_at(start, scratch)
+            trainer.examined = {scratch / start.name: seal}
+        trainer.add_callback(_StopAfter(step + 1))
+        try:
+            trainer.train(resume_from_checkpoint=bool(start))
+        except StoppedError as error:  # as the run may have been
+            if error.exit_code not in (NONFINITE, COLLAPSED):
+                raise
+            found.checked.append(f"stopped: {str(error).partition('. ')[0]}")
+        for name in RECORDS:
+            _compare_records(folder, scratch, name, (first, step), tolerance, found)
+        _compare_weights(folder, scratch, trainer, step, found)
+    begun = start.name if start else "the beginning"
+    found.checked.insert(0, f"replay: update {step}, from {begun}")
+    return found
+
+
+# The chain, the files and the records
+
+
+def _entries(folder: Path, found: Findings) -> list[Entry]:
+    """The ledger's entries; what is wrong with their chain is found here."""
+    entries, faults = read_entries(folder)
+    found.faults += faults
+    head = read_head(folder)
+    if head is None:
+        found.faults.append(f"{HEAD}: is missing or no head")
+    found.faults += check_chain(entries, head or {"entries": 0, "hash": ""})
+    found.checked.append(f"chain: {len(entries)} entries")
+    if not any(entry.get("event") == "end" for entry in entries):
+        found.checked.append("the run has not ended, or was stopped")
+    return entries
+
+
+def _check_records(folder: Path, entries: Sequence[Entry], found: Findings) -> None:
+    whole = [entry for entry in entries if "step" not in entry]
+    for entry in whole:
+        found.faults += _file_faults(folder, entry["file"], entry["record"])
+    records = 0
+    for name in RECORDS:
+        expected = [entry for entry in entries if entry["file"] == name and "step" in entry]
+        lines, ends = read_lines(folder / name)
+        found.faults += _line_faults(name, expected, [digest(line) for line in lines])
+        if not ends:
+            found.faults.append(f"{name}: line {len(lines)} is cut off")
+        records += len(expected)
+    found.checked.append(f"files: {len(whole)}, records: {records}")
+
+
+def _file_faults(folder: Path, name: str, recorded: str) -> Iterator[str]:
+    """A file that is missing or was changed; of a checkpoint, any of its files."""
+    path = folder / name
+    try:
+        if path.name == checkpoints.SEAL and not path.parent.exists():
+            return  # pruned
+        if not path.is_file():
+            yield f"{name}: is missing"
+        elif file_digest(path) != recorded:
+            yield f"{name}: was changed"
+        elif path.name == checkpoints.SEAL and isinstance(
+            fault := checkpoints.examined(path.parent), str
+        ):
+            yield f"{path.parent.name}: {fault}"
+    except OSError as error:
+        yield f"{name}: cannot be read ({error.strerror})"
+
+
+def _line_faults(name: str, expected: Sequence[Entry], lines: Sequence[str]) -> Iterator[str]:
+    """Records that were changed, are missing, were added, or stand in another place."""
+    known = {entry["record"]: entry for entry in expected}
+    there = set(lines)
+    missing = [entry for entry in expected if entry["record"] not in there]
+    strange = [n for n, line in enumerate(lines, 1) if line not in known]
+    for entry in missing:
+        changed = strange.pop(0) if strange else None
+        how = "is missing" if changed is None else f"was changed (line {changed})"
+        yield f"{name}, {_place(entry)}: {how}"
+    for number in strange:
+        yield f"{name}, line {number}: is not in the ledger"
+    if missing or strange:
+        return
+    for number, (line, entry) in enumerate(zip(lines, expected, strict=False), 1):
+        if line != entry["record"]:
+            yield f"{name}, line {number}: {_place(known[line])} stands where {_place(entry)} did"
+    if len(lines) != len(expected):
+        yield f"{name}: has {len(lines)} lines, the ledger {len(expected)}"
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    if "rollout" in record:
+        return f"update {record['step']}, rollout {record['rollout']}"
+    return f"step {record['step']}"
+
+
+# The run again: models, data, decisions
+
+
+class _Rebuilt:
+    """The trainer of a run folder, in a folder of its own that is removed at the end."""
+
+    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
+        self.folder, self.trust = folder, trust_remote_code
+        self.scratch = tempfile.TemporaryDirectory(prefix="topd-")
+
+    def __enter__(self) -> TOPDTrainer:
+        logging.set_verbosity_error()
+        recipe = stored_recipe(self.folder, Path(self.scratch.name))
+        if (
+            recipe.student.trust_remote_code or recipe.teacher.trust_remote_code
+        ) and not self.trust:
+            raise TOPDError(
+                f"{self.folder}: its models ran code of their repositories. To run it again, say "
+                "--trust-remote-code."
+            )
+        with _read_from(self.folder, "run.json"):
+            trainer, _ = make_trainer(
+                recipe, recipe.data.load(), warmstart=isinstance(recipe.args, WarmstartConfig)
+            )
+        trainer.remove_callback(PrinterCallback)
+        if isinstance(trainer, WarmstartTrainer) and trainer.args.answers == "teacher":
+            answers = Path(self.scratch.name) / "answers.jsonl"
+            with _read_from(self.folder, answers.name):
+                shutil.copy(self.folder / answers.name, answers)
+                trainer.train_dataset = trainer._answered(trainer.questions, answers)
+        return trainer
+
+    def __exit__(self, *_: object) -> None:
+        self.scratch.cleanup()
+
+
+def stored_recipe(folder: Path, output: Path) -> Recipe:
+    """The recipe of a run as ``run.json`` has it, without evaluation, writing into ``output``.
+
+    Raises:
+        TOPDError: there is none, or it cannot be read.
+    """
+    with _read_from(folder, "run.json"):
+        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return _recipe(folder, stored["recipe"], stored["config"], output)
+
+
+@contextmanager
+def _read_from(folder: Path, name: str) -> Iterator[None]:
+    """Say which file it was where what stands in it cannot be used, whatever that leads to."""
+    try:
+        yield
+    except TOPDError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        said = " ".join(repr(error).split())
+        raise TOPDError(f"{folder / name}: cannot be used: {said}.") from error
+
+
+def _recipe(
+    folder: Path, sources: Mapping[str, Any], config: Mapping[str, Any], output: Path
+) -> Recipe:
+    if not sources:
+        raise TOPDError(
+            f"{folder}: its models and data came from Python, not from a recipe: they cannot be "
+            "loaded again. Audit it with --updates 0."
+        )
+    kind = WarmstartConfig if "answers" in config else TOPDConfig
+    known = {f.name for f in fields(kind) if f.init}
+    settings = {key: value for key, value in config.items() if key in known} | ALONE
+    return Recipe(
+        student=ModelSpec(**sources["student"]),
+        teacher=ModelSpec(**sources["teacher"]),
+        data=_data_of(sources["data"]),
+        eval_data=None,
+        evaluation=None,
+        compare=None,
+        lora=LoraConfig(**sources["lora"]) if sources["lora"] else None,
+        args=kind(**{**settings, "output_dir": str(output)}),
+    )
+
+
+def _data_of(stored: Mapping[str, Any]) -> DataSpec:
+    """Without the defaults: some keys exclude others."""
+    usual = {name: known.default for name, known in DataSpec.model_fields.items()}
+    return DataSpec(**{key: value for key, value in stored.items() if value != usual[key]})
+
+
+def _readable(folder: Path, found: Findings) -> bool:
+    """Whether the records can be read at all; else there is nothing to make again."""
+    try:
+        for name in ("rollouts.jsonl", "guidance.jsonl"):
+            read_records(folder, name)
+        read_manifest(folder)
+    except TOPDError as error:
+        found.faults.append(f"decisions: not made again: {error}")
+        return False
+    return True
+
+
+def _check_sources(folder: Path, trainer: TOPDTrainer, found: Findings) -> None:
+    """Models and data against their fingerprints in the manifest."""
+    manifest = read_manifest(folder)
+    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        recorded, now = manifest["models"][role], model_fingerprint(model)
+        if recorded["sha256"] != now["sha256"]:
+            found.faults.append(
+                f"{role}: {now['name']} has not the weights of the run: "
+                f"{now['sha256'][:12]}, recorded {recorded['sha256'][:12]}"
+            )
+    if manifest["data"] != fingerprint(trainer.train_dataset):
+        found.faults.append("data: the prompts are not those of the run")
+    found.checked.append("models and data: student at the start, teacher, prompts")
+
+
+def _check_decisions(
+    folder: Path,
+    trainer: TOPDTrainer,
+    updates: int,
+    seed: int,
+    tolerance: float,
+    found: Findings,
+) -> None:
+    stored: dict[int, tuple[list[Any], list[Any]]] = {}
+    for i, name in enumerate(("rollouts.jsonl", "guidance.jsonl")):
+        for record in read_records(folder, name):
+            stored.setdefault(record["step"], ([], []))[i].append(record)
+    whole = [n for n, (rollouts, guidance) in stored.items() if len(rollouts) == len(guidance)]
+    steps = sorted(random.Random(seed).sample(sorted(whole), min(updates, len(whole))))
+    forks = count = 0
+    for step in steps:
+        rollouts, guidance = stored[step]
+        again = _decided(trainer, step, rollouts)
+        known = _known(trainer, guidance, step)
+        for pair, (theirs, ours) in zip(zip(rollouts, guidance, strict=True), again, strict=True):
+            for recorded, now in zip(pair, (theirs, ours), strict=True):
+                found.faults += _disagreements(recorded, now, known, tolerance)
+            forks += len(pair[1]["forks"])
+        count += len(rollouts)
+    if steps:
+        found.checked.append(
+            f"decisions: {count} rollouts and {forks} candidates of the updates "
+            f"{', '.join(map(str, steps))} made again"
+        )
+
+
+def _decided(
+    trainer: TOPDTrainer, step: int, records: Sequence[Mapping[str, Any]]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The records that the teacher and the method make of stored rollouts."""
+    rollouts = [_rollout(record, trainer.observer.teacher.head.vocab_size) for record in records]
+    seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
+    look = trainer.args.looks_ahead(step) and (step == 0 or not _needs_student(trainer.args))
+    made = trainer.observer.inspect(rollouts, seeds, trainer.args.guidance_method(look_ahead=look))
+    decode = trainer.processing_class.decode
+    return [
+        (
+            rollout_record(step, i, r, made.teacher_logprobs[i].tolist(), decode(list(r.response))),
+            guidance_record(step, i, r, made.forks[i], made.guidance[i]),
+        )
+        for i, r in enumerate(made.rollouts)
+    ]
+
+
+def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
+    for key in ("prompt_ids", "teacher_prompt_ids", "response_ids"):
+        if max(record[key], default=0) >= vocab_size:
+            raise TOPDError(
+                f"rollouts.jsonl, {_place(record)}: {key} has the token {max(record[key])}, the "
+                f"models know {vocab_size}."
+            )
+    prompt = Prompt(
+        record["prompt"], tuple(record["prompt_ids"]), tuple(record["teacher_prompt_ids"])
+    )
+    return Rollout(
+        prompt, tuple(record["response_ids"]), tuple(record["logprobs"]), record["finished"]
+    )
+
+
+def _needs_student(args: TOPDConfig) -> bool:
+    """Whether decisions depend on weights of the student that are not stored."""
+    return (
+        args.guidance_method().statistics
+        or args.candidate_loss == "reverse_kl"
+        or args.embedding == "student"
+    )
+
+
+def _known(trainer: TOPDTrainer, guidance: Sequence[Mapping[str, Any]], step: int) -> set[str]:
+    """The keys of a record that can be made again without the student of that update."""
+    keys = {"prompt", "prompt_ids", "teacher_prompt_ids", "teacher_logprobs", "text", "finished"}
+    if step and _needs_student(trainer.args):
+        return keys
+    keys |= {"forks", "weights", "capped", "targets", "advantages"}
+    goes_on = any(branch["go_on"] for row in guidance for branch in row["branches"])
+    return keys if step and goes_on else {*keys, "branches"}
+
+
+def _disagreements(
+    recorded: Mapping[str, Any], now: Mapping[str, Any], known: set[str], tolerance: float
+) -> Iterator[str]:
+    plain = json.loads(json.dumps(now))
+    for key in sorted(known & recorded.keys()):
+        where = _difference(recorded[key], plain.get(key), tolerance)
+        if where is not None:
+            yield f"{_place(recorded)}: {key}{where}"
+
+
+def _difference(recorded: Any, now: Any, tolerance: float) -> str | None:
+    """Where two values of JSON differ first, and how; None if they agree."""
+    if isinstance(recorded, dict) and isinstance(now, dict) and recorded.keys() == now.keys():
+        pairs = [(f".{key}", recorded[key], now[key]) for key in recorded]
+    elif isinstance(recorded, list) and isinstance(now, list) and len(recorded) == len(now):
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(recorded, now, strict=True))]
+    elif recorded == now or _near(recorded, now, tolerance):
+        return None
+    else:
+        return f": recorded {_short(recorded)}, made again {_short(now)}"
+    for where, one, other in pairs:
+        inner = _difference(one, other, tolerance)
+        if inner is not None:
+            return where + inner
+    return None
+
+
+def _near(recorded: Any, now: Any, tolerance: float) -> bool:
+    numbers = all(isinstance(x, float) for x in (recorded, now))
+    return numbers and (abs(recorded - now) <= tolerance or (recorded != recorded and now != now))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# Replay
+
+
+class _StopAfter(TrainerCallback):
+    """Ends a run after so many updates, whatever its schedule says."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def _as_at(checkpoint: Path, scratch: Path) -> None:
+    """Have what a run needs to go on from a checkpoint in another folder; training cuts it."""
+    run = checkpoint.parent
+    for path in [*run.glob("*.jsonl"), run / "run.json", run / "manifest.json"]:
+        if path.name != CHAIN:
+            shutil.copy(path, scratch)
+    (scratch / checkpoint.name).symlink_to(checkpoint.resolve())
+
+
+def _compare_records(
+    folder: Path,
+    scratch: Path,
+    name: str,
+    steps: tuple[int, int],
+    tolerance: float,
+    found: Findings,
+) -> None:
+    """Records of the replayed updates, key by key; times and evaluations aside."""
+    first, last = (step + (name == "metrics.jsonl") for step in steps)
+    ours, theirs = (
+        [r for r in read_records(place, name) if first <= r["step"] <= last and _of_an_update(r)]
+        for place in (folder, scratch)
+    )
+    if len(ours) != len(theirs):
+        found.faults.append(f"{name}: {len(ours)} records of these updates, {len(theirs)} again")
+        return
+    for recorded, now in zip(ours, theirs, strict=True):
+        keys = {key for key in recorded if not key.startswith(TIMES)}
+        found.faults += (
+            f"{name}, {said}" for said in _disagreements(recorded, now, keys, tolerance)
+        )
+    found.checked.append(f"{name}: {len(ours)} records")
+
+
+def _of_an_update(record: Mapping[str, Any]) -> bool:
+    return "rollout" in record or "loss" in record
+
+
+def _compare_weights(
+    folder: Path, scratch: Path, trainer: TOPDTrainer, step: int, found: Findings
+) -> None:
+    """The student before every replayed update and after the last, as far as it is recorded."""
+    recorded, again = _weights(folder), _weights(scratch)
+    again[step + 1] = trained_digest(trainer.model)
+    both = sorted(recorded.keys() & again.keys())
+    found.faults += (
+        f"weights before update {n}: not those of the run" for n in both if recorded[n] != again[n]
+    )
+    found.checked.append(f"weights: before the updates {', '.join(map(str, both))}")
+
+
+def _weights(folder: Path) -> dict[int, str]:
+    entries = read_entries(folder)[0] if (folder / CHAIN).exists() else []
+    return {
+        entry["step"]: entry["student"]
+        for entry in entries
+        if entry.get("event") in ("update", "end")
+    }

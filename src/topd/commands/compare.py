@@ -1,0 +1,291 @@
+"""An honest comparison of methods: arms x seeds of one recipe, on the same prompts and seeds.
+
+::
+
+    RUN/run.json        the resolved recipe and its arms
+        warmstart/      stage 1, if it was asked for
+        results.jsonl   one line a run: figures, right answers by problem, curve, cost
+        compare.json    means and paired intervals against the baseline
+        arms/ARM-SEED/  the run folders
+
+A comparison that was stopped goes on in its folder: finished runs are kept, others begin anew.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import PrinterCallback
+from transformers.utils import logging
+
+from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
+from topd.commands.train import make_evaluator, make_trainer, run_recipe
+from topd.engines.hf import HFEngine
+from topd.evaluate import Evaluation, two_way_bootstrap
+from topd.inputs.models import eos_ids
+from topd.runs.checkpoints import begin_anew, read_lines, trim
+from topd.runs.folder import Ledger, check_run_folder
+from topd.runs.ledger import read_whole
+from topd.statistics import t_reach
+from topd.types import TOPDError
+
+RESULTS, SUMMARY = "results.jsonl", "compare.json"
+SCORES = ("greedy", "pass@1")
+SECONDS: dict[Clock, str] = {"wall": "seconds", "cpu": "cpu_seconds"}
+
+Result: TypeAlias = dict[str, Any]
+Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
+
+
+def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
+    """Run every arm with every seed and summarise. Returns the run folder.
+
+    Raises:
+        TOPDError: the recipe has no ``compare`` or ``evaluation`` part, an arm is wrong, or the
+            folder holds another comparison.
+    """
+    overrides = parse_overrides(words)
+    recipe = read_recipe(path, overrides)
+    spec = _checked(path, recipe, overrides)
+    folder = Path(recipe.args.output_dir)
+    ledger = _open(folder, recipe, spec)
+    start = _starting_point(path, spec, overrides, folder, quiet=console is None)
+    results = _stored(folder)
+    tasks = {
+        (arm, seed): (
+            str(path),
+            {**overrides, **start, **keys, "seed": seed, "output_dir": _place(folder, arm, seed)},
+        )
+        for seed in spec.seeds
+        for arm, keys in spec.all_arms().items()
+        if not any((r["arm"], r["seed"]) == (arm, seed) for r in results)
+    }
+    for result in _run_all(tasks, spec.jobs):
+        ledger.append(RESULTS, [result])
+        results.append(result)
+        if console:
+            console.print(
+                f"{result['arm']}, seed {result['seed']}: greedy {result['greedy']:.1%}, "
+                f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s"
+            )
+    starts = _starts(path, overrides, start)
+    ledger.write(SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock))
+    return folder
+
+
+def summarise(
+    results: Sequence[Result], baseline: str, starts: Mapping[str, Any], *, clock: Clock = "wall"
+) -> Result:
+    """Means over seeds and problems by arm, and paired differences from the baseline.
+
+    Args:
+        results: lines of results.jsonl.
+        baseline: the arm that the others are compared with, run by run and problem by problem.
+        starts: evaluations of the student before stage 2, by name.
+        clock: whose seconds count.
+
+    Returns:
+        The content of compare.json. Intervals draw both seeds and problems again (95 %). What
+        stands under ``at equal time`` is read off an arm's curve when it had run as long as the
+        baseline with the same seed; those intervals are Student's t over seeds.
+    """
+    arms = list(dict.fromkeys(result["arm"] for result in results))
+    by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
+    time = SECONDS[clock]
+    return {
+        "arms": arms,
+        "baseline": baseline,
+        "seeds": sorted({result["seed"] for result in results}),
+        "clock": clock,
+        "starts": dict(starts),
+        "summary": {arm: _summary(runs, by_arm[baseline], time) for arm, runs in by_arm.items()},
+    }
+
+
+def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) -> Result:
+    seeds, paired = sorted(runs), sorted(runs.keys() & base.keys())
+    name = next(iter(base.values()))["arm"]
+    found: Result = {
+        "seconds": float(np.median([runs[s][time] for s in seeds])),
+        "seconds_ratio": float(np.median([runs[s][time] / base[s][time] for s in paired])),
+        "teacher_tokens": float(np.mean([runs[s]["teacher_tokens"] for s in seeds])),
+    }
+    for score in SCORES:
+        own = [runs[s]["solved"][score] for s in seeds]
+        found[score] = asdict(two_way_bootstrap(own))
+        gain = [np.subtract(runs[s]["solved"][score], base[s]["solved"][score]) for s in paired]
+        found[f"{score}_vs_{name}"] = asdict(two_way_bootstrap(gain))
+        early = [_at(runs[s]["curve"], score, time, base[s][time]) for s in paired]
+        found[f"{score} at equal time"] = float(np.mean(early))
+        behind = [at - base[s][score] for at, s in zip(early, paired, strict=True)]
+        found[f"{score}_vs_{name} at equal time"] = _over_seeds(behind)
+    return found
+
+
+def _at(curve: Sequence[Mapping[str, float]], score: str, time: str, seconds: float) -> float:
+    """A curve's value at a time, linear between evaluations; its last value behind its end."""
+    return float(np.interp(seconds, [p[time] for p in curve], [p[score] for p in curve]))
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean and its 95 % t-interval, which one seed alone does not have."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return {"mean": mean, "low": None, "high": None}
+    reach = t_reach(values)
+    return {"mean": mean, "low": mean - reach, "high": mean + reach}
+
+
+def run_arm(task: Task) -> Result:
+    """One run: an arm of the recipe with a seed. Meant for a process of its own."""
+    path, overrides = task
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    recipe = read_recipe(path, overrides)
+    recipe.args.disable_tqdm = True
+    recipe.args.stop_patience = None  # an arm that collapses is a result
+    trainer, evaluation = make_trainer(recipe, recipe.data.load())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    assert evaluation is not None  # checked before the first run
+    assert evaluation.latest is not None
+    logs = trainer.state.log_history
+    return {
+        **_figures(evaluation.latest),
+        **{time: _curve(logs)[-1][time] for time in SECONDS.values()},
+        "teacher_tokens": trainer.state.global_step
+        * float(np.mean([log["topd/teacher_tokens"] for log in logs if "loss" in log])),
+        "curve": _curve(logs),
+    }
+
+
+def _figures(evaluation: Evaluation) -> Result:
+    return {
+        "greedy": evaluation.greedy.mean,
+        "pass@1": evaluation.pass_at[1].mean,
+        "mean_length": evaluation.mean_length.mean,
+        "truncated": evaluation.truncated.mean,
+        "solved": {"greedy": evaluation.solved(greedy=True), "pass@1": evaluation.solved()},
+    }
+
+
+def _curve(logs: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    return [
+        {
+            "step": log["step"],
+            "seconds": log["eval/training_seconds"],
+            "cpu_seconds": log["eval/training_cpu_seconds"],
+            **{score: log[f"eval/{score}"] for score in SCORES},
+        }
+        for log in logs
+        if "eval/greedy" in log
+    ]
+
+
+def _run_all(tasks: Mapping[tuple[str, int], Task], jobs: int) -> Iterator[Result]:
+    """The results as they come; in this process if one runs at a time."""
+    if jobs == 1:
+        for (arm, seed), task in tasks.items():
+            yield {"arm": arm, "seed": seed, **run_arm(task)}
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_one_thread) as pool:
+        runs: dict[Future[Result], tuple[str, int]] = {
+            pool.submit(run_arm, task): key for key, task in tasks.items()
+        }
+        for done in as_completed(runs):
+            arm, seed = runs[done]
+            yield {"arm": arm, "seed": seed, **done.result()}
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _checked(path: Path, recipe: Recipe, overrides: Mapping[str, Any]) -> CompareSpec:
+    if recipe.compare is None:
+        raise TOPDError(f"{path}: compare is missing. Name the arms: compare: {{arms: {{...}}}}.")
+    if recipe.evaluation is None:
+        raise TOPDError(f"{path}: evaluation is missing. A comparison needs problems to solve.")
+    for arm, keys in recipe.compare.all_arms().items():
+        try:
+            read_recipe(path, {**overrides, **keys})
+        except TOPDError as error:
+            raise TOPDError(f"compare, arm {arm!r}: {error}") from error
+    return recipe.compare
+
+
+def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
+    """The folder, new or of the same comparison."""
+    check_run_folder(folder, resume=True)
+    settings = {"recipe": recipe.sources(), "config": recipe.args.to_dict()}
+    content = json.loads(json.dumps({**settings, "compare": spec.model_dump()}, default=str))
+    for changing in ("output_dir", "logging_dir"):
+        content["config"].pop(changing, None)
+    for changing in ("jobs", "clock"):
+        content["compare"].pop(changing)
+    stored = folder / "run.json"
+    if stored.exists() and read_whole(stored) != content:
+        raise TOPDError(f"output_dir: {folder} holds another comparison. Choose another folder.")
+    ledger = Ledger(folder, resume=True)
+    ledger.write("run.json", content)
+    return ledger
+
+
+def _starting_point(
+    path: Path, spec: CompareSpec, overrides: Mapping[str, Any], folder: Path, *, quiet: bool
+) -> dict[str, Any]:
+    """What every arm starts from: nothing to change, or the student of the warm start."""
+    if not spec.warmstart:
+        return {}
+    place = folder / "warmstart"
+    student = place / "student"
+    if not (student / "README.md").exists():  # the model card is written last
+        words = [f"--{key}={json.dumps(v)}" for key, v in overrides.items() if key in STAGE_1]
+        begin_anew(place)
+        run_recipe(path, [*words, f"--output_dir={place}"], quiet=quiet, warmstart=True)
+    return {"student": str(student)}
+
+
+STAGE_1 = ("student", "teacher", "data")
+
+
+def _starts(
+    path: Path, overrides: Mapping[str, Any], start: Mapping[str, Any]
+) -> dict[str, Result]:
+    """The student before and after the warm start, evaluated as the arms are."""
+    changes = {"base": {}, "warm start": start} if start else {}
+    return {
+        name: _evaluated(read_recipe(path, {**overrides, **change}))
+        for name, change in changes.items()
+    }
+
+
+def _evaluated(recipe: Recipe) -> Result:
+    evaluator, model = make_evaluator(recipe), recipe.student.load_model()
+    assert evaluator is not None  # checked before
+    found = evaluator(HFEngine(model, eos_ids=eos_ids(model, evaluator.tokenizer)))
+    return {score: asdict(found.intervals()[score]) for score in SCORES}
+
+
+def _stored(folder: Path) -> list[Result]:
+    """Finished runs; a last line that was cut off is dropped."""
+    path = folder / RESULTS
+    return list(read_lines(path)) if trim(path) else []
+
+
+def _place(folder: Path, arm: str, seed: int) -> str:
+    """The run folder of an arm, emptied if a run there did not finish."""
+    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
+    place = folder / "arms" / f"{name}-{seed}"
+    begin_anew(place)
+    return str(place)

@@ -1,0 +1,318 @@
+"""Recipes: YAML for TOPDConfig plus models and data, checked before anything is loaded.
+
+Top-level keys are ``student``, ``teacher``, ``data``, ``eval_data``, ``evaluation``, ``lora``,
+``compare``, ``warmstart`` and every field of :class:`~topd.TOPDConfig`. ``warmstart`` holds the
+keys of stage 1, fields of :class:`~topd.training.warmstart.WarmstartConfig`; the other parts are
+shared unless it names its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
+
+import yaml
+from peft import LoraConfig
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from topd.config import TOPDConfig
+from topd.evaluate.spec import TrainingEvaluation
+from topd.inputs.models import ModelSpec
+from topd.inputs.rows import DataSpec
+from topd.training.warmstart import WarmstartConfig
+from topd.types import TOPDError
+
+PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora", "compare")
+Spec = TypeVar("Spec", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe of one stage."""
+
+    student: ModelSpec
+    teacher: ModelSpec
+    data: DataSpec
+    eval_data: DataSpec | None
+    evaluation: TrainingEvaluation | None
+    compare: CompareSpec | None
+    lora: LoraConfig | None
+    args: TOPDConfig
+
+    def sources(self) -> dict[str, Any]:
+        """Models, data and adapter as plain values; ``args`` are written on their own."""
+        specs = {"student": self.student, "teacher": self.teacher, "data": self.data}
+        return {
+            **{name: spec.model_dump() for name, spec in specs.items()},
+            "eval_data": self.eval_data.model_dump() if self.eval_data else None,
+            "evaluation": self.evaluation.model_dump() if self.evaluation else None,
+            "lora": {
+                key: sorted(value) if isinstance(value, set) else value
+                for key, value in self.lora.to_dict().items()
+            }
+            if self.lora
+            else None,
+        }
+
+
+Clock: TypeAlias = Literal["wall", "cpu"]
+
+
+class Sweep(BaseModel):
+    """Further arms: ``arm`` with ``key`` set to each of ``values``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arm: str
+    key: str
+    values: list[Any]
+
+
+class CompareSpec(BaseModel):
+    """Arms of a comparison: by name, the keys of the recipe that differ.
+
+    Every arm is run with every seed; ``baseline`` is the arm that the others are compared with;
+    ``jobs`` runs go side by side. With ``warmstart`` stage 1 of the recipe is run first, once, and
+    every arm starts from its student. ``clock`` says which time is compared: the wall-clock, or the
+    CPU seconds of a run's process, which other work on the same cores leaves alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    arms: dict[str, dict[str, Any]]
+    sweeps: list[Sweep] = []
+    seeds: list[int] = [0, 1, 2, 3, 4]
+    baseline: str = "opd"
+    jobs: int = Field(default=1, ge=1)
+    warmstart: bool = False
+    clock: Clock = "wall"
+
+    def all_arms(self) -> dict[str, dict[str, Any]]:
+        """The arms and those of the sweeps. Raises TOPDError if one names an arm there is not."""
+        found = dict(self.arms)
+        for sweep in self.sweeps:
+            if sweep.arm not in self.arms:
+                raise TOPDError(f"compare.sweeps: there is no arm {sweep.arm!r}.")
+            for value in sweep.values:
+                key = sweep.key.rpartition(".")[2]
+                found[f"{sweep.arm}, {key} {value}"] = {**self.arms[sweep.arm], sweep.key: value}
+        if self.baseline not in found:
+            raise TOPDError(f"compare.baseline: there is no arm {self.baseline!r}.")
+        return found
+
+
+def read_recipe(
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    warmstart: bool = False,
+    config: type[TOPDConfig] = TOPDConfig,
+) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: dotted keys and their values, which replace those of the file.
+        warmstart: read stage 1 instead of stage 2.
+        config: what stage 2 is read as; a subclass of TOPDConfig adds keys.
+
+    Raises:
+        TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
+    """
+    path = Path(path)
+    content = read_mapping(path)
+    stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
+    _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
+    _refuse_unknown(path, content, {*_fields(config), *PARTS})
+    if warmstart:
+        config = WarmstartConfig
+        content = {**{k: v for k, v in content.items() if k in PARTS}, **stage}
+    for key, value in (overrides or {}).items():
+        _set(path, content, key.split("."), value)
+    known = _fields(config)
+    _refuse_unknown(path, content, {*known, *PARTS})
+    for part in ("student", "teacher", "data"):
+        if part not in content:
+            raise TOPDError(f"{path}: {part} is missing. A recipe needs student, teacher and data.")
+    settings = {key: value for key, value in content.items() if key in known}
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
+    return Recipe(
+        student=parse_spec(path, "student", ModelSpec, content["student"]),
+        teacher=parse_spec(path, "teacher", ModelSpec, content["teacher"]),
+        data=parse_spec(path, "data", DataSpec, content["data"]),
+        eval_data=parse_spec(path, "eval_data", DataSpec, content["eval_data"])
+        if content.get("eval_data")
+        else None,
+        evaluation=parse_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
+        if content.get("evaluation")
+        else None,
+        compare=parse_spec(path, "compare", CompareSpec, content["compare"])
+        if content.get("compare")
+        else None,
+        lora=_lora(path, content.get("lora")),
+        args=_config(path, config, settings),
+    )
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """``--key value`` and ``--key=value`` as a mapping; values are YAML, a lone key is true.
+
+    >>> parse_overrides(["--data.limit", "8", "--bf16", "--learning_rate=1e-5"])
+    {'data.limit': 8, 'bf16': True, 'learning_rate': '1e-5'}
+    """
+    found: dict[str, Any] = {}
+    key = None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            found[key] = _value(value) if equals else True
+            key = None if equals else key
+        elif key is None:
+            raise TOPDError(f"command line: {word!r} stands alone. Write --key value.")
+        else:
+            found[key] = _value(word)
+            key = None
+    return found
+
+
+def _value(word: str) -> Any:
+    try:
+        return _yaml("command line", word)
+    except TOPDError:
+        return word  # text that is no YAML, a template for instance
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._flat: set[yaml.MappingNode] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if node in self._flat:  # merged into another: what it merged itself may be overridden in it
+            return
+        self._flat.add(node)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            raise yaml.constructor.ConstructorError(None, None, "a key twice", node.start_mark)
+        super().flatten_mapping(node)  # only now: a merged key may be overridden
+
+
+def _yaml(place: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise TOPDError(f"{place}: not valid YAML: {error}") from error
+
+
+def read_mapping(path: Path, begin: str = "student: PATH") -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises TOPDError if it does not."""
+    try:
+        content = _yaml(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TOPDError(f"{path}: cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise TOPDError(f"{path}: must be a mapping of keys to values. Begin with {begin}.")
+    return content
+
+
+def _set(path: Path, content: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = content.get(key)
+        if isinstance(inner, str):  # student: PATH is short for student: {path: PATH}
+            inner = {"path": inner}
+        content[key] = dict(_mapping(path, key, inner or {}))
+        content = content[key]
+    content[keys[-1]] = value
+
+
+def _mapping(path: Path, place: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TOPDError(f"{path}: {place} must be a mapping of keys to values (given: {value!r}).")
+    return value
+
+
+def _fields(kind: type) -> set[str]:
+    return {f.name for f in fields(kind) if f.init}
+
+
+def _refuse_unknown(
+    path: Path, content: Mapping[str, Any], known: set[str], section: str = ""
+) -> None:
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            where = "peft.LoraConfig" if section == "lora." else "topd.TOPDConfig"
+            hint = f" Did you mean {near[0]}?" if near else f" See {where} for the keys."
+            place = f" in {section[:-1]}" if section else ""
+            raise TOPDError(f"{path}: unknown key {key!r}{place}.{hint}")
+
+
+def parse_spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
+    """A part of a file as its model; text stands for its path. Raises TOPDError, with the place."""
+    content = {"path": value} if isinstance(value, str) else _mapping(path, part, value)
+    _refuse_unknown(path, content, set(kind.model_fields), f"{part}.")
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise TOPDError(f"{path}: {part}{_first(error)}") from error
+
+
+def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> TOPDConfig:
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in settings.items():
+        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            values[key] = _validated(adapter, value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            given = "not shown" if "token" in key else repr(value)
+            raise TOPDError(f"{path}: {key}: {first['msg']} (given: {given}).") from error
+    try:
+        return kind(**values)
+    except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
+        raise TOPDError(f"{path}: {error}") from error  # of transformers' own checks
+
+
+def _validated(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """The value as its type; false, as YAML reads a bare no, is the word where text is wanted."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        if value is False:
+            with suppress(ValidationError):
+                return adapter.validate_python("no")
+        raise
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = "".join(f".{part}" for part in first["loc"] if isinstance(part, str))
+    if first["type"] == "missing":
+        return f"{place} is missing."
+    fault = first["msg"].removeprefix("Value error, ")
+    given = repr(first["input"])
+    if "api_key" in place or "@" in given:
+        given = "not shown"
+    return f"{place}: {fault} (given: {given})."
+
+
+def _lora(path: Path, value: Any) -> LoraConfig | None:
+    if value is None:
+        return None
+    _refuse_unknown(path, _mapping(path, "lora", value), _fields(LoraConfig), "lora.")
+    rank = value.get("r", LoraConfig.r)
+    if not isinstance(rank, int) or rank < 1:
+        raise TOPDError(f"{path}: lora.r must be a whole number above 0 (given: {rank!r}).")
+    try:
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **value})
+    except (ValueError, TypeError) as error:
+        raise TOPDError(f"{path}: lora: {error}") from error

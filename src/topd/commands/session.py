@@ -1,0 +1,232 @@
+"""What ``topd probe`` and ``topd repair`` share: an opened pair, and a folder that goes on.
+
+An analysis is repeatable: run again with the same settings in the same folder it continues where
+it was stopped, and ends with the same records as if it had not been. It may also be asked for more
+rollouts or samples than before.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import logging
+
+from topd.commands.recipe import Recipe, parse_overrides, read_recipe
+from topd.config import TOPDConfig, _field
+from topd.engines.factory import open_engines
+from topd.engines.hf import check_head
+from topd.engines.server_checks import check_servers
+from topd.inputs.models import check_context, load_pair, tokenizers_of
+from topd.inputs.prompts import PromptEncoder, fingerprint
+from topd.runs.checkpoints import read_lines, trim
+from topd.runs.folder import Ledger, check_run_folder, manifest
+from topd.runs.ledger import read_whole
+from topd.runs.tokens import FILE as TOKENS
+from topd.runs.tokens import TokenWriter
+from topd.training.experience import Observer
+from topd.training.progress import Phases
+from topd.training.trainer import GroupSampler
+from topd.types import Prompt, TOPDError
+
+ROLLOUTS = "rollouts.jsonl"
+# of transformers' arguments, those that an analysis depends on
+SHARED = (
+    *("seed", "bf16", "fp16", "use_cpu", "learning_rate", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+FREE = {"rollouts", "samples", "bootstrap"}  # what may change when an analysis goes on
+Config = TypeVar("Config", bound="AnalysisConfig")
+
+
+@dataclass
+class AnalysisConfig(TOPDConfig):
+    """TOPDConfig with what every analysis needs besides. Raises TOPDError, as TOPDConfig does."""
+
+    rollout_batch_size: int = _field(16, "Rollouts at a time.")
+    bootstrap: int = _field(1000, "Resamples behind every 95 % interval.")
+
+    def _check(self) -> None:
+        super()._check()
+        for name in ("rollout_batch_size", "bootstrap"):
+            self._at_least_1(name)
+
+    def _at_least_1(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and value < 1:
+            raise TOPDError(f"{name}: {value!r} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student and a teacher, loaded and checked, and the prompts in the order of training."""
+
+    observer: Observer
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: tuple[Prompt, ...]
+    autocast: Callable[[], AbstractContextManager[None]]
+
+    def token_writer(self, folder: Path) -> TokenWriter:
+        """Writes what a run folder does not have yet; a line that was cut off is dropped."""
+        there = trim(folder / TOKENS)
+        seen = [record["id"] for record in read_lines(folder / TOKENS)] if there else []
+        return TokenWriter(self.tokenizer, seen)
+
+    def questions(self, seed: int, group: int) -> Iterator[Prompt]:
+        """Prompts without end, ``group`` times each, in the order of a training with this seed."""
+        sampler = GroupSampler(len(self.prompts), group, seed)
+        for epoch in count():
+            sampler.set_epoch(epoch)
+            yield from (self.prompts[i] for i in sampler)
+
+
+def read_analysis(command: str, path: Path, words: Sequence[str], config: type[Config]) -> Recipe:
+    """A recipe read for an analysis, its folder checked; ``output_dir`` is the command line's.
+
+    A recipe's own ``output_dir`` is its training run's, so it is not used.
+
+    Raises:
+        TOPDError: bad recipe or options, or the folder holds a run that is not this one.
+    """
+    overrides = parse_overrides(words)
+    now = f"{datetime.now():%Y%m%d-%H%M%S}"
+    overrides.setdefault("output_dir", f"runs/{path.stem}-{command}-{now}")
+    recipe = read_recipe(path, overrides, config=config)
+    folder = Path(recipe.args.output_dir)
+    check_run_folder(folder, resume=True)
+    _check_same(folder, command, recipe)
+    return recipe
+
+
+def open_pair(recipe: Recipe, phases: Phases) -> Pair:
+    """Check and load models, tokenizers and prompts. Raises TOPDError as training does."""
+    _quiet()
+    args, device = recipe.args, recipe.args.device
+    rows = recipe.data.load()
+    tokenizer, teacher_tokenizer = tokenizers_of(recipe.student, recipe.teacher)
+    prompts = _encoder(tokenizer, teacher_tokenizer, args).encode(rows)
+    for name, spec, lengths in (
+        ("student", recipe.student, [len(p.student) for p in prompts]),
+        ("teacher", recipe.teacher, [len(p.teacher) for p in prompts]),
+    ):
+        most = max(lengths) + args.max_completion_length + args.window_length
+        check_context(name, spec, most)
+        check_servers(name, spec, tokenizer, most)
+    student, teacher = (
+        model.eval().to(device) for model in load_pair(recipe.student, recipe.teacher)
+    )
+    check_head("student", student)
+    check_head("teacher", teacher.requires_grad_(False))
+    autocast = partial(_autocast, args, device)
+    engines = open_engines(
+        (recipe.student, recipe.teacher),
+        (student, teacher),
+        (tokenizer, teacher_tokenizer),
+        args.temperature,
+        autocast,
+    )
+    observer = Observer(*engines, args, phases)
+    return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast)
+
+
+def open_folder(command: str, recipe: Recipe, pair: Pair) -> Ledger:
+    """The analysis's folder with its run.json and manifest.json, new or one to go on with.
+
+    Raises:
+        TOPDError: it was begun with other models or prompts.
+    """
+    args = recipe.args
+    ledger = Ledger(args.output_dir, resume=True)
+    record = manifest(
+        models={"student": pair.student, "teacher": pair.teacher},
+        data=fingerprint(pair.prompts),
+        seed=args.seed,
+        device=args.device,
+    )
+    stored = read_whole(ledger.folder / "manifest.json")
+    for key in ("models", "data"):
+        if stored and stored[key] != record[key]:
+            raise TOPDError(
+                f"output_dir: {ledger.folder} holds a {command} with other {key}. Choose another "
+                "folder."
+            )
+    ledger.write("run.json", _run_record(command, recipe))
+    if not stored:
+        ledger.write("manifest.json", record)
+    return ledger
+
+
+def batches(
+    prompts: Iterator[Prompt], first: int, size: int, most: int
+) -> Iterator[tuple[int, list[Prompt]]]:
+    """(number of the first, prompts) of every batch from rollout ``first`` up to ``most``."""
+    prompts = islice(prompts, first, most)
+    while batch := list(islice(prompts, size)):
+        yield first, batch
+        first += len(batch)
+
+
+def _run_record(command: str, recipe: Recipe) -> dict[str, Any]:
+    record = {"command": command, "recipe": recipe.sources(), "config": recipe.args.to_dict()}
+    return json.loads(json.dumps(record, default=str))
+
+
+def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
+    """Refuse to go on with what was begun otherwise."""
+    stored, ours = read_whole(folder / "run.json"), _run_record(command, recipe)
+    if not stored:
+        check_run_folder(folder)
+        return
+    if stored.get("command") != command:
+        raise TOPDError(
+            f"output_dir: {folder} holds a run of another kind "
+            f"({stored.get('command', 'training')}). Choose another folder."
+        )
+    own = {f.name for f in fields(recipe.args)} - {f.name for f in fields(TrainingArguments)} - FREE
+    for part, keys in (("recipe", set(ours["recipe"])), ("config", {*own, *SHARED})):
+        for key in sorted(keys):
+            before, now = stored[part].get(key), ours[part][key]
+            if before != now:
+                raise TOPDError(
+                    f"output_dir: {folder} holds a {command} with {key} = {before!r}, now it is "
+                    f"{now!r}. Choose another folder, or go on with the same."
+                )
+
+
+def _encoder(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, args: TOPDConfig
+) -> PromptEncoder:
+    kwargs: Any = args.chat_template_kwargs or {}
+    return PromptEncoder(
+        student,
+        teacher,
+        args.teacher_prompt,
+        args.max_prompt_length,
+        args.drop_long_prompts,
+        kwargs,
+    )
+
+
+def _autocast(args: TOPDConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The precision that training with these arguments computes in."""
+    if not (args.bf16 or args.fp16):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if args.bf16 else torch.float16)
+
+
+def _quiet() -> None:
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()

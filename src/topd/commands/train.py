@@ -1,0 +1,128 @@
+"""From a recipe to a finished run folder."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from topd.commands.recipe import Recipe, parse_overrides, read_recipe
+from topd.config import TOPDConfig
+from topd.distributed import agreed, everywhere, rank
+from topd.evaluate import EvaluationCallback, Evaluator
+from topd.runs import checkpoints
+from topd.runs.folder import check_run_folder
+from topd.training.progress import Phases
+from topd.training.trainer import TOPDTrainer
+from topd.training.warmstart import WarmstartTrainer
+from topd.types import TOPDError
+
+
+def run_recipe(
+    path: Path, words: Sequence[str] = (), *, quiet: bool = False, warmstart: bool = False
+) -> Path:
+    """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
+    recipe = read_recipe(path, parse_overrides(words), warmstart=warmstart)
+    recipe.args.output_dir = everywhere(recipe.args.output_dir)[0]  # it may have a rank's time
+    folder, wanted = Path(recipe.args.output_dir), recipe.args.resume_from_checkpoint
+    check_run_folder(folder, resume=bool(wanted))
+    checkpoint = checkpoints.resolve(wanted, folder)
+    examined = {checkpoint: checkpoints.check(checkpoint, resumable=True)} if checkpoint else {}
+    if wanted and not checkpoint:
+        agreed(lambda: _begin_anew(folder) if rank() == 0 else None)
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if not quiet:
+        logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", module="torch.utils.data")
+    recipe.args.disable_tqdm = True
+    rows = recipe.data.load()
+    trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
+    trainer.examined = examined
+    if not quiet:
+        trainer.remove_callback(PrinterCallback)
+    if not quiet and rank() == 0:
+        left_out = len(rows) - len(trainer.train_dataset)
+        if left_out:
+            Console().print(f"{left_out} of {len(rows)} prompts are too long and left out")
+        trainer.phases.show(Console())
+        trainer.add_callback(_StepBar(trainer.phases))
+    try:
+        with trainer.watch.until_terminated():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        trainer.phases.stop()
+    return folder
+
+
+def _begin_anew(folder: Path) -> None:
+    """Empty the folder of a run that was stopped before its first checkpoint, and of no other."""
+    stored = folder / "run.json"
+    settings = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    ended = (folder / "student" / "README.md").exists()  # the model card is written last
+    if ended or {"command", "compare"} & set(settings):
+        kind = "a run that has ended" if ended else "another command's run"
+        raise TOPDError(
+            f"resume_from_checkpoint: {folder} holds {kind} and no checkpoint. Choose another "
+            "folder."
+        )
+    checkpoints.begin_anew(folder)
+
+
+def make_trainer(
+    recipe: Recipe, rows: list[dict[str, Any]], *, warmstart: bool = False
+) -> tuple[TOPDTrainer, EvaluationCallback | None]:
+    """The trainer of a checked recipe, on its rows, and the evaluation that it asks for."""
+    evaluator = make_evaluator(recipe)
+    kind = WarmstartTrainer if warmstart else TOPDTrainer
+    trainer = kind(
+        model=recipe.student,
+        teacher_model=recipe.teacher,
+        args=recipe.args,
+        train_dataset=rows,
+        eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
+        peft_config=recipe.lora,
+    )
+    trainer.recipe = recipe.sources()
+    if recipe.evaluation is None or evaluator is None:
+        return trainer, None
+    callback = EvaluationCallback(trainer, evaluator, every=recipe.evaluation.every)
+    trainer.add_callback(callback)
+    return trainer, callback
+
+
+def make_evaluator(recipe: Recipe) -> Evaluator | None:
+    """What a recipe asks to be evaluated on during training, ready before a model loads."""
+    if recipe.evaluation is None:
+        return None
+    kwargs = recipe.args.chat_template_kwargs
+    return recipe.evaluation.evaluator(
+        recipe.evaluation.load(),
+        recipe.student.load_tokenizer(),
+        recipe.student.load_config(),
+        template_kwargs=kwargs if isinstance(kwargs, dict) else {},
+    )
+
+
+class _StepBar(TrainerCallback):
+    """Moves the bar of the run, and shows the latest loss on it."""
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases = phases
+
+    def on_train_begin(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.phases.start(state.max_steps)
+
+    def on_step_end(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.phases.step_done(state.global_step)

@@ -1,0 +1,114 @@
+"""A student in training whose rollouts vLLM servers write, with the weights of now."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from topd.engines import Tick, no_tick
+from topd.engines.hf import HFEngine, check_seeds
+from topd.engines.server_checks import agree
+from topd.engines.servers import ServedSpec, Servers
+from topd.engines.vllm import Completions
+from topd.runs.folder import trained_digest
+from topd.types import DISK, Generation, Ids, Sampling, StoppedError
+
+
+class ServedStudent(HFEngine):
+    """A model in training, whose responses its vLLM servers write with the weights of now.
+
+    The weights go into the folder ``served.weights`` whenever they have changed; the servers pause,
+    load them, forget what they have cached, and are asked for the log-probs of a probe, which must
+    be those of this process. All else is done here.
+
+    Args:
+        model: the student.
+        served: where its servers are; started by ``topd serve-student``.
+        probe: token ids of a text.
+        eos_ids, vocab_size, name, autocast: as in HFEngine.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, served: ServedSpec, probe: Ids, **options: Any
+    ) -> None:
+        super().__init__(model, **options)
+        servers = Servers(f"{self.name} (rollouts)", served.completions, served)
+        self.completions = Completions(servers, self._ends, self.vocab_size)
+        self.probe, self._served_digest = probe, ""
+        self.held = False  # write with the weights that the servers have
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Sample one response a prompt. See :class:`~topd.engines.Engine`.
+
+        Raises TOPDError if a server has not the weights of now, StoppedError if none is left.
+        """
+        check_seeds(seeds, prompts)
+        if not self.held:
+            self.bring_up_to_date()
+        return self.completions.write_each(prompts, sampling, seeds)
+
+    def bring_up_to_date(self) -> None:
+        """Give the servers the weights of now, if they have others. Raises as ``generate``."""
+        digest = trained_digest(self.model)
+        if digest != self._served_digest:
+            self._hand_over(digest)
+            self._served_digest = digest
+
+    def _hand_over(self, digest: str) -> None:
+        """Give the servers the weights of now. On an error they stay paused: nobody is misled."""
+        servers = self.completions.servers
+        place = Path(servers.served.weights or "").absolute() / digest[:16]
+        try:
+            _merged(self.model).save_pretrained(place)
+        except (OSError, SafetensorError) as error:
+            raise StoppedError(
+                f"student.served.weights: {place} cannot be written ({error}). Choose a folder "
+                "with room for the weights; a run that was under way goes on with "
+                "resume_from_checkpoint: last.",
+                DISK,
+            ) from error
+        try:
+            servers.post_to_each("/pause?mode=wait")
+            servers.post_to_each(
+                "/collective_rpc", {"method": "take_weights", "args": [str(place)]}
+            )
+            servers.post_to_each("/reset_prefix_cache")
+            servers.post_to_each("/resume")
+        finally:
+            shutil.rmtree(place)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        ours = self.score([self.probe[:1]], [self.probe[1:]]).logprobs[0].cpu()
+        for server in self.completions.servers.alone():
+            (theirs,) = Completions(server, self._ends, self.vocab_size).read([self.probe], 0)
+            agree(
+                server,
+                f"{server.urls[0]} with the weights that it was given",
+                theirs.logprobs,
+                "the student in training",
+                ours,
+                "The servers must load what they are told: start them with topd serve-student, of "
+                "this version, and share the folder student.served.weights.",
+            )
+
+
+def _merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself; of one with an adapter a copy that has it in its weights."""
+    if isinstance(model, PeftModel):
+        return copy.deepcopy(model).merge_and_unload()
+    return model

@@ -1,0 +1,320 @@
+"""Loading models and tokenizers, and the check that a pair fits, before any weight is read."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from peft import PeftModel
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from topd.engines.servers import ServedSpec
+from topd.testbed import SCHEME, weights_of
+from topd.types import TOPDError
+
+PACKAGE = "package://"
+PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"
+
+
+class ModelSpec(BaseModel):
+    """Where a model comes from.
+
+    ``path`` is a folder, a hub name, ``package://NAME`` for the folder of an installed Python
+    package, or ``testbed://FAMILY/ROLE``. ``gguf_file`` names a GGUF file in it, whose weights are
+    dequantised. ``eos_token`` replaces the tokenizer's end-of-sequence token. Weights are read from
+    safetensors or GGUF, never from a pickle; code of a model repository runs only with
+    ``trust_remote_code``. ``served`` says where vLLM serves it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
+    eos_token: str | None = None
+    trust_remote_code: bool = False
+    served: ServedSpec | None = None
+
+    @property
+    def place(self) -> str:
+        """The path, with ``package://`` resolved; the package is not imported."""
+        if self.path.startswith(SCHEME):
+            return str(weights_of(self.path))
+        if not self.path.startswith(PACKAGE):
+            return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
+        name = self.path.removeprefix(PACKAGE)
+        try:
+            # a dotted name would import the package above it
+            found = None if "." in name else importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # no name
+            found = None
+        if found is None or not found.submodule_search_locations:
+            raise TOPDError(
+                f"model {self.path}: no Python package {name!r} is installed. "
+                f"pip install {name.replace('_', '-')}."
+            )
+        return found.submodule_search_locations[0]
+
+    def _source(self) -> dict[str, Any]:
+        source: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        if self.gguf_file:
+            source["gguf_file"] = self.gguf_file
+        if self.revision:
+            source["revision"] = self.revision
+        return source
+
+    def _load(self, auto: Any, what: str, **options: Any) -> Any:
+        place = self.place
+        try:
+            return auto.from_pretrained(place, **self._source(), **options)
+        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+            raise TOPDError(
+                f"model {self.path}: its {what} cannot be loaded. Check the path, or the network "
+                f"for a hub name. {type(error).__name__}: {error}"
+            ) from error
+
+    def load_config(self) -> PretrainedConfig:
+        """The configuration alone. Raises TOPDError if it cannot be found."""
+        return self._load(AutoConfig, "configuration")
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with a padding token. Raises TOPDError if it cannot be found."""
+        tokenizer = self._load(AutoTokenizer, "tokenizer")
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up for want of files
+            raise TOPDError(f"model {self.path}: its tokenizer cannot be loaded: no files there.")
+        if self.eos_token is not None:
+            if self.eos_token not in tokenizer.get_vocab():
+                raise TOPDError(
+                    f"model {self.path}: eos_token {self.eos_token!r} is not in its vocabulary."
+                )
+            tokenizer.eos_token = self.eos_token
+        if tokenizer.eos_token is None:
+            raise TOPDError(f"model {self.path}: no end-of-sequence token. Set eos_token.")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def load_model(self) -> PreTrainedModel:
+        """The causal language model. Raises TOPDError if it cannot be loaded."""
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        if not self.gguf_file:
+            options["use_safetensors"] = True  # no pickle
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        model = self._load(AutoModelForCausalLM, "weights", **options)
+        return _without_quantisation(model) if self.gguf_file else model
+
+    def load_frame(self) -> PreTrainedModel:
+        """What is around the decoder of the model: embeddings, last norm, head; no layer is read.
+
+        Raises TOPDError if they cannot be loaded.
+        """
+        config = self.load_config()
+        text = config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = []
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # of the layers that are there and not wanted
+        try:
+            model, report = self._load(
+                AutoModelForCausalLM,
+                "head",
+                config=config,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        if report["missing_keys"]:
+            missing = ", ".join(sorted(report["missing_keys"]))
+            raise TOPDError(f"model {self.path}: its weights lack {missing}.")
+        return model
+
+
+LOADED = (PreTrainedModel, PeftModel)
+ModelSource: TypeAlias = str | Path | ModelSpec | PreTrainedModel | PeftModel
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's, and the generation config's."""
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    listed = [listed] if isinstance(listed, int) else list(listed or [])
+    return tuple(sorted({tokenizer.eos_token_id, *listed}))
+
+
+def tokenizers_of(
+    student: ModelSource,
+    teacher: ModelSource,
+    student_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The tokenizers of a pair, those given or their own, after the checks that need no weights.
+
+    Raises:
+        TOPDError: the pair does not fit, or a model is not what can be trained.
+    """
+    if student is teacher and isinstance(student, LOADED):
+        raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
+    _check_served(student, teacher)
+    alike = not isinstance(student, LOADED) and student == teacher
+    ours = student_tokenizer or _tokenizer(student)
+    theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
+    check_tokenizers(ours, theirs)
+    check_embedding_rows("student", _config(student), ours)
+    if not alike:
+        check_embedding_rows("teacher", _config(teacher), theirs)
+    return ours, theirs
+
+
+def load_pair(
+    student: ModelSource, teacher: ModelSource
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Both models, loaded unless they are already; a pair of equal sources is read once.
+
+    Of a served teacher only what is around its decoder.
+    """
+    ours = student if isinstance(student, LOADED) else _spec(student).load_model()
+    if isinstance(teacher, LOADED):
+        return ours, teacher
+    theirs = _spec(teacher)
+    if theirs.served:
+        return ours, theirs.load_frame()
+    alike = not isinstance(student, LOADED) and student == teacher
+    return ours, copy.deepcopy(ours) if alike else theirs.load_model()
+
+
+def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a pair whose token ids do not mean the same.
+
+    Vocabularies, end-of-sequence tokens and the ids of a probe text are compared, not sizes.
+
+    Raises:
+        TOPDError: with the first difference.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    differ = sorted(
+        token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
+    )
+    remedy = "On-policy distillation needs one vocabulary: choose a teacher of the same family."
+    if differ:
+        token = differ[0]
+        raise TOPDError(
+            f"tokenizers differ at {len(differ)} tokens, first {token!r}: student id "
+            f"{ours.get(token)}, teacher id {theirs.get(token)}. {remedy}"
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        raise TOPDError(
+            f"tokenizers end a response differently: student {student.eos_token!r}, teacher "
+            f"{teacher.eos_token!r}. Set eos_token of one model to the other's."
+        )
+    if (
+        student(PROBE, add_special_tokens=False)["input_ids"]
+        != (teacher(PROBE, add_special_tokens=False)["input_ids"])
+    ):
+        raise TOPDError(f"tokenizers split the same text differently: {PROBE!r}. {remedy}")
+
+
+def check_context(name: str, model: ModelSource, tokens: int) -> None:
+    """Refuse sequences longer than the model's positions. Raises TOPDError."""
+    limit = getattr(_config(model).get_text_config(), "max_position_embeddings", None)
+    if limit is not None and tokens > limit:
+        raise TOPDError(
+            f"{name}: the longest prompt and max_completion_length make {tokens} tokens, the "
+            f"model has {limit} positions. Lower max_completion_length or max_prompt_length."
+        )
+
+
+def check_embedding_rows(
+    name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Every token needs an embedding row; more rows are padding. Raises TOPDError."""
+    rows = config.get_text_config().vocab_size
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if rows < needed:
+        raise TOPDError(
+            f"{name}: {rows} embedding rows for {needed} tokens of its tokenizer. "
+            "Use the tokenizer that belongs to the model."
+        )
+
+
+def _check_served(student: ModelSource, teacher: ModelSource) -> None:
+    """What each role needs of its servers. Raises TOPDError."""
+    if isinstance(teacher, ModelSpec) and teacher.served:
+        if not teacher.served.pooling:
+            raise TOPDError(
+                "teacher.served.pooling: is missing. A teacher's states come from a pooling "
+                "server: start both kinds with topd serve-teacher, and give both URLs."
+            )
+        if teacher.gguf_file:
+            raise TOPDError(
+                "teacher.served: goes with safetensors, of which the head is read here, not with "
+                "gguf_file. Save the model with save_pretrained, and serve that."
+            )
+    if isinstance(student, ModelSpec) and student.served and not student.served.weights:
+        raise TOPDError(
+            "student.served.weights: is missing. Name a folder that training and servers share: "
+            "the student's weights go there after every update."
+        )
+
+
+def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that can be trained and saved: GGUF models refuse both."""
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    return fresh
+
+
+def _spec(model: str | Path | ModelSpec) -> ModelSpec:
+    return model if isinstance(model, ModelSpec) else ModelSpec(path=str(model))
+
+
+def _tokenizer(
+    model: ModelSource, *, otherwise: PreTrainedTokenizerBase | None = None
+) -> PreTrainedTokenizerBase:
+    """A model's own tokenizer; ``otherwise`` for a model in memory that has none beside it."""
+    if not isinstance(model, LOADED):
+        return _spec(model).load_tokenizer()
+    path = model.config._name_or_path
+    try:
+        if path:
+            return _spec(path).load_tokenizer()
+    except TOPDError:
+        if otherwise is None:
+            raise
+    if otherwise is None:
+        raise TOPDError("processing_class: the model does not say where its tokenizer is. Give it.")
+    return otherwise
+
+
+def _config(model: ModelSource) -> PretrainedConfig:
+    if not isinstance(model, LOADED):
+        return _spec(model).load_config()
+    quantisation = model.config.to_dict().get("quantization_config") or {}
+    if quantisation.get("quant_method") == "gguf":
+        raise TOPDError(
+            "model: a GGUF model can be neither trained nor saved as it is. Give "
+            "topd.inputs.models.ModelSpec(path=..., gguf_file=...) instead."
+        )
+    return model.config

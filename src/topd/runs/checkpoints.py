@@ -1,0 +1,355 @@
+"""Checkpoints that are there whole or not at all, and the way back to one.
+
+::
+
+    RUN/checkpoint-40/   files of transformers: weights (safetensors), optimiser, schedule, RNG
+        seal.json        written last: size and SHA-256 of every file, where each record file of
+                         the run ended, and the running means of the updates not logged yet
+
+A checkpoint is made under ``RUN/.partial``, synced to disk, sealed, read back and renamed; only
+then are older ones removed. To go on from it, the run's JSONL files are cut where they ended then.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from topd.runs.ledger import CHAIN, HEAD, file_digest
+from topd.types import DISK, StoppedError, TOPDError
+
+logger = logging.get_logger(__name__)
+
+SEAL = "seal.json"
+PARTIAL = ".partial"
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
+SHARDED = {"optimizer.pt": "optimizer.bin"}  # what FSDP2 calls it
+FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
+DISK_FAULTS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EIO),
+)
+WRITING_FAULTS = (OSError, RuntimeError, SafetensorError)  # how Python, torch and Rust say "full"
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What a checkpoint consists of and where its run stood.
+
+    ``files`` has size and SHA-256 of each file, ``records`` the length in bytes of each JSONL file
+    of the run folder, ``means`` the sums and counts of the metrics by name.
+    """
+
+    step: int
+    files: dict[str, tuple[int, str]]
+    records: dict[str, int]
+    means: dict[str, dict[str, list[float]]]
+
+
+@contextmanager
+def making(
+    run: Path, step: int, means: Any, note: Callable[[Path], None], *, active: bool = True
+) -> Iterator[Path]:
+    """Yield a folder to write ``checkpoint-STEP`` in; then seal it, read it back and name it.
+
+    Args:
+        run: the run folder.
+        step: updates done.
+        means: running means, for the seal.
+        note: told where the seal is, just before the checkpoint has its name.
+        active: False on ranks that only write into the folder.
+
+    Raises:
+        StoppedError: it could not be written (the disk is full, for instance). Nothing of it stays.
+    """
+    partial = run / PARTIAL / f"checkpoint-{step}"
+    try:
+        if active:
+            _discard(run, [])
+            partial.mkdir(parents=True)
+        yield partial
+        if active:
+            _seal(partial, Seal(step, {}, positions(run), means))
+            if isinstance(fault := examined(partial), str):
+                raise OSError(f"read back, {fault}")
+            note(partial / SEAL)
+            partial.rename(run / partial.name)
+            sync(run)
+            partial.parent.rmdir()
+    except WRITING_FAULTS as error:
+        _discard(run, [])
+        before = last(run)
+        raise StoppedError(
+            f"{run / partial.name} could not be written: {error}. "
+            + (f"{before.name} is whole. " if before else "")
+            + "Free some space, then go on with resume_from_checkpoint: last.",
+            DISK,
+        ) from error
+
+
+@contextmanager
+def writing(run: Path) -> Iterator[None]:
+    """Say what can be done where the disk takes no more records.
+
+    Raises:
+        StoppedError: a file of the run could not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
+            raise
+        raise StoppedError(
+            f"{run}: {error}. Free some space, or see to its rights, then go on with "
+            "resume_from_checkpoint: last.",
+            DISK,
+        ) from error
+
+
+def _discard(run: Path, checkpoints: Iterable[Path]) -> None:
+    """Remove checkpoints and what is left of others. None keeps its name and loses its files."""
+    shutil.rmtree(run / PARTIAL, ignore_errors=True)
+    for path in checkpoints:
+        (run / PARTIAL).mkdir(exist_ok=True)
+        path.rename(run / PARTIAL / f"old-{path.name}")
+    shutil.rmtree(run / PARTIAL, ignore_errors=True)
+
+
+def _seal(folder: Path, record: Seal) -> None:
+    """Sync every file of a new checkpoint to disk and write its seal."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        sync(path)
+        record.files[str(path.relative_to(folder))] = path.stat().st_size, file_digest(path)
+    text = json.dumps(asdict(record), indent=1)
+    (folder / SEAL).write_text(text + "\n", encoding="utf-8")
+    sync(folder / SEAL)
+    sync(folder)
+
+
+def prune(run: Path, limit: int | None, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond ``limit``; the best and the newest are kept."""
+    found = _numbered(run)
+    kept = {found[-1].name, Path(best or "").name}
+    spare = [path for path in found if path.name not in kept]
+    _discard(run, spare[: max(0, len(found) - limit)] if limit else [])
+
+
+def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
+    """The seal of a checkpoint, once every file agrees with it.
+
+    Args:
+        checkpoint: its folder.
+        resumable: also have what a resume needs: optimiser, schedule, weights as safetensors.
+
+    Raises:
+        TOPDError: there is no checkpoint, or a file is missing, changed or cut off. The message
+            names it, and the newest whole checkpoint before it.
+    """
+    found = examined(checkpoint)
+    if isinstance(found, Seal):
+        missing = [n for n in NEEDED if {n, SHARDED.get(n, n)}.isdisjoint(found.files)]
+        if not any(name.endswith(".safetensors") for name in found.files):
+            missing.append("weights as safetensors")
+        if not (resumable and missing):
+            return found
+        raise TOPDError(
+            f"resume_from_checkpoint: {checkpoint} has no {', no '.join(missing)}. Was it saved "
+            "with save_only_model? Begin a new run with this student."
+        )
+    earlier = [path for path in _numbered(checkpoint.parent) if _step(path) < _step(checkpoint)]
+    whole = [path for path in earlier if isinstance(examined(path), Seal)]
+    remedy = (
+        f"The one before is whole: resume_from_checkpoint: {whole[-1]}."
+        if whole
+        else "There is no whole one before it; begin anew in another folder."
+    )
+    raise TOPDError(f"resume_from_checkpoint: {checkpoint}: {found}. {remedy}")
+
+
+def last(run: Path, step: int | None = None) -> Path | None:
+    """The newest checkpoint of a run folder (of at most ``step`` updates), whole or not."""
+    found = [path for path in _numbered(run) if step is None or _step(path) <= step]
+    return found[-1] if found else None
+
+
+def resolve(given: str | bool | None, run: Path) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` means: ``True`` and ``last`` are the newest.
+
+    None where there is nothing to go on from. Raises TOPDError if ``run`` has no such checkpoint.
+    """
+    if given is True or given == "last":
+        return last(run)
+    if not given:
+        return None
+    found = [path for path in _numbered(run) if path.resolve() == Path(given).resolve()]
+    if not found:
+        there = ", ".join(path.name for path in _numbered(run)) or "none"
+        raise TOPDError(
+            f"resume_from_checkpoint: there is no checkpoint {given} in {run} (output_dir). It "
+            f"holds: {there}. Name one of them, or say last."
+        )
+    return found[0]
+
+
+def positions(run: Path) -> dict[str, int]:
+    """Length in bytes of every JSONL file of a run folder, the ledger apart; all synced to disk."""
+    for path in run.glob("*.jsonl"):
+        sync(path)
+    return {path.name: path.stat().st_size for path in _record_files(run)}
+
+
+def cut_back(run: Path, found: Seal) -> None:
+    """Drop what was recorded and saved after a checkpoint: the resumed run makes it again.
+
+    Raises:
+        TOPDError: a file holds less than it did at the checkpoint.
+    """
+    for name, length in found.records.items():
+        path = run / name
+        there = path.stat().st_size if path.exists() else 0
+        if there < length:
+            raise TOPDError(
+                f"{path}: has {there} bytes, but had {length} at checkpoint-{found.step}. Bring "
+                "the records back, or begin anew in another folder."
+            )
+    for path in _record_files(run):
+        os.truncate(path, found.records.get(path.name, 0))
+    later = [path for path in _numbered(run) if _step(path) > found.step]
+    if later:
+        logger.warning(f"{run}: dropped {', '.join(p.name for p in later)}, later than the resume")
+    _discard(run, later)
+
+
+def check_same(
+    run: Path, step: int, settings: Mapping[str, Any], record: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Make sure that a run goes on with the data and the models that it was begun with.
+
+    Args:
+        run: the run folder.
+        step: updates done.
+        settings: what run.json would hold now.
+        record: what manifest.json would hold now.
+
+    Returns:
+        ``resumed`` of run.json: at which updates the run went on, and what was changed there.
+
+    Raises:
+        TOPDError: other data or models, by their fingerprints, or no record of what they were.
+    """
+    before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
+    for part in ("data", "models"):
+        if before.get(part) != record[part]:
+            raise TOPDError(
+                f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
+                "with the same, or begin anew in another folder."
+            )
+    now = json.loads(json.dumps(dict(settings), default=str))
+    pairs = [(part, stored.get(part, {}), now[part]) for part in ("recipe", "config")]
+    pairs.append(("versions", before.get("versions", {}), record["versions"]))
+    changed = {
+        f"{part}.{key}": [then.get(key), value]
+        for part, then, new in pairs
+        for key, value in new.items()
+        if key not in FREE and then.get(key) != value
+    }
+    if changed:
+        logger.warning(f"{run}: from update {step} on with other settings: {changed}")
+    return [*stored.get("resumed", ()), {"step": step, "changed": changed}]
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TOPDError(
+            f"resume_from_checkpoint: {path} cannot be read ({error}). Bring it back, or begin "
+            "anew in another folder."
+        ) from error
+
+
+def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> int:
+    """Cut a JSONL file before its first line that is half-written or not to be kept.
+
+    Reads a line at a time. Returns the number of lines left; 0 if there is no file.
+    """
+    if not path.exists():
+        return 0
+    kept = end = 0
+    with open(path, "r+b") as file:
+        for line in file:
+            if not line.endswith(b"\n") or not keep(json.loads(line)):
+                break
+            kept, end = kept + 1, end + len(line)
+        file.truncate(end)
+    return kept
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The records of a JSONL file, one at a time."""
+    with open(path, encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def begin_anew(run: Path) -> None:
+    """Remove the records and checkpoints of a run that did not finish.
+
+    A teacher's answers stay: they are used again.
+    """
+    for path in [*run.glob("*.jsonl"), *run.glob(HEAD)]:
+        if path.name != "answers.jsonl":
+            path.unlink()
+    _discard(run, _numbered(run))
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def examined(checkpoint: Path) -> Seal | str:
+    """The seal of a checkpoint, or what is wrong with it."""
+    try:
+        found = Seal(**json.loads((checkpoint / SEAL).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return f"has no {SEAL}, so it was not written whole by this program"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{SEAL} cannot be read ({error})"
+    for name, (size, digest) in found.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes of {size}"
+        if file_digest(path) != digest:
+            return f"{name} was changed after it was written"
+    return found
+
+
+def _record_files(run: Path) -> list[Path]:
+    """All but the ledger, which is only ever added to: a resume is an entry of it."""
+    return sorted(path for path in run.glob("*.jsonl") if path.name != CHAIN)
+
+
+def _numbered(run: Path) -> list[Path]:
+    """The checkpoints of a run folder by rising update."""
+    found = (path for path in run.glob("checkpoint-*") if path.name[11:].isdigit())
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name[11:])

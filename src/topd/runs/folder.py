@@ -1,0 +1,254 @@
+"""The run folder: everything that a page, a person or a replay needs to know of a run.
+
+::
+
+    RUN/run.json         the resolved recipe and configuration
+        manifest.json    versions, device, seeds, fingerprints of models and data
+        metrics.jsonl    one line a log
+        rollouts.jsonl   one line a rollout: prompt, token ids, log-probs
+        guidance.jsonl   one line a rollout: its forks, weights and soft targets
+        tokens.jsonl     one line a token that occurs: its text (see :mod:`topd.runs.tokens`)
+        ledger.jsonl     a chain of hashes over these but the tokens (:mod:`topd.runs.ledger`)
+        head.json        where the chain ends
+        checkpoint-*/    of transformers, with a seal (:mod:`topd.runs.checkpoints`)
+        report.html      the page (topd.report)
+        student/         the trained student, its tokenizer and model card
+
+``step`` in rollouts and guidance is the number of the update, from 0; in metrics it counts the
+updates that are done, from 1, as transformers does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from topd.runs.ledger import Chain, digest, file_digest, write_whole
+from topd.training.sharded import WRAPPER, whole
+from topd.types import Fork, Guidance, Rollout, TOPDError
+
+PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
+RECORDS = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl")
+
+
+class Ledger:
+    """Writes a run folder.
+
+    Args:
+        folder: created if need be.
+        resume: go on in a folder that already holds a run.
+        active: False on ranks that do not write.
+        chained: keep a chain of hashes over what is written.
+
+    Raises:
+        TOPDError: the folder cannot be written, or holds a run and ``resume`` is off.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        active: bool = True,
+        chained: bool = False,
+    ) -> None:
+        self.folder = Path(folder)
+        self.active = active
+        if active:
+            check_run_folder(self.folder, resume=resume)
+        self.chain = Chain(self.folder) if active and chained else None
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write one JSON file, whole or not at all."""
+        if self.active:
+            write_whole(self.folder / name, record)
+            self.seal(name)
+
+    def begin(self, step: int) -> None:
+        """Note that a run begins at update ``step``, on top of the records that are there."""
+        self.note("begin", step=step, records={n: _lines_of(self.folder / n) for n in RECORDS})
+
+    def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to a JSONL file."""
+        if not self.active:
+            return
+        written = [(record, json.dumps(record)) for record in records]
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for _, line in written)
+        if self.chain and name in RECORDS:
+            self.chain.add(
+                {
+                    "file": name,
+                    **{key: record[key] for key in ("step", "rollout", "prompt") if key in record},
+                    "record": digest(line.encode()),
+                }
+                for record, line in written
+            )
+
+    def note(self, event: str, **details: Any) -> None:
+        """Add an event to the chain, if one is kept."""
+        if self.chain:
+            self.chain.add([{"event": event, **details}])
+
+    def seal(self, *names: str) -> None:
+        """Add files as they are now to the chain, if one is kept."""
+        for name in names:
+            self.seal_as(name, self.folder / name)
+
+    def seal_as(self, name: str, path: Path) -> None:
+        """Add a file that is to be called ``name`` to the chain, if one is kept."""
+        if self.chain:
+            self.chain.add([{"file": name, "record": file_digest(path)}])
+
+
+def weights_in(folder: Path, place: str) -> list[str]:
+    """The safetensors files of a folder of the run folder, relative to it."""
+    return sorted(str(path.relative_to(folder)) for path in (folder / place).glob("*.safetensors"))
+
+
+def check_run_folder(folder: Path, *, resume: bool = False) -> None:
+    """Make sure that a run can be written there. Raises TOPDError if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another rank may have done it
+    except OSError as error:
+        raise TOPDError(
+            f"output_dir: {folder} cannot be written ({error.strerror}). Choose another folder."
+        ) from error
+    if any((folder / name).exists() for name in RECORDS) and not resume:
+        raise TOPDError(
+            f"output_dir: {folder} already holds a run. Choose another folder, or go on from a "
+            "checkpoint with resume_from_checkpoint."
+        )
+
+
+def manifest(
+    *, models: Mapping[str, torch.nn.Module], data: str, seed: int, device: torch.device
+) -> dict[str, Any]:
+    """What a run was made of: versions, machine, seed, fingerprints."""
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {
+            "platform": platform.platform(),
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+        },
+        "seed": seed,
+        "models": {name: model_fingerprint(model) for name, model in models.items()},
+        "data": data,
+    }
+
+
+def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """Name, size and a SHA-256 over every parameter's name, shape, type and values.
+
+    Of a model with an adapter, those of the model below it.
+    """
+    tensors = _base_weights(model)
+    config = getattr(model, "config", None)
+    return {
+        "name": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "class": type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
+        "values": sum(tensor.numel() for tensor in tensors.values()),
+        "sha256": _tensor_digest(tensors),
+    }
+
+
+def trained_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over 64 spaced values of every trainable parameter: one update changes it.
+
+    A collective where the model is sharded; the digest is that of the whole model.
+    """
+    return _tensor_digest(
+        {
+            name.replace(WRAPPER, ""): whole(parameter).flatten()[
+                :: max(1, parameter.numel() // 64)
+            ]
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+    )
+
+
+def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    weights = model.state_dict()
+    if not isinstance(model, PeftModel):
+        return weights
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in weights.items()
+        if ".lora_" not in name
+    }
+
+
+def _tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def rollout_record(
+    step: int, number: int, rollout: Rollout, teacher_logprobs: Sequence[float], text: str
+) -> dict[str, Any]:
+    """One line of rollouts.jsonl; ``text`` is for reading, the ids are the truth."""
+    return {
+        "step": step,
+        "rollout": number,
+        "prompt": rollout.prompt.index,
+        "prompt_ids": rollout.prompt.student,
+        "teacher_prompt_ids": rollout.prompt.teacher,
+        "response_ids": rollout.response,
+        "logprobs": rollout.logprobs,
+        "teacher_logprobs": teacher_logprobs,
+        "finished": rollout.finished,
+        "text": text,
+    }
+
+
+def guidance_record(
+    step: int, number: int, rollout: Rollout, forks: Sequence[Fork], guidance: Guidance
+) -> dict[str, Any]:
+    """One line of guidance.jsonl. Weights of 1 are left out."""
+    weights = {t: weight for t, weight in enumerate(guidance.weights) if weight != 1.0}
+    return {
+        "step": step,
+        "rollout": number,
+        "prompt": rollout.prompt.index,
+        "forks": [asdict(fork) for fork in forks],
+        "weights": weights,
+        "capped": guidance.capped,
+        "targets": [asdict(target) for target in guidance.targets],
+        "branches": [asdict(branch) for branch in guidance.branches],
+        "advantages": guidance.advantages,
+    }
+
+
+def _lines_of(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return sum(1 for _ in file)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

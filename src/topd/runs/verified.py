@@ -1,0 +1,195 @@
+"""Reads back what a training run wrote, and trusts none of it.
+
+Whatever stands in the files of a folder, they are read, or refused in words that name file and
+line. Only what an audit uses is checked; values that a record has besides are kept as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from topd.runs.ledger import CHAIN, HEAD, Entry, json_text
+from topd.types import TOPDError
+
+Id = Annotated[int, Field(ge=0)]
+PromptIds = Annotated[list[Id], Field(min_length=1)]
+UNREADABLE = (ValueError, RecursionError)  # no UTF-8, no JSON, not the right keys, nested too deep
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Line(_Stored):
+    step: Id
+
+
+class _RolloutLine(_Line):
+    rollout: Id
+    prompt: int
+    prompt_ids: PromptIds
+    teacher_prompt_ids: PromptIds
+    response_ids: list[Id]
+    logprobs: list[float]
+    finished: bool
+
+    @model_validator(mode="after")
+    def _one_each(self) -> _RolloutLine:
+        if len(self.logprobs) not in (0, len(self.response_ids)):
+            raise ValueError("logprobs and response_ids differ in length")
+        return self
+
+
+class _Branch(_Stored):
+    go_on: Id
+
+
+class _GuidanceLine(_Line):
+    rollout: Id
+    forks: list[Any]
+    branches: list[_Branch]
+
+
+class _Link(_Stored):
+    """An entry of the ledger; which other keys it needs depends on what it is of."""
+
+    n: int
+    previous: str
+    hash: str
+
+
+class _OfFile(_Link):
+    file: str
+    record: str
+
+
+class _Begin(_Link):
+    records: dict[str, Id]
+
+
+class _Weights(_Link):
+    step: Id
+    student: str
+
+
+class _Head(_Stored):
+    entries: Annotated[int, Field(ge=1)]
+    hash: str
+
+
+class _Model(_Stored):
+    sha256: str
+
+
+class _Manifest(_Stored):
+    models: dict[str, _Model]
+    data: str
+
+
+LINES: dict[str, type[_Line]] = {
+    "metrics.jsonl": _Line,
+    "rollouts.jsonl": _RolloutLine,
+    "guidance.jsonl": _GuidanceLine,
+}
+EVENTS: dict[Any, type[_Link]] = {"begin": _Begin, "update": _Weights, "end": _Weights}
+
+
+def read_lines(path: Path) -> tuple[list[bytes], bool]:
+    """The lines of a file as they are, none if there is no file, and whether the last one ends.
+
+    Raises:
+        TOPDError: it is there and cannot be read.
+    """
+    *lines, rest = _content(path).split(b"\n")
+    return (lines + [rest], False) if rest else (lines, True)
+
+
+def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
+    """The ledger's entries, and in words which lines are none or were written otherwise.
+
+    Raises:
+        TOPDError: there is no ledger, or it cannot be read.
+    """
+    path = folder / CHAIN
+    if not path.is_file():
+        raise TOPDError(f"{folder}: has no {CHAIN}. Only runs of topd train can be audited.")
+    lines, whole = read_lines(path)
+    entries: list[Entry] = []
+    faults: list[str] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            _kind_of(entry).model_validate(entry)
+        except UNREADABLE:
+            faults.append(f"{CHAIN}: line {number} is no entry")
+            continue
+        entries.append(entry)
+        if json.dumps(entry).encode() != line:
+            faults.append(f"{CHAIN}: line {number} was changed, though not what it says")
+    return entries, faults if whole else [*faults, f"{CHAIN}: line {len(lines)} is cut off"]
+
+
+def _kind_of(entry: Any) -> type[_Link]:
+    """What an entry must hold."""
+    if not isinstance(entry, dict):
+        return _Link
+    event = entry.get("event")
+    named = EVENTS.get(event, _Link) if isinstance(event, str) else _Link
+    return _OfFile if "file" in entry else named
+
+
+def read_head(folder: Path) -> dict[str, Any] | None:
+    """The number of entries and the last hash; None if it is missing or not as it is written."""
+    try:
+        content = _content(folder / HEAD)
+        head = _Head.model_validate_json(content).model_dump()
+    except UNREADABLE:
+        return None
+    return head if content == json_text(head).encode() else None
+
+
+def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The lines of a record file; none if there is no file.
+
+    Raises:
+        TOPDError: a line is no such record.
+    """
+    records = []
+    for number, line in enumerate(read_lines(folder / name)[0], 1):
+        records.append(_checked(LINES[name], line, f"{name}, line {number}"))
+    return records
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The fingerprints of models and data. Raises TOPDError if the manifest has none."""
+    name = "manifest.json"
+    found = _checked(_Manifest, _content(folder / name), name)
+    missing = [role for role in ("student", "teacher") if role not in found["models"]]
+    if missing:
+        raise TOPDError(f"{name}: cannot be read: models.{missing[0]} is missing.")
+    return found
+
+
+def _checked(kind: type[_Stored], content: bytes, place: str) -> dict[str, Any]:
+    """JSON, if it is of this kind. Raises TOPDError if not."""
+    try:
+        found = json.loads(content)
+        kind.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "as a whole"
+        raise TOPDError(f"{place}: cannot be read: {where}: {first['msg']}.") from error
+    except UNREADABLE as error:
+        raise TOPDError(f"{place}: cannot be read: {error}.") from error
+    return found
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise TOPDError(f"{path}: cannot be read ({error.strerror}). See to its rights.") from error

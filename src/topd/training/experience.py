@@ -1,0 +1,484 @@
+"""The experience phase: prompts -> rollouts -> token losses -> candidates -> windows -> transport
+-> guidance. No gradients, engines only; the result can be printed, stored and learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from topd import transport
+from topd.config import TOPDConfig
+from topd.distributed import agreed, everywhere
+from topd.divergence import (
+    real_divergent_points,
+    select_candidates,
+    surprise,
+    thin_candidates,
+)
+from topd.engines import Engine, Scores, Tick
+from topd.inputs.prompts import make_rollout, sampling_seeds
+from topd.losses import linear_token_statistics
+from topd.methods import Method
+from topd.training.progress import Phases
+from topd.types import (
+    Effort,
+    Evidence,
+    Fork,
+    Generation,
+    Guidance,
+    Prompt,
+    Rollout,
+    TokenStatistics,
+    TOPDError,
+    Transport,
+    Windows,
+)
+
+WINDOW_STREAM = 1 << 20  # windows draw from seeds that no rollout uses
+RELAY_STREAM = 1 << 19  # and so does what the student writes behind them
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one update learns from; every tuple has one entry a rollout.
+
+    ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
+    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats. ``branch_hidden`` has the
+    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    teacher_hidden: tuple[Tensor, ...]
+    teacher_logprobs: tuple[Tensor, ...]
+    forks: tuple[tuple[Fork, ...], ...]
+    guidance: tuple[Guidance, ...]
+    branch_hidden: tuple[tuple[Tensor, ...], ...]
+    efforts: tuple[Effort, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a rank has seen of its rollouts; ``starts`` (row, token) and ``written`` by window."""
+
+    hidden: list[Tensor]
+    logprobs: list[Tensor]
+    starts: list[tuple[int, int]]
+    written: list[Generation]
+    evidence: Evidence
+
+
+class Observer:
+    """Lets the student write and the teacher look ahead.
+
+    Args:
+        student: the engine that samples; current weights.
+        teacher: the engine that scores and continues.
+        args: what to look for.
+        phases: where the seconds are counted.
+    """
+
+    def __init__(
+        self, student: Engine, teacher: Engine, args: TOPDConfig, phases: Phases | None = None
+    ) -> None:
+        self.student, self.teacher, self.args = student, teacher, args
+        self.phases = phases or Phases()
+
+    def observe(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        step: int,
+        numbers: Sequence[int] | None = None,
+        look_ahead: bool = True,
+    ) -> Experience:
+        """Roll out and look ahead. A collective where there are several ranks.
+
+        Args:
+            prompts: one a rollout; a prompt that stands there twice is answered twice.
+            step: number of the update; with the seed it fixes what is sampled.
+            numbers: of the rollouts within the update, over all ranks; none: from 0 on.
+            look_ahead: False to score only: no windows, and every token counts as it is.
+
+        Raises:
+            TOPDError: here or on another rank.
+        """
+        numbers = range(len(prompts)) if numbers is None else numbers
+        seeds = [sampling_seeds(self.args.seed, step, 1, first=number)[0] for number in numbers]
+        method = self.args.guidance_method(look_ahead=look_ahead)
+        rollouts = agreed(lambda: self.roll_out(prompts, seeds), self._waiting)
+        return self.inspect(rollouts, seeds, method, numbers)
+
+    def roll_out(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
+        """The student's responses; those written beforehand are taken as they are."""
+        if all(prompt.response is not None for prompt in prompts):
+            return [Rollout(p, p.response or (), (), finished=True) for p in prompts]
+        with self.phases.phase("rollouts", self.args.max_completion_length) as tick:
+            written = self.student.generate(
+                [prompt.student for prompt in prompts], self.args.sampling, seeds, tick=tick
+            )
+        return [make_rollout(p, w) for p, w in zip(prompts, written, strict=True)]
+
+    def inspect(
+        self,
+        rollouts: Sequence[Rollout],
+        seeds: Sequence[int],
+        method: Method,
+        numbers: Sequence[int] | None = None,
+    ) -> Experience:
+        """The teacher's view of given rollouts: scores, forks and guidance. As ``observe``."""
+        numbers = range(len(rollouts)) if numbers is None else numbers
+        look = agreed(lambda: self._look(rollouts, seeds, method), self._waiting)
+        real = self._verdicts(look, numbers) if method.looks_ahead else look.evidence.real
+        return agreed(lambda: self._guided(rollouts, seeds, method, look, real), self._waiting)
+
+    def _waiting(self) -> AbstractContextManager[Tick]:
+        return self.phases.phase("waiting")
+
+    def _look(self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method) -> _Look:
+        """Scores and windows, and how far these are apart; no verdict yet."""
+        hidden: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        losses: list[Tensor] = []
+        statistics: list[Tensor] = []
+        starts: list[tuple[int, int]] = []
+        written: list[Generation] = []
+        size = self.args.score_batch_size or self.args.per_device_train_batch_size
+        for first, some in _batches(rollouts, size):
+            scores = self.score(some, first)
+            hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
+            logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
+            known = self.statistics(some, scores) if method.statistics else None
+            statistics += known or []
+            losses += self.token_losses(some, scores, known)
+            if method.looks_ahead:
+                found = self.candidates(losses[first:])
+                if method.first_only and self.args.all_candidates_are_real:
+                    found = sorted({row: (row, t) for row, t in reversed(found)}.values())
+                starts += [(first + row, t) for row, t in found]
+                written += self.look_ahead(scores, found, seeds[first:])
+        evidence = self._evidence(rollouts, losses, starts, written)
+        if method.statistics:
+            evidence = replace(evidence, statistics=_statistics_of(statistics))
+        return _Look(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
+
+    def _verdicts(self, look: _Look, numbers: Sequence[int]) -> Tensor:
+        """[N] bool, which windows are real divergent points: a share is one of all ranks'."""
+        distance = look.evidence.transport.distance
+        own = [(numbers[row], t) for row, t in look.starts]
+        pairs = list(zip(own, distance.tolist(), strict=True))
+        all_ = sorted(pair for found in everywhere(pairs) for pair in found)
+        real = real_divergent_points(
+            distance.new_tensor([far for _, far in all_]),
+            false_alarm_share=self.args.false_alarm_share,
+            threshold=self.args.ot_threshold,
+        )
+        verdict = dict(zip([place for place, _ in all_], real.tolist(), strict=True))
+        return torch.tensor([verdict[place] for place in own], dtype=torch.bool)
+
+    def _guided(
+        self,
+        rollouts: Sequence[Rollout],
+        seeds: Sequence[int],
+        method: Method,
+        look: _Look,
+        real: Tensor,
+    ) -> Experience:
+        evidence = replace(look.evidence, real=real)
+        guidance = self._gone_on(rollouts, method.guide(evidence), seeds)
+        windows = dict(zip(look.starts, look.written, strict=True))
+        return Experience(
+            tuple(rollouts),
+            tuple(look.hidden),
+            tuple(look.logprobs),
+            _forks(evidence, len(rollouts)),
+            guidance,
+            self._branch_states(rollouts, guidance, windows),
+            tuple(window.effort for window in look.written),
+        )
+
+    def score(self, rollouts: Sequence[Rollout], first: int = 0) -> Scores:
+        """The teacher's scores of rollouts that are numbered from ``first``.
+
+        Raises TOPDError where a log-prob is NaN.
+        """
+        with self.phases.phase("scoring"):
+            scores = self.teacher.score(
+                [r.prompt.teacher for r in rollouts],
+                [r.response for r in rollouts],
+                temperature=self.args.loss_temperature,
+            )
+            broken = scores.logprobs.isnan().nonzero().tolist()
+        if broken:
+            row, t = broken[0]
+            raise TOPDError(
+                f"teacher: NaN log-prob at rollout {first + row}, response token {t} (prompt "
+                f"{rollouts[row].prompt.index}). Load the teacher in bfloat16 or float32, and "
+                "check its weights."
+            )
+        return scores
+
+    def _branch_states(
+        self,
+        rollouts: Sequence[Rollout],
+        guidance: Sequence[Guidance],
+        written: Mapping[tuple[int, int], Generation],
+    ) -> tuple[tuple[Tensor, ...], ...]:
+        """The teacher's states along every branch: those of its window, or scored now."""
+        states: dict[tuple[int, int], Tensor] = {}
+        unknown: list[tuple[int, int]] = []
+        for row, guide in enumerate(guidance):
+            for k, branch in enumerate(guide.branches):
+                window, count = written.get((row, branch.start)), len(branch.tokens)
+                if window and window.hidden is not None and window.tokens[:count] == branch.tokens:
+                    states[row, k] = window.hidden[:count]
+                else:
+                    unknown.append((row, k))
+        if unknown:
+            states.update(self._scored_branches(rollouts, guidance, unknown))
+        return tuple(
+            tuple(states[row, k] for k in range(len(guide.branches)))
+            for row, guide in enumerate(guidance)
+        )
+
+    def _scored_branches(
+        self,
+        rollouts: Sequence[Rollout],
+        guidance: Sequence[Guidance],
+        places: Sequence[tuple[int, int]],
+    ) -> dict[tuple[int, int], Tensor]:
+        branches = [guidance[row].branches[k] for row, k in places]
+        with self.phases.phase("scoring"):
+            hidden = self.teacher.score(
+                [
+                    rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
+                    for (row, _), branch in zip(places, branches, strict=True)
+                ],
+                [branch.tokens for branch in branches],
+            ).hidden
+        return {
+            place: states[: len(branch.tokens)]
+            for place, states, branch in zip(places, hidden, branches, strict=True)
+        }
+
+    def token_losses(
+        self,
+        rollouts: Sequence[Rollout],
+        scores: Scores,
+        statistics: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The loss that ranks candidates, [T] nats a rollout, on the CPU.
+
+        ``surprise`` counts habits over these rollouts. ``statistics`` begin with the reverse KL.
+        """
+        kind = self.args.candidate_loss
+        if kind == "reverse_kl":
+            return [rows[0] for rows in statistics or self.statistics(rollouts, scores)]
+        teacher = scores.logprobs.cpu()
+        if kind == "teacher_nll":
+            loss = -teacher
+        elif kind == "surprise":
+            loss = surprises(rollouts, scores)
+        else:
+            sampled = [torch.tensor(_logprobs(r)) for r in rollouts]
+            loss = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher
+        return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
+
+    def statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
+        """[4 T] a rollout, on the CPU, as in ``linear_token_statistics``; one student forward."""
+        with self.phases.phase("scoring"), torch.no_grad():
+            student = self.student.score(
+                [r.prompt.student for r in rollouts], [r.response for r in rollouts]
+            )
+            found = linear_token_statistics(
+                student.hidden.flatten(0, 1),
+                self.student.head,
+                scores.hidden.flatten(0, 1),
+                self.teacher.head,
+                temperature=self.args.loss_temperature,
+                chunk_tokens=self.args.chunk_tokens,
+            )
+            rows = found.reshape(len(found), len(rollouts), -1).transpose(0, 1).cpu()
+        return [row[:, : len(r.response)] for row, r in zip(rows, rollouts, strict=True)]
+
+    def _gone_on(
+        self, rollouts: Sequence[Rollout], guidance: Sequence[Guidance], seeds: Sequence[int]
+    ) -> tuple[Guidance, ...]:
+        """The guidance, with the student's own tokens behind the branches that ask for them."""
+        asked = [
+            (row, k)
+            for row, guide in enumerate(guidance)
+            for k, branch in enumerate(guide.branches)
+            if branch.go_on and not self.student.ends(branch.tokens)
+        ]
+        if not asked:
+            return tuple(guidance)
+        branches = [list(guide.branches) for guide in guidance]
+        limit = max(branches[row][k].go_on for row, k in asked)
+        prompts = [
+            rollouts[row].prompt.student
+            + rollouts[row].response[: branches[row][k].start]
+            + branches[row][k].tokens
+            for row, k in asked
+        ]
+        own = [
+            sampling_seeds(seeds[row], RELAY_STREAM, 1, first=branches[row][k].start)[0]
+            for row, k in asked
+        ]
+        with self.phases.phase("windows", limit) as tick:
+            sampling = replace(self.args.sampling, max_new_tokens=limit)
+            written = self.student.generate(prompts, sampling, own, tick=tick)
+        for (row, k), more in zip(asked, written, strict=True):
+            branch = branches[row][k]
+            branches[row][k] = replace(branch, tokens=branch.tokens + more.tokens[: branch.go_on])
+        return tuple(
+            replace(guide, branches=tuple(found))
+            for guide, found in zip(guidance, branches, strict=True)
+        )
+
+    def candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """(row, token) of every candidate; losses are [T] nats, one a rollout."""
+        token_loss, mask = _padded(losses)
+        threshold = self.args.candidate_threshold
+        candidates = select_candidates(
+            token_loss,
+            mask,
+            fraction=self.args.candidate_fraction,
+            threshold=-torch.inf if threshold is None else threshold,
+        )
+        candidates = thin_candidates(
+            candidates, gap=self.args.window_gap or self.args.window_length
+        )
+        return [(row, t) for row, t in candidates.nonzero().tolist()]
+
+    def look_ahead(
+        self, scores: Scores, starts: Sequence[tuple[int, int]], seeds: Sequence[int]
+    ) -> list[Generation]:
+        """What the teacher writes next from each (row, token); seeds are one a rollout."""
+        if not starts:
+            return []
+        window_seeds = [
+            sampling_seeds(seeds[row], WINDOW_STREAM, 1, first=t)[0] for row, t in starts
+        ]
+        with self.phases.phase("windows", self.args.window_length) as tick:
+            return self.teacher.continue_from(
+                scores,
+                starts,
+                self.args.window_sampling,
+                window_seeds,
+                rejoin=self.args.window_rejoin,
+                tick=tick,
+            )
+
+    def _evidence(
+        self,
+        rollouts: Sequence[Rollout],
+        losses: Sequence[Tensor],
+        starts: Sequence[tuple[int, int]],
+        written: Sequence[Generation],
+    ) -> Evidence:
+        token_loss, mask = _padded(losses)
+        windows = pair_windows(rollouts, starts, written, self.args.window_length)
+        solved = self.compare(windows)
+        real = torch.zeros(len(starts), dtype=torch.bool)
+        logprobs, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
+        return Evidence(token_loss, logprobs, mask, windows, solved, real)
+
+    def compare(self, windows: Windows, *, position_weight: float | None = None) -> Transport:
+        """Optimal transport between paired windows, with the cost and solver of ``args``.
+
+        ``position_weight`` replaces that of ``args``.
+        """
+        eta = self.args.position_weight if position_weight is None else position_weight
+        with self.phases.phase("transport"):
+            reader = self.teacher if self.args.embedding == "teacher" else self.student
+            cost = transport.ground_cost(
+                reader.embed(windows.student_tokens),
+                reader.embed(windows.teacher_tokens),
+                position_weight=eta,
+            )
+            return transport.solve(
+                cost,
+                windows.student_mask.to(cost.device),
+                windows.teacher_mask.to(cost.device),
+                method=self.args.solver,
+                epsilon=self.args.epsilon,
+            ).cpu()
+
+
+def surprises(rollouts: Sequence[Rollout], scores: Scores) -> Tensor:
+    """:func:`~topd.divergence.surprise` over a batch's tokens, [B T] nats, 0 on padding."""
+    tokens, mask = _padded([torch.tensor(r.response) for r in rollouts])
+    loss = torch.zeros(mask.shape)
+    loss[mask] = surprise(scores.logprobs.cpu()[mask], scores.likeliest.cpu()[mask], tokens[mask])
+    return loss
+
+
+def pair_windows(
+    rollouts: Sequence[Rollout],
+    starts: Sequence[tuple[int, int]],
+    written: Sequence[Generation],
+    length: int,
+) -> Windows:
+    """Pair what the teacher wrote with the student's own rollout from the same token on.
+
+    Every window is padded to ``length``: the position cost does not depend on the batch.
+    """
+    own = [torch.tensor(rollouts[row].response[t : t + length]) for row, t in starts]
+    theirs = [torch.tensor(window.tokens) for window in written]
+    for k, (b, _) in enumerate(starts):
+        if not rollouts[b].finished:  # cut by the length limit, not ended: compare what both have
+            theirs[k] = theirs[k][: len(own[k])]
+    student_tokens, student_mask = _padded(own, length)
+    teacher_tokens, teacher_mask = _padded(theirs, length)
+    row, start = torch.tensor(starts, dtype=torch.long).reshape(-1, 2).unbind(-1)
+    return Windows(row, start, student_tokens, student_mask, teacher_tokens, teacher_mask)
+
+
+def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
+    forks: list[list[Fork]] = [[] for _ in range(count)]
+    windows, plans = evidence.windows, transport.sparse_plans(evidence.transport.plan)
+    for k, (row, start) in enumerate(
+        zip(windows.row.tolist(), windows.start.tolist(), strict=True)
+    ):
+        forks[row].append(
+            Fork(
+                position=start,
+                token_loss=float(evidence.token_loss[row, start]),
+                distance=float(evidence.transport.distance[k]),
+                real=bool(evidence.real[k]),
+                teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
+                student_length=int(windows.student_mask[k].sum()),
+                plan=plans[k],
+            )
+        )
+    return tuple(tuple(row) for row in forks)
+
+
+def _logprobs(rollout: Rollout) -> Sequence[float]:
+    """Of an answer that was not sampled: zeros."""
+    return rollout.logprobs or (0.0,) * len(rollout.response)
+
+
+def _statistics_of(rows: Sequence[Tensor]) -> TokenStatistics:
+    """From [4 T] a rollout."""
+    return TokenStatistics(*(_padded([row[i] for row in rows])[0] for i in range(4)))
+
+
+def _batches(rollouts: Sequence[Rollout], size: int) -> Iterator[tuple[int, Sequence[Rollout]]]:
+    for first in range(0, len(rollouts), size):
+        yield first, rollouts[first : first + size]
+
+
+def _padded(rows: Sequence[Tensor], width: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths with zeros behind, [N L] with L >= ``width``, and their mask."""
+    length = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    width = max([width, *length.tolist()])
+    padded = torch.zeros(len(rows), width, dtype=rows[0].dtype if rows else torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, torch.arange(width) < length[:, None]

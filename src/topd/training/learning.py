@@ -1,0 +1,412 @@
+"""The learning phase: one student forward on the rollouts, and the loss of their guidance.
+
+    L = sum_t w_t D_t / (all response tokens)  +  lambda sum_i G_i / (all guided tokens)
+
+with G_i = KL(y~_i || p_S) at soft targets, and the branch's own loss at the tokens of branches. The
+denominators are those of the whole update, over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypedDict, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from topd.config import TOPDConfig
+from topd.engines.hf import head_of
+from topd.losses import Kind, TokenTerms, Upstream, linear_token_terms, soft_target_kl
+from topd.training.experience import Experience
+from topd.types import BranchLoss, Guidance, Head, Rollout
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Response tokens and guided tokens of the whole update."""
+
+    tokens: float
+    guided: float
+
+
+class BranchBatch(TypedDict):
+    """All tokens of a micro-batch's branches with one loss, end to end: Q of them.
+
+    ``place`` [Q] are the flat positions whose state predicts each of ``tokens`` [Q];
+    ``teacher_hidden`` [Q D] the teacher's states in the same contexts.
+    """
+
+    loss: BranchLoss
+    place: Int[Tensor, " Q"]
+    tokens: Int[Tensor, " Q"]
+    teacher_hidden: Float[Tensor, "Q D"]
+
+
+class LearningBatch(TypedDict):
+    """Some rollouts of an update, ready for the student. P are the response tokens that the loss
+    depends on, end to end.
+
+    ``place`` [P] are flat positions in ``input_ids`` [B L] whose state predicts each token;
+    ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
+    tokens of L_traj. ``capped`` [P] marks losses to be capped (None: none is); ``lengths`` are the
+    rollouts' numbers of response tokens. ``positions`` [B L] and ``visible`` [B 1 L L] are None
+    unless branches are packed behind their rollouts.
+    """
+
+    input_ids: Int[Tensor, "B L"]
+    positions: Int[Tensor, "B L"] | None
+    visible: Bool[Tensor, "B 1 L L"] | None
+    place: Int[Tensor, " P"]
+    tokens: Int[Tensor, " P"]
+    weights: Float[Tensor, " P"]
+    sampled: Float[Tensor, " P"]
+    teacher_hidden: Float[Tensor, "P D"]
+    target_tokens: Int[Tensor, "P M"]
+    target_probabilities: Float[Tensor, "P M"]
+    guided: int
+    capped: Bool[Tensor, " P"] | None
+    advantages: Float[Tensor, " P"] | None
+    lengths: list[int]
+    branches: list[BranchBatch]
+    totals: Totals
+
+
+class LearningTerms(NamedTuple):
+    """What one forward yields: the terms of the P response tokens, and the sum of branch losses."""
+
+    tokens: TokenTerms
+    branches: Float[Tensor, ""]
+
+
+def collate(
+    experience: Experience,
+    rows: Sequence[int],
+    totals: Totals,
+    device: torch.device,
+    *,
+    packed: bool = True,
+) -> LearningBatch:
+    """Lay some rollouts of an experience out for one forward, on ``device``.
+
+    ``packed`` branches stand behind their rollout, in the same row; else each has a row.
+    """
+    pairs = [_learned(experience.rollouts[row], experience.guidance[row]) for row in rows]
+    rollouts, guidance = [rollout for rollout, _ in pairs], [guide for _, guide in pairs]
+    layout = lay_out(rollouts, guidance, packed=packed)
+    width = max(map(len, layout.ids))
+    place = [
+        b * width + len(r.prompt.student) - 1 + t
+        for b, r in enumerate(rollouts)
+        for t in range(len(r.response))
+    ]
+    support = _support(guidance)
+    breadth = max((len(tokens) for tokens, _ in support), default=0)
+
+    def tensor(values: Any, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+    return LearningBatch(
+        input_ids=tensor([row + [0] * (width - len(row)) for row in layout.ids]),
+        positions=layout.positions(width, device) if layout.spans else None,
+        visible=layout.visible(width, device) if layout.spans else None,
+        place=tensor(place),
+        tokens=tensor([token for r in rollouts for token in r.response]),
+        weights=tensor([weight for g in guidance for weight in g.weights], torch.float32),
+        sampled=tensor(
+            [p for r in rollouts for p in (r.logprobs or [torch.nan] * len(r.response))],
+            torch.float32,
+        ),
+        teacher_hidden=torch.cat(
+            [
+                experience.teacher_hidden[row][: len(g.weights)]
+                for row, g in zip(rows, guidance, strict=True)
+            ]
+        ).to(device),
+        target_tokens=tensor(
+            [tokens + [0] * (breadth - len(tokens)) for tokens, _ in support]
+        ).reshape(len(support), breadth),
+        target_probabilities=tensor(
+            [mass + [0.0] * (breadth - len(mass)) for _, mass in support], torch.float32
+        ).reshape(len(support), breadth),
+        guided=sum(g.guided for g in guidance),
+        capped=tensor([t in g.capped for g in guidance for t in range(len(g.weights))], torch.bool)
+        if any(g.capped for g in guidance)
+        else None,
+        advantages=tensor([a for g in guidance for a in _advantages(g)], torch.float32)
+        if any(g.advantages for g in guidance)
+        else None,
+        lengths=[len(r.response) for r in rollouts],
+        branches=_branch_batches(experience, rows, layout, width, device),
+        totals=totals,
+    )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything stands: rows of token ids, and what is packed in them.
+
+    ``places`` has for each branch, in order, the (row, column) whose state predicts each token.
+    ``spans`` are packed branches: (row, first column, tokens that they see before, length).
+    """
+
+    ids: list[list[int]]
+    places: list[list[tuple[int, int]]]
+    spans: list[tuple[int, int, int, int]]
+
+    def positions(self, width: int, device: torch.device) -> Int[Tensor, "B L"]:
+        """Position ids: a packed branch counts on from where it leaves its rollout."""
+        positions = torch.arange(width).repeat(len(self.ids), 1)
+        for row, first, seen, length in self.spans:
+            positions[row, first : first + length] = torch.arange(seen, seen + length)
+        return positions.to(device, non_blocking=True)
+
+    def visible(self, width: int, device: torch.device) -> Bool[Tensor, "B 1 L L"]:
+        """True where a token (row of the mask) may look: its own past, no other branch."""
+        mask = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        visible = mask.repeat(len(self.ids), 1, 1, 1)
+        for row, first, seen, length in self.spans:
+            visible[row, 0, first : first + length, seen:first] = False
+        return visible
+
+
+def lay_out(rollouts: Sequence[Rollout], guidance: Sequence[Guidance], *, packed: bool) -> Layout:
+    """One row a rollout; its branches behind it, or in rows of their own behind all rollouts.
+
+    The last token of a branch predicts nothing and is left out.
+    """
+    ids = [[*r.prompt.student, *r.response] for r in rollouts]
+    places: list[list[tuple[int, int]]] = []
+    spans: list[tuple[int, int, int, int]] = []
+    for row, (rollout, guide) in enumerate(zip(rollouts, guidance, strict=True)):
+        for branch in guide.branches:
+            seen, read = len(rollout.prompt.student) + branch.start, branch.tokens[:-1]
+            if packed:
+                first = len(ids[row])
+                ids[row].extend(read)
+                spans.append((row, first, seen, len(read)))
+                places.append([(row, seen - 1), *((row, first + i) for i in range(len(read)))])
+            else:
+                places.append([(len(ids), seen - 1 + i) for i in range(len(branch.tokens))])
+                ids.append([*ids[row][:seen], *read])
+    return Layout(ids, places, spans)
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether branches may share a row: full attention throughout, by a kernel that takes masks."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        full = getattr(config, "sliding_window", None) is None
+    else:
+        full = set(kinds) == {"full_attention"}
+    return full and config._attn_implementation == "sdpa"
+
+
+def _branch_batches(
+    experience: Experience, rows: Sequence[int], layout: Layout, width: int, device: torch.device
+) -> list[BranchBatch]:
+    branches = [branch for row in rows for branch in experience.guidance[row].branches]
+    states = [hidden for row in rows for hidden in experience.branch_hidden[row]]
+    batches = []
+    for loss in sorted({branch.loss for branch in branches}):
+        own = [k for k, branch in enumerate(branches) if branch.loss == loss]
+        place = [row * width + column for k in own for row, column in layout.places[k]]
+        tokens = [token for k in own for token in branches[k].tokens]
+        batches.append(
+            BranchBatch(
+                loss=loss,
+                place=torch.tensor(place).to(device, non_blocking=True),
+                tokens=torch.tensor(tokens).to(device, non_blocking=True),
+                teacher_hidden=torch.cat([states[k] for k in own]).to(device),
+            )
+        )
+    return batches
+
+
+def learning_terms(
+    model: PreTrainedModel, batch: LearningBatch, teacher_head: Head, args: TOPDConfig
+) -> LearningTerms:
+    """One forward of the student without its head, then the chunked head.
+
+    The head's weight is read inside the head's own forward, where FSDP2 has it whole.
+    """
+    more = {} if batch["visible"] is None else {"attention_mask": batch["visible"]}
+    if batch["positions"] is not None:
+        more["position_ids"] = batch["positions"]
+    output = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **more)
+    states, linear = output.last_hidden_state.flatten(0, 1), model.get_output_embeddings()
+
+    def head_forward() -> LearningTerms:
+        return _terms(states, head_of(model), batch, teacher_head, args)
+
+    return inside_forward(linear, linear, head_forward)
+
+
+def _terms(
+    states: Tensor, head: Head, batch: LearningBatch, teacher_head: Head, args: TOPDConfig
+) -> LearningTerms:
+    terms = linear_token_terms(
+        states[batch["place"]],
+        head,
+        batch["teacher_hidden"],
+        teacher_head,
+        batch["tokens"],
+        batch["target_tokens"],
+        kind=args.divergence,
+        beta=args.beta,
+        temperature=args.loss_temperature,
+        chunk_tokens=args.chunk_tokens,
+        expected=_expected(batch, args),
+    )
+    parts = [_branch_loss(states, head, part, teacher_head, args) for part in batch["branches"]]
+    return LearningTerms(terms, sum(parts, terms.divergence.new_zeros(())))
+
+
+def _branch_loss(
+    states: Tensor, head: Head, batch: BranchBatch, teacher_head: Head, args: TOPDConfig
+) -> Tensor:
+    """The sum of one kind of branch loss over its tokens, nats."""
+    kind: Kind = "forward_kl" if batch["loss"] == "forward_kl" else "reverse_kl"
+    sft, factor = batch["loss"] == "cross_entropy", states.new_ones(len(batch["tokens"]))
+    terms = linear_token_terms(
+        states[batch["place"]],
+        head,
+        batch["teacher_hidden"],
+        teacher_head,
+        batch["tokens"],
+        batch["tokens"].new_zeros(len(batch["tokens"]), 0),
+        kind=kind,
+        temperature=args.loss_temperature,
+        chunk_tokens=args.chunk_tokens,
+        expected=Upstream(None, -factor, None) if sft else Upstream(factor, None, None),
+    )
+    return -terms.logprob.sum() if sft else terms.divergence.sum()
+
+
+def _expected(batch: LearningBatch, args: TOPDConfig) -> Upstream | None:
+    """The derivative of :func:`update_loss` by the terms; None where it is not known yet."""
+    if batch["capped"] is not None or batch["advantages"] is not None:
+        return None
+    totals, weights = batch["totals"], batch["weights"] / max(batch["totals"].tokens, 1)
+    targets = None
+    if args.trajectory_weight and totals.guided:
+        targets = -_trajectory_factor(totals, args) * batch["target_probabilities"]
+    logprob = None if args.kd_ratio == 1 else (args.kd_ratio - 1) * weights
+    return Upstream(args.kd_ratio * weights, logprob, targets)
+
+
+def _trajectory_factor(totals: Totals, args: TOPDConfig) -> float:
+    """lambda over the count that the reduction of L_traj names."""
+    count = totals.guided if args.trajectory_reduction == "mean" else totals.tokens
+    return args.trajectory_weight / count
+
+
+def update_loss(
+    learned: LearningTerms, batch: LearningBatch, args: TOPDConfig
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """This batch's share of the update's loss, and the sum of its trajectory divergences, nats."""
+    totals, terms = batch["totals"], learned.tokens
+    token_loss = terms.divergence
+    if args.kd_ratio < 1:
+        token_loss = args.kd_ratio * token_loss - (1 - args.kd_ratio) * terms.logprob
+    if batch["capped"] is not None:
+        token_loss = cap_at_medians(token_loss, batch["capped"], batch["lengths"])
+    gain = terms.logprob
+    if args.overlap:
+        ratio = importance(terms.logprob, batch["sampled"], args.max_importance)
+        token_loss, gain = ratio * token_loss, ratio * gain
+    loss = (batch["weights"] * token_loss).sum() / max(totals.tokens, 1)
+    if batch["advantages"] is not None:
+        loss = loss - (batch["advantages"] * gain).sum() / max(totals.tokens, 1)
+    trajectory = soft_target_kl(terms.target_logprobs, batch["target_probabilities"]).sum()
+    trajectory = trajectory + learned.branches
+    if args.trajectory_weight and totals.guided:
+        loss = loss + _trajectory_factor(totals, args) * trajectory
+    return loss, trajectory.detach()
+
+
+def importance(
+    logprob: Float[Tensor, " P"], sampled: Float[Tensor, " P"], most: float
+) -> Float[Tensor, " P"]:
+    """p_now / p_sampling of every sampled token, at most ``most``; without gradient.
+
+    Corrects for rollouts that older weights wrote. Source: truncated importance sampling, Ionides,
+    Journal of Computational and Graphical Statistics 17 (2008); a token at a time, as is usual.
+
+    >>> importance(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -4.0]), 2.0)
+    tensor([1., 2.])
+    """
+    return (logprob.detach() - sampled).exp().clamp(max=most)
+
+
+def cap_at_medians(
+    token_loss: Float[Tensor, " P"], capped: Bool[Tensor, " P"], lengths: Sequence[int]
+) -> Float[Tensor, " P"]:
+    """Scale capped losses down to the median loss of their rollout where they are above it.
+
+    The factor carries no gradient: a capped token still learns, with the weight median / loss.
+    """
+    rollouts = token_loss.detach().split(list(lengths))
+    median = torch.cat([r.quantile(0.5).expand(len(r)) for r in rollouts])
+    loud = capped & (token_loss.detach() > median)
+    return token_loss * torch.where(loud, median / token_loss.detach(), 1.0)
+
+
+def inside_forward(wrapped: nn.Module, module: nn.Module, run: Callable[[], T]) -> T:
+    """Call ``run`` as the forward of ``wrapped``, so that the hooks of DDP and FSDP fire.
+
+    ``module`` is what ``wrapped`` wraps (or the same).
+    """
+    own = vars(module).get("forward")  # accelerate's autocast, if any
+    found: list[T] = []
+
+    def restore() -> None:
+        if own is not None:
+            module.forward = own
+        else:
+            vars(module).pop("forward", None)
+
+    def redirected() -> T:
+        restore()  # ``run`` may need the real one
+        found.append(run())
+        return found[0]
+
+    module.forward = redirected
+    try:
+        output = wrapped()
+    finally:
+        restore()
+    # FSDP2 hands on a copy in the dtype of its policy; its hooks are on what was returned to it
+    return found[0] if isinstance(wrapped, FSDPModule) else output
+
+
+def _advantages(guidance: Guidance) -> Sequence[float]:
+    return guidance.advantages or (0.0,) * len(guidance.weights)
+
+
+def _learned(rollout: Rollout, guidance: Guidance) -> tuple[Rollout, Guidance]:
+    """Without the tokens behind the last that the loss depends on: nobody needs to read them."""
+    end = guidance.learned
+    return (
+        replace(rollout, response=rollout.response[:end], logprobs=rollout.logprobs[:end]),
+        replace(guidance, weights=guidance.weights[:end], advantages=guidance.advantages[:end]),
+    )
+
+
+def _support(guidance: Sequence[Guidance]) -> list[tuple[list[int], list[float]]]:
+    """Tokens and probabilities of all soft targets at each response token that is learned."""
+    support: list[tuple[list[int], list[float]]] = []
+    for guide in guidance:
+        first = len(support)
+        support += [([], []) for _ in guide.weights]
+        for target in guide.targets:
+            tokens, mass = support[first + target.position]
+            tokens.extend(target.tokens)
+            mass.extend(target.probabilities)
+    return support

@@ -1,0 +1,86 @@
+"""What a step measures: means over rollouts, tokens or updates, whole over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from topd.distributed import everywhere
+from topd.inputs.prompts import repeated_ngram_share
+from topd.training.experience import Experience
+
+
+class Means:
+    """Running sums and counts by name. Tensors are added without waiting for the device.
+
+    Args:
+        ranks: how many ranks add to these means.
+    """
+
+    def __init__(self, ranks: int = 1) -> None:
+        self._sums: dict[str, tuple[Tensor | float, float]] = {}
+        self._share = 1 / ranks
+
+    def add(self, name: str, total: Tensor | float, count: float | None = None) -> None:
+        """Add ``total``, the sum of ``count`` values; none: this rank's share of one value."""
+        before, seen = self._sums.get(name, (0.0, 0))
+        self._sums[name] = (before + total, seen + (self._share if count is None else count))
+
+    def state(self) -> dict[str, list[float]]:
+        """Sums and counts over all ranks, for a checkpoint; a collective."""
+        sums: dict[str, list[float]] = {}
+        own = {name: (float(total), count) for name, (total, count) in self._sums.items()}
+        for found in everywhere(own):
+            for name, (total, count) in found.items():
+                before, seen = sums.get(name, (0.0, 0))
+                sums[name] = [before + total, seen + count]
+        return sums
+
+    def load(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from the state of a checkpoint, which only one rank may do."""
+        self._sums = {name: (total, count) for name, (total, count) in state.items()}
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, over all ranks; a mean of nothing is left out.
+
+        A collective.
+        """
+        table = self.state()
+        self._sums.clear()
+        return {name: total / count for name, (total, count) in sorted(table.items()) if count}
+
+
+def mean_seconds(by_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Seconds by phase, the mean over ranks; a phase that a rank had not took it no time.
+
+    >>> mean_seconds([{"scoring": 2.0, "windows": 1.0}, {"scoring": 4.0}])
+    {'scoring': 3.0, 'windows': 0.5}
+    """
+    names = dict.fromkeys(name for seconds in by_rank for name in seconds)
+    return {n: sum(seconds.get(n, 0.0) for seconds in by_rank) / len(by_rank) for n in names}
+
+
+def measure_experience(means: Means, experience: Experience) -> None:
+    """Lengths, repetition, the sampled reverse KL (k1), and what was found at the forks."""
+    rollouts = experience.rollouts
+    lengths = [len(rollout.response) for rollout in rollouts]
+    clipped = sum(not rollout.finished for rollout in rollouts)
+    repeated = sum(repeated_ngram_share(rollout.response) for rollout in rollouts)
+    means.add("tokens_per_second", sum(lengths), 0)  # the seconds are counted at the log
+    means.add("completions/mean_length", sum(lengths), len(rollouts))
+    means.add("completions/clipped_ratio", clipped, len(rollouts))
+    means.add("completions/repeated_4gram_share", repeated, len(rollouts))
+    sampled = [r.logprobs for r in rollouts if r.logprobs]
+    ratio = sum(map(sum, sampled)) - sum(float(p.sum()) for p in experience.teacher_logprobs)
+    means.add("reverse_kl_sampled", ratio if sampled else 0.0, sum(map(len, sampled)))
+    forks = [fork for row in experience.forks for fork in row]
+    real = sum(fork.real for fork in forks)
+    means.add("topd/candidates", len(forks))
+    means.add("topd/real_divergent_points", real)
+    means.add("topd/false_alarm_share", len(forks) - real, len(forks))
+    means.add("topd/mean_ot", sum(fork.distance for fork in forks), len(forks))
+    means.add("topd/teacher_tokens", sum(len(fork.teacher_tokens) for fork in forks))
+    efforts = experience.efforts
+    means.add("topd/window_positions", sum(e.positions for e in efforts), len(efforts))
+    means.add("topd/window_forwards", sum(e.forwards for e in efforts), len(efforts))

@@ -1,0 +1,201 @@
+"""Looking after a run: rules that stop it when it collapses, losses that are not finite, SIGTERM.
+
+Every rule compares the last ``stop_patience`` logs, all of them, with the best of the first ones:
+no single update stops a run, and no figure does that was as bad from the start.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.utils import logging
+
+from topd import distributed as ranks
+from topd.config import TOPDConfig
+from topd.training.sharded import whole
+from topd.types import COLLAPSED, NONFINITE, TERMINATED, StoppedError
+
+if TYPE_CHECKING:
+    from topd.training.learning import LearningBatch
+    from topd.training.trainer import TOPDTrainer
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One figure of the log and how far it may go from where it started.
+
+    Args:
+        limit: the field of TOPDConfig that has the limit, as a multiple of the start.
+        figure: its name in the log.
+        what: it, in words.
+        rest: look at 1 - figure.
+        above: the rule is for a figure that grows.
+        floor: least start that is reckoned with, so that nothing grows from next to nothing.
+    """
+
+    limit: str
+    figure: str
+    what: str
+    rest: bool = False
+    above: bool = False
+    floor: float = 0.0
+
+    def broken(self, logs: Sequence[Mapping[str, float]], args: TOPDConfig) -> str:
+        """What was seen and what the limit is; empty if the rule holds."""
+        share, count = getattr(args, self.limit), args.stop_patience
+        values = [1 - log[self.figure] if self.rest else log[self.figure] for log in logs]
+        if not share or not count or len(values) < 2 * count:
+            return ""
+        start = min(values[:count]) if self.above else max(values[:count])
+        latest = values[-count:]
+        limit = share * max(start, self.floor)
+        if min(latest) <= limit if self.above else max(latest) >= limit:
+            return ""
+        return (
+            f"{self.what} was {min(latest):.4g} to {max(latest):.4g} in the last {count} logs and "
+            f"{start:.4g} at best in the first {count}; the limit is {limit:.4g} "
+            f"({self.limit}: {share:g})"
+        )
+
+
+def rules(args: TOPDConfig) -> tuple[Rule, ...]:
+    """The rules of a run. On answers written beforehand only the divergence says something.
+
+    Where it is no part of the loss (``kd_ratio: 0``) it may rise as it likes.
+    """
+    divergence = Rule("stop_divergence", args.divergence, "divergence", above=True, floor=0.1)
+    if args.learns_from_answers:
+        return (divergence,) if args.kd_ratio else ()
+    return (
+        divergence,
+        Rule("stop_length", "completions/mean_length", "mean response length"),
+        Rule("stop_finished", "completions/clipped_ratio", "share of finished responses", True),
+        Rule("stop_fresh", "completions/repeated_4gram_share", "share of new 4-grams", True),
+        Rule("stop_entropy", "entropy", "entropy"),
+    )
+
+
+class Watch(TrainerCallback):
+    """Ends a run that should not go on: it saves a checkpoint, then raises StoppedError."""
+
+    def __init__(self, trainer: TOPDTrainer) -> None:
+        self.trainer = trainer
+        self.reason: StoppedError | None = None
+        self.agreed: StoppedError | None = None  # what all ranks end for
+
+    def on_pre_optimizer_step(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Add up the update's loss. One that is not finite, or has such a gradient, is no update.
+
+        Raises:
+            StoppedError: so ``nonfinite: stop`` has it; the batch and the weights are on disk.
+        """
+        trainer, loss = self.trainer, self.trainer.update_loss
+        trainer.meter.add("loss", loss)
+        if self._finite(loss):
+            trainer.totals.add("train_loss", loss)
+            return
+        fault = f"update {state.global_step + 1}: the loss ({float(loss)}) or a gradient is not "
+        folder = trainer.run_folder / f"fault-{state.global_step}"
+        save_batches(trainer.batches, folder, ranks.rank())
+        if args.nonfinite == "skip":
+            trainer.model.zero_grad(set_to_none=True)  # an optimiser passes over what has none
+            logger.warning(f"{fault}finite. It is left out; {folder} has its batch.")
+            return
+        trainer.save_model(str(folder))
+        raise StoppedError(
+            f"{fault}finite. {folder} has its batch and the weights; topd replay "
+            f"{trainer.run_folder} --step {state.global_step} makes it again. Lower learning_rate "
+            "or max_grad_norm, or leave such updates out with nonfinite: skip; then go on with "
+            "resume_from_checkpoint: last.",
+            NONFINITE,
+        )
+
+    def _finite(self, loss: Tensor) -> bool:
+        accelerator = self.trainer.accelerator
+        values = [loss]
+        if accelerator.scaler is None:  # fp16's scaler looks after overflows itself
+            gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            values.append(whole(nn.utils.get_total_norm(gradients)))
+        finite = torch.stack([value.isfinite().all() for value in values]).all()
+        return int(accelerator.reduce(finite.long(), "sum")) == accelerator.num_processes
+
+    def on_log(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Apply the rules to the log of an update."""
+        logs = [log for log in state.log_history if "loss" in log]
+        found = [rule.broken(logs, args) for rule in rules(args)] if logs else []
+        if "loss" in state.log_history[-1] and any(found):
+            control.should_save = True
+            self.reason = self.agreed = StoppedError(
+                f"update {state.global_step}: the run collapsed. {'; '.join(filter(None, found))}. "
+                "Look at its rollouts (topd report), then go on from an earlier checkpoint with a "
+                "lower learning_rate, or change the limit (null: no limit).",
+                COLLAPSED,
+            )
+
+    def on_step_end(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Have a checkpoint saved if the run is to end here, on all ranks."""
+        reasons = [reason for reason in ranks.everywhere(self.reason) if reason is not None]
+        self.reason = self.agreed = reasons[0] if reasons else None
+        control.should_save |= self.agreed is not None
+
+    def on_save(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """End the run, now that it can go on. Raises StoppedError."""
+        if self.agreed is not None:
+            raise self.agreed
+
+    def end_if_asked(self) -> None:
+        """Raise the StoppedError that is due, if one is: everything is on disk."""
+        if self.reason is not None:
+            raise self.reason
+
+    @contextmanager
+    def until_terminated(self) -> Iterator[None]:
+        """Take SIGTERM as the wish to end after the update under way; a second one ends at once."""
+
+        def end(*_: Any) -> None:
+            signal.signal(signal.SIGTERM, before)
+            self.reason = StoppedError(
+                "SIGTERM: what was under way is finished and saved. Go on with "
+                "resume_from_checkpoint: last.",
+                TERMINATED,
+            )
+
+        before = signal.signal(signal.SIGTERM, end) or signal.SIG_DFL
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def save_batches(batches: Sequence[LearningBatch], folder: Path, rank: int = 0) -> None:
+    """Write the tensors of an update's micro-batches: ``MICRO-BATCH.NAME`` in batch.safetensors.
+
+    Those of other ranks go into batch-RANK.safetensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"{i}.{name}": value.contiguous()
+        for i, batch in enumerate(batches)
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+    save_file(tensors, folder / (f"batch-{rank}.safetensors" if rank else "batch.safetensors"))

@@ -1,0 +1,155 @@
+"""Stage 1, off-policy distillation: the student learns from answers it did not write.
+
+    L = kd_ratio KL(p_T || p_S) + (1 - kd_ratio) (-log p_S(y)),  mean over the answers' tokens
+
+The teacher writes the answers, once, or the data has them (its ``solution`` column). The learning
+phase is that of :class:`~topd.TOPDTrainer`. Source: arXiv 2606.00305, stage 1; GKD's off-policy
+limit. Answers are padded, not packed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from topd.config import TOPDConfig, _field
+from topd.inputs.prompts import fingerprint, sampling_seeds
+from topd.runs.checkpoints import read_lines, trim
+from topd.runs.folder import check_run_folder, model_fingerprint
+from topd.training.trainer import Rows, TOPDTrainer
+from topd.types import Prompt, TOPDError
+
+ANSWER_STREAM = 1 << 21  # seeds that no rollout and no window uses
+
+
+@dataclass
+class WarmstartConfig(TOPDConfig):
+    """Arguments of the warm start: TOPDConfig with the paper's stage-1 defaults.
+
+    ``temperature`` and ``top_p`` are those of the teacher's answers; the loss is at temperature 1.
+    """
+
+    answers: Literal["teacher", "data"] = _field(
+        "teacher", "Who wrote the answers: the teacher does now, or the data has a solution."
+    )
+    answer_batch_size: int = _field(16, "Answers that the teacher writes at a time.")
+    method: str = _field("opd", "A warm start has no forks to guide: only opd.")
+    beta: float = _field(0.0, "Forward KL.")
+    kd_ratio: float = _field(0.5, "Share of the divergence; the rest is cross-entropy.")
+    temperature: float = _field(0.6, "Of the teacher's answers.")
+    top_p: float = _field(0.95, "Of the teacher's answers.")
+    learning_rate: float = _field(2e-5, "Peak learning rate of AdamW.")
+
+    def _check(self) -> None:
+        super()._check()
+        if self.method != "opd":
+            raise TOPDError(f"method: {self.method!r} needs rollouts; a warm start takes opd.")
+        if self.num_generations != 1:
+            raise TOPDError("num_generations: a warm start has one answer a prompt. Leave it at 1.")
+        if self.answer_batch_size < 1:
+            raise TOPDError(f"answer_batch_size: {self.answer_batch_size} must be at least 1.")
+        if self.answers not in ("teacher", "data"):
+            raise TOPDError(f"answers: {self.answers!r} is not one of teacher, data.")
+
+    @property
+    def learns_from_answers(self) -> bool:
+        """True: the student's own samples are not used."""
+        return True
+
+    @property
+    def loss_temperature(self) -> float:
+        """1: the teacher's own distribution, whatever its answers were sampled at."""
+        return 1.0
+
+
+class WarmstartTrainer(TOPDTrainer):
+    """Off-policy distillation. Arguments as for :class:`~topd.TOPDTrainer`.
+
+    The teacher's answers are kept in ``answers.jsonl`` of the run folder and used again if the run
+    goes on there. Answers that did not end within ``max_completion_length`` are left out.
+    """
+
+    args: WarmstartConfig
+
+    def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
+        assert isinstance(args, WarmstartConfig)
+        if args.answers == "teacher":
+            self.questions = super()._encode_training(rows, args)
+            return self.questions
+        prompts = self.encoder.encode(rows, with_response=True)
+        for prompt in prompts:
+            length, limit = len(prompt.response or ()), args.max_completion_length
+            if length > limit:
+                raise TOPDError(
+                    f"data row {prompt.index}: the solution has {length} tokens, the limit "
+                    f"max_completion_length is {limit}. Raise it, or drop the row."
+                )
+        return prompts
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Have the answers written if need be, then train."""
+        if self.args.answers == "teacher" and self.train_dataset is not None:
+            folder = Path(self.args.output_dir)
+            check_run_folder(folder, resume=bool(resume_from_checkpoint))
+            with (
+                self.accelerator.main_process_first()
+            ):  # the others read what the first has written
+                self.train_dataset = self._answered(self.questions, folder / "answers.jsonl")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _answered(self, prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
+        """The prompts with the teacher's answers; those that did not end are left out."""
+        header = {
+            "prompts": fingerprint(prompts),
+            "teacher": model_fingerprint(self.teacher_model)["sha256"],
+            "sampling": repr(self.args.sampling),
+            "seed": self.args.seed,
+        }
+        done = _stored_answers(path, header)
+        size = self.args.answer_batch_size
+        with open(path, "a", encoding="utf-8") as file:
+            for first in range(len(done), len(prompts), size):
+                self.watch.end_if_asked()
+                answers = self._answer(prompts[first : first + size], first)
+                file.writelines(json.dumps(answer) + "\n" for answer in answers)
+                file.flush()
+                done += answers
+        kept = [
+            replace(prompt, response=tuple(answer))
+            for prompt, answer in zip(prompts, done, strict=True)
+            if answer
+        ]
+        if not kept:
+            raise TOPDError(
+                f"warm start: none of the teacher's {len(prompts)} answers ended within "
+                f"{self.args.max_completion_length} tokens. Raise max_completion_length."
+            )
+        return kept
+
+    def _answer(self, prompts: Sequence[Prompt], first: int) -> list[list[int]]:
+        """Token ids of the teacher's answers; empty for one that did not end."""
+        seeds = sampling_seeds(self.args.seed, ANSWER_STREAM, len(prompts), first=first)
+        with self.phases.phase("answers", self.args.max_completion_length) as tick:
+            written = self.observer.teacher.generate(
+                [prompt.teacher for prompt in prompts], self.args.sampling, seeds, tick=tick
+            )
+        return [list(answer.tokens) if answer.finished else [] for answer in written]
+
+
+def _stored_answers(path: Path, header: dict[str, Any]) -> list[list[int]]:
+    """Answers that an earlier run in this folder has to the same prompts, sampled the same way.
+
+    Starts the file if there is none; a last line that was cut off is dropped.
+    """
+    if not trim(path):
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    first, *answers = read_lines(path)
+    if first != header:
+        raise TOPDError(
+            f"{path}: holds answers to other prompts, of another teacher or of other sampling. "
+            "Choose another folder."
+        )
+    return answers
