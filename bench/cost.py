@@ -30,8 +30,8 @@ from bench.pairs import QUIET, bar, load, ours
 from topd import TOPDConfig, TOPDTrainer
 from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.rows import DataSpec
+from topd.runs.files import write_whole
 from topd.runs.folder import rollout_record
-from topd.runs.ledger import write_whole
 from topd.types import Prompt, Rollout
 
 PHASES = ("rollouts", "scoring", "windows", "learning")

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import median
 
 from bench.pairs import SMOLLM2
-from topd.runs.folder import Ledger, model_fingerprint, rollout_record, trained_digest
+from topd.inputs.fingerprints import model_fingerprint, trained_digest
+from topd.runs.folder import Ledger, rollout_record
 from topd.runs.ledger import CHAIN
 from topd.types import Prompt, Rollout
 

@@ -22,11 +22,11 @@ from bench.measure import RESULTS, Found, Table, describe, environment, paired, 
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
 from topd.engines.server_checks import check_logprobs, check_servers
-from topd.engines.servers import ServedSpec
 from topd.engines.vllm import TopScores, VLLMEngine
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
+from topd.inputs.served import ServedSpec
 from topd.losses import linear_token_divergence
 from topd.types import Head, Ids, Prompt, Sampling
 

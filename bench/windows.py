@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from bench.measure import RESULTS, Found, Table, environment, finish, paired, spread, summary
 from bench.pairs import load, ours
-from topd.inputs.prompts import sampling_seeds
+from topd.seeds import sampling_seeds
 from topd.types import Ids
 
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
 from topd.commands.train import run_recipe
-from topd.types import TOPDError
+from topd.errors import TOPDError
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 LITTLE: dict[str, Any] = {

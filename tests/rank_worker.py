@@ -29,9 +29,9 @@ from conftest import rows
 from test_trainer import lines, make, student, teacher
 from topd import TOPDTrainer
 from topd.distributed import agreed, everywhere, on_first, rank
+from topd.errors import TOPDError
 from topd.training.experience import Experience
 from topd.training.learning import collate
-from topd.types import TOPDError
 
 BATCH, RANKS = 4, 2
 FILE = Path(__file__).parents[1] / "docs" / "fsdp2.yaml"

@@ -22,9 +22,10 @@ from topd import TOPDConfig, TOPDTrainer
 from topd.cli import app
 from topd.commands.audit import Findings, audit_run, replay_step
 from topd.commands.train import run_recipe
+from topd.errors import StoppedError, TOPDError
+from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS
-from topd.runs.ledger import CHAIN, HEAD, Chain, digest, file_digest
-from topd.types import StoppedError, TOPDError
+from topd.runs.ledger import CHAIN, HEAD, Chain
 
 SMALL = {
     "student": "student",

@@ -17,8 +17,8 @@ from bad_inputs import CASES, PAGE, Case, make_models, message, row, write_case
 from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
 from topd.cli import app
+from topd.errors import TOPDError
 from topd.inputs.models import check_tokenizers
-from topd.types import TOPDError
 
 PAGE_ROWS = PAGE.read_text(encoding="utf-8").splitlines()
 

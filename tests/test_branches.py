@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
-from topd.engines.hf import head_of
+from topd.inputs.heads import head_of
 from topd.losses import token_divergence
 from topd.training.experience import Experience
 from topd.training.learning import Totals, can_pack, collate, learning_terms, update_loss

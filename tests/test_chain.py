@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from topd.runs.files import digest
 from topd.runs.folder import Ledger
-from topd.runs.ledger import CHAIN, HEAD, Chain, check_chain, digest, entry_hash, surviving
+from topd.runs.ledger import CHAIN, HEAD, Chain, check_chain, entry_hash, surviving
 
 
 def chain_of(folder, *contents: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -14,8 +14,8 @@ from topd import cli
 from topd.commands import compare
 from topd.commands.compare import run_compare, summarise
 from topd.commands.tables import show_compare
+from topd.errors import TOPDError
 from topd.evaluate import bootstrap, two_way_bootstrap
-from topd.types import TOPDError
 
 RECIPE = """
 student: testbed://programs/student

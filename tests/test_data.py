@@ -10,9 +10,9 @@ import datasets
 import pytest
 
 from conftest import rows, tiny_tokenizer
+from topd.errors import TOPDError
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
-from topd.types import TOPDError
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 ROWS = rows(6)

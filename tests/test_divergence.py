@@ -16,7 +16,7 @@ from topd.divergence import (
     surprise,
     thin_candidates,
 )
-from topd.types import TOPDError
+from topd.errors import TOPDError
 
 INF = math.inf
 

@@ -33,8 +33,10 @@ from transformers.cache_utils import DynamicLayer
 from conftest import EOS, VOCAB, tiny_model
 from topd.engines import Engine, decoding, hf
 from topd.engines import packed as packing
-from topd.engines.hf import HFEngine, head_of
-from topd.types import Effort, Generation, Ids, Sampling, TOPDError
+from topd.engines.hf import HFEngine
+from topd.errors import TOPDError
+from topd.inputs.heads import head_of
+from topd.types import Effort, Generation, Ids, Sampling
 
 PROMPTS: list[Ids] = [(1, 9, 23, 41, 5), (1, 8), (1, 30, 31, 32, 33, 34, 35, 36, 7), (1,)]
 RESPONSES: list[Ids] = [(11, 12, 13), (40, 41, 42, 43, 44, 45, 46), (50,), (9, 3, 9, 3)]

@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.engines.hf import HFEngine
+from topd.errors import TOPDError
 from topd.evaluate import (
     AnswerVerifier,
     EvaluationCallback,
@@ -40,7 +41,7 @@ from topd.evaluate.answers import final_answer, last_boxed, number, plain, refer
 from topd.evaluate.judge import Judge
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec
-from topd.types import Generation, Ids, Prompt, Sampling, TOPDError
+from topd.types import Generation, Ids, Prompt, Sampling
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CONTESTS = ("math500", "aime24", "aime25", "hmmt25_feb")

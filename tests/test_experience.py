@@ -17,10 +17,11 @@ from conftest import EOS, VOCAB, tiny_model
 from topd import TOPDConfig, transport
 from topd.divergence import surprise
 from topd.engines.hf import HFEngine
+from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS, Method
 from topd.training.experience import Experience, Observer
-from topd.types import Evidence, Guidance, Prompt, Rollout, TOPDError
+from topd.types import Evidence, Guidance, Prompt, Rollout
 
 K = 5
 STUDENT = tiny_model("llama", seed=0)

@@ -17,11 +17,12 @@ from conftest import tiny_tokenizer
 from topd import TOPDConfig
 from topd.commands.gate import Suite, read_suite
 from topd.commands.recipe import PARTS, Recipe, parse_overrides, read_recipe
+from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
 from topd.runs.ledger import check_chain
-from topd.types import Prompt, TOPDError
+from topd.types import Prompt
 
 RARE = settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

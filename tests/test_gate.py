@@ -24,10 +24,10 @@ from topd.commands.gate import (
     passed,
     read_suite,
 )
+from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
 from topd.runs.model_card import replace_section
-from topd.types import TOPDError
 
 
 def answers(

@@ -14,18 +14,18 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import tiny_model
+from topd.errors import TOPDError
+from topd.inputs.fingerprints import model_fingerprint, trained_digest
 from topd.runs import folder as ledger
 from topd.runs.folder import (
     Ledger,
     check_run_folder,
     guidance_record,
     manifest,
-    model_fingerprint,
     rollout_record,
-    trained_digest,
     weights_in,
 )
-from topd.types import Branch, Fork, Guidance, Prompt, Rollout, SoftTarget, TOPDError
+from topd.types import Branch, Fork, Guidance, Prompt, Rollout, SoftTarget
 
 ROLLOUT = Rollout(Prompt(3, (1, 2), (1,)), (7, 8), (-0.5, -1.25), finished=True)
 

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from topd.errors import TOPDError
 from topd.losses import (
     Upstream,
     chunked,
@@ -30,7 +31,7 @@ from topd.losses import (
     topk_divergence,
     trajectory_loss,
 )
-from topd.types import Head, TOPDError
+from topd.types import Head
 
 KINDS = [
     ("reverse_kl", 0.5),

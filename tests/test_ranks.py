@@ -26,8 +26,8 @@ from rank_worker import CASES
 from topd import TOPDConfig
 from topd.commands.audit import audit_run
 from topd.commands.train import run_recipe
+from topd.errors import TOPDError
 from topd.training.sharded import check_launch, fsdp_plugin
-from topd.types import TOPDError
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 300  # seconds; a hang, not a slow machine

@@ -13,10 +13,10 @@ from peft import LoraConfig
 from topd import TOPDConfig
 from topd.commands.recipe import parse_overrides, read_mapping, read_recipe
 from topd.config import _RULES
+from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
 from topd.training.warmstart import WarmstartConfig
-from topd.types import TOPDError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 PARTS = {"student": "a/student", "teacher": "a/teacher", "data": "prompts.jsonl", "use_cpu": True}

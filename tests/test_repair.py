@@ -36,11 +36,11 @@ from topd.commands.repair import (
     treat,
 )
 from topd.commands.session import Pair, open_pair, read_analysis
+from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.runs.folder import Ledger
 from topd.training.experience import Observer
 from topd.training.progress import Phases
-from topd.types import TOPDError
 
 K = 5
 SETTINGS = {

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import report_folders as make
+from topd.errors import TOPDError
 from topd.report import write_report
 from topd.report.charts import number
 from topd.report.folder import ForkRecord, GuidanceRecord, kind_of, read_logs, read_records
@@ -22,7 +23,6 @@ from topd.report.rollouts import read_rollout, select_rollouts
 from topd.report.summary import summary_tables, verdict_in
 from topd.report.viewer import entry, view
 from topd.runs.tokens import TokenTexts
-from topd.types import TOPDError
 
 KINDS = {
     "training": make.training,

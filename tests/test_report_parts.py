@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import report_folders as make
 from topd import cli
+from topd.errors import TOPDError
 from topd.report.charts import Chart, Series, curve_table, curves, figure_of, spaced
 from topd.report.page import CHARTS
 from topd.report.paper import write_figures
@@ -28,7 +29,6 @@ from topd.report.svg import SVG, to_svg
 from topd.report.terminal import show
 from topd.report.text import JOINERS, plain, visible
 from topd.report.training import duration, training_facts
-from topd.types import TOPDError
 
 KINDS = {
     "training": make.training,
@@ -275,6 +275,11 @@ def test_help_imports_neither_matplotlib_nor_torch():
         "assert 'report' in out and 'figures' in out and 'show' in out;"
         "assert not {'torch', 'matplotlib', 'jinja2'} & set(sys.modules)"
     )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pages_are_made_without_torch():
+    code = "import sys; import topd.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 
 from conftest import rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
+from topd.errors import DISK, StoppedError, TOPDError
 from topd.runs import checkpoints
-from topd.types import DISK, StoppedError, TOPDError
 
 TIMES = ("seconds", "runtime", "per_second")
 OPTIONS = {

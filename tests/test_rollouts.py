@@ -9,14 +9,11 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import EOS, rows, tiny_tokenizer
-from topd.inputs.prompts import (
-    PromptEncoder,
-    fingerprint,
-    make_rollout,
-    repeated_ngram_share,
-    sampling_seeds,
-)
-from topd.types import Generation, Prompt, TOPDError
+from topd.errors import TOPDError
+from topd.inputs.fingerprints import fingerprint
+from topd.inputs.prompts import PromptEncoder, make_rollout, repeated_ngram_share
+from topd.seeds import sampling_seeds
+from topd.types import Generation, Prompt
 
 ASKED = [{"role": "user", "content": "what is 1 + 2 ?"}]
 TALK = [

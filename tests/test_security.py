@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from conftest import tiny_model, tiny_tokenizer, write_pair
 from topd.commands.recipe import read_recipe
 from topd.commands.train import run_recipe
+from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
-from topd.types import TOPDError
 
 SECRET = "hf_ThisMustNotBeWrittenAnywhere"
 SMALL = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 8}

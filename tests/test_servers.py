@@ -30,13 +30,15 @@ from topd.commands.train import make_trainer, run_recipe
 from topd.engines.hf import HFEngine
 from topd.engines.serve import serving
 from topd.engines.server_checks import check_logprobs, check_servers
-from topd.engines.servers import Request, ServedSpec, Servers
+from topd.engines.servers import Request, Servers
 from topd.engines.vllm import VLLMEngine
+from topd.errors import DISK, UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
+from topd.inputs.served import ServedSpec
 from topd.training.experience import Observer
 from topd.training.learning import importance
 from topd.training.trainer import TOPDTrainer
-from topd.types import DISK, UNREACHABLE, Sampling, StoppedError, TOPDError
+from topd.types import Sampling
 
 PROMPTS = [(1, 5, 9, 11), (1, 7), (3, 3, 8, 20, 21, 40)]
 RESPONSES = [(4, 9, 30, 31, 7), (12,), (8, 8, 50, 2)]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from topd import TOPDConfig, TOPDTrainer
 from topd.commands.detectors import auc, label_rollouts, observer_of, precision_recall, table
 from topd.engines.hf import HFEngine
+from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.methods import METHODS, first_fork
 from topd.testbed import END, FAMILIES, family_of, labels, problems, rows_of, verify, write
@@ -24,7 +25,7 @@ from topd.testbed.logic import solution
 from topd.testbed.models import tokenizer_of
 from topd.testbed.programs import run
 from topd.testbed.world import STUDENT, TEACHER, Author
-from topd.types import Evidence, Guidance, Prompt, Sampling, TOPDError
+from topd.types import Evidence, Guidance, Prompt, Sampling
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 

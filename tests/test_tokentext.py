@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_tokenizer
+from topd.errors import TOPDError
 from topd.runs.tokens import FILE, PART, TokenTexts, TokenWriter
-from topd.types import TOPDError
 
 
 def byte_level() -> PreTrainedTokenizerFast:

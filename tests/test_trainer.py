@@ -27,14 +27,14 @@ from transformers import (
 
 from conftest import EOS, VOCAB, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, transport
-from topd.engines.hf import head_of
-from topd.inputs.prompts import fingerprint
+from topd.errors import TOPDError
+from topd.inputs.fingerprints import fingerprint, model_fingerprint
+from topd.inputs.heads import head_of
 from topd.losses import token_divergence, trajectory_loss
-from topd.runs.folder import model_fingerprint
 from topd.training.experience import Experience, Observer
 from topd.training.learning import Totals, collate, learning_terms
 from topd.training.trainer import GroupSampler
-from topd.types import Rollout, TOPDError
+from topd.types import Rollout
 
 K = 4
 SMALL = {
@@ -223,7 +223,7 @@ def test_updates_between_those_that_look_ahead_are_opd(tmp_path):
 def test_guidance_changes_the_update(tmp_path):
     opd = run(tmp_path / "opd", method="opd")
     topd = run(tmp_path / "topd", method="topd")
-    assert opd.rollouts == topd.inputs.prompts
+    assert opd.rollouts == topd.rollouts
     assert all((topd.gradients[0][n] - g).abs().max() > 1e-3 for n, g in opd.gradients[0].items())
 
 

@@ -17,6 +17,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from topd import transport
+from topd.errors import TOPDError
 from topd.transport import (
     PLAN_DUST,
     TOLERANCE,
@@ -26,7 +27,6 @@ from topd.transport import (
     sparse_plans,
     sparse_soft_targets,
 )
-from topd.types import TOPDError
 
 SHAPES = [(1, 1), (1, 4), (3, 1), (2, 3), (3, 2), (4, 4), (2, 6), (5, 7), (7, 5)]
 shapes = pytest.mark.parametrize(("n", "m"), SHAPES)

@@ -36,11 +36,12 @@ from topd.engines.serve import command
 from topd.engines.server_checks import check_logprobs
 from topd.engines.servers import Servers
 from topd.engines.vllm import VLLMEngine
+from topd.errors import UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
 from topd.losses import linear_token_divergence
-from topd.types import UNREACHABLE, Prompt, Sampling, StoppedError, TOPDError
+from topd.types import Prompt, Sampling
 
 PYTHON = os.environ.get("TOPD_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(

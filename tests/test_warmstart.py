@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
+from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
-from topd.types import TOPDError
 
 SMALL = {
     "max_steps": 1,

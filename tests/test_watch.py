@@ -20,9 +20,9 @@ from conftest import write_pair
 from test_resume import lines, make, records
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands.train import run_recipe
+from topd.errors import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
 from topd.training.stop_rules import Rule, rules
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
-from topd.types import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
 
 # Stop rules
 

@@ -354,7 +354,7 @@ def _serve(
 def _faults() -> Iterator[None]:
     """A fault ends with one message and its exit code: 2 for bad input, else see StoppedError."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # one set of bars, ours
-    from topd.types import TOPDError
+    from topd.errors import TOPDError
 
     try:
         yield

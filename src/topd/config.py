@@ -10,9 +10,10 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from topd.distributed import everywhere
+from topd.errors import TOPDError
 from topd.losses import Kind
 from topd.methods import METHODS, Method, check_options
-from topd.types import Sampling, TOPDError
+from topd.types import Sampling
 
 
 def _field(default: Any, help: str) -> Any:

@@ -12,8 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from topd.types import TOPDError
+from topd.errors import TOPDError
+
+WRAPPER = "_checkpoint_wrapped_module."  # of activation checkpointing, inside a parameter's name
 
 T = TypeVar("T")
 
@@ -69,3 +73,9 @@ def agreed(
 
 def _several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, detached. A collective where it is sharded."""
+    detached = parameter.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from topd.types import TOPDError
+from topd.errors import TOPDError
 
 
 def select_candidates(

@@ -23,16 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from topd.divergence import select_candidates
+from topd.errors import TOPDError
 from topd.transport import sparse_soft_targets
-from topd.types import (
-    Branch,
-    BranchLoss,
-    Evidence,
-    Guidance,
-    SoftTarget,
-    TokenStatistics,
-    TOPDError,
-)
+from topd.types import Branch, BranchLoss, Evidence, Guidance, SoftTarget, TokenStatistics
 
 
 def opd(evidence: Evidence) -> tuple[Guidance, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from topd.types import TOPDError
+from topd.errors import TOPDError
 
 RESAMPLES = 10_000
 AT_ONCE = 1 << 22  # indices drawn at a time: 32 MiB

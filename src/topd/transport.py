@@ -19,7 +19,8 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from topd.types import Ids, TOPDError, Transport, wide_dtype
+from topd.errors import TOPDError
+from topd.types import Ids, Transport, wide_dtype
 
 Solver = Literal["exact", "sinkhorn"]
 

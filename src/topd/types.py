@@ -30,33 +30,6 @@ from torch import Tensor
 Ids = tuple[int, ...]
 
 
-class TOPDError(ValueError):
-    """Bad input, with its place and its remedy. Derives from ValueError.
-
-    ``exit_code`` is what a command ends with.
-    """
-
-    exit_code = 2
-
-
-NONFINITE, COLLAPSED, DISK, UNREACHABLE, TERMINATED = 3, 4, 5, 6, 75
-
-
-class StoppedError(TOPDError):
-    """A run that had to stop before its end, with the reason and how to go on.
-
-    The exit code is 3 for a loss or gradient that is not finite, 4 for a stop rule, 5 for a disk
-    that takes no more, 6 for servers that do not answer, 75 for SIGTERM.
-    """
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-    def __reduce__(self) -> tuple[type[StoppedError], tuple[str, int]]:
-        return StoppedError, (str(self), self.exit_code)  # to another process
-
-
 @dataclass(frozen=True)
 class Prompt:
     """One prompt as token ids, once for each reader.

@@ -27,22 +27,19 @@ from transformers.utils import logging
 from topd.commands.recipe import Recipe
 from topd.commands.train import make_trainer
 from topd.config import TOPDConfig
+from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
+from topd.inputs.fingerprints import fingerprint, model_fingerprint, trained_digest
 from topd.inputs.models import ModelSpec
-from topd.inputs.prompts import fingerprint, sampling_seeds
 from topd.inputs.rows import DataSpec
 from topd.runs import checkpoints
-from topd.runs.folder import (
-    RECORDS,
-    guidance_record,
-    model_fingerprint,
-    rollout_record,
-    trained_digest,
-)
-from topd.runs.ledger import CHAIN, HEAD, Entry, check_chain, digest, file_digest, surviving
+from topd.runs.files import digest, file_digest
+from topd.runs.folder import RECORDS, guidance_record, rollout_record
+from topd.runs.ledger import CHAIN, HEAD, Entry, check_chain, surviving
 from topd.runs.verified import read_entries, read_head, read_lines, read_manifest, read_records
+from topd.seeds import sampling_seeds
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
-from topd.types import COLLAPSED, NONFINITE, Prompt, Rollout, StoppedError, TOPDError
+from topd.types import Prompt, Rollout
 
 TIMES = ("seconds/", "tokens_per_second", "train_", "total_flos", "eval/", "eval_", "epoch")
 ALONE: dict[str, Any] = {  # a repetition writes nothing but records

@@ -30,13 +30,13 @@ from transformers.utils import logging
 from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
 from topd.commands.train import make_evaluator, make_trainer, run_recipe
 from topd.engines.hf import HFEngine
+from topd.errors import TOPDError
 from topd.evaluate import Evaluation, two_way_bootstrap
 from topd.inputs.models import eos_ids
-from topd.runs.checkpoints import begin_anew, read_lines, trim
+from topd.runs.checkpoints import begin_anew
+from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder
-from topd.runs.ledger import read_whole
 from topd.statistics import t_reach
-from topd.types import TOPDError
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
 SCORES = ("greedy", "pass@1")

@@ -19,8 +19,8 @@ from topd.config import TOPDConfig
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
 from topd.evaluate import Interval
-from topd.inputs.prompts import sampling_seeds
 from topd.methods import teachability_of
+from topd.seeds import sampling_seeds
 from topd.testbed.world import Family, labels
 from topd.training.experience import Observer, pair_windows, surprises
 from topd.types import Evidence, Generation, Prompt, Rollout, TokenStatistics

@@ -20,14 +20,15 @@ from rich.table import Table
 from transformers.utils import logging
 
 from topd.engines import Tick
-from topd.engines.hf import HFEngine, check_head
+from topd.engines.hf import HFEngine
+from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.evaluate.spec import EvaluationSpec
+from topd.inputs.fingerprints import fingerprint
+from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
-from topd.inputs.prompts import fingerprint
 from topd.runs.folder import Ledger, manifest
 from topd.statistics import Interval
-from topd.types import TOPDError
 
 RESULT, RESPONSES = "evaluation.json", "responses.jsonl"
 

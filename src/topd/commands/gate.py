@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from topd.commands.evaluate import measure
 from topd.commands.recipe import parse_spec, read_mapping
+from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Evaluator, Interval, Response, paired_bootstrap
 from topd.evaluate.evaluation import by_problem
 from topd.evaluate.spec import EvaluationSpec
@@ -37,7 +38,6 @@ from topd.inputs.prompts import repeated_ngram_share
 from topd.inputs.rows import DataSpec
 from topd.runs.folder import Ledger
 from topd.runs.model_card import replace_section
-from topd.types import TOPDError
 
 RESULT, HEADING = "gate.json", "Release gate"
 Verdict = Literal["worse", "within", "open"]

@@ -42,17 +42,16 @@ from topd.commands.session import (
 )
 from topd.config import _field
 from topd.engines import Scores
-from topd.inputs.prompts import sampling_seeds
+from topd.errors import TOPDError
 from topd.losses import TokenTerms, linear_token_terms
-from topd.runs.checkpoints import trim
+from topd.runs.files import trim
 from topd.runs.folder import Ledger, rollout_record
 from topd.runs.tokens import FILE as TOKENS
+from topd.seeds import Stream, sampling_seeds
 from topd.training.experience import pair_windows
 from topd.training.progress import Phases
 from topd.transport import sparse_plans
-from topd.types import Rollout, TOPDError, Transport, Windows
-
-POSITION_STREAM = 1 << 22  # seeds that no rollout, window or answer uses
+from topd.types import Rollout, Transport, Windows
 
 
 @dataclass
@@ -220,7 +219,7 @@ def choose(
         be among them. low: drawn from the share of tokens with the least |loss|, candidates
         excepted. Fewer where the rollout is too short.
     """
-    generator = np.random.default_rng((args.seed, POSITION_STREAM, number))
+    generator = np.random.default_rng((args.seed, Stream.PROBE_POSITIONS, number))
     count = args.group_size or len(high)
     quietest = loss.abs().argsort(stable=True)[: math.ceil(args.low_share * len(loss))].tolist()
     found = {"high": list(high)}

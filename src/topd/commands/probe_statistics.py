@@ -24,8 +24,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from topd.commands.session import ROLLOUTS, AnalysisConfig
-from topd.runs.checkpoints import read_lines
-from topd.types import TOPDError
+from topd.errors import TOPDError
+from topd.runs.files import read_lines
 
 POSITIONS = "positions.jsonl"
 METRICS = "metrics.jsonl"

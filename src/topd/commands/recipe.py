@@ -21,11 +21,11 @@ from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from topd.config import TOPDConfig
+from topd.errors import TOPDError
 from topd.evaluate.spec import TrainingEvaluation
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
 from topd.training.warmstart import WarmstartConfig
-from topd.types import TOPDError
 
 PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora", "compare")
 Spec = TypeVar("Spec", bound=BaseModel)

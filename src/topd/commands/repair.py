@@ -46,16 +46,16 @@ from topd.commands.session import (
 )
 from topd.config import _field
 from topd.divergence import real_divergent_points
-from topd.inputs.prompts import sampling_seeds
-from topd.runs.checkpoints import read_lines, trim
+from topd.errors import TOPDError
+from topd.runs.files import read_lines, trim
 from topd.runs.folder import Ledger, rollout_record
 from topd.runs.tokens import FILE as TOKENS
+from topd.seeds import Stream, sampling_seeds
 from topd.training.experience import pair_windows
 from topd.training.progress import Phases
-from topd.types import Generation, Head, Ids, Prompt, Rollout, Sampling, TOPDError
+from topd.types import Generation, Head, Ids, Prompt, Rollout, Sampling
 
 SAMPLES = "samples.jsonl"
-SAMPLE_STREAM = 1 << 23  # seeds that nothing else uses
 ROLLOUTS_A_SAMPLE = 50  # give up when so many rollouts a sample have been looked at
 PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}
 
@@ -383,7 +383,7 @@ def _one_a_rollout(
         if verdict:
             places.setdefault(row, []).append(k)
     for row, some in places.items():
-        generator = np.random.default_rng((seed, SAMPLE_STREAM, number + row))
+        generator = np.random.default_rng((seed, Stream.REPAIR_RESAMPLES, number + row))
         yield row, some[int(generator.integers(len(some)))]
 
 

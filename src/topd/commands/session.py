@@ -25,19 +25,20 @@ from transformers.utils import logging
 from topd.commands.recipe import Recipe, parse_overrides, read_recipe
 from topd.config import TOPDConfig, _field
 from topd.engines.factory import open_engines
-from topd.engines.hf import check_head
 from topd.engines.server_checks import check_servers
+from topd.errors import TOPDError
+from topd.inputs.fingerprints import fingerprint
+from topd.inputs.heads import check_head
 from topd.inputs.models import check_context, load_pair, tokenizers_of
-from topd.inputs.prompts import PromptEncoder, fingerprint
-from topd.runs.checkpoints import read_lines, trim
+from topd.inputs.prompts import PromptEncoder
+from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder, manifest
-from topd.runs.ledger import read_whole
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenWriter
 from topd.training.experience import Observer
 from topd.training.progress import Phases
 from topd.training.trainer import GroupSampler
-from topd.types import Prompt, TOPDError
+from topd.types import Prompt
 
 ROLLOUTS = "rollouts.jsonl"
 # of transformers' arguments, those that an analysis depends on

@@ -16,13 +16,13 @@ from transformers.utils import logging
 from topd.commands.recipe import Recipe, parse_overrides, read_recipe
 from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere, rank
+from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
 from topd.runs import checkpoints
 from topd.runs.folder import check_run_folder
 from topd.training.progress import Phases
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartTrainer
-from topd.types import TOPDError
 
 
 def run_recipe(

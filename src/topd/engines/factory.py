@@ -8,12 +8,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from topd.engines.hf import HFEngine, head_of
+from topd.engines.hf import HFEngine
 from topd.engines.server_checks import check_logprobs, check_whole, probe_of
 from topd.engines.vllm import VLLMEngine
 from topd.engines.weight_sync import ServedStudent
+from topd.errors import TOPDError
+from topd.inputs.heads import head_of
 from topd.inputs.models import ModelSpec, eos_ids
-from topd.types import TOPDError
 
 
 def open_engines(

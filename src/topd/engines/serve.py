@@ -18,7 +18,7 @@ from typing import Literal
 
 import requests
 
-from topd.types import TOPDError
+from topd.errors import TOPDError
 
 Kind = Literal["completions", "pooling", "rollouts"]
 MODULE = "vllm.entrypoints.openai.api_server"  # not the vllm command, which CPU builds lack

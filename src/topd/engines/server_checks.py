@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Servers
 from topd.engines.vllm import Completions, VLLMEngine
+from topd.errors import TOPDError
 from topd.inputs.models import PROBE, ModelSpec
 from topd.losses import linear_logprobs
-from topd.types import Ids, Sampling, TOPDError
+from topd.types import Ids, Sampling
 
 PROBED = Sampling(temperature=0.5, max_new_tokens=8)  # no log-prob may depend on its temperature
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import requests
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from requests.adapters import HTTPAdapter
 from transformers.utils import logging
 from urllib3.util import Retry
 
-from topd.types import UNREACHABLE, StoppedError, TOPDError
+from topd.errors import UNREACHABLE, StoppedError, TOPDError
+from topd.inputs.served import ServedSpec
 
 logger = logging.get_logger(__name__)
 
@@ -26,78 +24,6 @@ CONNECT = 10.0  # seconds
 OTHER = "Give the URL of a vLLM server, started as topd serve-teacher does."
 KEY = "Put its API key into an environment variable and name that in served.api_key_env."
 REMEDIES = {401: KEY, 403: KEY}
-
-
-class ServedSpec(BaseModel):
-    """vLLM servers of a model, as ``topd serve-teacher`` starts them.
-
-    ``completions`` are the URLs of servers that write and tell log-probs, ``pooling`` of those that
-    give last hidden states; several of a kind share the load. ``model`` is the name to ask for,
-    where it is not that of the recipe's path. A student's servers take its weights from the folder
-    ``weights``, which they share with the training. ``api_key_env`` names the environment variable
-    with the API key. A request may take ``timeout`` seconds and is tried ``retries`` times more
-    where a server is busy or away; ``concurrency`` of them are under way at once. Log-probs of a
-    probe may differ by ``tolerance`` nats a token, in the mean; with ``check_whole`` they are also
-    compared with those of the whole model, which is read once for that.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    completions: tuple[str, ...]
-    pooling: tuple[str, ...] = ()
-    model: str | None = None
-    weights: str | None = None
-    api_key_env: str | None = None
-    timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
-    retries: int = Field(default=3, ge=0)
-    concurrency: int = Field(default=64, ge=1)
-    tolerance: float = Field(default=0.1, gt=0, allow_inf_nan=False)
-    check_whole: bool = False
-
-    @field_validator("completions", "pooling", mode="before")
-    @classmethod
-    def _several(cls, urls: Any) -> Any:
-        """A single URL stands for a list of it."""
-        return (urls,) if isinstance(urls, str) else urls
-
-    @field_validator("completions", "pooling")
-    @classmethod
-    def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            _check_url(url)
-        return tuple(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
-
-    @field_validator("completions")
-    @classmethod
-    def _some(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        if not urls:
-            raise ValueError("no server. Give its URL, e.g. http://127.0.0.1:8000")
-        return urls
-
-    @property
-    def api_key(self) -> str | None:
-        """The API key. Raises TOPDError if the environment does not have it."""
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise TOPDError(
-                f"served.api_key_env: the environment variable {self.api_key_env} is not set. "
-                "Put the servers' API key there."
-            )
-        return key
-
-
-def _check_url(url: str) -> None:
-    if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a secret
-        raise ValueError("only http://HOST:PORT/PATH is wanted. A key belongs into api_key_env")
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
-        good = False
-    if not good:
-        raise ValueError(f"{url!r} is no URL of a server. Write http://HOST:PORT")
 
 
 class Request(NamedTuple):

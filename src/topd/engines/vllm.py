@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.hf import HFEngine, check_seeds
-from topd.engines.servers import Request, ServedSpec, Servers
-from topd.types import Effort, Generation, Ids, Sampling, TOPDError
+from topd.engines.servers import Request, Servers
+from topd.errors import TOPDError
+from topd.inputs.served import ServedSpec
+from topd.types import Effort, Generation, Ids, Sampling
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
 WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}

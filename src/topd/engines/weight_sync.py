@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from topd.engines import Tick, no_tick
 from topd.engines.hf import HFEngine, check_seeds
 from topd.engines.server_checks import agree
-from topd.engines.servers import ServedSpec, Servers
+from topd.engines.servers import Servers
 from topd.engines.vllm import Completions
-from topd.runs.folder import trained_digest
-from topd.types import DISK, Generation, Ids, Sampling, StoppedError
+from topd.errors import DISK, StoppedError
+from topd.inputs.fingerprints import trained_digest
+from topd.inputs.served import ServedSpec
+from topd.types import Generation, Ids, Sampling
 
 
 class ServedStudent(HFEngine):

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, TypeAlias
 
+from topd.errors import TOPDError
 from topd.evaluate.judge import Judge
-from topd.types import TOPDError
 
 Verify: TypeAlias = Callable[[str, Mapping[str, Any]], bool]
 

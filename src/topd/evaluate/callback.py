@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from topd.engines.hf import HFEngine
+from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.inputs.models import eos_ids
-from topd.types import TOPDError
 
 TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")
 

@@ -14,12 +14,11 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from topd.engines import Engine, Tick, no_tick
+from topd.errors import TOPDError
 from topd.evaluate.answers import Verify
-from topd.inputs.prompts import sampling_seeds
+from topd.seeds import Stream, sampling_seeds
 from topd.statistics import Interval, bootstrap, pass_at_k, share
-from topd.types import Generation, Ids, Prompt, Sampling, TOPDError
-
-SAMPLE_STREAM = 1 << 22  # seeds that no rollout, window or warm-start answer uses
+from topd.types import Generation, Ids, Prompt, Sampling
 
 Decode: TypeAlias = Callable[[Ids], str]
 
@@ -244,7 +243,7 @@ def _verified(
 
 def _seeds(seed: int, batch: Sequence[tuple[Prompt, int | None]]) -> list[int]:
     return [
-        sampling_seeds(seed, SAMPLE_STREAM + (sample or 0), 1, first=prompt.index)[0]
+        sampling_seeds(seed, Stream.EVALUATION_SAMPLES + (sample or 0), 1, first=prompt.index)[0]
         for prompt, sample in batch
     ]
 

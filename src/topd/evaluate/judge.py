@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from topd.errors import TOPDError
 from topd.evaluate import equality
-from topd.types import TOPDError
 
 logger = logging.get_logger(__name__)
 

@@ -8,12 +8,13 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from topd.errors import TOPDError
 from topd.evaluate.answers import AnswerVerifier
 from topd.evaluate.evaluation import Evaluator
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
 from topd.testbed import SCHEME, verify
-from topd.types import Prompt, Sampling, TOPDError
+from topd.types import Prompt, Sampling
 
 FORMATS = (
     ("prompt", "answer"),

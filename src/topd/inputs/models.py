@@ -21,9 +21,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from topd.engines.servers import ServedSpec
+from topd.errors import TOPDError
+from topd.inputs.served import ServedSpec
 from topd.testbed import SCHEME, weights_of
-from topd.types import TOPDError
 
 PACKAGE = "package://"
 PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"

@@ -6,19 +6,17 @@ of the row. The response is the same token ids for both; only the prefixes diffe
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from topd.types import Generation, Ids, Prompt, Rollout, TOPDError
+from topd.errors import TOPDError
+from topd.types import Generation, Ids, Prompt, Rollout
 
 logger = logging.get_logger(__name__)
 
@@ -159,17 +157,6 @@ def make_rollout(prompt: Prompt, written: Generation) -> Rollout:
     return Rollout(prompt, written.tokens, written.logprobs, written.finished)
 
 
-def sampling_seeds(seed: int, step: int, count: int, *, first: int = 0) -> list[int]:
-    """Independent seeds for ``count`` rollouts of one update, numbered from ``first`` on.
-
-    They depend on nothing else: any split into batches gives the same rollouts.
-    """
-    return [
-        int(np.random.SeedSequence((seed, step, first + i)).generate_state(1, np.uint32)[0])
-        for i in range(count)
-    ]
-
-
 def repeated_ngram_share(response: Sequence[int], n: int = 4) -> float:
     """Share of a response's n-grams that occurred before in it; 0 for a short response.
 
@@ -178,15 +165,6 @@ def repeated_ngram_share(response: Sequence[int], n: int = 4) -> float:
     """
     grams = list(zip(*(response[i:] for i in range(n)), strict=False))
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
-
-
-def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 over the token ids of all prompts, in order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        record = [prompt.student, prompt.teacher, prompt.response]
-        digest.update(json.dumps(record).encode())
-    return digest.hexdigest()
 
 
 def _said(error: Exception) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from topd.errors import TOPDError
 from topd.testbed import SCHEME, rows_of
-from topd.types import TOPDError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import Linear
 
+from topd.errors import TOPDError
 from topd.losses.chunked import Kind, Task, TokenTerms, Upstream, head_terms
-from topd.types import Head, TOPDError
+from topd.types import Head
 
 __all__ = [
     "Kind",

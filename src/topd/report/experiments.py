@@ -15,7 +15,7 @@ from topd.report.charts import Chart, Series, curve_table, curves, group_table, 
 from topd.report.folder import CurvePoint, ResultRecord, SampleRecord, read_records
 from topd.report.svg import FAINT, INK, PALETTE, REAL, hint
 from topd.report.text import plain
-from topd.runs.ledger import read_whole
+from topd.runs.files import read_whole
 
 SCORES = {"greedy": "greedy accuracy", "pass@1": "pass@1"}
 

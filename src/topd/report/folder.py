@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from topd.types import TOPDError
+from topd.errors import TOPDError
 
 Kind = Literal["training", "probe", "repair", "compare"]
 MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # which files make which kind, first hit

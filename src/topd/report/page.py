@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
+from topd.errors import TOPDError
 from topd.report.charts import Chart, Fact, figure_of
 from topd.report.experiments import compare_charts, repair_charts
 from topd.report.folder import Kind, kind_of
@@ -29,9 +30,8 @@ from topd.report.svg import to_svg
 from topd.report.text import plain, visible
 from topd.report.training import training_charts, training_facts
 from topd.report.viewer import RolloutView, entry, view
-from topd.runs.ledger import read_whole
+from topd.runs.files import read_whole
 from topd.runs.tokens import TokenTexts
-from topd.types import TOPDError
 
 HERE = Path(__file__).parent
 SCRIPTS = ("dom.js", "store.js", "rollout.js", "threads.js", "fork.js", "list.js", "main.js")

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 
+from topd.errors import TOPDError
 from topd.report.charts import figure_of
 from topd.report.folder import kind_of
 from topd.report.page import CHARTS
-from topd.types import TOPDError
 
 Format = Literal["svg", "png", "pdf"]
 FONTS: dict[Any, Any] = {

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from topd.errors import TOPDError
 from topd.report.folder import (
     ForkRecord,
     GuidanceRecord,
@@ -16,7 +17,6 @@ from topd.report.folder import (
     kind_of,
     read_records,
 )
-from topd.types import TOPDError
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from topd.errors import TOPDError
 from topd.report.folder import kind_of
 from topd.report.rollouts import read_rollout
 from topd.report.text import visible
 from topd.report.viewer import ForkView, RolloutView, view
 from topd.runs.tokens import TokenTexts
-from topd.types import TOPDError
 
 SIGNS = {"real": "◆", "alarm": "○", "quiet": "·"}
 NAMES = {"real": "real divergent point", "alarm": "false alarm", "quiet": "no verdict"}

@@ -25,8 +25,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from topd.runs.ledger import CHAIN, HEAD, file_digest
-from topd.types import DISK, StoppedError, TOPDError
+from topd.errors import DISK, StoppedError, TOPDError
+from topd.runs.files import file_digest, sync
+from topd.runs.ledger import CHAIN, HEAD
 
 logger = logging.get_logger(__name__)
 
@@ -278,29 +279,6 @@ def _stored(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> int:
-    """Cut a JSONL file before its first line that is half-written or not to be kept.
-
-    Reads a line at a time. Returns the number of lines left; 0 if there is no file.
-    """
-    if not path.exists():
-        return 0
-    kept = end = 0
-    with open(path, "r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n") or not keep(json.loads(line)):
-                break
-            kept, end = kept + 1, end + len(line)
-        file.truncate(end)
-    return kept
-
-
-def read_lines(path: Path) -> Iterator[Any]:
-    """The records of a JSONL file, one at a time."""
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
 def begin_anew(run: Path) -> None:
     """Remove the records and checkpoints of a run that did not finish.
 
@@ -310,15 +288,6 @@ def begin_anew(run: Path) -> None:
         if path.name != "answers.jsonl":
             path.unlink()
     _discard(run, _numbered(run))
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder reach the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def examined(checkpoint: Path) -> Seal | str:

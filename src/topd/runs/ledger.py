@@ -14,14 +14,13 @@ that a chain whose end was cut off is found too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from topd.types import TOPDError
+from topd.runs.files import digest, write_whole
 
 CHAIN, HEAD = "ledger.jsonl", "head.json"
 START = "0" * 64  # what the first entry follows
@@ -67,44 +66,6 @@ def entry_hash(entry: Mapping[str, Any]) -> str:
     """
     content = {key: value for key, value in entry.items() if key != "hash"}
     return digest(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
-
-
-def digest(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_whole(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json_text(record))
-    partial.replace(path)
-
-
-def read_whole(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a run folder; empty if there is none. Raises TOPDError if broken."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes().decode())
-    except ValueError as error:
-        raise TOPDError(
-            f"{path}: not valid JSON ({error}). Bring it back, or begin anew in another folder."
-        ) from error
-    if not isinstance(content, dict):
-        raise TOPDError(f"{path}: must hold one JSON object.")
-    return content
-
-
-def json_text(record: Mapping[str, Any]) -> str:
-    """How a JSON file of the run folder is written."""
-    return json.dumps(record, indent=2, default=str) + "\n"
 
 
 def check_chain(entries: Iterable[Mapping[str, Any]], head: Mapping[str, Any]) -> Iterator[str]:

@@ -11,9 +11,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from topd.types import Ids, TOPDError
+from topd.errors import TOPDError
+
+if TYPE_CHECKING:
+    from topd.types import Ids
 
 FILE = "tokens.jsonl"
 BROKEN = "\N{REPLACEMENT CHARACTER}"

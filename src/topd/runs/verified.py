@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from topd.runs.ledger import CHAIN, HEAD, Entry, json_text
-from topd.types import TOPDError
+from topd.errors import TOPDError
+from topd.runs.files import json_text
+from topd.runs.ledger import CHAIN, HEAD, Entry
 
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[list[Id], Field(min_length=1)]

@@ -12,11 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from topd.errors import TOPDError
 from topd.testbed.arithmetic import Arithmetic
 from topd.testbed.logic import Logic
 from topd.testbed.programs import Programs
 from topd.testbed.world import END, REFERENCE, Family, labels, write
-from topd.types import TOPDError
 
 __all__ = ["END", "FAMILIES", "SCHEME", "Family", "family_of", "labels", "problems", "write"]
 

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from topd.errors import TOPDError
 from topd.testbed.world import Author, State, Step, write
-from topd.types import TOPDError
 
 TRY, SAYS, SO = ("try", "suppose", "let"), ("says", "claims", "states"), ("so", "thus", "hence")
 LONGEST = 90

@@ -21,9 +21,11 @@ from topd.divergence import (
     thin_candidates,
 )
 from topd.engines import Engine, Scores, Tick
-from topd.inputs.prompts import make_rollout, sampling_seeds
+from topd.errors import TOPDError
+from topd.inputs.prompts import make_rollout
 from topd.losses import linear_token_statistics
 from topd.methods import Method
+from topd.seeds import Stream, sampling_seeds
 from topd.training.progress import Phases
 from topd.types import (
     Effort,
@@ -34,13 +36,9 @@ from topd.types import (
     Prompt,
     Rollout,
     TokenStatistics,
-    TOPDError,
     Transport,
     Windows,
 )
-
-WINDOW_STREAM = 1 << 20  # windows draw from seeds that no rollout uses
-RELAY_STREAM = 1 << 19  # and so does what the student writes behind them
 
 
 @dataclass(frozen=True)
@@ -326,7 +324,7 @@ class Observer:
             for row, k in asked
         ]
         own = [
-            sampling_seeds(seeds[row], RELAY_STREAM, 1, first=branches[row][k].start)[0]
+            sampling_seeds(seeds[row], Stream.RELAY, 1, first=branches[row][k].start)[0]
             for row, k in asked
         ]
         with self.phases.phase("windows", limit) as tick:
@@ -362,7 +360,7 @@ class Observer:
         if not starts:
             return []
         window_seeds = [
-            sampling_seeds(seeds[row], WINDOW_STREAM, 1, first=t)[0] for row, t in starts
+            sampling_seeds(seeds[row], Stream.WINDOWS, 1, first=t)[0] for row, t in starts
         ]
         with self.phases.phase("windows", self.args.window_length) as tick:
             return self.teacher.continue_from(

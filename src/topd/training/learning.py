@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from topd.config import TOPDConfig
-from topd.engines.hf import head_of
+from topd.inputs.heads import head_of
 from topd.losses import Kind, TokenTerms, Upstream, linear_token_terms, soft_target_kl
 from topd.training.experience import Experience
 from topd.types import BranchLoss, Guidance, Head, Rollout

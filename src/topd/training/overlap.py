@@ -7,10 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from topd.config import TOPDConfig
 from topd.engines.weight_sync import ServedStudent
+from topd.errors import TOPDError
 from topd.inputs.models import ModelSource, ModelSpec
 from topd.training.experience import Experience, Observer
 from topd.training.progress import Phases
-from topd.types import Prompt, TOPDError
+from topd.types import Prompt
 
 
 class Ahead:

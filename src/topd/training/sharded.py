@@ -15,19 +15,11 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import PreTrainedModel
 
-from topd.types import TOPDError
-
-WRAPPER = "_checkpoint_wrapped_module."  # of activation checkpointing, inside a parameter's name
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """All of a parameter, detached. A collective where it is sharded."""
-    detached = parameter.detach()
-    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+from topd.distributed import WRAPPER, whole
+from topd.errors import TOPDError
 
 
 class WholeCopy:

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from topd import distributed as ranks
 from topd.config import TOPDConfig
-from topd.training.sharded import whole
-from topd.types import COLLAPSED, NONFINITE, TERMINATED, StoppedError
+from topd.distributed import whole
+from topd.errors import COLLAPSED, NONFINITE, TERMINATED, StoppedError
 
 if TYPE_CHECKING:
     from topd.training.learning import LearningBatch

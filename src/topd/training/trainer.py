@@ -30,11 +30,13 @@ from transformers.utils import logging
 from topd.config import TOPDConfig
 from topd.distributed import everywhere, on_first
 from topd.engines.factory import open_engines
-from topd.engines.hf import check_head, head_of
 from topd.engines.server_checks import check_servers
 from topd.engines.weight_sync import ServedStudent
+from topd.errors import StoppedError, TOPDError
+from topd.inputs.fingerprints import fingerprint, trained_digest
+from topd.inputs.heads import check_head, head_of
 from topd.inputs.models import ModelSource, check_context, load_pair, tokenizers_of
-from topd.inputs.prompts import PromptEncoder, fingerprint
+from topd.inputs.prompts import PromptEncoder
 from topd.losses import TokenTerms
 from topd.runs import checkpoints
 from topd.runs.folder import (
@@ -43,12 +45,12 @@ from topd.runs.folder import (
     guidance_record,
     manifest,
     rollout_record,
-    trained_digest,
     weights_in,
 )
 from topd.runs.model_card import write_model_card
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenTexts, TokenWriter
+from topd.seeds import Stream
 from topd.training.experience import Experience, Observer
 from topd.training.learning import (
     LearningBatch,
@@ -66,11 +68,9 @@ from topd.training.overlap import Ahead, check_overlap
 from topd.training.progress import Phases
 from topd.training.sharded import WholeCopy, check_launch, fsdp_plugin
 from topd.training.stop_rules import Watch
-from topd.types import Ids, Prompt, StoppedError, TOPDError
+from topd.types import Ids, Prompt
 
 logger = logging.get_logger(__name__)
-
-EVALUATION_STREAM = (1 << 31) - 1  # an update that is never reached
 
 Rows: TypeAlias = datasets.Dataset | Sequence[dict[str, Any]]
 
@@ -348,7 +348,7 @@ class TOPDTrainer(Trainer):
         numbers = [prompt.index for prompt in inputs]
         with self._synced():
             experience = self.evaluator.observe(
-                inputs, step=EVALUATION_STREAM, numbers=numbers, look_ahead=False
+                inputs, step=Stream.EVALUATION_ROLLOUTS, numbers=numbers, look_ahead=False
             )
         rows, device = range(len(inputs)), self.accelerator.device
         batch = collate(experience, rows, Totals(1, 0), device)

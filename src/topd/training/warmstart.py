@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.config import TOPDConfig, _field
-from topd.inputs.prompts import fingerprint, sampling_seeds
-from topd.runs.checkpoints import read_lines, trim
-from topd.runs.folder import check_run_folder, model_fingerprint
+from topd.errors import TOPDError
+from topd.inputs.fingerprints import fingerprint, model_fingerprint
+from topd.runs.files import read_lines, trim
+from topd.runs.folder import check_run_folder
+from topd.seeds import Stream, sampling_seeds
 from topd.training.trainer import Rows, TOPDTrainer
-from topd.types import Prompt, TOPDError
-
-ANSWER_STREAM = 1 << 21  # seeds that no rollout and no window uses
+from topd.types import Prompt
 
 
 @dataclass
@@ -131,7 +131,7 @@ class WarmstartTrainer(TOPDTrainer):
 
     def _answer(self, prompts: Sequence[Prompt], first: int) -> list[list[int]]:
         """Token ids of the teacher's answers; empty for one that did not end."""
-        seeds = sampling_seeds(self.args.seed, ANSWER_STREAM, len(prompts), first=first)
+        seeds = sampling_seeds(self.args.seed, Stream.ANSWERS, len(prompts), first=first)
         with self.phases.phase("answers", self.args.max_completion_length) as tick:
             written = self.observer.teacher.generate(
                 [prompt.teacher for prompt in prompts], self.args.sampling, seeds, tick=tick

@@ -9,9 +9,9 @@ from typing import Any
 
 import datasets
 
+from topd.errors import TOPDError
 from topd.evaluate.answers import AnswerVerifier
 from topd.evaluate.spec import EvaluationSpec
-from topd.types import TOPDError
 
 
 def load(*, file: str, data_dir: str | None = None, **_: object) -> dict[str, datasets.Dataset]:

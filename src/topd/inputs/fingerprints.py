@@ -1,0 +1,74 @@
+"""Which weights and which prompts: SHA-256 of models and data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from topd.distributed import WRAPPER, whole
+from topd.types import Prompt
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """SHA-256 over the token ids of all prompts, in order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        record = [prompt.student, prompt.teacher, prompt.response]
+        digest.update(json.dumps(record).encode())
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    """Name, size and a SHA-256 over every parameter's name, shape, type and values.
+
+    Of a model with an adapter, those of the model below it.
+    """
+    tensors = _base_weights(model)
+    config = getattr(model, "config", None)
+    return {
+        "name": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "class": type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
+        "values": sum(tensor.numel() for tensor in tensors.values()),
+        "sha256": _tensor_digest(tensors),
+    }
+
+
+def trained_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over 64 spaced values of every trainable parameter: one update changes it.
+
+    A collective where the model is sharded; the digest is that of the whole model.
+    """
+    return _tensor_digest(
+        {
+            name.replace(WRAPPER, ""): whole(parameter).flatten()[
+                :: max(1, parameter.numel() // 64)
+            ]
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        }
+    )
+
+
+def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    weights = model.state_dict()
+    if not isinstance(model, PeftModel):
+        return weights
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
+        for name, tensor in weights.items()
+        if ".lora_" not in name
+    }
+
+
+def _tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,55 @@
+"""The output head of a causal language model, held against the model itself."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from topd.errors import TOPDError
+from topd.types import Head
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The output head of a causal language model, with its scale and soft-cap.
+
+    Raises TOPDError for a model without an output head.
+    """
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise TOPDError(f"{type(model).__name__} has no output head. Use a causal language model.")
+    config = model.config.get_text_config()
+    return Head(
+        linear.weight,
+        getattr(linear, "bias", None),
+        scale=_logit_scale(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def check_head(name: str, model: PreTrainedModel) -> None:
+    """Make sure that ``head_of`` gives the model's own logits. Raises TOPDError if not."""
+    ids = torch.arange(4, device=model.device)[None]
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, use_cache=False).logits.float()
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(training)
+    gap = (head_of(model).logits(states) - expected).abs().max().item()
+    if gap > 1e-2 * expected.abs().max().item():  # a NaN is for score to report
+        raise TOPDError(
+            f"{name}: logits computed from {type(model).__name__}'s hidden states differ from its "
+            f"own by up to {gap:.3g}. It treats logits in a way that TOPD does not know."
+        )
+
+
+def _logit_scale(config: object) -> float:
+    """The factor that a model puts on its logits, under the names that transformers uses."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return float(scaling if getattr(config, "model_type", "") == "hyperclovax" else 1 / scaling)

@@ -1,0 +1,39 @@
+"""Where random numbers come from: one stream a purpose, so that none are drawn twice.
+
+Everything random in a run comes from ``(seed, stream, number)``. A rollout's stream is the number
+of its update, so those of all other purposes are above any update that is reached.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, unique
+
+import numpy as np
+
+
+@unique
+class Stream(IntEnum):
+    """The streams besides the updates' own.
+
+    ``EVALUATION_SAMPLES`` is the first of as many streams as a problem has samples, so it is the
+    highest but for the one of an update that is never reached.
+    """
+
+    RELAY = 1 << 19  # what the student writes after a window
+    WINDOWS = 1 << 20  # the teacher's windows
+    ANSWERS = 1 << 21  # the teacher's answers for a warm start
+    EVALUATION_SAMPLES = 1 << 22
+    REPAIR_RESAMPLES = 1 << 23
+    PROBE_POSITIONS = 1 << 24
+    EVALUATION_ROLLOUTS = (1 << 31) - 1
+
+
+def sampling_seeds(seed: int, step: int, count: int, *, first: int = 0) -> list[int]:
+    """Independent seeds for ``count`` rollouts of one update, numbered from ``first`` on.
+
+    They depend on nothing else: any split into batches gives the same rollouts.
+    """
+    return [
+        int(np.random.SeedSequence((seed, step, first + i)).generate_state(1, np.uint32)[0])
+        for i in range(count)
+    ]
