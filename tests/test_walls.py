@@ -10,8 +10,10 @@ import pytest
 import topd
 
 ROOT = Path(topd.__file__).parent
-SHELF = ("errors types seeds distributed statistics divergence detectors transport losses methods "
-         "config").split()  # fmt: skip
+SHELF = [
+    "errors", "types", "seeds", "distributed", "statistics", "divergence", "detectors",
+    "transport", "losses", "methods", "config",
+]  # fmt: skip
 ROOMS = {  # every room, and the rooms that it may import besides itself and the shelf
     "testbed": set(),
     "inputs": {"testbed"},
