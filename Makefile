@@ -2,6 +2,8 @@
 # make quickstart   set up, then warm start, OPD, TOPD and first_fork on tiny models; table and page
 # make test   set up and pass every check; coverage of lines and branches at least 90 %
 # make test-vllm   set up vLLM in an environment of its own, then the tests of the served engine
+# make docs   set up, then build the docs site into site/, strictly and without a network
+# make package   wheel and sdist, checked, installed in a fresh environment, and topd quickstart from there
 # make mutants   set up, then mutation testing of the core, at least 85 % killed; some 20 minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +16,7 @@ SHAPES := --jaxtyping-packages=topd.losses,topd.transport,topd.divergence,topd.t
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo quickstart test test-vllm mutants clean
+.PHONY: demo quickstart test test-vllm docs package mutants clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/topd train recipes/smollm2_gsm8k.yaml
@@ -31,6 +33,19 @@ test: $(VENV)/test.done
 
 test-vllm: $(VENV)/test.done $(VLLM)/vllm.done
 	OMP_NUM_THREADS=1 TOPD_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/pytest tests/test_vllm.py
+
+docs: $(VENV)/test.done
+	$(BIN)/python -m bench.settings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+package: $(VENV)/test.done
+	$(PIP) "build>=1.2" "twine>=6.0"
+	rm -rf dist $(VENV)-package
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-package
+	$(VENV)-package/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && ../$(VENV)-package/bin/topd quickstart
 
 mutants: $(VENV)/test.done  # a mutant may ask for memory without end
 	$(PIP) --editable ".[mutants]"
@@ -56,4 +71,4 @@ $(VLLM)/vllm.done: Makefile
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM)
+	rm -rf $(VENV) $(VENV)-package $(VLLM) dist site

@@ -9,7 +9,7 @@ shared unless it names its own.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -106,8 +106,15 @@ class CompareSpec(BaseModel):
         return found
 
 
+def from_command_line(recipe: Path, words: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The recipe file, if one was named, and the overrides, which without a file are the recipe."""
+    if str(recipe).startswith("--"):
+        return None, parse_overrides([str(recipe), *words])
+    return recipe, parse_overrides(words)
+
+
 def read_recipe(
-    path: str | Path,
+    path: str | Path | None,
     overrides: Mapping[str, Any] | None = None,
     *,
     warmstart: bool = False,
@@ -116,7 +123,8 @@ def read_recipe(
     """Read and check a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, also one of those that come with the package (``recipes/...``); None
+            where the overrides say all.
         overrides: dotted keys and their values, which replace those of the file.
         warmstart: read stage 1 instead of stage 2.
         config: what stage 2 is read as; a subclass of TOPDConfig adds keys.
@@ -124,8 +132,8 @@ def read_recipe(
     Raises:
         TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
     """
-    path = Path(path)
-    content = read_mapping(path)
+    content = read_mapping(_with_packaged(Path(path))) if path else {}
+    path = Path(path or "topd")
     stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
     _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
     _refuse_unknown(path, content, {*_fields(config), *PARTS})
@@ -158,6 +166,12 @@ def read_recipe(
         lora=_lora(path, content.get("lora")),
         args=_config(path, config, settings),
     )
+
+
+def _with_packaged(path: Path) -> Path:
+    """A path, or the recipe of that name in the installed package where there is no such file."""
+    packaged = Path(__file__).parents[1] / path
+    return packaged if not path.exists() and path.parts[0] == "recipes" else path
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:

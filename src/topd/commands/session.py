@@ -22,7 +22,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from topd.commands.recipe import Recipe, parse_overrides, read_recipe
+from topd.commands.recipe import Recipe, from_command_line, read_recipe
 from topd.config import TOPDConfig, _field
 from topd.engines.factory import open_engines
 from topd.engines.server_checks import check_servers
@@ -101,10 +101,10 @@ def read_analysis(command: str, path: Path, words: Sequence[str], config: type[C
     Raises:
         TOPDError: bad recipe or options, or the folder holds a run that is not this one.
     """
-    overrides = parse_overrides(words)
+    named, overrides = from_command_line(path, words)
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
-    overrides.setdefault("output_dir", f"runs/{path.stem}-{command}-{now}")
-    recipe = read_recipe(path, overrides, config=config)
+    overrides.setdefault("output_dir", f"runs/{named.stem if named else 'topd'}-{command}-{now}")
+    recipe = read_recipe(named, overrides, config=config)
     folder = Path(recipe.args.output_dir)
     check_run_folder(folder, resume=True)
     _check_same(folder, command, recipe)

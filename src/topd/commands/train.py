@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from topd.commands.recipe import Recipe, parse_overrides, read_recipe
+from topd.commands.recipe import Recipe, from_command_line, read_recipe
 from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
@@ -29,7 +29,7 @@ def run_recipe(
     path: Path, words: Sequence[str] = (), *, quiet: bool = False, warmstart: bool = False
 ) -> Path:
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
-    recipe = read_recipe(path, parse_overrides(words), warmstart=warmstart)
+    recipe = read_recipe(*from_command_line(path, words), warmstart=warmstart)
     recipe.args.output_dir = everywhere(recipe.args.output_dir)[0]  # it may have a rank's time
     folder, wanted = Path(recipe.args.output_dir), recipe.args.resume_from_checkpoint
     check_run_folder(folder, resume=bool(wanted))

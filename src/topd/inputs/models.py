@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -150,6 +151,25 @@ class ModelSpec(BaseModel):
 
 LOADED = (PreTrainedModel, PeftModel)
 ModelSource: TypeAlias = str | Path | ModelSpec | PreTrainedModel | PeftModel
+
+
+def source_of(name: str, model: ModelSource | Mapping[str, Any]) -> ModelSource:
+    """A mapping such as ``{"path": ..., "dtype": "bfloat16"}`` as a ModelSpec; others as they are.
+
+    Raises:
+        TOPDError: the mapping is not a ModelSpec.
+    """
+    if not isinstance(model, Mapping):
+        return model
+    try:
+        return ModelSpec.model_validate(dict(model))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise TOPDError(
+            f"{name}: {place}: {first['msg']}. Give a path, a model, or a mapping such as "
+            '{"path": ..., "dtype": "bfloat16"}.'
+        ) from error
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -131,7 +131,9 @@ def topk_divergence(
         student_logits: [B T V].
         teacher_logprobs: [B T k], nats, of softmax(teacher logits / temperature).
         teacher_tokens: [B T k], which tokens those are, all different.
-        kind, beta, temperature: as in :func:`token_divergence`.
+        kind: as in :func:`token_divergence`.
+        beta: likewise.
+        temperature: likewise.
 
     Returns:
         [B T], nats. The teacher's tail mass is held above the smallest step of float32 (1.2e-7),
@@ -178,7 +180,9 @@ def linear_token_terms(
         teacher_head: the teacher's head.
         tokens: [P], the tokens that stand there.
         target_tokens: [P M], support of the soft targets (any token where there is none).
-        kind, beta, temperature: as in :func:`token_divergence`.
+        kind: as in :func:`token_divergence`.
+        beta: likewise.
+        temperature: likewise.
         chunk_tokens: tokens a chunk.
         expected: by what the loss will multiply each term, up to one common factor. The gradient
             is then computed with the values, in one pass. Without it, or if the loss does
@@ -228,7 +232,9 @@ def linear_token_divergence(
         teacher_hidden: [B T E].
         teacher_head: [V E], a Linear or a Head. Where one vocabulary is longer, its last rows are
             padding.
-        kind, beta, temperature: as in :func:`token_divergence`.
+        kind: as in :func:`token_divergence`.
+        beta: likewise.
+        temperature: likewise.
         chunk_tokens: tokens whose logits are alive at a time.
 
     Returns:
@@ -269,8 +275,10 @@ def linear_token_statistics(
     """What methods that weigh tokens look at: :class:`topd.types.TokenStatistics`, a row each.
 
     Args:
-        student_hidden, student_head, teacher_hidden, teacher_head: as in
-            :func:`linear_token_terms`.
+        student_hidden: as in :func:`linear_token_terms`.
+        student_head: likewise.
+        teacher_hidden: likewise.
+        teacher_head: likewise.
         temperature: divides both logits.
         candidates: how many tokens of either model are its likeliest.
         chunk_tokens: tokens whose logits are alive at a time.

@@ -35,7 +35,7 @@ from topd.engines.weight_sync import ServedStudent
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.fingerprints import fingerprint, trained_digest
 from topd.inputs.heads import check_head, head_of
-from topd.inputs.models import ModelSource, check_context, load_pair, tokenizers_of
+from topd.inputs.models import ModelSource, check_context, load_pair, source_of, tokenizers_of
 from topd.inputs.prompts import PromptEncoder
 from topd.losses import TokenTerms
 from topd.runs import checkpoints
@@ -83,14 +83,17 @@ class TOPDTrainer(Trainer):
     else, from optimisers to callbacks and checkpoints, is the Trainer's.
 
     Args:
-        model: the student, or where to load it from (float32).
-        teacher_model: the teacher, or where to load it from. It is frozen.
+        model: the student, or where to load it from (float32): a path or hub name, a
+            :class:`~topd.inputs.models.ModelSpec`, or its fields as a mapping.
+        teacher_model: the teacher, or where to load it from, e.g.
+            ``{"path": ..., "dtype": "bfloat16"}``. It is frozen.
         args: a :class:`~topd.TOPDConfig`.
         train_dataset: rows with ``prompt`` (string or messages) or ``messages``; other columns
             are for ``args.teacher_prompt``.
         eval_dataset: the same; ``evaluate`` gives the mean token divergence of fresh rollouts.
         processing_class: the tokenizer; by default that of ``model``.
-        callbacks, optimizers: as in Trainer.
+        callbacks: as in Trainer.
+        optimizers: as in Trainer.
         peft_config: a LoRA configuration to wrap the student in.
         teacher_processing_class: the teacher's tokenizer, where its chat template differs.
 
@@ -106,8 +109,8 @@ class TOPDTrainer(Trainer):
 
     def __init__(
         self,
-        model: ModelSource,
-        teacher_model: ModelSource,
+        model: ModelSource | Mapping[str, Any],
+        teacher_model: ModelSource | Mapping[str, Any],
         args: TOPDConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -118,6 +121,7 @@ class TOPDTrainer(Trainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = TOPDConfig() if args is None else args
+        model, teacher_model = source_of("model", model), source_of("teacher_model", teacher_model)
         _check_arguments(args, train_dataset, eval_dataset, peft_config)
         check_run_folder(Path(args.output_dir), resume=True)
         tokenizer, teacher_tokenizer = tokenizers_of(

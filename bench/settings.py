@@ -1,0 +1,90 @@
+"""docs/settings.md: every setting, from the configuration's own fields.
+
+python -m bench.settings
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from transformers import TrainingArguments
+
+from topd.config import TOPDConfig
+from topd.methods import METHODS
+from topd.training.warmstart import WarmstartConfig
+
+PAGE = Path("docs/settings.md")
+HEAD = """# Settings
+
+Generated from the configuration by `python -m bench.settings`.
+
+Every setting is a field of `TOPDConfig`: a key of a recipe, `--key value` on the command line,
+or an argument in Python. Besides these, the fields of transformers' `TrainingArguments` work as
+they do there, or are refused.
+*Read by* says which methods a setting changes; all where it is empty. Methods that look ahead:
+{ahead}. Methods that guide: the same without `downweight` and `downweight_matched`.
+"""
+LOOKING = "candidate_ window_ look_ahead_ embedding position_weight solver epsilon ot_ false_alarm_"
+GUIDED = "trajectory_"
+
+
+def page() -> str:
+    """The whole page."""
+    inherited = {f.name for f in fields(TrainingArguments)}
+    own = [f for f in fields(TOPDConfig) if f.name not in inherited]
+    changed = [f for f in fields(TOPDConfig) if f.name in inherited and "help" in f.metadata]
+    changed = [f for f in changed if _differs(f)]
+    known = {f.name: f for f in fields(TOPDConfig)}
+    stage1 = [f for f in fields(WarmstartConfig) if known.get(f.name) is not f]
+    stage1 = [f for f in stage1 if f.name not in known or _default(f) != _default(known[f.name])]
+    return "\n".join(
+        [
+            HEAD.format(ahead=", ".join(f"`{n}`" for n, m in METHODS.items() if m.looks_ahead)),
+            *("## Of TOPD", "", *_table(TOPDConfig, own), ""),
+            *("## Defaults that differ from transformers", "", *_table(TOPDConfig, changed), ""),
+            "## Of stage 1 (`topd warmstart`)",
+            "",
+            "All of the above, and:",
+            "",
+            *_table(WarmstartConfig, stage1),
+            "",
+        ]
+    )
+
+
+def _differs(field: Field[Any]) -> bool:
+    theirs = {f.name: f for f in fields(TrainingArguments)}[field.name]
+    return _default(field) != _default(theirs)
+
+
+def _table(config: type, chosen: list[Field[Any]]) -> list[str]:
+    hints = get_type_hints(config)
+    rows = ["| setting | type | default | meaning | read by |", "|---|---|---|---|---|"]
+    for field in chosen:
+        meaning = field.metadata.get("help", "").replace("|", "\\|").replace("\n", " ")
+        kind = str(getattr(hints[field.name], "__name__", hints[field.name]))
+        kind = kind if "[" not in str(hints[field.name]) else str(hints[field.name])
+        kind = kind.replace("typing.", "").replace("|", "or")
+        cells = (f"`{field.name}`", kind, f"`{_default(field)!r}`", meaning, _read_by(field.name))
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return None if field.default_factory is MISSING else field.default_factory()
+
+
+def _read_by(name: str) -> str:
+    """Which methods a setting changes; empty for all."""
+    if name.startswith(tuple(LOOKING.split())):
+        return "methods that look ahead"
+    return "methods that guide" if name.startswith(GUIDED) else ""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)

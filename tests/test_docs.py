@@ -1,0 +1,50 @@
+"""The docs site builds strictly, without a network; generated pages are up to date."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from bench import settings
+from transformers import TrainingArguments
+
+import topd.config
+from topd.methods import METHODS
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed (the docs extra)")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    trainer = (tmp_path / "api" / "trainer" / "index.html").read_text(encoding="utf-8")
+    assert "teacher_processing_class" in trainer  # docstrings are in it
+    for page in tmp_path.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert 'src="http' not in text, page
+        assert 'rel="stylesheet" href="http' not in text, page
+
+
+def test_settings_page_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings.page()
+
+
+def test_every_setting_and_method_is_on_a_page() -> None:
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    inherited = TrainingArguments.__dataclass_fields__
+    own = [name for name in topd.config.TOPDConfig.__dataclass_fields__ if name not in inherited]
+    assert all(f"`{name}`" in text for name in own)
+    methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in methods for name in METHODS)
+
+
+def test_readme_is_short_and_versions_agree() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
