@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tomllib
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -48,3 +51,14 @@ def test_readme_is_short_and_versions_agree() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_notebook_runs_and_says_what_it_says() -> None:
+    cells = json.loads((ROOT / "docs" / "one_fork.ipynb").read_text(encoding="utf-8"))["cells"]
+    space: dict[str, object] = {}
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        with redirect_stdout(StringIO()) as printed:
+            exec("".join(cell["source"]), space)
+        stored = "".join(line for output in cell["outputs"] for line in output["text"])
+        assert printed.getvalue() == stored
+    assert space["marks"][space["chosen"]][space["fork"]] == "fork"
