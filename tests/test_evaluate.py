@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from scipy.stats import binomtest
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
@@ -27,13 +28,11 @@ from topd.evaluate import (
     AnswerVerifier,
     EvaluationCallback,
     Evaluator,
-    Interval,
     Response,
     bootstrap,
     evaluate,
     paired_bootstrap,
     pass_at_k,
-    share,
     summarise,
 )
 from topd.evaluate import judge as judging
@@ -83,21 +82,25 @@ def test_pass_at_k_refuses_what_cannot_be(n, c, k):
 # Intervals
 
 
-def test_the_bootstrap_of_two_problems_by_hand():
-    """0 and 1 drawn twice: means 0, 1/2, 1 with chances 1/4, 1/2, 1/4."""
-    assert bootstrap([0.0, 1.0]) == Interval(0.5, 0.0, 1.0, 2, 0.95)
-    assert bootstrap([0.0, 1.0], level=0.4) == Interval(0.5, 0.5, 0.5, 2, 0.4)
+@pytest.mark.parametrize(("right", "count"), [(1, 2), (3, 10), (40, 41)])
+@pytest.mark.parametrize("level", [0.95, 0.5])
+def test_the_ends_of_right_and_wrong_answers_are_those_of_clopper_and_pearson(right, count, level):
+    exact = binomtest(right, count).proportion_ci(level)
+    found = bootstrap([1.0] * right + [0.0] * (count - right), level=level, resamples=200_000)
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.003)
+    assert found.mean == pytest.approx(right / count)
 
 
 @pytest.mark.parametrize(("level", "z"), [(0.95, 1.959964), (0.8, 1.281552)])
 def test_the_bootstrap_of_many_problems_is_near_the_normal_interval(level, z):
     assert erf(z / sqrt(2)) == pytest.approx(level, abs=1e-6)
-    values = np.random.default_rng(1).normal(3, 2, 1000)
-    found = bootstrap(list(values), level=level)
+    values = np.random.default_rng(1).normal(3, 2, 10_000).clip(-5, 11)
+    found = bootstrap(list(values), bounds=(-5, 11), level=level)
     half = z * values.std() / sqrt(len(values))
     assert found.mean == pytest.approx(values.mean())
-    assert found.high - found.mean == pytest.approx(half, rel=0.05)
-    assert found.mean - found.low == pytest.approx(half, rel=0.05)
+    shift = (found.mean + 5) / 10_001  # one unseen value more, 8 away on either side
+    assert found.high - found.mean == pytest.approx(half + shift, rel=0.05)
+    assert found.mean - found.low == pytest.approx(half + shift, rel=0.05)
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
@@ -105,7 +108,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     generator, covered = np.random.default_rng(2), 0
     for trial in range(300):
         difficulty = generator.beta(0.5, 0.5, 60)  # its mean over the population is 1/2
-        found = share(list(generator.binomial(4, difficulty) / 4), seed=trial, resamples=400)
+        found = bootstrap(list(generator.binomial(4, difficulty) / 4), seed=trial, resamples=400)
         covered += found.low <= 0.5 <= found.high
     assert 0.91 <= covered / 300 <= 0.98
 
@@ -113,17 +116,19 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 @pytest.mark.parametrize("problems", [1, 30, 500])
 def test_where_all_problems_came_out_alike_the_bound_is_exact(problems):
     """A true share of ``high`` would give only zeros with a chance of 2.5 %."""
-    none, every = share([0.0] * problems), share([1.0] * problems)
+    none, every = bootstrap([0.0] * problems), bootstrap([1.0] * problems)
     assert (none.mean, none.low, every.mean, every.high) == (0, 0, 1, 1)
     assert (1 - none.high) ** problems == pytest.approx(0.025)
     assert every.low == pytest.approx(1 - none.high)
 
 
-def test_share_is_the_bootstrap_elsewhere_and_refuses_other_numbers():
-    values = [0.0, 0.25, 1.0, 1.0]
-    assert share(values, seed=3) == bootstrap(values, seed=3)
-    with pytest.raises(TOPDError, match="outside"):
-        share([0.5, 7.0])
+def test_values_outside_the_bounds_are_refused():
+    with pytest.raises(TOPDError, match=r"the value 7 is outside \[0, 1\].*bounds="):
+        bootstrap([0.5, 7.0])
+    with pytest.raises(TOPDError, match="the value nan is outside"):
+        bootstrap([0.5, float("nan")])
+    with pytest.raises(TOPDError, match=r"outside \[-1, 1\]"):
+        paired_bootstrap([7.0], [0.5])
 
 
 def test_intervals_are_made_from_their_seed_alone():
@@ -148,9 +153,14 @@ def test_a_paired_interval_is_of_a_minus_b_and_narrower_than_an_unpaired_one():
     assert alone[0].low < alone[1].high  # apart they overlap
 
 
-def test_a_constant_difference_has_no_width():
+def test_equal_differences_are_not_certainty():
+    """40 pairs alike: another pair may differ, by at most 1, with a chance of 8.8 %."""
+    same = paired_bootstrap([1.0] * 40, [1.0] * 40)
+    assert (same.mean, same.low) == (0, -same.high)
+    assert (1 - same.high) ** 40 == pytest.approx(0.025)
     found = paired_bootstrap([0.5, 0.75, 0.25], [0.25, 0.5, 0.0])
-    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+    beyond = 1 - 0.025 ** (1 / 3)
+    assert (found.low, found.high) == pytest.approx((0.25 - 1.25 * beyond, 0.25 + 0.75 * beyond))
 
 
 def test_pairs_that_do_not_match_and_no_problems_are_refused():
@@ -460,7 +470,9 @@ def test_sampled_figures_by_hand():
         "truncated": 0.0,
     }
     assert found.greedy.low == pytest.approx(0.025**0.5)
-    assert (found.pass_at[1].low, found.pass_at[1].high) == (0.25, 1.0)
+    # 0.25 a + b has the chance 4 q^2 to be below q; 1 - 0.75 a is above 1 - 0.75 x by (1 - x)^2
+    assert found.pass_at[1].low == pytest.approx((0.025 / 4) ** 0.5, abs=0.003)
+    assert found.pass_at[1].high == pytest.approx(1 - 0.75 * (1 - 0.975**0.5), abs=0.001)
 
 
 def test_lengths_and_truncation_are_averaged_by_problem():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -19,10 +21,13 @@ from topd.commands.gate import (
     MEASURES,
     Limits,
     Suite,
+    card_text,
     compare_models,
     lost_problems,
     passed,
     read_suite,
+    remarks,
+    show,
 )
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
@@ -78,7 +83,10 @@ def test_harm_and_its_interval_are_paired():
     """A base right on every second problem, and a candidate right on the same: no harm at all."""
     half = [i % 2 == 0 for i in range(40)]
     figures = compare_models({"problems": answers(half)}, {"problems": answers(half)}, suite())
-    assert {(f.harm.mean, f.harm.low, f.harm.high) for f in figures} == {(0, 0, 0)}
+    for f in figures:  # 40 equal pairs leave room for what was not seen, and not only at 0
+        reach = 1 - (0.05 / 6) ** (1 / 40)
+        assert f.harm.mean == 0
+        assert (f.harm.low, f.harm.high) == pytest.approx((-reach, reach))
     other = [i % 2 == 1 for i in range(40)]
     figures = compare_models({"problems": answers(half)}, {"problems": answers(other)}, suite())
     assert figures[0].harm.mean == 0
@@ -93,7 +101,7 @@ def test_the_error_is_shared_by_the_figures():
 
 
 def test_length_is_relative_to_the_base():
-    base, longer = answers([True] * 10), answers([True] * 10, ids=(1, 2, 3))
+    base, longer = answers([True] * 40), answers([True] * 40, ids=(1, 2, 3))
     (figure,) = (
         f
         for f in compare_models({"problems": base}, {"problems": longer}, suite())
@@ -107,13 +115,13 @@ def test_length_is_relative_to_the_base():
 
 
 def test_each_figure_can_fail_alone():
-    good = answers([True] * 50)
+    good = answers([True] * 300)
     assert set(verdicts(good, good).values()) == {"within"}
     bad = {
-        "length": answers([True] * 50, ids=(1, 2, 3), logprob=-1.5),
-        "truncated": answers([True] * 50, finished=False),
-        "repetition": answers([True] * 50, ids=(7,) * 8, logprob=-4.0),
-        "calibration": answers([True] * 50, logprob=-3.0),
+        "length": answers([True] * 300, ids=(1, 2, 3), logprob=-1.5),
+        "truncated": answers([True] * 300, finished=False),
+        "repetition": answers([True] * 300, ids=(7,) * 8, logprob=-4.0),
+        "calibration": answers([True] * 300, logprob=-3.0),
     }
     for name, candidate in bad.items():
         found = verdicts(good, candidate, limits=Limits(length=9 if name == "repetition" else 0.25))
@@ -129,8 +137,46 @@ def test_few_problems_leave_a_figure_open_and_only_a_strict_gate_fails_then():
     assert not passed(figures, strict=True)
 
 
+@pytest.mark.parametrize("problems", [10, 20, 50, 200])
+def test_equal_answers_to_few_problems_do_not_pass_a_strict_gate(problems):
+    """A model that is 5 points worse shows nothing of it on 10 problems with a chance of 60 %."""
+    good = answers([True] * problems)
+    figures = compare_models({"problems": good}, {"problems": good}, suite())
+    by_name = {f.name: f for f in figures}
+    assert by_name["accuracy"].verdict == "open"
+    assert not passed(figures, strict=True)
+    assert remarks(figures) == [
+        f"open: {problems} prompts do not show whether the harm is within 2 %; that takes at least "
+        "237, more where answers differ."
+    ]
+    enough = answers([True] * 237)
+    figures = compare_models({"problems": enough}, {"problems": enough}, suite())
+    assert passed(figures, strict=True)
+    assert remarks(figures) == []
+
+
+def test_a_base_that_solves_nothing_is_named():
+    nothing = answers([False] * 300)
+    figures = compare_models({"problems": nothing}, {"problems": nothing}, suite())
+    greedily, sampled = remarks(figures)
+    assert "the base solves none of the 300 problems greedily" in greedily
+    assert "in any sample: it has no sampled accuracy to lose" in sampled
+    assert greedily in card_text("base", suite(), figures, [], True)
+
+
+def test_the_table_is_in_per_cent_and_fits_80_columns():
+    base, candidate = answers([True] * 300), answers([True] * 270 + [False] * 30)
+    figures = compare_models({"problems": base}, {"problems": candidate}, suite())
+    console = Console(width=80, record=True, file=StringIO())
+    show(figures, suite(), False, console)
+    text = console.export_text()
+    line = next(line for line in text.splitlines() if "sampled accuracy" in line)
+    assert re.search(r"accuracy +100\.0% +90\.0% +\+10\.0% +\+\d\.\d%, \+1\d\.\d% +2% +worse", line)
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_a_better_candidate_is_within_every_limit():
-    found = verdicts(answers([False] * 50), answers([True] * 50))
+    found = verdicts(answers([False] * 300), answers([True] * 300))
     assert set(found.values()) == {"within"}
 
 
@@ -146,7 +192,7 @@ def test_problems_that_the_base_solves_and_the_candidate_does_not():
 
 
 def test_refusals_count_if_there_are_some():
-    pair = [{"problems": answers([True] * 30), "refusals": answers([ok] * 30)} for ok in (1, 0)]
+    pair = [{"problems": answers([True] * 300), "refusals": answers([ok] * 300)} for ok in (1, 0)]
     figures = compare_models(*pair, suite())
     assert [(f.name, f.verdict) for f in figures if f.verdict != "within"] == [
         ("refusals", "worse")

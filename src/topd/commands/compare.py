@@ -31,12 +31,12 @@ from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, re
 from topd.commands.train import make_evaluator, make_trainer, run_recipe
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.evaluate import Evaluation, two_way_bootstrap
+from topd.evaluate import Evaluation
 from topd.inputs.models import eos_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder
-from topd.statistics import t_reach
+from topd.statistics import SHARES, seed_problem_interval, t_reach
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
 SCORES = ("greedy", "pass@1")
@@ -94,7 +94,7 @@ def summarise(
         clock: whose seconds count.
 
     Returns:
-        The content of compare.json. Intervals draw both seeds and problems again (95 %). What
+        The content of compare.json. Intervals are over both seeds and problems (95 %). What
         stands under ``at equal time`` is read off an arm's curve when it had run as long as the
         baseline with the same seed; those intervals are Student's t over seeds.
     """
@@ -121,9 +121,9 @@ def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) 
     }
     for score in SCORES:
         own = [runs[s]["solved"][score] for s in seeds]
-        found[score] = asdict(two_way_bootstrap(own))
+        found[score] = asdict(seed_problem_interval(own, bounds=SHARES))
         gain = [np.subtract(runs[s]["solved"][score], base[s]["solved"][score]) for s in paired]
-        found[f"{score}_vs_{name}"] = asdict(two_way_bootstrap(gain))
+        found[f"{score}_vs_{name}"] = asdict(seed_problem_interval(gain))
         early = [_at(runs[s]["curve"], score, time, base[s][time]) for s in paired]
         found[f"{score} at equal time"] = float(np.mean(early))
         behind = [at - base[s][score] for at, s in zip(early, paired, strict=True)]

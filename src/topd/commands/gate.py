@@ -1,7 +1,8 @@
 """``topd gate BASE CANDIDATE``: did anything get worse by more than a limit?
 
 Both models answer the same prompts with the same random numbers. For each figure the *harm* is the
-mean over prompts of how much worse the candidate is, with a paired bootstrap interval. A figure is
+mean over prompts of how much worse the candidate is, with a paired interval that is honest for few
+prompts and for equal answers (:mod:`topd.statistics`). A figure is
 
     worse      if the whole interval lies above its limit: a regression, the gate fails
     within     if the whole interval lies at or below it
@@ -153,7 +154,7 @@ def _mean_of(measure_of: Callable[[Response], float]) -> Measure:
 
 def confidence(response: Response) -> float:
     """The geometric mean of the probabilities of a response's tokens; 0 for an empty one."""
-    return math.exp(response.logprob / len(response.ids)) if response.ids else 0.0
+    return min(1.0, math.exp(response.logprob / len(response.ids))) if response.ids else 0.0
 
 
 def brier(found: Evaluation) -> list[float]:
@@ -205,9 +206,15 @@ def _figure(
 ) -> Figure:
     part = "refusals" if name == "refusals" else "problems"
     before, after = (MEASURES[name](found[part]) for found in (base, candidate))
-    unit = (fmean(before) or 1.0) if name == "length" else 1.0
+    unit, most = 1.0, 1.0
+    if name == "length":  # a response to another prompt is at most as long as the longest of these
+        unit = fmean(before) or 1.0
+        most = max(len(r.ids) for found in (base, candidate) for r in found[part].responses) / unit
     harm = paired_bootstrap(
-        [value / unit for value in after], [value / unit for value in before], level=1 - 2 * error
+        [value / unit for value in after],
+        [value / unit for value in before],
+        bounds=(0.0, most),
+        level=1 - 2 * error,
     )
     verdict: Verdict = "worse" if harm.low > limit else "within" if harm.high <= limit else "open"
     return Figure(name, fmean(before), fmean(after), harm, limit, verdict)
@@ -216,6 +223,33 @@ def _figure(
 def passed(figures: Iterable[Figure], *, strict: bool) -> bool:
     """Whether a candidate may pass."""
     return all(f.verdict == "within" or (f.verdict == "open" and not strict) for f in figures)
+
+
+def remarks(figures: Sequence[Figure]) -> list[str]:
+    """What a reader must know beside the figures: a base with nothing to lose, too few prompts."""
+    found = []
+    for figure in figures:
+        if figure.name in ("accuracy", "sampled_accuracy") and figure.base == 1:
+            kind = "greedily" if figure.name == "accuracy" else "in any sample"
+            found.append(
+                f"the base solves none of the {figure.harm.problems} problems {kind}: it has no "
+                f"{_title(figure)} to lose, so these problems say nothing of harm. Choose problems "
+                "that it can solve."
+            )
+    open_ones = [f for f in figures if f.verdict == "open" and f.name != "length" and f.limit > 0]
+    if open_ones:
+        least = max(open_ones, key=_needed)
+        found.append(
+            f"open: {least.harm.problems} prompts do not show whether the harm is within "
+            f"{_percent(least.limit)}; that takes at least {_needed(least)}, more where answers "
+            "differ."
+        )
+    return found
+
+
+def _needed(figure: Figure) -> int:
+    """Prompts without any difference that put a figure within its limit."""
+    return math.ceil(math.log((1 - figure.harm.level) / 2) / math.log1p(-min(figure.limit, 0.99)))
 
 
 # The command
@@ -257,6 +291,7 @@ def run_gate(
     record = {
         "passed": good,
         "figures": [asdict(figure) for figure in figures],
+        "remarks": remarks(figures),
         "lost": lost,
         "suite": suite.model_dump(),
         "models": {role: spec.model_dump() for role, spec in specs.items()},
@@ -314,6 +349,7 @@ def card_text(
         f"- worse: {worse}",
         f"- not shown to be within the limit: {unknown}",
         f"- problems that the base solves and this model does not: {len(lost)}{rows}",
+        *(f"- {remark}" for remark in remarks(figures)),
     ]
     return "\n".join(lines)
 
@@ -322,29 +358,41 @@ def _title(figure: Figure) -> str:
     return figure.name.replace("_", " ")
 
 
+def _percent(value: float) -> str:
+    return f"{100 * value:.4g} %"
+
+
 def _cells(figure: Figure) -> tuple[str, ...]:
-    """A line of the table. Accuracies and refusals are shown as shares that are right."""
+    """A line of the table. Accuracies and refusals are shown as shares that are right.
+
+    All in per cent but lengths, which are tokens, and the Brier score; a harm of a share is in
+    points, that of the length relative to the base's mean.
+    """
     turned = figure.name in ("accuracy", "sampled_accuracy", "refusals")
     base, candidate = ((1 - x if turned else x) for x in (figure.base, figure.candidate))
-    harm = figure.harm
+    harm, percent = figure.harm, figure.name != "calibration"
+    mean = "{:.1f}" if figure.name == "length" else "{:.1%}" if percent else "{:.3f}"
+    change = "{:+.1%}" if percent else "{:+.3f}"
     return (
         _title(figure),
-        f"{base:.4g}",
-        f"{candidate:.4g}",
-        f"{harm.mean:+.3f}",
-        f"{harm.low:+.3f} - {harm.high:+.3f}",
-        f"{figure.limit:g}",
+        mean.format(base),
+        mean.format(candidate),
+        change.format(harm.mean),
+        f"{change.format(harm.low)}, {change.format(harm.high)}",
+        f"{figure.limit:.4g}" if not percent else _percent(figure.limit).replace(" ", ""),
         figure.verdict,
     )
 
 
 def show(figures: Sequence[Figure], suite: Suite, good: bool, console: Console) -> None:
-    """Print the figures and the verdict."""
-    table = Table()
+    """Print the figures, what they cannot say, and the verdict. Fits 80 columns."""
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
     for title in ("", "base", "candidate", "harm", "interval", "limit", "verdict"):
         table.add_column(title, justify="right" if title else "left")
     for figure in figures:
         table.add_row(*_cells(figure))
     console.print(table)
+    for remark in remarks(figures):
+        console.print(remark, highlight=False)
     rule = " or open" if suite.strict else ""
     console.print("passed" if good else f"FAILED: a figure is worse{rule}", highlight=False)

@@ -8,8 +8,7 @@ from topd.statistics import (
     bootstrap,
     paired_bootstrap,
     pass_at_k,
-    share,
-    two_way_bootstrap,
+    seed_problem_interval,
 )
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "evaluate",
     "paired_bootstrap",
     "pass_at_k",
-    "share",
+    "seed_problem_interval",
     "summarise",
-    "two_way_bootstrap",
 ]

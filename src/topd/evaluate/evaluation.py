@@ -17,7 +17,7 @@ from topd.engines import Engine, Tick, no_tick
 from topd.errors import TOPDError
 from topd.evaluate.answers import Verify
 from topd.seeds import Stream, sampling_seeds
-from topd.statistics import Interval, bootstrap, pass_at_k, share
+from topd.statistics import Interval, bootstrap, pass_at_k
 from topd.types import Generation, Ids, Prompt, Sampling
 
 Decode: TypeAlias = Callable[[Ids], str]
@@ -142,22 +142,25 @@ def evaluate(
 def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
     """Figures and intervals of verified responses, ordered by problem.
 
-    Every problem has one greedy response and the same number of samples.
+    Every problem has one greedy response and the same number of samples. For the intervals of
+    lengths a response to another problem is at most as long as the longest here.
     """
     greedy, drawn = by_problem(responses, True), by_problem(responses, False)
     samples = len(drawn[0])
     right = [sum(r.verified for r in group) for group in drawn]
+    longest = float(max(len(response.ids) for response in responses))
+    length = partial(bootstrap, bounds=(0.0, longest), seed=seed)
     return Evaluation(
         problems=len(drawn),
         samples=samples,
-        greedy=share([float(r.verified) for (r,) in greedy], seed=seed),
+        greedy=bootstrap([float(r.verified) for (r,) in greedy], seed=seed),
         pass_at={
-            k: share([pass_at_k(samples, c, k) for c in right], seed=seed) for k in _ks(samples)
+            k: bootstrap([pass_at_k(samples, c, k) for c in right], seed=seed) for k in _ks(samples)
         },
-        greedy_length=bootstrap([float(len(r.ids)) for (r,) in greedy], seed=seed),
-        mean_length=bootstrap([_mean(len(r.ids) for r in group) for group in drawn], seed=seed),
-        greedy_truncated=share([float(not r.finished) for (r,) in greedy], seed=seed),
-        truncated=share([_mean(not r.finished for r in group) for group in drawn], seed=seed),
+        greedy_length=length([float(len(r.ids)) for (r,) in greedy]),
+        mean_length=length([_mean(len(r.ids) for r in group) for group in drawn]),
+        greedy_truncated=bootstrap([float(not r.finished) for (r,) in greedy], seed=seed),
+        truncated=bootstrap([_mean(not r.finished for r in group) for group in drawn], seed=seed),
         responses=tuple(responses),
     )
 
