@@ -13,7 +13,15 @@ from topd import TOPDConfig, TOPDTrainer
 from topd.inputs.heads import head_of
 from topd.losses import token_divergence
 from topd.training.experience import Experience
-from topd.training.learning import Totals, can_pack, collate, learning_terms, update_loss
+from topd.training.learning import (
+    Layout,
+    Totals,
+    _added,
+    can_pack,
+    collate,
+    learning_terms,
+    update_loss,
+)
 from topd.types import Branch, Guidance, SoftTarget
 
 METHODS = [
@@ -141,6 +149,37 @@ def test_packing_changes_nothing_whatever_else_is_in_the_batch(tmp_path, kind):
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole, rtol=1e-6, atol=1e-6)
     added = [sum(g) for g in zip(*(g for _, g in parts), strict=True)]
     torch.testing.assert_close(added, list(gradient), rtol=1e-4, atol=1e-6)
+
+
+def test_the_mask_of_packed_branches_is_made_and_kept_once_for_all_layers():
+    """[B 1 L L] of a bool mask would become one of floats in each layer, kept for the gradient."""
+    length, masks = 40, set()
+    model = tiny_model(num_hidden_layers=4)
+    layout = Layout([[0] * length], [[]], [(0, length - 8, 16, 8)])
+    visible = layout.visible(length, torch.device("cpu"))
+
+    def noted(kept: Tensor) -> Tensor:
+        if kept.shape[-2:] == (length, length) and kept.shape[1] == 1:
+            masks.add(kept.untyped_storage().data_ptr())
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(noted, lambda kept: kept):
+        more = {"attention_mask": _added(visible, torch.float32)}
+        ids = torch.zeros(1, length, dtype=torch.long)
+        found = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state
+    assert len(masks) == 1
+    more = {"attention_mask": visible}
+    plain = model.get_decoder()(input_ids=ids, use_cache=False, **more).last_hidden_state
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
+def test_the_mask_of_branches_has_the_precision_of_attention(dtype):
+    visible = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        added = _added(visible, torch.float32)
+    assert added.dtype == (dtype or torch.float32)
+    assert (added.float().softmax(-1) > 0).equal(visible)
 
 
 def test_only_full_attention_that_takes_masks_is_packed():

@@ -345,6 +345,54 @@ def test_a_window_that_has_rejoined_takes_its_rest_from_the_response(model):
     assert found.effort.positions <= 6 < exact.effort.positions
 
 
+@pytest.mark.parametrize("least", [1, 2, 4])
+def test_where_a_window_rejoins_does_not_depend_on_the_others(model_kind, least):
+    """Whatever is read with it in one forward: the text is that of the definition."""
+    engine = engine_of(model_kind, eos_ids=MANY_ENDS)
+    responses = []
+    for written in engine_of(model_kind, eos_ids=NEVER).generate(
+        PROMPTS, replace(GREEDY, max_new_tokens=24), range(4)
+    ):
+        responses.append(tuple(7 if i % 7 == 3 else t for i, t in enumerate(written.tokens)))
+    scores, starts = engine.score(PROMPTS, responses), [(b, t) for b in range(4) for t in range(24)]
+    sampling = replace(GREEDY, max_new_tokens=12)
+    exact = engine.continue_from(scores, starts, sampling, range(96))
+    together = engine.continue_from(scores, starts, sampling, range(96), rejoin=least)
+    alone = [engine.continue_from(scores, [s], sampling, [0], rejoin=least)[0] for s in starts]
+    assert tokens_of(together) == tokens_of(alone)
+    expected = [
+        rejoined(one.tokens, responses[b][t : t + 12], least)
+        for (b, t), one in zip(starts, exact, strict=True)
+    ]
+    assert tokens_of(together) == expected
+    assert expected != tokens_of(exact)
+
+
+def rejoined(tokens: Ids, draft: Ids, least: int) -> Ids:
+    """A window up to where its last tokens are the draft's, and the draft from there."""
+    for end in range(1, len(tokens) + 1):
+        if tokens[end - 1] in MANY_ENDS:
+            break
+        if end >= least and tokens[end - least : end] == draft[end - least : end]:
+            return tokens[:end] + draft[end:]
+    return tokens
+
+
+def test_the_windows_copy_of_the_cache_takes_what_is_needed(model, monkeypatch):
+    sizes = []
+    grow = decoding.GrowingLayer._grow
+
+    def noted(self, *args):
+        grow(self, *args)
+        sizes.append(self._buffers[0].shape[-2])
+
+    monkeypatch.setattr(decoding.GrowingLayer, "_grow", noted)
+    engine = HFEngine(model, eos_ids=NEVER)
+    scores = engine.score([PROMPTS[0]], [tuple(range(3, 60)) * 4])
+    engine.continue_from(scores, [(0, 200)], GREEDY, [0])
+    assert sizes == [5 + 200 + 7] * 2  # of two layers: what is known, and the window
+
+
 def test_a_window_that_never_rejoins_is_exact(model_kind):
     engine = engine_of(model_kind)
     scores, seeds = engine.score(PROMPTS, RESPONSES), range(len(STARTS))

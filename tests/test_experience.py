@@ -20,8 +20,9 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS, Method
-from topd.training.experience import Experience, Observer
-from topd.types import Evidence, Guidance, Prompt, Rollout
+from topd.training.experience import Experience, Observer, pair_windows
+from topd.transport import sparse_soft_targets
+from topd.types import Evidence, Generation, Guidance, Prompt, Rollout
 
 K = 5
 STUDENT = tiny_model("llama", seed=0)
@@ -257,6 +258,40 @@ def test_a_window_cut_by_the_length_limit_is_compared_over_what_both_have(tmp_pa
     assert {len(f.teacher_tokens) == f.student_length for f in found} == {True}
 
 
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+def test_where_the_student_has_ended_its_last_token_meets_the_teachers_next(tmp_path, solver):
+    """Not all that the teacher goes on to write, of which its next token would be one part in K."""
+    watch, written = observer(tmp_path, solver=solver), tuple(range(20, 20 + K))
+    rollout = Rollout(Prompt(0, (1,), (1,)), (5, 6, 7, EOS), (0.0,) * 4, finished=True)
+    starts, windows = [(0, 3), (0, 2)], [Generation(written, (0.0,) * K, finished=False)] * 2
+    paired = pair_windows([rollout], starts, windows, K)
+    found = watch.compare(paired)
+    guided = sparse_soft_targets(found.plan, paired.teacher_tokens)
+    assert guided[0][0] == ((20,), (1.0,))
+    assert {token for tokens, _ in guided[1] for token in tokens} == {20, 21}
+    table = torch.nn.functional.normalize(TEACHER.get_input_embeddings().weight.detach(), dim=-1)
+    assert found.distance[0].item() == pytest.approx(1 - float(table[EOS] @ table[20]), abs=1e-5)
+    assert paired.teacher_mask.all()  # methods that learn the window itself have all of it
+
+
+def test_no_cache_is_kept_where_no_window_follows(tmp_path, monkeypatch):
+    kept = []
+    score = HFEngine.score
+
+    def noted(self, *args, **kwargs):
+        found = score(self, *args, **kwargs)
+        kept.append(found.prefix.cache is not None)
+        return found
+
+    monkeypatch.setattr(HFEngine, "score", noted)
+    observed(tmp_path, method="opd")
+    assert kept
+    assert not any(kept)
+    kept.clear()
+    observed(tmp_path, method="topd")
+    assert any(kept)
+
+
 def test_a_teachers_window_ends_with_its_end_of_sequence_token(tmp_path):
     found = forks(observed(tmp_path, window_length=20, window_gap=1))
     assert all(EOS not in fork.teacher_tokens[:-1] for _, fork in found)
@@ -302,7 +337,7 @@ def test_distances_are_those_of_the_chosen_embedding_and_ground_cost(
     experience = observed(tmp_path, embedding=embedding, position_weight=position_weight)
     for rollout, fork in forks(experience):
         own = torch.tensor(rollout.response[fork.position : fork.position + K])
-        theirs = torch.tensor(fork.teacher_tokens)
+        theirs = torch.tensor(fork.teacher_tokens)[: len(own)]
         steps = (torch.arange(len(own))[:, None] - torch.arange(len(theirs))).abs()
         cost = 1 - table[own] @ table[theirs].T
         cost = cost.clamp(min=0) + position_weight * steps / K
@@ -373,14 +408,8 @@ def test_rollouts_that_end_at_once_and_rollouts_that_never_end(tmp_path):
     assert all(f.student_length == min(K, 20 - f.position) for f in second)
     assert [t.position for t in experience.guidance[0].targets] == [0]
     assert [len(g.weights) for g in experience.guidance] == [1, 20, 1]
-    uniform = 1 / len(first[0].teacher_tokens)  # one token meets the whole window
-    mass = dict(zip(*_parts(experience.guidance[0].targets[0]), strict=True))
-    for token, share in mass.items():
-        assert share == pytest.approx(uniform * first[0].teacher_tokens.count(token))
-
-
-def _parts(target) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    return target.tokens, target.probabilities
+    (target,) = experience.guidance[0].targets  # one token meets one
+    assert (target.tokens, target.probabilities) == (first[0].teacher_tokens[:1], (1.0,))
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -411,15 +440,15 @@ def test_a_fork_does_not_depend_on_the_other_rollouts(tmp_path, position_weight)
 
 
 def test_a_fork_keeps_the_plan_of_its_own_window(tmp_path):
-    """Uniform marginals over both windows, and the plan's cost is the fork's distance."""
+    """Uniform marginals over what is compared, and the plan's cost is the fork's distance."""
     for rollout, fork in forks(observed(tmp_path)):
         own = rollout.response[fork.position : fork.position + fork.student_length]
         plan = torch.zeros(len(own), len(fork.teacher_tokens))
         for i, j, mass in fork.plan:
             plan[i, j] = mass
         torch.testing.assert_close(plan.sum(1), torch.full((len(own),), 1 / len(own)))
-        columns = len(fork.teacher_tokens)
-        torch.testing.assert_close(plan.sum(0), torch.full((columns,), 1 / columns))
+        columns = min(len(own), len(fork.teacher_tokens))
+        torch.testing.assert_close(plan.sum(0)[:columns], torch.full((columns,), 1 / columns))
         table = TEACHER.get_input_embeddings().weight.detach()
         cost = transport.ground_cost(
             table[list(own)][None], table[list(fork.teacher_tokens)][None]

@@ -21,6 +21,7 @@ from topd.errors import TOPDError
 from topd.losses import (
     Upstream,
     chunked,
+    importance,
     linear_logprobs,
     linear_token_divergence,
     linear_token_statistics,
@@ -601,7 +602,7 @@ def foreseen_case():
     tokens = torch.randint(V, (P,), generator=generator)
     targets = torch.randint(V, (P, 3), generator=generator)
     factors = Upstream(*(torch.randn(x, generator=generator) for x in ((P,), (P,), (P, 3))))
-    return case, tokens, targets, Upstream(*(x.double() for x in factors))
+    return case, tokens, targets, Upstream(*(x.double() for x in factors[:3]))
 
 
 def weighted(divergence: Tensor, logprob: Tensor, targets: Tensor, by: Upstream) -> Tensor:
@@ -636,7 +637,7 @@ def test_a_gradient_is_right_whether_its_factors_were_foreseen_or_not(
         scale, once = torch.linspace(-1, 2, P, dtype=torch.float64), frozen
         actual = Upstream(scale * foreseen[0], scale * foreseen[1], scale[:, None] * foreseen[2])
     else:
-        actual = Upstream(*(scale * factor for factor in foreseen))
+        actual = Upstream(*(scale * factor for factor in foreseen[:3]))
     terms = linear_token_terms(*case, tokens, targets, **options, chunk_tokens=3, expected=foreseen)
     loss = weighted(terms.divergence, terms.logprob, terms.target_logprobs, actual)
     found = torch.autograd.grad(loss, inputs)
@@ -958,3 +959,101 @@ def test_targets_side_by_side_add_up():
     torch.testing.assert_close(
         both, soft_target_kl(logprobs, targets[0]) + soft_target_kl(logprobs, targets[1])
     )
+
+
+# Probability 0, half precision, importance
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("barring", ["student", "teacher", "both"])
+def test_chunked_and_dense_agree_where_a_side_has_probability_0(kind, barring):
+    """inf where one takes for possible what the other does not; finite where both or JSD."""
+    h, s, g, t = linear_case()
+    never = torch.zeros(V, dtype=torch.float64)
+    never[V - 2 :] = -torch.inf
+    if barring != "teacher":
+        s = replace(s, bias=never)
+    if barring != "student":
+        t = replace(t, bias=never)
+    expected = token_divergence(naive_logits(h, s), naive_logits(g, t), kind=kind)
+    found = linear_token_divergence(h, s, g, t, kind=kind)
+    torch.testing.assert_close(found, expected)
+    apart = {"reverse_kl": "teacher", "forward_kl": "student"}.get(kind) == barring
+    assert found.isinf().all() if apart else found.isfinite().all()
+
+
+@kinds
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_barred_rows_are_no_tokens_on_either_side(kind, beta, side):
+    """Values and gradients are those of heads that lack the rows, through a soft-cap too."""
+    h, s, g, t = linear_case(bias=False)
+    s, t = replace(s, softcap=2.0), replace(t, softcap=3.0)
+    barred = torch.zeros(V, dtype=torch.bool)
+    barred[[1, 4]] = True
+    kept = (~barred).nonzero()[:, 0]
+    few_s, few_t = replace(s, weight=s.weight[kept]), replace(t, weight=t.weight[kept])
+    options = {"kind": kind, "beta": beta, "temperature": 0.7}
+    few = token_divergence(naive_logits(h, few_s), naive_logits(g, few_t), **options).sum()
+    heads = (replace(s, barred=barred), t) if side == "student" else (s, replace(t, barred=barred))
+    found = linear_token_divergence(h, heads[0], g, heads[1], **options).sum()
+    torch.testing.assert_close(found, few)
+    grads = torch.autograd.grad(found, (h, s.weight)), torch.autograd.grad(few, (h, s.weight))
+    torch.testing.assert_close(*grads)
+    assert heads[0].logits(h)[:, barred].isneginf().all() == (side == "student")
+
+
+def test_a_log_prob_below_every_float_is_no_impossibility():
+    student = torch.tensor([[0.0, -200.0]])
+    teacher = torch.tensor([[0.0, -torch.inf]])
+    assert token_divergence(student, teacher).item() == math.inf
+
+
+@pytest.mark.parametrize("tokens", [4096, 1 << 20])
+def test_float16_gradients_of_long_updates_are_right(tokens):
+    """Scaled as GradScaler does: a factor of 1 / tokens alone underflows in float16."""
+    generator = torch.Generator().manual_seed(0)
+    h, w, d = (torch.randn(x, generator=generator) for x in ((64, 32), (500, 32), (64, 32)))
+    w, factor = 0.3 * w, torch.full((64,), 1 / tokens)
+    none = torch.zeros(64, 0, dtype=torch.long)
+
+    def gradients(dtype: torch.dtype, half: bool) -> list[Tensor]:
+        hidden, weight = (x.to(dtype).requires_grad_() for x in (h, w))
+        other, scale = (h + 0.3 * d).to(dtype), 32768.0
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            terms = linear_token_terms(
+                hidden,
+                Head(weight),
+                other,
+                Head(w.to(dtype)),
+                none.new_zeros(64),
+                none,
+                expected=Upstream(factor, None, None),
+            )
+            loss = terms.divergence.sum() / tokens
+        found = torch.autograd.grad(scale * loss, (hidden, weight))
+        return [x.double() / scale for x in found]
+
+    exact = gradients(torch.float64, half=False)
+    for found, right in zip(gradients(torch.float32, half=True), exact, strict=True):
+        assert (found - right).norm() < 0.005 * right.norm()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_factors_times_the_importance_are_foreseen(frozen, passes):
+    case, tokens, targets, factors = foreseen_case()
+    if frozen:
+        head = case[1]
+        case = case[0], replace(head, weight=head.weight.detach(), bias=None), *case[2:]
+    sampled = torch.linspace(-4, -0.5, P, dtype=torch.float64)
+    foreseen = Upstream(*factors[:3], sampled, 2.0)
+    terms = linear_token_terms(*case, tokens, targets, chunk_tokens=3, expected=foreseen)
+    ratio = importance(terms.logprob, sampled, 2.0)
+    assert 0 < (ratio == 2.0).sum() < P
+    actual = Upstream(ratio * factors[0], ratio * factors[1], factors[2])
+    loss = weighted(terms.divergence, terms.logprob, terms.target_logprobs, actual)
+    inputs = [case[0]] if frozen else leaves(*case[:2])
+    found = torch.autograd.grad(loss, inputs)
+    assert len(passes) == 1
+    terms = linear_token_terms(*case, tokens, targets)
+    again = weighted(terms.divergence, terms.logprob, terms.target_logprobs, actual)
+    torch.testing.assert_close(found, torch.autograd.grad(again, inputs))

@@ -35,8 +35,8 @@ from topd.engines.vllm import VLLMEngine
 from topd.errors import DISK, UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.served import ServedSpec
+from topd.losses import importance
 from topd.training.experience import Observer
-from topd.training.learning import importance
 from topd.training.trainer import TOPDTrainer
 from topd.types import Sampling
 

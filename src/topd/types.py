@@ -19,6 +19,7 @@ Rows are always the student, columns the teacher. Losses are in nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -95,7 +96,8 @@ class Head:
 
     weight [V D], bias [V] or None. ``softcap`` c gives c tanh(logits / c) (Gemma); ``scale`` is the
     factor some models put on their logits (Cohere, Granite). ``product``, where given, multiplies
-    in the place of weight and bias: a faster way to the same values.
+    in the place of weight and bias: a faster way to the same values. ``barred`` [V], where given,
+    is True at rows that no token has: their probability is 0.
     """
 
     weight: Float[Tensor, "V D"]
@@ -103,6 +105,12 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     product: Callable[[Tensor], Tensor] | None = None
+    barred: Bool[Tensor, " V"] | None = None
+
+    @property
+    def bars(self) -> bool:
+        """Whether a token may have probability 0: a row is barred, or a bias may be -inf."""
+        return self.barred is not None or self.bias is not None
 
     @property
     def vocab_size(self) -> int:
@@ -113,7 +121,8 @@ class Head:
         if vocab_size == self.vocab_size:
             return self
         bias = None if self.bias is None else self.bias[:vocab_size]
-        return Head(self.weight[:vocab_size], bias, self.scale, self.softcap)
+        barred = None if self.barred is None else self.barred[:vocab_size]
+        return Head(self.weight[:vocab_size], bias, self.scale, self.softcap, barred=barred)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in at least float32."""
@@ -126,7 +135,7 @@ class Head:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits if self.barred is None else logits.masked_fill(self.barred, -math.inf)
 
 
 @dataclass(frozen=True)

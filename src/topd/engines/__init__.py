@@ -57,9 +57,17 @@ class Engine(Protocol):
         ...
 
     def score(
-        self, prompts: Sequence[Ids], responses: Sequence[Ids], *, temperature: float = 1.0
+        self,
+        prompts: Sequence[Ids],
+        responses: Sequence[Ids],
+        *,
+        temperature: float = 1.0,
+        keep: bool = True,
     ) -> Scores:
-        """Log-probs and last hidden states of given responses, from one forward."""
+        """Log-probs and last hidden states of given responses, from one forward.
+
+        ``keep`` False spares the memory of what only ``continue_from`` needs.
+        """
         ...
 
     def continue_from(

@@ -27,7 +27,9 @@ FREE_ELSEWHERE = 256
 class GrowingLayer(DynamicLayer):
     """Keys and values in a buffer that is written in place; transformers copies all at each token.
 
-    ``room`` is how many entries the first buffer holds behind what is written first.
+    ``room`` is how many entries the first buffer holds behind what is written first. A full buffer
+    grows by as many, or by an eighth: copied that seldom it costs little beside the reading of all
+    entries at each token.
     """
 
     def __init__(self, room: int) -> None:
@@ -53,7 +55,7 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         used = self.get_seq_length()
-        room = max(self.room, length // 2)
+        room = max(self.room, length // 8) if used else self.room
         buffers = []
         for old, new in ((self.keys, key_states), (self.values, value_states)):
             buffer = new.new_empty(*new.shape[:-2], length + room, new.shape[-1])
@@ -158,9 +160,12 @@ class Window:
         ahead = min(self.agreed, ahead, self.limit - written - 1)
         return [self.tokens[-1], *self.draft[written : written + ahead]]
 
-    def take(self, drawn: Sequence[int], logprobs: Sequence[float], ends: Container[int]) -> int:
+    def take(
+        self, drawn: Sequence[int], logprobs: Sequence[float], ends: Container[int], rejoin: int = 0
+    ) -> int:
         """Write what was drawn behind each token read, up to the first that is not the draft's.
 
+        Or up to where its last ``rejoin`` tokens are the draft's, however many were read with them.
         Returns how many tokens were written.
         """
         for count, (token, logprob) in enumerate(zip(drawn, logprobs, strict=True), 1):
@@ -169,7 +174,7 @@ class Window:
             self.logprobs.append(logprob)
             self.agreed = self.agreed + 1 if met else 0
             self.ended = token in ends
-            if self.ended or not met:
+            if self.ended or not met or self.agreed == rejoin:
                 return count
         return len(drawn)
 
@@ -238,6 +243,7 @@ class WindowBatch:
         uniform: [N K], a number for the draw of each token.
         hidden: [N D], the states that predict the first tokens.
         ends: tokens that end a window.
+        rejoin: of how many tokens that are the draft's a window stops; 0: of none.
     """
 
     def __init__(
@@ -246,8 +252,10 @@ class WindowBatch:
         uniform: Float[Tensor, "N K"],
         hidden: Float[Tensor, "N D"],
         ends: Container[int],
+        rejoin: int = 0,
     ) -> None:
         self.windows, self._ends, self._device = windows, ends, hidden.device
+        self._rejoin = rejoin
         known = torch.tensor([window.known for window in windows], device=self._device)
         self._seen = torch.arange(int(known.max()), device=self._device) < known[:, None]
         self._uniform = uniform
@@ -284,7 +292,7 @@ class WindowBatch:
         kept: list[bool] = []
         for k, block in zip(self._going, self._read, strict=True):
             some = slice(len(kept), len(kept) + len(block))
-            count = self.windows[k].take(tokens[some], logprobs[some], self._ends)
+            count = self.windows[k].take(tokens[some], logprobs[some], self._ends, self._rejoin)
             kept += [j < count for j in range(len(block))]
         if self._layout:
             new = self._seen.new_zeros(len(self.windows), self._layout.ids.shape[1])
@@ -292,11 +300,11 @@ class WindowBatch:
             self._seen = torch.cat([self._seen, new], dim=1)
         self._going = [k for k in self._going if self.windows[k].going]
 
-    def rejoin(self, least: int, scores: Scores, starts: Sequence[tuple[int, int]]) -> None:
-        """Windows whose last ``least`` tokens are the draft's take their rest from it."""
+    def rejoin(self, scores: Scores, starts: Sequence[tuple[int, int]]) -> None:
+        """Windows whose last ``rejoin`` tokens are the draft's take their rest from it."""
         for k in self._going:
             window, (b, t) = self.windows[k], starts[k]
-            if window.agreed >= least:
+            if window.agreed >= self._rejoin:
                 rest = slice(len(window.tokens), min(window.limit, len(window.draft)))
                 own = slice(t + rest.start, t + rest.stop)
                 window.tokens += window.draft[rest]

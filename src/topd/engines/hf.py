@@ -39,11 +39,11 @@ ROOM = 256  # entries that a cache holds at first; then it grows by half
 
 @dataclass(frozen=True)
 class _Prefix:
-    """What ``continue_from`` needs of a scoring forward."""
+    """What ``continue_from`` needs of a scoring forward; ``cache`` is None if none was kept."""
 
     prompts: tuple[Ids, ...]
     responses: tuple[Ids, ...]
-    cache: DynamicCache
+    cache: DynamicCache | None
 
 
 class HFEngine:
@@ -113,17 +113,22 @@ class HFEngine:
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[Ids], responses: Sequence[Ids], *, temperature: float = 1.0
+        self,
+        prompts: Sequence[Ids],
+        responses: Sequence[Ids],
+        *,
+        temperature: float = 1.0,
+        keep: bool = True,
     ) -> Scores:
         """Log-probs and last hidden states of responses. See :class:`~topd.engines.Engine`."""
         with self._evaluating():
-            return self._score(prompts, responses, temperature)
+            return self._score(prompts, responses, temperature, keep)
 
     def _score(
-        self, prompts: Sequence[Ids], responses: Sequence[Ids], temperature: float
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], temperature: float, keep: bool
     ) -> Scores:
         ids = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config) if keep else None
         # Padding stands on the right, where a causal model cannot see it: no mask is needed.
         states = self._forward(self._padded(ids), None, None, cache)
         width = max(len(response) for response in responses)
@@ -168,7 +173,7 @@ class HFEngine:
         prefix = scores.prefix
         assert isinstance(prefix, _Prefix)
         check_seeds(seeds, starts)
-        if not self._takes_masks(prefix.cache):
+        if prefix.cache is None or not self._takes_masks(prefix.cache):
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
         with self._evaluating(), packed(self.model, self.head) as head:
             return in_chunks(
@@ -198,19 +203,20 @@ class HFEngine:
         """Write windows: read some tokens of each, draw behind each, keep what agrees."""
         prefix, steps = scores.prefix, sampling.max_new_tokens
         assert isinstance(prefix, _Prefix)
+        assert prefix.cache is not None
         width, device = scores.hidden.shape[-1], scores.hidden.device
         windows, rows = open_windows(
             starts, prefix.prompts, prefix.responses, limit=steps, width=width
         )
         hidden = scores.hidden[tuple(self._tensor(starts).unbind(-1))]
-        batch = WindowBatch(windows, uniforms(seeds, steps, device), hidden, self._ends)
+        batch = WindowBatch(windows, uniforms(seeds, steps, device), hidden, self._ends, rejoin)
         longest = max(window.known for window in windows)
         cache = self._copied(prefix.cache, rows, longest, room=steps)
         while True:
             tick()
             batch.take(hidden, *draw(head.logits(hidden), batch.uniform, sampling))
             if rejoin:
-                batch.rejoin(rejoin, scores, starts)
+                batch.rejoin(scores, starts)
             needed = batch.rows()
             if not needed:
                 break
@@ -254,7 +260,7 @@ class HFEngine:
         written = self.generate(cut, sampling, seeds, tick=tick)
         if not written:
             return []
-        hidden = self.score(cut, [w.tokens for w in written]).hidden
+        hidden = self.score(cut, [w.tokens for w in written], keep=False).hidden
         return [replace(w, hidden=h[: len(w.tokens)]) for w, h in zip(written, hidden, strict=True)]
 
     def _decode(
@@ -314,15 +320,15 @@ class HFEngine:
         ]
 
     def _forward(
-        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache
+        self, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: DynamicCache | None
     ) -> Tensor:
-        """Last hidden states [N L D]; the cache grows by L."""
+        """Last hidden states [N L D]; the cache, if there is one, grows by L."""
         output = self.model.get_decoder()(
             input_ids=ids,
             attention_mask=self._mask(mask),
             position_ids=positions,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
         )
         return output.last_hidden_state
 

@@ -197,7 +197,12 @@ class VLLMEngine(HFEngine):
 
     @torch.no_grad()
     def score(
-        self, prompts: Sequence[Ids], responses: Sequence[Ids], *, temperature: float = 1.0
+        self,
+        prompts: Sequence[Ids],
+        responses: Sequence[Ids],
+        *,
+        temperature: float = 1.0,
+        keep: bool = True,
     ) -> Scores:
         """Log-probs and last hidden states of responses. See :class:`~topd.engines.Engine`.
 

@@ -7,6 +7,7 @@ softmax(logits / temperature). Gradients flow to whatever requires them.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -15,13 +16,14 @@ from torch import Tensor
 from torch.nn import Linear
 
 from topd.errors import TOPDError
-from topd.losses.chunked import Kind, Task, TokenTerms, Upstream, head_terms
+from topd.losses.chunked import Kind, Task, TokenTerms, Upstream, head_terms, importance
 from topd.types import Head
 
 __all__ = [
     "Kind",
     "TokenTerms",
     "Upstream",
+    "importance",
     "linear_logprobs",
     "linear_token_divergence",
     "linear_token_terms",
@@ -177,7 +179,8 @@ def linear_token_terms(
         student_hidden: [P D], last hidden states that predict the tokens.
         student_head: the student's head; its padded vocabulary rows are ignored.
         teacher_hidden: [P E], the teacher's; its width may differ.
-        teacher_head: the teacher's head.
+        teacher_head: the teacher's head. Rows that either head bars are no tokens: they have
+            probability 0 on both sides.
         tokens: [P], the tokens that stand there.
         target_tokens: [P M], support of the soft targets (any token where there is none).
         kind: as in :func:`token_divergence`.
@@ -193,11 +196,7 @@ def linear_token_terms(
     """
     _check_divergence(kind, beta, temperature)
     _check_chunk(chunk_tokens)
-    vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)
-    student_head, teacher_head = (
-        student_head.narrowed(vocab_size),
-        teacher_head.narrowed(vocab_size),
-    )
+    student_head, teacher_head = _on_one_vocabulary(student_head, teacher_head)
     task = Task(
         student_head,
         teacher_head,
@@ -292,9 +291,7 @@ def linear_token_statistics(
     """
     _check_chunk(chunk_tokens)
     _check_temperature(temperature)
-    vocab_size = min(student_head.vocab_size, teacher_head.vocab_size)
-    student_head = student_head.narrowed(vocab_size)
-    teacher_head = teacher_head.narrowed(vocab_size)
+    student_head, teacher_head = _on_one_vocabulary(student_head, teacher_head)
     parts = []
     hidden = zip(
         student_hidden.split(chunk_tokens), teacher_hidden.split(chunk_tokens), strict=True
@@ -302,7 +299,7 @@ def linear_token_statistics(
     for own, other in hidden:
         log_s = _log_softmax(student_head.logits(own), temperature)
         log_t = _log_softmax(teacher_head.logits(other), temperature)
-        parts.append(_statistics(log_s, log_t, min(candidates, vocab_size)))
+        parts.append(_statistics(log_s, log_t, min(candidates, student_head.vocab_size)))
     return torch.cat(parts, dim=-1)
 
 
@@ -394,7 +391,19 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_v p (log p - log q), tokens of p = 0 left out (so that -inf - -inf is never formed)."""
     impossible = log_p == -math.inf
     gap = log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0)
-    return (log_p.exp() * gap).sum(-1)
+    # below every float p is 0, and 0 inf no number: what is possible at all costs inf
+    return (log_p.exp() * gap).masked_fill(gap == math.inf, math.inf).sum(-1)
+
+
+def _on_one_vocabulary(student: Head, teacher: Head) -> tuple[Head, Head]:
+    """Both heads on the rows that both have, less those that either bars."""
+    size = min(student.vocab_size, teacher.vocab_size)
+    student, teacher = student.narrowed(size), teacher.narrowed(size)
+    bars = [head.barred for head in (student, teacher) if head.barred is not None]
+    if not bars:
+        return student, teacher
+    barred = bars[0] if len(bars) == 1 else bars[0] | bars[1]
+    return replace(student, barred=barred), replace(teacher, barred=barred)
 
 
 def _as_head(head: Head | Linear | Tensor) -> Head:

@@ -7,7 +7,8 @@ writes the gradient over the logits. The products with the head see the whole ch
 The gradient of a sum of terms needs the factor of every term, which a loss makes known only in
 the backward pass. It is computed at once in the forward pass for the factors that the caller
 expects. If they come true up to a common factor the gradient is scaled by it; if not, the chunks
-are computed once more.
+are computed once more. So they are in float16 always: a loss is scaled there so that its gradients
+are none of float16's zeros, and by how much is known in the backward pass only.
 """
 
 from __future__ import annotations
@@ -28,16 +29,34 @@ from topd.types import Head
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 
 ROUNDING = 1e-6  # relative: a few roundings of float32
-LEAST = -1e30  # stands for the log-prob of a token barred by a bias of -inf: 0 LEAST is 0, not NaN
+LEAST = -1e30  # stands for the log-prob of a token of probability 0: 0 LEAST is 0, not NaN
 BLOCK = 1 << 17  # logits a block on the CPU: half a megabyte, a few of which fit into its cache
 
 
 class Upstream(NamedTuple):
-    """By what a loss multiplies each term: its derivative by them. None stands for zeros."""
+    """By what a loss multiplies each term: its derivative by them. None stands for zeros.
+
+    With ``sampled`` [P], the log-probs at sampling, the factors of divergence and logprob are also
+    multiplied by the tokens' :func:`importance`, at most ``most``.
+    """
 
     divergence: Float[Tensor, " P"] | None
     logprob: Float[Tensor, " P"] | None
     target_logprobs: Float[Tensor, "P M"] | None
+    sampled: Float[Tensor, " P"] | None = None
+    most: float = math.inf
+
+    def at(self, rows: slice, logprob: Float[Tensor, " r"]) -> Upstream:
+        """The factors of some tokens, whose log-probs are known by now."""
+        divergence, own, targets, sampled = (
+            None if x is None else x[rows]
+            for x in (self.divergence, self.logprob, self.target_logprobs, self.sampled)
+        )
+        if sampled is None:
+            return Upstream(divergence, own, targets)
+        ratio = importance(logprob, sampled, self.most)
+        divergence, own = (None if x is None else ratio * x for x in (divergence, own))
+        return Upstream(divergence, own, targets)
 
     def flat(self, like: Int[Tensor, "P M"]) -> Float[Tensor, "P 2+M"]:
         """All factors of a token side by side, shaped after the target tokens, in float64."""
@@ -48,6 +67,20 @@ class Upstream(NamedTuple):
             zero[:, None].expand_as(like) if self.target_logprobs is None else self.target_logprobs,
         ]
         return torch.cat([part.double().reshape(len(like), -1) for part in parts], 1)
+
+
+def importance(
+    logprob: Float[Tensor, " P"], sampled: Float[Tensor, " P"], most: float
+) -> Float[Tensor, " P"]:
+    """p_now / p_sampling of every sampled token, at most ``most``; without gradient.
+
+    Corrects for rollouts that older weights wrote. Source: truncated importance sampling, Ionides,
+    Journal of Computational and Graphical Statistics 17 (2008); a token at a time, as is usual.
+
+    >>> importance(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -4.0]), 2.0)
+    tensor([1., 2.])
+    """
+    return (logprob.detach() - sampled).exp().clamp(max=most)
 
 
 class TokenTerms(NamedTuple):
@@ -113,10 +146,11 @@ class _HeadTerms(torch.autograd.Function):
         ctx.task, ctx.needed = task, needed
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtype = _compute_dtype(hidden)
+        expected = None if ctx.dtype == torch.float16 else task.expected
         with _without_autocast(hidden):
-            values, ctx.ready = _compute(
-                hidden, weight, bias, task, task.expected, needed, ctx.dtype
-            )
+            values, ready = _compute(hidden, weight, bias, task, expected, needed, ctx.dtype)
+        ctx.ready = ready if expected else None
+        ctx.expected = expected and expected.at(slice(None), values.logprob)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(values.entropy)
         return tuple(values)
@@ -126,7 +160,7 @@ class _HeadTerms(torch.autograd.Function):
     def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, ...]:
         actual = Upstream(factors[0], factors[2], factors[3])
         hidden, weight, bias = ctx.saved_tensors
-        found = _scaled(ctx.ready, actual, ctx.task, ctx.needed)
+        found = _scaled(ctx.ready, actual, ctx.expected, ctx.task.target_tokens, ctx.needed)
         ctx.ready = None  # scaled in place
         if found is None:
             with torch.no_grad(), _without_autocast(hidden):
@@ -136,14 +170,17 @@ class _HeadTerms(torch.autograd.Function):
 
 
 def _scaled(
-    ready: Gradients | None, actual: Upstream, task: Task, needed: tuple[bool, bool, bool]
+    ready: Gradients | None,
+    actual: Upstream,
+    expected: Upstream | None,
+    like: Int[Tensor, "P M"],
+    needed: tuple[bool, bool, bool],
 ) -> Gradients | None:
     """The gradients for the actual factors, if these are a multiple of the expected ones."""
-    if ready is None or task.expected is None or not len(task.tokens):
+    if ready is None or expected is None or not len(like):
         return None
-    like = task.target_tokens
     learns = needed[1] or needed[2]
-    scale = common_factor(actual.flat(like), task.expected.flat(like), per_token=not learns)
+    scale = common_factor(actual.flat(like), expected.flat(like), per_token=not learns)
     if scale is None:
         return None
     scale = scale.reshape(()) if learns else scale  # a bias has one axis
@@ -210,7 +247,10 @@ def _block(
     log_s, bend = _log_probs(logits, task.student, task.temperature)
     log_t, _ = _log_probs(teacher, task.teacher, task.temperature)
     p = log_s.exp()
+    apart = _impossible(log_s, log_t, task)
     divergence, slope = divergence_and_slope(log_s, log_t, p, task.kind, task.beta)
+    if apart is not None:
+        divergence = divergence.masked_fill(apart, math.inf)
     token, targets = task.tokens[here, None], task.target_tokens[here]
     values.divergence[here] = divergence
     values.entropy[here] = -_expectation(p, log_s)
@@ -218,10 +258,11 @@ def _block(
     values.target_logprobs[here] = log_s.gather(1, targets)
     if upstream is None:
         return None
-    slope *= 0.0 if upstream.divergence is None else upstream.divergence[here, None].to(p.dtype)
+    upstream = upstream.at(here, values.logprob[here])
+    slope *= 0.0 if upstream.divergence is None else upstream.divergence[:, None].to(p.dtype)
     for factor, places in ((upstream.logprob, token), (upstream.target_logprobs, targets)):
         if factor is not None and places.shape[1]:
-            own = factor[here].reshape(places.shape).to(p.dtype)
+            own = factor.reshape(places.shape).to(p.dtype)
             slope.addcmul_(p, own.sum(1, keepdim=True), value=-1).scatter_add_(1, places, own)
     constant = task.student.scale / task.temperature
     if constant != 1.0:
@@ -238,10 +279,20 @@ def _log_probs(logits: Tensor, head: Head, temperature: float) -> tuple[Tensor, 
     if head.softcap is not None:
         bounded = torch.tanh(wide / head.softcap)
         wide, bend = head.softcap * bounded, 1 - bounded.square()
+    if head.barred is not None:
+        wide = wide.masked_fill(head.barred, -math.inf)
     logprobs = torch.log_softmax(wide if temperature == 1.0 else wide / temperature, -1)
-    if head.bias is not None:
+    if head.bars:
         logprobs.clamp_(min=LEAST)
     return logprobs, bend
+
+
+def _impossible(log_s: Tensor, log_t: Tensor, task: Task) -> Tensor | None:
+    """[r], where a divergence is infinite: one side takes for possible what the other bars."""
+    if task.kind == "jsd" or not (task.student.bars or task.teacher.bars):
+        return None
+    mine, theirs = (log_s, log_t) if task.kind == "reverse_kl" else (log_t, log_s)
+    return ((theirs <= LEAST) & (mine > LEAST)).any(1)
 
 
 def divergence_and_slope(

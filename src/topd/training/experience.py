@@ -147,7 +147,7 @@ class Observer:
         written: list[Generation] = []
         size = self.args.score_batch_size or self.args.per_device_train_batch_size
         for first, some in _batches(rollouts, size):
-            scores = self.score(some, first)
+            scores = self.score(some, first, keep=method.looks_ahead)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
             known = self.statistics(some, scores) if method.statistics else None
@@ -159,6 +159,7 @@ class Observer:
                     found = sorted({row: (row, t) for row, t in reversed(found)}.values())
                 starts += [(first + row, t) for row, t in found]
                 written += self.look_ahead(scores, found, seeds[first:])
+            del scores  # and its cache, before the next is made
         evidence = self._evidence(rollouts, losses, starts, written)
         if method.statistics:
             evidence = replace(evidence, statistics=_statistics_of(statistics))
@@ -199,8 +200,8 @@ class Observer:
             tuple(window.effort for window in look.written),
         )
 
-    def score(self, rollouts: Sequence[Rollout], first: int = 0) -> Scores:
-        """The teacher's scores of rollouts that are numbered from ``first``.
+    def score(self, rollouts: Sequence[Rollout], first: int = 0, *, keep: bool = True) -> Scores:
+        """The teacher's scores of rollouts that are numbered from ``first``; see ``Engine.score``.
 
         Raises TOPDError where a log-prob is NaN.
         """
@@ -209,6 +210,7 @@ class Observer:
                 [r.prompt.teacher for r in rollouts],
                 [r.response for r in rollouts],
                 temperature=self.args.loss_temperature,
+                keep=keep,
             )
             broken = scores.logprobs.isnan().nonzero().tolist()
         if broken:
@@ -257,6 +259,7 @@ class Observer:
                     for (row, _), branch in zip(places, branches, strict=True)
                 ],
                 [branch.tokens for branch in branches],
+                keep=False,
             ).hidden
         return {
             place: states[: len(branch.tokens)]
@@ -290,7 +293,7 @@ class Observer:
         """[4 T] a rollout, on the CPU, as in ``linear_token_statistics``; one student forward."""
         with self.phases.phase("scoring"), torch.no_grad():
             student = self.student.score(
-                [r.prompt.student for r in rollouts], [r.response for r in rollouts]
+                [r.prompt.student for r in rollouts], [r.response for r in rollouts], keep=False
             )
             found = linear_token_statistics(
                 student.hidden.flatten(0, 1),
@@ -389,9 +392,13 @@ class Observer:
     def compare(self, windows: Windows, *, position_weight: float | None = None) -> Transport:
         """Optimal transport between paired windows, with the cost and solver of ``args``.
 
-        ``position_weight`` replaces that of ``args``.
+        Of a teacher's window that is longer than the student's only as much is compared as the
+        student has: its last token would else be compared with all that the teacher goes on to
+        write. ``position_weight`` replaces that of ``args``.
         """
         eta = self.args.position_weight if position_weight is None else position_weight
+        length = windows.student_mask.sum(-1, keepdim=True)
+        both = windows.teacher_mask & (torch.arange(windows.teacher_mask.shape[1]) < length)
         with self.phases.phase("transport"):
             reader = self.teacher if self.args.embedding == "teacher" else self.student
             cost = transport.ground_cost(
@@ -402,7 +409,7 @@ class Observer:
             return transport.solve(
                 cost,
                 windows.student_mask.to(cost.device),
-                windows.teacher_mask.to(cost.device),
+                both.to(cost.device),
                 method=self.args.solver,
                 epsilon=self.args.epsilon,
             ).cpu()

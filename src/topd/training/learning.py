@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 
 from topd.config import TOPDConfig
 from topd.inputs.heads import head_of
-from topd.losses import Kind, TokenTerms, Upstream, linear_token_terms, soft_target_kl
+from topd.losses import (
+    Kind,
+    TokenTerms,
+    Upstream,
+    importance,
+    linear_token_terms,
+    soft_target_kl,
+)
 from topd.training.experience import Experience
 from topd.types import BranchLoss, Guidance, Head, Rollout
 
@@ -236,7 +243,9 @@ def learning_terms(
 
     The head's weight is read inside the head's own forward, where FSDP2 has it whole.
     """
-    more = {} if batch["visible"] is None else {"attention_mask": batch["visible"]}
+    more: dict[str, Tensor] = {}
+    if batch["visible"] is not None:
+        more["attention_mask"] = _added(batch["visible"], model.dtype)
     if batch["positions"] is not None:
         more["position_ids"] = batch["positions"]
     output = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **more)
@@ -246,6 +255,18 @@ def learning_terms(
         return _terms(states, head_of(model), batch, teacher_head, args)
 
     return inside_forward(linear, linear, head_forward)
+
+
+def _added(visible: Bool[Tensor, "B 1 L L"], dtype: torch.dtype) -> Float[Tensor, "B 1 L L"]:
+    """The mask as what is added to scores, once for all layers: each would make and keep its own.
+
+    In the precision that attention computes in, so that none casts it either.
+    """
+    kind = visible.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    added = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return added.masked_fill_(~visible, torch.finfo(dtype).min)
 
 
 def _terms(
@@ -291,14 +312,20 @@ def _branch_loss(
 
 def _expected(batch: LearningBatch, args: TOPDConfig) -> Upstream | None:
     """The derivative of :func:`update_loss` by the terms; None where it is not known yet."""
-    if batch["capped"] is not None or batch["advantages"] is not None:
+    if batch["capped"] is not None:
         return None
-    totals, weights = batch["totals"], batch["weights"] / max(batch["totals"].tokens, 1)
-    targets = None
+    totals, count = batch["totals"], max(batch["totals"].tokens, 1)
+    targets = logprob = None
     if args.trajectory_weight and totals.guided:
         targets = -_trajectory_factor(totals, args) * batch["target_probabilities"]
-    logprob = None if args.kd_ratio == 1 else (args.kd_ratio - 1) * weights
-    return Upstream(args.kd_ratio * weights, logprob, targets)
+    if args.kd_ratio < 1:
+        logprob = (args.kd_ratio - 1) * batch["weights"] / count
+    if batch["advantages"] is not None:
+        logprob = (0.0 if logprob is None else logprob) - batch["advantages"] / count
+    divergence = args.kd_ratio * batch["weights"] / count
+    if args.overlap:
+        return Upstream(divergence, logprob, targets, batch["sampled"], args.max_importance)
+    return Upstream(divergence, logprob, targets)
 
 
 def _trajectory_factor(totals: Totals, args: TOPDConfig) -> float:
@@ -329,20 +356,6 @@ def update_loss(
     if args.trajectory_weight and totals.guided:
         loss = loss + _trajectory_factor(totals, args) * trajectory
     return loss, trajectory.detach()
-
-
-def importance(
-    logprob: Float[Tensor, " P"], sampled: Float[Tensor, " P"], most: float
-) -> Float[Tensor, " P"]:
-    """p_now / p_sampling of every sampled token, at most ``most``; without gradient.
-
-    Corrects for rollouts that older weights wrote. Source: truncated importance sampling, Ionides,
-    Journal of Computational and Graphical Statistics 17 (2008); a token at a time, as is usual.
-
-    >>> importance(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -4.0]), 2.0)
-    tensor([1., 2.])
-    """
-    return (logprob.detach() - sampled).exp().clamp(max=most)
 
 
 def cap_at_medians(

@@ -34,10 +34,10 @@ from topd.engines.server_checks import check_servers
 from topd.engines.weight_sync import ServedStudent
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.fingerprints import fingerprint, trained_digest
-from topd.inputs.heads import check_head, head_of
+from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSource, check_context, load_pair, source_of, tokenizers_of
 from topd.inputs.prompts import PromptEncoder
-from topd.losses import TokenTerms
+from topd.losses import TokenTerms, importance
 from topd.runs import checkpoints
 from topd.runs.folder import (
     Ledger,
@@ -58,7 +58,6 @@ from topd.training.learning import (
     Totals,
     can_pack,
     collate,
-    importance,
     inside_forward,
     learning_terms,
     update_loss,
@@ -333,7 +332,7 @@ class TOPDTrainer(Trainer):
 
         def forward() -> LearningTerms:
             with self.accelerator.autocast():
-                return learning_terms(student, batch, head_of(self.teacher_model), self.args)
+                return learning_terms(student, batch, self.observer.teacher.head, self.args)
 
         return inside_forward(model, student, forward)
 
