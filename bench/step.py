@@ -43,6 +43,7 @@ from bench.measure import (
 from bench.pairs import PHASES, QUIET, load, ours, prompts
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
+from topd.config import CHECKPOINTING
 
 TESTBED = Path("recipes/testbed/arithmetic.yaml")
 ARMS = {
@@ -83,8 +84,8 @@ def build(case: Case, student: str) -> tuple[Trainer, Callable[[], dict[str, flo
             max_completion_length=case.tokens,
             window_length=case.window,
             candidate_fraction=case.fraction,
-            activation_checkpointing=case.checkpointing,
             bf16=case.bf16,
+            **{CHECKPOINTING: case.checkpointing},
         )
         return trainer, trainer.phases.take
     trainer = theirs(case)
@@ -104,7 +105,7 @@ def theirs(case: Case) -> Trainer:
         "beta": 1.0,
         "temperature": 1.0,
         "bf16": case.bf16,
-        "activation_checkpointing": case.checkpointing,
+        CHECKPOINTING: case.checkpointing,
         "per_device_train_batch_size": case.batch,
         **QUIET,
     }

@@ -27,6 +27,7 @@ from transformers import (
 
 from conftest import EOS, VOCAB, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, transport
+from topd.config import CHECKPOINTING
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint
 from topd.inputs.heads import head_of
@@ -368,7 +369,7 @@ def test_logged_loss_is_the_divergence_and_the_weighted_trajectory_loss(tmp_path
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain = run(tmp_path / "plain")
-    checked = run(tmp_path / "checkpointed", activation_checkpointing=True)
+    checked = run(tmp_path / "checkpointed", **{CHECKPOINTING: True})
     torch.testing.assert_close(checked.gradients, plain.gradients)
 
 

@@ -15,6 +15,12 @@ from topd.losses import Kind
 from topd.methods import METHODS, Method, check_options
 from topd.types import Sampling
 
+CHECKPOINTING = next(  # recomputation of activations, by its name in the installed transformers
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
 
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})

@@ -20,7 +20,7 @@ import yaml
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from topd.config import TOPDConfig
+from topd.config import CHECKPOINTING, TOPDConfig
 from topd.errors import TOPDError
 from topd.evaluate.spec import TrainingEvaluation
 from topd.inputs.models import ModelSpec
@@ -135,14 +135,17 @@ def read_recipe(
     content = read_mapping(_with_packaged(Path(path))) if path else {}
     path = Path(path or "topd")
     stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
-    _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *PARTS}, "warmstart.")
-    _refuse_unknown(path, content, {*_fields(config), *PARTS})
+    names = {*PARTS, "activation_checkpointing"}
+    _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *names}, "warmstart.")
+    _refuse_unknown(path, content, {*_fields(config), *names})
     if warmstart:
         config = WarmstartConfig
         content = {**{k: v for k, v in content.items() if k in PARTS}, **stage}
     for key, value in (overrides or {}).items():
         _set(path, content, key.split("."), value)
     known = _fields(config)
+    if "activation_checkpointing" in content:
+        content[CHECKPOINTING] = content.pop("activation_checkpointing")
     _refuse_unknown(path, content, {*known, *PARTS})
     for part in ("student", "teacher", "data"):
         if part not in content:
