@@ -413,7 +413,7 @@ def test_hostile_names_of_arms_are_text_in_figures_too(tmp_path):
         ],
     )
     parsed = page(tmp_path)
-    assert {a["id"] for a, _ in parsed.scripts if "type" in a} == {"entries"}
+    assert {a["id"] for a, _ in parsed.scripts if "type" in a} == {"about", "entries"}
     assert "<script>alert(1)</script>" in parsed.text
     assert "$\\frac{" in parsed.text
 

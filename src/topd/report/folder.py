@@ -32,6 +32,15 @@ class SoftTargetRecord(_Record):
     probabilities: tuple[float, ...]
 
 
+class BranchRecord(_Record):
+    """A branch of guidance.jsonl: tokens in the response's place from token ``start`` on."""
+
+    start: int = Field(ge=0)
+    tokens: tuple[int, ...]
+    loss: str
+    go_on: int = 0
+
+
 class SampleRecord(_Record):
     """A line of a repair's samples.jsonl: what the student writes at a fork after an arm's updates.
 
@@ -70,13 +79,16 @@ class ForkRecord(_Record):
 
 
 class GuidanceRecord(_Record):
-    """A line of guidance.jsonl."""
+    """A line of guidance.jsonl. ``weights`` are those of the token losses that are not 1."""
 
     step: int
     rollout: int
     forks: tuple[ForkRecord, ...] = ()
     targets: tuple[SoftTargetRecord, ...] = ()
     capped: tuple[int, ...] = ()
+    weights: dict[int, float] = Field(default_factory=dict)
+    branches: tuple[BranchRecord, ...] = ()
+    advantages: tuple[float, ...] = ()
 
 
 class PositionRecord(ForkRecord):
@@ -87,7 +99,7 @@ class PositionRecord(ForkRecord):
 
 
 class RolloutRecord(_Record):
-    """A line of rollouts.jsonl."""
+    """A line of rollouts.jsonl; ``guided`` once it is joined with its line of guidance.jsonl."""
 
     step: int = 0
     rollout: int
@@ -100,6 +112,10 @@ class RolloutRecord(_Record):
     forks: tuple[ForkRecord, ...] = ()
     targets: tuple[SoftTargetRecord, ...] = ()
     capped: tuple[int, ...] = ()
+    weights: dict[int, float] = Field(default_factory=dict)
+    branches: tuple[BranchRecord, ...] = ()
+    advantages: tuple[float, ...] = ()
+    guided: bool = False
 
 
 class CurvePoint(_Record):

@@ -1,10 +1,12 @@
 // The chosen fork: what it is, both windows as text, the threads, the same prefix at other times.
 
-const STORIES = {
-  real: "The models go different ways from here. Correcting this one token would not bring the next ones back.",
-  alarm: "The token is loud, but both models go on nearly alike: another word on the same path.",
-  quiet: "A position for comparison, not chosen for its loss, or one whose verdict is still to come.",
-};
+// Why it has this verdict, and what both models gave the token: numbers, no reading of them.
+function story(fork, rollout) {
+  const [own, teachers] = [rollout.student[fork.position], rollout.teacher[fork.position]];
+  const known = [own, teachers].every((value) => value !== null && value !== undefined);
+  const shares = known ? ` The student gave this token ${percent(Math.exp(own))}, the teacher ${percent(Math.exp(teachers))}.` : "";
+  return about.why[fork.verdict] + shares;
+}
 
 function figures(fork, rollout) {
   const rows = [
@@ -15,7 +17,6 @@ function figures(fork, rollout) {
   ];
   if (fork.rejoin !== null) rows.push(["agree again", `after ${counted(fork.rejoin, "token")}`, ""]);
   if (fork.group) rows.push(["chosen as", fork.group, ""]);
-  if (fork.capped) rows.push(["token loss", "capped", "at the median of the rollout"]);
   return h("dl", { class: "facts small" }, ...rows.map(([name, value, note]) => h("div", { "data-tip": note || null }, h("dt", {}, name), h("dd", {}, value))));
 }
 
@@ -53,9 +54,18 @@ function repaired(fork) {
 function matching(fork) {
   if (!fork.threads.length) return [];
   const aimed = fork.targets.length
-    ? "Soft target: the teacher's tokens that the student's token is matched with; what it is taught there."
-    : "No soft target here: the method does not guide this window.";
-  return [h("h4", {}, "Which token is matched with which"), h("p", { class: "note" }, aimed), drawThreads(fork)];
+    ? h("p", { class: "note" }, "Soft target: the teacher's tokens that the student's token is matched with; what it is taught there.")
+    : "";
+  return [h("h4", {}, "Which token is matched with which"), aimed, drawThreads(fork)];
+}
+
+// What is learned in the rollout's place, where it is more or less than the teacher's window.
+function branch(fork) {
+  if (!fork.branch || String(fork.branch.ids) === String(fork.teacher.ids)) return "";
+  const { ids, texts } = fork.branch;
+  return h("section", { class: "elsewhere branch" }, h("h4", {}, `Learned in the rollout's place: ${counted(ids.length, "token")}`),
+    h("div", { class: "window of-teacher" }, h("div", { class: "text", lang: "" }, ...texts.map((text, i) => h("span", { class: i < fork.teacher.ids.length ? "t" : "t parted" }, text)))),
+    h("p", { class: "note" }, "Marked: what the student wrote after the teacher's window."));
 }
 
 function drawFork(index, number) {
@@ -64,10 +74,12 @@ function drawFork(index, number) {
   const close = h("button", { type: "button", class: "quiet", id: "close-fork", "aria-label": "Close the fork (Escape)" }, "Close");
   byId("fork").replaceChildren(
     h("header", {}, h("h3", {}, h("span", { class: `mark ${fork.verdict}`, "aria-hidden": "true" }, SIGNS[fork.verdict]), ` Candidate ${number + 1}: ${NAMES[fork.verdict]}`), close),
-    h("p", { class: "story" }, STORIES[fork.verdict]),
+    h("p", { class: "story" }, story(fork, rollout)),
+    fork.asked ? h("p", { class: "asked" }, fork.asked) : "",
     figures(fork, rollout),
     h("div", { class: "windows" }, windowText(fork.student, "of-student", fork.teacher), windowText(fork.teacher, "of-teacher", fork.student)),
     h("p", { class: "note" }, "Marked: another token than the other model's at the same place."),
+    branch(fork),
     samePrefix(index, rollout, fork) ?? "",
     repaired(fork) ?? "",
     ...matching(fork),

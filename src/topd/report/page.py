@@ -23,6 +23,7 @@ from topd.errors import TOPDError
 from topd.report.charts import Chart, Fact, figure_of
 from topd.report.experiments import compare_charts, repair_charts
 from topd.report.folder import Kind, kind_of
+from topd.report.guided import Verdict, rule_of
 from topd.report.probe import probe_charts
 from topd.report.rollouts import Selection, select_rollouts
 from topd.report.summary import SummaryTable, summary_tables, verdict_in
@@ -72,6 +73,7 @@ class Page:
     settings: dict[str, str]
     notes: tuple[str, ...]
     selection: Selection
+    rule: Verdict
 
 
 def write_report(folder: Path, *, rollouts: int = 1000) -> Path:
@@ -113,6 +115,7 @@ def make_page(folder: Path, *, rollouts: int) -> Page:
         settings=_settings(folder),
         notes=tuple(_notes(folder, kind, summary, selection)),
         selection=selection,
+        rule=rule_of(folder),
     )
 
 
@@ -133,12 +136,19 @@ def render(page: Page, tokens: TokenTexts, path: Path) -> None:
         scripts=scripts,
         style=style,
         policy=policy(scripts, style),
+        about=_json(_about(page.rule)),
         entries=_json([entry(seen) for seen in views]),
         blocks=_blocks(views),
     )
     stream.enable_buffering(200)
     with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.writelines(stream)
+
+
+def _about(rule: Verdict) -> dict[str, dict[str, str]]:
+    """Names and reasons of the verdicts, for the fork viewer."""
+    verdicts = ("real", "alarm", "quiet")
+    return {"names": {v: rule.name(v) for v in verdicts}, "why": {v: rule.why(v) for v in verdicts}}
 
 
 def policy(scripts: list[Markup], style: Markup) -> str:

@@ -1,7 +1,7 @@
 // A rollout as text: one element a token, shaded by its loss, candidates as buttons.
 
 const FIRST_TOKENS = 2000; // longer rollouts are shown in parts
-const NAMES = { real: "real divergent point", alarm: "false alarm", quiet: "no verdict" };
+const NAMES = about.names;
 const SIGNS = { real: "◆", alarm: "○", quiet: "·" };
 
 function lossAt(rollout, position) {
@@ -16,6 +16,14 @@ function shade(loss) {
   return level ? (loss > 0 ? `h${level}` : `c${level}`) : "h0";
 }
 
+function valueAt(pairs, position) {
+  return pairs.find(([at]) => at === position)?.[1] ?? null;
+}
+
+function weightAt(rollout, position) {
+  return valueAt(rollout.weights, position) ?? 1;
+}
+
 function tokenTip(rollout, position) {
   const loss = lossAt(rollout, position);
   const parts = [`token ${position} of ${rollout.texts.length}, id ${rollout.ids[position]}`];
@@ -23,12 +31,15 @@ function tokenTip(rollout, position) {
   const one = (name, value) => `${name}: ${percent(Math.exp(value))} (log-prob ${fixed(value, 3)} nats)`;
   parts.push(`token loss ${fixed(loss, 3)} nats`);
   parts.push(one("student", rollout.student[position]), one("teacher", rollout.teacher[position]));
+  const weight = weightAt(rollout, position), advantage = valueAt(rollout.advantages, position);
+  if (weight !== 1) parts.push(`its loss counts ${weight} times`);
+  if (advantage !== null) parts.push(`advantage ${advantage}`);
   return parts.join("\n");
 }
 
-function token(rollout, position, number, fork) {
+function token(rollout, position, number, fork, less) {
   const text = rollout.texts[position];
-  const kind = `t ${shade(lossAt(rollout, position))}`;
+  const kind = `t ${shade(lossAt(rollout, position))}${less.has(position) ? " less" : ""}`;
   if (!fork) return h("span", { class: kind, "data-at": position }, text);
   const label = `Candidate ${number}, ${NAMES[fork.verdict]}, OT distance ${fixed(fork.distance, 3)}, `
     + `token loss ${fixed(fork.loss, 2)} nats, token ${JSON.stringify(text)}`;
@@ -38,10 +49,11 @@ function token(rollout, position, number, fork) {
 
 function tokensOf(rollout, from, to) {
   const numbers = new Map(rollout.forks.map((fork, i) => [fork.position, i]));
+  const less = new Set(rollout.weights.filter(([, weight]) => weight < 1).map(([at]) => at));
   const made = [];
   for (let position = from; position < to; position += 1) {
     const number = numbers.get(position);
-    made.push(token(rollout, position, number === undefined ? 0 : number + 1, number === undefined ? null : rollout.forks[number]));
+    made.push(token(rollout, position, number === undefined ? 0 : number + 1, number === undefined ? null : rollout.forks[number], less));
   }
   return made;
 }
@@ -88,6 +100,7 @@ function drawRollout(index, words) {
     h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number} · ${counted(rollout.texts.length, "token")}, ${end} · ${real} real, ${counted(alarms, "false alarm")}`)),
     rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
     rollout.student.length ? null : h("p", { class: "note" }, "The student's log-probs were not recorded: no shading by loss."),
+    rollout.asked.length ? h("ul", { class: "asked", "aria-label": "What the method asks of this rollout" }, ...rollout.asked.map((words) => h("li", {}, words))) : null,
     box,
     beforeAndAfter(index, rollout),
   ];

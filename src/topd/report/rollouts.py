@@ -134,6 +134,10 @@ def _guided(rollout: RolloutRecord, guidance: GuidanceRecord | None) -> RolloutR
             "forks": _sound(rollout, forks),
             "targets": guidance.targets,
             "capped": guidance.capped,
+            "weights": guidance.weights,
+            "branches": guidance.branches,
+            "advantages": guidance.advantages,
+            "guided": True,
         }
     )
 

@@ -1,5 +1,6 @@
 // The data of the page. A rollout's block is parsed when it is first asked for.
 
+const about = JSON.parse(byId("about").textContent);
 const entries = JSON.parse(byId("entries").textContent);
 const opened = new Map();
 const haystacks = new Map();

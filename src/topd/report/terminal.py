@@ -11,13 +11,13 @@ from rich.text import Text
 
 from topd.errors import TOPDError
 from topd.report.folder import kind_of
+from topd.report.guided import Verdict, rule_of
 from topd.report.rollouts import read_rollout
 from topd.report.text import visible
 from topd.report.viewer import ForkView, RolloutView, view
 from topd.runs.tokens import TokenTexts
 
 SIGNS = {"real": "◆", "alarm": "○", "quiet": "·"}
-NAMES = {"real": "real divergent point", "alarm": "false alarm", "quiet": "no verdict"}
 STYLES = {"real": "bold red", "alarm": "bold blue", "quiet": "dim"}
 PAIRS = 12  # rows of the plan that are shown
 
@@ -34,31 +34,37 @@ def show(folder: Path, index: int, console: Console) -> None:
             "topd report draws its figures."
         )
     seen = view(read_rollout(folder, index), TokenTexts.read(folder))
-    console.print(rollout_text(seen, index))
+    rule = rule_of(folder)
+    console.print(rollout_text(seen, index, rule))
     for number, fork in enumerate(seen.forks, 1):
-        console.print(fork_panel(fork, number))
+        console.print(fork_panel(fork, number, rule))
     if not seen.forks:
         console.print("No candidate in this rollout.", style="dim")
 
 
-def rollout_text(seen: RolloutView, index: int) -> RenderableType:
-    """Heading, legend, and the text with its candidates marked; loud tokens are underlined."""
+def rollout_text(seen: RolloutView, index: int, rule: Verdict) -> RenderableType:
+    """Heading, what the method asks, legend, and the text with its candidates marked.
+
+    Tokens of a high loss are underlined, those that count less than once are faint.
+    """
     end = "ended by itself" if seen.finished else "cut by the length limit"
     heading = Text(f"rollout {index}: prompt {seen.prompt}, update {seen.step}, ", style="bold")
     heading.append(f"{len(seen.texts)} tokens, {end}")
-    legend = Text("◆ real divergent point  ○ false alarm  underlined: token loss over 1 nat", "dim")
+    legend = Text(f"◆ {rule.real}  ○ {rule.alarm}  underlined: token loss over 1 nat", "dim")
+    less = {t for t, weight in seen.weights if weight is not None and weight < 1}
     body, forks = Text(), {fork.position: (n, fork) for n, fork in enumerate(seen.forks, 1)}
     for position, text in enumerate(seen.texts):
         number, fork = forks.get(position, (0, None))
         if fork:
             body.append(f"[{SIGNS[fork.verdict]}{number}]", STYLES[fork.verdict])
-        body.append(text, STYLES[fork.verdict] if fork else _loudness(seen, position))
-    return Group(heading, legend, Text(), body, Text())
+        faint = " dim" if position in less else ""
+        body.append(text, STYLES[fork.verdict] if fork else _loudness(seen, position) + faint)
+    return Group(heading, *map(Text, seen.asked), legend, Text(), body, Text())
 
 
-def fork_panel(fork: ForkView, number: int) -> Panel:
-    """One candidate: its numbers, both windows, and the heaviest threads between them."""
-    title = f"{SIGNS[fork.verdict]} {number}. {NAMES[fork.verdict]}"
+def fork_panel(fork: ForkView, number: int, rule: Verdict) -> Panel:
+    """One candidate: why its verdict, what is asked there, both windows, the heaviest threads."""
+    title = f"{SIGNS[fork.verdict]} {number}. {rule.name(fork.verdict)}"
     facts = Text(
         f"token {fork.position}, token loss {_number(fork.loss, 2)} nats, OT distance "
         f"{_number(fork.distance, 3)}, {fork.equal} tokens equal in place"
@@ -67,7 +73,11 @@ def fork_panel(fork: ForkView, number: int) -> Panel:
     windows.add_column("student wrote", ratio=1)
     windows.add_column("teacher would write", ratio=1)
     windows.add_row(Text("".join(fork.student.texts)), Text("".join(fork.teacher.texts)))
-    parts: list[RenderableType] = [facts, Text(), windows]
+    said = [Text(words) for words in (rule.why(fork.verdict), fork.asked) if words]
+    parts: list[RenderableType] = [facts, *said, Text(), windows]
+    if fork.branch and fork.branch.ids != fork.teacher.ids:
+        parts.append(Text("\nlearned in the rollout's place", "bold"))
+        parts.append(Text("".join(fork.branch.texts)))
     for after in fork.after:
         parts.append(Text(f"\n{after.arm}, OT distance {_number(after.distance, 3)}", "bold"))
         parts.append(Text("".join(after.window.texts)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from topd.report.charts import (
     spaced,
 )
 from topd.report.folder import GuidanceRecord, read_logs, read_records
+from topd.report.guided import Verdict, rule_of, trajectory_caption
 from topd.report.svg import ALARM, PALETTE, REAL, hint
 
 Logs = Sequence[Mapping[str, float]]
@@ -44,9 +46,8 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
     ),
     (
         "trajectory",
-        "Trajectory loss at real divergent points",
-        "L_traj, mean over guided tokens: how far the student's distribution is from the soft "
-        "targets along its own window.",
+        "Trajectory loss",
+        "L_traj, mean over guided tokens.",
         "nats a guided token",
         (("topd/trajectory_loss", "L_traj"),),
     ),
@@ -61,8 +62,7 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "alarms",
         "False alarms among the candidates",
-        "Share of loud tokens after which student and teacher write nearly the same. With the "
-        "default verdict (a fixed share of each update's candidates) it is set, not found.",
+        "Share of the candidates that the verdict of this run counts as false alarms.",
         "share of candidates",
         (("topd/false_alarm_share", "false alarms"),),
     ),
@@ -93,13 +93,26 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Found:
+    """What guidance.jsonl says of a run: distances by verdict, and what L_traj is taken along."""
+
+    real: tuple[float, ...] = ()
+    alarm: tuple[float, ...] = ()
+    trajectory: str = ""
+
+
 def training_charts(folder: Path) -> list[Chart]:
     """The figures of a training run; those that it has no numbers for are left out."""
-    logs = read_logs(folder)
-    charts = [chart for row in CURVES if (chart := _curve_chart(logs, *row))]
-    forks = _fork_distances(folder)
-    if any(forks.values()):
-        charts.insert(2, _fork_chart(forks))
+    logs, found, rule = read_logs(folder), _found(folder), rule_of(folder)
+    captions = {"trajectory": found.trajectory, "alarms": f"{rule.why_real} {rule.why_alarm}"}
+    charts = [
+        chart
+        for name, title, caption, unit, keys in CURVES
+        if (chart := _curve_chart(logs, name, title, captions.get(name) or caption, unit, keys))
+    ]
+    if found.real or found.alarm:
+        charts.insert(2, _fork_chart(found, rule))
     times = _phase_seconds(logs)
     return [*charts, _time_chart(logs, times)] if times else charts
 
@@ -113,10 +126,11 @@ def training_facts(folder: Path) -> list[Fact]:
     divergence = next((key for key in DIVERGENCES if key in logs[0]), None)
     if divergence:
         facts.append(_change(logs, divergence))
-    distances = _fork_distances(folder)
-    if any(distances.values()):
-        for name in distances:
-            facts.append(Fact(name, f"{len(distances[name]):,}", _median(distances[name])))
+    found, rule = _found(folder), rule_of(folder)
+    for name, distances in zip(rule.groups, (found.real, found.alarm), strict=True):
+        if distances:
+            median = f"median OT distance {np.median(distances):.3f}"
+            facts.append(Fact(name, f"{len(distances):,}", median))
     times = _phase_seconds(logs)
     if times:
         slowest = max(times, key=times.__getitem__)
@@ -157,31 +171,34 @@ def _change(logs: Logs, key: str) -> Fact:
     return Fact(DIVERGENCES[key], f"{first:.3f} → {last:.3f}", note)
 
 
-def _median(values: Sequence[float]) -> str:
-    return f"median OT distance {np.median(values):.3f}" if values else ""
+def _found(folder: Path) -> Found:
+    """One pass over guidance.jsonl."""
+    if not (folder / "guidance.jsonl").is_file():
+        return Found()
+    real: list[float] = []
+    alarm: list[float] = []
 
-
-def _fork_distances(folder: Path) -> dict[str, list[float]]:
-    """OT distances of all candidates by verdict."""
-    found: dict[str, list[float]] = {"real divergent points": [], "false alarms": []}
-    if (folder / "guidance.jsonl").is_file():
+    def seen() -> Iterator[GuidanceRecord]:
         for record in read_records(folder, "guidance.jsonl", GuidanceRecord):
             for fork in record.forks:
                 if math.isfinite(fork.distance):
-                    name = "real divergent points" if fork.real else "false alarms"
-                    found[name].append(fork.distance)
-    return found
+                    (real if fork.real else alarm).append(fork.distance)
+            yield record
+
+    caption = trajectory_caption(seen())
+    return Found(tuple(real), tuple(alarm), caption)
 
 
-def _fork_chart(forks: Mapping[str, Sequence[float]]) -> Chart:
+def _fork_chart(found: Found, rule: Verdict) -> Chart:
+    real, alarm = rule.groups
+    groups = {real: found.real, alarm: found.alarm}
     return Chart(
         "forks",
         "How far apart the candidates' windows are",
-        "Every candidate of the run by the distance of its two windows. Vertical lines: medians.",
-        histogram(
-            forks, {"real divergent points": REAL, "false alarms": ALARM}, unit="OT distance"
-        ),
-        *group_table(forks),
+        "Every candidate of the run by the distance of its two windows. Vertical lines: medians. "
+        f"{rule.why_real} {rule.why_alarm}",
+        histogram(groups, {real: REAL, alarm: ALARM}, unit="OT distance"),
+        *group_table(groups),
     )
 
 

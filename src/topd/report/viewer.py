@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from topd.report.folder import ForkRecord, RolloutRecord
+from topd.report.guided import asked_at, asked_of
 from topd.report.text import join_visible, plain, visible
 from topd.runs.tokens import TokenTexts
 
@@ -39,8 +40,9 @@ class ForkView:
     """A candidate as the page shows it.
 
     ``threads`` are (row, column, mass); ``targets`` the likeliest tokens and probabilities at each
-    student position, empty where the method guided nothing; ``equal`` counts the places at which
-    both windows have the same token.
+    student position, empty where there is no soft target; ``equal`` counts the places at which
+    both windows have the same token. ``asked`` says what the method does here, ``branch`` has the
+    tokens that are learned in the rollout's place, if there are such.
     """
 
     position: int
@@ -53,6 +55,8 @@ class ForkView:
     equal: int
     student: Window
     teacher: Window
+    asked: str
+    branch: Window | None
     threads: tuple[tuple[int, int, float], ...]
     targets: tuple[tuple[tuple[str, float], ...], ...]
     after: tuple[After, ...] = ()
@@ -60,7 +64,11 @@ class ForkView:
 
 @dataclass(frozen=True)
 class RolloutView:
-    """A rollout as the page shows it; log-probs in nats, empty where none was recorded."""
+    """A rollout as the page shows it; log-probs in nats, empty where none was recorded.
+
+    ``asked`` says what the method asks of it; ``weights`` are (token, weight) where that is not 1,
+    ``advantages`` where that is not 0.
+    """
 
     step: int
     number: int
@@ -71,6 +79,9 @@ class RolloutView:
     ids: tuple[int, ...]
     student: tuple[float | None, ...]
     teacher: tuple[float | None, ...]
+    asked: tuple[str, ...]
+    weights: tuple[tuple[int, float | None], ...]
+    advantages: tuple[tuple[int, float | None], ...]
     forks: tuple[ForkView, ...]
 
 
@@ -99,6 +110,9 @@ def view(rollout: RolloutRecord, tokens: TokenTexts) -> RolloutView:
         ids=rollout.response_ids,
         student=tuple(_rounded(x) for x in rollout.logprobs),
         teacher=tuple(_rounded(x) for x in rollout.teacher_logprobs),
+        asked=asked_of(rollout) if rollout.guided else (),
+        weights=tuple((t, _rounded(w)) for t, w in sorted(rollout.weights.items())),
+        advantages=tuple((t, _rounded(a)) for t, a in enumerate(rollout.advantages) if a),
         forks=tuple(_fork(rollout, fork, tokens) for fork in rollout.forks),
     )
 
@@ -128,6 +142,7 @@ def verdict_of(fork: ForkRecord) -> str:
 
 def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkView:
     pairs = zip(fork.student_tokens, fork.teacher_tokens, strict=False)
+    branch = next((b.tokens for b in rollout.branches if b.start == fork.position), ())
     return ForkView(
         position=fork.position,
         loss=_rounded(fork.token_loss),
@@ -139,6 +154,8 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
         equal=sum(a == b for a, b in pairs),
         student=Window(_texts(fork.student_tokens, tokens), fork.student_tokens),
         teacher=Window(_texts(fork.teacher_tokens, tokens), fork.teacher_tokens),
+        asked=asked_at(rollout, fork) if rollout.guided else "",
+        branch=Window(_texts(branch, tokens), branch) if branch else None,
         threads=tuple((i, j, round(mass, 5)) for i, j, mass in fork.plan),
         targets=_targets(rollout, fork, tokens) if verdict_of(fork) == "real" else (),
         after=tuple(

@@ -1,0 +1,230 @@
+"""What a method asks of a rollout, in words that follow from its line of guidance.jsonl alone.
+
+Nothing here knows a method by name: branches, soft targets, weights, caps and advantages are told
+as they are recorded, so that a method from outside is told truly too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topd.report.folder import (
+    BranchRecord,
+    ForkRecord,
+    GuidanceRecord,
+    Kind,
+    RolloutRecord,
+    kind_of,
+)
+from topd.runs.files import read_whole
+
+LOSSES = {
+    "cross_entropy": "cross-entropy",
+    "forward_kl": "KL(p_T || p_S)",
+    "reverse_kl": "KL(p_S || p_T)",
+}
+NOTHING = "Every token loss counts once; the method asks nothing more of this rollout."
+PLACES = 8  # that are named one by one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run decides that a candidate is real: the names of both outcomes, and the reasons."""
+
+    real: str = "real divergent point"
+    alarm: str = "false alarm"
+    why_real: str = "A real divergent point by the verdict of this run."
+    why_alarm: str = "A false alarm by the verdict of this run."
+
+    def name(self, verdict: str) -> str:
+        """Of ``real``, ``alarm`` or ``quiet``."""
+        return {"real": self.real, "alarm": self.alarm}.get(verdict, "no verdict")
+
+    @property
+    def groups(self) -> tuple[str, str]:
+        """Names of all that are real, and of all false alarms."""
+        return _many(self.real), _many(self.alarm)
+
+    def why(self, verdict: str) -> str:
+        """The reason for ``real``, ``alarm`` or ``quiet``, in a sentence."""
+        quiet = "A position for comparison, or one whose verdict is still to come."
+        return {"real": self.why_real, "alarm": self.why_alarm}.get(verdict, quiet)
+
+
+def rule_of(folder: Path) -> Verdict:
+    """How the run of a folder decides which candidates are real. Raises TOPDError: no run."""
+    kind = kind_of(folder)
+    settings = read_whole(folder / "run.json").get("config")
+    found = read_whole(folder / "probe.json").get("threshold") if kind == "probe" else None
+    value = found.get("value") if isinstance(found, dict) else None
+    return verdict_rule(kind, settings if isinstance(settings, dict) else {}, value)
+
+
+def verdict_rule(kind: Kind, settings: Mapping[str, Any], threshold: float | None) -> Verdict:
+    """The rule of a run.
+
+    Args:
+        kind: of the run folder.
+        settings: those in its run.json; empty where there are none.
+        threshold: of a probe, the OT distance that it has measured.
+    """
+    if kind == "probe":
+        return _threshold(threshold, "the upper quartile over low-loss tokens")
+    share, limit = settings.get("false_alarm_share"), settings.get("ot_threshold")
+    if isinstance(limit, int | float):
+        return _threshold(limit, "ot_threshold")
+    if not isinstance(share, int | float):
+        return Verdict()
+    return _quota(share, "batch" if kind == "repair" else "update")
+
+
+def _threshold(limit: float | None, source: str) -> Verdict:
+    if limit is None:
+        return Verdict()
+    return Verdict(
+        why_real=f"Its OT distance is at least {limit:.4g} ({source}).",
+        why_alarm=f"Its OT distance is below {limit:.4g} ({source}).",
+    )
+
+
+def _quota(share: float, of: str) -> Verdict:
+    if share == 0:
+        all_ = "Every candidate of this run is taken as real, whatever its distance."
+        return Verdict("taken as real", why_real=all_)
+    nearest = f"the {100 * share:.4g} % of this {of}'s candidates with the smallest OT distance"
+    return Verdict(
+        "real divergent point by quota",
+        "false alarm by quota",
+        f"Not among {nearest}. That is a quota, not a finding.",
+        f"Among {nearest}. That is a quota, not a finding.",
+    )
+
+
+def asked_of(record: RolloutRecord) -> tuple[str, ...]:
+    """What the method asks of a rollout, one sentence a kind of guidance."""
+    said = [
+        *_weighed(record.weights, len(record.response_ids)),
+        *_advantages(record.advantages),
+        *_capped(record.capped),
+        *_targets(record),
+        *map(branch_words, record.branches),
+    ]
+    return tuple(said) or (NOTHING,)
+
+
+def asked_at(record: RolloutRecord, fork: ForkRecord) -> str:
+    """What the method asks at one candidate."""
+    window = range(fork.position, fork.position + max(len(fork.student_tokens), 1))
+    targets = sum(target.position in window for target in record.targets)
+    said = [branch_words(b) for b in record.branches if b.start == fork.position]
+    if targets:
+        said.append(
+            f"Soft targets at {targets} of the {len(window)} tokens of the student's window: the "
+            "teacher's tokens that each is matched with."
+        )
+    if fork.position in record.capped:
+        said.append("The token loss is held down to the rollout's median where it is above.")
+    weight = record.weights.get(fork.position, 1.0)
+    if weight != 1:
+        said.append(f"The token loss counts {weight:.4g} times.")
+    advantage = _at(record.advantages, fork.position)
+    if advantage:
+        said.append(f"Advantage {advantage:.4g} on the log-prob of the sampled token.")
+    return " ".join(said) or "The method asks nothing more here than the token loss."
+
+
+def branch_words(branch: BranchRecord) -> str:
+    """A branch in a sentence: what is learned, where, and by which loss."""
+    loss = LOSSES.get(branch.loss, branch.loss)
+    by = f"{loss} with it" if branch.loss == "cross_entropy" else f"{loss} along it"
+    whose = "the teacher's window"
+    if branch.go_on:
+        whose += ", continued by the student,"
+    return (
+        f"At token {branch.start} the student learns {whose} in that window's own context, by "
+        f"{by}: {_tokens(len(branch.tokens))}."
+    )
+
+
+def trajectory_caption(records: Iterable[GuidanceRecord]) -> str:
+    """What L_traj is taken along in a run; empty where no line of guidance has a part in it."""
+    ways = dict.fromkeys(way for record in records for way in _ways(record))
+    return f"L_traj, mean over guided tokens: {'; '.join(ways)}." if ways else ""
+
+
+def _ways(record: GuidanceRecord) -> Iterator[str]:
+    if record.targets:
+        yield "KL from the soft targets to the student, along the student's own window"
+    for branch in record.branches:
+        along = "the teacher's window and what the student wrote after it" if branch.go_on else (
+            "the teacher's window"
+        )  # fmt: skip
+        yield f"{LOSSES.get(branch.loss, branch.loss)} along {along}, in that window's own context"
+
+
+def _weighed(weights: Mapping[int, float], length: int) -> Iterator[str]:
+    """Weights other than 1."""
+    if not weights:
+        return
+    values, places = list(weights.values()), sorted(weights)
+    kept = [t for t in range(length) if weights.get(t, 1.0) != 0]
+    kept_values = {weights.get(t, 1.0) for t in kept}
+    if not kept:
+        yield "No token loss counts."
+    elif 0 in values and len(kept_values) == 1:
+        (value,) = kept_values
+        yield (
+            f"{len(kept)} of {_tokens(length)} count, {value:.4g} times each; the other token "
+            "losses count nothing."
+        )
+    elif len(set(values)) == 1 and places == list(range(places[0], length)):
+        yield f"Token losses count {values[0]:.4g} times from token {places[0]} on."
+    else:
+        yield (
+            f"Token losses are weighted: {min(values):.4g} to {max(values):.4g} at "
+            f"{len(values)} of {_tokens(length)}."
+        )
+
+
+def _advantages(advantages: Sequence[float]) -> Iterator[str]:
+    found = [value for value in advantages if value]
+    if found:
+        low, high = f"{min(found):.4g}", f"{max(found):.4g}"
+        yield (
+            f"Advantage {low if low == high else f'{low} to {high}'} on the log-prob of "
+            f"{len(found)} of {_tokens(len(advantages))}; these were sampled, and below 0 they "
+            "are made less likely."
+        )
+
+
+def _capped(capped: Sequence[int]) -> Iterator[str]:
+    if capped:
+        named = ", ".join(map(str, sorted(capped)[:PLACES]))
+        more = f" and {len(capped) - PLACES} more" if len(capped) > PLACES else ""
+        yield f"The token loss is held down to the rollout's median at token {named}{more}."
+
+
+def _targets(record: RolloutRecord) -> Iterator[str]:
+    if record.targets:
+        yield f"Soft targets at {_tokens(len(record.targets))} of the student's own windows."
+
+
+def _many(name: str) -> str:
+    """The plural of a verdict's name.
+
+    >>> _many("false alarm by quota")
+    'false alarms by quota'
+    """
+    return re.sub(r"(point|alarm)\b", r"\1s", name, count=1)
+
+
+def _at(values: Sequence[float], position: int) -> float:
+    return values[position] if position < len(values) else 0.0
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"

@@ -1,0 +1,198 @@
+"""The pages of every method: what they say of a rollout is what its line of guidance.jsonl says."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import report_folders as make
+from test_methods import ROWS, STARTS, evidence, with_statistics
+from test_report import page
+from topd.methods import METHODS
+from topd.report.folder import GuidanceRecord, read_records
+from topd.report.guided import LOSSES, NOTHING, Verdict, verdict_rule
+from topd.report.terminal import show
+from topd.runs.folder import guidance_record
+from topd.types import Fork, Guidance, Prompt, Rollout
+
+REAL = (True, False, True, True)
+
+
+def run_of(method: str, folder: Path, **config: Any) -> list[dict[str, Any]]:
+    """A run folder of one update by a method, from evidence by hand; its lines of guidance."""
+    found = with_statistics(evidence(ROWS, STARTS, list(REAL)))
+    asked = METHODS[method].guide(found)
+    make.training(folder, rollouts=2)
+    rows = [make.rollout(0, n, n, [3 + t for t in range(len(r))]) for n, r in enumerate(ROWS)]
+    make.lines(folder / "rollouts.jsonl", rows)
+    windows = found.windows
+    forks: list[list[Fork]] = [[], []]
+    for k, (row, start) in enumerate(STARTS if METHODS[method].looks_ahead else []):
+        tokens = tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist())
+        length = int(windows.student_mask[k].sum())
+        forks[row].append(Fork(start, 2.5, 0.25 * k, REAL[k], tokens, length))
+    lines = [
+        guidance_record(0, n, Rollout(Prompt(n, (0,), (0,)), (), (), finished=True), forks[n], g)
+        for n, g in enumerate(asked)
+    ]
+    make.lines(folder / "guidance.jsonl", lines)
+    settings = {"method": method, "false_alarm_share": 0.3, "ot_threshold": None, **config}
+    (folder / "run.json").write_text(json.dumps({"recipe": {}, "config": settings}))
+    return [json.loads(line) for line in (folder / "guidance.jsonl").read_text().splitlines()]
+
+
+def in_terminal(folder: Path, index: int) -> str:
+    file = StringIO()
+    show(folder, index, Console(file=file, width=500, force_terminal=False))
+    return " ".join(file.getvalue().split())
+
+
+def named(record: dict[str, Any]) -> list[str]:
+    """What must be said of a line of guidance: a piece of text for everything it holds."""
+    weights, advantages = record["weights"], [a for a in record["advantages"] if a]
+    pieces = [
+        f"At token {b['start']} the student learns the teacher's window"
+        f"{', continued by the student,' if b['go_on'] else ''} in that window's own context, by "
+        f"{LOSSES[b['loss']]} {'with' if b['loss'] == 'cross_entropy' else 'along'} it: "
+        f"{len(b['tokens'])} token"
+        for b in record["branches"]
+    ]
+    if record["targets"]:
+        pieces.append(f"Soft targets at {len(record['targets'])} token")
+    if record["capped"]:
+        pieces.append(f"median at token {', '.join(map(str, record['capped']))}.")
+    if weights:
+        pieces.append("count")
+    if advantages:
+        pieces.append(f"Advantage {advantages[0]:.4g} on the log-prob of {len(advantages)} of")
+    return pieces or [NOTHING]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_page_and_terminal_say_what_the_line_of_guidance_says(method, tmp_path):
+    lines = run_of(method, tmp_path)
+    parsed = page(tmp_path)
+    for n, record in enumerate(lines):
+        block = parsed.data(f"rollout-{n}")
+        said, printed = " ".join(block["asked"]), in_terminal(tmp_path, n)
+        for piece in named(record):
+            assert piece in said.replace("weighted", "count")
+        assert (NOTHING in said) == (named(record) == [NOTHING])
+        assert all(sentence in printed for sentence in block["asked"])
+        weights = {str(t): w for t, w in block["weights"]}
+        assert weights == {t: pytest.approx(w, abs=1e-4) for t, w in record["weights"].items()}
+        assert [a for _, a in block["advantages"]] == pytest.approx(
+            [a for a in record["advantages"] if a], abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if m.looks_ahead])
+def test_every_candidate_says_what_is_asked_there(method, tmp_path):
+    lines = run_of(method, tmp_path)
+    parsed = page(tmp_path)
+    for n, record in enumerate(lines):
+        branches = {b["start"]: b for b in record["branches"]}
+        for fork in parsed.data(f"rollout-{n}")["forks"]:
+            at, said = fork["position"], fork["asked"]
+            assert ("the student learns" in said) == (at in branches)
+            assert (fork["branch"] or {}).get("ids") == branches.get(at, {}).get("tokens")
+            assert ("held down" in said) == (at in record["capped"])
+            weight = record["weights"].get(str(at))
+            assert (f"counts {weight} times" in said) == (weight is not None)
+            guided = any(
+                at <= t["position"] < at + len(fork["student"]["ids"]) for t in record["targets"]
+            )
+            assert ("Soft targets" in said) == guided
+
+
+def test_first_fork_s_page_shows_its_branch_and_what_counts_less(tmp_path):
+    """The window at the first real point, and 0.3 behind it; numbers by hand."""
+    run_of("first_fork", tmp_path)
+    asked = page(tmp_path).data("rollout-0")["asked"]
+    assert asked == [
+        "Token losses count 0.3 times from token 1 on.",
+        "At token 0 the student learns the teacher's window in that window's own context, by "
+        "KL(p_T || p_S) along it: 4 tokens.",
+    ]
+
+
+CAPTIONS = {
+    "topd": "KL from the soft targets to the student, along the student's own window.",
+    "window_sft": "cross-entropy along the teacher's window, in that window's own context.",
+    "window_kd": "KL(p_T || p_S) along the teacher's window, in that window's own context.",
+    "first_fork": "KL(p_T || p_S) along the teacher's window, in that window's own context.",
+    "relay": "KL(p_S || p_T) along the teacher's window and what the student wrote after it",
+}
+
+
+@pytest.mark.parametrize("method", CAPTIONS)
+def test_the_caption_of_the_trajectory_loss_says_what_was_learned_along(method, tmp_path):
+    run_of(method, tmp_path)
+    assert CAPTIONS[method] in page(tmp_path).text
+    for other in set(CAPTIONS.values()) - {CAPTIONS[method]}:
+        assert other not in page(tmp_path).text
+
+
+def test_the_student_s_own_tokens_after_a_relayed_window_are_shown(tmp_path):
+    """As the trainer records it: the branch has the teacher's window and then the student's."""
+    lines = run_of("relay", tmp_path)
+    branch = lines[0]["branches"][0]
+    own = [9, 8, 7]
+    branch["tokens"] = [*branch["tokens"], *own]
+    make.lines(tmp_path / "guidance.jsonl", lines)
+    fork = page(tmp_path).data("rollout-0")["forks"][0]
+    assert fork["branch"]["ids"] == fork["teacher"]["ids"] + own
+    assert "learned in the rollout's place" in in_terminal(tmp_path, 0)
+
+
+# Verdicts
+
+
+RULES = [
+    ({"false_alarm_share": 0.3}, "Among the 30 % of this update's candidates with the smallest"),
+    ({"false_alarm_share": 0.3, "ot_threshold": 0.25}, "below 0.25 (ot_threshold)"),
+    ({"false_alarm_share": 0.0}, "Every candidate of this run is taken as real"),
+]
+
+
+@pytest.mark.parametrize(("settings", "reason"), RULES)
+def test_a_verdict_is_told_with_its_rule(settings, reason, tmp_path):
+    run_of("topd", tmp_path, **settings)
+    text = page(tmp_path).text
+    about = page(tmp_path).data("about")["why"]
+    assert reason in text
+    assert reason in " ".join(about.values())
+    assert reason in in_terminal(tmp_path, 0)
+    quota = settings == {"false_alarm_share": 0.3}
+    assert ("a quota, not a finding" in text) == quota
+    assert "another word on the same path" not in text
+
+
+def test_a_run_without_settings_gives_no_reason_that_it_does_not_know():
+    assert verdict_rule("training", {}, None) == Verdict()
+    assert "0.25" in verdict_rule("probe", {"false_alarm_share": 0.3}, 0.25).why_alarm
+
+
+def test_a_method_from_outside_is_told_as_it_is_recorded(tmp_path):
+    """Weights of several sizes, a negative advantage and a branch, from no method of ours."""
+    run_of("opd", tmp_path)
+    odd = Guidance((0.5, 2.0, 1.0, 1.0, 0.0), advantages=(0.0, 0.0, -0.5, 0.25, 0.0))
+    rollout = Rollout(Prompt(0, (0,), (0,)), (), (), finished=True)
+    make.lines(tmp_path / "guidance.jsonl", [guidance_record(0, 0, rollout, [], odd)])
+    assert page(tmp_path).data("rollout-0")["asked"] == [
+        "Token losses are weighted: 0 to 2 at 3 of 5 tokens.",
+        "Advantage -0.5 to 0.25 on the log-prob of 2 of 5 tokens; these were sampled, and below 0 "
+        "they are made less likely.",
+    ]
+
+
+def test_a_rollout_without_a_line_of_guidance_says_nothing(tmp_path):
+    run_of("opd", tmp_path)
+    (tmp_path / "guidance.jsonl").write_text("")
+    assert page(tmp_path).data("rollout-0")["asked"] == []
+    assert list(read_records(tmp_path, "guidance.jsonl", GuidanceRecord)) == []
