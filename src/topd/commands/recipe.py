@@ -153,9 +153,11 @@ def read_recipe(
     settings = {key: value for key, value in content.items() if key in known}
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
+    teacher = parse_spec(path, "teacher", ModelSpec, content["teacher"])
+    student = parse_spec(path, "student", ModelSpec, content["student"])
     return Recipe(
-        student=parse_spec(path, "student", ModelSpec, content["student"]),
-        teacher=parse_spec(path, "teacher", ModelSpec, content["teacher"]),
+        student=student.with_tokenizer_of(teacher),
+        teacher=teacher,
         data=parse_spec(path, "data", DataSpec, content["data"]),
         eval_data=parse_spec(path, "eval_data", DataSpec, content["eval_data"])
         if content.get("eval_data")

@@ -12,7 +12,8 @@ from topd.engines.hf import HFEngine
 from topd.engines.servers import Servers
 from topd.engines.vllm import Completions, VLLMEngine
 from topd.errors import TOPDError
-from topd.inputs.models import PROBE, ModelSpec
+from topd.inputs.models import ModelSpec
+from topd.inputs.vocabulary import PROBE
 from topd.losses import linear_logprobs
 from topd.types import Ids, Sampling
 

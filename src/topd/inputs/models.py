@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,10 +26,10 @@ from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.served import ServedSpec
+from topd.inputs.vocabulary import check_tokenizers, check_vocabulary
 from topd.testbed import SCHEME, weights_of
 
 PACKAGE = "package://"
-PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"
 
 
 class ModelSpec(BaseModel):
@@ -35,9 +37,12 @@ class ModelSpec(BaseModel):
 
     ``path`` is a folder, a hub name, ``package://NAME`` for the folder of an installed Python
     package, or ``testbed://FAMILY/ROLE``. ``gguf_file`` names a GGUF file in it, whose weights are
-    dequantised. ``eos_token`` replaces the tokenizer's end-of-sequence token. Weights are read from
-    safetensors or GGUF, never from a pickle; code of a model repository runs only with
-    ``trust_remote_code``. ``served`` says where vLLM serves it.
+    dequantised. ``tokenizer`` says where its tokenizer and chat template are, if not with it: a
+    path, or ``teacher`` in a student's spec. ``chat_template`` is a Jinja template, or a file that
+    ends in ``.jinja``. ``eos_token`` replaces the tokenizer's end-of-sequence token; of several,
+    the first does, and all end a response. Weights are read from safetensors or GGUF, never from a
+    pickle; code of a model repository runs only with ``trust_remote_code``. ``served`` says where
+    vLLM serves it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,7 +52,9 @@ class ModelSpec(BaseModel):
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str | None = None
-    eos_token: str | None = None
+    tokenizer: str | ModelSpec | None = None
+    chat_template: str | None = None
+    eos_token: str | tuple[str, ...] | None = None
     trust_remote_code: bool = False
     served: ServedSpec | None = None
 
@@ -95,20 +102,65 @@ class ModelSpec(BaseModel):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token. Raises TOPDError if it cannot be found."""
-        tokenizer = self._load(AutoTokenizer, "tokenizer")
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up for want of files
-            raise TOPDError(f"model {self.path}: its tokenizer cannot be loaded: no files there.")
-        if self.eos_token is not None:
-            if self.eos_token not in tokenizer.get_vocab():
-                raise TOPDError(
-                    f"model {self.path}: eos_token {self.eos_token!r} is not in its vocabulary."
-                )
-            tokenizer.eos_token = self.eos_token
+        tokenizer = self._own_tokenizer() if self.tokenizer is None else self._lent_tokenizer()
+        if self.chat_template is not None:
+            tokenizer.chat_template = self._template()
+        ends = self._ends(tokenizer)
+        if ends:
+            tokenizer.eos_token = ends[0]
         if tokenizer.eos_token is None:
             raise TOPDError(f"model {self.path}: no end-of-sequence token. Set eos_token.")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def _own_tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = self._load(AutoTokenizer, "tokenizer")
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up for want of files
+            raise TOPDError(f"model {self.path}: its tokenizer cannot be loaded: no files there.")
+        return tokenizer
+
+    def _lent_tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of another model, after a look at the model's own, if there is one."""
+        if self.tokenizer == "teacher":
+            raise TOPDError(
+                f"model {self.path}: tokenizer: teacher is for a student whose teacher is a path. "
+                "Give the path of a tokenizer."
+            )
+        assert self.tokenizer is not None
+        lent = _spec(self.tokenizer).load_tokenizer()
+        try:
+            own = self._own_tokenizer()
+        except TOPDError:
+            return lent
+        check_vocabulary(own, lent)
+        return lent
+
+    def with_tokenizer_of(self, teacher: ModelSpec) -> ModelSpec:
+        """The same, where it says ``tokenizer: teacher`` with that teacher named there."""
+        if self.tokenizer != "teacher":
+            return self
+        return self.model_copy(update={"tokenizer": teacher})
+
+    def _template(self) -> str:
+        assert self.chat_template is not None
+        if not self.chat_template.endswith(".jinja"):
+            return self.chat_template
+        try:
+            return Path(self.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TOPDError(
+                f"model {self.path}: chat_template {self.chat_template} cannot be read: {error}."
+            ) from error
+
+    def _ends(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """The tokens that ``eos_token`` names. Raises TOPDError if one is not in the vocabulary."""
+        named = (self.eos_token,) if isinstance(self.eos_token, str) else self.eos_token or ()
+        vocabulary = tokenizer.get_vocab()
+        for end in named:
+            if end not in vocabulary:
+                raise TOPDError(f"model {self.path}: eos_token {end!r} is not in its vocabulary.")
+        return named
 
     def load_model(self) -> PreTrainedModel:
         """The causal language model. Raises TOPDError if it cannot be loaded."""
@@ -118,7 +170,12 @@ class ModelSpec(BaseModel):
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
         model = self._load(AutoModelForCausalLM, "weights", **options)
-        return _without_quantisation(model) if self.gguf_file else model
+        model = _without_quantisation(model) if self.gguf_file else model
+        if isinstance(self.eos_token, tuple):
+            tokenizer = self.load_tokenizer()
+            ends = tokenizer.convert_tokens_to_ids(list(self._ends(tokenizer)))
+            model.generation_config.eos_token_id = ends
+        return model
 
     def load_frame(self) -> PreTrainedModel:
         """What is around the decoder of the model: embeddings, last norm, head; no layer is read.
@@ -172,12 +229,71 @@ def source_of(name: str, model: ModelSource | Mapping[str, Any]) -> ModelSource:
         ) from error
 
 
+def with_tokenizer_of(student: ModelSource, teacher: ModelSource) -> ModelSource:
+    """The student, where its spec says ``tokenizer: teacher`` with the teacher's spec there."""
+    if not isinstance(student, ModelSpec) or isinstance(teacher, LOADED):
+        return student
+    return student.with_tokenizer_of(_spec(teacher))
+
+
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's, and the generation config's."""
-    config = getattr(model, "generation_config", None)
+    return _ends_of(getattr(model, "generation_config", None), tokenizer)
+
+
+def _ends_of(
+    config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, ...]:
     listed = getattr(config, "eos_token_id", None)
     listed = [listed] if isinstance(listed, int) else list(listed or [])
     return tuple(sorted({tokenizer.eos_token_id, *listed}))
+
+
+def generation_config_of(model: ModelSource) -> GenerationConfig | None:
+    """A model's generation config, read without its weights; None where it has none."""
+    if isinstance(model, LOADED):
+        return getattr(model, "generation_config", None)
+    spec = _spec(model)
+    try:
+        return GenerationConfig.from_pretrained(
+            spec.place, **({"revision": spec.revision} if spec.revision else {})
+        )
+    except OSError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise TOPDError(
+            f"model {spec.path}: its generation_config.json cannot be used: {error} Correct it."
+        ) from error
+
+
+def _compare_ends(
+    models: tuple[ModelSource, ModelSource], tokenizers: tuple[PreTrainedTokenizerBase, ...]
+) -> None:
+    """Say which tokens the teacher ends with that do not end the student's responses.
+
+    A student that waits for another end than its teacher's writes ever longer responses: arXiv
+    2609.20511.
+    """
+    specs = [None if isinstance(model, LOADED) else _spec(model) for model in models]
+    ours, theirs = (
+        set(
+            tokenizer.convert_tokens_to_ids(list(spec.eos_token))
+            if spec and isinstance(spec.eos_token, tuple)
+            else _ends_of(generation_config_of(model), tokenizer)
+        )
+        for model, spec, tokenizer in zip(models, specs, tokenizers, strict=True)
+    )
+    names = (
+        tokenizers[0].convert_ids_to_tokens(sorted(ours)),
+        tokenizers[1].convert_ids_to_tokens(sorted(theirs - ours)),
+    )
+    if names[1]:
+        warnings.warn(
+            f"The student's responses end at {', '.join(names[0])}; the teacher ends its own at "
+            f"{', '.join(names[1])} too, which does not end the student's. To end at all of them: "
+            f"eos_token: [{', '.join([*names[0], *names[1]])}] in the student's spec.",
+            stacklevel=2,
+        )
 
 
 def tokenizers_of(
@@ -198,6 +314,7 @@ def tokenizers_of(
     ours = student_tokenizer or _tokenizer(student)
     theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
     check_tokenizers(ours, theirs)
+    _compare_ends((student, teacher), (ours, theirs))
     check_embedding_rows("student", _config(student), ours)
     if not alike:
         check_embedding_rows("teacher", _config(teacher), theirs)
@@ -219,37 +336,6 @@ def load_pair(
         return ours, theirs.load_frame()
     alike = not isinstance(student, LOADED) and student == teacher
     return ours, copy.deepcopy(ours) if alike else theirs.load_model()
-
-
-def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a pair whose token ids do not mean the same.
-
-    Vocabularies, end-of-sequence tokens and the ids of a probe text are compared, not sizes.
-
-    Raises:
-        TOPDError: with the first difference.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differ = sorted(
-        token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)
-    )
-    remedy = "On-policy distillation needs one vocabulary: choose a teacher of the same family."
-    if differ:
-        token = differ[0]
-        raise TOPDError(
-            f"tokenizers differ at {len(differ)} tokens, first {token!r}: student id "
-            f"{ours.get(token)}, teacher id {theirs.get(token)}. {remedy}"
-        )
-    if student.eos_token_id != teacher.eos_token_id:
-        raise TOPDError(
-            f"tokenizers end a response differently: student {student.eos_token!r}, teacher "
-            f"{teacher.eos_token!r}. Set eos_token of one model to the other's."
-        )
-    if (
-        student(PROBE, add_special_tokens=False)["input_ids"]
-        != (teacher(PROBE, add_special_tokens=False)["input_ids"])
-    ):
-        raise TOPDError(f"tokenizers split the same text differently: {PROBE!r}. {remedy}")
 
 
 def check_context(name: str, model: ModelSource, tokens: int) -> None:

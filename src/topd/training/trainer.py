@@ -35,7 +35,14 @@ from topd.engines.weight_sync import ServedStudent
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.fingerprints import fingerprint, trained_digest
 from topd.inputs.heads import check_head
-from topd.inputs.models import ModelSource, check_context, load_pair, source_of, tokenizers_of
+from topd.inputs.models import (
+    ModelSource,
+    check_context,
+    load_pair,
+    source_of,
+    tokenizers_of,
+    with_tokenizer_of,
+)
 from topd.inputs.prompts import PromptEncoder
 from topd.losses import TokenTerms, importance
 from topd.runs import checkpoints
@@ -121,6 +128,7 @@ class TOPDTrainer(Trainer):
     ) -> None:
         args = TOPDConfig() if args is None else args
         model, teacher_model = source_of("model", model), source_of("teacher_model", teacher_model)
+        model = with_tokenizer_of(model, teacher_model)
         _check_arguments(args, train_dataset, eval_dataset, peft_config)
         check_run_folder(Path(args.output_dir), resume=True)
         tokenizer, teacher_tokenizer = tokenizers_of(
