@@ -176,38 +176,61 @@ def test_such_an_update_can_be_left_out(tmp_path, monkeypatch, fault):
     assert math.isfinite(logs[-1]["train_loss"])
 
 
-# SIGTERM
+# SIGTERM and Ctrl-C
 
 
 class Terminate(TrainerCallback):
     """The machine is wanted by someone else, in the middle of an update."""
 
+    def __init__(self, number: int, times: int = 1) -> None:
+        self.number, self.times = number, times
+
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
 
 
-def test_sigterm_ends_the_update_saves_and_says_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+)
+def test_a_signal_ends_the_update_saves_and_says_so(tmp_path, monkeypatch, capfd, number, name):
     settings = {"max_steps": 4, "per_device_train_batch_size": 2, "max_completion_length": 8}
     recipe = write_pair(tmp_path, **settings, save_strategy="no", method="opd")
     run_recipe(recipe, [f"--output_dir={tmp_path / 'whole'}"], quiet=True)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         create = TOPDTrainer.__init__
 
         def with_callback(self, *args, **kwargs):
             create(self, *args, **kwargs)
-            self.add_callback(Terminate())
+            self.add_callback(Terminate(number))
 
         patch.setattr(TOPDTrainer, "__init__", with_callback)
         words = [f"--output_dir={tmp_path / 'run'}", "--resume_from_checkpoint=last"]
-        with pytest.raises(StoppedError, match=r"SIGTERM.*resume_from_checkpoint: last") as found:
+        with pytest.raises(StoppedError, match=name) as found:
             run_recipe(recipe, words, quiet=True)
     assert found.value.exit_code == TERMINATED
-    assert signal.getsignal(signal.SIGTERM) == handler
+    assert str(found.value) == (
+        f"{name}: the run was stopped. The update under way is finished, and "
+        f"{tmp_path / 'run'}/checkpoint-3 is saved: 3 of 4 updates. Resume with the same command "
+        f"and --output_dir {tmp_path / 'run'} --resume_from_checkpoint last (in Python: "
+        "trainer.train(resume_from_checkpoint=True))."
+    )
+    assert f"{name}: finishing the update under way" in capfd.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     run_recipe(recipe, words, quiet=True)
     assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    trainer = make(tmp_path, method="opd", max_steps=4)
+    trainer.add_callback(Terminate(signal.SIGINT, times=2))
+    with pytest.raises(KeyboardInterrupt), trainer.watch.until_terminated():
+        trainer.train()
+    assert not (tmp_path / "checkpoint-3").exists()
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_last_begins_a_run_that_has_no_checkpoint_yet(tmp_path):
@@ -234,7 +257,7 @@ def test_sigterm_ends_the_writing_of_answers_too(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WarmstartTrainer, "_answer", terminated)
-        with pytest.raises(StoppedError, match="SIGTERM"):
+        with pytest.raises(StoppedError, match=r"SIGTERM.*answers\.jsonl has 4 answers"):
             run_recipe(recipe, words, quiet=True, warmstart=True)
         assert len(lines(tmp_path / "run" / "answers.jsonl")) == 1 + 4
         run_recipe(recipe, words, quiet=True, warmstart=True)

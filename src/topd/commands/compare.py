@@ -36,6 +36,7 @@ from topd.inputs.models import eos_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder
+from topd.runs.lock import one_writer
 from topd.statistics import SHARES, seed_problem_interval, t_reach
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
@@ -56,6 +57,19 @@ def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | Non
     overrides = parse_overrides(words)
     recipe = read_recipe(path, overrides)
     spec = _checked(path, recipe, overrides)
+    folder = Path(recipe.args.output_dir)
+    with one_writer(folder):
+        _compare(path, overrides, recipe, spec, console)
+    return folder
+
+
+def _compare(
+    path: Path,
+    overrides: dict[str, Any],
+    recipe: Recipe,
+    spec: CompareSpec,
+    console: Console | None,
+) -> None:
     folder = Path(recipe.args.output_dir)
     ledger = _open(folder, recipe, spec)
     start = _starting_point(path, spec, overrides, folder, quiet=console is None)
@@ -79,7 +93,6 @@ def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | Non
             )
     starts = _starts(path, overrides, start)
     ledger.write(SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock))
-    return folder
 
 
 def summarise(

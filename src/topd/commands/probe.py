@@ -46,6 +46,7 @@ from topd.errors import TOPDError
 from topd.losses import TokenTerms, linear_token_terms
 from topd.runs.files import trim
 from topd.runs.folder import Ledger, rollout_record
+from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
 from topd.training.experience import pair_windows
@@ -107,16 +108,17 @@ def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None 
         TOPDError: bad input, or another run in the folder.
     """
     recipe = read_analysis("probe", path, words, ProbeConfig)
-    phases = Phases()
-    pair = open_pair(recipe, phases)
-    ledger = open_folder("probe", recipe, pair)
-    if console:
-        phases.show(console)
-    try:
-        _probe(recipe.args, pair, ledger, phases)
-    finally:
-        phases.stop()
-    ledger.write("probe.json", summarise(ledger.folder, recipe.args, pair.tokenizer.decode))
+    with one_writer(Path(recipe.args.output_dir)):
+        phases = Phases()
+        pair = open_pair(recipe, phases)
+        ledger = open_folder("probe", recipe, pair)
+        if console:
+            phases.show(console)
+        try:
+            _probe(recipe.args, pair, ledger, phases)
+        finally:
+            phases.stop()
+        ledger.write("probe.json", summarise(ledger.folder, recipe.args, pair.tokenizer.decode))
     return ledger.folder
 
 

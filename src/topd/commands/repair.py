@@ -49,6 +49,7 @@ from topd.divergence import real_divergent_points
 from topd.errors import TOPDError
 from topd.runs.files import read_lines, trim
 from topd.runs.folder import Ledger, rollout_record
+from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
 from topd.training.experience import pair_windows
@@ -114,16 +115,17 @@ def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None
         TOPDError: bad input, another run in the folder, or too few real divergent points.
     """
     recipe = read_analysis("repair", path, words, RepairConfig)
-    phases = Phases()
-    pair = open_pair(recipe, phases)
-    ledger = open_folder("repair", recipe, pair)
-    if console:
-        phases.show(console)
-    try:
-        _repair(recipe.args, pair, ledger, phases)
-    finally:
-        phases.stop()
-    ledger.write("repair.json", summarise(ledger.folder, recipe.args))
+    with one_writer(Path(recipe.args.output_dir)):
+        phases = Phases()
+        pair = open_pair(recipe, phases)
+        ledger = open_folder("repair", recipe, pair)
+        if console:
+            phases.show(console)
+        try:
+            _repair(recipe.args, pair, ledger, phases)
+        finally:
+            phases.stop()
+        ledger.write("repair.json", summarise(ledger.folder, recipe.args))
     return ledger.folder
 
 

@@ -20,6 +20,7 @@ from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
 from topd.runs import checkpoints
 from topd.runs.folder import check_run_folder
+from topd.runs.lock import one_writer
 from topd.training.progress import Phases
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartTrainer
@@ -31,8 +32,16 @@ def run_recipe(
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
     recipe = read_recipe(*from_command_line(path, words), warmstart=warmstart)
     recipe.args.output_dir = everywhere(recipe.args.output_dir)[0]  # it may have a rank's time
-    folder, wanted = Path(recipe.args.output_dir), recipe.args.resume_from_checkpoint
-    check_run_folder(folder, resume=bool(wanted))
+    folder = Path(recipe.args.output_dir)
+    check_run_folder(folder, resume=bool(recipe.args.resume_from_checkpoint))
+    with one_writer(folder):
+        _train(recipe, folder, quiet=quiet, warmstart=warmstart)
+    return folder
+
+
+def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool) -> None:
+    """Everything after the folder is ours. Raises TOPDError for bad input."""
+    wanted = recipe.args.resume_from_checkpoint
     checkpoint = checkpoints.resolve(wanted, folder)
     examined = {checkpoint: checkpoints.check(checkpoint, resumable=True)} if checkpoint else {}
     if wanted and not checkpoint:
@@ -59,7 +68,6 @@ def run_recipe(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.phases.stop()
-    return folder
 
 
 def _begin_anew(folder: Path) -> None:

@@ -10,6 +10,7 @@
         tokens.jsonl     one line a token that occurs: its text (see :mod:`topd.runs.tokens`)
         ledger.jsonl     a chain of hashes over these but the tokens (:mod:`topd.runs.ledger`)
         head.json        where the chain ends
+        .lock            who writes here, while somebody does (:mod:`topd.runs.lock`)
         checkpoint-*/    of transformers, with a seal (:mod:`topd.runs.checkpoints`)
         report.html      the page (topd.report)
         student/         the trained student, its tokenizer and model card
@@ -23,9 +24,11 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from topd.errors import TOPDError
 from topd.inputs.fingerprints import model_fingerprint
 from topd.runs.files import digest, file_digest, write_whole
 from topd.runs.ledger import Chain
+from topd.runs.lock import refuse_if_busy
 from topd.types import Fork, Guidance, Rollout
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
@@ -44,7 +48,7 @@ class Ledger:
     """Writes a run folder.
 
     Args:
-        folder: created if need be.
+        folder: created at the first record.
         resume: go on in a folder that already holds a run.
         active: False on ranks that do not write.
         chained: keep a chain of hashes over what is written.
@@ -70,6 +74,7 @@ class Ledger:
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Write one JSON file, whole or not at all."""
         if self.active:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / name, record)
             self.seal(name)
 
@@ -81,6 +86,7 @@ class Ledger:
         """Append lines to a JSONL file."""
         if not self.active:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         written = [(record, json.dumps(record)) for record in records]
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for _, line in written)
@@ -116,21 +122,41 @@ def weights_in(folder: Path, place: str) -> list[str]:
 
 
 def check_run_folder(folder: Path, *, resume: bool = False) -> None:
-    """Make sure that a run can be written there. Raises TOPDError if not."""
+    """Make sure that a run can be written there; a folder that is new is not left behind.
+
+    Raises:
+        TOPDError: it cannot be written, another process writes there, or it holds a run and
+            ``resume`` is off.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another rank may have done it
-    except OSError as error:
+        _try_to_write(folder)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        why = getattr(error, "strerror", None) or error
         raise TOPDError(
-            f"output_dir: {folder} cannot be written ({error.strerror}). Choose another folder."
+            f"output_dir: {folder} cannot be written ({why}). Choose another folder."
         ) from error
+    refuse_if_busy(folder)
     if any((folder / name).exists() for name in RECORDS) and not resume:
         raise TOPDError(
             f"output_dir: {folder} already holds a run. Choose another folder, or go on from a "
             "checkpoint with resume_from_checkpoint."
         )
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make the folder and a file in it, and remove both again. Raises OSError, ValueError."""
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    for attempt in range(9, -1, -1):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                break
+        except FileNotFoundError:  # another rank, which tries the same, removed it
+            if not attempt:
+                raise
+    for path in made:
+        with suppress(OSError):  # not empty: another rank was faster
+            path.rmdir()
 
 
 def manifest(

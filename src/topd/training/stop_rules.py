@@ -1,4 +1,4 @@
-"""Looking after a run: rules that stop it when it collapses, losses that are not finite, SIGTERM.
+"""Looking after a run: rules that stop it when it collapses, losses that are not finite, signals.
 
 Every rule compares the last ``stop_patience`` logs, all of them, with the best of the first ones:
 no single update stops a run, and no figure does that was as bad from the start.
@@ -6,7 +6,9 @@ no single update stops a run, and no figure does that was as bad from the start.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from topd.training.trainer import TOPDTrainer
 
 logger = logging.get_logger(__name__)
+
+SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+UNDER_WAY = "finishing the update under way, then saving a checkpoint. Once more ends at once."
 
 
 @dataclass(frozen=True)
@@ -158,32 +163,59 @@ class Watch(TrainerCallback):
     def on_save(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """End the run, now that it can go on. Raises StoppedError."""
-        if self.agreed is not None:
-            raise self.agreed
+        """End the run, now that it can be resumed. Raises StoppedError."""
+        if self.agreed is None:
+            return
+        if self.agreed.exit_code == TERMINATED:
+            done, folder = state.global_step, self.trainer.run_folder
+            raise StoppedError(
+                f"{self.agreed} The update under way is finished, and {folder}/checkpoint-{done} "
+                f"is saved: {done} of {state.max_steps} updates. {_resume(folder)}",
+                TERMINATED,
+            )
+        raise self.agreed
 
-    def end_if_asked(self) -> None:
-        """Raise the StoppedError that is due, if one is: everything is on disk."""
+    def end_if_asked(self, saved: str) -> None:
+        """Raise the StoppedError that is due, if one is: what is on disk by now is ``saved``."""
         if self.reason is not None:
-            raise self.reason
+            said = f"{self.reason} {saved} {_resume(self.trainer.run_folder)}"
+            raise StoppedError(said, self.reason.exit_code)
 
     @contextmanager
     def until_terminated(self) -> Iterator[None]:
-        """Take SIGTERM as the wish to end after the update under way; a second one ends at once."""
+        """Take SIGTERM and Ctrl-C as the wish to end after the update under way.
 
-        def end(*_: Any) -> None:
-            signal.signal(signal.SIGTERM, before)
-            self.reason = StoppedError(
-                "SIGTERM: what was under way is finished and saved. Go on with "
-                "resume_from_checkpoint: last.",
-                TERMINATED,
-            )
+        A second one ends at once. Only the main thread is told of signals; in another one nothing
+        changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {}
 
-        before = signal.signal(signal.SIGTERM, end) or signal.SIG_DFL
+        def end(number: int, _: Any) -> None:
+            for caught, handler in before.items():
+                signal.signal(caught, handler)
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            self.reason = StoppedError(f"{name}: the run was stopped.", TERMINATED)
+            if ranks.rank() == 0:
+                os.write(2, f"\n{name}: {UNDER_WAY}\n".encode())  # print is not to be interrupted
+
+        for number in SIGNALS:
+            before[number] = signal.getsignal(number) or signal.SIG_DFL
+            signal.signal(number, end)
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _resume(folder: Path) -> str:
+    return (
+        f"Resume with the same command and --output_dir {folder} --resume_from_checkpoint last "
+        "(in Python: trainer.train(resume_from_checkpoint=True))."
+    )
 
 
 def save_batches(batches: Sequence[LearningBatch], folder: Path, rank: int = 0) -> None:

@@ -54,6 +54,7 @@ from topd.runs.folder import (
     rollout_record,
     weights_in,
 )
+from topd.runs.lock import one_writer
 from topd.runs.model_card import write_model_card
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenTexts, TokenWriter
@@ -408,7 +409,7 @@ class TOPDTrainer(Trainer):
                 f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
                 "or go on from a checkpoint of this one."
             )
-        with checkpoints.writing(self.run_folder):
+        with one_writer(self.run_folder), checkpoints.writing(self.run_folder):
             self._open_folder(checkpoint)
             try:
                 result = super().train(

@@ -20,6 +20,7 @@ from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint
 from topd.runs.files import read_lines, trim
 from topd.runs.folder import check_run_folder
+from topd.runs.lock import one_writer
 from topd.seeds import Stream, sampling_seeds
 from topd.training.trainer import Rows, TOPDTrainer
 from topd.types import Prompt
@@ -91,14 +92,14 @@ class WarmstartTrainer(TOPDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Have the answers written if need be, then train."""
-        if self.args.answers == "teacher" and self.train_dataset is not None:
-            folder = Path(self.args.output_dir)
-            check_run_folder(folder, resume=bool(resume_from_checkpoint))
-            with (
-                self.accelerator.main_process_first()
-            ):  # the others read what the first has written
-                self.train_dataset = self._answered(self.questions, folder / "answers.jsonl")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        folder = Path(self.args.output_dir)
+        with one_writer(folder):
+            if self.args.answers == "teacher" and self.train_dataset is not None:
+                check_run_folder(folder, resume=bool(resume_from_checkpoint))
+                with self.accelerator.main_process_first():  # the others read what it has written
+                    answers = folder / "answers.jsonl"
+                    self.train_dataset = self._answered(self.questions, answers)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _answered(self, prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
         """The prompts with the teacher's answers; those that did not end are left out."""
@@ -112,7 +113,7 @@ class WarmstartTrainer(TOPDTrainer):
         size = self.args.answer_batch_size
         with open(path, "a", encoding="utf-8") as file:
             for first in range(len(done), len(prompts), size):
-                self.watch.end_if_asked()
+                self.watch.end_if_asked(f"{path} has {len(done)} answers.")
                 answers = self._answer(prompts[first : first + size], first)
                 file.writelines(json.dumps(answer) + "\n" for answer in answers)
                 file.flush()
