@@ -24,12 +24,12 @@ T = TypeVar("T")
 
 def rank() -> int:
     """The number of this process among the ranks; 0 where there is one. No collective."""
-    return dist.get_rank() if _several() else 0
+    return dist.get_rank() if several() else 0
 
 
 def everywhere(value: T) -> list[T]:
     """The picklable values of all ranks, in the order of the ranks."""
-    if not _several():
+    if not several():
         return [value]
     found: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
@@ -38,7 +38,7 @@ def everywhere(value: T) -> list[T]:
 
 def on_first(value: T) -> list[T]:
     """The picklable values of all ranks on rank 0, in the order of the ranks; elsewhere none."""
-    if not _several():
+    if not several():
         return [value]
     found: list[T | None] = [None] * dist.get_world_size()
     first = dist.get_rank() == 0
@@ -57,7 +57,7 @@ def agreed(
         run: what may fail; no collective, or one that cannot.
         waiting: makes the context of waiting for the other ranks, to time it.
     """
-    if not _several():
+    if not several():
         return run()
     fault, found = None, None
     try:
@@ -71,7 +71,8 @@ def agreed(
     return found  # type: ignore[return-value]
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether there is more than one rank. No collective."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

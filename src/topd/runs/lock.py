@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
 
-from topd.distributed import agreed, rank
+from topd.distributed import agreed, rank, several
 from topd.errors import TOPDError
 
 LOCK = ".lock"
@@ -96,8 +96,11 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_busy(folder: Path) -> None:
-    """Raise TOPDError if another process writes there; where nobody does, nothing is changed."""
-    if rank() == 0 and os.path.realpath(folder) not in _HELD:
+    """Raise TOPDError if another process writes there; where nobody does, nothing is changed.
+
+    Several ranks find out together, in :func:`one_writer`.
+    """
+    if not several() and os.path.realpath(folder) not in _HELD:
         with suppress(FileNotFoundError), open(folder / LOCK, "r+b") as file:
             _check(folder, file.fileno())
 
