@@ -71,8 +71,15 @@ def one(arm: str, seed: int, right: list[float], seconds: float) -> dict:
             "cpu_seconds": 2 * seconds * share,
             "greedy": score,
             "pass@1": score,
+            "solved": {"greedy": [x * level for x in right], "pass@1": [x * level for x in right]},
+            **dict.fromkeys(("student_written", "learned", "teacher_read"), 10.0 * step),
+            "teacher_written": (2.0 if arm == "new" else 0.0) * step,
         }
-        for step, share, score in ((0, 0.0, 0.0), (1, 0.5, middle), (2, 1.0, end))
+        for step, share, score, level in (
+            (0, 0.0, 0.0, 0.0),
+            (1, 0.5, middle, 0.5),
+            (2, 1.0, end, 1.0),
+        )
     ]
     solved = {"greedy": right, "pass@1": right}
     return {"arm": arm, "seed": seed, "greedy": end, "pass@1": end, "seconds": seconds,
@@ -101,6 +108,29 @@ def test_differences_are_paired_by_seed_and_problem():
     assert found["summary"]["opd"]["greedy_vs_opd at equal time"]["high"] == 0
     same = found["summary"]["opd"]["greedy_vs_opd"]
     assert (same["mean"], same["high"]) == (0, pytest.approx(1 - 0.025 ** (1 / 4)))
+
+
+def test_arms_are_compared_where_they_have_spent_the_same():
+    """Twice as slow and with teacher's tokens: at equal seconds half of its answers are there."""
+    runs = [
+        one("opd", 0, [1, 0, 0, 0], 10), one("new", 0, [1, 1, 0, 0], 20),
+        one("opd", 1, [0, 0, 1, 1], 10), one("new", 1, [0, 1, 1, 1], 20),
+    ]  # fmt: skip
+    found = summarise(runs, "opd", {}, references=["opd", "new"])
+    equal = found["equal"]["opd"]["new"]
+    assert equal["updates"]["greedy"]["mean"] == 1 / 4
+    assert equal["seconds"]["greedy"]["mean"] == pytest.approx((5 / 16) - 3 / 8)
+    assert equal["seconds"]["greedy"]["low"] < equal["seconds"]["greedy"]["mean"]
+    assert equal["teacher-written tokens"] is None  # the reference has none
+    # costs at the end: 20 + 0.6 * 20 + r (t + 0.2 * 20), with t = 0 for OPD and 4 for the other
+    assert found["spent"]["opd"]["cost"] == {"1": 36.0, "5": 52.0, "25": 132.0}
+    assert found["spent"]["new"]["cost"] == {"1": 40.0, "5": 72.0, "25": 232.0}
+    assert equal["cost at r = 25"]["greedy"]["mean"] == pytest.approx(132 / 232 * 5 / 8 - 3 / 8)
+    behind = found["equal"]["new"]["opd"]["teacher-written tokens"]
+    assert behind["reached"] == 0
+    assert behind["greedy"]["mean"] == -1 / 4
+    assert found["against"]["new"]["opd"]["greedy"]["mean"] == -1 / 4
+    assert [p["step"] for p in found["curves"]["new"]] == [0, 1, 2]
 
 
 def test_the_table_fits_a_terminal_of_80_columns():
@@ -161,6 +191,35 @@ def test_every_arm_starts_from_the_warm_start(recipe, tmp_path):
     assert set(content["starts"]) == {"base", "warm start"}
 
 
+STAGED = """--compare.arms={opd: {method: opd},
+  again: {stage: warmstart, answers: start, max_steps: 2},
+  new: {stage: warmstart, data.limit: 8, max_steps: 2}}"""
+
+
+def test_stage_1_is_an_arm_like_any_other_and_its_answers_cost(recipe, tmp_path):
+    text = RECIPE.replace("answers: data", "answers: teacher\n  data: {path: 'testbed://programs', "
+                          "limit: 12}")  # fmt: skip
+    recipe.write_text(text)
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--compare.warmstart"]
+    folder = run_compare(recipe, [*words, STAGED, "--compare.references=[opd, new]"])
+    opd, again, new = results(folder)
+    assert opd["curve"][0]["greedy"] == again["curve"][0]["greedy"] == new["curve"][0]["greedy"]
+    written = [result["curve"][-1]["teacher_written"] for result in (opd, again, new)]
+    assert written[0] == written[1] == 0 < written[2]
+    assert new["curve"][0]["teacher_written"] == written[2]  # before the first update
+    assert new["curve"][0]["cpu_seconds"] > again["curve"][0]["cpu_seconds"]
+    for result, own in ((opd, True), (again, False), (new, False)):
+        end = result["curve"][-1]
+        assert (end["student_written"] > 0) == own
+        assert end["learned"] > 0 < end["teacher_read"]
+        assert len(end["solved"]["greedy"]) == 20
+    stored = (folder / "warmstart" / "answers.jsonl").read_text().splitlines()
+    assert len(stored) == 13
+    assert not (folder / "arms" / "again-0" / "answers.jsonl").exists()
+    content = json.loads((folder / "compare.json").read_text())
+    assert set(content["equal"]["new"]) == {"opd", "again"}
+
+
 def test_another_comparison_is_not_mixed_in(recipe, tmp_path):
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]"]
     run_compare(recipe, words)
@@ -182,6 +241,11 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
     [
         (["--compare.arms={opd: {method: opdd}}"], "arm 'opd'.*opdd"),
         (["--compare.baseline=tpd"], "no arm 'tpd'"),
+        (["--compare.references=[tpd]"], "no arm 'tpd'"),
+        (["--compare.arms={opd: {stage: two}}"], "arm 'opd'.*stage: 'two'"),
+        (["--compare.arms={opd: {answers: start}}"], "arm 'opd'.*(answers|common start)"),
+        (["--compare.arms={opd: {stage: warmstart, answers: start}}"], "common start"),
+        (["--compare.arms={opd: {stage: warmstart, answers: me}}"], "arm 'opd'.*answers: 'me'"),
         (["--compare.arms={opd: {learning_rat: 1}}"], "arm 'opd'.*learning_rat"),
         (["--compare.sweeps=[{arm: x, key: epsilon, values: [1]}]"], "no arm 'x'"),
         (["--evaluation=null"], "evaluation is missing"),

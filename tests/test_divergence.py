@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from topd.divergence import (
+    moved_to_random,
+    moved_to_start,
     real_divergent_points,
     select_candidates,
     surprise,
@@ -237,3 +239,27 @@ def test_share_out_of_range_is_an_error(share):
     said = rf"^false_alarm_share = {share} must be between 0 and 1\.$"
     with pytest.raises(TOPDError, match=said):
         real_divergent_points(torch.ones(2), false_alarm_share=share)
+
+
+# Controls: the highest score of a rollout, moved
+
+
+@pytest.mark.parametrize("move", [lambda s, m, t: moved_to_start(s, m), moved_to_random])
+def test_a_moved_score_passes_a_threshold_in_as_many_rollouts_at_one_token(move):
+    draw = torch.Generator().manual_seed(0)
+    score, tokens = torch.randn(50, 9, generator=draw), torch.arange(450).reshape(50, 9)
+    mask = torch.arange(9) < torch.randint(1, 10, (50, 1), generator=draw)
+    loud = score.masked_fill(~mask, -math.inf).amax(-1) >= 1
+    assert 0 < loud.sum() < 50
+    found = select_candidates(move(score, mask, tokens), mask, fraction=1.0, threshold=1.0)
+    assert torch.equal(found.sum(-1), loud.long())
+
+
+def test_a_random_place_is_the_rollouts_own_and_even():
+    """The same in any batch, and of 3,000 rollouts of three tokens each place has 1,000 +- 130."""
+    tokens = torch.arange(9000).reshape(3000, 3)
+    mask = torch.ones(3000, 3).bool()
+    place = moved_to_random(mask.float(), mask, tokens).argmax(-1)
+    assert (place.bincount(minlength=3) - 1000).abs().max() < 130  # five standard deviations
+    alone = moved_to_random(torch.ones(1, 5), torch.arange(5)[None] < 3, torch.arange(5)[None])
+    assert int(alone.argmax()) == int(place[0])

@@ -68,10 +68,13 @@ class TOPDConfig(TrainingArguments):
 
     # Where to look: candidates and windows
     candidate_fraction: float = _field(0.0225, "Share of a rollout's tokens taken as candidates.")
-    candidate_loss: Literal["sampled", "reverse_kl", "teacher_nll", "surprise"] = _field(
+    candidate_loss: Literal[
+        "sampled", "reverse_kl", "teacher_nll", "surprise", "random", "start"
+    ] = _field(
         "sampled",
         "Loss that ranks tokens: log p_S(y) - log p_T(y); full reverse KL (one student forward "
-        "more); -log p_T(y); the same, less for habits of the student.",
+        "more); -log p_T(y); the same, less for habits of the student; two controls: the highest "
+        "surprise of a rollout moved to a random token, or to the first.",
     )
     candidate_threshold: float | None = _field(None, "Candidates need this token loss, in nats.")
     window_length: int = _field(50, "K, tokens a window.")
@@ -173,11 +176,14 @@ class TOPDConfig(TrainingArguments):
                 f"only its own. Run one process, with gradient_accumulation_steps."
             )
         size = self.score_batch_size or self.per_device_train_batch_size
-        if self.candidate_loss == "surprise" and self.per_device_train_batch_size % size:
+        if (
+            self.candidate_loss in ("surprise", "random", "start")
+            and self.per_device_train_batch_size % size
+        ):
             raise TOPDError(
                 f"score_batch_size: {size} does not divide per_device_train_batch_size, and "
-                "candidate_loss: surprise would count over other rollouts than in one process. "
-                "Leave it out."
+                f"candidate_loss: {self.candidate_loss} would count over other rollouts than in "
+                "one process. Leave it out."
             )
         loader = self.accelerator_config
         if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
@@ -302,7 +308,7 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
     ),
     (
         "candidate_loss",
-        lambda x: x in ("sampled", "reverse_kl", "teacher_nll", "surprise"),
+        lambda x: x in ("sampled", "reverse_kl", "teacher_nll", "surprise", "random", "start"),
         "is unknown",
     ),
     ("embedding", lambda x: x in ("teacher", "student"), "is not one of teacher, student"),

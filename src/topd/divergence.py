@@ -7,6 +7,7 @@ false alarms. What is done about it is for :mod:`topd.methods`.
 from __future__ import annotations
 
 import math
+import zlib
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,6 +88,46 @@ def surprise(
     share = (pairs - 1) / (_count_of_each(likeliest) - 1).clamp(min=1)
     spread = pairs.log() / math.log1p(len(tokens))
     return -teacher_logprobs * (1 - share) * (1 - spread)
+
+
+def moved_to_random(
+    score: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], tokens: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """A rollout's highest score at a random token of it, all other tokens far below; [B T].
+
+    The control of a detector: as many rollouts pass a threshold as do with ``score``, with one
+    place each, drawn evenly from the rollout. The draw depends on the rollout's own ``tokens``
+    alone, so that it is the same in every batch.
+
+    >>> one = torch.ones(1, 3)
+    >>> int(moved_to_random(one, one.bool(), one.long()).argmax()) in (0, 1, 2)
+    True
+    """
+    places = []
+    for row, own in zip(tokens, mask, strict=True):
+        digest = zlib.crc32(",".join(map(str, row[own].tolist())).encode())
+        draw = torch.Generator().manual_seed(digest)
+        places.append(int(torch.randint(max(1, int(own.sum())), (1,), generator=draw)))
+    return _moved(score, mask, torch.tensor(places, dtype=torch.long, device=score.device))
+
+
+def moved_to_start(score: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+    """A rollout's highest score at its first token, all other tokens far below; [B T].
+
+    The other control: the place is early, and not found by anything.
+
+    >>> moved_to_start(torch.tensor([[1.0, 3.0, 2.0]]), torch.ones(1, 3).bool())
+    tensor([[3., 0., 0.]])
+    """
+    return _moved(score, mask, torch.zeros(len(score), dtype=torch.long, device=score.device))
+
+
+def _moved(score: Tensor, mask: Bool[Tensor, "B T"], place: Int[Tensor, " B"]) -> Tensor:
+    """The others get the rollout's lowest score, less one: they pass no threshold that it fails."""
+    high = score.masked_fill(~mask, -math.inf).amax(-1)
+    low = score.masked_fill(~mask, math.inf).amin(-1).clamp(max=high) - 1
+    moved = low[:, None].expand_as(score).scatter(-1, place[:, None], high[:, None])
+    return moved.masked_fill(~mask, 0.0)
 
 
 def _count_of_each(values: Int[Tensor, " P"]) -> Int[Tensor, " P"]:

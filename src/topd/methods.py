@@ -90,6 +90,20 @@ def first_fork(
     )
 
 
+def olive(evidence: Evidence) -> tuple[Guidance, ...]:
+    """Cross-entropy on the teacher's continuation of a rollout that is cut off; nothing else.
+
+        L = -lambda sum_i log p_S(x^T_{t+i} | x, y_<t, x^T_{<t+i}) / (all of the teacher's tokens)
+
+    No token loss of the rollout counts. Meant with ``candidate_loss: random`` and a
+    ``candidate_fraction`` that gives one cut a rollout, ``false_alarm_share: 0`` and windows as
+    long as a response. Source: after OLIVE, arXiv 2609.36246.
+    """
+    real = evidence.real & _first(evidence.windows.row, evidence.real)
+    guidance = _branched(replace(evidence, real=real), "cross_entropy")
+    return tuple(replace(g, weights=(0.0,) * len(g.weights)) for g in guidance)
+
+
 def _first(row: Int[Tensor, " N"], chosen: Bool[Tensor, " N"]) -> Bool[Tensor, " N"]:
     """The first chosen window of every rollout; windows stand in the order of their starts."""
     seen: set[int] = set()
@@ -267,6 +281,7 @@ METHODS: dict[str, Method] = {
     "window_sft": Method(window_sft, looks_ahead=True),
     "window_kd": Method(window_kd, looks_ahead=True),
     "first_fork": Method(first_fork, looks_ahead=True, first_only=True),
+    "olive": Method(olive, looks_ahead=True, first_only=True),
     "relay": Method(relay, looks_ahead=True),
     "downweight": Method(downweight, looks_ahead=True),
     "downweight_matched": Method(downweight_matched, looks_ahead=True, whole_update=True),

@@ -5,8 +5,12 @@
     RUN/run.json        the resolved recipe and its arms
         warmstart/      stage 1, if it was asked for
         results.jsonl   one line a run: figures, right answers by problem, curve, cost
-        compare.json    means and paired intervals against the baseline
+        compare.json    means, what was spent, and paired intervals against the references
         arms/ARM-SEED/  the run folders
+
+An arm with ``stage: warmstart`` is stage 1, off-policy distillation: its keys are those of the
+recipe's ``warmstart`` part, from the same student as the other arms; the teacher's time for its
+answers counts. ``answers: start`` learns the answers of the common start again.
 
 A comparison that was stopped goes on in its folder: finished runs are kept, others begin anew.
 """
@@ -24,20 +28,23 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
+from topd.commands.budgets import FORMULA, TOKENS, at_equal_budgets, mean_curve, spent
 from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
 from topd.commands.train import make_evaluator, make_trainer, run_recipe
+from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.evaluate import Evaluation
+from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import eos_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder
 from topd.runs.lock import one_writer
 from topd.statistics import SHARES, seed_problem_interval, t_reach
+from topd.training.warmstart import Answered, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
 SCORES = ("greedy", "pass@1")
@@ -77,7 +84,13 @@ def _compare(
     tasks = {
         (arm, seed): (
             str(path),
-            {**overrides, **start, **keys, "seed": seed, "output_dir": _place(folder, arm, seed)},
+            {
+                **overrides,
+                **start,
+                **_from_start(keys, folder),
+                "seed": seed,
+                "output_dir": _place(folder, arm, seed),
+            },
         )
         for seed in spec.seeds
         for arm, keys in spec.all_arms().items()
@@ -92,11 +105,19 @@ def _compare(
                 f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s"
             )
     starts = _starts(path, overrides, start)
-    ledger.write(SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock))
+    references = spec.references or [spec.baseline]
+    ledger.write(
+        SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock, references=references)
+    )
 
 
 def summarise(
-    results: Sequence[Result], baseline: str, starts: Mapping[str, Any], *, clock: Clock = "wall"
+    results: Sequence[Result],
+    baseline: str,
+    starts: Mapping[str, Any],
+    *,
+    clock: Clock = "wall",
+    references: Sequence[str] = (),
 ) -> Result:
     """Means over seeds and problems by arm, and paired differences from the baseline.
 
@@ -105,11 +126,14 @@ def summarise(
         baseline: the arm that the others are compared with, run by run and problem by problem.
         starts: evaluations of the student before stage 2, by name.
         clock: whose seconds count.
+        references: arms that all others are compared with at equal budgets as well.
 
     Returns:
         The content of compare.json. Intervals are over both seeds and problems (95 %). What
         stands under ``at equal time`` is read off an arm's curve when it had run as long as the
-        baseline with the same seed; those intervals are Student's t over seeds.
+        baseline with the same seed; those intervals are Student's t over seeds. ``equal`` has by
+        reference and arm :func:`~topd.commands.budgets.at_equal_budgets`, ``against`` the ends of
+        both, ``spent`` what arms cost, ``curves`` their means over seeds.
     """
     arms = list(dict.fromkeys(result["arm"] for result in results))
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
@@ -121,7 +145,34 @@ def summarise(
         "clock": clock,
         "starts": dict(starts),
         "summary": {arm: _summary(runs, by_arm[baseline], time) for arm, runs in by_arm.items()},
+        "spent": {arm: spent(runs) for arm, runs in by_arm.items()},
+        "cost": FORMULA,
+        "curves": {arm: mean_curve(runs, SCORES) for arm, runs in by_arm.items()},
+        "equal": {
+            name: {
+                arm: at_equal_budgets(runs, by_arm[name], SCORES, time)
+                for arm, runs in by_arm.items()
+                if arm != name
+            }
+            for name in references
+        },
+        "against": {
+            name: {arm: _against(runs, by_arm[name]) for arm, runs in by_arm.items() if arm != name}
+            for name in references
+        },
     }
+
+
+def _against(runs: Mapping[int, Result], reference: Mapping[int, Result]) -> Result:
+    """How far runs end above a reference's, paired by seed and problem; by score."""
+    paired = sorted(runs.keys() & reference.keys())
+    found = {}
+    for score in SCORES:
+        gains = [
+            np.subtract(runs[s]["solved"][score], reference[s]["solved"][score]) for s in paired
+        ]
+        found[score] = asdict(seed_problem_interval(gains))
+    return found
 
 
 def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) -> Result:
@@ -163,22 +214,58 @@ def run_arm(task: Task) -> Result:
     path, overrides = task
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    recipe = read_recipe(path, overrides)
+    keys, warmstart = _staged(overrides)
+    recipe = read_recipe(path, keys, warmstart=warmstart)
     recipe.args.disable_tqdm = True
     recipe.args.stop_patience = None  # an arm that collapses is a result
-    trainer, evaluation = make_trainer(recipe, recipe.data.load())
+    trainer, evaluation = make_trainer(recipe, recipe.data.load(), warmstart=warmstart)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
     assert evaluation is not None  # checked before the first run
+    kept = _Kept(evaluation)
+    trainer.add_callback(kept)
+    trainer.train()
     assert evaluation.latest is not None
-    logs = trainer.state.log_history
+    answered = trainer.answered if isinstance(trainer, WarmstartTrainer) else Answered()
+    curve = _curve(trainer.state.log_history, kept.solved, answered)
     return {
         **_figures(evaluation.latest),
-        **{time: _curve(logs)[-1][time] for time in SECONDS.values()},
-        "teacher_tokens": trainer.state.global_step
-        * float(np.mean([log["topd/teacher_tokens"] for log in logs if "loss" in log])),
-        "curve": _curve(logs),
+        **{time: curve[-1][time] for time in SECONDS.values()},
+        "teacher_tokens": curve[-1]["teacher_written"],
+        "curve": curve,
     }
+
+
+class _Kept(TrainerCallback):
+    """Keeps which problems were solved at every evaluation, by score."""
+
+    def __init__(self, evaluation: EvaluationCallback) -> None:
+        self.evaluation, self.solved = evaluation, list[dict[str, list[float]]]()
+
+    def on_log(
+        self,
+        args: TOPDConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float],
+        **_: object,
+    ) -> None:
+        if "eval/greedy" in logs and self.evaluation.latest is not None:
+            self.solved.append(_solved(self.evaluation.latest))
+
+
+def _staged(keys: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """An arm's keys without its stage, and whether that is stage 1. Raises TOPDError."""
+    stage = keys.get("stage", "train")
+    if stage not in ("train", "warmstart"):
+        raise TOPDError(f"stage: {stage!r} is not one of train, warmstart.")
+    return {key: value for key, value in keys.items() if key != "stage"}, stage == "warmstart"
+
+
+def _from_start(keys: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """An arm's keys; ``answers: start`` is the file of the common start's answers."""
+    if keys.get("answers") == "start":
+        return {**keys, "answers": str(folder / "warmstart" / "answers.jsonl")}
+    return dict(keys)
 
 
 def _figures(evaluation: Evaluation) -> Result:
@@ -187,21 +274,46 @@ def _figures(evaluation: Evaluation) -> Result:
         "pass@1": evaluation.pass_at[1].mean,
         "mean_length": evaluation.mean_length.mean,
         "truncated": evaluation.truncated.mean,
-        "solved": {"greedy": evaluation.solved(greedy=True), "pass@1": evaluation.solved()},
+        "solved": _solved(evaluation),
     }
 
 
-def _curve(logs: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    return [
-        {
-            "step": log["step"],
-            "seconds": log["eval/training_seconds"],
-            "cpu_seconds": log["eval/training_cpu_seconds"],
-            **{score: log[f"eval/{score}"] for score in SCORES},
-        }
-        for log in logs
-        if "eval/greedy" in log
-    ]
+def _solved(evaluation: Evaluation) -> dict[str, list[float]]:
+    """Right answers by problem, in [0, 1]."""
+    return {"greedy": evaluation.solved(greedy=True), "pass@1": evaluation.solved()}
+
+
+def _curve(
+    logs: Sequence[Mapping[str, float]], solved: Sequence[Result], answered: Answered
+) -> list[Result]:
+    """A point an evaluation: scores, right answers by problem, and what was spent until then."""
+    evaluations = [log for log in logs if "eval/greedy" in log]
+    points = []
+    for log, right in zip(evaluations, solved, strict=True):
+        tokens = _tokens_until(logs, log["step"])
+        tokens["teacher_written"] += answered.tokens
+        points.append(
+            {
+                "step": log["step"],
+                "seconds": log["eval/training_seconds"] + answered.seconds,
+                "cpu_seconds": log["eval/training_cpu_seconds"] + answered.cpu_seconds,
+                **tokens,
+                **{score: log[f"eval/{score}"] for score in SCORES},
+                "solved": right,
+            }
+        )
+    return points
+
+
+def _tokens_until(logs: Sequence[Mapping[str, float]], step: float) -> dict[str, float]:
+    """Tokens of all updates up to ``step``; a log has means over the updates since the last."""
+    tokens, before = dict.fromkeys(TOKENS, 0.0), 0.0
+    for log in logs:
+        if "loss" in log and log["step"] <= step:
+            for key in TOKENS:
+                tokens[key] += log[f"tokens/{key}"] * (log["step"] - before)
+            before = log["step"]
+    return tokens
 
 
 def _run_all(tasks: Mapping[tuple[str, int], Task], jobs: int) -> Iterator[Result]:
@@ -231,10 +343,21 @@ def _checked(path: Path, recipe: Recipe, overrides: Mapping[str, Any]) -> Compar
         raise TOPDError(f"{path}: evaluation is missing. A comparison needs problems to solve.")
     for arm, keys in recipe.compare.all_arms().items():
         try:
-            read_recipe(path, {**overrides, **keys})
+            own, warmstart = _staged(_from_start(keys, Path(recipe.args.output_dir)))
+            read_recipe(path, {**overrides, **own}, warmstart=warmstart)
+            _check_start(recipe.compare, keys, warmstart=warmstart)
         except TOPDError as error:
             raise TOPDError(f"compare, arm {arm!r}: {error}") from error
     return recipe.compare
+
+
+def _check_start(spec: CompareSpec, keys: Mapping[str, Any], *, warmstart: bool) -> None:
+    """What would have no effect, or nothing to work on. Raises TOPDError."""
+    if keys.get("answers") == "start" and not (warmstart and spec.warmstart):
+        raise TOPDError(
+            "answers: start needs a common start with answers of the teacher. Set stage: warmstart "
+            "on the arm and compare.warmstart: true."
+        )
 
 
 def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:

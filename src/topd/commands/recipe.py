@@ -77,6 +77,7 @@ class CompareSpec(BaseModel):
     """Arms of a comparison: by name, the keys of the recipe that differ.
 
     Every arm is run with every seed; ``baseline`` is the arm that the others are compared with;
+    ``references`` are arms that all others are compared with at equal budgets (none: the baseline).
     ``jobs`` runs go side by side. With ``warmstart`` stage 1 of the recipe is run first, once, and
     every arm starts from its student. ``clock`` says which time is compared: the wall-clock, or the
     CPU seconds of a run's process, which other work on the same cores leaves alone.
@@ -88,6 +89,7 @@ class CompareSpec(BaseModel):
     sweeps: list[Sweep] = []
     seeds: list[int] = [0, 1, 2, 3, 4]
     baseline: str = "opd"
+    references: list[str] = []
     jobs: int = Field(default=1, ge=1)
     warmstart: bool = False
     clock: Clock = "wall"
@@ -101,8 +103,10 @@ class CompareSpec(BaseModel):
             for value in sweep.values:
                 key = sweep.key.rpartition(".")[2]
                 found[f"{sweep.arm}, {key} {value}"] = {**self.arms[sweep.arm], sweep.key: value}
-        if self.baseline not in found:
-            raise TOPDError(f"compare.baseline: there is no arm {self.baseline!r}.")
+        for key, names in (("baseline", [self.baseline]), ("references", self.references)):
+            for name in names:
+                if name not in found:
+                    raise TOPDError(f"compare.{key}: there is no arm {name!r}.")
         return found
 
 

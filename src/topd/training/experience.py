@@ -15,6 +15,8 @@ from topd import transport
 from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere
 from topd.divergence import (
+    moved_to_random,
+    moved_to_start,
     real_divergent_points,
     select_candidates,
     surprise,
@@ -282,8 +284,13 @@ class Observer:
         teacher = scores.logprobs.cpu()
         if kind == "teacher_nll":
             loss = -teacher
-        elif kind == "surprise":
+        elif kind in ("surprise", "random", "start"):
             loss = surprises(rollouts, scores)
+            tokens, mask = _padded([torch.tensor(r.response) for r in rollouts])
+            if kind == "random":
+                loss = moved_to_random(loss, mask, tokens)
+            elif kind == "start":
+                loss = moved_to_start(loss, mask)
         else:
             sampled = [torch.tensor(_logprobs(r)) for r in rollouts]
             loss = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher

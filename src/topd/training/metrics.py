@@ -84,3 +84,18 @@ def measure_experience(means: Means, experience: Experience) -> None:
     efforts = experience.efforts
     means.add("topd/window_positions", sum(e.positions for e in efforts), len(efforts))
     means.add("topd/window_forwards", sum(e.forwards for e in efforts), len(efforts))
+    _count_tokens(means, experience)
+
+
+def _count_tokens(means: Means, experience: Experience) -> None:
+    """What an update cost in tokens: written and read by either model, learned by the student."""
+    rollouts, guidance = experience.rollouts, experience.guidance
+    written = sum(len(r.response) for r in rollouts if r.logprobs)
+    branches = sum(len(branch.tokens) for guide in guidance for branch in guide.branches)
+    windows = sum(len(fork.teacher_tokens) for row in experience.forks for fork in row)
+    read = sum(len(r.prompt.teacher) + len(r.response) for r in rollouts)
+    prompts = sum(len(r.prompt.student) for r in rollouts)
+    means.add("tokens/student_written", written)
+    means.add("tokens/learned", prompts + sum(guide.learned for guide in guidance) + branches)
+    means.add("tokens/teacher_written", windows)
+    means.add("tokens/teacher_read", read)

@@ -10,10 +10,13 @@ limit. Answers are padded, not packed.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from topd.config import TOPDConfig, _field
 from topd.errors import TOPDError
@@ -33,8 +36,10 @@ class WarmstartConfig(TOPDConfig):
     ``temperature`` and ``top_p`` are those of the teacher's answers; the loss is at temperature 1.
     """
 
-    answers: Literal["teacher", "data"] = _field(
-        "teacher", "Who wrote the answers: the teacher does now, or the data has a solution."
+    answers: str = _field(
+        "teacher",
+        "Who wrote the answers: teacher (it does now), data (it has a solution), or the "
+        "answers.jsonl of another warm start on the same prompts, to be learned again.",
     )
     answer_batch_size: int = _field(16, "Answers that the teacher writes at a time.")
     method: str = _field("opd", "A warm start has no forks to guide: only opd.")
@@ -52,8 +57,10 @@ class WarmstartConfig(TOPDConfig):
             raise TOPDError("num_generations: a warm start has one answer a prompt. Leave it at 1.")
         if self.answer_batch_size < 1:
             raise TOPDError(f"answer_batch_size: {self.answer_batch_size} must be at least 1.")
-        if self.answers not in ("teacher", "data"):
-            raise TOPDError(f"answers: {self.answers!r} is not one of teacher, data.")
+        if self.answers not in ("teacher", "data") and not self.answers.endswith(".jsonl"):
+            raise TOPDError(
+                f"answers: {self.answers!r} is not one of teacher, data, or an answers.jsonl."
+            )
 
     @property
     def learns_from_answers(self) -> bool:
@@ -64,6 +71,15 @@ class WarmstartConfig(TOPDConfig):
     def loss_temperature(self) -> float:
         """1: the teacher's own distribution, whatever its answers were sampled at."""
         return 1.0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What the teacher's answers cost in this process: tokens, unfinished ones too, and seconds."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 class WarmstartTrainer(TOPDTrainer):
@@ -77,9 +93,12 @@ class WarmstartTrainer(TOPDTrainer):
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         assert isinstance(args, WarmstartConfig)
+        self.answered = Answered()
         if args.answers == "teacher":
             self.questions = super()._encode_training(rows, args)
             return self.questions
+        if args.answers != "data":
+            return _learned_again(super()._encode_training(rows, args), Path(args.answers))
         prompts = self.encoder.encode(rows, with_response=True)
         for prompt in prompts:
             length, limit = len(prompt.response or ()), args.max_completion_length
@@ -109,7 +128,7 @@ class WarmstartTrainer(TOPDTrainer):
             "sampling": repr(self.args.sampling),
             "seed": self.args.seed,
         }
-        done = _stored_answers(path, header)
+        done, began = _stored_answers(path, header), _clocks()
         size = self.args.answer_batch_size
         with open(path, "a", encoding="utf-8") as file:
             for first in range(len(done), len(prompts), size):
@@ -118,11 +137,9 @@ class WarmstartTrainer(TOPDTrainer):
                 file.writelines(json.dumps(answer) + "\n" for answer in answers)
                 file.flush()
                 done += answers
-        kept = [
-            replace(prompt, response=tuple(answer))
-            for prompt, answer in zip(prompts, done, strict=True)
-            if answer
-        ]
+        seconds, cpu_seconds = (_clocks() - began).tolist()
+        self.answered = replace(self.answered, seconds=seconds, cpu_seconds=cpu_seconds)
+        kept = _with_answers(prompts, done)
         if not kept:
             raise TOPDError(
                 f"warm start: none of the teacher's {len(prompts)} answers ended within "
@@ -137,7 +154,36 @@ class WarmstartTrainer(TOPDTrainer):
             written = self.observer.teacher.generate(
                 [prompt.teacher for prompt in prompts], self.args.sampling, seeds, tick=tick
             )
+        tokens = self.answered.tokens + sum(len(answer.tokens) for answer in written)
+        self.answered = replace(self.answered, tokens=tokens)
         return [list(answer.tokens) if answer.finished else [] for answer in written]
+
+
+def _clocks() -> np.ndarray:
+    """Wall-clock and CPU time of this process, seconds."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _with_answers(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Prompt]:
+    """The prompts with their answers, without those that have none."""
+    return [
+        replace(prompt, response=tuple(answer))
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer
+    ]
+
+
+def _learned_again(prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
+    """The prompts with an earlier warm start's answers. Raises TOPDError if they are others'."""
+    if not path.is_file():
+        raise TOPDError(f"answers: there is no file {path}. Give the one of another warm start.")
+    header, *answers = read_lines(path)
+    if header.get("prompts") != fingerprint(prompts) or len(answers) != len(prompts):
+        raise TOPDError(
+            f"answers: {path} does not answer these {len(prompts)} prompts, or was cut off. Train "
+            "on the prompts that it was made with."
+        )
+    return _with_answers(prompts, answers)
 
 
 def _stored_answers(path: Path, header: dict[str, Any]) -> list[list[int]]:
