@@ -183,7 +183,7 @@ class TOPDTrainer(Trainer):
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # over the whole update: no division by accumulation
-        self.compute_loss_func = update_loss  # says the same to transformers before 5.20
+        self.compute_loss_func = update_loss  # says the same to transformers before 5.19
         self.copy = self._prepare_sharding(student)
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         check_head("student", student)
