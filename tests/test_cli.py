@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,15 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
 from conftest import rows, tiny_model, tiny_tokenizer
-from topd import cli
+from topd import TOPDConfig, cli
+from topd.commands.recipe import parse_overrides
 from topd.inputs.models import ModelSpec
+from topd.methods import METHODS
 from topd.training.progress import Phases
 
 LITTLE = {
@@ -190,10 +194,18 @@ def test_keys_of_the_command_line_replace_those_of_the_recipe(folders, tmp_path)
 
 
 def test_quiet_prints_log_lines_and_no_bars(folders, tmp_path):
-    output = topd(folders, tmp_path / "run", "--quiet", "--max_steps", "1")
-    (line,) = (line for line in output.splitlines() if line.startswith("{'loss'"))
-    assert "reverse_kl" in line
+    """One line a log, shorter than a terminal is wide; so too without a terminal."""
+    output = topd(folders, tmp_path / "run", "--quiet", "--max_steps", "2")
+    lines = [line for line in output.splitlines() if line.startswith("update ")]
+    assert [line.split("  ")[0] for line in lines] == ["update 1/2", "update 2/2"]
+    for line, log in zip(lines, read(tmp_path / "run" / "metrics.jsonl"), strict=False):
+        assert f"loss {log['loss']:.4g}  reverse KL {log['reverse_kl']:.3g}" in line
+        assert len(line) < 80
+    assert "eta" in lines[0]
+    assert "eta" not in lines[1]
     assert "it/s" not in output
+    assert "{" not in output.partition("report:")[0]
+    assert output.startswith("loading ")
 
 
 def test_bad_words_end_with_exit_code_2_and_one_message(folders, tmp_path):
@@ -203,7 +215,7 @@ def test_bad_words_end_with_exit_code_2_and_one_message(folders, tmp_path):
         assert isinstance(result.exception, SystemExit)
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("error: ") == 1
-        assert result.stdout == ""
+        assert all(line.startswith("loading ") for line in result.stdout.splitlines())
 
 
 def test_a_recipe_that_is_not_there_ends_with_exit_code_2(tmp_path):
@@ -225,9 +237,11 @@ def test_bars_are_taken_away_when_a_run_fails(folders, tmp_path, monkeypatch):
 
     def show(phases: Phases, console: Console) -> None:
         bars.append(phases)
-        draw(phases, Console(file=screen, force_terminal=True))
+        draw(phases, console)
 
     monkeypatch.setenv("TERM", "xterm")
+    terminal = Console(file=screen, force_terminal=True)
+    monkeypatch.setattr("topd.commands.train.Console", lambda **_: terminal)
     monkeypatch.setattr(Phases, "show", show)
     words = ("--max_logprob_gap", "1e-12", "--output_dir", str(tmp_path / "run"))
     assert invoke(folders, *words).exit_code == 2
@@ -382,3 +396,65 @@ def test_the_module_runs_as_the_command():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert "warmstart" in done.stdout
+
+
+# What can be found
+
+
+def command(*words: str) -> Any:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def test_every_method_is_listed_with_its_first_sentence():
+    listed = " ".join(command("methods").output.split())
+    for name, method in METHODS.items():
+        first = " ".join((method.guide.__doc__ or "").split("\n\n")[0].split())
+        assert name in listed
+        assert first in listed
+
+
+def test_settings_are_found_by_a_word_of_their_name_or_their_explanation():
+    ours = command("settings").output
+    for field in fields(TOPDConfig):
+        if field.name not in {f.name for f in fields(TrainingArguments)}:
+            assert f"{field.name} = " in ours
+    assert "adam_beta1" not in ours
+    assert "adam_beta1 = 0.9" in command("settings", "adam").output
+    assert "window_length = 50" in command("settings", "K, tokens").output
+    assert "window-length" not in command("settings", "--", "--window-length").output
+    refused = command("settings", "no such word")
+    assert refused.exit_code == 2
+    assert "none has 'no such word'" in refused.stderr
+
+
+def test_help_of_training_lists_every_setting_of_ours():
+    text = " ".join(command("train", "--help").output.split())
+    for field in fields(TOPDConfig):
+        if field.name not in {f.name for f in fields(TrainingArguments)}:
+            assert field.name in text
+
+
+def test_the_version_is_told():
+    assert command("--version").output == f"topd {version('topd')}\n"
+
+
+def test_dashes_and_underscores_are_the_same(folders, tmp_path):
+    folder = tmp_path / "run"
+    topd(folders, folder, "--max-steps", "1", "--data.limit=1", "--max_prompt-length", "99")
+    assert (config(folder)["max_steps"], config(folder)["max_prompt_length"]) == (1, 99)
+    for option in ("--max_tokens", "--max-tokens"):
+        result = command("eval", "no/where", "no.jsonl", option, "0")
+        assert "No such option" not in result.output
+
+
+def test_arms_of_a_comparison_keep_the_dashes_of_their_names():
+    assert parse_overrides(["--compare.arms.a-b.beta", "0"]) == {"compare.arms.a-b.beta": 0}
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("lr", "learning_rate"), ("batch-size", "per_device_train_batch_size")]
+)
+def test_names_of_other_trainers_are_known(word, meant, folders, tmp_path):
+    result = invoke(folders, "--output_dir", str(tmp_path / "run"), f"--{word}", "1")
+    assert result.exit_code == 2
+    assert f"Did you mean {meant}?" in " ".join(result.stderr.split())

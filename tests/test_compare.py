@@ -156,11 +156,11 @@ def test_a_comparison_goes_on_where_it_stopped_with_the_same_results(recipe, tmp
     ]  # fmt: skip
     run, done = compare.run_arm, []
 
-    def stopping(task):
+    def stopping(task, console):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(task)
-        return run(task)
+        return run(task, console)
 
     words = [f"--output_dir={tmp_path / 'parts'}"]
     monkeypatch.setattr(compare, "run_arm", stopping)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 import os
 import pickle
 import signal
+import warnings
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -21,6 +25,7 @@ from test_resume import lines, make, records
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands.train import run_recipe
 from topd.errors import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
+from topd.training.progress import Phases, silence_others
 from topd.training.stop_rules import Rule, rules
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 
@@ -319,3 +324,55 @@ def test_a_warm_start_without_divergence_in_its_loss_has_no_rule(tmp_path):
         for kd_ratio in (0.0, 0.5)
     ]
     assert [[rule.limit for rule in rules(one)] for one in args] == [[], ["stop_divergence"]]
+
+
+# Lines
+
+
+class Clock:
+    """Seconds that a test sets."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("topd.training.progress.time.perf_counter", lambda: self.now)
+
+
+def test_counts_without_a_terminal_are_lines_now_and_then(monkeypatch):
+    clock, file = Clock(monkeypatch), io.StringIO()
+    phases = Phases()
+    phases.show(Console(file=file, force_terminal=False))
+    phases.start(100, "samples")
+    for step in range(1, 101):
+        clock.now += 1
+        phases.step_done(step)
+    phases.stop()
+    assert file.getvalue().splitlines() == [
+        "samples 30/100  30 s",
+        "samples 60/100  60 s",
+        "samples 90/100  90 s",
+        "samples 100/100  100 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        ("There were missing keys in the checkpoint model loaded: ['lm_head.weight'].", False),
+        ("There were missing keys in the checkpoint model loaded: ['model.norm.weight'].", True),
+    ],
+)
+def test_of_missing_keys_only_a_tied_head_is_left_out(message, kept):
+    silence_others()
+    record = logging.LogRecord("transformers.trainer", logging.WARNING, "", 0, message, (), None)
+    assert bool(logging.getLogger("transformers.trainer").filter(record)) == kept
+
+
+def test_only_the_warning_about_pinned_memory_is_left_out():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        silence_others()
+        warnings.warn(
+            "'pin_memory' argument is set as true but no accelerator is found.", stacklevel=1
+        )
+        warnings.warn("'pin_memory' will go away", stacklevel=1)
+    assert [str(one.message) for one in caught] == ["'pin_memory' will go away"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -43,24 +45,84 @@ Output = Annotated[str, typer.Option(help="Folder of the results; by default bel
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
+# dashes and underscores alike, as in the keys of a recipe
+EITHER = {"token_normalize_func": lambda name: name.replace("_", "-")}
+
+
+def _settings_line() -> str:
+    """The names of our own settings, read from the source: help must not wait for torch."""
+    tree = ast.parse((Path(__file__).parent / "config.py").read_text(encoding="utf-8"))
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    names = [
+        node.target.id
+        for node in classes["TOPDConfig"].body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    return (
+        f"Settings, each --NAME VALUE: {', '.join(names)}; and those of transformers' Trainer. "
+        "topd settings WORD explains those with a word in them, topd methods the methods."
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.print(f"topd {version('topd')}", highlight=False)
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+]
+
+
+SETTINGS = _settings_line()
+
+
 @app.callback()
-def main() -> None:
+def main(version: Version = False) -> None:
     """On-policy distillation that looks ahead (arXiv 2606.00305)."""
 
 
-@app.command(context_settings=EXTRA)
+@app.command()
+def methods() -> None:
+    """What a student can learn by: every value of the setting method."""
+    with _faults():
+        from topd.commands.settings import method_rows
+
+        for name, needs, words in method_rows():
+            console.print(f"[bold]{name}[/bold]  {needs}", highlight=False)
+            console.print(f"    {words}", markup=False, highlight=False)
+
+
+@app.command(context_settings=EITHER)
+def settings(
+    word: Annotated[str, typer.Argument(help="In the name or the explanation; none: ours.")] = "",
+) -> None:
+    """Settings of a recipe with their defaults: our own, or all that have a word in them."""
+    with _faults():
+        from topd.commands.settings import setting_rows
+
+        for name, default, words in setting_rows(word):
+            line = f"[bold]{escape(name)}[/bold] = {escape(default)}"
+            console.print(line, highlight=False, soft_wrap=True)
+            console.print(f"    {words}", markup=False, highlight=False)
+
+
+@app.command(context_settings=EXTRA, epilog=SETTINGS)
 def train(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Train a student on its own rollouts. Any key of the recipe: --key value, --data.limit 8."""
     _run(recipe, context.args, quiet, warmstart=False)
 
 
-@app.command(context_settings=EXTRA)
+@app.command(context_settings=EXTRA, epilog=SETTINGS)
 def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Stage 1: the student learns from the teacher's answers, or from those of the data."""
     _run(recipe, context.args, quiet, warmstart=True)
 
 
-@app.command(context_settings=EXTRA)
+@app.command(context_settings=EXTRA, epilog=SETTINGS)
 def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Where do student and teacher part, and does the token loss say so? No training."""
     with _faults():
@@ -72,7 +134,7 @@ def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> N
     _page(folder)
 
 
-@app.command(context_settings=EXTRA)
+@app.command(context_settings=EXTRA, epilog=SETTINGS)
 def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Correct the student at single forks with each loss, and measure what comes back."""
     with _faults():
@@ -84,7 +146,7 @@ def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> 
     _page(folder)
 
 
-@app.command(context_settings=EXTRA)
+@app.command(context_settings=EXTRA, epilog=SETTINGS)
 def compare(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Arms x seeds of one recipe, with paired intervals. Goes on where it was stopped."""
     _compare(recipe, context.args, quiet)
@@ -120,7 +182,7 @@ def _summary(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
-@app.command("eval")
+@app.command("eval", context_settings=EITHER)
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or package://NAME.")],
     data: Annotated[str, typer.Argument(help="JSONL: GSM8K, MATH-500, AIME, HMMT, or --columns.")],
@@ -162,7 +224,7 @@ def evaluate_model(
     console.print(f"results: {folder}", soft_wrap=True, markup=False, highlight=False)
 
 
-@app.command()
+@app.command(context_settings=EITHER)
 def gate(
     base: Annotated[str, typer.Argument(help="Folder, hub name, or package://NAME.")],
     candidate: Annotated[str, typer.Argument(help="The model that is to replace it.")],
@@ -183,7 +245,7 @@ def gate(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(context_settings=EITHER)
 def report(
     run: RunFolder,
     rollouts: Annotated[int, typer.Option(min=1, help="Most rollouts in the page.")] = 1000,
@@ -196,7 +258,7 @@ def report(
     console.print(f"report: {path}", soft_wrap=True, markup=False, highlight=False)
 
 
-@app.command()
+@app.command(context_settings=EITHER)
 def show(
     run: RunFolder,
     rollout: Annotated[int, typer.Option(min=0, help="Line of rollouts.jsonl, from 0.")] = 0,
@@ -216,7 +278,7 @@ class Format(StrEnum):
     PDF = "pdf"
 
 
-@app.command()
+@app.command(context_settings=EITHER)
 def figures(
     run: RunFolder,
     format: Annotated[Format, typer.Option(help="Of the files.")] = Format.PDF,
@@ -235,7 +297,7 @@ Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the run's models.")]
 
 
-@app.command()
+@app.command(context_settings=EITHER)
 def audit(
     run: RunFolder,
     updates: Annotated[
@@ -255,7 +317,7 @@ def audit(
     _report_findings(found.checked, found.faults)
 
 
-@app.command()
+@app.command(context_settings=EITHER)
 def replay(
     run: RunFolder,
     step: Annotated[int, typer.Option(min=0, help="Number of the update, from 0.")],

@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from topd.commands.budgets import FORMULA, TOKENS, at_equal_budgets, mean_curve, spent
 from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
-from topd.commands.train import make_evaluator, make_trainer, run_recipe
+from topd.commands.train import make_evaluator, make_trainer, run_recipe, watch_steps
 from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
@@ -44,6 +44,7 @@ from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder
 from topd.runs.lock import one_writer
 from topd.statistics import SHARES, seed_problem_interval, t_reach
+from topd.training.progress import say
 from topd.training.warmstart import Answered, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
@@ -96,7 +97,7 @@ def _compare(
         for arm, keys in spec.all_arms().items()
         if not any((r["arm"], r["seed"]) == (arm, seed) for r in results)
     }
-    for result in _run_all(tasks, spec.jobs):
+    for result in _run_all(tasks, spec.jobs, console):
         ledger.append(RESULTS, [result])
         results.append(result)
         if console:
@@ -209,8 +210,8 @@ def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
 
-def run_arm(task: Task) -> Result:
-    """One run: an arm of the recipe with a seed. Meant for a process of its own."""
+def run_arm(task: Task, console: Console | None = None) -> Result:
+    """One run: an arm of the recipe with a seed, in a process of its own or watched."""
     path, overrides = task
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -220,10 +221,15 @@ def run_arm(task: Task) -> Result:
     recipe.args.stop_patience = None  # an arm that collapses is a result
     trainer, evaluation = make_trainer(recipe, recipe.data.load(), warmstart=warmstart)
     trainer.remove_callback(PrinterCallback)
+    if console:
+        watch_steps(trainer, console)
     assert evaluation is not None  # checked before the first run
     kept = _Kept(evaluation)
     trainer.add_callback(kept)
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        trainer.phases.stop()
     assert evaluation.latest is not None
     answered = trainer.answered if isinstance(trainer, WarmstartTrainer) else Answered()
     curve = _curve(trainer.state.log_history, kept.solved, answered)
@@ -316,11 +322,15 @@ def _tokens_until(logs: Sequence[Mapping[str, float]], step: float) -> dict[str,
     return tokens
 
 
-def _run_all(tasks: Mapping[tuple[str, int], Task], jobs: int) -> Iterator[Result]:
-    """The results as they come; in this process if one runs at a time."""
+def _run_all(
+    tasks: Mapping[tuple[str, int], Task], jobs: int, console: Console | None
+) -> Iterator[Result]:
+    """The results as they come; in this process, and watched, if one runs at a time."""
     if jobs == 1:
-        for (arm, seed), task in tasks.items():
-            yield {"arm": arm, "seed": seed, **run_arm(task)}
+        for number, ((arm, seed), task) in enumerate(tasks.items(), 1):
+            if console:
+                say(console, f"run {number} of {len(tasks)}: {arm}, seed {seed}")
+            yield {"arm": arm, "seed": seed, **run_arm(task, console)}
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_one_thread) as pool:

@@ -186,7 +186,9 @@ def _with_packaged(path: Path) -> Path:
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     """``--key value`` and ``--key=value`` as a mapping; values are YAML, a lone key is true.
 
-    >>> parse_overrides(["--data.limit", "8", "--bf16", "--learning_rate=1e-5"])
+    Dashes in a key stand for underscores, but not in the names of a comparison's arms.
+
+    >>> parse_overrides(["--data.limit", "8", "--bf16", "--learning-rate=1e-5"])
     {'data.limit': 8, 'bf16': True, 'learning_rate': '1e-5'}
     """
     found: dict[str, Any] = {}
@@ -194,6 +196,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
+            key = key if key.startswith("compare.") else key.replace("-", "_")
             found[key] = _value(value) if equals else True
             key = None if equals else key
         elif key is None:
@@ -266,14 +269,28 @@ def _fields(kind: type) -> set[str]:
     return {f.name for f in fields(kind) if f.init}
 
 
+ALIASES = {  # names of other trainers
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "output": "output_dir",
+    "lambda": "trajectory_weight",
+}
+
+
 def _refuse_unknown(
     path: Path, content: Mapping[str, Any], known: set[str], section: str = ""
 ) -> None:
     for key in content:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            where = "peft.LoraConfig" if section == "lora." else "topd.TOPDConfig"
-            hint = f" Did you mean {near[0]}?" if near else f" See {where} for the keys."
+            alias = ALIASES.get(str(key))
+            near = [alias] if alias in known else difflib.get_close_matches(str(key), known, n=1)
+            where = "See peft.LoraConfig" if section == "lora." else "topd settings WORD finds them"
+            hint = f" Did you mean {near[0]}?" if near else f" {where}."
             place = f" in {section[:-1]}" if section else ""
             raise TOPDError(f"{path}: unknown key {key!r}{place}.{hint}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from topd.evaluate import EvaluationCallback, Evaluator
 from topd.runs import checkpoints
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
-from topd.training.progress import Phases
+from topd.training.progress import Phases, log_line, say
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartTrainer
 
@@ -48,26 +48,42 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool) -> Non
         agreed(lambda: _begin_anew(folder) if rank() == 0 else None)
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    if not quiet:
-        logging.set_verbosity_error()
-        warnings.filterwarnings("ignore", module="torch.utils.data")
+    logging.set_verbosity_error()
     recipe.args.disable_tqdm = True
+    console = Console(quiet=rank() > 0)
     rows = recipe.data.load()
+    say(console, f"loading {recipe.student.path} and {recipe.teacher.path}, encoding {len(rows):,} "
+        "prompts")  # fmt: skip
     trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
     trainer.examined = examined
-    if not quiet:
-        trainer.remove_callback(PrinterCallback)
-    if not quiet and rank() == 0:
-        left_out = len(rows) - len(trainer.train_dataset)
-        if left_out:
-            Console().print(f"{left_out} of {len(rows)} prompts are too long and left out")
-        trainer.phases.show(Console())
-        trainer.add_callback(_StepBar(trainer.phases))
+    trainer.remove_callback(PrinterCallback)
+    left_out = len(rows) - len(trainer.train_dataset)
+    if left_out:
+        say(console, f"{left_out:,} of {len(rows):,} prompts are too long and left out")
+    if checkpoint:
+        say(console, f"resuming from {checkpoint.name}")
+    _watch(trainer, console, bars=console.is_terminal and not quiet)
     try:
         with trainer.watch.until_terminated():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.phases.stop()
+
+
+def _watch(trainer: TOPDTrainer, console: Console, *, bars: bool) -> None:
+    """Show how a run goes on: bars on a terminal, else a short line a log."""
+    if console.quiet:
+        return
+    if bars:
+        watch_steps(trainer, console)
+    else:
+        trainer.add_callback(_LogLines(console))
+
+
+def watch_steps(trainer: TOPDTrainer, console: Console) -> None:
+    """Show how many updates are done: as a bar, or now and then a line."""
+    trainer.phases.show(console)
+    trainer.add_callback(_StepBar(trainer.phases))
 
 
 def _begin_anew(folder: Path) -> None:
@@ -117,6 +133,36 @@ def make_evaluator(recipe: Recipe) -> Evaluator | None:
         recipe.student.load_config(),
         template_kwargs=kwargs if isinstance(kwargs, dict) else {},
     )
+
+
+class _LogLines(TrainerCallback):
+    """Prints a short line a log, with the time that an update took and what is left."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_train_begin(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.begun, self.first = time.perf_counter(), state.global_step
+        self.last = self.begun, self.first
+
+    def on_log(
+        self,
+        args: TOPDConfig,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        now, step = time.perf_counter(), state.global_step
+        if not logs or "loss" not in logs or step == self.last[1]:
+            return
+        pace = (now - self.begun) / (step - self.first)
+        seconds = (now - self.last[0]) / (step - self.last[1])
+        self.last = now, step
+        left = pace * (state.max_steps - step)
+        say(self.console, log_line(logs, step, state.max_steps, seconds, left))
 
 
 class _StepBar(TrainerCallback):

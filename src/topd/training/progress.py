@@ -1,10 +1,12 @@
-"""The phases of a step: how long each took, and bars for whoever is watching."""
+"""The phases of a step: how long each took, and bars, or short lines, for whoever is watching."""
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -12,16 +14,33 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from topd.engines import Tick, no_tick
 
+EVERY = 30.0  # seconds between two lines of a count, where there is no terminal
+SHOWN = (  # of a log: its name in the line, key, and form
+    ("loss", "loss", "{:.4g}"),
+    ("reverse KL", "reverse_kl", "{:.3g}"),
+    ("forward KL", "forward_kl", "{:.3g}"),
+    ("JSD", "jsd", "{:.3g}"),
+    ("forks", "topd/real_divergent_points", "{:.3g}"),
+    ("", "completions/mean_length", "{:.0f} tokens"),
+)
+
 
 class Phases:
-    """Seconds by phase; once shown, also a bar for the run and one for the phase under way."""
+    """Seconds by phase; once shown, also a bar for the run and one for the phase under way.
+
+    Where there is no terminal, counts are lines, at most one every ``EVERY`` seconds.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
         self._bars: Progress | None = None
+        self._lines: Console | None = None
 
     def show(self, console: Console) -> None:
-        """Draw bars from now on."""
+        """Draw bars from now on; lines where no one could see a bar move."""
+        if not console.is_terminal:
+            self._lines = console
+            return
         self._bars = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(),
@@ -34,6 +53,8 @@ class Phases:
 
     def start(self, steps: int, name: str = "updates") -> None:
         """Begin a run of so many updates, or of what ``name`` says."""
+        self._name, self._total = name, steps
+        self._begun = self._told = time.perf_counter()
         if self._bars:
             self._run = self._bars.add_task(name, total=steps)
 
@@ -41,6 +62,11 @@ class Phases:
         """Move the run's bar to ``step``."""
         if self._bars:
             self._bars.update(self._run, completed=step)
+        now = time.perf_counter()
+        if self._lines and (now - self._told >= EVERY or step == self._total):
+            self._told = now
+            words = f"{self._name} {step:,}/{self._total:,}  {span(now - self._begun)}"
+            say(self._lines, words)
 
     def stop(self) -> None:
         """Take the bars away."""
@@ -66,3 +92,54 @@ class Phases:
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds
+
+
+def say(console: Console, words: str) -> None:
+    """One line, as it is."""
+    console.print(words, markup=False, highlight=False, soft_wrap=True)
+
+
+def log_line(log: Mapping[str, float], step: int, steps: int, seconds: float, left: float) -> str:
+    """A log as one short line.
+
+    Args:
+        log: what the trainer logged.
+        step: updates done, of ``steps``.
+        seconds: an update took.
+        left: seconds that the rest will take, at that pace.
+
+    >>> log_line({"loss": 4.3215, "reverse_kl": 3.9}, 12, 400, 1.84, 713.9)
+    'update 12/400  loss 4.322  reverse KL 3.9  1.8 s  eta 12 min'
+    """
+    shown = [f"{name} {form.format(log[key])}".strip() for name, key, form in SHOWN if key in log]
+    eta = [f"eta {span(left)}"] if step < steps else []
+    return "  ".join([f"update {step:,}/{steps:,}", *shown, span(seconds), *eta])
+
+
+def span(seconds: float) -> str:
+    """Seconds, briefly.
+
+    >>> span(1.84), span(89.6), span(714), span(9000)
+    ('1.8 s', '90 s', '12 min', '2.5 h')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def silence_others() -> None:
+    """Leave out two warnings of other libraries that say nothing about a run.
+
+    That a CPU has no pinned memory; and, at a resume, that a checkpoint lacks the head of a model
+    whose head is its embedding: transformers does not save it, and ties it again.
+    """
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accel")
+    logging.getLogger("transformers.trainer").addFilter(_not_tied_head)
+
+
+def _not_tied_head(record: logging.LogRecord) -> bool:
+    return record.getMessage() != (
+        "There were missing keys in the checkpoint model loaded: ['lm_head.weight']."
+    )

@@ -72,7 +72,7 @@ from topd.training.learning import (
 )
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.overlap import Ahead, check_overlap
-from topd.training.progress import Phases
+from topd.training.progress import Phases, silence_others
 from topd.training.sharded import WholeCopy, check_launch, fsdp_plugin
 from topd.training.stop_rules import Watch
 from topd.types import Ids, Prompt
@@ -169,6 +169,7 @@ class TOPDTrainer(Trainer):
         self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
         self._apart: str | None = None  # where a checkpoint is being made
         self.run_folder = Path(args.output_dir)
+        silence_others()
         self.phases = Phases()
         self.ledger = Ledger(args.output_dir, active=False)
         self.token_writer = TokenWriter(tokenizer)
