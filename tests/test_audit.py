@@ -7,7 +7,9 @@ import json
 import math
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 from conftest import rows, tiny_model, tiny_tokenizer, write_pair
 from topd import TOPDConfig, TOPDTrainer
 from topd.cli import app
-from topd.commands.audit import Findings, audit_run, replay_step
+from topd.commands.audit import Findings, Trust, audit_run, replay_step, stored_recipe
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
 from topd.runs.files import digest, file_digest
@@ -111,9 +113,8 @@ def only(found: Findings, *parts: str) -> None:
 def test_a_run_as_it_was_has_no_fault(copied):
     found = audit_run(RUN)
     assert found.faults == []
-    assert "decisions: 12 rollouts and 26 candidates of the updates 0, 1, 2 made again" in (
-        found.checked
-    )
+    said = "decisions: 12 rollouts and 26 candidates of the updates 0, 1, 2 made again (--seed "
+    assert any(line.startswith(said) for line in found.checked)
     assert "files: 5, records: 28" in found.checked  # 12 + 12, three updates and the summary
 
 
@@ -307,7 +308,7 @@ def test_a_run_folder_alone_cannot_make_an_audit_run_code(copied):
     stored["recipe"]["teacher"]["trust_remote_code"] = True
     (RUN / "run.json").write_text(json.dumps(stored))
     assert "--trust-remote-code" in audit_run(RUN).faults[1]
-    assert audit_run(RUN, trust_remote_code=True).faults == ["run.json: was changed"]
+    assert audit_run(RUN, trust=Trust(remote_code=True)).faults == ["run.json: was changed"]
     with pytest.raises(TOPDError, match="--trust-remote-code"):
         replay_step(RUN, 1)
 
@@ -364,6 +365,207 @@ def test_a_forgery_with_a_chain_made_anew_is_found_by_making_decisions_again(
     chain_again()
     faults = audit_run(RUN).faults
     assert any(said.startswith(f"update 1, rollout 2: {fault}") for said in faults), faults
+
+
+def rechain() -> None:
+    """As :func:`chain_again`, with the files and events of the chain that was there."""
+    before = [json.loads(line) for line in (RUN / CHAIN).read_text().splitlines()]
+    lines = {name: iter((RUN / name).read_text().splitlines()) for name in RECORDS}
+    (RUN / CHAIN).unlink()
+    chain = Chain(RUN)
+    for entry in before:
+        kept = {k: v for k, v in entry.items() if k not in ("n", "previous", "hash")}
+        if "step" in kept and "file" in kept:
+            kept["record"] = digest(next(lines[kept["file"]]).encode())
+        elif "file" in kept:
+            kept["record"] = file_digest(RUN / kept["file"])
+        chain.add([kept])
+
+
+def edit_all(name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    for number in range(len((RUN / name).read_text().splitlines())):
+        edit_record(RUN / name, number, change)
+
+
+def other_prompts(record: dict[str, Any]) -> None:
+    record["prompt"] = (record["prompt"] + 3) % 8
+
+
+def replace(name: str, old: str, new: str) -> None:
+    content = (RUN / name).read_text()
+    assert old in content
+    (RUN / name).write_text(content.replace(old, new))
+
+
+def only_in(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[], None]:
+    return lambda: edit_all(name, change)
+
+
+FORGERIES: dict[str, tuple[Callable[[], object], str]] = {
+    "finished": (
+        only_in("rollouts.jsonl", lambda r: r.update(finished=not r["finished"])),
+        "its last token says otherwise",
+    ),
+    "prompts exchanged": (
+        lambda: [edit_all(f"{n}.jsonl", other_prompts) for n in ("rollouts", "guidance")],
+        "its tokens are not those of prompt",
+    ),
+    "student's prompt": (
+        only_in("rollouts.jsonl", lambda r: r["prompt_ids"].append(7)),
+        "its tokens are not those of prompt",
+    ),
+    "no log-probs": (
+        only_in("rollouts.jsonl", lambda r: r.update(logprobs=[])),
+        "logprobs are missing",
+    ),
+    "keys removed": (only_in("guidance.jsonl", lambda r: r.pop("targets")), "targets is missing"),
+    "text removed": (only_in("rollouts.jsonl", lambda r: r.pop("text")), "text is missing"),
+    "lengths halved": (
+        only_in(
+            "metrics.jsonl",
+            lambda r: (
+                r.update({"completions/mean_length": r["completions/mean_length"] / 2})
+                if "loss" in r
+                else None
+            ),
+        ),
+        "completions/mean_length is 6.0, its rollouts give 12.0",
+    ),
+    "a mean removed": (
+        only_in("metrics.jsonl", lambda r: r.pop("completions/mean_length", None)),
+        "completions/mean_length is null, its rollouts give 12.0",
+    ),
+    "learning rate": (
+        lambda: replace("run.json", '"learning_rate": 0.001', '"learning_rate": 0.002'),
+        "run.json's settings give 0.002",
+    ),
+    "schedule": (
+        lambda: replace(
+            "run.json", '"lr_scheduler_type": "linear"', '"lr_scheduler_type": "constant"'
+        ),
+        "run.json's settings give",
+    ),
+    "seed": (
+        lambda: [replace(n, '"seed": 3', '"seed": 4') for n in ("run.json", "manifest.json")],
+        "where seed 4 has",
+    ),
+    "student's weights": (
+        lambda: shutil.copy("student/model.safetensors", RUN / "student"),
+        "student: has not the weights that the run ended with",
+    ),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_what_a_forger_changes_everywhere_is_found_though_the_chain_is_whole(copied, forgery):
+    change, fault = FORGERIES[forgery]
+    change()
+    rechain()
+    assert not audit_run(RUN, updates=0).faults  # the chain alone does not tell
+    faults = audit_run(RUN, updates=9).faults
+    assert any(fault in said for said in faults), faults
+
+
+def test_an_exchanged_adapter_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(trained(tmp_path, lora=LORA))
+    path = RUN / "adapter" / "adapter_model.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(path).items()}, path)
+    rechain()
+    assert audit_run(RUN, updates=9).faults == [
+        "adapter: has not the weights that the run ended with"
+    ]
+
+
+def test_nobody_knows_beforehand_which_updates_an_audit_takes(copied):
+    said = {audit_run(RUN, updates=1).checked[-1].rpartition("--seed ")[2] for _ in range(3)}
+    assert len(said) == 3
+    given = audit_run(RUN, updates=1, seed=5)
+    assert given.checked[-1].endswith("(--seed 5)")
+    assert given == audit_run(RUN, updates=1, seed=5)
+
+
+# What a stranger's folder names is not asked
+
+
+@pytest.fixture
+def spy() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
+    """A server, and what it was sent."""
+    sent: list[tuple[str, str | None]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            sent.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"data": []}')
+
+        do_POST = do_GET  # noqa: N815 - http.server's name
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", sent
+    server.shutdown()
+
+
+def serve(role: str, url: str) -> None:
+    stored = json.loads((RUN / "run.json").read_text())
+    served = {"completions": [url], "pooling": [url], "api_key_env": "MY_SECRET"}
+    stored["recipe"][role]["served"] = {**served, "weights": str(Path.cwd() / "written")}
+    (RUN / "run.json").write_text(json.dumps(stored, indent=2) + "\n")
+    rechain()
+
+
+@pytest.mark.parametrize("command", [["audit"], ["replay", "--step", "0"]])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_folder_names_a_server_and_a_secret_in_vain(copied, spy, monkeypatch, command, role):
+    url, sent = spy
+    monkeypatch.setenv("MY_SECRET", "hunter2")
+    serve(role, url)
+    result = CliRunner().invoke(app, [command[0], str(RUN), *command[1:]])
+    assert sent == []
+    assert not Path("written").exists()
+    if role == "teacher":
+        assert result.exit_code == 2
+        assert "--served-teacher" in result.stderr
+    else:
+        assert result.exit_code == 0  # its weights are here
+
+
+def test_the_auditors_own_server_gets_the_auditors_own_key_and_no_other(copied, spy, monkeypatch):
+    url, sent = spy
+    monkeypatch.setenv("MY_SECRET", "hunter2")
+    monkeypatch.setenv("OWN", "mine")
+    serve("teacher", "http://127.0.0.1:9")
+    words = ["--served-teacher", url, "--served-pooling", url, "--api-key-env", "OWN"]
+    result = CliRunner().invoke(app, ["audit", str(RUN), *words])
+    assert result.exit_code == 2  # it is no vLLM
+    assert {key for _, key in sent} == {"Bearer mine"}
+
+
+def test_a_folder_that_names_models_of_the_hub_makes_no_connection(copied, monkeypatch):
+    """Also where the auditor is online; nor is anything pushed."""
+    replace("run.json", '"path": "student"', '"path": "somebody/else"')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *a, **k: asked.append(a) or [])
+    found = audit_run(RUN)
+    assert asked == []
+    assert "decisions: not made again" in found.faults[-1]
+
+
+def test_a_repetition_pushes_nothing_and_runs_no_method_of_the_folder(copied):
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["config"].update(push_to_hub=True, hub_model_id="a/b", deepspeed="x.json")
+    (RUN / "run.json").write_text(json.dumps(stored))
+    args = stored_recipe(RUN, Path("scratch")).args
+    assert (args.push_to_hub, args.hub_model_id, args.deepspeed) == (False, None, None)
+    stored["config"]["method"] = "os:system"
+    (RUN / "run.json").write_text(json.dumps(stored))
+    with pytest.raises(TOPDError, match=r"'os:system' is code .* --trust-remote-code"):
+        stored_recipe(RUN, Path("scratch"))
 
 
 def test_records_that_cannot_be_read_are_a_fault(copied):

@@ -294,7 +294,17 @@ def figures(
 
 
 Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may differ.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the run's models.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code of the run's models and method.")
+]
+OwnTeacher = Annotated[
+    list[str] | None,
+    typer.Option(metavar="URL", help="Your server of a served teacher; the run's is not asked."),
+]
+OwnPooling = Annotated[
+    list[str] | None, typer.Option(metavar="URL", help="Your server of its last hidden states.")
+]
+OwnKey = Annotated[str | None, typer.Option(help="Environment variable with their API key.")]
 
 
 @app.command(context_settings=EITHER)
@@ -303,17 +313,21 @@ def audit(
     updates: Annotated[
         int, typer.Option(min=0, help="Updates whose decisions are made again; 0: no models.")
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Which updates.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Which updates; by default a random one, which is printed.")
+    ] = None,
     tolerance: Tolerance = 1e-4,
-    trust: Trust = False,
+    trust: TrustCode = False,
+    served_teacher: OwnTeacher = None,
+    served_pooling: OwnPooling = None,
+    api_key_env: OwnKey = None,
 ) -> None:
     """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
     with _faults():
-        from topd.commands.audit import audit_run
+        from topd.commands.audit import Trust, audit_run
 
-        found = audit_run(
-            run, updates=updates, seed=seed, tolerance=tolerance, trust_remote_code=trust
-        )
+        allowed = Trust(trust, served_teacher or (), served_pooling or (), api_key_env)
+        found = audit_run(run, updates=updates, seed=seed, tolerance=tolerance, trust=allowed)
     _report_findings(found.checked, found.faults)
 
 
@@ -322,13 +336,17 @@ def replay(
     run: RunFolder,
     step: Annotated[int, typer.Option(min=0, help="Number of the update, from 0.")],
     tolerance: Tolerance = 0.0,
-    trust: Trust = False,
+    trust: TrustCode = False,
+    served_teacher: OwnTeacher = None,
+    served_pooling: OwnPooling = None,
+    api_key_env: OwnKey = None,
 ) -> None:
     """Repeat an update from the checkpoint before it and compare it with the records."""
     with _faults():
-        from topd.commands.audit import replay_step
+        from topd.commands.audit import Trust, replay_step
 
-        found = replay_step(run, step, tolerance=tolerance, trust_remote_code=trust)
+        allowed = Trust(trust, served_teacher or (), served_pooling or (), api_key_env)
+        found = replay_step(run, step, tolerance=tolerance, trust=allowed)
     _report_findings(found.checked, found.faults)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+import datasets
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
@@ -29,7 +34,7 @@ from topd.commands.train import make_trainer
 from topd.config import TOPDConfig
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint, trained_digest
-from topd.inputs.models import ModelSpec
+from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.rows import DataSpec
 from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
@@ -37,6 +42,7 @@ from topd.runs.folder import RECORDS, guidance_record, rollout_record
 from topd.runs.ledger import CHAIN, HEAD, Entry, check_chain, surviving
 from topd.runs.verified import read_entries, read_head, read_lines, read_manifest, read_records
 from topd.seeds import sampling_seeds
+from topd.training.metrics import Means, measure_experience
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 from topd.types import Prompt, Rollout
@@ -50,7 +56,32 @@ ALONE: dict[str, Any] = {  # a repetition writes nothing but records
     "hub_token": None,  # transformers writes a placeholder
     "report_to": "none",
     "disable_tqdm": True,
+    # nor does it tell anybody, or read files that a folder names
+    "push_to_hub": False,
+    "hub_model_id": None,
+    "deepspeed": None,
+    "accelerator_config": None,
+    "trackio_space_id": None,
+    "trackio_bucket_id": None,
+    "trackio_static_space_id": None,
 }
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the auditor allows. A run folder may be another's, so nothing of this is read there.
+
+    Args:
+        remote_code: run code of the models' repositories where the run did.
+        completions: URLs of the auditor's servers of the teacher, where the run's was served.
+        pooling: likewise, those that give last hidden states.
+        api_key_env: the environment variable with their API key.
+    """
+
+    remote_code: bool = False
+    completions: Sequence[str] = ()
+    pooling: Sequence[str] = ()
+    api_key_env: str | None = None
 
 
 @dataclass
@@ -61,36 +92,42 @@ class Findings:
     faults: list[str] = field(default_factory=list)
 
 
+NO_TRUST = Trust()
+
+
 def audit_run(
     folder: Path,
     *,
     updates: int = 3,
-    seed: int = 0,
+    seed: int | None = None,
     tolerance: float = 1e-4,
-    trust_remote_code: bool = False,
+    trust: Trust = NO_TRUST,
 ) -> Findings:
     """Check a training run's folder.
 
     Args:
         folder: the run.
         updates: how many updates' decisions are made again; 0 loads no model.
-        seed: which ones.
+        seed: which ones. By default one that nobody can know beforehand; it is among what was
+            checked, so that the audit can be repeated.
         tolerance: by how much a number may differ, in its own unit.
-        trust_remote_code: run code of the models' repositories where the run did. What a run
-            folder says is not enough for that: it may be another's.
+        trust: what else than reading files is allowed; by default nothing. Without it an audit
+            connects nowhere: models and data must be on this machine.
 
     Raises:
         TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
             faults already, that is one more).
     """
-    found = Findings()
+    found, seed = Findings(), secrets.randbits(32) if seed is None else seed
     entries = _entries(folder, found)
     _check_records(folder, surviving(entries), found)
     if not updates or not _readable(folder, found):
         return found
     try:
-        with _Rebuilt(folder, trust_remote_code) as trainer:
+        with _Rebuilt(folder, trust) as trainer:
             _check_sources(folder, trainer, found)
+            _check_settings(folder, trainer, found)
+            _check_student(folder, entries, trainer, found)
             _check_decisions(folder, trainer, updates, seed, tolerance, found)
     except TOPDError as error:
         if not found.faults:
@@ -100,7 +137,7 @@ def audit_run(
 
 
 def replay_step(
-    folder: Path, step: int, *, tolerance: float = 0.0, trust_remote_code: bool = False
+    folder: Path, step: int, *, tolerance: float = 0.0, trust: Trust = NO_TRUST
 ) -> Findings:
     """Repeat an update from the checkpoint before it, or from the start, and compare.
 
@@ -120,7 +157,7 @@ def replay_step(
     found, start = Findings(), checkpoints.last(folder, step)
     seal = checkpoints.check(start, resumable=True) if start else None
     first = seal.step if seal else 0
-    with _Rebuilt(folder, trust_remote_code) as trainer:
+    with _Rebuilt(folder, trust) as trainer:
         scratch = trainer.run_folder
         if start and seal:
             _as_at(start, scratch)
@@ -223,21 +260,14 @@ def _place(record: Mapping[str, Any]) -> str:
 class _Rebuilt:
     """The trainer of a run folder, in a folder of its own that is removed at the end."""
 
-    def __init__(self, folder: Path, trust_remote_code: bool) -> None:
-        self.folder, self.trust = folder, trust_remote_code
+    def __init__(self, folder: Path, trust: Trust) -> None:
+        self.folder, self.trust = folder, trust
         self.scratch = tempfile.TemporaryDirectory(prefix="topd-")
 
     def __enter__(self) -> TOPDTrainer:
         logging.set_verbosity_error()
-        recipe = stored_recipe(self.folder, Path(self.scratch.name))
-        if (
-            recipe.student.trust_remote_code or recipe.teacher.trust_remote_code
-        ) and not self.trust:
-            raise TOPDError(
-                f"{self.folder}: its models ran code of their repositories. To run it again, say "
-                "--trust-remote-code."
-            )
-        with _read_from(self.folder, "run.json"):
+        recipe = stored_recipe(self.folder, Path(self.scratch.name), self.trust)
+        with _read_from(self.folder, "run.json"), _offline():
             trainer, _ = make_trainer(
                 recipe, recipe.data.load(), warmstart=isinstance(recipe.args, WarmstartConfig)
             )
@@ -253,15 +283,71 @@ class _Rebuilt:
         self.scratch.cleanup()
 
 
-def stored_recipe(folder: Path, output: Path) -> Recipe:
+def stored_recipe(folder: Path, output: Path, trust: Trust = NO_TRUST) -> Recipe:
     """The recipe of a run as ``run.json`` has it, without evaluation, writing into ``output``.
 
     Raises:
-        TOPDError: there is none, or it cannot be read.
+        TOPDError: there is none, it cannot be read, or it needs what the auditor does not allow.
     """
     with _read_from(folder, "run.json"):
         stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return _recipe(folder, stored["recipe"], stored["config"], output)
+        sources, config = stored["recipe"], stored["config"]
+        if sources:
+            sources = {**sources, **_allowed(folder, sources, config, trust)}
+        return _recipe(folder, sources, config, output)
+
+
+def _allowed(
+    folder: Path, sources: Mapping[str, Any], config: Mapping[str, Any], trust: Trust
+) -> dict[str, Any]:
+    """Student and teacher with the auditor's servers in the place of those that the folder names.
+
+    Raises:
+        TOPDError: models or a method that run code, or a served teacher, without leave.
+    """
+    student, teacher = dict(sources["student"]), dict(sources["teacher"])
+    if (student.get("trust_remote_code") or teacher.get("trust_remote_code")) and (
+        not trust.remote_code
+    ):
+        raise TOPDError(
+            f"{folder}: its models ran code of their repositories. To run it again, say "
+            "--trust-remote-code."
+        )
+    if ":" in str(config.get("method")) and not trust.remote_code:
+        raise TOPDError(
+            f"{folder}: its method {config['method']!r} is code of its own. To run it, say "
+            "--trust-remote-code."
+        )
+    student["served"] = None  # its weights are here
+    served = teacher.get("served")
+    if served is None:
+        return {"student": student, "teacher": teacher}
+    if not trust.completions or (served.get("pooling") and not trust.pooling):
+        raise TOPDError(
+            f"{folder}: its teacher was served. An audit does not connect to servers that a folder "
+            "names. Start your own with topd serve-teacher and give them with --served-teacher URL "
+            "and --served-pooling URL (their API key with --api-key-env), or audit it with "
+            "--updates 0."
+        )
+    teacher["served"] = {
+        **served,
+        "completions": list(trust.completions),
+        "pooling": list(trust.pooling),
+        "api_key_env": trust.api_key_env,
+        "weights": None,
+    }
+    return {"student": student, "teacher": teacher}
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Have models and data from this machine only, whatever a folder names."""
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextmanager
@@ -332,6 +418,89 @@ def _check_sources(folder: Path, trainer: TOPDTrainer, found: Findings) -> None:
     found.checked.append("models and data: student at the start, teacher, prompts")
 
 
+def _check_settings(folder: Path, trainer: TOPDTrainer, found: Findings) -> None:
+    """Seed and learning rate against what they led to: the order of the prompts, the schedule."""
+    if _was_changed(folder) or _suspect(found, "data:", "rollouts.jsonl", "metrics.jsonl"):
+        return
+    records = read_records(folder, "rollouts.jsonl")
+    records.sort(key=lambda record: (record["step"], record["rollout"]))
+    order = [trainer.train_dataset[i].index for i in trainer._get_train_sampler()]
+    met = [record["prompt"] for record in records][: len(order)]
+    if met != order[: len(met)]:
+        first = next(i for i, pair in enumerate(zip(met, order, strict=False)) if len({*pair}) > 1)
+        found.faults.append(
+            f"{_place(records[first])}: prompt {met[first]} where seed {trainer.args.seed} has "
+            f"{order[first]}"
+        )
+    checked = "order of the prompts"
+    if trainer.args.max_steps > 0:
+        found.faults += _rate_faults(folder, trainer)
+        checked += ", learning rate of each log"
+    found.checked.append(f"settings: {checked}")
+
+
+def _suspect(found: Findings, *beginnings: str) -> bool:
+    """Whether a fault was found already in what a further check relies on."""
+    return any(fault.startswith(beginnings) for fault in found.faults)
+
+
+def _was_changed(folder: Path) -> bool:
+    """Whether settings were changed where the run was resumed."""
+    with _read_from(folder, "run.json"):
+        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return any(resumed["changed"] for resumed in stored.get("resumed", ()))
+
+
+def _rate_faults(folder: Path, trainer: TOPDTrainer) -> Iterator[str]:
+    """Logs whose learning rate is not that of the schedule in run.json."""
+    args = trainer.args
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = trainer.create_scheduler(args.max_steps, optimizer)
+    rates = []
+    for _ in range(args.max_steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    for log in read_records(folder, "metrics.jsonl"):
+        if "learning_rate" not in log or not 0 < log["step"] <= len(rates):
+            continue
+        expected = rates[log["step"] - 1]
+        if not _close(log["learning_rate"], expected, 1e-6 * args.learning_rate):
+            yield (
+                f"metrics.jsonl, step {log['step']}: learning_rate is "
+                f"{_short(log['learning_rate'])}, run.json's settings give {expected:g}"
+            )
+
+
+def _check_student(
+    folder: Path, entries: Sequence[Entry], trainer: TOPDTrainer, found: Findings
+) -> None:
+    """The finished student against the digests that the ledger has of it."""
+    begun = [e for e in entries if e.get("event") == "update" and e["step"] == 0]
+    if begun and begun[0]["student"] != trained_digest(trainer.model):
+        found.faults.append(f"{CHAIN}: the student before update 0 is not the one at the start")
+    ends = [entry for entry in entries if entry.get("event") == "end"]
+    if not ends:
+        return
+    adapted = isinstance(trainer.model, PeftModel)
+    place = folder / ("adapter" if adapted else "student")
+    if _suspect(found, place.name):
+        return
+    with _read_from(folder, place.name):
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        weights = {k: v for file in place.glob("*.safetensors") for k, v in load_file(file).items()}
+        if adapted:
+            set_peft_model_state_dict(trainer.model, weights)
+        else:
+            trainer.model.load_state_dict(weights, strict=False)
+        if trained_digest(trainer.model) != ends[-1]["student"]:
+            found.faults.append(f"{place.name}: has not the weights that the run ended with")
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                parameter.copy_(before[name])
+    found.checked.append(f"{place.name}: against the weights at the end of the run")
+
+
 def _check_decisions(
     folder: Path,
     trainer: TOPDTrainer,
@@ -349,7 +518,10 @@ def _check_decisions(
     forks = count = 0
     for step in steps:
         rollouts, guidance = stored[step]
-        again = _decided(trainer, step, rollouts)
+        if not _suspect(found, "data:"):
+            found.faults += _door_faults(trainer, rollouts)
+        again, means = _decided(trainer, step, rollouts)
+        found.faults += _mean_faults(folder, step, means, trainer.args, tolerance)
         known = _known(trainer, guidance, step)
         for pair, (theirs, ours) in zip(zip(rollouts, guidance, strict=True), again, strict=True):
             for recorded, now in zip(pair, (theirs, ours), strict=True):
@@ -359,26 +531,77 @@ def _check_decisions(
     if steps:
         found.checked.append(
             f"decisions: {count} rollouts and {forks} candidates of the updates "
-            f"{', '.join(map(str, steps))} made again"
+            f"{', '.join(map(str, steps))} made again (--seed {seed})"
         )
+
+
+def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a rollout says of itself against its prompt and its tokens."""
+    args = trainer.args
+    prompts = {prompt.index: prompt for prompt in trainer.train_dataset}
+    ends = set(eos_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class))
+    for record in records:
+        place, response = _place(record), record["response_ids"]
+        prompt = prompts.get(record["prompt"])
+        if prompt is None or [list(prompt.student), list(prompt.teacher)] != [
+            record["prompt_ids"],
+            record["teacher_prompt_ids"],
+        ]:
+            yield f"{place}: its tokens are not those of prompt {record['prompt']}"
+        if args.learns_from_answers:
+            continue
+        if record["finished"] != (bool(response) and response[-1] in ends):
+            yield f"{place}: finished is {record['finished']}, its last token says otherwise"
+        if len(response) > args.max_completion_length or (
+            not record["finished"] and len(response) < args.max_completion_length
+        ):
+            yield f"{place}: has {len(response)} tokens, the limit is {args.max_completion_length}"
+        if len(record["logprobs"]) != len(response):
+            yield f"{place}: logprobs are missing"
 
 
 def _decided(
     trainer: TOPDTrainer, step: int, records: Sequence[Mapping[str, Any]]
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The records that the teacher and the method make of stored rollouts."""
+) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], dict[str, float]]:
+    """The records that the teacher and the method make of stored rollouts, and their means."""
     rollouts = [_rollout(record, trainer.observer.teacher.head.vocab_size) for record in records]
     seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
     look = trainer.args.looks_ahead(step) and (step == 0 or not _needs_student(trainer.args))
     made = trainer.observer.inspect(rollouts, seeds, trainer.args.guidance_method(look_ahead=look))
-    decode = trainer.processing_class.decode
-    return [
+    decode, means = trainer.processing_class.decode, Means()
+    measure_experience(means, made)
+    pairs = [
         (
             rollout_record(step, i, r, made.teacher_logprobs[i].tolist(), decode(list(r.response))),
             guidance_record(step, i, r, made.forks[i], made.guidance[i]),
         )
         for i, r in enumerate(made.rollouts)
     ]
+    return pairs, means.take()
+
+
+def _mean_faults(
+    folder: Path, step: int, means: Mapping[str, float], args: TOPDConfig, tolerance: float
+) -> Iterator[str]:
+    """Logged means that follow from rollouts and the teacher alone, where each update is logged."""
+    logs = {log["step"]: log for log in read_records(folder, "metrics.jsonl") if "loss" in log}
+    if args.logging_steps != 1 or args.logging_strategy != "steps":
+        return
+    if step + 1 not in logs:
+        return
+    for name, value in means.items():
+        logged = logs[step + 1].get(name)
+        follows = name.startswith("completions/") or name.endswith("_sampled")
+        if follows and not _close(logged, value, tolerance):
+            yield (
+                f"metrics.jsonl, step {step + 1}: {name} is {_short(logged)}, its rollouts give "
+                f"{_short(value)}"
+            )
+
+
+def _close(logged: Any, value: float, tolerance: float) -> bool:
+    """Whether a figure of a log, which may be anything, is this one."""
+    return isinstance(logged, (int, float)) and abs(logged - value) <= tolerance
 
 
 def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
@@ -419,7 +642,10 @@ def _disagreements(
     recorded: Mapping[str, Any], now: Mapping[str, Any], known: set[str], tolerance: float
 ) -> Iterator[str]:
     plain = json.loads(json.dumps(now))
-    for key in sorted(known & recorded.keys()):
+    for key in sorted(known & plain.keys()):
+        if key not in recorded:
+            yield f"{_place(recorded)}: {key} is missing"
+            continue
         where = _difference(recorded[key], plain.get(key), tolerance)
         if where is not None:
             yield f"{_place(recorded)}: {key}{where}"
