@@ -199,6 +199,20 @@ CASES: tuple[Case, ...] = (
     setting(
         "evaluation without data", "needs data", "eval_data in a recipe", eval_strategy="steps"
     ),
+    setting(
+        "smoothed labels", "0.1 has no effect here", "Leave it out", label_smoothing_factor=0.1
+    ),
+    setting("a compiled student", "has no effect here", "Leave it out", torch_compile=True),
+    setting("a seed below 0", "-1", "must be from 0 to", seed=-1),
+    setting("no update at all", "would train nothing", "Give a number of updates", max_steps=0),
+    setting("an optimiser that is not installed", "cannot be used", "install", optim="adamw_8bit"),
+    setting("a logger that is unknown", "cannot be used", "Choose another", report_to="nonsense"),
+    setting(
+        "a schedule without its numbers",
+        "cannot be used",
+        "Choose another",
+        lr_scheduler_type="warmup_stable_decay",
+    ),
     setting("LoRA of no rank", "lora.r", "must be a whole number above 0", lora={"r": 0}),
     setting(
         "a key that LoRA has not",
@@ -554,6 +568,13 @@ CASES: tuple[Case, ...] = (
         student="few_rows",
     ),
     pair(
+        "the folder of an adapter",
+        "is an adapter",
+        "model an_adapter",
+        "Merge it into its base",
+        student="an_adapter",
+    ),
+    pair(
         "messages without a chat template",
         "has no chat template",
         "plain",
@@ -573,7 +594,6 @@ CASES: tuple[Case, ...] = (
         "no_such_proj",
         "lora in a recipe",
         "not found in the base model",
-        True,
         lora={"r": 2, "target_modules": ["no_such_proj"]},
     ),
     pair(
@@ -740,6 +760,8 @@ def make_models(root: Path) -> None:
         tiny_model(vocab=vocab).config.save_pretrained(root / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(root / name)
+    (root / "an_adapter").mkdir()
+    (root / "an_adapter" / "adapter_config.json").write_text("{}")
     (root / "cut").mkdir()
     for file in (root / "teacher").iterdir():
         whole_file = file.read_bytes()

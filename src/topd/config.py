@@ -306,6 +306,9 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
         lambda x: x >= 1,
         "must be at least 1",
     ),
+    ("seed", lambda x: 0 <= x < 1 << 32, "must be from 0 to 4294967295"),
+    ("max_steps", lambda x: x != 0, "would train nothing. Give a number of updates, or leave it"),
+    ("num_train_epochs", lambda x: x > 0, "must be above 0"),
     (
         "candidate_loss",
         lambda x: x in ("sampled", "reverse_kl", "teacher_nll", "surprise", "random", "start"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -18,6 +16,7 @@ from topd.engines.server_checks import agree
 from topd.engines.servers import Servers
 from topd.engines.vllm import Completions
 from topd.errors import DISK, StoppedError
+from topd.inputs.adapters import merged
 from topd.inputs.fingerprints import trained_digest
 from topd.inputs.served import ServedSpec
 from topd.types import Generation, Ids, Sampling
@@ -75,7 +74,7 @@ class ServedStudent(HFEngine):
         servers = self.completions.servers
         place = Path(servers.served.weights or "").absolute() / digest[:16]
         try:
-            _merged(self.model).save_pretrained(place)
+            merged(self.model).save_pretrained(place)
         except (OSError, SafetensorError) as error:
             raise StoppedError(
                 f"student.served.weights: {place} cannot be written ({error}). Choose a folder "
@@ -107,10 +106,3 @@ class ServedStudent(HFEngine):
                 "The servers must load what they are told: start them with topd serve-student, of "
                 "this version, and share the folder student.served.weights.",
             )
-
-
-def _merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The model itself; of one with an adapter a copy that has it in its weights."""
-    if isinstance(model, PeftModel):
-        return copy.deepcopy(model).merge_and_unload()
-    return model

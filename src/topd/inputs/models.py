@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.adapters import refuse_adapter_folder
 from topd.inputs.served import ServedSpec
 from topd.inputs.vocabulary import check_tokenizers, check_vocabulary
 from topd.testbed import SCHEME, weights_of
@@ -88,6 +89,7 @@ class ModelSpec(BaseModel):
 
     def _load(self, auto: Any, what: str, **options: Any) -> Any:
         place = self.place
+        refuse_adapter_folder(self.path, place)
         try:
             return auto.from_pretrained(place, **self._source(), **options)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
@@ -315,9 +317,9 @@ def tokenizers_of(
     theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
     check_tokenizers(ours, theirs)
     _compare_ends((student, teacher), (ours, theirs))
-    check_embedding_rows("student", _config(student), ours)
+    check_embedding_rows("student", config_of(student), ours)
     if not alike:
-        check_embedding_rows("teacher", _config(teacher), theirs)
+        check_embedding_rows("teacher", config_of(teacher), theirs)
     return ours, theirs
 
 
@@ -340,7 +342,7 @@ def load_pair(
 
 def check_context(name: str, model: ModelSource, tokens: int) -> None:
     """Refuse sequences longer than the model's positions. Raises TOPDError."""
-    limit = getattr(_config(model).get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise TOPDError(
             f"{name}: the longest prompt and max_completion_length make {tokens} tokens, the "
@@ -414,7 +416,8 @@ def _tokenizer(
     return otherwise
 
 
-def _config(model: ModelSource) -> PretrainedConfig:
+def config_of(model: ModelSource) -> PretrainedConfig:
+    """A model's configuration, read without its weights. Raises TOPDError."""
     if not isinstance(model, LOADED):
         return _spec(model).load_config()
     quantisation = model.config.to_dict().get("quantization_config") or {}

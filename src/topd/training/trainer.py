@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,8 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import datasets
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -28,16 +26,25 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from topd.config import TOPDConfig
-from topd.distributed import everywhere, on_first
+from topd.distributed import agreed, everywhere, on_first
 from topd.engines.factory import open_engines
 from topd.engines.server_checks import check_servers
 from topd.engines.weight_sync import ServedStudent
 from topd.errors import StoppedError, TOPDError
+from topd.inputs.adapters import (
+    check_apart,
+    check_trainable,
+    merged,
+    try_adapter,
+    with_adapter,
+)
 from topd.inputs.fingerprints import fingerprint, trained_digest
 from topd.inputs.heads import check_head
 from topd.inputs.models import (
     ModelSource,
     check_context,
+    config_of,
+    generation_config_of,
     load_pair,
     source_of,
     tokenizers_of,
@@ -60,6 +67,7 @@ from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenTexts, TokenWriter
 from topd.seeds import Stream
 from topd.training.experience import Experience, Observer
+from topd.training.inherited import check_inherited
 from topd.training.learning import (
     LearningBatch,
     LearningTerms,
@@ -72,6 +80,14 @@ from topd.training.learning import (
 )
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.overlap import Ahead, check_overlap
+from topd.training.preflight import (
+    check_forward,
+    check_saved,
+    check_saving,
+    check_settings,
+    mend,
+    without_dropout,
+)
 from topd.training.progress import Phases, silence_others
 from topd.training.sharded import WholeCopy, check_launch, fsdp_plugin
 from topd.training.stop_rules import Watch
@@ -153,13 +169,21 @@ class TOPDTrainer(Trainer):
         check_servers("student", model, tokenizer, most[0])
         check_servers("teacher", teacher_model, teacher_tokenizer, most[1])
         check_launch()
+        if train is not None:
+            check_settings(args, optimizers)
+            check_saving(model, tokenizer)
+        if peft_config is not None:
+            try_adapter(config_of(model), peft_config, model)
         student, teacher = load_pair(model, teacher_model)
         if peft_config is not None:
             set_seed(args.seed)  # of the adapter's first weights
-            student = _with_adapter(student, peft_config)
-        _check_trainable(student)
+            student = with_adapter(student, peft_config)
+        check_apart(student, teacher)
+        if train is not None:
+            check_trainable(student)
+            _warn_of_coarse_weights(student)
         if args.disable_dropout:
-            _without_dropout(student)
+            without_dropout(student)
         self.recipe: dict[str, Any] = {}  # what the run was asked for, if there was a recipe
         self.record: dict[str, Any] = {}  # of manifest.json, from the first training on
         self.meter = Means(args.world_size)  # since the latest log
@@ -189,6 +213,9 @@ class TOPDTrainer(Trainer):
         self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
         check_head("student", student)
         check_head("teacher", teacher)
+        if args.disable_dropout:
+            check_forward(student)
+        mend(generation_config_of(student))
         engines = open_engines(
             (model, teacher_model),
             (student, teacher),
@@ -509,10 +536,12 @@ class TOPDTrainer(Trainer):
             self.save_model(str(folder.with_name("adapter")))
             with self.whole_student(exact=True) as model:
                 if self.args.should_save:
-                    copy.deepcopy(model).merge_and_unload().save_pretrained(folder)
+                    merged(model).save_pretrained(folder)
                     self.processing_class.save_pretrained(folder)
         else:
             self.save_model(str(folder))
+        with self.whole_student(exact=True) as model:
+            agreed(lambda: check_saved(folder, model) if self.args.should_save else None)
         trained = trained_digest(self.model)
         if self.args.should_save:
             self.ledger.seal(*weights_in(self.ledger.folder, "student"))
@@ -628,8 +657,12 @@ def _check_arguments(args: Any, train: Any, evaluation: Any, peft_config: Any) -
             raise TOPDError(f"{name}: streaming is not supported. Load it, or take a part of it.")
         if isinstance(rows, dict):
             raise TOPDError(f"{name}: has splits {', '.join(map(str, rows))}. Choose one of them.")
-    if peft_config is not None and peft_config.peft_type != PeftType.LORA:
-        raise TOPDError(f"peft_config: {peft_config.peft_type} is not supported. Use LoRA.")
+    check_inherited(args)
+    if args.n_gpu > 1:
+        logger.warning(
+            f"{args.n_gpu} GPUs are visible; a process uses one. For all: accelerate launch."
+        )
+        args._n_gpu = 1  # else Trainer would run DataParallel, over other rollouts than asked for
 
 
 def _check_contexts(
@@ -649,28 +682,10 @@ def _prompt_ids(prompts: Sequence[Prompt]) -> tuple[list[Ids], list[Ids]]:
     return [p.student for p in prompts], [p.teacher for p in prompts]
 
 
-def _with_adapter(student: PreTrainedModel, config: PeftConfig) -> PeftModel:
-    try:
-        return get_peft_model(student, config)
-    except ValueError as error:  # no such target module
-        raise TOPDError(f"peft_config (lora in a recipe): {error}") from error
-
-
-def _check_trainable(student: PreTrainedModel) -> None:
-    """Refuse an adapter that would not be learned; warn of weights too coarse to learn."""
-    if isinstance(student.get_output_embeddings(), BaseTunerLayer):
-        raise TOPDError("peft_config: LoRA on the output head is not supported. Leave it out.")
+def _warn_of_coarse_weights(student: PreTrainedModel) -> None:
     dtypes = {p.dtype for p in student.parameters() if p.requires_grad}
     if dtypes - {torch.float32, torch.float64}:
         logger.warning(
             f"student: its trainable weights are {dtypes}; small updates are lost in rounding. "
             "Load it in float32 and set bf16: true for mixed precision."
         )
-
-
-def _without_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - a number, not a module

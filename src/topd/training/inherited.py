@@ -1,0 +1,85 @@
+"""Every argument that TOPDConfig inherits from transformers: it works, or it is refused.
+
+A setting without effect would be worse than an error: the run would not be what it says it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from topd.config import TOPDConfig
+from topd.errors import TOPDError
+
+_WORKS = """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate
+    lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
+    adam_beta2 adam_epsilon optim_target_modules gradient_accumulation_steps max_grad_norm bf16
+    fp16 tf32 activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing
+    gradient_checkpointing_kwargs torch_empty_cache_steps logging_strategy logging_steps
+    logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
+    disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size
+    eval_on_start do_eval save_only_model save_strategy save_steps save_on_each_node
+    save_total_limit hub_private_repo hub_model_id hub_revision load_best_model_at_end
+    metric_for_best_model greater_is_better ignore_data_skip
+    restore_callback_states_from_checkpoint full_determinism seed use_cpu accelerator_config
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+    dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics resume_from_checkpoint local_rank
+"""
+WORKS = frozenset(_WORKS.split())
+ELSEWHERE = frozenset(  # refused, or held to a value, by TOPDConfig itself
+    ["fsdp", "fsdp_config", "deepspeed", "push_to_hub", "hub_token", "remove_unused_columns"]
+)
+_LOSS = "the loss is TOPD's own"
+_ORDER = "the order of the prompts follows from seed alone, and is resumed and audited by it"
+_COMPILED = "the student's layers are called without the compiled wrapper"
+_NO_OUTPUTS = "an evaluation keeps a mean divergence and no outputs"
+REFUSED: Mapping[str, str] = {
+    "label_smoothing_factor": _LOSS,
+    "label_names": _LOSS,
+    "average_tokens_across_devices": "the mean is always over the tokens of all ranks",
+    "data_seed": _ORDER,
+    "train_sampling_strategy": _ORDER,
+    "length_column_name": _ORDER,
+    "torch_compile": _COMPILED,
+    "torch_compile_backend": _COMPILED,
+    "torch_compile_mode": _COMPILED,
+    "use_liger_kernel": "the head's loss is chunked here already, and the kernel's is not called",
+    "liger_kernel_config": "use_liger_kernel is not supported",
+    "use_cache": "learning reads whole rollouts, and sampling always keeps a cache",
+    "neftune_noise_alpha": (
+        "noise in training only would part it from the sampling; a warm start may have it"
+    ),
+    "auto_find_batch_size": "a second attempt would begin inside the records of the first",
+    "bf16_full_eval": "an evaluation is made in the precision of the training",
+    "fp16_full_eval": "an evaluation is made in the precision of the training",
+    "include_num_input_tokens_seen": "metrics.jsonl and rollouts.jsonl count tokens already",
+    "prediction_loss_only": _NO_OUTPUTS,
+    "eval_do_concat_batches": _NO_OUTPUTS,
+    "eval_use_gather_object": _NO_OUTPUTS,
+    "eval_accumulation_steps": _NO_OUTPUTS,
+    "include_for_metrics": _NO_OUTPUTS,
+    "batch_eval_metrics": _NO_OUTPUTS,
+    "enable_jit_checkpoint": "at SIGTERM a run is saved already",
+    "hub_strategy": "nothing is uploaded while a run is under way",
+    "hub_always_push": "nothing is uploaded while a run is under way",
+    "parallelism_config": "ranks are the launcher's to say (docs/scaling.md)",
+    "debug": "its hooks need a forward of the whole model",
+    "do_train": "it is for scripts: call train()",
+    "do_predict": "it is for scripts: use topd eval",
+}
+
+
+def check_inherited(args: TOPDConfig) -> None:
+    """Refuse an inherited argument that would have no effect. Raises TOPDError, with the reason."""
+    defaults = {f.name: f.default for f in fields(TOPDConfig)}
+    for name, reason in REFUSED.items():
+        value = getattr(args, name, None)  # transformers may not have it in another version
+        if value in (defaults.get(name), None, "", []):
+            continue
+        if name == "neftune_noise_alpha" and args.learns_from_answers:
+            continue
+        raise TOPDError(f"{name}: {value!r} has no effect here: {reason}. Leave it out.")

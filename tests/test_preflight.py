@@ -1,0 +1,306 @@
+"""What a run needs at its end is tried at its start; what is saved is what was trained."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BioGptConfig,
+    FalconConfig,
+    GPTBigCodeConfig,
+    MixtralConfig,
+    OPTConfig,
+    TrainingArguments,
+    XGLMConfig,
+)
+
+from conftest import VOCAB, rows, tiny_model, tiny_tokenizer
+from topd import TOPDConfig, TOPDTrainer
+from topd.errors import TOPDError
+from topd.inputs.adapters import merged
+from topd.training.inherited import ELSEWHERE, REFUSED, WORKS, check_inherited
+from topd.training.preflight import check_forward, check_saved, without_dropout
+from topd.training.warmstart import WarmstartConfig
+
+IDS = torch.arange(4, 20)[None]
+LORA = {"r": 4, "lora_alpha": 64, "task_type": "CAUSAL_LM"}
+
+
+def arguments(folder: Path, **options) -> TOPDConfig:
+    small = {
+        "method": "opd",
+        "max_steps": 1,
+        "max_completion_length": 8,
+        "learning_rate": 3e-2,
+        "warmup_steps": 0,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TOPDConfig(output_dir=str(folder), **{**small, **options})
+
+
+def make(folder: Path, student=None, teacher=None, *, peft_config=None, **options) -> TOPDTrainer:
+    return TOPDTrainer(
+        tiny_model() if student is None else student,
+        tiny_model(seed=1) if teacher is None else teacher,
+        arguments(folder, **options),
+        rows(4),
+        processing_class=tiny_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """No weight may be read."""
+
+    def load(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+# Settings
+
+
+def test_every_inherited_argument_is_known_to_work_or_is_refused():
+    assert {f.name for f in fields(TrainingArguments)} == WORKS | ELSEWHERE | set(REFUSED)
+    assert len(WORKS) + len(ELSEWHERE) + len(REFUSED) == len(WORKS | ELSEWHERE | set(REFUSED))
+
+
+SET = {
+    "label_smoothing_factor": 0.1,
+    "label_names": ["labels"],
+    "average_tokens_across_devices": False,
+    "data_seed": 7,
+    "train_sampling_strategy": "sequential",
+    "length_column_name": "tokens",
+    "torch_compile": True,
+    "use_liger_kernel": True,
+    "neftune_noise_alpha": 5.0,
+    "bf16_full_eval": True,
+    "include_num_input_tokens_seen": "all",
+    "eval_accumulation_steps": 1,
+    "prediction_loss_only": True,
+    "debug": "underflow_overflow",
+    "do_predict": True,
+}
+
+
+@pytest.mark.parametrize("name", SET)
+def test_an_inherited_argument_without_effect_is_refused(tmp_path, unread, folder, name):
+    with pytest.raises(TOPDError, match=rf"{name}: .* has no effect here: .*\. Leave it out"):
+        make(tmp_path / "run", str(folder), str(folder), **{name: SET[name]})
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_are_accepted_and_a_warm_start_may_have_noise(tmp_path):
+    check_inherited(arguments(tmp_path))
+    noisy = WarmstartConfig(output_dir=str(tmp_path), use_cpu=True, neftune_noise_alpha=5.0)
+    check_inherited(noisy)
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        ("optim", {"optim": "adamw_8bit"}),
+        ("lr_scheduler_type", {"lr_scheduler_type": "cosine_with_min_lr"}),
+        ("lr_scheduler_type", {"lr_scheduler_type": "warmup_stable_decay"}),
+        ("report_to", {"report_to": "comet_ml"}),
+        ("report_to", {"report_to": "nonsense"}),
+    ],
+)
+def test_what_transformers_cannot_make_is_said_before_models_load(
+    tmp_path, unread, folder, place, options
+):
+    with pytest.raises(TOPDError, match=rf"{place} .*cannot be used: .*Choose another"):
+        make(tmp_path / "run", str(folder), str(folder), **options)
+
+
+@pytest.mark.parametrize("options", [{"seed": -1}, {"max_steps": 0}, {"num_train_epochs": 0.0}])
+def test_a_seed_below_0_and_runs_of_no_update_are_refused(tmp_path, options):
+    with pytest.raises(TOPDError, match=next(iter(options))):
+        arguments(tmp_path, **options)
+
+
+def test_several_visible_gpus_without_a_launcher_are_one(tmp_path):
+    args = arguments(tmp_path)
+    assert args.device.type == "cpu"
+    args._n_gpu = 2
+    trainer = TOPDTrainer(
+        tiny_model(), tiny_model(seed=1), args, rows(4), processing_class=tiny_tokenizer()
+    )
+    assert args.n_gpu == 1
+    assert args.train_batch_size == args.per_device_train_batch_size
+    trainer.train()
+    assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 4
+
+
+# Saving
+
+
+def test_sampling_settings_that_greedy_decoding_does_not_use_are_not_in_the_way(tmp_path, folder):
+    stored = {"eos_token_id": 2, "do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(stored))
+    make(tmp_path / "run", str(folder), str(folder), save_strategy="steps", save_steps=1).train()
+    saved = json.loads((tmp_path / "run" / "student" / "generation_config.json").read_text())
+    assert (saved["eos_token_id"], saved.get("temperature"), saved.get("top_p")) == (2, None, None)
+
+
+def test_a_generation_config_that_nobody_can_save_is_refused_before_models_load(
+    tmp_path, unread, folder
+):
+    (folder / "generation_config.json").write_text('{"num_return_sequences": 3, "num_beams": 2}')
+    with pytest.raises(TOPDError, match=r"generation_config\.json cannot be used: .*Correct it"):
+        make(tmp_path / "run", str(folder), str(folder))
+
+
+def test_a_student_on_disk_that_differs_from_the_one_in_memory_ends_the_run(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    save = trainer.save_model
+
+    def save_otherwise(output_dir=None, _internal_call=False):
+        save(output_dir, _internal_call)
+        path = Path(output_dir) / "model.safetensors"
+        weights = load_file(path)
+        weights["model.norm.weight"] *= 1.5
+        save_file(weights, path, metadata={"format": "pt"})
+
+    monkeypatch.setattr(trainer, "save_model", save_otherwise)
+    with pytest.raises(TOPDError, match=r"student: holds another model than the one that was tra"):
+        trainer.train()
+    assert (tmp_path / "student" / "model.safetensors").exists()
+
+
+def test_a_saved_student_is_the_one_in_memory(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    assert check_saved(tmp_path, model) < 1e-12
+    model.lm_head.weight.data += 0.05 * torch.randn_like(model.lm_head.weight)
+    with pytest.raises(TOPDError, match="differ by"):
+        check_saved(tmp_path, model)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_on_tied_embeddings_is_saved_as_it_was_trained(tmp_path, tied):
+    base = tiny_model(tie_word_embeddings=tied)
+    before = copy.deepcopy(base)(input_ids=IDS).logits
+    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], **LORA)
+    trainer = make(tmp_path, base, max_steps=3, peft_config=config)
+    trainer.train()
+    model = trainer.model.eval()
+    with torch.no_grad():
+        trained = model(input_ids=IDS).logits
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student")(input_ids=IDS).logits
+        assert (trained - before).abs().max() > 1
+        torch.testing.assert_close(saved, trained, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(merged(model)(input_ids=IDS).logits, trained)
+    assert model.get_base_model().config.tie_word_embeddings == tied  # that in memory is as it was
+
+
+def adapted(**options) -> PeftModel:
+    return get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], **LORA), **options)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_the_folder_of_an_adapter_is_called_one(tmp_path, role):
+    adapted().save_pretrained(tmp_path / "adapter")
+    pair = {role: str(tmp_path / "adapter")}
+    with pytest.raises(TOPDError, match=r"model .*adapter: is an adapter .*merge_and_unload"):
+        make(tmp_path / "run", **pair)
+
+
+def test_a_student_that_cannot_learn_is_refused(tmp_path):
+    frozen = adapted()
+    frozen.requires_grad_(False)
+    with pytest.raises(TOPDError, match=r"adapter 'default' is frozen.*is_trainable=True"):
+        make(tmp_path, frozen)
+    with pytest.raises(TOPDError, match=r"all its weights are frozen.*requires_grad_"):
+        make(tmp_path, tiny_model().requires_grad_(False))
+
+
+def test_a_second_adapter_and_one_that_cannot_be_merged_are_refused(tmp_path):
+    config = LoraConfig(target_modules=["v_proj"], **LORA)
+    with pytest.raises(TOPDError, match="a PeftModel with the adapter 'default' already"):
+        make(tmp_path, adapted(), peft_config=config)
+    missing = LoraConfig(target_modules=["no_such_proj"], **LORA)
+    with pytest.raises(TOPDError, match=r"peft_config .*no_such_proj"):
+        make(tmp_path, peft_config=missing)
+
+
+def test_a_teacher_inside_the_students_adapter_is_refused(tmp_path):
+    student = adapted()
+    with pytest.raises(TOPDError, match="the base inside the student's adapter"):
+        make(tmp_path, student, student.get_base_model())
+    assert any(p.requires_grad for p in student.parameters())
+
+
+# Noise
+
+
+NOISY = {
+    "opt": OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, dropout=0.3, attention_dropout=0.3, layerdrop=0.3,
+    ),
+    "bigcode": GPTBigCodeConfig(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.3, resid_pdrop=0.3
+    ),
+    "xglm": XGLMConfig(
+        vocab_size=VOCAB, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, dropout=0.3,
+        attention_dropout=0.3, layerdrop=0.3,
+    ),
+    "biogpt": BioGptConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=48, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3,
+        layerdrop=0.3,
+    ),
+    "falcon": FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        attention_dropout=0.3, hidden_dropout=0.3,
+    ),
+    "mixtral": MixtralConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOISY)
+def test_no_noise_is_left_whatever_it_is_called(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(NOISY[kind]))
+    expected = model.eval()(input_ids=IDS).logits
+    assert not torch.allclose(model.train()(input_ids=IDS).logits, expected)
+    without_dropout(model)
+    check_forward(model)
+    for _ in range(3):
+        torch.testing.assert_close(model.train()(input_ids=IDS).logits, expected)
+
+
+def test_noise_that_cannot_be_turned_off_is_refused():
+    model = tiny_model()
+    layer = model.model.layers[0].mlp
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) * (1 + 0.5 * layer.training)
+    with pytest.raises(TOPDError, match=r"Qwen3ForCausalLM computes otherwise in training"):
+        check_forward(model)
