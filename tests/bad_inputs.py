@@ -130,7 +130,7 @@ CASES: tuple[Case, ...] = (
         "a key like no other",
         "unknown key 'wombat_zzz'",
         "recipe.yaml",
-        "See topd.TOPDConfig",
+        "topd settings WORD finds them",
         changes={"wombat_zzz": 1},
     ),
     recipe(
