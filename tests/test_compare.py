@@ -129,7 +129,9 @@ def test_arms_are_compared_where_they_have_spent_the_same():
     behind = found["equal"]["new"]["opd"]["teacher-written tokens"]
     assert behind["reached"] == 0
     assert behind["greedy"]["mean"] == -1 / 4
-    assert found["against"]["new"]["opd"]["greedy"]["mean"] == -1 / 4
+    end = found["against"]["new"]["opd"]
+    assert (end["greedy"]["mean"], end["seeds"]) == (-1 / 4, [0, 1])
+    assert end["greedy"]["holm"] == 1  # four problems say nothing
     assert [p["step"] for p in found["curves"]["new"]] == [0, 1, 2]
 
 
@@ -227,6 +229,18 @@ def test_another_comparison_is_not_mixed_in(recipe, tmp_path):
         run_compare(recipe, [*words, "--learning_rate=1e-4"])
 
 
+def test_a_comparison_may_get_more_arms_and_seeds_and_no_other_ones(recipe, tmp_path):
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]"]
+    one = "opd: {method: opd}"
+    first = results(run_compare(recipe, [*words, f"--compare.arms={{{one}}}"]))
+    more = "topd: {method: topd, seeds: [0, 1]}"
+    folder = run_compare(recipe, [*words, f"--compare.arms={{{one}, {more}}}"])
+    assert results(folder)[0] == first[0]
+    assert [(r["arm"], r["seed"]) for r in results(folder)[1:]] == [("topd", 0), ("topd", 1)]
+    with pytest.raises(TOPDError, match="another comparison"):
+        run_compare(recipe, [*words, "--compare.arms={opd: {method: opd, beta: 0}}"])
+
+
 def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
     (tmp_path / "run.json").write_bytes(b"\xff{")
     with pytest.raises(TOPDError, match=r"run\.json: not valid JSON.*another folder"):
@@ -242,6 +256,7 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
         (["--compare.arms={opd: {method: opdd}}"], "arm 'opd'.*opdd"),
         (["--compare.baseline=tpd"], "no arm 'tpd'"),
         (["--compare.references=[tpd]"], "no arm 'tpd'"),
+        (["--compare.arms={opd: {seeds: 3}}"], "arm 'opd'.*seeds must be a list"),
         (["--compare.arms={opd: {stage: two}}"], "arm 'opd'.*stage: 'two'"),
         (["--compare.arms={opd: {answers: start}}"], "arm 'opd'.*(answers|common start)"),
         (["--compare.arms={opd: {stage: warmstart, answers: start}}"], "common start"),

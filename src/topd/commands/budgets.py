@@ -60,6 +60,7 @@ def spent(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         return float(np.mean(values))
 
     return {
+        "seeds": sorted(runs),
         "updates": mean([end["step"] for end in ends]),
         **{key: mean([end[key] for end in ends]) for key in ("seconds", "cpu_seconds", *TOKENS)},
         "cost": {str(rate): mean([cost(end, rate) for end in ends]) for rate in RATES},

@@ -12,6 +12,8 @@ An arm with ``stage: warmstart`` is stage 1, off-policy distillation: its keys a
 recipe's ``warmstart`` part, from the same student as the other arms; the teacher's time for its
 answers counts. ``answers: start`` learns the answers of the common start again.
 
+An arm's own ``seeds`` replace ``compare.seeds``: screen many arms with one seed, run few with more.
+
 A comparison that was stopped goes on in its folder: finished runs are kept, others begin anew.
 """
 
@@ -19,14 +21,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
@@ -43,7 +47,7 @@ from topd.runs.checkpoints import begin_anew
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder
 from topd.runs.lock import one_writer
-from topd.statistics import SHARES, seed_problem_interval, t_reach
+from topd.statistics import SHARES, holm, p_value, seed_problem_interval, t_reach
 from topd.training.progress import say
 from topd.training.warmstart import Answered, WarmstartTrainer
 
@@ -93,8 +97,7 @@ def _compare(
                 "output_dir": _place(folder, arm, seed),
             },
         )
-        for seed in spec.seeds
-        for arm, keys in spec.all_arms().items()
+        for arm, seed, keys in spec.runs()
         if not any((r["arm"], r["seed"]) == (arm, seed) for r in results)
     }
     for result in _run_all(tasks, spec.jobs, console):
@@ -153,26 +156,34 @@ def summarise(
             name: {
                 arm: at_equal_budgets(runs, by_arm[name], SCORES, time)
                 for arm, runs in by_arm.items()
-                if arm != name
+                if arm != name and runs.keys() & by_arm[name].keys()
             }
             for name in references
         },
-        "against": {
-            name: {arm: _against(runs, by_arm[name]) for arm, runs in by_arm.items() if arm != name}
-            for name in references
-        },
+        "against": {name: _against(by_arm, name) for name in references},
     }
 
 
-def _against(runs: Mapping[int, Result], reference: Mapping[int, Result]) -> Result:
-    """How far runs end above a reference's, paired by seed and problem; by score."""
-    paired = sorted(runs.keys() & reference.keys())
-    found = {}
+def _against(by_arm: Mapping[str, Mapping[int, Result]], name: str) -> dict[str, Result]:
+    """How far every arm ends above a reference, paired by seed and problem; by arm and score.
+
+    ``holm`` is the p-value of no difference, adjusted for the number of arms.
+    """
+    reference = by_arm[name]
+    found: dict[str, Result] = {}
+    for arm, runs in by_arm.items():
+        paired = sorted(runs.keys() & reference.keys())
+        if arm == name or not paired:
+            continue
+        found[arm] = {"seeds": paired}
+        for score in SCORES:
+            solved = [(runs[s]["solved"][score], reference[s]["solved"][score]) for s in paired]
+            interval = partial(seed_problem_interval, [np.subtract(*both) for both in solved])
+            found[arm][score] = {**asdict(interval()), "p": p_value(interval)}
     for score in SCORES:
-        gains = [
-            np.subtract(runs[s]["solved"][score], reference[s]["solved"][score]) for s in paired
-        ]
-        found[score] = asdict(seed_problem_interval(gains))
+        adjusted = holm([gains[score].pop("p") for gains in found.values()])
+        for gains, p in zip(found.values(), adjusted, strict=True):
+            gains[score]["holm"] = p
     return found
 
 
@@ -260,11 +271,12 @@ class _Kept(TrainerCallback):
 
 
 def _staged(keys: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """An arm's keys without its stage, and whether that is stage 1. Raises TOPDError."""
+    """An arm's keys without its stage and seeds, and whether that is stage 1. Raises TOPDError."""
     stage = keys.get("stage", "train")
     if stage not in ("train", "warmstart"):
         raise TOPDError(f"stage: {stage!r} is not one of train, warmstart.")
-    return {key: value for key, value in keys.items() if key != "stage"}, stage == "warmstart"
+    own = {key: value for key, value in keys.items() if key not in ("stage", "seeds")}
+    return own, stage == "warmstart"
 
 
 def _from_start(keys: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -371,7 +383,7 @@ def _check_start(spec: CompareSpec, keys: Mapping[str, Any], *, warmstart: bool)
 
 
 def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
-    """The folder, new or of the same comparison."""
+    """The folder, new or of the same comparison; that may have got other arms and seeds since."""
     check_run_folder(folder, resume=True)
     settings = {"recipe": recipe.sources(), "config": recipe.args.to_dict()}
     content = json.loads(json.dumps({**settings, "compare": spec.model_dump()}, default=str))
@@ -380,11 +392,27 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
     for changing in ("jobs", "clock"):
         content["compare"].pop(changing)
     stored = folder / "run.json"
-    if stored.exists() and read_whole(stored) != content:
-        raise TOPDError(f"output_dir: {folder} holds another comparison. Choose another folder.")
+    done = {result["arm"] for result in _stored(folder)}
+    if stored.exists() and _fixed(read_whole(stored), done) != _fixed(content, done):
+        raise TOPDError(
+            f"output_dir: {folder} holds another comparison: arms that have run, or what all arms "
+            "share, were different. Choose another folder."
+        )
     ledger = Ledger(folder, resume=True)
     ledger.write("run.json", content)
     return ledger
+
+
+def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:
+    """Of run.json what finished runs depend on: all but the other arms, seeds and references."""
+    try:
+        spec = CompareSpec.model_validate(content.get("compare"))
+    except ValidationError:
+        return content
+    arms = spec.all_arms()
+    own = {arm: {k: v for k, v in arms.get(arm, {}).items() if k != "seeds"} for arm in done}
+    config = {k: v for k, v in content.get("config", {}).items() if k != "disable_tqdm"}
+    return {**content, "config": config, "compare": {"arms": own, "warmstart": spec.warmstart}}
 
 
 def _starting_point(

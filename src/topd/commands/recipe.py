@@ -76,7 +76,8 @@ class Sweep(BaseModel):
 class CompareSpec(BaseModel):
     """Arms of a comparison: by name, the keys of the recipe that differ.
 
-    Every arm is run with every seed; ``baseline`` is the arm that the others are compared with;
+    Every arm is run with every seed, or with its own ``seeds``; ``baseline`` is the arm that the
+    others are compared with;
     ``references`` are arms that all others are compared with at equal budgets (none: the baseline).
     ``jobs`` runs go side by side. With ``warmstart`` stage 1 of the recipe is run first, once, and
     every arm starts from its student. ``clock`` says which time is compared: the wall-clock, or the
@@ -93,6 +94,16 @@ class CompareSpec(BaseModel):
     jobs: int = Field(default=1, ge=1)
     warmstart: bool = False
     clock: Clock = "wall"
+
+    def runs(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Every run as (arm, seed, the arm's keys), seed by seed. Raises as :meth:`all_arms`."""
+        arms = self.all_arms()
+        own = {arm: keys.get("seeds", self.seeds) for arm, keys in arms.items()}
+        for arm, seeds in own.items():
+            if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
+                raise TOPDError(f"compare, arm {arm!r}: seeds must be a list such as [0, 1].")
+        order = dict.fromkeys([*self.seeds, *(s for seeds in own.values() for s in seeds)])
+        return [(arm, s, keys) for s in order for arm, keys in arms.items() if s in own[arm]]
 
     def all_arms(self) -> dict[str, dict[str, Any]]:
         """The arms and those of the sweeps. Raises TOPDError if one names an arm there is not."""
