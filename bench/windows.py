@@ -78,10 +78,10 @@ def main(
     seeds = sampling_seeds(0, 0, batch)
     rollouts = observer.roll_out(trainer.train_dataset[:batch], seeds)
     scores = observer.score(rollouts)
-    starts = observer.candidates(observer.token_losses(rollouts, scores))
+    starts = observer.candidates(observer.token_losses(rollouts, scores), window)
     prefixes = [rollouts[b].prompt.teacher + rollouts[b].response[:t] for b, t in starts]
     cases: dict[str, Callable[[], list[Ids]]] = {
-        "topd": lambda: [w.tokens for w in observer.look_ahead(scores, starts, seeds)],
+        "topd": lambda: [w.tokens for w in observer.look_ahead(scores, starts, seeds, window)],
         "generate, one call": lambda: generated(teacher, prefixes, window),
         "generate, one by one": lambda: [generated(teacher, [p], window)[0] for p in prefixes],
     }

@@ -35,7 +35,10 @@ from topd.training.learning import collate
 
 BATCH, RANKS = 4, 2
 FILE = Path(__file__).parents[1] / "docs" / "fsdp2.yaml"
-FORK = {"method": "first_fork", "candidate_loss": "surprise"}
+FORK = {
+    **{"method": "first_fork", "candidate_loss": "surprise", "candidate_threshold": None},
+    **{"look_ahead_until": None, "false_alarm_share": 0.3, "candidate_fraction": 0.3},
+}
 HALF = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
 SAVED = {"save_strategy": "steps", "save_steps": 1}
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from conftest import EOS, VOCAB, tiny_model
 from topd import TOPDConfig, transport
+from topd.detectors import DETECTORS
 from topd.divergence import surprise
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
@@ -86,6 +87,8 @@ def token_loss(rollout: Rollout, kind: str, temperature: float = 1.0) -> Tensor:
     token = torch.tensor(rollout.response)[:, None]
     if kind == "reverse_kl":
         return token_divergence(own, theirs)
+    if kind == "entropy":
+        return -(own.exp() * own).sum(-1)
     own, theirs = own.gather(-1, token)[:, 0], theirs.gather(-1, token)[:, 0]
     return own - theirs if kind == "sampled" else -theirs
 
@@ -169,7 +172,7 @@ def test_answers_written_beforehand_are_taken_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", ["sampled", "reverse_kl", "teacher_nll", "surprise"])
+@pytest.mark.parametrize("kind", sorted({*DETECTORS} - {"teachability", "random", "start"}))
 def test_candidates_are_the_loudest_tokens_by_the_chosen_loss(tmp_path, kind, temperature):
     experience = observed(
         tmp_path,

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from topd.detectors import teachability_of
 from topd.errors import TOPDError
-from topd.methods import METHODS, check_options, downweight, opd, teachability_of, topd
+from topd.methods import METHODS, check_options, downweight, opd, topd
 from topd.training.learning import cap_at_medians
 from topd.transport import soft_targets, solve
 from topd.types import Branch, Evidence, Guidance, SoftTarget, TokenStatistics, Transport, Windows
@@ -116,7 +117,7 @@ def test_selection_keeps_the_highest_scores_at_mean_weight_one(name):
     scores = {
         "kl_top": found.statistics.reverse_kl,
         "entropy_top": found.statistics.entropy,
-        "teachability": teachability_of(found),
+        "teachability": teachability_of(found.statistics, found.mask),
     }[name]
     places = [(0, t) for t in range(5)] + [(1, t) for t in range(2)]
     best = set(sorted(places, key=lambda place: -scores[place])[:3])
@@ -139,7 +140,9 @@ def test_teachability_by_hand():
         statistics=TokenStatistics(none, none, disagreement, mass),
     )
     expected = [min(max((d - 1) / 18, 0), 1) * min(max((19 - d) / 18, 0), 1) for d in range(21)]
-    torch.testing.assert_close(teachability_of(found)[0], torch.tensor(expected))
+    torch.testing.assert_close(
+        teachability_of(found.statistics, found.mask)[0], torch.tensor(expected)
+    )
 
 
 def test_weights_of_iw_opd_by_hand():

@@ -391,7 +391,6 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "per_device_train_batch_size": [0],
     "per_device_eval_batch_size": [0],
     "gradient_accumulation_steps": [0],
-    "candidate_loss": ["loud"],
     "embedding": ["both"],
     "solver": ["magic"],
     "trajectory_reduction": ["median"],

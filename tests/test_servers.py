@@ -397,8 +397,9 @@ def records(run: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", ["topd", "first_fork"])
 def test_training_is_that_of_an_embedded_teacher(tmp_path, start, method):
     spec = spec_of(tmp_path, [start(), start()], [start()])
-    served = run_recipe(recipe_of(tmp_path, spec, "served", method=method), quiet=True)
-    plain = run_recipe(recipe_of(tmp_path, None, "plain", method=method), quiet=True)
+    keys = {"method": method, "candidate_threshold": None, "look_ahead_until": None}
+    served = run_recipe(recipe_of(tmp_path, spec, "served", **keys), quiet=True)
+    plain = run_recipe(recipe_of(tmp_path, None, "plain", **keys), quiet=True)
     for ours, theirs in zip(
         records(served, "guidance.jsonl"), records(plain, "guidance.jsonl"), strict=True
     ):

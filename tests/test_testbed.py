@@ -198,7 +198,7 @@ def test_guidance_shuffled_between_windows_does_worse(tmp_path, monkeypatch):
             output_dir=str(tmp_path / method), method=method, max_steps=30, use_cpu=True,
             per_device_train_batch_size=32, max_completion_length=48, learning_rate=5e-4,
             window_length=24, candidate_fraction=0.2, candidate_threshold=1.0,
-            candidate_loss="surprise", false_alarm_share=0.0,
+            candidate_loss="surprise", false_alarm_share=0.0, look_ahead_until=None,
             trajectory_weight=2.0, save_strategy="no", log_rollouts=False, disable_tqdm=True,
         )  # fmt: skip
         models = [ModelSpec(path=f"testbed://programs/{r}") for r in ("student", "teacher")]

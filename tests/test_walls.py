@@ -11,7 +11,7 @@ import topd
 
 ROOT = Path(topd.__file__).parent
 SHELF = [
-    "errors", "types", "seeds", "distributed", "statistics", "divergence", "detectors",
+    "errors", "types", "seeds", "distributed", "statistics", "divergence", "named", "detectors",
     "transport", "losses", "methods", "config",
 ]  # fmt: skip
 ROOMS = {  # every room, and the rooms that it may import besides itself and the shelf

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from transformers import TrainingArguments
 
+from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
 from topd.errors import TOPDError
 from topd.losses import Kind
-from topd.methods import METHODS, Method, check_options
+from topd.methods import METHODS, Method, check_options, method_named
 from topd.types import Sampling
 
 CHECKPOINTING = next(  # recomputation of activations, by its name in the installed transformers
@@ -36,7 +38,9 @@ class TOPDConfig(TrainingArguments):
     """
 
     # What is learned
-    method: str = _field("topd", f"Name of the guidance method: {', '.join(METHODS)}.")
+    method: str = _field(
+        "topd", f"The guidance method: {', '.join(METHODS)}, or my_module:function."
+    )
     method_options: dict[str, Any] | str | None = _field(
         None, "Options of the method, e.g. {share: 0.1} for kl_top."
     )
@@ -68,16 +72,15 @@ class TOPDConfig(TrainingArguments):
 
     # Where to look: candidates and windows
     candidate_fraction: float = _field(0.0225, "Share of a rollout's tokens taken as candidates.")
-    candidate_loss: Literal[
-        "sampled", "reverse_kl", "teacher_nll", "surprise", "random", "start"
-    ] = _field(
-        "sampled",
-        "Loss that ranks tokens: log p_S(y) - log p_T(y); full reverse KL (one student forward "
-        "more); -log p_T(y); the same, less for habits of the student; two controls: the highest "
-        "surprise of a rollout moved to a random token, or to the first.",
+    candidate_loss: str = _field(
+        "sampled", f"The detector that ranks tokens: {', '.join(DETECTORS)}, or my_module:function."
     )
     candidate_threshold: float | None = _field(None, "Candidates need this token loss, in nats.")
-    window_length: int = _field(50, "K, tokens a window.")
+    window_length: float = _field(
+        50,
+        "K, tokens a window; below 1: that share of the mean length of the update's rollouts, at "
+        "least 4 tokens.",
+    )
     window_rejoin: int = _field(
         0,
         "A teacher's window whose last so many tokens are the rollout's stops and takes its rest "
@@ -89,8 +92,10 @@ class TOPDConfig(TrainingArguments):
     look_ahead_every: int = _field(
         1, "Updates from one that looks ahead to the next; those between are plain OPD."
     )
-    look_ahead_until: int | None = _field(
-        None, "Updates from this one on are plain OPD; none: all look ahead."
+    look_ahead_until: float | None = _field(
+        None,
+        "Updates from this one on are plain OPD; below 1: this share of all updates look ahead; "
+        "none: all do.",
     )
     window_temperature: float = _field(0.0, "Of the teacher's windows; 0 is greedy.")
 
@@ -157,10 +162,22 @@ class TOPDConfig(TrainingArguments):
         "method_options",
     ]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Notes which fields are given: a method's settings do not replace those."""
+        made = super().__new__(cls)
+        positions = [f.name for f in fields(cls) if f.init]
+        made._given = frozenset([*positions[: len(args)], *kwargs])
+        return made
+
     def __post_init__(self) -> None:
         named = bool(self.output_dir)
         if not named:
             self.output_dir = f"runs/topd-{datetime.now():%Y%m%d-%H%M%S}"
+        self.brought = self._bring_settings()
+        for name in ("window_length", "look_ahead_until"):
+            value = getattr(self, name)
+            if value is not None and value >= 1 and value == int(value):
+                setattr(self, name, int(value))
         self._check()
         super().__post_init__()
         if not named:  # each rank looked at its own clock
@@ -168,18 +185,38 @@ class TOPDConfig(TrainingArguments):
         if self.world_size > 1:
             self._check_ranks()
 
+    def _bring_settings(self) -> dict[str, Any]:
+        """Take the method's settings where nothing was given. Returns those. Raises TOPDError."""
+        settings = method_named(self.method).settings
+        for name in settings:
+            if name not in TOPDConfig.__dataclass_fields__:
+                raise TOPDError(
+                    f"method: {self.method} brings {name!r}, which is no setting. Take it out of "
+                    "its settings."
+                )
+        brought = {name: value for name, value in settings.items() if name not in self._given}
+        for name, value in brought.items():
+            setattr(self, name, value)
+        return brought
+
+    def settings_of_method(self) -> str:
+        """The method, and where its own settings have been taken and where not, in a line."""
+        settings = method_named(self.method).settings
+        said = [
+            f"{name} {getattr(self, name)}{'' if name in self.brought else ' (given)'}"
+            for name in settings
+        ]
+        return f"method {self.method}" + (f": {', '.join(said)}" if said else "")
+
     def _check_ranks(self) -> None:
         """What does not go with several ranks. Raises TOPDError."""
-        if METHODS[self.method].whole_update:
+        if method_named(self.method).whole_update:
             raise TOPDError(
                 f"method: {self.method} chooses among all rollouts of an update, and a rank has "
                 f"only its own. Run one process, with gradient_accumulation_steps."
             )
         size = self.score_batch_size or self.per_device_train_batch_size
-        if (
-            self.candidate_loss in ("surprise", "random", "start")
-            and self.per_device_train_batch_size % size
-        ):
+        if self.detector.whole_batch and self.per_device_train_batch_size % size:
             raise TOPDError(
                 f"score_batch_size: {size} does not divide per_device_train_batch_size, and "
                 f"candidate_loss: {self.candidate_loss} would count over other rollouts than in "
@@ -194,6 +231,7 @@ class TOPDConfig(TrainingArguments):
 
     def _check(self) -> None:
         check_options(self.method, self._method_options())
+        detector_named(self.candidate_loss)
         for names, holds, rule in _RULES:
             for name in names.split():
                 value = getattr(self, name)
@@ -240,19 +278,41 @@ class TOPDConfig(TrainingArguments):
         """The method with its options; plain ``opd`` without looking ahead."""
         if not look_ahead:
             return METHODS["opd"]
-        method = METHODS[self.method]
+        method = method_named(self.method)
         return method._replace(guide=partial(method.guide, **self._method_options()))
+
+    @property
+    def detector(self) -> Detector:
+        """What ranks the tokens: that of ``candidate_loss``."""
+        return detector_named(self.candidate_loss)
 
     @property
     def all_candidates_are_real(self) -> bool:
         """Whether no candidate is taken for a false alarm, whatever its windows are."""
         return self.false_alarm_share == 0 and self.ot_threshold is None
 
+    def count_updates(self, updates: int) -> None:
+        """Make ``look_ahead_until`` a number, now that a run is known to have so many updates."""
+        if self.look_ahead_until is not None and self.look_ahead_until < 1:
+            self.look_ahead_until = max(1, round(self.look_ahead_until * updates))
+
+    def window_tokens(self, lengths: Sequence[int]) -> int:
+        """K for the windows of an update whose rollouts have these lengths."""
+        if self.window_length >= 1:
+            return int(self.window_length)
+        return max(4, round(self.window_length * sum(lengths) / max(len(lengths), 1)))
+
+    @property
+    def longest_window(self) -> int:
+        """The most that K can be."""
+        return self.window_tokens([self.max_completion_length])
+
     def looks_ahead(self, step: int) -> bool:
         """Whether update ``step`` is guided by the method; else it is plain OPD."""
-        if not METHODS[self.method].looks_ahead:
+        if not method_named(self.method).looks_ahead:
             return True
         until = self.look_ahead_until
+        assert until is None or until >= 1  # count_updates was called
         return step % self.look_ahead_every == 0 and (until is None or step < until)
 
     @property
@@ -277,10 +337,9 @@ class TOPDConfig(TrainingArguments):
         """How the student samples."""
         return Sampling(self.temperature, self.top_p, self.top_k, self.max_completion_length)
 
-    @property
-    def window_sampling(self) -> Sampling:
-        """How the teacher writes its windows."""
-        return Sampling(self.window_temperature, 1.0, 0, self.window_length)
+    def window_sampling(self, length: int) -> Sampling:
+        """How the teacher writes windows of ``length`` tokens."""
+        return Sampling(self.window_temperature, 1.0, 0, length)
 
 
 _RULES: tuple[tuple[str, Any, str], ...] = (
@@ -299,8 +358,7 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
     ),
     ("max_importance", lambda x: 1 <= x < float("inf"), "must be finite and at least 1"),
     (
-        "max_prompt_length max_completion_length num_generations window_length window_gap "
-        "look_ahead_every look_ahead_until "
+        "max_prompt_length max_completion_length num_generations window_gap look_ahead_every "
         "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
         "gradient_accumulation_steps stop_patience",
         lambda x: x >= 1,
@@ -310,9 +368,9 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
     ("max_steps", lambda x: x != 0, "would train nothing. Give a number of updates, or leave it"),
     ("num_train_epochs", lambda x: x > 0, "must be above 0"),
     (
-        "candidate_loss",
-        lambda x: x in ("sampled", "reverse_kl", "teacher_nll", "surprise", "random", "start"),
-        "is unknown",
+        "window_length look_ahead_until",
+        lambda x: 0 < x < 1 or x == int(x) >= 1,
+        "must be at least 1 and whole, or a share above 0 and below 1",
     ),
     ("embedding", lambda x: x in ("teacher", "student"), "is not one of teacher, student"),
     ("nonfinite", lambda x: x in ("stop", "skip"), "is not one of stop, skip"),

@@ -8,7 +8,8 @@ The loss of an update is then, with D the token divergence and p_S the student,
 
 T counts response tokens; w and a are ``weights`` and ``advantages``; G is KL(y~ || p_S) at soft
 targets and the branch's own loss at the tokens of branches. To add a method, write such a function
-and put it into ``METHODS`` under its name (docs/method.md shows one).
+and put it into ``METHODS`` under its name. One of your own needs no row: ``method:
+my_module:function`` (docs/how-to/own-method.md shows a whole one).
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from topd.detectors import teachability_of
 from topd.divergence import select_candidates
 from topd.errors import TOPDError
+from topd.named import row_named
 from topd.transport import sparse_soft_targets
 from topd.types import Branch, BranchLoss, Evidence, Guidance, SoftTarget, TokenStatistics
 
@@ -79,8 +83,8 @@ def first_fork(
     own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses behind t
     count ``after`` times: there the rollout is off the teacher's path, as is the teacher's advice;
     with 0 the student does not even read them.
-    Meant with candidates by ``candidate_loss: surprise`` above a ``candidate_threshold``, and
-    ``false_alarm_share: 0``. Source: this project.
+    It brings settings of its own: candidates by ``surprise``, all of them real. Source: this
+    project.
     """
     real = evidence.real & _first(evidence.windows.row, evidence.real)
     guidance = _branched(replace(evidence, real=real), "reverse_kl" if reverse else "forward_kl")
@@ -192,27 +196,11 @@ def entropy_top(evidence: Evidence, *, share: float = 0.5) -> tuple[Guidance, ..
 
 
 def teachability(evidence: Evidence, *, share: float = 0.05) -> tuple[Guidance, ...]:
-    """Only the ``share`` of the batch's tokens that are most teachable (:func:`teachability_of`).
+    """Only the ``share`` of the batch's tokens that are most teachable.
 
-    Source: TA-OPD, arXiv 2605.26844.
+    See :func:`~topd.detectors.teachability_of`. Source: TA-OPD, arXiv 2605.26844.
     """
-    return _kept(evidence, teachability_of(evidence), share)
-
-
-def teachability_of(evidence: Evidence) -> Float[Tensor, "B T"]:
-    """Teachability norm(D) norm(C) of every token, [B T] in [0, 1].
-
-    D is KL(p_T || p_S) on the union of both models' likeliest tokens, C the teacher's mass on the
-    student's; norm(z) = clip((z - q05) / (q95 - q05), 0, 1) with the batch's quantiles. Source: the
-    released code of arXiv 2605.26844.
-    """
-    statistics = _statistics(evidence)
-    scaled = []
-    for values in (statistics.disagreement, statistics.compatibility):
-        low, high = values[evidence.mask].quantile(torch.tensor([0.05, 0.95]).to(values))
-        spread = (high - low).clamp(min=torch.finfo(values.dtype).tiny)
-        scaled.append(((values - low) / spread).clamp(0, 1) * evidence.mask)
-    return scaled[0] * scaled[1]
+    return _kept(evidence, teachability_of(_statistics(evidence), evidence.mask), share)
 
 
 def iw_opd(evidence: Evidence, *, gamma: float = 0.5) -> tuple[Guidance, ...]:
@@ -266,21 +254,36 @@ def negative(
 
 class Method(NamedTuple):
     """A method and what it needs: windows (the teacher decodes), statistics (one more student
-    forward), of a rollout's real points the first alone, all rollouts of an update together."""
+    forward), of a rollout's real points the first alone, all rollouts of an update together.
+
+    ``settings`` are fields of TOPDConfig that the method was measured with: they hold wherever the
+    user gives nothing else.
+    """
 
     guide: Callable[..., tuple[Guidance, ...]]
     looks_ahead: bool = False
     statistics: bool = False
     first_only: bool = False
     whole_update: bool = False
+    settings: Mapping[str, Any] = MappingProxyType({})
 
+
+FIRST_FORK = {  # as measured in docs/evidence.md
+    "candidate_loss": "surprise",
+    "candidate_threshold": 1.0,  # nats
+    "candidate_fraction": 0.2,
+    "false_alarm_share": 0.0,  # the surprise is the verdict
+    "trajectory_weight": 0.5,
+    "window_length": 0.5,  # of a rollout
+    "look_ahead_until": 0.5,  # of all updates
+}
 
 METHODS: dict[str, Method] = {
     "opd": Method(opd),
     "topd": Method(topd, looks_ahead=True),
     "window_sft": Method(window_sft, looks_ahead=True),
     "window_kd": Method(window_kd, looks_ahead=True),
-    "first_fork": Method(first_fork, looks_ahead=True, first_only=True),
+    "first_fork": Method(first_fork, looks_ahead=True, first_only=True, settings=FIRST_FORK),
     "olive": Method(olive, looks_ahead=True, first_only=True),
     "relay": Method(relay, looks_ahead=True),
     "downweight": Method(downweight, looks_ahead=True),
@@ -293,11 +296,14 @@ METHODS: dict[str, Method] = {
 }
 
 
+def method_named(name: str) -> Method:
+    """By its name in ``METHODS``, or ``module:function``. Raises TOPDError if there is none."""
+    return row_named("method", name, METHODS, Method)
+
+
 def check_options(method: str, options: Mapping[str, Any]) -> None:
     """Raises TOPDError for a method or an option that there is not."""
-    if method not in METHODS:
-        raise TOPDError(f"method: {method!r} is not one of {', '.join(METHODS)}.")
-    known = [*inspect.signature(METHODS[method].guide).parameters][1:]
+    known = [*inspect.signature(method_named(method).guide).parameters][1:]
     for name in options:
         if name not in known:
             has = ", ".join(known) or "none"

@@ -187,6 +187,23 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """All that a detector may look at: every token of some rollouts, [B T] each.
+
+    ``student`` and ``teacher`` are both models' log-probs of the ``tokens`` in nats (the student's
+    0 for an answer that it did not sample), ``likeliest`` the tokens that the teacher likes best
+    there. ``statistics`` are there for detectors that need them. 0 outside ``mask``.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    student: Float[Tensor, "B T"]
+    teacher: Float[Tensor, "B T"]
+    likeliest: Int[Tensor, "B T"]
+    statistics: TokenStatistics | None = None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """All that a method may look at: one batch of rollouts and their windows.
 

@@ -4,7 +4,7 @@ An audit checks the chain of the ledger, the files and records against it, and m
 against their fingerprints. Then it takes updates at random and makes their decisions again from the
 stored rollouts: the teacher scores them, writes its windows, and the method decides. The student of
 a later update is gone, so what needs its weights is not made again there (its log-probs at
-sampling, ``candidate_loss: reverse_kl``, methods with statistics, ``embedding: student``, what
+sampling, detectors and methods with statistics, ``embedding: student``, what
 ``relay`` lets it write); a replay does that, from the checkpoint before.
 """
 
@@ -36,6 +36,7 @@ from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint, trained_digest
 from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.rows import DataSpec
+from topd.named import is_outside
 from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, guidance_record, rollout_record
@@ -313,9 +314,10 @@ def _allowed(
             f"{folder}: its models ran code of their repositories. To run it again, say "
             "--trust-remote-code."
         )
-    if ":" in str(config.get("method")) and not trust.remote_code:
+    own = [key for key in ("method", "candidate_loss") if is_outside(str(config.get(key)))]
+    if own and not trust.remote_code:
         raise TOPDError(
-            f"{folder}: its method {config['method']!r} is code of its own. To run it, say "
+            f"{folder}: its {own[0]} {config[own[0]]!r} is code of its own. To run it, say "
             "--trust-remote-code."
         )
     student["served"] = None  # its weights are here
@@ -622,9 +624,7 @@ def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
 def _needs_student(args: TOPDConfig) -> bool:
     """Whether decisions depend on weights of the student that are not stored."""
     return (
-        args.guidance_method().statistics
-        or args.candidate_loss == "reverse_kl"
-        or args.embedding == "student"
+        args.guidance_method().statistics or args.detector.statistics or args.embedding == "student"
     )
 
 

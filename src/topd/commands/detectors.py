@@ -1,4 +1,4 @@
-"""Which score of a token finds the forks? Every detector against the labels of the testbed.
+"""Which score of a token finds the forks? Every row of ``DETECTORS`` against the testbed's labels.
 
 A fork is the token after which no right derivation is left; tokens behind a fork are left out, for
 no label is defined there. Detectors are compared on all other tokens, and on the loud ones alone,
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from topd import transport
 from topd.config import TOPDConfig
+from topd.detectors import DETECTORS
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
 from topd.evaluate import Interval
-from topd.methods import teachability_of
 from topd.seeds import sampling_seeds
 from topd.testbed.world import Family, labels
-from topd.training.experience import Observer, pair_windows, surprises
-from topd.types import Evidence, Generation, Prompt, Rollout, TokenStatistics
+from topd.training.experience import Observer, pair_windows, token_scores
+from topd.types import Generation, Prompt, Rollout
 
 LOUD = 1.0  # nats: tokens of at least this loss are the loud ones
 POSITION_WEIGHT = 1.0
@@ -146,31 +146,8 @@ def _token_scores(
     observer: Observer, rollouts: Sequence[Rollout], scores: Scores
 ) -> dict[str, np.ndarray]:
     """Detectors that look at one token, [B T] each."""
-    losses = observer.token_losses(rollouts, scores)
-    rows = [
-        torch.cat([s, own[None]])
-        for s, own in zip(observer.statistics(rollouts, scores), losses, strict=True)
-    ]
-    width = max(row.shape[1] for row in rows)
-    padded = torch.stack(
-        [torch.nn.functional.pad(row, (0, width - row.shape[1])) for row in rows], 1
-    )
-    kl, entropy, disagreement, mass, loss = padded
-    mask = torch.arange(width) < torch.tensor([row.shape[1] for row in rows])[:, None]
-    windows = pair_windows(rollouts, (), (), 1)
-    nothing = torch.zeros(0)
-    evidence = Evidence(
-        loss, loss, mask, windows, transport.solve(torch.zeros(0, 1, 1)), nothing.bool(),
-        TokenStatistics(kl, entropy, disagreement, mass),
-    )  # fmt: skip
-    return {
-        "token loss": loss.numpy(),
-        "teacher NLL": -scores.logprobs.numpy(),
-        "surprise": surprises(rollouts, scores).numpy(),
-        "entropy": entropy.numpy(),
-        "full KL": kl.numpy(),
-        "teachability": teachability_of(evidence).numpy(),
-    }
+    tokens = token_scores(rollouts, scores, observer.statistics(rollouts, scores))
+    return {row.title or name: row.score(tokens).numpy() for name, row in DETECTORS.items()}
 
 
 def _window_scores(
@@ -180,8 +157,9 @@ def _window_scores(
     starts: Sequence[tuple[int, int]],
 ) -> dict[str, np.ndarray]:
     """Detectors that compare windows, one entry a start."""
-    written = observer.look_ahead(scores, starts, range(len(rollouts)))
-    windows = pair_windows(rollouts, starts, written, observer.args.window_length)
+    length = observer.args.longest_window
+    written = observer.look_ahead(scores, starts, range(len(rollouts)), length)
+    windows = pair_windows(rollouts, starts, written, length)
     static = observer.compare(windows).distance
     placed = observer.compare(windows, position_weight=POSITION_WEIGHT).distance
     return {

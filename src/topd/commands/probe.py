@@ -176,13 +176,10 @@ def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], numbe
     assert isinstance(args, ProbeConfig)
     scores = observer.score(rollouts, number)
     terms = _token_terms(pair, rollouts, scores)
-    known = [
-        row[None, : len(r.response)] for row, r in zip(terms.divergence, rollouts, strict=True)
-    ]
-    losses = observer.token_losses(rollouts, scores, known)
+    losses = observer.token_losses(rollouts, scores)
     loss = torch.nn.utils.rnn.pad_sequence(losses, batch_first=True)
     high: list[list[int]] = [[] for _ in rollouts]
-    for row, t in observer.candidates(losses):
+    for row, t in observer.candidates(losses, args.length):
         high[row].append(t)
     chosen = [
         (group, (row, t))
@@ -191,8 +188,8 @@ def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], numbe
         for t in places
     ]
     starts = [start for _, start in chosen]
-    written = observer.look_ahead(scores, starts, seeds)
-    windows = pair_windows(rollouts, starts, written, args.window_length)
+    written = observer.look_ahead(scores, starts, seeds, args.length)
+    windows = pair_windows(rollouts, starts, written, args.length)
     return Look(
         tuple(rollouts),
         scores.logprobs.cpu(),

@@ -194,18 +194,18 @@ def samples_of(
     pair: Pair, args: RepairConfig, prompts: Sequence[Prompt], number: int
 ) -> Iterator[Sample]:
     """The samples in one batch of rollouts, of which the first has the given number."""
-    observer, length = pair.observer, args.window_length
+    observer, length = pair.observer, args.length
     seeds = sampling_seeds(args.seed, 0, len(prompts), first=number)
     rollouts = observer.roll_out(prompts, seeds)
     scores = observer.score(rollouts, number)
     teacher = scores.logprobs.cpu()
-    starts = observer.candidates(observer.token_losses(rollouts, scores))
+    starts = observer.candidates(observer.token_losses(rollouts, scores), length)
     starts = [
         (b, t) for b, t in starts if rollouts[b].finished or t + length <= len(rollouts[b].response)
     ]
     if not starts:
         return
-    written = observer.look_ahead(scores, starts, seeds)
+    written = observer.look_ahead(scores, starts, seeds, length)
     windows = pair_windows(rollouts, starts, written, length)
     found = observer.compare(windows)
     plans = observer.compare(windows, position_weight=args.arm_position_weight).plan
@@ -291,12 +291,12 @@ def student_logprobs(
 @torch.no_grad()
 def distance_to_teacher(pair: Pair, args: RepairConfig, lesson: Lesson) -> tuple[float, Ids]:
     """OT distance from the student's greedy continuation of the prefix, and its tokens."""
-    sampling = Sampling(temperature=0.0, max_new_tokens=args.window_length)
+    sampling = Sampling(temperature=0.0, max_new_tokens=args.length)
     with pair.observer.phases.phase("continuations"):
         (written,) = pair.observer.student.generate([lesson.prefix], sampling, [0])
     rollout = Rollout(Prompt(0, lesson.prefix, lesson.prefix), written.tokens, (), finished=True)
     teacher = Generation(lesson.teacher_tokens, (), finished=True)
-    windows = pair_windows([rollout], [(0, 0)], [teacher], args.window_length)
+    windows = pair_windows([rollout], [(0, 0)], [teacher], args.length)
     return float(pair.observer.compare(windows).distance[0]), written.tokens
 
 

@@ -61,6 +61,16 @@ class AnalysisConfig(TOPDConfig):
         super()._check()
         for name in ("rollout_batch_size", "bootstrap"):
             self._at_least_1(name)
+        if self.window_length < 1:
+            raise TOPDError(
+                f"window_length: {self.window_length} of a rollout: an analysis compares windows "
+                "of one length. Give a number of tokens, e.g. --window_length 24."
+            )
+
+    @property
+    def length(self) -> int:
+        """K, tokens a window."""
+        return int(self.window_length)
 
     def _at_least_1(self, name: str) -> None:
         value = getattr(self, name)
@@ -122,7 +132,7 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
         ("student", recipe.student, [len(p.student) for p in prompts]),
         ("teacher", recipe.teacher, [len(p.teacher) for p in prompts]),
     ):
-        most = max(lengths) + args.max_completion_length + args.window_length
+        most = max(lengths) + args.max_completion_length + args.longest_window
         check_context(name, spec, most)
         check_servers(name, spec, tokenizer, most)
     student, teacher = (

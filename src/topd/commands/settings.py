@@ -59,6 +59,9 @@ def _needs(method: Method) -> str:
     if options:
         shown = ", ".join(f"{option.name}: {option.default}" for option in options)
         needs.append(f"method_options {{{shown}}}")
+    if method.settings:
+        shown = ", ".join(f"{name}: {value}" for name, value in method.settings.items())
+        needs.append(f"brings {{{shown}}}")
     return "; ".join(needs)
 
 

@@ -62,6 +62,7 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool) -> Non
         say(console, f"{left_out:,} of {len(rows):,} prompts are too long and left out")
     if checkpoint:
         say(console, f"resuming from {checkpoint.name}")
+    say(console, trainer.args.settings_of_method())
     _watch(trainer, console, bars=console.is_terminal and not quiet)
     try:
         with trainer.watch.until_terminated():

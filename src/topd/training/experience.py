@@ -14,14 +14,7 @@ from torch import Tensor
 from topd import transport
 from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere
-from topd.divergence import (
-    moved_to_random,
-    moved_to_start,
-    real_divergent_points,
-    select_candidates,
-    surprise,
-    thin_candidates,
-)
+from topd.divergence import real_divergent_points, select_candidates, thin_candidates
 from topd.engines import Engine, Scores, Tick
 from topd.errors import TOPDError
 from topd.inputs.prompts import make_rollout
@@ -37,6 +30,7 @@ from topd.types import (
     Guidance,
     Prompt,
     Rollout,
+    TokenScores,
     TokenStatistics,
     Transport,
     Windows,
@@ -132,15 +126,25 @@ class Observer:
     ) -> Experience:
         """The teacher's view of given rollouts: scores, forks and guidance. As ``observe``."""
         numbers = range(len(rollouts)) if numbers is None else numbers
-        look = agreed(lambda: self._look(rollouts, seeds, method), self._waiting)
+        length = self._window_length(rollouts) if method.looks_ahead else 1
+        look = agreed(lambda: self._look(rollouts, seeds, method, length), self._waiting)
         real = self._verdicts(look, numbers) if method.looks_ahead else look.evidence.real
         return agreed(lambda: self._guided(rollouts, seeds, method, look, real), self._waiting)
 
     def _waiting(self) -> AbstractContextManager[Tick]:
         return self.phases.phase("waiting")
 
-    def _look(self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method) -> _Look:
-        """Scores and windows, and how far these are apart; no verdict yet."""
+    def _window_length(self, rollouts: Sequence[Rollout]) -> int:
+        """K; a share is one of the mean length over all ranks."""
+        own = [len(rollout.response) for rollout in rollouts]
+        if self.args.window_length >= 1:
+            return self.args.window_tokens(own)
+        return self.args.window_tokens([n for lengths in everywhere(own) for n in lengths])
+
+    def _look(
+        self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, length: int
+    ) -> _Look:
+        """Scores and windows of ``length``, and how far these are apart; no verdict yet."""
         hidden: list[Tensor] = []
         logprobs: list[Tensor] = []
         losses: list[Tensor] = []
@@ -152,17 +156,18 @@ class Observer:
             scores = self.score(some, first, keep=method.looks_ahead)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
-            known = self.statistics(some, scores) if method.statistics else None
+            needed = method.statistics or self.args.detector.statistics
+            known = self.statistics(some, scores) if needed else None
             statistics += known or []
             losses += self.token_losses(some, scores, known)
             if method.looks_ahead:
-                found = self.candidates(losses[first:])
+                found = self.candidates(losses[first:], length)
                 if method.first_only and self.args.all_candidates_are_real:
                     found = sorted({row: (row, t) for row, t in reversed(found)}.values())
                 starts += [(first + row, t) for row, t in found]
-                written += self.look_ahead(scores, found, seeds[first:])
+                written += self.look_ahead(scores, found, seeds[first:], length)
             del scores  # and its cache, before the next is made
-        evidence = self._evidence(rollouts, losses, starts, written)
+        evidence = self._evidence(rollouts, losses, starts, written, length)
         if method.statistics:
             evidence = replace(evidence, statistics=_statistics_of(statistics))
         return _Look(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
@@ -274,26 +279,15 @@ class Observer:
         scores: Scores,
         statistics: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """The loss that ranks candidates, [T] nats a rollout, on the CPU.
+        """What ranks candidates (``candidate_loss``), [T] a rollout, on the CPU.
 
-        ``surprise`` counts habits over these rollouts. ``statistics`` begin with the reverse KL.
+        Some detectors count over these rollouts. ``statistics`` are those of :meth:`statistics`,
+        read now if a detector needs them and they are not given.
         """
-        kind = self.args.candidate_loss
-        if kind == "reverse_kl":
-            return [rows[0] for rows in statistics or self.statistics(rollouts, scores)]
-        teacher = scores.logprobs.cpu()
-        if kind == "teacher_nll":
-            loss = -teacher
-        elif kind in ("surprise", "random", "start"):
-            loss = surprises(rollouts, scores)
-            tokens, mask = _padded([torch.tensor(r.response) for r in rollouts])
-            if kind == "random":
-                loss = moved_to_random(loss, mask, tokens)
-            elif kind == "start":
-                loss = moved_to_start(loss, mask)
-        else:
-            sampled = [torch.tensor(_logprobs(r)) for r in rollouts]
-            loss = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True) - teacher
+        detector = self.args.detector
+        if detector.statistics and statistics is None:
+            statistics = self.statistics(rollouts, scores)
+        loss = detector.score(token_scores(rollouts, scores, statistics))
         return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
 
     def statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
@@ -348,8 +342,8 @@ class Observer:
             for guide, found in zip(guidance, branches, strict=True)
         )
 
-    def candidates(self, losses: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """(row, token) of every candidate; losses are [T] nats, one a rollout."""
+    def candidates(self, losses: Sequence[Tensor], length: int) -> list[tuple[int, int]]:
+        """(row, token) of every candidate; losses are [T] nats, one a rollout; ``length`` is K."""
         token_loss, mask = _padded(losses)
         threshold = self.args.candidate_threshold
         candidates = select_candidates(
@@ -358,25 +352,30 @@ class Observer:
             fraction=self.args.candidate_fraction,
             threshold=-torch.inf if threshold is None else threshold,
         )
-        candidates = thin_candidates(
-            candidates, gap=self.args.window_gap or self.args.window_length
-        )
+        candidates = thin_candidates(candidates, gap=self.args.window_gap or length)
         return [(row, t) for row, t in candidates.nonzero().tolist()]
 
     def look_ahead(
-        self, scores: Scores, starts: Sequence[tuple[int, int]], seeds: Sequence[int]
+        self,
+        scores: Scores,
+        starts: Sequence[tuple[int, int]],
+        seeds: Sequence[int],
+        length: int,
     ) -> list[Generation]:
-        """What the teacher writes next from each (row, token); seeds are one a rollout."""
+        """What the teacher writes next from each (row, token), ``length`` tokens at most.
+
+        Seeds are one a rollout.
+        """
         if not starts:
             return []
         window_seeds = [
             sampling_seeds(seeds[row], Stream.WINDOWS, 1, first=t)[0] for row, t in starts
         ]
-        with self.phases.phase("windows", self.args.window_length) as tick:
+        with self.phases.phase("windows", length) as tick:
             return self.teacher.continue_from(
                 scores,
                 starts,
-                self.args.window_sampling,
+                self.args.window_sampling(length),
                 window_seeds,
                 rejoin=self.args.window_rejoin,
                 tick=tick,
@@ -388,9 +387,10 @@ class Observer:
         losses: Sequence[Tensor],
         starts: Sequence[tuple[int, int]],
         written: Sequence[Generation],
+        length: int,
     ) -> Evidence:
         token_loss, mask = _padded(losses)
-        windows = pair_windows(rollouts, starts, written, self.args.window_length)
+        windows = pair_windows(rollouts, starts, written, length)
         solved = self.compare(windows)
         real = torch.zeros(len(starts), dtype=torch.bool)
         logprobs, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
@@ -422,12 +422,14 @@ class Observer:
             ).cpu()
 
 
-def surprises(rollouts: Sequence[Rollout], scores: Scores) -> Tensor:
-    """:func:`~topd.divergence.surprise` over a batch's tokens, [B T] nats, 0 on padding."""
-    tokens, mask = _padded([torch.tensor(r.response) for r in rollouts])
-    loss = torch.zeros(mask.shape)
-    loss[mask] = surprise(scores.logprobs.cpu()[mask], scores.likeliest.cpu()[mask], tokens[mask])
-    return loss
+def token_scores(
+    rollouts: Sequence[Rollout], scores: Scores, statistics: Sequence[Tensor] | None = None
+) -> TokenScores:
+    """What detectors look at, on the CPU; ``statistics`` [4 T] a rollout, if there are any."""
+    tokens, mask = _padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
+    student, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
+    known = None if statistics is None else _statistics_of(statistics)
+    return TokenScores(tokens, mask, student, scores.logprobs.cpu(), scores.likeliest.cpu(), known)
 
 
 def pair_windows(

@@ -66,7 +66,7 @@ def check_overlap(student: ModelSource, teacher: ModelSource, args: TOPDConfig) 
     method = args.guidance_method()
     for holds, key in (
         (method.statistics, f"method: {args.method} looks"),
-        (args.candidate_loss == "reverse_kl", "candidate_loss: reverse_kl looks"),
+        (args.detector.statistics, f"candidate_loss: {args.candidate_loss} looks"),
         (args.embedding == "student", "embedding: student looks"),
         (args.eval_strategy != "no", "eval_strategy: an evaluation looks"),
     ):

@@ -438,6 +438,7 @@ class TOPDTrainer(Trainer):
                 f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
                 "or go on from a checkpoint of this one."
             )
+        self.args.count_updates(self._updates())
         with one_writer(self.run_folder), checkpoints.writing(self.run_folder):
             self._open_folder(checkpoint)
             try:
@@ -449,6 +450,12 @@ class TOPDTrainer(Trainer):
                     self.ahead.close()
             self._save_student(self.record)
         return result
+
+    def _updates(self) -> int:
+        """How many updates the run is going to have."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _open_folder(self, checkpoint: Path | None) -> None:
         """Begin the records of a run, or have them as they were at a checkpoint."""
@@ -675,7 +682,7 @@ def _check_contexts(
     ):
         check_context(name, model, length + args.max_completion_length)
     student_most, teacher_most = (length + args.max_completion_length for length in longest)
-    return student_most, teacher_most + args.window_length
+    return student_most, teacher_most + args.longest_window
 
 
 def _prompt_ids(prompts: Sequence[Prompt]) -> tuple[list[Ids], list[Ids]]:

@@ -1,0 +1,82 @@
+"""A row of a table by its name, or one of your own: ``my_module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from topd.errors import TOPDError
+
+Row = TypeVar("Row")
+FAULTS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, LookupError, ValueError)
+
+
+def is_outside(name: str) -> bool:
+    """Whether a name stands for code outside this package."""
+    return ":" in name
+
+
+def row_named(key: str, name: str, table: Mapping[str, Row], kind: Callable[[Any], Row]) -> Row:
+    """The row that ``name`` stands for in ``table``, or outside it as ``module:attribute``.
+
+    Args:
+        key: whose value the name is; begins every message.
+        name: a key of the table, or ``module:attribute``. Modules of the working directory and
+            all that Python finds are known. The attribute is a row, or a function.
+        table: the rows by name.
+        kind: the type of a row, which makes one of a function.
+
+    Raises:
+        TOPDError: there is no such row, module or attribute, or it is no function.
+
+    >>> row_named("key", "math:pi", {}, list)
+    Traceback (most recent call last):
+        ...
+    topd.errors.TOPDError: key: math:pi is a float. Name a function, or a list.
+    """
+    if name in table:
+        return table[name]
+    if not is_outside(name):
+        raise TOPDError(
+            f"{key}: {name!r} is not one of {', '.join(table)}, nor my_module:function. Choose one."
+        )
+    found = _attribute(key, name)
+    if isinstance(kind, type) and isinstance(found, kind):
+        return cast(Row, found)
+    if not callable(found) or isinstance(found, type):
+        raise TOPDError(
+            f"{key}: {name} is a {type(found).__name__}. Name a function, or a "
+            f"{getattr(kind, '__name__', kind)}."
+        )
+    return kind(found)
+
+
+def _attribute(key: str, name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        with _working_directory_first():
+            found = importlib.import_module(module)
+    except FAULTS as error:
+        raise TOPDError(
+            f"{key}: {name}: {module!r} cannot be imported ({type(error).__name__}: {error}). Is "
+            f"{module}.py in {Path.cwd()} or installed?"
+        ) from error
+    if not hasattr(found, attribute):
+        place = getattr(found, "__file__", None) or module
+        raise TOPDError(f"{key}: {name}: {place} has no {attribute!r}.")
+    return getattr(found, attribute)
+
+
+@contextmanager
+def _working_directory_first() -> Iterator[None]:
+    """As ``python -m`` has it; a console script does not."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

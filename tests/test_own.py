@@ -1,0 +1,188 @@
+"""Methods and detectors from outside, as the how-to page has them; the settings of a method."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from conftest import write_pair
+from topd import TOPDConfig
+from topd.cli import app
+from topd.commands.audit import Trust, audit_run
+from topd.commands.recipe import read_recipe
+from topd.commands.train import run_recipe
+from topd.detectors import DETECTORS, detector_named
+from topd.errors import TOPDError
+from topd.methods import FIRST_FORK, METHODS, method_named
+
+PAGE = (Path(__file__).parents[1] / "docs/how-to/own-method.md").read_text(encoding="utf-8")
+SMALL = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 12,
+    "output_dir": "run",
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return found
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(f"run/{name}.jsonl").read_text().splitlines()]
+
+
+def config(**changes: Any) -> TOPDConfig:
+    return TOPDConfig(**{"output_dir": "unused", "use_cpu": True, **changes})
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Path:
+    """The page's module in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "my_guides", raising=False)
+    Path("my_guides.py").write_text(block("python"))
+    return tmp_path
+
+
+def test_the_example_of_the_page_trains_and_is_audited(own):
+    keys = ("method", "method_options", "candidate_loss")
+    changes = {key: yaml.safe_load(block("yaml"))[key] for key in keys}
+    path = write_pair(own, **SMALL, window_length=4, **changes)
+    done = CliRunner().invoke(app, ["train", str(path)])
+    assert done.exit_code == 0, done.output
+    assert "method my_guides:quiet_alarms: candidate_fraction 0.2" in done.output
+    records = lines("guidance")
+    alarms = [(r, f) for r in records for f in r["forks"] if not f["real"]]
+    assert alarms
+    assert all(r["weights"][str(f["position"])] == pytest.approx(0.1) for r, f in alarms)
+    with pytest.raises(TOPDError, match=r"'my_guides:quiet_alarms' is code .*--trust-remote-code"):
+        audit_run(Path("run"))
+    assert not audit_run(Path("run"), trust=Trust(remote_code=True)).faults
+
+
+def test_plain_functions_become_rows(own):
+    assert not method_named("my_guides:silence").looks_ahead
+    assert method_named("my_guides:quiet_alarms").looks_ahead
+    assert not detector_named("my_guides:doubt").statistics
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "said"),
+    [
+        ("method", "nowhere:f", "'nowhere' cannot be imported (ModuleNotFoundError"),
+        ("method", "my_guides:f", "has no 'f'"),
+        ("method", "my_guides:__doc__", "is a NoneType. Name a function, or a Method."),
+        ("method", "my_guides:Method", "is a type. Name a function"),
+        ("method", "loud", "nor my_module:function"),
+        ("candidate_loss", "my_guides:quiet_alarms", "is a Method. Name a function, or a Detector"),
+        ("candidate_loss", "broken:f", "'broken' cannot be imported (SyntaxError"),
+        ("candidate_loss", "loud", f"is not one of {', '.join(DETECTORS)}"),
+    ],
+)
+def test_what_is_not_there_is_refused(own, key, name, said):
+    Path("broken.py").write_text("def f(:\n")
+    with pytest.raises(TOPDError, match=rf"^{key}: .*{re.escape(said)}"):
+        config(**{key: name})
+
+
+def test_a_method_that_brings_no_setting_is_refused(own):
+    with open("my_guides.py", "a") as file:
+        file.write("wrong = Method(silence, settings={'candidate_share': 0.2})\n")
+    with pytest.raises(TOPDError, match=r"brings 'candidate_share', which is no setting"):
+        config(method="my_guides:wrong")
+
+
+# The settings that a method brings
+
+
+def test_a_method_alone_is_the_configuration_that_was_measured():
+    args = config(method="first_fork")
+    assert {name: getattr(args, name) for name in FIRST_FORK} == FIRST_FORK
+    assert config(method="topd").candidate_loss == "sampled"
+    assert args.settings_of_method().startswith("method first_fork: candidate_loss surprise, ")
+
+
+@pytest.mark.parametrize(
+    "given", [{"candidate_fraction": 0.0225}, {"candidate_threshold": None}, {"window_length": 7}]
+)
+def test_what_is_given_comes_first_also_where_it_is_the_default(given):
+    args = config(method="first_fork", **given)
+    assert {name: getattr(args, name) for name in FIRST_FORK} == {**FIRST_FORK, **given}
+    assert f"{next(iter(given))} {next(iter(given.values()))} (given)" in args.settings_of_method()
+
+
+def test_a_recipe_and_the_command_line_give_too(tmp_path):
+    path = write_pair(tmp_path, **SMALL, method="first_fork", trajectory_weight=0.1)
+    args = read_recipe(path, {"window_length": 9}).args
+    assert (args.trajectory_weight, args.window_length, args.candidate_loss) == (0.1, 9, "surprise")
+
+
+def test_stored_settings_are_read_as_they_were(monkeypatch):
+    stored = config(method="first_fork", candidate_fraction=0.1).to_dict()
+    changed = METHODS["first_fork"]._replace(settings={"candidate_threshold": 9.0})
+    monkeypatch.setitem(METHODS, "first_fork", changed)
+    again = TOPDConfig(**{key: stored[key] for key in (*FIRST_FORK, "method", "output_dir")})
+    assert (again.candidate_threshold, again.candidate_fraction) == (1.0, 0.1)
+
+
+# Shares
+
+
+@pytest.mark.parametrize(("share", "lengths", "expected"), [(0.5, [10, 31], 10), (0.5, [2, 3], 4)])
+def test_a_window_may_be_a_share_of_the_mean_rollout(share, lengths, expected):
+    assert config(window_length=share).window_tokens(lengths) == expected
+    assert config(window_length=7).window_tokens(lengths) == 7
+
+
+@pytest.mark.parametrize(("updates", "expected"), [(150, 75), (1, 1), (80, 40)])
+def test_looking_ahead_may_end_at_a_share_of_the_updates(updates, expected):
+    args = config(look_ahead_until=0.5)
+    args.count_updates(updates)
+    assert args.look_ahead_until == expected
+    assert [args.looks_ahead(step) for step in (0, expected - 1, expected)] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["window_length", "look_ahead_until"])
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+def test_a_number_is_whole_or_a_share(name, value):
+    with pytest.raises(TOPDError, match=f"{name}: .* must be at least 1 and whole, or a share"):
+        config(**{name: value})
+
+
+def test_a_run_by_shares_says_what_it_used_and_is_audited(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = {"method": "first_fork", "candidate_threshold": -9.0, "num_train_epochs": 2.0}
+    path = write_pair(tmp_path, **{**SMALL, "max_steps": -1}, **keys)
+    run_recipe(path, quiet=True)
+    stored = json.loads(Path("run/run.json").read_text())["config"]
+    updates = json.loads(Path("run/rollouts.jsonl").read_text().splitlines()[-1])["step"] + 1
+    assert stored["look_ahead_until"] == round(updates / 2)
+    assert stored["window_length"] == 0.5
+    rollouts = lines("rollouts")
+    guidance = lines("guidance")
+    looked = {row["step"] for row in guidance if row["forks"]}
+    assert looked == set(range(updates // 2))
+    for step in looked:
+        lengths = [len(row["response_ids"]) for row in rollouts if row["step"] == step]
+        most = max(4, round(sum(lengths) / len(lengths) / 2))
+        forks = [fork for row in guidance if row["step"] == step for fork in row["forks"]]
+        assert max(len(fork["teacher_tokens"]) for fork in forks) == most
+    assert not audit_run(Path("run"), updates=updates).faults
+
+
+def test_an_analysis_needs_windows_of_one_length(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_pair(tmp_path, **SMALL, method="first_fork")
+    done = CliRunner().invoke(app, ["probe", str(path)])
+    assert done.exit_code == 2
+    assert "Give a number of tokens, e.g. --window_length 24" in " ".join(done.output.split())
