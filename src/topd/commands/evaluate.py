@@ -20,6 +20,7 @@ from rich.table import Table
 from transformers.utils import logging
 
 from topd.engines import Tick
+from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
@@ -98,6 +99,7 @@ def measure(
     model = spec.load_model().eval().to(device)
     check_head("model", model)
     engine = HFEngine(model, eos_ids=eos_ids(model, evaluators[0].tokenizer))
+    check_decoding(engine)
     made_of = manifest(
         models={"model": model},
         data=fingerprint(evaluators[0].prompts),

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from topd.engines import Scores
@@ -70,6 +70,15 @@ class GrowingLayer(DynamicLayer):
             keys, values = (buffer.index_select(0, indices) for buffer in self._buffers)
             length, self._buffers = self.get_seq_length(), (keys, values)
             self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+
+def select_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep some rows of a cache, the states of recurrent layers too."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.reorder_cache(rows)  # it selects; batch_select_indices knows keys and values only
+        else:
+            layer.batch_select_indices(rows)
 
 
 def growing_cache(model: PreTrainedModel, room: int) -> DynamicCache:

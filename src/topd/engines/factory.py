@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.server_checks import check_logprobs, check_whole, probe_of
 from topd.engines.vllm import VLLMEngine
@@ -27,8 +28,8 @@ def open_engines(
     """The engines of a student and a teacher, served where their ``sources`` say so, and checked.
 
     Raises:
-        TOPDError: servers of the teacher disagree, or the student's cannot tell the log-probs of
-            ``temperature``.
+        TOPDError: a model does not write what its forwards say, servers of the teacher disagree,
+            or the student's cannot tell the log-probs of ``temperature``.
         StoppedError: a server does not answer.
     """
     options: dict[str, Any] = {
@@ -51,7 +52,11 @@ def open_engines(
         check_logprobs(teacher, tokenizers[1])
         if served.check_whole:
             check_whole(teacher, sources[1], tokenizers[1])
-    return (
+    engines = (
         student or HFEngine(models[0], name="student", **options),
         teacher or HFEngine(models[1], name="teacher", **options),
     )
+    for engine in engines:
+        if type(engine) is HFEngine:  # others are written by servers
+            check_decoding(engine)
+    return engines

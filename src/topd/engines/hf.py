@@ -2,39 +2,52 @@
 
 Sampling takes one uniform number a token from the row's own seed (inverse transform), so a
 response does not depend on what else is in the batch. Only full-attention caches can be shared
-between windows; other models continue from a fresh prefill, slower and equal.
+between windows; other models continue from a fresh prefill, slower and equal, and where a model's
+own cache does not do, its rows are written one by one, or without a cache. See :data:`Way`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.decoding import (
-    GrowingLayer,
     WindowBatch,
     draw,
     growing_cache,
     open_windows,
+    select_rows,
     uniforms,
 )
 from topd.engines.memory import in_chunks
 from topd.engines.packed import packed
 from topd.errors import TOPDError
 from topd.inputs.heads import head_of
+from topd.inputs.positions import rope_switch, takes_masks
 from topd.losses import linear_logprobs
 from topd.types import Effort, Generation, Head, Ids, Sampling
 
 WINDOWS_AT_ONCE = 64
+TOKENS_AT_ONCE = 1 << 14  # of prefixes that are read anew
 ROOM = 256  # entries that a cache holds at first; then it grows by half
+
+
+# How a model writes, fastest first; each is exact for more models than the one before.
+#   shared  together, windows behind the cache of the scoring forward, by masks of our own
+#   fresh   together, windows behind their prefixes, which are read anew
+#   alone   likewise, one row at a time: nothing is padded, and no row leaves a batch
+#   whole   together, without a cache: every text is read from its beginning for each token
+Way = Literal["shared", "fresh", "alone", "whole"]
+WAYS: tuple[Way, ...] = get_args(Way)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,8 @@ class HFEngine:
         vocab_size: only the first so many tokens are sampled; the rest are padding rows.
         name: what error messages call the model.
         autocast: makes the context of every forward, so that it computes as training does.
+        way: how to write; by default what the configuration says, which
+            :func:`~topd.engines.decode_check.check_decoding` tries.
     """
 
     def __init__(
@@ -65,12 +80,16 @@ class HFEngine:
         vocab_size: int | None = None,
         name: str = "model",
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+        way: Way | None = None,
     ) -> None:
         self.model = model
         self.name = name
         self._autocast = autocast
         self.vocab_size = vocab_size or head_of(model).vocab_size
         self._kernel = model.config.get_text_config()._attn_implementation
+        self._cache_name = _cache_name(model)
+        self.way: Way = way or _first_way(model, self._cache_name)
+        self._switch = rope_switch(model.config)
         self._ends = frozenset(eos_ids)
         self._eos = torch.tensor(sorted(self._ends), device=model.device)
 
@@ -82,6 +101,11 @@ class HFEngine:
     def ends(self, tokens: Ids) -> bool:
         """Whether a text ends with an end-of-sequence token."""
         return bool(tokens) and tokens[-1] in self._ends
+
+    @property
+    def shares(self) -> bool:
+        """Whether texts with a common prefix may stand in one row."""
+        return self.way == "shared"
 
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
@@ -101,15 +125,32 @@ class HFEngine:
         check_seeds(seeds, prompts)
         if not prompts:
             return []
+        self._check_reach(max(map(len, prompts)) + sampling.max_new_tokens - 1)
+        with self._evaluating(), packed(self.model, self.head) as head:
+            if self.way == "whole":
+                return self._reread(head, prompts, sampling, seeds, tick)
+            if self.way != "alone":
+                return self._written(head, prompts, sampling, seeds, tick)
+            rows = zip(prompts, seeds, strict=True)
+            return [self._written(head, [p], sampling, [s], tick)[0] for p, s in rows]
+
+    def _written(
+        self,
+        head: Head,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tick: Tick,
+    ) -> list[Generation]:
+        """Read prompts, padded on the left, and write behind them."""
         width = max(len(prompt) for prompt in prompts)
         ids = self._tensor([[0] * (width - len(p)) + list(p) for p in prompts])
         length = self._tensor([len(prompt) for prompt in prompts])
         mask = torch.arange(width, device=ids.device) >= width - length[:, None]
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         cache = growing_cache(self.model, room=min(sampling.max_new_tokens, ROOM))
-        with self._evaluating(), packed(self.model, self.head) as head:
-            hidden = self._forward(ids, mask, positions, cache)[:, -1]
-            return self._decode(head, hidden, mask, length, cache, sampling, seeds, tick)
+        hidden = self._forward(ids, mask, positions, cache)[:, -1]
+        return self._decode(head, hidden, mask, length, cache, sampling, seeds, tick)
 
     @torch.no_grad()
     def score(
@@ -128,7 +169,8 @@ class HFEngine:
         self, prompts: Sequence[Ids], responses: Sequence[Ids], temperature: float, keep: bool
     ) -> Scores:
         ids = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
-        cache = DynamicCache(config=self.model.config) if keep else None
+        self._check_reach(max(map(len, ids)))
+        cache = DynamicCache(config=self.model.config) if keep and self.shares else None
         # Padding stands on the right, where a causal model cannot see it: no mask is needed.
         states = self._forward(self._padded(ids), None, None, cache)
         width = max(len(response) for response in responses)
@@ -173,7 +215,7 @@ class HFEngine:
         prefix = scores.prefix
         assert isinstance(prefix, _Prefix)
         check_seeds(seeds, starts)
-        if prefix.cache is None or not self._takes_masks(prefix.cache):
+        if prefix.cache is None or not self.shares:
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
         with self._evaluating(), packed(self.model, self.head) as head:
             return in_chunks(
@@ -183,12 +225,6 @@ class HFEngine:
                 len(starts),
                 WINDOWS_AT_ONCE,
             )
-
-    def _takes_masks(self, cache: DynamicCache) -> bool:
-        """Whether a mask of our own fits: full attention throughout, by a kernel that takes any."""
-        return self._kernel in ("sdpa", "eager") and all(
-            type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers
-        )
 
     def _windows(
         self,
@@ -222,7 +258,7 @@ class HFEngine:
                 break
             if len(needed) < len(rows):
                 rows = needed
-                cache.batch_select_indices(self._tensor(needed))
+                select_rows(cache, self._tensor(needed))
             layout = batch.lay_out()
             hidden = self._forward(layout.ids, layout.mask, layout.positions, cache)
             hidden = hidden[layout.row, layout.column]
@@ -257,9 +293,16 @@ class HFEngine:
     ) -> list[Generation]:
         """Continue by reading every prefix anew: for caches that cannot be shared."""
         cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
+        longest = max(map(len, cut), default=1) + sampling.max_new_tokens
+        at_once = max(1, min(WINDOWS_AT_ONCE, TOKENS_AT_ONCE // longest))
+        return in_chunks(
+            lambda some: self._afresh(cut[some], sampling, seeds[some], tick), len(cut), at_once
+        )
+
+    def _afresh(
+        self, cut: Sequence[Ids], sampling: Sampling, seeds: Sequence[int], tick: Tick
+    ) -> list[Generation]:
         written = self.generate(cut, sampling, seeds, tick=tick)
-        if not written:
-            return []
         hidden = self.score(cut, [w.tokens for w in written], keep=False).hidden
         return [replace(w, hidden=h[: len(w.tokens)]) for w, h in zip(written, hidden, strict=True)]
 
@@ -280,7 +323,6 @@ class HFEngine:
         position of its next token. A row leaves the batch when it has ended.
         """
         steps = sampling.max_new_tokens
-        own_masks = self._takes_masks(cache)
         uniform = uniforms(seeds, steps, hidden.device)
         alive = torch.arange(len(hidden), device=hidden.device)
         tokens = torch.full((len(hidden), steps), -1, device=hidden.device)
@@ -293,14 +335,52 @@ class HFEngine:
             if step + 1 == steps or not len(going):
                 break
             if len(going) < len(alive):
-                cache.batch_select_indices(going)
+                select_rows(cache, going)
                 alive, token, mask, position = (x[going] for x in (alive, token, mask, position))
             mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-            seen = mask[:, None, None] if own_masks else mask
+            seen = mask[:, None, None] if self.shares else mask
             hidden = self._forward(token[:, None], seen, position[:, None], cache)[:, -1]
             position = position + 1
         self._check_written(logprobs)
         return self._generations(tokens, logprobs)
+
+    def _reread(
+        self,
+        head: Head,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tick: Tick,
+    ) -> list[Generation]:
+        """Write behind prompts without a cache: all is read again for each token."""
+        steps = sampling.max_new_tokens
+        uniform = uniforms(seeds, steps, self._eos.device)
+        tokens = torch.full((len(prompts), steps), -1, device=self._eos.device)
+        logprobs = torch.zeros(len(prompts), steps, device=self._eos.device)
+        texts, going = [list(prompt) for prompt in prompts], list(range(len(prompts)))
+        for step in range(steps):
+            some = [texts[k] for k in going]
+            states = self._forward(self._padded(some), None, None, None)
+            last = self._tensor([len(text) - 1 for text in some])
+            hidden, alive = states[torch.arange(len(some)), last], self._tensor(going)
+            token, logprob = draw(head.logits(hidden), uniform[alive, step], sampling)
+            tokens[alive, step], logprobs[alive, step] = token, logprob.float()
+            tick()
+            for k, written in zip(going, token.tolist(), strict=True):
+                texts[k].append(written)
+            going = [k for k in going if texts[k][-1] not in self._ends]
+            if not going:
+                break
+        self._check_written(logprobs)
+        return self._generations(tokens, logprobs)
+
+    def _check_reach(self, longest: int) -> None:
+        """No batch stands on both sides of where RoPE changes. Raises TOPDError if one would."""
+        if self._switch is not None and longest > self._switch:
+            raise TOPDError(
+                f"{self.name}: {longest} tokens, and behind {self._switch} its RoPE (longrope or "
+                "dynamic) has other frequencies, for all rows of a batch. Ask for shorter texts."
+            )
 
     def _check_written(self, logprobs: Tensor) -> None:
         if bool(logprobs.isnan().any()):
@@ -327,15 +407,18 @@ class HFEngine:
             input_ids=ids,
             attention_mask=self._mask(mask),
             position_ids=positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **({self._cache_name: cache} if self._cache_name else {}),
         )
         return output.last_hidden_state
 
     def _mask(self, mask: Tensor | None) -> Tensor | None:
-        """In the form that the model expects: eager attention adds a mask [N 1 q L]."""
+        """In the form that the model expects: eager attention adds a mask [N 1 q L].
+
+        A row that is alone has no padding: nothing is masked.
+        """
         if mask is None or mask.dim() == 2:
-            return None if mask is None else mask.long()
+            return None if mask is None or self.way == "alone" else mask.long()
         if self._kernel == "sdpa":
             return mask
         added = torch.zeros_like(mask, dtype=self.model.dtype)
@@ -357,6 +440,20 @@ class HFEngine:
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, device=self._eos.device)
+
+
+def _cache_name(model: PreTrainedModel) -> str | None:
+    """The argument in which a decoder takes its cache; None if it takes none of transformers'."""
+    known = inspect.signature(model.get_decoder().forward).parameters
+    return next((name for name in ("past_key_values", "cache_params") if name in known), None)
+
+
+def _first_way(model: PreTrainedModel, cache_name: str | None) -> Way:
+    """The fastest way that a configuration promises."""
+    if cache_name is None:
+        return "whole"
+    masks = cache_name == "past_key_values" and takes_masks(model.config)
+    return "shared" if masks else "fresh"
 
 
 def check_seeds(seeds: Sequence[int], rows: Sequence[object]) -> None:

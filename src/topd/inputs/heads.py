@@ -33,8 +33,14 @@ def check_head(name: str, model: PreTrainedModel) -> None:
     training = model.training
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits.float()
-    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    output = model.get_decoder()(input_ids=ids, use_cache=False)
     model.train(training)
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        raise TOPDError(
+            f"{name}: {type(model).__name__} names no decoder that gives hidden states. It is "
+            "not supported: use a causal language model of text."
+        )
     gap = (head_of(model).logits(states) - expected).abs().max().item()
     if gap > 1e-2 * expected.abs().max().item():  # a NaN is for score to report
         raise TOPDError(

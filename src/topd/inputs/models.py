@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.adapters import refuse_adapter_folder
+from topd.inputs.positions import rope_switch
 from topd.inputs.served import ServedSpec
 from topd.inputs.vocabulary import check_tokenizers, check_vocabulary
 from topd.testbed import SCHEME, weights_of
@@ -341,12 +342,25 @@ def load_pair(
 
 
 def check_context(name: str, model: ModelSource, tokens: int) -> None:
-    """Refuse sequences longer than the model's positions. Raises TOPDError."""
-    limit = getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
+    """Refuse sequences longer than the model's positions. Raises TOPDError.
+
+    Or than RoPE that depends on the longest row of a batch can tell apart from its mates.
+    """
+    config = config_of(model)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    asked = (
+        f"{name}: the longest prompt, max_completion_length and the teacher's windows "
+        f"(window_length) make {tokens} tokens"
+    )
+    remedy = "Lower max_completion_length, max_prompt_length or window_length."
     if limit is not None and tokens > limit:
+        raise TOPDError(f"{asked}, the model has {limit} positions. {remedy}")
+    switch = rope_switch(config)
+    if switch is not None and tokens > switch:
         raise TOPDError(
-            f"{name}: the longest prompt and max_completion_length make {tokens} tokens, the "
-            f"model has {limit} positions. Lower max_completion_length or max_prompt_length."
+            f"{asked}, and behind {switch} the model's RoPE ({config.model_type}, longrope or "
+            "dynamic) has other frequencies, for all rows of a batch: what was written before it "
+            f"would be scored otherwise behind it. {remedy}"
         )
 
 

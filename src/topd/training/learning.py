@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from topd.config import TOPDConfig
 from topd.inputs.heads import head_of
+from topd.inputs.positions import takes_masks
 from topd.losses import (
     Kind,
     TokenTerms,
@@ -207,12 +208,7 @@ def lay_out(rollouts: Sequence[Rollout], guidance: Sequence[Guidance], *, packed
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether branches may share a row: full attention throughout, by a kernel that takes masks."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        full = getattr(config, "sliding_window", None) is None
-    else:
-        full = set(kinds) == {"full_attention"}
-    return full and config._attn_implementation == "sdpa"
+    return takes_masks(model.config) and config._attn_implementation == "sdpa"
 
 
 def _branch_batches(

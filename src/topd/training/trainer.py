@@ -227,6 +227,7 @@ class TOPDTrainer(Trainer):
             raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
         if self.copy:
             engines[0].model = self.copy.model
+        self.shares_rows = engines[0].shares
         self.observer = Observer(*engines, args, self.phases)
         self.evaluator = Observer(*engines, args, Phases())
         self.ahead = Ahead(self.observer) if args.overlap else None
@@ -288,7 +289,7 @@ class TOPDTrainer(Trainer):
         totals = self._totals(experience)
         rows = iter(range(len(flat)))
         parts = [[next(rows) for _ in batch] for batch in prompts]
-        packed = can_pack(self.accelerator.unwrap_model(self.model))
+        packed = self.shares_rows and can_pack(self.accelerator.unwrap_model(self.model))
         self.batches = [collate(experience, p, totals, device, packed=packed) for p in parts]
         self.update_loss = torch.zeros((), device=device)
         return self.batches, None
@@ -677,10 +678,12 @@ def _check_contexts(
 ) -> tuple[int, int]:
     """The most tokens that either is asked for at once. Raises TOPDError if they do not fit."""
     longest = [max((len(ids) for ids in side), default=0) for side in _prompt_ids(prompts)]
+    windows = args.guidance_method().looks_ahead
     for name, model, length in zip(
         ("student", "teacher"), (student, teacher), longest, strict=True
     ):
-        check_context(name, model, length + args.max_completion_length)
+        ahead = args.window_length if name == "teacher" and windows else 0
+        check_context(name, model, length + args.max_completion_length + ahead)
     student_most, teacher_most = (length + args.max_completion_length for length in longest)
     return student_most, teacher_most + args.longest_window
 

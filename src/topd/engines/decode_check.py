@@ -1,0 +1,190 @@
+"""What a model writes with its cache, held against forwards without one, before it is used.
+
+A model may read rightly and decode wrongly: its cache loses rows or is passed by, its attention
+counts places where texts leave gaps, its padding is seen. So a few tokens are written as in use:
+rows of several lengths, of which one ends early, in two batches, and windows behind a draft that
+holds and then does not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+from transformers.utils import logging
+
+from topd.engines.hf import WAYS, HFEngine, Way
+from topd.errors import TOPDError
+from topd.types import Generation, Ids, Sampling, wide_dtype
+
+logger = logging.get_logger(__name__)
+
+# what code of models raises where a cache, a mask or positions do not suit it
+FAULTS = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats a token
+NEAR_ELSEWHERE = 0.05
+_KNOWN: dict[str, Way] = {}
+SLOW = {
+    "fresh": "reads the prefix of every window anew",
+    "alone": "writes one row at a time",
+    "whole": "writes without a cache, reading every text again for each token",
+}
+
+
+def check_decoding(engine: HFEngine) -> None:
+    """Have an engine write in the fastest way that is exact for its model.
+
+    Some forty forwards of a few tokens, without autocast, once in a process for models of one
+    configuration. Weights that are NaN are for others to report, and a model of fewer than eight
+    positions is not tried.
+
+    Raises:
+        TOPDError: no way is exact; with what differs.
+    """
+    kind = _kind(engine)
+    if kind in _KNOWN:
+        engine.way = _KNOWN[kind]
+        return
+    first, faults = engine.way, []
+    for way in WAYS[WAYS.index(first) :]:
+        engine.way = way
+        fault = _fault(engine)
+        if fault is None:
+            break
+        faults.append(f"{way}: {fault}")
+    else:
+        engine.way = first
+        raise TOPDError(
+            f"{engine.name}: {type(engine.model).__name__} does not write what its own forwards "
+            f"say ({'; '.join(faults)}). It is not supported: use a model of another architecture "
+            "(docs/models.md)."
+        )
+    _KNOWN[kind] = engine.way
+    if faults:
+        logger.warning(
+            f"{engine.name}: {type(engine.model).__name__} {SLOW[engine.way]}, which is slower: "
+            f"in a faster way it differs from its own forwards ({faults[-1]})."
+        )
+
+
+def _kind(engine: HFEngine) -> str:
+    """What decides how a model decodes, whatever its weights are."""
+    model = engine.model
+    parts = (type(model), model.dtype, model.device, model.config._attn_implementation)
+    return f"{parts} {engine.way} {model.config.to_json_string()}"
+
+
+def _fault(engine: HFEngine) -> str | None:
+    """What is wrong with how an engine writes; None if nothing is."""
+    try:
+        gap, allowed = decoding_gap(engine)
+    except FAULTS as error:
+        if should_reduce_batch_size(error):
+            raise
+        return f"{type(error).__name__}: {str(error)[:100]}"
+    return None if gap <= allowed else f"log-probs differ by {gap:.2g} nats a token"
+
+
+@torch.no_grad()
+def decoding_gap(engine: HFEngine) -> tuple[float, float]:
+    """How far what an engine writes and scores is from forwards of single rows without a cache.
+
+    Returns:
+        The largest mean difference of log-probs over what was written together, beside a row that
+        ended, in windows, or scored, in nats; and what rounding explains. In half precision the
+        median, which an expert chosen otherwise for one token does not move.
+    """
+    prompts, steps = _prompts(engine), 8
+    if not prompts:
+        return 0.0, 0.0
+    steps = min(steps, len(prompts[2]))
+    plain = copy.copy(engine)
+    plain._autocast = nullcontext  # weights as they are: rounding hides least
+    if not all(_alone(plain, p, p[-1:]).isfinite().all() for p in prompts):
+        return 0.0, 0.0
+    plain = _ending(plain, ())
+    greedy, half = Sampling(0.0, max_new_tokens=steps), engine.model.dtype not in NEAR
+    written = plain.generate(prompts, greedy, [0] * 3)
+    early = _ending(plain, written[0].tokens[1:2])
+    order = [prompts[2], prompts[0], prompts[1]]
+    beside = early.generate(order, greedy, [0] * 3)
+    middle = steps // 2
+    drafts = [
+        w.tokens[:middle] + p[:1] + w.tokens[middle + 1 :]
+        for p, w in zip(prompts, written, strict=True)
+    ]
+    scores = plain.score(prompts, drafts)
+    starts = [(0, 0), (2, 1), (0, 1), (1, 0)]
+    windows = plain.continue_from(scores, starts, greedy, [0] * len(starts))
+    cut = [prompts[b] + drafts[b][:t] for b, t in starts]
+    parts = [_apart(plain, prompts, written), _apart(plain, order, beside)]
+    parts += [_apart(plain, cut, windows)]
+    told = zip(drafts, scores.logprobs.tolist(), strict=True)
+    scored = [Generation(draft, tuple(logprobs), finished=True) for draft, logprobs in told]
+    parts.append(_apart(plain, prompts, scored))
+    gaps = [float(part.median() if half else part.mean()) for part in parts]
+    return max(gaps), max(NEAR.get(engine.model.dtype, NEAR_ELSEWHERE), 8 * _noise(plain, prompts))
+
+
+def _prompts(engine: HFEngine) -> list[Ids]:
+    """Three texts of different lengths, random but fixed; none where positions do not suffice."""
+    config = engine.model.config.get_text_config()
+    limits = (getattr(config, "max_position_embeddings", None), engine._switch)
+    least = min((limit for limit in limits if limit is not None), default=64)
+    lengths = (7, 2, 12) if least >= 21 else (2, 1, 4)
+    if least < 8:
+        return []
+    allowed = torch.tensor([k for k in _tokens(engine) if k not in engine._ends])
+    drawn = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0))
+    ids = allowed[(drawn * len(allowed)).long()].split(lengths)
+    return [tuple(part.tolist()) for part in ids]
+
+
+def _tokens(engine: HFEngine) -> Iterator[int]:
+    """At most some thousand of the tokens that may be sampled."""
+    yield from range(0, engine.vocab_size, max(1, engine.vocab_size // 4096))
+
+
+def _ending(engine: HFEngine, ends: Ids) -> HFEngine:
+    """The same engine with other tokens that end a text."""
+    other = copy.copy(engine)
+    other._ends = frozenset(ends)
+    other._eos = torch.tensor(sorted(ends), dtype=torch.long, device=engine._eos.device)
+    return other
+
+
+def _apart(engine: HFEngine, prefixes: Sequence[Ids], found: Sequence[Generation]) -> Tensor:
+    """|difference| of the log-probs of all tokens from those of single rows, end to end."""
+    parts = []
+    for prefix, one in zip(prefixes, found, strict=True):
+        known = _alone(engine, prefix, one.tokens)
+        parts.append((torch.tensor(one.logprobs[: len(known)], dtype=known.dtype) - known).abs())
+    return torch.cat(parts).nan_to_num(nan=torch.inf)
+
+
+def _alone(engine: HFEngine, prefix: Ids, tokens: Ids) -> Tensor:
+    """[K] log-probs of tokens behind (or, for its own last ones, in) a prefix, without a cache."""
+    text = prefix + tokens
+    return _logprobs(engine, [text])[0][len(text) - len(tokens) - 1 :]
+
+
+def _noise(engine: HFEngine, prompts: Sequence[Ids]) -> float:
+    """What rounding alone does: rows padded on the right against single ones, nats a token."""
+    together = _logprobs(engine, prompts)
+    single = [_logprobs(engine, [prompt])[0] for prompt in prompts]
+    apart = [(a[: len(b)] - b).abs() for a, b in zip(together, single, strict=True) if len(b)]
+    return float(torch.cat(apart).mean())
+
+
+def _logprobs(engine: HFEngine, texts: Sequence[Ids]) -> list[Tensor]:
+    """[L - 1] log-probs of all tokens of each text but its first, from one forward."""
+    with engine._evaluating():
+        ids = engine._padded(texts)
+        logits = engine.head.logits(engine._forward(ids, None, None, None)[:, :-1])
+    logits = logits.to(wide_dtype(logits.device)).log_softmax(-1)
+    found = logits.gather(-1, ids[:, 1:, None])[:, :, 0].cpu()
+    return [row[: len(text) - 1] for row, text in zip(found, texts, strict=True)]

@@ -1,0 +1,53 @@
+"""What a model's attention knows of positions, as far as its configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+# ALiBi, and GPT-Neo's local layers: what a token sees depends on where keys lie in the cache
+COUNT_PLACES = ("bloom", "mpt", "gpt_neo")
+
+
+def takes_masks(config: PretrainedConfig) -> bool:
+    """Whether a mask and position ids alone say what a token sees.
+
+    So it is with full attention throughout, by a kernel that takes any mask. Texts that share a
+    prefix may then stand in one row. :func:`~topd.engines.decode_check.check_decoding` tries it.
+    """
+    text = config.get_text_config()
+    layers = DynamicCache(config=config).layers
+    return (
+        text._attn_implementation in ("sdpa", "eager")
+        and text.model_type not in COUNT_PLACES
+        and not getattr(text, "alibi", False)
+        and bool(layers)
+        and all(type(layer) is DynamicLayer for layer in layers)
+    )
+
+
+def rope_switch(config: PretrainedConfig) -> int | None:
+    """Behind how many tokens RoPE has other frequencies, for all rows of a batch; None: never.
+
+    Dynamic NTK and longrope (Phi-3, Phi-4-mini) choose them by the longest row.
+    """
+    text = config.get_text_config()
+    limits = [
+        rope.get("original_max_position_embeddings", text.max_position_embeddings)
+        if rope.get("rope_type") == "longrope"
+        else text.max_position_embeddings
+        for rope in _ropes(getattr(text, "rope_parameters", None) or {})
+        if rope.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=None)
+
+
+def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Those of all layers, or of each kind of layer."""
+    if "rope_type" in parameters:
+        yield parameters
+    else:
+        yield from (one for one in parameters.values() if isinstance(one, Mapping))

@@ -1,0 +1,199 @@
+"""The check at the door: what a model writes against its own forwards without a cache."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from bench.families import V, examine, tiny
+from transformers import PreTrainedModel
+
+from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from topd import TOPDConfig, TOPDTrainer
+from topd.engines import decode_check
+from topd.engines.decode_check import check_decoding, decoding_gap
+from topd.engines.hf import WAYS, HFEngine
+from topd.errors import TOPDError
+from topd.inputs.heads import check_head
+from topd.inputs.positions import rope_switch, takes_masks
+from topd.training.learning import can_pack
+from topd.types import Sampling
+
+GREEDY = Sampling(0.0, max_new_tokens=6)
+
+
+@pytest.fixture(autouse=True)
+def afresh(monkeypatch):
+    """Nothing is known from other tests."""
+    monkeypatch.setattr(decode_check, "_KNOWN", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        ("Qwen3", "windows share the cache"),
+        ("GPT-Neo", "prefixes anew"),
+        ("MPT (ALiBi)", "prefixes anew"),
+        ("LFM2", "prefixes anew"),
+        ("Mamba", "exact"),
+    ],
+)
+def test_an_architecture_of_each_kind_writes_what_is_written_by_hand(name, verdict):
+    found = examine(name)
+    assert verdict in found.verdict
+    assert found.wrong == 0
+    assert found.texts > 10
+    assert found.gap < 1e-3
+
+
+@pytest.mark.parametrize("name", ["GPT-Neo", "MPT (ALiBi)", "Gemma 2"])
+def test_a_promise_that_does_not_hold_is_found_and_a_slower_way_taken(name):
+    """Places counted in the cache, and a mask of our own given to sliding layers."""
+    model = tiny(name)
+    engine = HFEngine(model, eos_ids=[EOS], vocab_size=V, way="shared")
+    assert decode_check._fault(engine) is not None
+    check_decoding(engine)
+    assert engine.way == "fresh"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_all_ways_write_the_same(way):
+    """Tokens, log-probs and windows; in the slowest without any cache."""
+    prompts, seeds = [(1, 9, 23, 41), (5,), (8, 7, 6, 5, 4, 9)], [1, 2, 3]
+    sampling = Sampling(1.0, max_new_tokens=9)
+    engines = [HFEngine(tiny_model(), eos_ids=[3, 11, 20, 40], way=w) for w in ("shared", way)]
+    both = [engine.generate(prompts, sampling, seeds) for engine in engines]
+    assert [w.tokens for w in both[0]] == [w.tokens for w in both[1]]
+    assert [w.finished for w in both[0]] == [w.finished for w in both[1]]
+    responses = [(9, 10, 12, 13), (30,), (33, 34, 35)]
+    starts = [(0, 0), (0, 2), (2, 1), (1, 0)]
+    for first, second in zip(
+        *(
+            e.continue_from(e.score(prompts, responses), starts, sampling, range(4))
+            for e in engines
+        ),
+        strict=True,
+    ):
+        assert first.tokens == second.tokens
+        assert first.logprobs == pytest.approx(second.logprobs, abs=2e-5)
+        torch.testing.assert_close(first.hidden, second.hidden, atol=2e-5, rtol=2e-5)
+
+
+def odd_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Its forward of one token is not that of the token in a row, as of a cache passed by."""
+    model = tiny_model().to(dtype)
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    @functools.wraps(forward)
+    def odd(input_ids, **kwargs):
+        output = forward(input_ids=input_ids, **kwargs)
+        if input_ids.shape[1] == 1:
+            output.last_hidden_state = -output.last_hidden_state
+        return output
+
+    decoder.forward = odd
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_cache_does_not_do_is_read_without(dtype):
+    engine = HFEngine(odd_model(dtype), eos_ids=[EOS])
+    gap, allowed = decoding_gap(engine)
+    assert gap > allowed
+    check_decoding(engine)
+    assert engine.way == "whole"
+
+
+def test_a_model_that_no_way_fits_is_refused_with_the_reason(monkeypatch):
+    monkeypatch.setattr(decode_check, "WAYS", WAYS[:3])
+    reason = r"teacher: Qwen3ForCausalLM does not write .* nats a token"
+    with pytest.raises(TOPDError, match=reason):
+        check_decoding(HFEngine(odd_model(), eos_ids=[EOS], name="teacher"))
+
+
+def test_half_precision_passes():
+    engine = HFEngine(tiny_model().bfloat16(), eos_ids=[EOS])
+    check_decoding(engine)
+    assert engine.way == "shared"
+
+
+def test_weights_that_are_nan_are_for_others_to_report():
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(torch.nan)
+    check_decoding(HFEngine(model, eos_ids=[EOS]))
+
+
+def test_the_check_is_made_once_for_models_of_one_configuration(monkeypatch):
+    made, gap = [], decode_check.decoding_gap
+    monkeypatch.setattr(decode_check, "decoding_gap", lambda e: (made.append(e), gap(e))[1])
+    for seed in (0, 1):
+        check_decoding(HFEngine(tiny_model(seed=seed), eos_ids=[EOS]))
+    check_decoding(HFEngine(tiny_model(num_hidden_layers=3), eos_ids=[EOS]))
+    assert len(made) == 2
+
+
+def test_rows_read_in_one_forward_are_bounded_where_prefixes_are_read_anew():
+    model = tiny_model(use_sliding_window=True, sliding_window=64, max_window_layers=1)
+    engine, shapes = HFEngine(model, eos_ids=[]), []
+    responses = [tuple((7 * i + b) % 50 + 8 for i in range(240)) for b in range(2)]
+    scores = engine.score([tuple(range(3, 13))] * 2, responses)
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    starts = [(b, t) for b in range(2) for t in range(0, 240, 3)]
+    windows = engine.continue_from(scores, starts, Sampling(0.0, max_new_tokens=2), range(160))
+    hook.remove()
+    assert len(windows) == 160
+    assert max(shapes) <= 64 * 252
+
+
+def test_rope_that_depends_on_the_longest_row_is_refused_where_it_changes(tmp_path):
+    model = tiny("Phi-3, longrope")
+    assert rope_switch(model.config) == 40
+    engine = HFEngine(model, eos_ids=[EOS], name="teacher")
+    engine.score([(5, 6)], [tuple(range(8, 46))])
+    for ask in (
+        lambda: engine.score([(5, 6), (7,)], [(9,), tuple(range(8, 48))]),
+        lambda: engine.generate([(5, 6)], Sampling(max_new_tokens=40), [0]),
+    ):
+        with pytest.raises(TOPDError, match="teacher: 41 tokens, and behind 40 its RoPE"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("Llama", None), ("Llama, RoPE yarn", None), ("Llama, RoPE dynamic", 64), ("Mamba", None)],
+)
+def test_where_rope_switches(name, expected):
+    assert rope_switch(tiny(name).config) == expected
+
+
+def test_branches_are_packed_only_where_masks_say_it_all():
+    packs = {name: can_pack(tiny(name)) for name in ("Qwen3", "Jamba", "LFM2", "Falcon, ALiBi")}
+    assert packs == {"Qwen3": True, "Jamba": False, "LFM2": False, "Falcon, ALiBi": False}
+    assert not takes_masks(tiny("Gemma 2").config)
+
+
+def test_a_teachers_positions_must_hold_its_windows_too(tmp_path):
+    """Prompt 6 and completion 12 fit into 20 positions, a window of 8 behind them does not."""
+    options = {"max_completion_length": 12, "window_length": 8, "use_cpu": True, "max_steps": 1}
+    models = [tiny_model(seed=s, max_position_embeddings=20) for s in (0, 1)]
+    for method, fits in (("opd", True), ("topd", False)):
+        args = TOPDConfig(output_dir=str(tmp_path / method), method=method, **options)
+        ask = lambda args=args: TOPDTrainer(  # noqa: E731
+            *models, args, rows(2), processing_class=tiny_tokenizer()
+        )
+        if fits:
+            ask()
+        else:
+            with pytest.raises(TOPDError, match=r"teacher: .*window_length.* has 20 positions"):
+                ask()
+
+
+def test_a_model_that_names_no_decoder_is_refused(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(model, "get_decoder", lambda: model)
+    with pytest.raises(TOPDError, match="teacher: Qwen3ForCausalLM names no decoder"):
+        check_head("teacher", model)
