@@ -263,6 +263,23 @@ CASES: tuple[Case, ...] = (
         )
     ),
     prompt(
+        "messages of another role",
+        "has no message of the role 'user', but of 'human'",
+        "row 0",
+        "Write the roles as user",
+        {"prompt": [{"role": "human", "content": "what"}]},
+    ),
+    prompt(
+        "images", "which are not read", "row 0", "Remove the", {"prompt": "what", "images": [1]}
+    ),
+    prompt(
+        "tools that are no list",
+        "tools must be a list of tools",
+        "row 0",
+        "not {'name': 'sum'}",
+        {"prompt": "what", "tools": {"name": "sum"}},
+    ),
+    prompt(
         "a row without a prompt",
         "has neither prompt nor messages, but answer, question",
         "row 0",

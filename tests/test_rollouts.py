@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from conftest import EOS, rows, tiny_tokenizer
+from conftest import EOS, WORDS, rows, tiny_tokenizer
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.prompts import PromptEncoder, make_rollout, repeated_ngram_share
@@ -156,6 +157,160 @@ def test_rows_are_not_changed():
     before = repr(row)
     encoder(teacher_prompt="{{ solution }}").encode([row])
     assert repr(row) == before
+
+
+# The chat template is asked
+
+
+def with_template(template: str, *words: str) -> PromptEncoder:
+    tokenizer = tiny_tokenizer([*WORDS, *words])
+    tokenizer.chat_template = template
+    return PromptEncoder(tokenizer, tokenizer)
+
+
+def learned(encoder: PromptEncoder, *messages: dict, **row) -> tuple[str, str]:
+    """Prompt and answer as learned, and the finished conversation as the template writes it."""
+    tokenizer = encoder.student
+    (prompt,) = encoder.encode([{"messages": list(messages), **row}], with_response=True)
+    whole = tokenizer.apply_chat_template(list(messages), return_dict=True)["input_ids"]
+    return tokenizer.decode(prompt.student + prompt.response), tokenizer.decode(whole)
+
+
+ANSWER = {"role": "assistant", "content": "so 3"}
+TURNS = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <eot> {% endfor %}"
+TURNS += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+THINKING = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {% if m['role'] == 'assistant' %}"
+    "{% if m.get('reasoning_content') %}<think> {{ m['reasoning_content'] }} </think> {% endif %}"
+    "{{ m['content'] | trim }} </s>{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> <think>{% endif %}"
+)
+CALLS = (
+    "{% for t in tools or [] %}use {{ t['function']['name'] }} {% endfor %}{% for m in messages %}"
+    "{% if 'tool_calls' in m %}call {{ m['tool_calls'][0]['function']['name'] }} </s> "
+    "{% else %}<|{{ m['role'] }}|> {{ m['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ sign | default('=') }}{% endif %}"
+)
+
+
+def test_the_answer_ends_as_the_template_ends_a_turn():
+    ours, theirs = learned(with_template(TURNS, "<eot>"), *ASKED, ANSWER)
+    assert ours == theirs == "<|user|> what is 1 + 2 ? <eot> <|assistant|> so 3 <eot>"
+
+
+def test_an_end_is_added_where_the_template_has_none():
+    ours, theirs = learned(encoder(), *ASKED, ANSWER)
+    assert ours == theirs + " </s>"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {**ANSWER, "reasoning_content": "add 1 and 2"},
+        {**ANSWER, "content": "<think> add 1 and 2 </think> so 3"},
+        {**ANSWER, "content": "  <think> add 1 and 2 </think> so 3 "},  # which the template strips
+    ],
+)
+def test_reasoning_is_learned_as_the_template_writes_it(answer):
+    reader = with_template(THINKING, "<think>", "</think>")
+    ours, theirs = learned(reader, *ASKED, answer)
+    assert ours == theirs
+    assert ours.endswith("<|assistant|> <think> add 1 and 2 </think> so 3 </s>")
+
+
+def test_an_answer_that_the_template_writes_elsewhere_is_refused():
+    reader = with_template(THINKING, "<think>", "</think>")
+    with pytest.raises(TOPDError, match=r"row 0: .*ends with '.*<think>'.*reasoning_content"):
+        reader.encode([{"messages": [*ASKED, ANSWER]}], with_response=True)
+
+
+TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": None}}]
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("form", [TOOLS, json.dumps(TOOLS)])
+def test_tools_and_template_arguments_of_a_row_are_rendered(form):
+    reader = with_template(CALLS, "use", "call")
+    data = [{"prompt": ASKED, "tools": form, "chat_template_kwargs": {"sign": "."}}]
+    data.append({"prompt": ASKED, "tools": None, "chat_template_kwargs": None})
+    first, second = (reader.student.decode(p.student) for p in reader.encode(data))
+    assert first == "use sum <|user|> what is 1 + 2 ? ."
+    assert second == "<|user|> what is 1 + 2 ? ="
+    with pytest.raises(TOPDError, match="row 0: tools need a chat template"):
+        reader.encode([{"prompt": "what is", "tools": TOOLS}])
+    with pytest.raises(TOPDError, match="row 0: tools must be a list"):
+        reader.encode([{"prompt": ASKED, "tools": {"a": 1}}])
+
+
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {}])
+def test_a_tool_call_needs_no_content_and_may_be_the_answer(content):
+    reader = with_template(CALLS, "use", "call")
+    call = {"role": "assistant", **content, **CALL}
+    (asked,) = reader.encode([{"prompt": [*ASKED, call, {"role": "tool", "content": "3"}]}])
+    assert "call sum </s> <unk> 3 =" in reader.student.decode(asked.student)
+
+
+def test_a_tool_call_is_learned_as_an_answer():
+    template = CALLS.replace("call {{", "<|assistant|> call {{").replace(
+        "{{ sign | default('=') }}", "<|assistant|>"
+    )
+    ours, theirs = learned(
+        with_template(template, "use", "call"), *ASKED, {"role": "assistant", "content": "", **CALL}
+    )
+    assert ours == theirs == "<|user|> what is 1 + 2 ? <|assistant|> call sum </s>"
+
+
+def test_keys_of_none_are_as_if_they_were_not_there():
+    reader = with_template(CALLS, "use", "call")
+    (prompt,) = reader.encode([{"prompt": [{**ASKED[0], "tool_calls": None, "name": None}]}])
+    assert reader.student.decode(prompt.student) == "<|user|> what is 1 + 2 ? ="
+
+
+def test_a_completion_is_an_answer():
+    for completion in ("so 3", [ANSWER]):
+        row = {"prompt": ASKED, "completion": completion}
+        (prompt,) = encoder().encode([row], with_response=True)
+        assert text(prompt.response) == "so 3 </s>"
+
+
+@pytest.mark.parametrize("role", ["human", "User"])
+def test_a_role_that_no_template_knows_is_named(role):
+    with pytest.raises(
+        TOPDError, match=f"row 0: has no message of the role 'user', but of '{role}"
+    ):
+        encoder().encode([{"prompt": [{**ASKED[0], "role": role}]}])
+
+
+def test_images_are_not_ignored():
+    with pytest.raises(TOPDError, match=r"row 0: has images, which are not read"):
+        encoder().encode([{"prompt": ASKED, "images": ["a.png"]}])
+
+
+def special(single: str) -> PromptEncoder:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PromptEncoder(tokenizer, tokenizer)
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>"])
+@pytest.mark.parametrize("prompt", ["<s> what is 1 ?", "what is 1 ?"])
+def test_a_text_begins_once_and_does_not_end(single, prompt):
+    (read,) = special(single).encode([{"prompt": prompt}])
+    assert 2 not in read.student
+    assert read.student.count(1) == (single.startswith("<s>") or prompt.startswith("<s>"))
+
+
+def test_an_answer_of_tokens_that_the_teacher_lacks_is_refused():
+    student = tiny_tokenizer()
+    student.add_tokens(["<think>"], special_tokens=True)
+    reader = PromptEncoder(student, tiny_tokenizer())
+    row = {"prompt": ASKED, "solution": "<think> so 3"}
+    with pytest.raises(
+        TOPDError, match="row 0: the answer has '<think>', a token that the teacher"
+    ):
+        reader.encode([row], with_response=True)
 
 
 # Length

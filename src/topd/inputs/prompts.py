@@ -6,8 +6,10 @@ of the row. The response is the same token ids for both; only the prefixes diffe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError
@@ -16,11 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.vocabulary import shared_ids
 from topd.types import Generation, Ids, Prompt, Rollout
 
 logger = logging.get_logger(__name__)
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+UNREAD = ("images", "image", "videos", "video", "audios", "audio")
+ROLES = ("user", "assistant", "system", "tool", "developer", "function")
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
 
 
@@ -50,12 +55,14 @@ class PromptEncoder:
     ) -> list[Prompt]:
         """Encode rows with a ``prompt`` (string or messages) or ``messages`` column.
 
-        A string is tokenised as it is; messages go through the chat template. A final assistant
-        turn is not part of the prompt: it is the reference ``solution``, unless the row has one.
+        A string is tokenised as it is; messages go through the chat template, with the row's
+        ``tools`` and ``chat_template_kwargs``. A final assistant turn is not part of the prompt: it
+        is the reference ``solution``, unless the row has one (or a ``completion``).
 
         Args:
             rows: the data.
-            with_response: also encode ``solution`` as the response, for warm start.
+            with_response: also encode the answer as the response, for warm start: the ids that the
+                template writes for the finished conversation, from the end of the prompt on.
 
         Returns:
             Prompts in order; ``index`` counts rows.
@@ -64,6 +71,7 @@ class PromptEncoder:
             TOPDError: a row lacks a prompt, has an empty one, one that is too long, or lacks a
                 column that the teacher's template names. The message names the row.
         """
+        self._warn_of_dates()
         template = self._template()
         prompts = [self._one(i, row, template, with_response) for i, row in enumerate(rows)]
         longest = [max(len(p.student), len(p.teacher)) for p in prompts]
@@ -83,18 +91,28 @@ class PromptEncoder:
             raise TOPDError("data: no prompt is left. Check the data and max_prompt_length.")
         return kept
 
+    def _warn_of_dates(self) -> None:
+        for tokenizer in {id(t): t for t in (self.student, self.teacher)}.values():
+            if "strftime_now" in str(tokenizer.chat_template or ""):
+                logger.warning(
+                    f"{tokenizer.name_or_path}: its chat template writes today's date, so on "
+                    "another day the prompts are others and a run is not resumed. Where the "
+                    "template takes one, set chat_template_kwargs: {date_string: ...}."
+                )
+
     def _one(
         self, index: int, row: Mapping[str, Any], template: Template | None, with_response: bool
     ) -> Prompt:
-        prompt, solution = _split(index, row)
-        student = self._ids(self.student, prompt)
+        asked = read_row(index, row)
+        prompt, more = asked.prompt, {**self.template_kwargs, **asked.template_kwargs}
+        student = self._ids(index, self.student, prompt, more)
         if template is not None:
-            text = self._fill(index, template, {**row, "solution": solution}, prompt)
-            teacher = self._ids(self.teacher, _with_last_user(prompt, text))
+            text = self._fill(index, template, {**row, "solution": asked.solution}, prompt)
+            teacher = self._ids(index, self.teacher, _with_last_user(prompt, text), more)
         else:
             alike = self.teacher is self.student
-            teacher = student if alike else self._ids(self.teacher, prompt)
-        response = self._response(index, solution) if with_response else None
+            teacher = student if alike else self._ids(index, self.teacher, prompt, more)
+        response = self._response(asked, student, more) if with_response else None
         return Prompt(index, student, teacher, response)
 
     def _fill(
@@ -112,35 +130,64 @@ class PromptEncoder:
             raise TOPDError(f"data row {index}: teacher_prompt comes out empty. Correct it.")
         return text
 
-    def _ids(self, tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> Ids:
-        if isinstance(prompt, str):
-            return tuple(tokenizer(prompt)["input_ids"])
-        name = tokenizer.name_or_path or "the tokenizer"
-        if not tokenizer.chat_template:
+    def _ids(
+        self,
+        index: int,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | Messages,
+        more: Mapping[str, Any],
+    ) -> Ids:
+        if not isinstance(prompt, str):
+            return tuple(_rendered(index, tokenizer, prompt, more, tokenize=True)["input_ids"])
+        if more.get("tools"):
             raise TOPDError(
-                f"{name} has no chat template, but the prompts are messages. Give prompts as "
-                "strings (data.chat: false), or use an instruction model."
+                f"data row {index}: tools need a chat template, and the prompt is text. Give it as "
+                "messages, or leave the column out."
             )
-        try:
-            encoded = tokenizer.apply_chat_template(
-                [dict(message) for message in prompt],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                **self.template_kwargs,
-            )
-        except _TEMPLATE_FAULTS as error:
-            raise TOPDError(
-                f"{name}: its chat template fails: {_said(error)}. Check the messages' roles and "
-                "chat_template_kwargs."
-            ) from error
-        return tuple(encoded["input_ids"])
+        return _text_ids(tokenizer, prompt)
 
-    def _response(self, index: int, solution: str | None) -> Ids:
-        if not solution or not solution.strip():
+    def _response(self, asked: Row, prompt: Ids, more: Mapping[str, Any]) -> Ids:
+        """The answer's ids: what the template writes from the end of the prompt on, and an end."""
+        index, tokenizer = asked.index, self.student
+        if asked.answer is None or not (asked.solution or asked.answer.get("tool_calls")):
             raise TOPDError(f"data row {index}: no solution to learn from. Map a solution column.")
-        ids = self.student(solution, add_special_tokens=False)["input_ids"]
-        return (*ids, self.student.eos_token_id)
+        if isinstance(asked.prompt, str):
+            ids = tokenizer(asked.solution, add_special_tokens=False)["input_ids"]
+            return self._known(index, (*ids, tokenizer.eos_token_id))
+        whole = [*asked.prompt, asked.answer]
+        before, after = (
+            _rendered(index, tokenizer, messages, more, tokenize=False, asks=asks)
+            for messages, asks in ((asked.prompt, True), (whole, False))
+        )
+        if not after.startswith(before):
+            raise TOPDError(
+                f"data row {index}: the chat template does not write the answer after its prompt, "
+                f"which ends with {before[-40:]!r}. Give the part that it wants (reasoning_content "
+                "in the last message), or chat_template_kwargs such as {enable_thinking: false}."
+            )
+        ids = tuple(
+            _rendered(index, tokenizer, whole, more, tokenize=True, asks=False)["input_ids"]
+        )
+        if ids[: len(prompt)] == prompt:
+            ids = ids[len(prompt) :]
+        else:  # the first token of the answer would join the last of the prompt
+            ids = tuple(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
+        return self._known(index, _ended(tokenizer, ids, after, asked.solution))
+
+    def _known(self, index: int, ids: Ids) -> Ids:
+        """The same, if the teacher has all of them. Raises TOPDError."""
+        alike = self.teacher is self.student
+        unknown = () if alike else sorted(set(ids) - set(self._shared))
+        if unknown:
+            raise TOPDError(
+                f"data row {index}: the answer has {self.student.decode(unknown[:1])!r}, a token "
+                "that the teacher does not have. Take it out, or choose another teacher."
+            )
+        return ids
+
+    @cached_property
+    def _shared(self) -> frozenset[int]:
+        return frozenset(shared_ids(self.student, self.teacher))
 
     def _template(self) -> Template | None:
         if self.teacher_prompt is None:
@@ -171,8 +218,34 @@ def _said(error: Exception) -> str:
     return str(error).rstrip(".")
 
 
-def _split(index: int, row: Mapping[str, Any]) -> tuple[str | Messages, str | None]:
-    """The prompt of a row, and its reference solution if it has one."""
+@dataclass(frozen=True)
+class Row:
+    """A row of data, read: its prompt, the answer if it has one, and what the template gets.
+
+    ``answer`` is an assistant's message, ``solution`` its text; ``template_kwargs`` are the row's
+    own, ``tools`` among them.
+    """
+
+    index: int
+    prompt: str | Messages
+    answer: Mapping[str, Any] | None
+    template_kwargs: Mapping[str, Any]
+
+    @property
+    def solution(self) -> str | None:
+        """The text of the answer; None without one."""
+        text = (self.answer or {}).get("content")
+        return text if isinstance(text, str) and text.strip() else None
+
+
+def read_row(index: int, row: Mapping[str, Any]) -> Row:
+    """A row's prompt, answer, tools and template arguments. Raises TOPDError, with the row."""
+    unread = [name for name in UNREAD if row.get(name) not in (None, "", [], {})]
+    if unread:
+        raise TOPDError(
+            f"data row {index}: has {unread[0]}, which are not read: only text is. Remove the "
+            "column, or choose other data."
+        )
     prompt = row.get("prompt")
     if prompt is None:
         prompt = row.get("messages")
@@ -181,27 +254,147 @@ def _split(index: int, row: Mapping[str, Any]) -> tuple[str | Messages, str | No
             f"data row {index}: has neither prompt nor messages, but {', '.join(sorted(row))}. "
             "Map a column: columns: {prompt: NAME}."
         )
-    solution = row.get("solution")
+    answer = _answer(index, row)
     if not isinstance(prompt, str):
         prompt = _checked_messages(index, prompt)
         if prompt and prompt[-1]["role"] == "assistant":
-            solution = solution or prompt[-1]["content"]
+            answer = answer or prompt[-1]
             prompt = prompt[:-1]
     if not prompt or not _last_user(prompt).strip():
+        roles = {} if isinstance(prompt, str) else {m["role"]: None for m in prompt}
+        strange = [role for role in roles if role not in ROLES]
+        if strange:
+            raise TOPDError(
+                f"data row {index}: has no message of the role 'user', but of {strange[0]!r}. "
+                "Write the roles as user, assistant, system or tool."
+            )
         raise TOPDError(f"data row {index}: the prompt is empty. Remove the row or fill it in.")
-    return prompt, solution
+    kwargs = dict(_json_column(index, row, "chat_template_kwargs", Mapping) or {})
+    tools = _json_column(index, row, "tools", Sequence)
+    return Row(index, prompt, answer, {**kwargs, **({"tools": tools} if tools else {})})
 
 
-def _checked_messages(index: int, prompt: Any) -> list[dict[str, str]]:
+def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The answer that a column has: ``solution``, or the ``completion`` of TRL's data."""
+    solution = row.get("solution")
+    if solution is None:
+        solution = row.get("completion")
+    if solution is None or (isinstance(solution, str) and not solution.strip()):
+        return None
+    if not isinstance(solution, str | Sequence | Mapping):
+        solution = str(solution)
+    if isinstance(solution, str):
+        return {"role": "assistant", "content": solution}
+    turns = _checked_messages(index, solution)
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise TOPDError(
+            f"data row {index}: a completion is a text or one message of the assistant. Split the "
+            "conversation into rows."
+        )
+    return turns[0]
+
+
+def _json_column(index: int, row: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """A column with values of the template's, given as they are or as JSON text."""
+    value = row.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise TOPDError(f"data row {index}: {name} is not JSON: {error}.") from error
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, kind):
+        wanted = "a mapping such as {a: 1}" if kind is Mapping else "a list of tools"
+        raise TOPDError(f"data row {index}: {name} must be {wanted}, not {value!r}.")
+    return _filled(value)
+
+
+def _filled(value: Any) -> Any:
+    """Without the keys of None that Arrow puts into every row for want of a value."""
+    if isinstance(value, Mapping):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_filled(inner) for inner in value]
+    return value
+
+
+def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
+    if hasattr(prompt, "tolist"):  # an array of messages, as pandas reads them from Parquet
+        prompt = prompt.tolist()
     messages = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    checked = []
     for message in messages:
-        fields = message if isinstance(message, Mapping) else {}
+        fields = _filled(message) if isinstance(message, Mapping) else {}
+        if fields.get("role") == "assistant" and fields.get("tool_calls"):
+            fields = {"content": "", **fields}
         if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
             raise TOPDError(
                 f"data row {index}: a prompt is a string or a list of messages, each with a role "
                 f"and a content of text; here stands {message!r}."
             )
-    return messages
+        checked.append(fields)
+    return checked
+
+
+def _rendered(
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    more: Mapping[str, Any],
+    *,
+    tokenize: bool,
+    asks: bool = True,
+) -> Any:
+    """Messages through the chat template: the encoding, or the text. Raises TOPDError.
+
+    ``asks`` for an answer: the generation prompt is at the end.
+    """
+    name = tokenizer.name_or_path or "the tokenizer"
+    if not tokenizer.chat_template:
+        raise TOPDError(
+            f"{name} has no chat template, but the prompts are messages. Give prompts as "
+            "strings (data.chat: false), set chat_template or tokenizer: teacher in the model's "
+            "spec, or use an instruction model."
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=asks,
+            tokenize=tokenize,
+            return_dict=tokenize,
+            **more,
+        )
+    except _TEMPLATE_FAULTS as error:
+        raise TOPDError(
+            f"{name}: its chat template fails at data row {index}: {_said(error)}. Check the "
+            "messages' roles, tools and chat_template_kwargs."
+        ) from error
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """A text's ids with the tokenizer's special tokens: BOS once, no end behind what goes on."""
+    ids = list(tokenizer(text)["input_ids"])
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        del ids[0]
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and plain[-1:] != ids[-1:]:
+        del ids[-1]
+    return tuple(ids)
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, ids: Ids, written: str, content: str | None) -> Ids:
+    """A finished turn up to its last token that is no blank; with an end, if the template has none.
+
+    The template has its own where it writes something after the last word of the content.
+    """
+    last = (content or "").split()[-1:]
+    tail = written[written.rfind(last[0]) + len(last[0]) :].strip() if last else written
+    if not tail:
+        return (*ids, tokenizer.eos_token_id)
+    while len(ids) > 1 and not tokenizer.decode(ids[-1:]).strip():
+        ids = ids[:-1]
+    return ids
 
 
 def _last_user(prompt: str | Messages) -> str:
