@@ -682,7 +682,7 @@ def _check_contexts(
     for name, model, length in zip(
         ("student", "teacher"), (student, teacher), longest, strict=True
     ):
-        ahead = args.window_length if name == "teacher" and windows else 0
+        ahead = args.longest_window if name == "teacher" and windows else 0
         check_context(name, model, length + args.max_completion_length + ahead)
     student_most, teacher_most = (length + args.max_completion_length for length in longest)
     return student_most, teacher_most + args.longest_window
