@@ -4,8 +4,10 @@ The base is a testbed teacher with noise on its weights, w (1 + s e), e standard
 makes mistakes. Candidates have further noise: a little, which leaves them *alike*, or more, which
 makes them *worse* by some points; each is drawn anew, and so are problems and samples. What the
 candidates' harms really are is measured on all problems of the family. And simulated answers whose
-harm in both accuracies is *at the limit*, where false alarms are likeliest. Writes
-docs/results/gate.json.
+harm in both accuracies is *at the limit*, where false alarms are likeliest. And how often one
+figure is called within its limit though the candidate is 5 points worse, or worse though it is at
+the limit, with few problems and many. Writes docs/results/gate.json; ``--runs 0`` keeps what it has
+of the testbed.
 """
 
 import json
@@ -19,15 +21,20 @@ import torch
 import typer
 from scipy.stats import binomtest
 
-from topd.commands.gate import Figure, Limits, Suite, compare_models, passed
+from topd.commands.gate import Figure, Limits, Suite, compare_models, passed, verdict
 from topd.engines.hf import HFEngine
 from topd.evaluate import Evaluation, Evaluator, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec
+from topd.statistics import paired_bootstrap
 from topd.testbed import SCHEME
 
 TOKENS = {"arithmetic": 64, "programs": 48, "logic": 112}
 BASE = 0.25
+SIZES = (10, 20, 50, 200)
+LIMIT, HARM, ERROR = 0.02, 0.05, 0.05 / 7  # of a gate with all seven figures, at each end
+GAINS = (0.0, 0.1)  # share of problems that only the candidate solves
+RESULTS = Path("docs/results/gate.json")
 
 
 @dataclass
@@ -102,6 +109,29 @@ def at_the_limit(seed: int, count: int, samples: int) -> list[Figure]:
     return compare_models({"problems": base}, {"problems": candidate}, suite)
 
 
+def few_problems(count: int, trials: int) -> dict[str, Any]:
+    """How often a figure of so many problems is wrongly within or worse, with exact intervals."""
+    found: dict[str, Any] = {}
+    for gain in GAINS:
+        for harm, wrong in ((HARM, "within"), (LIMIT, "within"), (LIMIT, "worse")):
+            drawn = np.random.default_rng([count, round(1000 * harm), round(1000 * gain)])
+            seen = 0
+            for _ in range(trials):
+                lot = drawn.random(count)
+                lost, won = lot < harm + gain, lot > 1 - gain
+                known = paired_bootstrap(
+                    lost.astype(float).tolist(),
+                    won.astype(float).tolist(),
+                    level=1 - 2 * ERROR,
+                    resamples=4000,
+                )
+                seen += verdict(known, LIMIT) == wrong
+            exact = binomtest(seen, trials).proportion_ci()
+            key = f"harm {harm:g}, gains {gain:g}: {wrong}"
+            found[key] = [seen / trials, exact.low, exact.high]
+    return found
+
+
 def rate(runs: list[list[Figure]]) -> dict[str, Any]:
     """How often the gate failed, with its exact 95 % interval, why, and the mean harms."""
     failed = [not passed(figures, strict=False) for figures in runs]
@@ -129,22 +159,34 @@ def main(
     alike: Annotated[float, typer.Option(help="Noise of candidates that are not worse.")] = 0.01,
     worse: Annotated[str, typer.Option(help="Noise of worse ones, by commas.")] = "0.1,0.15",
     simulated: int = 1000,
+    trials: Annotated[int, typer.Option(help="Of each simulated figure.")] = 2000,
 ) -> None:
     """Run the gate on candidates that are alike, worse, and at the limit."""
     torch.set_num_threads(1)
-    testbed = Testbed(family, samples)
-    base = testbed.answers(0.0, 0, testbed.whole)
-    found: dict[str, Any] = {
-        "settings": {"family": family, "problems": problems, "samples": samples, "base": BASE},
-        "base": {"greedy": base.greedy.mean, "pass@1": base.pass_at[1].mean},
+    found: dict[str, Any] = {}
+    if runs:
+        testbed = Testbed(family, samples)
+        base = testbed.answers(0.0, 0, testbed.whole)
+        found["settings"] = {
+            "family": family, "problems": problems, "samples": samples, "base": BASE
+        }  # fmt: skip
+        found["base"] = {"greedy": base.greedy.mean, "pass@1": base.pass_at[1].mean}
+        for noise in (alike, *map(float, worse.split(","))):
+            gates = [testbed.gate(noise, seed, problems) for seed in range(1, runs + 1)]
+            found[f"noise {noise:g}"] = rate(gates)
+            print(noise, json.dumps(found[f"noise {noise:g}"]), flush=True)
+    else:
+        found = json.loads(RESULTS.read_text())
+    found["few problems"] = {
+        "settings": {"limit": LIMIT, "error": ERROR, "trials": trials},
+        **{str(count): few_problems(count, trials) for count in SIZES},
     }
-    for noise in (alike, *map(float, worse.split(","))):
-        gates = [testbed.gate(noise, seed, problems) for seed in range(1, runs + 1)]
-        found[f"noise {noise:g}"] = rate(gates)
-        print(noise, json.dumps(found[f"noise {noise:g}"]), flush=True)
-    found["at the limit"] = rate([at_the_limit(s, problems, samples) for s in range(simulated)])
-    print("at the limit", json.dumps(found["at the limit"]))
-    Path("docs/results/gate.json").write_text(json.dumps(found, indent=1) + "\n")
+    print("few problems", json.dumps(found["few problems"], indent=1), flush=True)
+    if simulated:
+        limit = [at_the_limit(s, problems, samples) for s in range(simulated)]
+        found["at the limit"] = rate(limit)
+        print("at the limit", json.dumps(found["at the limit"]))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -216,8 +216,12 @@ def _figure(
         bounds=(0.0, most),
         level=1 - 2 * error,
     )
-    verdict: Verdict = "worse" if harm.low > limit else "within" if harm.high <= limit else "open"
-    return Figure(name, fmean(before), fmean(after), harm, limit, verdict)
+    return Figure(name, fmean(before), fmean(after), harm, limit, verdict(harm, limit))
+
+
+def verdict(harm: Interval, limit: float) -> Verdict:
+    """What an interval of a harm says of its limit."""
+    return "worse" if harm.low > limit else "within" if harm.high <= limit else "open"
 
 
 def passed(figures: Iterable[Figure], *, strict: bool) -> bool:
@@ -341,8 +345,8 @@ def card_text(
         "",
     ]
     worse, unknown = (
-        ", ".join(_title(f) for f in figures if f.verdict == verdict) or "none"
-        for verdict in ("worse", "open")
+        ", ".join(_title(f) for f in figures if f.verdict == found) or "none"
+        for found in ("worse", "open")
     )
     rows = f": rows {', '.join(map(str, lost[:20]))}{', ...' * (len(lost) > 20)}" if lost else ""
     lines += [

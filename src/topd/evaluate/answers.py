@@ -1,9 +1,13 @@
 """Is the answer right? A response's final answer against the reference of its row.
 
 A verifier is any callable ``(response text, row) -> bool``. The one here knows the formats of
-GSM8K, MATH-500, AIME and HMMT. Numbers and equal strings are compared here; all else goes to
-math-verify (:mod:`topd.evaluate.judge`). Model text is untrusted: all here is linear in its length.
+GSM8K, MATH-500, AIME and HMMT. Where the answer is, is found here; how it is written and whether
+it is the reference say :mod:`topd.evaluate.written` and :mod:`topd.evaluate.comparison`, and
+algebra goes to math-verify (:mod:`topd.evaluate.judge`). A wrong answer that counts is worse than
+a right one that does not. Model text is untrusted: all here is linear in its length.
 """
+
+# ruff: noqa: SIM905 - words in a string
 
 from __future__ import annotations
 
@@ -14,17 +18,44 @@ from decimal import Decimal
 from typing import Any, TypeAlias
 
 from topd.errors import TOPDError
+from topd.evaluate.comparison import same
+from topd.evaluate.exact import UNSPACED, exact
 from topd.evaluate.judge import Judge
+from topd.evaluate.units import SCALES, quantity
+from topd.evaluate.written import minus, plain
 
 Verify: TypeAlias = Callable[[str, Mapping[str, Any]], bool]
 
 LONGEST = 1000  # characters; what is longer is no final answer
+SCANNED = 2 * LONGEST  # of a statement
+EXACT_FLOAT = 2**53
 MARK = "####"
-NUMBER = r"(?:(?<![\w)])[-+])?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)"
-MARKED = re.compile(rf"{MARK}\s*\$?({NUMBER})")
-STATED = re.compile(r"answer(?: is|:|\*\*:|:\*\*)[ :]*([^\n]*)", re.IGNORECASE)
-SPACING = re.compile(r"\\[!,;: ]|\\(?:left|right)(?![a-zA-Z])|\{,\}|[\s$]")
-WORDS = re.compile(r"\\(?:text|mathrm|textbf|mbox)\{([^{}]*)\}")
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?[\w.]*\w))")
+BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+BETWEEN = re.compile(r"[\s$,;]*(?:and|or|&)?[\s$,;]*")
+STATED = re.compile(
+    r"answer(?:\s+is|[ *_]*:)[ *_:]*"
+    r"|(?:^|\n)[#*_ ]*(?:the )?(?:final )?answer(?: is)?[ *_:]*(?=\n)",
+    re.I,
+)
+RUN_ON = re.compile(r"\n[ \t*#]*(?:question|problem|q)\s*\d*[ *]*:", re.I)
+FILLER = re.compile(r"(?:therefore|thus|simply|just|indeed|clearly|then|now|hence|so)\b,?\s*", re.I)
+CLAUSE = re.compile(r",?\s+(?:because|since|as|which|so|where|when|for|if|that)\s", re.I)
+FORMULA = re.compile(r"(?:\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$([^$\n]+)\$)", re.S)
+REFUSED = re.compile(r"\b(?:can(?:no|')t|unable to) (?:answer|solve|determine)", re.I)
+LAST = rf"(?:(?<![\w)])[-+])?(?:{UNSPACED})"
+FIGURE = re.compile(
+    r"(?<![\w.])(\()?([-+]?\s?\$?\s?[-+]?(?:\d|\.\d)[\d.,]*(?: \d{3}(?![\d.,]*\d))*"
+    r"(?:\s?(?:[/:^*-]|\bto\b)\s?\{?-?[\d.,]*\d\}?)*)(\s?%)?(\))?"
+    rf"(?:\s({'|'.join(SCALES)})s?\b)?"
+)
+NAMED = {
+    word: str(i)
+    for i, word in enumerate(
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+        "fifteen sixteen seventeen eighteen nineteen twenty".split()
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -40,9 +71,11 @@ class AnswerVerifier:
     """Checks a response against the reference in ``column`` of its row.
 
     The reference is a bare answer, or a worked solution that ends in ``#### 42`` or holds a
-    ``\\boxed{}``. The response's answer is what stands in its last ``\\boxed{}``, or else behind
-    its last "answer is" or "answer:". Only for a reference with ``####`` (GSM8K, whose prompts ask
-    for no form) a number after ``####`` counts too and, failing all, the last number of the text.
+    ``\\boxed{}``. What a response thinks before ``</think>`` does not count, and one that never
+    stops thinking has no answer. Its answer is in its last ``\\boxed{}``, else in ``<answer>``,
+    else after its last "answer is" or "answer:", on that line or the next. Only for a reference
+    with ``####`` (GSM8K, whose prompts ask for no form) a number after ``####`` counts too and,
+    failing all, the last number of the text.
 
     A comparison that does not end in time is a wrong answer, with a warning in the log.
     """
@@ -52,28 +85,59 @@ class AnswerVerifier:
 
     def __call__(self, response: str, row: Mapping[str, Any]) -> bool:
         """Whether the response is right. Raises TOPDError if math-verify is not installed."""
-        written = str(row[self.column])
+        written = reference_text(row[self.column])
         gold = reference_answer(written)
         claim = final_answer(response, numeric=MARK in written)
         if claim is None or len(claim.text) > LONGEST:
             return False
         ours, theirs = plain(gold), plain(claim.text)
-        if ours == theirs:
-            return True
-        if number(ours) is not None and number(theirs) is not None:
-            return number(ours) == number(theirs)
-        asked = f"\\boxed{{{claim.text}}}" if claim.boxed else claim.text
-        return self.judge.equal(f"\\boxed{{{gold}}}", asked)
+        if MARK in written and not claim.boxed and exact(quantity(theirs).core) is None:
+            return False
+        return same(ours, theirs, self._ask)
+
+    def _ask(self, gold: str, claim: str) -> bool:
+        return self.judge.equal(f"\\boxed{{{gold}}}", f"\\boxed{{{claim}}}")
 
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Make sure that every row has a reference. Raises TOPDError, which names the row."""
+        """Make sure that every row has a reference that can be read exactly.
+
+        Raises:
+            TOPDError: none, or one that is a date, several values, or a number too large for its
+                type; the message names the row.
+        """
         for i, row in enumerate(rows):
-            written = row.get(self.column)
-            if written is None or not reference_answer(str(written)):
+            value = row.get(self.column)
+            try:
+                written = "" if value is None else reference_text(value)
+            except TOPDError as error:
+                raise TOPDError(f"data row {i}, column {self.column!r}: {error}") from error
+            if not reference_answer(written):
                 raise TOPDError(
                     f"data row {i}: no reference answer in column {self.column!r}. Fill it in, "
                     "or map another column."
                 )
+
+
+def reference_text(value: Any) -> str:
+    """A reference as it was written. A list of one is its element.
+
+    Raises:
+        TOPDError: a value whose writing is lost, or that is not one answer.
+
+    >>> reference_text(12), reference_text(1e-05), reference_text(["2"])
+    ('12', '0.00001', '2')
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return reference_text(value[0])
+    if isinstance(value, float) and abs(value) < EXACT_FLOAT:
+        return format(Decimal(repr(value)), "f").removesuffix(".0")
+    if isinstance(value, str | int | Decimal):
+        return str(value)
+    kind = "a float that is not exact" if isinstance(value, float) else f"a {type(value).__name__}"
+    raise TOPDError(
+        f"the reference is {kind} ({str(value)[:60]}), which does not say how the answer is "
+        'written. Give one answer as text, e.g. "2024-02-29".'
+    )
 
 
 def reference_answer(text: str) -> str:
@@ -100,57 +164,109 @@ def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     >>> final_answer("3 boxes of 6 are 18 eggs.", numeric=True)
     Claim(text='18', boxed=False)
     """
+    _, thought, after = text.rpartition("</think>")
+    if thought:
+        text = after
+    elif "<think>" in text:
+        return None
+    run_on = RUN_ON.search(text)
+    if run_on:  # a base model goes on with a problem of its own
+        found = _located(text[: run_on.start()], numeric)
+        if found is not None:
+            return found
+    found = _located(text, numeric)
+    if found is not None or not numeric or REFUSED.search(text):
+        return found
+    numbers = re.findall(LAST, minus(text))
+    return Claim(numbers[-1]) if numbers else None
+
+
+def _located(text: str, numeric: bool) -> Claim | None:
+    """The answer in a box, in a tag, after the mark, or stated."""
     boxed = last_boxed(text)
     if boxed is not None:
         return Claim(boxed, boxed=True)
-    marked = MARKED.findall(text) if numeric else []
-    if marked:
-        return Claim(marked[-1])
-    stated = [found.strip(" *") for found in STATED.findall(text)]
-    said = re.split(r"\.(?:\s|$)", stated[-1])[0].strip(" *") if stated else ""
-    if not numeric:
-        return Claim(said) if said else None
-    numbers = re.findall(NUMBER, said) or re.findall(NUMBER, text)
-    return Claim(numbers[-1]) if numbers else None
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, tagged = before.rpartition("<answer>")
+    if closed and opened:
+        return _figure(tagged) if numeric else Claim(tagged.strip(), boxed=True)
+    if numeric and MARK in text:
+        marked = _figure(text.rpartition(MARK)[2].split("\n")[0])
+        if marked is not None:
+            return marked
+    places = list(STATED.finditer(text))
+    if not places:
+        return None
+    said = _statement(text[places[-1].end() :])
+    if numeric:
+        return _figure(said)
+    return Claim(said) if said else None
+
+
+def _statement(rest: str) -> str:
+    """What is stated: a formula, or the rest of the line or of the next, up to the next clause."""
+    rest = rest.lstrip(" \n\t*_:")[:SCANNED]
+    rest = FILLER.sub("", rest, count=1) if FILLER.match(rest) else rest
+    formula = FORMULA.match(rest)
+    if formula and not re.match(r"\s*(?:,|and|or|%|\\%)", rest[formula.end() :]):
+        after = re.match(r"\s?([a-zA-Z]+(?:\^\d)?)?", rest[formula.end() :])
+        inside = next(group for group in formula.groups() if group is not None).strip()
+        unit = after[1] if after and after[1] else ""
+        return inside + (f" {unit}" if unit and unit.islower() and not CLAUSE.match(f" {unit} ")
+                         else "")  # fmt: skip
+    line = rest.split("\n")[0]
+    sentence = re.split(r"[.!](?:\s|$)", line)[0]
+    return CLAUSE.split(sentence)[0].strip(" *_")
+
+
+def _figure(said: str) -> Claim | None:
+    """The number of a statement: the first one, or that after its last equals sign."""
+    said = minus(said[:SCANNED]).replace("*", " ").rpartition("=")[2].strip()
+    said = re.sub(r"\\\$|\$", "", re.sub(r"\\[()\[\]]|\{,\}|\\!", "", said))
+    found = FIGURE.search(said)
+    if found is None:
+        words = (word for word in re.findall(r"[a-z]+", said.lower()) if word in NAMED)
+        first = next(words, None)
+        return Claim(NAMED[first]) if first else (Claim(said) if "\\" in said else None)
+    opened, number, percent, closed, scale = found.groups()
+    if opened and closed:  # of an accountant a loss, of others not
+        return Claim(f"({number})?")
+    number = re.sub(r"\s", "", number) if not re.search(r"\d \d{3}", number) else number
+    return Claim(number.rstrip(".,") + (percent or "").strip() + (f" {scale}" if scale else ""))
 
 
 def last_boxed(text: str) -> str | None:
     """The content of the last ``\\boxed{}`` or ``\\fbox{}``; None without one, or if it is cut off.
 
-    >>> last_boxed("\\\\boxed{1} or \\\\boxed{\\\\sqrt{2}}")
+    Boxes that only a comma, "and" or "or" parts are one list.
+
+    >>> last_boxed("\\\\boxed{1}, no: \\\\boxed {\\\\sqrt{2}}")
     '\\\\sqrt{2}'
+    >>> last_boxed("\\\\boxed{3} and \\\\boxed 5")
+    '3, 5'
     """
-    start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-    if start < 0:
-        return None
-    start = text.index("{", start) + 1
+    found: list[str] = []
+    place, ended = 0, 0
+    while box := BOX.search(text, place):
+        if box[1]:
+            end = _brace(text, box.end())
+            if end is None:
+                return None
+            content, after = text[box.end() : end], end + 1
+        else:
+            content, after = box[2], box.end()
+        apart = not found or BETWEEN.fullmatch(text[ended : box.start()]) is None
+        joined = not apart and re.search(r"[,;&]|and|or", text[ended : box.start()])
+        found = [*found, content] if joined else [content]
+        place = ended = after
+    return ", ".join(found) if found else None
+
+
+def _brace(text: str, start: int) -> int | None:
+    """Where the brace that was opened before ``start`` closes."""
     depth = 1
-    for found in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    for found in BRACES.finditer(text, start):
         depth += {"{": 1, "}": -1}.get(found.group(), 0)
         if depth == 0:
-            return text[start : start + found.start()]
+            return found.start()
     return None
-
-
-def plain(answer: str) -> str:
-    """An answer without spacing, dollars, final stop and other ways to write the same.
-
-    >>> plain("\\\\$32,\\\\!348."), plain("\\\\text{(C)}"), plain("\\\\dfrac12")
-    ('32,348', 'C', '\\\\frac12')
-    """
-    answer = WORDS.sub(r"\1", answer.strip()).replace("\\$", "")
-    answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
-    answer = SPACING.sub("", answer).rstrip(".")
-    choice = re.fullmatch(r"\(([A-Z])\)", answer)
-    return choice.group(1) if choice else answer
-
-
-def number(text: str) -> Decimal | None:
-    """The value of a decimal number, thousands separated or not; None for anything else.
-
-    >>> number("1,080") == number("1080.00")
-    True
-    """
-    if len(text) > LONGEST or not re.fullmatch(NUMBER, text):
-        return None
-    return Decimal(text.replace(",", ""))

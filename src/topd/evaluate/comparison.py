@@ -1,0 +1,405 @@
+"""Is a claim the reference? By what the reference is: words, a date, a number, a list, algebra.
+
+Words, dates, times and choices are compared as text, numbers as exact rationals, lists and
+intervals by their parts; what is left is algebra, which math-verify is asked about. Where the kinds
+differ the answer is no: a right answer lost costs a little, a wrong one that counts misleads.
+"""
+
+# ruff: noqa: SIM905 - words in a string
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import chain
+from typing import TypeAlias
+
+from topd.evaluate.exact import exact
+from topd.evaluate.units import converted, quantity
+
+Ask: TypeAlias = Callable[[str, str], bool]
+
+MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
+DATE = re.compile(
+    r"\d{4}-\d{1,2}-\d{1,2}(?:[T ].*)?|\d{1,2}[/.]\d{1,2}[/.]\d{2,4}|\d{3}-\d{4}"
+    rf"|(?:\d{{1,2}} )?(?:{'|'.join(MONTHS)})[a-z]*\.? \d{{1,4}}(?:,? \d{{4}})?",
+    re.I,
+)
+TIME = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?\s*([ap]\.?\s*m\.?)?", re.I)
+CHOICE = re.compile(r"\(?([A-Z])\)?")
+CHOSEN = re.compile(r"\(?([A-Za-z])[).:]?|\(?([A-Z])[).:]\s+.+|\(([A-Z])\).*")
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc log ln exp min max gcd lcm mod det arcsin arccos arctan sinh cosh "
+    "tanh sqrt pi infty frac cup cap inf lim sup".split()
+)
+SMALL = frozenset("or no on of is to in at by an as if it we".split())
+ARTICLES = frozenset({"the", "a", "an"})
+VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?'?(?:\([a-z](?:,\s*[a-z])*\))?"
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
+BASED = re.compile(r"(\d+)_\{?(\d{1,2})\}?")
+RATIO = re.compile(r"[^:]+(?::[^:]+)+")
+RELATION = re.compile(r"(\\le\b|\\ge\b|\\ne\b|<|>)")
+MATRIX = re.compile(r"\\begin\{([pbvB]?matrix)\}(.*)\\end\{\1\}", re.S)
+THOUSANDS = re.compile(r"(?<=\d),\d{3}(?!\d)")
+MOST_PARTS = 50
+
+
+def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
+    """Whether a claim is the reference, both in the spelling of ``written.plain``.
+
+    Args:
+        gold: the reference.
+        claim: the answer of a model; it may be anything.
+        ask: whether two expressions are mathematically equal, the reference first.
+    """
+    if not gold or not claim or deep > 6:
+        return False
+    if _tight(gold) == _tight(claim):
+        return True
+    if ("?" in claim) != ("?" in gold):
+        return False
+    gold, claim = _joined(gold), _joined(claim)
+    for kind in (_choices, _literals, _matrices, _quantities, _words):
+        verdict = kind(gold, claim, ask, deep)
+        if verdict is not None:
+            return verdict
+    return _parts(gold, claim, ask, deep)
+
+
+def _tight(text: str) -> str:
+    return re.sub(r"[\s«»]", "", text)
+
+
+def _joined(text: str) -> str:
+    """A list with commas for its "and" or "or", if nothing else in it is a word."""
+    commas = re.sub(r",?\s*(?:«\s*(?:and|or)\s*»|\b(?:and|or)\b)\s*", ", ", text)
+    return text if _wordy(commas) else commas
+
+
+# Text
+
+
+def _choices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+    """A letter, or a list of letters, against letters with or without what they stand for."""
+    ours, theirs = _unmarked(gold), _unmarked(claim)
+    if CHOICE.fullmatch(ours):
+        found = CHOSEN.fullmatch(theirs)
+        letter = next((g for g in found.groups() if g), "") if found else ""
+        return letter.upper() == re.sub(r"[()]", "", ours)
+    letters = re.split(r"\s*,\s*", ours)
+    if len(letters) > 1 and all(CHOICE.fullmatch(letter) for letter in letters):
+        bare = [sorted(re.sub(r"[()]", "", x) for x in re.split(r"\s*,\s*|\s+and\s+", y))
+                for y in (ours, theirs)]  # fmt: skip
+        return bare[0] == bare[1]
+    return None
+
+
+def _literals(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+    """Dates, times of day and telephone numbers: text, whatever an algebra makes of them."""
+    pair = [_unmarked(text) for text in (gold, claim)]
+    times = [TIME.fullmatch(text) for text in pair]
+    if any(times):
+        return all(times) and len({_time(found) for found in times if found}) == 1
+    if any(DATE.fullmatch(text) for text in pair):
+        return _letters(pair[0]) == _letters(pair[1])
+    return None
+
+
+def _time(found: re.Match[str]) -> tuple[int, str, str]:
+    return int(found[1]), found[2], re.sub(r"[.\s]", "", found[3] or "").lower()
+
+
+def _words(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+    """Where either side has words, both are text: the same words in the same order."""
+    if not (_wordy(gold) or _wordy(claim)):
+        return None
+    if not (_wordy(gold) and _wordy(claim)):
+        return False
+    return _letters(gold) == _letters(claim)
+
+
+def _wordy(text: str) -> bool:
+    """Whether there are words in a text that are no names of mathematics."""
+    if re.search(r"«[^»]*[a-zA-Z]{2}", text):
+        return True
+    bare = re.sub(r"\\[a-zA-Z]+", " ", _unmarked(text))
+    runs = re.findall(r"[^\W\d_]+", bare)
+    if any(run.lower() not in FUNCTIONS and (len(run) > 2 or run.lower() in SMALL) for run in runs):
+        return True
+    return bool(re.fullmatch(r"[^\W\d_]{2,}", text.strip())) and text.lower() not in FUNCTIONS
+
+
+def _unmarked(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[«»]", "", text)).strip()
+
+
+def _letters(text: str) -> list[str]:
+    words = re.findall(r"\w+|[-+=<>/^%]", _unmarked(text).casefold().replace("_", " "))
+    return [word for word in words if word not in ARTICLES] or words
+
+
+# Numbers
+
+
+def _quantities(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+    """Numbers with or without units. A side without a unit is taken to be in the other's."""
+    ours, theirs = quantity(gold), quantity(claim)
+    if (ours.unit, ours.scale, theirs.unit, theirs.scale) == ("", 1, "", 1):
+        values = exact(gold), exact(claim)
+        return None if None in values else values[0] == values[1]
+    if _wordy(ours.core) or _wordy(theirs.core):
+        return None
+    mine, other = exact(ours.core), exact(theirs.core)
+    if "%" in (ours.unit, theirs.unit) and ours.unit != theirs.unit:
+        if mine is None or other is None or (ours.unit and theirs.unit):
+            return False
+        share, number = (mine, other) if ours.unit == "%" else (other, mine)
+        return number == share / 100 or (number == share and abs(share) >= 1)
+    sizes = converted(ours, theirs) if ours.unit and theirs.unit else (Fraction(1), Fraction(1))
+    if sizes is None:
+        return False
+    if mine is not None and other is not None:
+        return mine * ours.scale * sizes[0] == other * theirs.scale * sizes[1]
+    if sizes[0] != sizes[1] or ours.scale != theirs.scale:
+        return False
+    return same(ours.core, theirs.core, ask, deep=deep + 1)
+
+
+def _numbers(gold: str, claim: str) -> bool | None:
+    """Numbers in a base, and ratios."""
+    based = [BASED.fullmatch(text) for text in (gold, claim)]
+    if any(based):
+        values = [_in_base(found) for found in based if found]
+        if all(based):
+            return values[0] is not None and len(set(values)) == 1
+        plain = claim if based[0] else gold
+        digits = next(found[1] for found in based if found)
+        return plain.isdigit() and (plain == digits or int(plain[:300]) == values[0])
+    if RATIO.fullmatch(gold):
+        terms = [[exact(term) for term in text.split(":")] for text in (gold, claim)]
+        if len(terms[1]) == 1 and len(terms[0]) == 2 and None not in terms[0] and terms[0][1]:
+            return terms[1][0] == terms[0][0] / terms[0][1]  # type: ignore[operator]
+        return _proportional(terms[0], terms[1])
+    return False if RATIO.fullmatch(claim) else None
+
+
+def _in_base(found: re.Match[str]) -> int | None:
+    base = int(found[2])
+    if not 2 <= base <= 36 or any(int(digit) >= base for digit in found[1]):
+        return None
+    return int(found[1][:300], base)
+
+
+def _proportional(ours: Sequence[Fraction | None], theirs: Sequence[Fraction | None]) -> bool:
+    if len(ours) != len(theirs) or None in ours or None in theirs or not ours[0] or not theirs[0]:
+        return False
+    return all(
+        a * theirs[0] == b * ours[0]  # type: ignore[operator]
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+# Structures
+
+
+def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
+    """Matrices, sets of numbers, lists, equations; then algebra."""
+    number = _numbers(gold, claim)
+    if number is not None:
+        return number
+    gold, claim = (re.sub(rf"^{VARIABLE}\s*\\in\b\s*", "", text) for text in (gold, claim))
+    region, other = _region(gold), _region(claim)
+    if region and (other or "\\cup" in gold or _relations(gold)):
+        return other is not None and _all_same(region, other, ask, deep, ordered=False)
+    if other and (_relations(claim) or "\\cup" in claim):
+        return False
+    ours, theirs = _list(gold), _list(claim)
+    if len(ours[1]) > 1 or len(theirs[1]) > 1 or ours[0] or theirs[0]:
+        return _lists(ours, theirs, ask, deep)
+    return _equation(gold, claim, ask, deep)
+
+
+def _matrices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+    """By their entries, whatever their brackets."""
+    if "\\begin" not in gold + claim:
+        return None
+    found = [MATRIX.fullmatch(text) for text in (gold, claim)]
+    if not all(found):
+        return False
+    rows = [[row.split("&") for row in re.split(r"\\\\", m[2]) if row.strip()] for m in found if m]
+    if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
+        return False
+    pairs = zip(*(chain.from_iterable(entries) for entries in rows), strict=True)
+    return all(same(a.strip(), b.strip(), ask, deep=deep + 1) for a, b in pairs)
+
+
+Region: TypeAlias = tuple[str, str, str, str]  # bracket, low, high, bracket
+
+
+def _relations(text: str) -> bool:
+    return RELATION.search(text) is not None
+
+
+def _region(text: str) -> list[str] | None:
+    """The intervals of a union or of inequalities in one variable, as ``[0;1)``; None for others.
+
+    >>> _region("0 \\\\le x < 1"), _region("x \\\\ne 3")
+    (['[0;1)'], ['(-\\\\infty;3)', '(3;\\\\infty)'])
+    """
+    text = text.replace("+\\infty", "\\infty").strip()
+    if _relations(text):
+        each = [_inequality(part) for part in _split(text)]  # x < 2 or x > 3
+        return None if None in each else [region for part in each if part for region in part]
+    found = []
+    for part in text.split("\\cup"):
+        inner = re.fullmatch(r"\s*([(\[])([^()\[\]]*(?:\([^()]*\)[^()\[\]]*)*)([)\]])\s*", part)
+        ends = _split(inner[2]) if inner else []
+        if inner is None or len(ends) != 2:
+            return None
+        found.append(f"{inner[1]}{ends[0]};{ends[1]}{inner[3]}")
+    return found
+
+
+def _inequality(text: str) -> list[str] | None:
+    pieces = [piece.strip() for piece in RELATION.split(text)]
+    sides, signs = pieces[::2], pieces[1::2]
+    where = [i for i, side in enumerate(sides) if re.fullmatch(VARIABLE, side)]
+    if len(where) != 1 or len(sides) > 3 or not all(sides):
+        return None
+    if signs == ["\\ne"]:
+        other = sides[1 - where[0]]
+        return [f"(-\\infty;{other})", f"({other};\\infty)"]
+    low, high = ("(", "-\\infty"), ("\\infty", ")")
+    for i, sign in enumerate(signs):
+        if sign == "\\ne" or where[0] not in (i, i + 1):
+            return None
+        left = where[0] == i  # variable SIGN bound
+        bound, closed = sides[i + 1] if left else sides[i], sign in ("\\le", "\\ge")
+        if (sign in ("<", "\\le")) == left:
+            high = (bound, "]" if closed else ")")
+        else:
+            low = ("[" if closed else "(", bound)
+    return [f"{low[0]}{low[1]};{high[0]}{high[1]}"]
+
+
+def _split(text: str) -> list[str]:
+    """At commas and semicolons outside brackets; those of thousands stay.
+
+    >>> _split("1, (2, 3), 4"), _split("1,000, 2"), _split("1,2")
+    (['1', '(2, 3)', '4'], ['1,000', '2'], ['1', '2'])
+    """
+    spaced = re.search(r",\s", text) is not None
+    parts, depth, start = [], 0, 0
+    for place, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        thousands = spaced and THOUSANDS.match(text, place) is not None
+        if depth == 0 and char in ",;" and not thousands:
+            parts.append(text[start:place].strip())
+            start = place + 1
+    return [part for part in (*parts, text[start:].strip()) if part]
+
+
+def _list(text: str) -> tuple[str, list[str]]:
+    """The bracket around a list, if there is one, and its items. ``\\\\pm`` stands for two."""
+    text = re.sub(r"^[A-Za-z]\s*=\s*(?=.*,)(?![^,]*,\s*[A-Za-z]\s*=)", "", text)
+    text = text.replace("\\{", "{").replace("\\}", "}").strip()
+    bracket = text[:1] if text[:1] in BRACKETS and _closing(text) == len(text) - 1 else ""
+    items = _split(text[1:-1] if bracket else text)
+    if bracket == "(" and len(items) == 1:
+        bracket = ""
+    both = []
+    for item in items:
+        sign = re.search(r"\\pm|\\mp", item)
+        both += [item] if sign is None else [
+            (item[: sign.start()] + s + item[sign.end() :]).strip() for s in ("+", "-")
+        ]  # fmt: skip
+    return bracket, [item.removeprefix("+").strip() for item in both]
+
+
+def _closing(text: str) -> int:
+    depth = 0
+    for place, char in enumerate(text):
+        depth += (char in "([{") - (char in ")]}")
+        if depth == 0:
+            return place
+    return -1
+
+
+def _lists(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], ask: Ask, deep: int) -> bool:
+    """Tuples are ordered, sets and bare lists are not. A bare list may stand for either."""
+    (kind, gold), (other, claim) = ours, theirs
+    if kind == "(":
+        return other in ("(", "") and _all_same(gold, claim, ask, deep, ordered=True)
+    if kind == "[":
+        return other == "[" and _all_same(gold, claim, ask, deep, ordered=True)
+    return other in ("{", "") and _all_same(gold, claim, ask, deep, ordered=False)
+
+
+def _all_same(
+    gold: Sequence[str], claim: Sequence[str], ask: Ask, deep: int, *, ordered: bool
+) -> bool:
+    if len(gold) != len(claim) or len(gold) > MOST_PARTS or "\\ldots" in (*gold, *claim):
+        return False
+    left = list(claim)
+    for item in gold:
+        choices = left[:1] if ordered else left
+        found = next((other for other in choices if _item(item, other, ask, deep)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
+def _item(gold: str, claim: str, ask: Ask, deep: int) -> bool:
+    """Two items of lists; regions by their brackets and ends."""
+    if ";" not in gold + claim:
+        return same(gold, claim, ask, deep=deep + 1)
+    if gold[0] + gold[-1] != claim[0] + claim[-1]:
+        return False
+    ends = zip(gold[1:-1].split(";"), claim[1:-1].split(";"), strict=True)
+    return all(same(a.strip(), b.strip(), ask, deep=deep + 1) for a, b in ends)
+
+
+def _equation(gold: str, claim: str, ask: Ask, deep: int) -> bool:
+    """Equations: the side of a lone variable is its name, and may be missing on one side."""
+    ours, theirs = gold.split("="), claim.split("=")
+    if len(ours) == len(theirs) == 2:
+        if _tight(ours[0]) == _tight(theirs[0]):
+            return same(ours[1].strip(), theirs[1].strip(), ask, deep=deep + 1)
+        if all(re.fullmatch(VARIABLE, side[0].strip()) for side in (ours, theirs)):
+            return False
+    elif len(ours) == 2 and len(theirs) == 1 and re.fullmatch(VARIABLE, ours[0].strip()):
+        return same(ours[1].strip(), claim, ask, deep=deep + 1)
+    elif len(ours) == 1 and len(theirs) > 1:
+        named = re.fullmatch(VARIABLE, theirs[0].strip())
+        values = {exact(side.strip()) for side in (theirs if not named else theirs[1:])}
+        if (len(values) == 1 and None not in values) or (named and len(theirs) == 2):
+            return same(gold, theirs[-1].strip(), ask, deep=deep + 1)
+        return False
+    elif len(ours) != len(theirs):
+        return False
+    return _algebra(gold, claim, ask)
+
+
+def _algebra(gold: str, claim: str, ask: Ask) -> bool:
+    """What math-verify is asked: expressions of the same variables, no decimal for a root."""
+    if _variables(gold) != _variables(claim) or "\\ldots" in gold + claim:
+        return False
+    values = exact(gold), exact(claim)
+    if (values[0] is None) != (values[1] is None):
+        number = gold if values[0] is not None else claim
+        if "." in number or not re.search(r"\\[a-z]|[a-z^(]", gold + claim):
+            return False
+    return ask(gold, claim)
+
+
+def _variables(text: str) -> set[str]:
+    names = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text)
+    greek = {name for name in names if name[0] == "\\" and name[1:] in GREEK}
+    return greek | {name for name in names if name[0] != "\\" and name not in "ei"}
+
+
+GREEK = frozenset(
+    "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega".split()
+)

@@ -1,0 +1,101 @@
+"""Answers as they are written: one spelling for LaTeX, Unicode and plain text. Pure functions.
+
+Text from ``\\text{}`` and its kin is kept apart in guillemets, ``5\\text{ m}`` as ``5 «m»``, so
+that a unit is not taken for a variable.
+"""
+
+# ruff: noqa: RUF001, SIM905 - the characters are the subject; words in a string
+
+from __future__ import annotations
+
+import re
+
+CHARACTERS = {
+    **dict.fromkeys(map(ord, "−‒–﹣－"), "-"),
+    **{ord(a): b for a, b in zip("０１２３４５６７８９", "0123456789", strict=True)},
+    **{ord(a): f"\\frac{{{b[0]}}}{{{b[1]}}}" for a, b in
+       zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞",
+           "12 13 23 14 34 15 25 35 45 16 56 18 38 58 78".split(), strict=True)},
+    **{ord(a): rf" \{b} " for a, b in
+       zip("√π∞∪∩×·÷≤≥≠±θαβφ∈≈",
+           "sqrt pi infty cup cap times cdot div le ge ne pm theta alpha beta phi in approx"
+           .split(), strict=True)},
+    ord("°"): "°", ord("％"): "%", ord("＝"): "=", ord("，"): ",", ord("（"): "(", ord("）"): ")",
+}  # fmt: skip
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+TEXT = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol)"
+    r"\s*\{([^{}]*)\}"
+)
+SWITCH = re.compile(r"\\(?:bf|rm|it|sf|displaystyle|textstyle|left|right|limits|bigl?|bigr)\b\s?")
+SPACE = re.compile(r"(?<!\\)\\(?:[,;: ]|quad\b|qquad\b|enspace\b)|~")
+DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\s*\\degrees?\b|\s*°")
+RELATIONS = {"leqslant": "le", "leq": "le", "geqslant": "ge", "geq": "ge", "neq": "ne"}
+PREFIX = re.compile(
+    r"^«?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|:|=)\s*|^(?:\\approx|approximately|about)\s+",
+    re.I,
+)
+
+
+def plain(answer: str) -> str:
+    """An answer in one spelling, without delimiters, styles, and a final stop.
+
+    >>> plain("\\\\$32,\\\\!348."), plain("\\\\left(\\\\tfrac12,\\\\; 3\\\\right)"), plain("x²")
+    ('$32348', '(\\\\frac{1}{2}, 3)', 'x^{2}')
+    """
+    text = re.sub(
+        "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", answer
+    )
+    text = _without_delimiters(text.translate(CHARACTERS).replace("**", " ").strip(" _\t\n"))
+    text = re.sub(r"\\tag\*?\s*\{[^{}]*\}|\\!(?!\s*\d)", "", text)
+    text = re.sub(r"\{,\}|,\s*\\!\s*(?=\d)|\\!", "", text)
+    text = SPACE.sub(" ", SWITCH.sub("", text))
+    for _ in range(3):  # nested boxes and styles
+        text = re.sub(r"\\f?box(?:ed)?\s*\{([^{}]*)\}", r"\1", text)
+        text = TEXT.sub(_marked, text)
+    text = DEGREES.sub("°", text.replace("\\%", "%"))
+    text = re.sub(
+        r"\\(leqslant|leq|geqslant|geq|neq)\b", lambda m: "\\" + RELATIONS[m.group(1)], text
+    )
+    text = text.replace("\\lt", "<").replace("\\gt", ">").replace("<=", "\\le ").replace(
+        ">=", "\\ge "
+    )  # fmt: skip
+    text = PREFIX.sub("", _fractions(text).strip())
+    if text.count("«") != text.count("»"):
+        text = re.sub("[«»]", "", text)
+    return re.sub(r"\s+", " ", text).strip(" \n*").rstrip(".,;").strip()
+
+
+def minus(text: str) -> str:
+    """Text with ASCII's minus for the other ones."""
+    return re.sub("[−‒–﹣－]", "-", text)
+
+
+def _without_delimiters(text: str) -> str:
+    """Without those of formulas. A dollar that opens no formula is money."""
+    text = text.replace("\\$", "\x01")
+    if text.count("$") % 2:
+        text = re.sub(r"\$(?=\s*\d)", "\x01", text, count=1)
+    return re.sub(r"\$|\\[()\[\]](?!\d*pt)", " ", text).replace("\x01", "$")
+
+
+def _marked(found: re.Match[str]) -> str:
+    """Text in guillemets if it has letters; a single letter of a formula's font is a letter."""
+    inside = found.group(1)
+    if not re.search("[a-zA-Z]", inside):
+        return inside
+    words = inside.strip()
+    if re.fullmatch(r"[a-zA-Z]", words) and found.group().startswith((r"\math", r"\op", r"\bold")):
+        return inside
+    return f" «{words}»"
+
+
+def _fractions(text: str) -> str:
+    """``\\frac12`` and ``\\sqrt2`` with their braces."""
+    text = re.sub(r"\\[dtc]frac\b", r"\\frac", text)
+    text = re.sub(r"\\[dtc]frac(?=\d)", r"\\frac", text)
+    text = re.sub(r"\\frac\s*(\w)", r"\\frac{\1}", text)
+    text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
+    text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*(\{)", r"\\frac\1\2", text)
+    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
+    return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
