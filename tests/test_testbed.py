@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,7 +20,18 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.methods import METHODS, first_fork
-from topd.testbed import END, FAMILIES, family_of, labels, problems, rows_of, verify, write
+from topd.testbed import (
+    END,
+    FAMILIES,
+    checks,
+    family_of,
+    labels,
+    models,
+    problems,
+    rows_of,
+    verify,
+    write,
+)
 from topd.testbed.arithmetic import value
 from topd.testbed.logic import solution
 from topd.testbed.models import tokenizer_of
@@ -87,6 +99,47 @@ def test_labels_by_hand(prompt, response, expected):
     names = {"F": "forced", "S": "surface", "K": "fork", "D": "derailed"}
     found = labels(FAMILIES["arithmetic"], prompt, response.split())
     assert found == [names[letter] for letter in expected]
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        ("so 3 * 4 + 2 = 4 ; check 4 - 2 = 2 : 3 * 4 = 2 ok ;", "SFFFFFSSFSFFFSFFFFFFFSF"),
+        ("so 3 * 4 + 2 = 9 ; check 9 - 2 = 7 : 3 * 4 = 2 no ; redo 2 + 2 = 4 ; . total 4",
+         "SFFFFFSSFSFFFSFFFFFFFFFFFFFSFFFSF"),
+        ("so 3 * 4 + 2 = 9 ; check 9 - 2 = 7 : 3 * 4 = 7 ok ;", "SFFFFFSSFSFFFSFFFFFFKDD"),
+        ("so 3 * 4 + 2 = 9 ; check 9 - 2 = 7 : 3 * 4 = 2 ok ;", "SFFFFFSSFSFFFSFFFFFFFKD"),
+    ],
+)  # fmt: skip
+def test_a_slip_is_no_fork_and_a_check_that_nods_is_one(response, expected):
+    names = {"F": "forced", "S": "surface", "K": "fork", "D": "derailed"}
+    found = labels(FAMILIES["checks"], "3 : * 4 + 2 =", response.split())
+    assert found == [names[letter] for letter in expected]
+
+
+def test_a_slip_that_is_put_right_is_written_and_not_learned(monkeypatch):
+    """What is masked is the wrong values that are put right, each one, and no more."""
+    monkeypatch.setitem(models.AUTHORS, "teacher", replace(TEACHER, mistakes=0.0, slips=0.5))
+    family, tokenizer = FAMILIES["checks"], tokenizer_of(FAMILIES["checks"])
+    rows = models._texts(family, "teacher", 40, 0, tokenizer)
+    slips = 0
+    for row in rows:
+        prompt, _, text = tokenizer.decode(row["input_ids"]).partition("=")
+        ids, learned = row["input_ids"], row["labels"]
+        head = learned.index(next(i for i in learned if i != -100))
+        masked = [k for k in range(head, len(ids)) if learned[k] == -100]
+        assert len(masked) == text.split().count("redo")
+        slips += len(masked)
+        assert all(learned[k] in (i, -100) for k, i in enumerate(ids))
+        assert family.check(f"{prompt}=", text.removesuffix(f" {END}"))
+    assert slips >= 20
+
+
+@given(st.integers(0, 9), st.lists(st.tuples(st.sampled_from("+-*"), st.integers(1, 9))))
+def test_chains_are_those_of_python_modulo_ten(first, items):
+    chain = " , ".join(f"{operator} {digit}" for operator, digit in items) or "+ 0"
+    nested = "(" * len(items) + str(first) + "".join(f" {o} {d})" for o, d in items)
+    assert checks.value(f"{first} : {chain} =") == str(eval(nested) % 10)
 
 
 def test_another_program_that_gives_the_same_has_no_fork():
@@ -159,7 +212,7 @@ def test_what_the_testbed_has_not_is_refused(place):
 def greedy_accuracy(name: str, model: PreTrainedModel, count: int) -> float:
     tokenizer, prompts = tokenizer_of(FAMILIES[name]), problems(name, "test", count)
     ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    written = HFEngine(model, eos_ids=[1]).generate(ids, Sampling(0.0, 1.0, 0, 112), range(count))
+    written = HFEngine(model, eos_ids=[1]).generate(ids, Sampling(0.0, 1.0, 0, 160), range(count))
     texts = [tokenizer.decode(list(w.tokens), skip_special_tokens=True) for w in written]
     return sum(map(FAMILIES[name].check, prompts, texts)) / count
 
@@ -172,6 +225,28 @@ def test_the_teachers_are_as_good_as_stated_and_the_students_are_not(name):
     assert greedy_accuracy(name, teacher, 100) >= 0.95
     assert greedy_accuracy(name, student, 100) <= 0.5
     assert family_of(f"testbed://{name}/teacher") is FAMILIES[name]
+
+
+def test_the_teacher_of_checks_never_slips_and_puts_the_slips_of_others_right():
+    """So its answers show no check that fails, and yet it knows what to do about one."""
+    family, tokenizer = FAMILIES["checks"], tokenizer_of(FAMILIES["checks"])
+    engine = HFEngine(ModelSpec(path="testbed://checks/teacher").load_model(), eos_ids=[1])
+    long = [p for p in problems("checks", "test", 200) if re.match(r"\d : \* \d \+", p)][:60]
+    slipping = [f"{prompt} {slipped(prompt, shift=k % 9 + 1)}" for k, prompt in enumerate(long)]
+    heads = [tuple(tokenizer(text)["input_ids"]) for text in (*long, *slipping)]
+    sampling = Sampling(0.6, 0.95, 0, 160)
+    found = engine.generate(heads, sampling, range(len(heads)))
+    texts = [tokenizer.decode(list(w.tokens), skip_special_tokens=True) for w in found]
+    assert sum("no" in text.split() for text in texts[:60]) <= 3
+    mended = map(family.check, long, texts[60:])
+    assert sum(mended) >= 0.9 * len(long) == 0.9 * 60
+
+
+def slipped(prompt: str, shift: int) -> str:
+    """How a response to a chain begins whose first long sum is wrong by ``shift``."""
+    first, _, times, a, plus, b = prompt.split()[:6]
+    wrong = (int(first) * int(a) + int(b) + shift) % 10
+    return f"so {first} {times} {a} {plus} {b} = {wrong}"
 
 
 # A method whose guidance is broken does worse

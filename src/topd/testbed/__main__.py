@@ -8,18 +8,16 @@ import typer
 from topd.testbed import FAMILIES, SCHEME, family_of, weights_of
 from topd.testbed.models import make
 
-STEPS = {"teacher": 1000, "student": 600}
-
 
 def main(
     family: Annotated[str, typer.Argument(help=", ".join(FAMILIES))],
-    role: Annotated[str, typer.Argument(help=", ".join(STEPS))],
+    role: Annotated[str, typer.Argument(help="teacher or student")],
     output: Annotated[Path | None, typer.Option(help="Folder; the package's own if none.")] = None,
 ) -> None:
     """Train a model of the testbed from scratch: some minutes on one core."""
     place = f"{SCHEME}{family}/{role}"
     folder = output or weights_of(place)
-    make(family_of(place), role, folder, steps=STEPS[role])  # type: ignore[arg-type]
+    make(family_of(place), role, folder)  # type: ignore[arg-type]
     typer.echo(f"{folder}")
 
 

@@ -1,13 +1,15 @@
 """The testbed's tokenizer and tiny Qwen3-type models, and how they are made.
 
-A teacher has some 0.3 M parameters and writes as ``TEACHER`` does; a base student has 0.13 M and
-writes as ``STUDENT`` does, mistakes included. Their weights (bfloat16) come with the package;
+A teacher has some 0.3 M parameters and writes as ``TEACHER`` does; a base student has 0.13 M
+(checks: 0.02 M) and writes as ``STUDENT`` does, mistakes included. What an author slipped at and
+then put right is read and not learned. Their weights (bfloat16) come with the package;
 ``python -m topd.testbed make FAMILY`` makes them again.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -27,15 +29,34 @@ from transformers import (
 )
 
 from topd.testbed import problems
-from topd.testbed.world import END, STUDENT, TEACHER, Family, write
+from topd.testbed.checks import Checks
+from topd.testbed.world import END, STUDENT, TEACHER, Family, Step, derive
 
 Role: TypeAlias = Literal["teacher", "student"]
 
-SIZES = {
-    "teacher": {"hidden_size": 96, "intermediate_size": 256, "head_dim": 24},
-    "student": {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16},
-}
 AUTHORS = {"teacher": TEACHER, "student": STUDENT}
+
+
+@dataclass(frozen=True)
+class Making:
+    """How large a model is, and how it is made: so many updates, at this peak learning rate."""
+
+    hidden_size: int
+    intermediate_size: int
+    steps: int
+    layers: int = 3
+    learning_rate: float = 3e-3
+    lessons: Family | None = None  # whose problems it learns, if not the family's own
+
+
+MAKINGS: dict[str, Making] = {
+    "teacher": Making(96, 256, steps=1000),
+    "student": Making(64, 160, steps=600),
+    # knows short sums, and nothing of heads and checks
+    "checks/student": Making(
+        32, 80, steps=1500, layers=2, learning_rate=6e-3, lessons=Checks(hard=0.0)
+    ),
+}
 PAD = "<pad>"
 
 
@@ -47,12 +68,18 @@ def tokenizer_of(family: Family) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
 
 
+def making_of(family: Family, role: Role) -> Making:
+    """The family's own making of a role, or that of all families."""
+    return MAKINGS.get(f"{family.name}/{role}", MAKINGS[role])
+
+
 def fresh_model(family: Family, role: Role, *, seed: int) -> PreTrainedModel:
     """A model with random weights, float32."""
     torch.manual_seed(seed)
+    making = making_of(family, role)
     config = Qwen3Config(
         vocab_size=len(family.vocabulary) + 2,
-        num_hidden_layers=3,
+        num_hidden_layers=making.layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -61,7 +88,9 @@ def fresh_model(family: Family, role: Role, *, seed: int) -> PreTrainedModel:
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
-        **SIZES[role],
+        hidden_size=making.hidden_size,
+        intermediate_size=making.intermediate_size,
+        head_dim=making.hidden_size // 4,
     )
     return Qwen3ForCausalLM(config)
 
@@ -71,37 +100,36 @@ def make(
     role: Role,
     folder: Path,
     *,
-    steps: int,
     batch_size: int = 64,
-    learning_rate: float = 3e-3,
     seed: int = 0,
     texts: int = 20_000,
 ) -> None:
     """Train a model from scratch on its author's texts and save it with its tokenizer, bfloat16.
 
+    AdamW with a cosine schedule, for as many updates as :data:`MAKINGS` says.
+
     Args:
         family, role: what to make.
         folder: where to.
-        steps: updates of AdamW, with a cosine schedule.
         texts: how many texts the author writes; each is read several times.
         batch_size: texts an update.
-        learning_rate: its peak.
         seed: of texts, weights and their order.
     """
     tokenizer = tokenizer_of(family)
+    making = making_of(family, role)
     model = fresh_model(family, role, seed=seed)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(folder / "unused"),
-            max_steps=steps,
+            max_steps=making.steps,
             per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
+            learning_rate=making.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=50,
             weight_decay=0.01,
             save_strategy="no",
-            logging_steps=max(1, steps // 10),
+            logging_steps=making.steps // 10,
             report_to="none",
             seed=seed,
             disable_tqdm=True,
@@ -123,10 +151,14 @@ def _texts(
 ) -> Dataset:
     rng, held_out = random.Random(seed), set(problems(family.name, "test"))
     rows = []
-    for prompt in family.prompts(rng, count):
+    taught = making_of(family, role).lessons or family
+    for prompt in taught.prompts(rng, count):
         if prompt in held_out:
             continue
+        steps = [*derive(taught, prompt, AUTHORS[role], rng), Step((END,), None)]
+        words = [(word, step.slip) for step in steps for word in step.words]
         head = tokenizer(prompt)["input_ids"]
-        tail = tokenizer(f"{write(family, prompt, AUTHORS[role], rng)} {END}")["input_ids"]
-        rows.append({"input_ids": head + tail, "labels": [-100] * len(head) + tail})
+        tail = tokenizer(" ".join(word for word, _ in words))["input_ids"]
+        learned = [-100 if slip else i for i, (_, slip) in zip(tail, words, strict=True)]
+        rows.append({"input_ids": head + tail, "labels": [-100] * len(head) + learned})
     return Dataset.from_list(rows)

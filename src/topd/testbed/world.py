@@ -31,24 +31,33 @@ class Step:
     """A few words of reasoning and the state that their author then believes in (None: the end).
 
     ``form`` numbers the synonym taken at each free choice; habits are weights of those numbers.
-    ``weight`` is what every author thinks of the step beside that.
+    ``weight`` is what every author thinks of the step beside that. A ``slip`` can be put right
+    later, so it is no mistake; a model that is made from a text does not learn to write it.
     """
 
     words: tuple[str, ...]
     after: State | None
     form: tuple[int, ...] = ()
     weight: float = 1.0
+    slip: bool = False
 
 
 @dataclass(frozen=True)
 class Author:
-    """Who writes: how often he takes each synonym, and how often he falls into a known mistake."""
+    """Who writes: how often he takes each synonym, how often he falls into a known mistake, and
+    how often he slips where a slip is possible."""
 
     habit: tuple[float, float, float]
     mistakes: float = 0.0
+    slips: float = 0.0
+
+    def weight(self, step: Step) -> float:
+        """How much he likes a step, beside others that are as right."""
+        liked = step.weight * math.prod(self.habit[i] for i in step.form)
+        return liked * (self.slips if step.slip else 1.0 - self.slips)
 
 
-TEACHER = Author(habit=(0.94, 0.04, 0.02), mistakes=0.03)
+TEACHER = Author(habit=(0.94, 0.04, 0.02), mistakes=0.03, slips=0.15)
 STUDENT = Author(habit=(0.1, 0.2, 0.7), mistakes=0.8)
 REFERENCE = Author(habit=STUDENT.habit)  # writes solutions: no mistakes, the student's habits
 
@@ -94,16 +103,19 @@ class Family(Protocol):
 
 def write(family: Family, prompt: str, author: Author, rng: random.Random) -> str:
     """One author's reasoning on a problem, without the end-of-sequence token."""
+    return " ".join(word for step in derive(family, prompt, author, rng) for word in step.words)
+
+
+def derive(family: Family, prompt: str, author: Author, rng: random.Random) -> list[Step]:
+    """The steps of one author's reasoning on a problem."""
     state: State | None = family.start(prompt)
-    words: list[str] = []
+    steps: list[Step] = []
     while state is not None:
         misled = family.mistakes(state) if rng.random() < author.mistakes else ()
         options = misled or family.steps(state)
-        weights = [step.weight * math.prod(author.habit[i] for i in step.form) for step in options]
-        step = rng.choices(options, weights)[0]
-        words += step.words
-        state = step.after
-    return " ".join(words)
+        steps += rng.choices(options, [author.weight(step) for step in options])
+        state = steps[-1].after
+    return steps
 
 
 def labels(family: Family, prompt: str, response: Sequence[str]) -> list[Label]:
