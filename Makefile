@@ -1,5 +1,5 @@
 # make demo   set up and train SmolLM2-135M on word problems, six updates
-# make quickstart   set up, then warm start, OPD, TOPD and first_fork on tiny models; table and page
+# make quickstart   set up, then stage 1, and OPD, stage 1 continued and first_fork from there, on tiny models
 # make test   set up and pass every check; coverage of lines and branches at least 90 %
 # make test-vllm   set up vLLM in an environment of its own, then the tests of the served engine
 # make docs   set up, then build the docs site into site/, strictly and without a network

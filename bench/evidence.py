@@ -31,6 +31,7 @@ def main() -> None:
     """Write the page."""
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     parts = [text.strip()]
+    parts += ["\n".join(imitated(found)) for found in _read("imitated", ("few",)).values()]
     compared, detected = _read("compare"), _read("detectors")
     parts.append("\n".join(overview([*compared.items(), *_read("default").items()])))
     for family, found in compared.items():
@@ -51,10 +52,63 @@ def _command(family: str) -> str:
     return f"topd compare recipes/testbed/{family}.yaml"
 
 
-def _read(kind: str) -> dict[str, Found]:
+def _read(kind: str, names: Iterable[str] = FAMILIES) -> dict[str, Found]:
     """What is measured of every family, of those where it is."""
-    paths = {family: RESULTS / f"{kind}-{family}.json" for family in FAMILIES}
+    paths = {name: RESULTS / f"{kind}-{name}.json" for name in names}
     return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
+
+
+def imitated(found: Found) -> Iterator[str]:
+    """Arms from a student that has already imitated, and what they spent."""
+    references = list(found["against"])
+    problems = found["summary"][found["baseline"]]["greedy"]["problems"]
+    yield "## From a student that has already imitated: arithmetic, 320 answers"
+    yield ""
+    yield f"`topd compare recipes/testbed/imitated-few.yaml`, {problems} test problems. {START}"
+    yield ""
+    yield from _ends(found)
+    for reference in references:
+        yield from _differences(found, reference)
+
+
+START = (
+    "Base student / after stage 1, the start of all arms: in the first two rows. CPU s and tokens "
+    "are counted from that start on."
+)
+
+
+def _ends(found: Found) -> Iterator[str]:
+    columns = "updates | CPU s | student wrote | teacher wrote | teacher read"
+    yield f"| arm | seeds | greedy | pass@1 | {columns} |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for start, figures in found["starts"].items():
+        name = {"warm start": "stage 1 on 320 answers"}.get(start, start)
+        yield f"| {name} | | {_percent(figures['greedy'])} | {_percent(figures['pass@1'])} ||||||"
+    for arm, figures in found["summary"].items():
+        spent = found["spent"][arm]
+        cells = [arm, len(spent["seeds"]), _percent(figures["greedy"]), _percent(figures["pass@1"])]
+        cells += [f"{spent['updates']:.0f}", f"{spent['cpu_seconds']:.0f}"]
+        keys = ("student_written", "teacher_written", "teacher_read")
+        cells += [f"{spent[key]:,.0f}" for key in keys]
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _differences(found: Found, reference: str) -> Iterator[str]:
+    """The differences from one reference: at the ends, and where the arm has spent as much."""
+    axes = ("seconds", "teacher-written tokens", *(f"cost at r = {rate}" for rate in (1, 5, 25)))
+    yield ""
+    yield f"### Against {reference}"
+    yield ""
+    yield f"| arm | score | at the ends | Holm p | equal {' | equal '.join(axes)} |"
+    yield f"|---|---|---|---|{'---|' * len(axes)}"
+    for arm, ends in found["against"][reference].items():
+        equal = found["equal"][reference][arm]
+        for score in ("greedy", "pass@1"):
+            seeds = f" ({len(ends['seeds'])} seeds)" if len(ends["seeds"]) > 1 else " (1 seed)"
+            cells = [arm + seeds if score == "greedy" else "", score, _gain(ends[score])]
+            cells.append(f"{ends[score]['holm']:.3f}")
+            cells += [_gain(equal[axis][score]) if equal[axis] else "" for axis in axes]
+            yield f"| {' | '.join(cells)} |"
 
 
 def overview(compared: Iterable[tuple[str, Found]]) -> Iterator[str]:
