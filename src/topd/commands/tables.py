@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from topd.report.headline import headline
 
 Summary = Mapping[str, Any]
 
@@ -28,7 +31,7 @@ def show_probe(console: Console, summary: Summary) -> None:
         f"and {tokens['teacher_decoded']:,} written by the teacher, {seconds:,.0f} s",
         f"token loss as a guide: {summary['verdict']} ({summary['rule']})",
     )
-    for line in lines:
+    for line in (*lines, *headline(Path(), "probe", summary)):
         console.print(line, markup=False, highlight=False)
 
 
@@ -71,6 +74,8 @@ def show_compare(console: Console, summary: Summary) -> None:
         time = f"{arm['seconds_ratio']:.2f}"
         table.add_row(escape(name), scores[0], versus[0], scores[1], versus[1], time)
     console.print(table)
+    for line in headline(Path(), "compare", summary):
+        console.print(line, markup=False, highlight=False)
     problems = summary["summary"][base]["greedy"]["problems"]
     console.print(
         f"{len(summary['seeds'])} seeds, {problems} problems; per cent; 95 % intervals over both; "

@@ -10,6 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from topd.report.svg import PALETTE, STYLE, hint
 
@@ -87,6 +88,8 @@ def curves(
         for colour, curve in zip(PALETTE, found, strict=False):
             _curve(axes, curve, colour, unit, x_label)
         axes.set(xlabel=x_label, ylabel=unit)
+        if x_label == "updates":  # there is no half of one
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if len(found) > 1:
             axes.legend()
 

@@ -121,27 +121,44 @@ def _learning_curves(results: Sequence[ResultRecord]) -> list[Chart]:
     for score, name in SCORES.items():
         found = _mean_curves(results, score)
         if found:
-            charts.append(
-                Chart(
-                    f"curve-{score.replace('@', '-at-')}",
-                    f"{name[0].upper()}{name[1:]} over the updates",
-                    "Mean over seeds, at every evaluation of a run.",
-                    curves(found, unit=name),
-                    *curve_table(found),
-                )
-            )
+            at = score.replace("@", "-at-")
+            charts.append(_learning(f"curve-{at}", name, "over the updates", found, "updates"))
+        timed = _mean_curves(results, score, seconds=True)
+        if any(max(curve.x) > 0 for curve in timed):
+            charts.append(_learning(f"time-{at}", name, "over time", timed, "seconds"))
     return charts
 
 
-def _mean_curves(results: Sequence[ResultRecord], score: str) -> list[Series]:
+def _learning(name: str, score: str, over: str, found: Sequence[Series], unit: str) -> Chart:
+    columns, rows = curve_table(found)
+    return Chart(
+        name,
+        f"{score[0].upper()}{score[1:]} {over}",
+        "Mean over seeds, at every evaluation of a run.",
+        curves(found, unit=score, x_label=unit),
+        (unit.removesuffix("s") if unit == "updates" else unit, *columns[1:]),
+        rows,
+    )
+
+
+def _mean_curves(
+    results: Sequence[ResultRecord], score: str, *, seconds: bool = False
+) -> list[Series]:
+    """By arm, over updates; or over the mean seconds of all seeds at the same update."""
+    spent: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     arms: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         for point in result.curve:
             value = _score(point, score)
             if value is not None and math.isfinite(value):
                 arms[plain(result.arm, limit=30)][point.step].append(value)
+                spent[plain(result.arm, limit=30)][point.step].append(point.seconds)
     return [
-        Series(arm, tuple(sorted(steps)), tuple(float(np.mean(steps[s])) for s in sorted(steps)))
+        Series(
+            arm,
+            tuple(float(np.mean(spent[arm][s])) if seconds else s for s in sorted(steps)),
+            tuple(float(np.mean(steps[s])) for s in sorted(steps)),
+        )
         for arm, steps in arms.items()
     ]
 

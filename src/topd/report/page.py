@@ -24,13 +24,14 @@ from topd.report.charts import Chart, Fact, figure_of
 from topd.report.experiments import compare_charts, repair_charts
 from topd.report.folder import Kind, kind_of
 from topd.report.guided import Verdict, rule_of
+from topd.report.headline import compare_tables, headline, model_names
 from topd.report.probe import probe_charts
 from topd.report.rollouts import Selection, select_rollouts
 from topd.report.summary import SummaryTable, summary_tables, verdict_in
 from topd.report.svg import to_svg
 from topd.report.text import plain, visible
 from topd.report.training import training_charts, training_facts
-from topd.report.viewer import RolloutView, entry, view
+from topd.report.viewer import Entry, RolloutView, entry, prompt_words, view
 from topd.runs.files import read_whole
 from topd.runs.tokens import TokenTexts
 
@@ -66,6 +67,7 @@ class Page:
     title: str
     heading: str
     subtitle: str
+    headline: tuple[str, ...]
     verdict: tuple[str, str]
     facts: tuple[Fact, ...]
     drawings: tuple[Drawing, ...]
@@ -108,10 +110,11 @@ def make_page(folder: Path, *, rollouts: int) -> Page:
         title=plain(folder.resolve().name, limit=80),
         heading=TITLES[kind],
         subtitle=_subtitle(folder),
+        headline=tuple(headline(folder, kind, summary)),
         verdict=verdict_in(summary),
         facts=tuple(training_facts(folder)) if kind == "training" else (),
         drawings=tuple(map(_drawing, CHARTS[kind](folder))),
-        tables=tuple(summary_tables(summary)),
+        tables=tuple(compare_tables(summary) if kind == "compare" else summary_tables(summary)),
         settings=_settings(folder),
         notes=tuple(_notes(folder, kind, summary, selection)),
         selection=selection,
@@ -137,7 +140,7 @@ def render(page: Page, tokens: TokenTexts, path: Path) -> None:
         style=style,
         policy=policy(scripts, style),
         about=_json(_about(page.rule)),
-        entries=_json([entry(seen) for seen in views]),
+        entries=_json(_entries(views)),
         blocks=_blocks(views),
     )
     stream.enable_buffering(200)
@@ -158,6 +161,11 @@ def policy(scripts: list[Markup], style: Markup) -> str:
         f"default-src 'none'; script-src {hashes}; style-src {_hash(style)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+
+
+def _entries(views: list[RolloutView]) -> list[Entry]:
+    words = prompt_words([seen.prompt_text for seen in views])
+    return [entry(seen, told) for seen, told in zip(views, words, strict=True)]
 
 
 def _hash(text: str) -> str:
@@ -189,15 +197,10 @@ def _drawing(chart: Chart) -> Drawing:
 
 def _subtitle(folder: Path) -> str:
     """Student, teacher and method, as far as the folder names them."""
-    models = read_whole(folder / "manifest.json").get("models", {})
-    names = {
-        side: Path(str(models[side].get("name", ""))).name
-        for side in ("student", "teacher")
-        if isinstance(models.get(side), dict)
-    }
+    names = model_names(folder)
     training = kind_of(folder) == "training"
     method = read_whole(folder / "run.json").get("config", {}).get("method") if training else None
-    parts = [f"{side} {name}" for side, name in names.items() if name]
+    parts = [f"{side} {name}" for side, name in names.items()]
     return plain(", ".join([*parts, *([f"method {method}"] if method else [])]), limit=200)
 
 

@@ -25,12 +25,12 @@ from topd.report.charts import (
 )
 from topd.report.folder import GuidanceRecord, read_logs, read_records
 from topd.report.guided import Verdict, rule_of, trajectory_caption
+from topd.report.headline import DIVERGENCES, change
 from topd.report.svg import ALARM, PALETTE, REAL, hint
 
 Logs = Sequence[Mapping[str, float]]
 BARS = 40
 PHASE = "seconds/"
-DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "generalised JSD"}
 CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
     (
         "divergence",
@@ -163,12 +163,13 @@ def _curve_chart(
 
 
 def _change(logs: Logs, key: str) -> Fact:
-    """First and last fifth of the updates: means, and what they are means of."""
+    """Means of the first and last updates, and of how many."""
     values = [log[key] for log in logs if key in log]
-    count = max(len(values) // 5, 1)
-    first, last = (float(np.mean(part)) for part in (values[:count], values[-count:]))
+    first, last, count, differ = change(values)
     note = f"nats a token, mean of the first and last {count} of {len(values)} updates"
-    return Fact(DIVERGENCES[key], f"{first:.3f} → {last:.3f}", note)
+    arrow = "→" if differ else "to"
+    noise = "" if differ else "; no change to be seen"
+    return Fact(DIVERGENCES[key], f"{first:.3f} {arrow} {last:.3f}", note + noise)
 
 
 def _found(folder: Path) -> Found:

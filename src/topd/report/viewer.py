@@ -7,7 +7,7 @@ losses are rounded to 1e-4 nats, distances and masses to 1e-5; what is not finit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from topd.report.folder import ForkRecord, RolloutRecord
@@ -95,6 +95,7 @@ class Entry:
     length: int
     finished: bool
     preview: str
+    words: str  # of the prompt, where it differs from the others
     forks: tuple[tuple[int, float | None, str], ...]  # position, distance, verdict
 
 
@@ -117,7 +118,31 @@ def view(rollout: RolloutRecord, tokens: TokenTexts) -> RolloutView:
     )
 
 
-def entry(seen: RolloutView) -> Entry:
+def prompt_words(prompts: Sequence[str]) -> list[str]:
+    """What tells each prompt from the others: its text without what all begin and end with.
+
+    >>> prompt_words(["system A: how many apples?", "system A: how many pears?"])
+    ['apples', 'pears']
+    """
+    different = set(prompts)
+    start = _shared(different)
+    end = _shared({text[start:][::-1] for text in different})
+    while end and prompts[0][-end].isalnum():  # a whole word stays
+        end -= 1
+    found = []
+    for text in prompts:
+        first = text.rfind(" ", 0, start) + 1 if text[start - 1 : start].strip() else start
+        found.append(plain(text[first : len(text) - end], limit=60) if len(different) > 1 else "")
+    return found
+
+
+def _shared(texts: Collection[str]) -> int:
+    """How many characters all texts begin with."""
+    first, last = min(texts, default=""), max(texts, default="")
+    return next((i for i, c in enumerate(first) if last[i : i + 1] != c), len(first))
+
+
+def entry(seen: RolloutView, words: str = "") -> Entry:
     """The line of the list that stands for a rollout."""
     return Entry(
         seen.step,
@@ -126,6 +151,7 @@ def entry(seen: RolloutView) -> Entry:
         len(seen.ids),
         seen.finished,
         plain("".join(seen.texts[:40]).replace("↵", ""), limit=90),
+        words,
         tuple((fork.position, fork.distance, fork.verdict) for fork in seen.forks),
     )
 

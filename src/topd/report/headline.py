@@ -1,0 +1,199 @@
+"""What was run and what came out, in sentences for people; noise is called noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from topd.report.charts import number
+from topd.report.folder import Kind, read_logs
+from topd.report.summary import SummaryTable
+from topd.report.text import plain
+from topd.runs.files import read_whole
+from topd.statistics import t_reach
+
+DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "generalised JSD"}
+LEAST = 4  # updates that a change can be told from
+SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
+WEAK = (
+    "So: do not let the sampled token loss choose where to look for this pair. Rank candidates by "
+    "another loss (candidate_loss: surprise), or train with method: opd, which needs no windows."
+)
+SO = {
+    "good": "So: for this pair the token loss can choose where to look (candidate_loss: sampled).",
+    "poor": WEAK,
+    "undecided": "So: nothing yet. Run the probe again with more rollouts (--rollouts).",
+}
+
+
+def headline(folder: Path, kind: Kind, summary: Mapping[str, Any]) -> list[str]:
+    """The sentences at the top of a page; empty where there is nothing to say yet."""
+    if kind == "training":
+        return list(_training(folder))
+    if kind == "probe":
+        verdict = summary.get("verdict")
+        return [SO[verdict]] if isinstance(verdict, str) and verdict in SO else []
+    return list(_compared(summary)) if kind == "compare" else []
+
+
+def model_names(folder: Path) -> dict[str, str]:
+    """Student and teacher as the manifest names them, by the run that they are from.
+
+    >>> model_name("runs/teach2/student"), model_name("Qwen/Qwen3-4B")
+    ('teach2/student', 'Qwen3-4B')
+    """
+    models = read_whole(folder / "manifest.json").get("models")
+    if not isinstance(models, dict):
+        return {}
+    found = {
+        side: model_name(str(models[side].get("name", "")))
+        for side in ("student", "teacher")
+        if isinstance(models.get(side), dict)
+    }
+    return {side: name for side, name in found.items() if name}
+
+
+def model_name(path: str) -> str:
+    """The last part of a path, with the one before it where the last says nothing."""
+    parts = PurePosixPath(path).parts
+    vague = parts and (parts[-1] in ("student", "adapter") or parts[-1].startswith("checkpoint-"))
+    return "/".join(parts[-2:] if vague else parts[-1:])
+
+
+def change(values: Sequence[float]) -> tuple[float, float, int, bool | None]:
+    """First and last mean of a series, over how many values each, and whether they differ.
+
+    A fifth of the values each, or half of fewer than ten. They differ where the difference is
+    outside its 95 % interval, made of both means' t-intervals; None for too few values to tell.
+    """
+    count = len(values) // (5 if len(values) >= 10 else 2)
+    if len(values) < LEAST:
+        return values[0], values[-1], 1, None
+    first, last = values[:count], values[-count:]
+    a, b = float(np.mean(first)), float(np.mean(last))
+    return a, b, count, abs(b - a) > math.hypot(t_reach(first), t_reach(last))
+
+
+def change_words(name: str, values: Sequence[float]) -> str:
+    """A series in a sentence.
+
+    >>> change_words("reverse KL", [0.12, 0.1, 0.14, 0.15, 0.13, 0.17])
+    'Reverse KL 0.12 to 0.15 over 6 updates: no change to be seen.'
+    """
+    first, last, _, differ = change(values)
+    updates = f"{len(values):,} update{'' if len(values) == 1 else 's'}"
+    words = {
+        None: "too few to tell a change",
+        False: "no change to be seen",
+        True: "a fall outside the 95 % interval"
+        if last < first
+        else "a rise outside the 95 % interval",
+    }[differ]
+    said = f"{name} {number(first, 2)} to {number(last, 2)} over {updates}: {words}."
+    return said[:1].upper() + said[1:]
+
+
+def _training(folder: Path) -> Iterator[str]:
+    logs = [log for log in read_logs(folder) if "loss" in log]
+    settings = read_whole(folder / "run.json").get("config")
+    names = model_names(folder)
+    method = settings.get("method") if isinstance(settings, dict) else None
+    if logs and len(names) == 2:
+        how = f" by {plain(str(method), limit=40)}" if method else ""
+        own = isinstance(settings, dict) and bool(settings.get("teacher_prompt"))
+        prompt = ", which has a prompt of its own" if own else ""
+        yield (
+            f"{plain(names['student'], limit=80)} learned from "
+            f"{plain(names['teacher'], limit=80)}{prompt}{how}."
+        )
+    for key, name in DIVERGENCES.items():
+        values = [log[key] for log in logs if math.isfinite(log.get(key, math.nan))]
+        if values:
+            yield change_words(name, values)
+            if max(abs(value) for value in values[: max(LEAST, 1)]) < NOTHING_TO_LEARN:
+                yield ALIKE
+
+
+NOTHING_TO_LEARN = 1e-3  # nats a token
+ALIKE = (
+    "Student and teacher agree from the first updates on: there is nothing to learn here. Are they "
+    "the same model with the same prompt?"
+)
+
+
+def _compared(summary: Mapping[str, Any]) -> Iterator[str]:
+    base, arms = str(summary.get("baseline", "opd")), summary.get("summary", {})
+    for name, arm in arms.items():
+        gain = arm.get(f"greedy_vs_{base}")
+        if name == base or not isinstance(gain, dict) or gain.get("mean") is None:
+            continue
+        noise = ""
+        if gain.get("low") is None:
+            noise = ", one seed alone: no interval"
+        elif gain["low"] <= 0 <= gain["high"]:
+            noise = ": the interval holds 0, no difference to be seen"
+        ratio = arm.get("seconds_ratio")
+        time = f", {ratio:.1f} x the time" if isinstance(ratio, int | float) else ""
+        arm_name, base_name = plain(str(name), limit=60), plain(base, limit=60)
+        yield f"{arm_name} {_points(gain)} points over {base_name} (greedy){time}{noise}."
+
+
+def compare_tables(summary: Mapping[str, Any]) -> list[SummaryTable]:
+    """One table by arm, in per cent, with what each started from and spent."""
+    base = str(summary.get("baseline", "opd"))
+    over = f"over {plain(base, limit=30)}"
+    columns = ("arm", "greedy, %", over, "pass@1, %", over, "time", "seconds", "teacher tokens")
+    rows = [
+        (plain(str(name), limit=40), _percent(s.get("greedy")), "", _percent(s.get("pass@1")),
+         *[""] * 4)
+        for name, s in summary.get("starts", {}).items()
+    ]  # fmt: skip
+    for name, arm in summary.get("summary", {}).items():
+        cells = [plain(str(name), limit=40)]
+        for score in SCORES:
+            gain = arm.get(f"{score}_vs_{base}")
+            cells += [_percent(arm.get(score)), "" if name == base else _points(gain)]
+        ratio = arm.get("seconds_ratio")
+        cells.append(f"{ratio:.2f} x" if isinstance(ratio, int | float) else "-")
+        cells += [number(arm.get("seconds")), number(arm.get("teacher_tokens"))]
+        rows.append(tuple(cells))
+    tables = [SummaryTable("Arms", columns, tuple(rows))] if rows else []
+    return [*tables, *_equal_tables(summary)]
+
+
+def _equal_tables(summary: Mapping[str, Any]) -> Iterator[SummaryTable]:
+    """How arms compare with a reference where both have spent the same, by what is held equal."""
+    for reference, arms in summary.get("equal", {}).items():
+        axes = list(dict.fromkeys(axis for arm in arms.values() for axis in arm))
+        rows = tuple(
+            (plain(str(name), limit=40), *(_points((arm.get(axis) or {}).get("greedy"))
+                                           for axis in axes))
+            for name, arm in arms.items()
+        )  # fmt: skip
+        title = f"Greedy points over {plain(str(reference), limit=40)} where as much was spent"
+        yield SummaryTable(title, ("arm", *(plain(axis, limit=40) for axis in axes)), rows)
+
+
+def _percent(found: Any) -> str:
+    """A share with its interval in per cent; a start is a number or one with an interval."""
+    if isinstance(found, int | float):
+        return f"{100 * found:.1f}"
+    if not isinstance(found, dict) or found.get("mean") is None:
+        return "-"
+    return f"{100 * found['mean']:.1f}{_ends(found)}"
+
+
+def _points(found: Any) -> str:
+    if not isinstance(found, dict) or found.get("mean") is None:
+        return "-"
+    return f"{100 * found['mean']:+.1f}{_ends(found)}"
+
+
+def _ends(found: Mapping[str, Any]) -> str:
+    if found.get("low") is None or found.get("high") is None:
+        return ""
+    return f" [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
