@@ -22,6 +22,7 @@ from typer.testing import CliRunner, Result
 
 from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
+from topd.commands import evaluate as evaluating
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import (
@@ -815,6 +816,27 @@ def test_results_are_never_written_over(invoke, tmp_path, monkeypatch):
     assert result.exit_code == 2
     assert "already holds an evaluation" in " ".join(result.stderr.split())
     assert (tmp_path / "evaluation.json").read_text() == "{}"
+
+
+def test_the_testbed_is_evaluated_to_the_end(invoke, tmp_path):
+    """Its rows have no answers: the family checks."""
+    out = tmp_path / "out"
+    words = ["--limit", "2", "--samples", "1", "--max-tokens", "4", "--output", str(out)]
+    result = invoke("testbed://arithmetic/student", "testbed://arithmetic", *words)
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "evaluation.json").read_text())
+    assert (found["problems"], len(found["references"])) == (2, 64)
+
+
+def test_a_run_folder_stands_for_its_student(tmp_path):
+    student = tmp_path / "my-run" / "student"
+    student.mkdir(parents=True)
+    (student / "config.json").write_text("{}")
+    spec = EvaluationSpec(path="x/gsm8k.jsonl")
+    found = evaluating.of_run(ModelSpec(path=str(tmp_path / "my-run")))
+    assert found.path == str(student)
+    assert evaluating.of_run(found) == found
+    assert evaluating._folder(found, spec).startswith("runs/eval-my-run-gsm8k-")
 
 
 def test_a_folder_is_named_after_model_and_data(root, invoke):

@@ -318,6 +318,15 @@ def test_no_tracker_is_used_unless_named():
     assert TOPDConfig(output_dir="unused").report_to == []
 
 
+def test_a_warm_start_that_begins_at_its_teacher_may_leave_it(tmp_path):
+    """Divergence 0 at first and 0.31 to 0.53 nats later is learning from answers, no collapse."""
+    args = WarmstartConfig(output_dir=str(tmp_path), use_cpu=True)
+    (rule,) = rules(args)
+    logs = [{rule.figure: 0.0}] * 10
+    assert not rule.broken([*logs, *[{rule.figure: 0.53}] * 10], args)
+    assert rule.broken([*logs, *[{rule.figure: 1.6}] * 10], args)
+
+
 def test_a_warm_start_without_divergence_in_its_loss_has_no_rule(tmp_path):
     args = [
         WarmstartConfig(output_dir=str(tmp_path), use_cpu=True, kd_ratio=kd_ratio)

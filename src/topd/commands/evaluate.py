@@ -72,21 +72,24 @@ def run_evaluation(
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if not isinstance(template_kwargs, Mapping):
-        raise TOPDError(f"--template-kwargs: {template_kwargs!r} is no mapping, e.g. {{a: 1}}.")
+        raise TOPDError(f"--template-kwargs: {template_kwargs!r} is not a mapping, e.g. {{a: 1}}.")
+    model = of_run(model)
     ledger = _open(Path(output or _folder(model, spec)))
     rows = spec.load()
     tokenizer, config = model.load_tokenizer(), model.load_config()
     check_embedding_rows("model", config, tokenizer)
     evaluator = spec.evaluator(rows, tokenizer, config, template_kwargs=template_kwargs)
+    references = _references(rows)
     (found,), made_of = measure(model, [evaluator], console)
-    made_of["references"] = _references(rows)
     settings = {
         "model": model.model_dump(),
         "data": spec.model_dump(),
         "template_kwargs": dict(template_kwargs),
     }
     ledger.append(RESPONSES, (response.record() for response in found.responses))
-    ledger.write(RESULT, {**found.record(), "settings": settings, **made_of})
+    ledger.write(
+        RESULT, {**found.record(), "settings": settings, **made_of, "references": references}
+    )
     show(found, spec, console)
     return ledger.folder
 
@@ -111,13 +114,24 @@ def measure(
         return [evaluator(engine, tick=tick) for evaluator in evaluators], made_of
 
 
+def of_run(model: ModelSpec) -> ModelSpec:
+    """The student of a run, if the path is a run folder."""
+    folder = Path(model.path).expanduser()
+    if (folder / "config.json").exists() or not (folder / "student" / "config.json").exists():
+        return model
+    return model.model_copy(update={"path": str(folder / "student")})
+
+
 def _references(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of the reference answers, in order."""
-    return hashlib.sha256(json.dumps([str(row["answer"]) for row in rows]).encode()).hexdigest()
+    """SHA-256 of the references in order: the answers, or where a family checks, its solutions."""
+    known = [str(row["answer"] if "answer" in row else row["solution"]) for row in rows]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def _folder(model: ModelSpec, spec: EvaluationSpec) -> str:
-    name = f"{Path(model.path).name}-{Path(spec.path).stem}"
+    place = Path(model.path)
+    own = place.parent.name if place.name == "student" and place.parent.name else place.name
+    name = f"{own}-{Path(spec.path).stem}"
     return f"runs/eval-{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 

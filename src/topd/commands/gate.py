@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from topd.commands.evaluate import measure
+from topd.commands.evaluate import measure, of_run
 from topd.commands.recipe import parse_spec, read_mapping
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Evaluator, Interval, Response, paired_bootstrap
@@ -278,6 +278,7 @@ def run_gate(
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     suite = read_suite(suite_file)
+    base, candidate = of_run(base), of_run(candidate)
     folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder / RESULT).exists():
         raise TOPDError(f"--output: {folder} already holds a gate's result. Choose another folder.")

@@ -79,7 +79,7 @@ def rules(args: TOPDConfig) -> tuple[Rule, ...]:
 
     Where it is no part of the loss (``kd_ratio: 0``) it may rise as it likes.
     """
-    divergence = Rule("stop_divergence", args.divergence, "divergence", above=True, floor=0.1)
+    divergence = Rule("stop_divergence", args.divergence, "divergence", above=True, floor=0.5)
     if args.learns_from_answers:
         return (divergence,) if args.kd_ratio else ()
     return (

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from topd.errors import TOPDError
-from topd.evaluate.answers import AnswerVerifier
+from topd.evaluate.answers import AnswerVerifier, reference_text
 from topd.evaluate.spec import EvaluationSpec
 
 
@@ -25,7 +25,7 @@ def load(*, file: str, data_dir: str | None = None, **_: object) -> dict[str, da
     if data_dir is None:
         raise TOPDError('--metadata: say where the data is: --metadata \'{"data_dir": "FOLDER"}\'.')
     rows = EvaluationSpec(path=str(Path(data_dir) / file)).load()
-    kept = [{"prompt": row["prompt"], "answer": str(row["answer"])} for row in rows]
+    kept = [{"prompt": row["prompt"], "answer": reference_text(row["answer"])} for row in rows]
     return {"test": datasets.Dataset.from_list(kept)}
 
 
