@@ -460,7 +460,7 @@ CASES: tuple[Case, ...] = (
         "a family that the testbed has not",
         "has no family 'sums'",
         "testbed://sums",
-        "arithmetic, programs, logic",
+        "arithmetic, programs, logic, checks",
         "testbed://sums",
     ),
     stored(
