@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from safetensors.torch import load_file
 from conftest import tiny_model, tiny_tokenizer, write_pair
 from topd.commands.recipe import read_recipe
 from topd.commands.train import run_recipe
+from topd.commands.yaml_text import parse_yaml
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
+from topd.inputs.prompts import PromptEncoder
 
 SECRET = "hf_ThisMustNotBeWrittenAnywhere"
 SMALL = {"max_steps": 1, "per_device_train_batch_size": 2, "max_completion_length": 8}
@@ -139,3 +143,81 @@ def test_a_recipe_file_with_a_secret_where_a_number_stands_does_not_repeat_it(tm
     with pytest.raises(TOPDError) as caught:
         read_recipe(tmp_path / "r.yaml")
     assert SECRET not in str(caught.value)
+
+
+# Hostile text
+
+BASE = "student: a\nteacher: b\ndata: c\n"
+BOMB = "&b0 [y, y, y, y, y, y, y, y, y]" + "".join(
+    f", b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]" for i in range(1, 10)
+)
+HOSTILE = {
+    "aliases": (f"method_options: {{share: {BOMB}}}\n", "more than 20000 values"),
+    "merges": (
+        "m0: &m0 {a: 1}\n"
+        + "".join(f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
+        "more than 20000 values",
+    ),
+    "contains itself": ("report_to: &r [*r]\n", "'r' contains itself"),
+    "merges itself": ("lora: &r {<<: *r}\n", "'r' contains itself"),
+    "unknown alias": ("lora: *r\n", "undefined alias"),
+    "deep": ("report_to: " + "[" * 5000 + "]" * 5000 + "\n", "more than 50 deep"),
+    "long": ("seed: 1" + " " * 1_000_000 + "\n", "more than 1000000 characters"),
+    "decimal digits": ("seed: " + "9" * 5000 + "\n", "a number beyond 64 bits"),
+    "hexadecimal digits": ("seed: 0x" + "f" * 9000 + "\n", "a number beyond 64 bits"),
+    "date": ("seed: 2024-99-99\n", "seed: Input should be a valid integer"),
+    "nan": ("learning_rate: .nan\n", "learning_rate: .nan is not a number"),
+    "nan norm": ("max_grad_norm: .nan\n", "max_grad_norm: .nan is not a number"),
+    "number as a key": ("1: 2\n", "unknown key 1"),
+    "list as a key": ("? [a]\n: 2\n", "not valid YAML"),
+    "long key": ("k" * 900 + ": 1\n", r"unknown key 'k{150,250}\.\.\."),
+    "set": ("seed: !!set {a, b}\n", "could not determine a constructor"),
+    "bytes": ("seed: !!binary '####'\n", "could not determine a constructor"),
+    "null byte": ('report_to: "\\0"\n', "a null byte"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_yaml_ends_in_a_short_message_at_once(tmp_path, kind):
+    text, said = HOSTILE[kind]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(BASE + text)
+    started = time.monotonic()
+    with pytest.raises(TOPDError, match=said) as caught:
+        read_recipe(path)
+    assert time.monotonic() - started < 20
+    assert len(str(caught.value)) < 1000
+
+
+def test_aliases_and_merges_of_a_usual_size_are_read():
+    text = "a: &x {b: 1, c: [2, 3]}\nd: {<<: *x, b: 4}\ne: [*x, *x]\nf: 2024-02-29\n"
+    x = {"b": 1, "c": [2, 3]}
+    assert parse_yaml("here", text) == {
+        "a": x, "d": {**x, "b": 4}, "e": [x, x], "f": "2024-02-29"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for i in range(10**9) %}x{% endfor %}", "too big"),
+        ("{{ 'a' * (10**11) }}", "a product is too long"),
+        ("{{ [1] * (10**11) }}", "a product is too long"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "second",
+        ),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{{ 9**(9**9) }}", "exponent is too large"),
+        ("{{ 'a'.ljust(10**11) }}", "too large"),
+        ("{{ '%1000000000d' % 1 }}", "% on text"),
+        ("{% for i in range(99999) %}{{ prompt * 99 }}{% endfor %}", "more than 1000000 char"),
+    ],
+)
+def test_a_hostile_teacher_prompt_ends_in_words(template, said):
+    tokenizer = tiny_tokenizer()
+    encoder = PromptEncoder(tokenizer, tokenizer, template)
+    before = sys.gettrace()
+    with pytest.raises(TOPDError, match=rf"data row 0: teacher_prompt cannot be .*{said}"):
+        encoder.encode([{"prompt": "1 + 2 ="}])
+    assert sys.gettrace() is before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import math
 import shutil
@@ -11,7 +13,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -733,3 +735,46 @@ def test_a_python_without_vllm_is_named():
     result = CliRunner().invoke(app, ["serve-teacher", "MODEL", "--python", "no-such-python"])
     assert result.exit_code == 2
     assert "no-such-python cannot be run" in result.output
+
+
+# Answers without bound
+
+
+class Hostile(BaseHTTPRequestHandler):
+    """Answers that are packed, drip or are nested."""
+
+    def do_GET(self) -> None:
+        bomb = gzip.compress(bytes(100 << 20)) if self.path == "/bomb" else b""
+        self.send_response(200)
+        if bomb:
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            if self.path == "/drip":
+                for _ in range(100):
+                    self.wfile.write(b" ")
+                    time.sleep(0.1)
+            self.wfile.write(bomb or b"[" * 100_000)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/bomb", "of which 0 MiB were sent"),
+        ("/deep", "which is no JSON"),
+        ("/drip", r"no answer within its time limit, served\.timeout 1 s"),
+    ],
+)
+def test_an_answer_without_bound_is_refused(path, said):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hostile)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    served = ServedSpec(completions=(url,), timeout=1.0, retries=0)
+    started = time.monotonic()
+    with pytest.raises(TOPDError, match=said):
+        Servers("teacher", [url], served).get(path)
+    assert time.monotonic() - started < 8
+    server.shutdown()

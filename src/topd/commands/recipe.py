@@ -9,6 +9,7 @@ shared unless it names its own.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -16,10 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
 
-import yaml
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from topd.commands.yaml_text import LONGEST, parse_yaml, shown
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.errors import TOPDError
 from topd.evaluate.spec import TrainingEvaluation
@@ -220,39 +221,16 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 def _value(word: str) -> Any:
     try:
-        return _yaml("command line", word)
+        return parse_yaml("command line", word)
     except TOPDError:
         return word  # text that is no YAML, a template for instance
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._flat: set[yaml.MappingNode] = set()
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        if node in self._flat:  # merged into another: what it merged itself may be overridden in it
-            return
-        self._flat.add(node)
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(keys)) < len(keys):
-            raise yaml.constructor.ConstructorError(None, None, "a key twice", node.start_mark)
-        super().flatten_mapping(node)  # only now: a merged key may be overridden
-
-
-def _yaml(place: str, text: str) -> Any:
-    try:
-        return yaml.load(text, _StrictLoader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise TOPDError(f"{place}: not valid YAML: {error}") from error
 
 
 def read_mapping(path: Path, begin: str = "student: PATH") -> dict[str, Any]:
     """A YAML file that holds a mapping. Raises TOPDError if it does not."""
     try:
-        content = _yaml(str(path), path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            content = parse_yaml(str(path), file.read(LONGEST + 1))
     except (OSError, UnicodeDecodeError) as error:
         raise TOPDError(f"{path}: cannot be read: {error}.") from error
     if not isinstance(content, dict):
@@ -272,7 +250,9 @@ def _set(path: Path, content: dict[str, Any], keys: list[str], value: Any) -> No
 
 def _mapping(path: Path, place: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise TOPDError(f"{path}: {place} must be a mapping of keys to values (given: {value!r}).")
+        raise TOPDError(
+            f"{path}: {place} must be a mapping of keys to values (given: {shown(value)})."
+        )
     return value
 
 
@@ -299,11 +279,13 @@ def _refuse_unknown(
     for key in content:
         if key not in known:
             alias = ALIASES.get(str(key))
-            near = [alias] if alias in known else difflib.get_close_matches(str(key), known, n=1)
+            near = (
+                [alias] if alias in known else difflib.get_close_matches(str(key)[:100], known, n=1)
+            )
             where = "See peft.LoraConfig" if section == "lora." else "topd settings WORD finds them"
             hint = f" Did you mean {near[0]}?" if near else f" {where}."
             place = f" in {section[:-1]}" if section else ""
-            raise TOPDError(f"{path}: unknown key {key!r}{place}.{hint}")
+            raise TOPDError(f"{path}: unknown key {shown(key)}{place}.{hint}")
 
 
 def parse_spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
@@ -320,12 +302,16 @@ def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> 
     hints = get_type_hints(kind)
     values = {}
     for key, value in settings.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise TOPDError(
+                f"{path}: {key}: .nan is not a number. Write one, or leave the key out."
+            )
         adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
         try:
             values[key] = _validated(adapter, value)
         except ValidationError as error:
             first = error.errors()[0]
-            given = "not shown" if "token" in key else repr(value)
+            given = "not shown" if "token" in key else shown(value)
             raise TOPDError(f"{path}: {key}: {first['msg']} (given: {given}).") from error
     try:
         return kind(**values)
@@ -350,7 +336,7 @@ def _first(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{place} is missing."
     fault = first["msg"].removeprefix("Value error, ")
-    given = repr(first["input"])
+    given = shown(first["input"])
     if "api_key" in place or "@" in given:
         given = "not shown"
     return f"{place}: {fault} (given: {given})."
@@ -362,7 +348,7 @@ def _lora(path: Path, value: Any) -> LoraConfig | None:
     _refuse_unknown(path, _mapping(path, "lora", value), _fields(LoraConfig), "lora.")
     rank = value.get("r", LoraConfig.r)
     if not isinstance(rank, int) or rank < 1:
-        raise TOPDError(f"{path}: lora.r must be a whole number above 0 (given: {rank!r}).")
+        raise TOPDError(f"{path}: lora.r must be a whole number above 0 (given: {shown(rank)}).")
     try:
         return LoraConfig(**{"task_type": "CAUSAL_LM", **value})
     except (ValueError, TypeError) as error:

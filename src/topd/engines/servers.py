@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import requests
 from requests.adapters import HTTPAdapter
 from transformers.utils import logging
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from topd.errors import UNREACHABLE, StoppedError, TOPDError
@@ -21,6 +23,9 @@ logger = logging.get_logger(__name__)
 
 BUSY = (429, 502, 503, 504)  # answers that another try may better
 CONNECT = 10.0  # seconds
+PIECE = 1 << 16  # bytes read at a time
+LARGEST = 2 << 30  # bytes of an answer
+UNSUSPECTED, UNPACKED = 64 << 20, 50  # beyond so many bytes: at most so many for each that was sent
 OTHER = "Give the URL of a vLLM server, started as topd serve-teacher does."
 KEY = "Put its API key into an environment variable and name that in served.api_key_env."
 REMEDIES = {401: KEY, 403: KEY}
@@ -84,7 +89,7 @@ class Servers:
     def _parsed(self, answer: bytes) -> Any:
         try:
             return json.loads(answer)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TOPDError(
                 f"{self.name}: {', '.join(self.urls)} answer {answer[:80]!r}, which is no JSON. "
                 f"{OTHER}"
@@ -107,25 +112,50 @@ class Servers:
 
     def _answer(self, method: str, url: str, path: str, body: Any) -> bytes | None:
         """What a server says; None if it fails, which is then left out."""
+        end = time.monotonic() + self.served.timeout
         try:
-            answer = self.session.request(
+            with self.session.request(
                 method,
                 url + path,
                 json=body,
                 timeout=(CONNECT, self.served.timeout),
                 allow_redirects=False,
-            )
-        except requests.RequestException as error:
+                stream=True,
+            ) as answer:
+                content = self._content(answer, url + path, end)
+        except (requests.RequestException, HTTPError, OSError) as error:
             self._leave_out(url, self._reason(error))
             return None
         if answer.status_code == 200:
-            return answer.content
-        said = f"{path} answers {answer.status_code}: {answer.text[:300]}"
+            return content
+        text = content[:300].decode(errors="replace")
+        said = f"{path} answers {answer.status_code}: {text}"
         if answer.status_code < 500:
             remedy = REMEDIES.get(answer.status_code, OTHER)
             raise TOPDError(f"{self.name}: {url}{said}. {remedy}")
         self._leave_out(url, said)
         return None
+
+    def _content(self, answer: requests.Response, url: str, end: float) -> bytes:
+        """The body, as it comes: neither longer nor for longer than it may.
+
+        Raises:
+            TOPDError: it is larger than any answer, or grows too much when it is unpacked.
+            OSError, HTTPError: the time limit is over, or the connection broke.
+        """
+        parts, size = [], 0
+        while part := answer.raw.read1(PIECE, decode_content=True):
+            parts.append(part)
+            size += len(part)
+            packed = answer.raw.tell()  # bytes that came
+            if size > LARGEST or (size > UNSUSPECTED and size > UNPACKED * packed):
+                raise TOPDError(
+                    f"{self.name}: {url} answers with more than {size >> 20} MiB, of which "
+                    f"{packed >> 20} MiB were sent. {OTHER}"
+                )
+            if time.monotonic() > end:
+                raise TimeoutError("Read timed out")
+        return b"".join(parts)
 
     @contextmanager
     def _chosen(self, group: int | None) -> Iterator[str]:
@@ -160,7 +190,7 @@ class Servers:
         if first:
             logger.error(f"{self.name}: {url} is left out from now on. {reason}")
 
-    def _reason(self, error: requests.RequestException) -> str:
+    def _reason(self, error: Exception) -> str:
         cause = getattr(error.args[0], "reason", error) if error.args else error
         if "Read timed out" in str(cause):
             return f"no answer within its time limit, served.timeout {self.served.timeout:g} s"

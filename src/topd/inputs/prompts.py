@@ -13,11 +13,11 @@ from functools import cached_property
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.templates import BoundedSandbox, fill
 from topd.inputs.vocabulary import shared_ids
 from topd.types import Generation, Ids, Prompt, Rollout
 
@@ -26,7 +26,10 @@ logger = logging.get_logger(__name__)
 Messages = Sequence[Mapping[str, Any]]
 UNREAD = ("images", "image", "videos", "video", "audios", "audio")
 ROLES = ("user", "assistant", "system", "tool", "developer", "function")
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+_TEMPLATE_FAULTS = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
+    *(MemoryError, RecursionError, TimeoutError),
+)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class PromptEncoder:
     ) -> str:
         columns = {name: value for name, value in row.items() if value is not None}
         try:
-            text = template.render({**columns, "prompt": _last_user(prompt)})
+            text = fill({**columns, "prompt": _last_user(prompt)}, template)
         except _TEMPLATE_FAULTS as error:
             raise TOPDError(
                 f"data row {index}: teacher_prompt cannot be filled in: {_said(error)}. "
@@ -192,10 +195,10 @@ class PromptEncoder:
     def _template(self) -> Template | None:
         if self.teacher_prompt is None:
             return None
-        sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, autoescape=False)
+        sandbox = BoundedSandbox(undefined=StrictUndefined, autoescape=False)
         try:
             return sandbox.from_string(self.teacher_prompt)
-        except TemplateError as error:
+        except (TemplateError, RecursionError, MemoryError, ValueError) as error:
             raise TOPDError(f"teacher_prompt: not a Jinja template: {_said(error)}.") from error
 
 
@@ -215,7 +218,7 @@ def repeated_ngram_share(response: Sequence[int], n: int = 4) -> float:
 
 
 def _said(error: Exception) -> str:
-    return str(error).rstrip(".")
+    return str(error).rstrip(".") or type(error).__name__
 
 
 @dataclass(frozen=True)
