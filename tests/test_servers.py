@@ -467,9 +467,15 @@ def numbers(found: Any) -> list[float]:
 
 
 def test_a_run_with_a_served_teacher_passes_its_audit(tmp_path, start):
+    """At the auditor's servers: those that the folder names are not asked."""
     spec = spec_of(tmp_path, [start()], [start()])
     run = run_recipe(recipe_of(tmp_path, spec, "run"), quiet=True)
-    audited = CliRunner().invoke(app, ["audit", str(run)])
+    refused = CliRunner().invoke(app, ["audit", str(run)])
+    assert refused.exit_code == 2
+    assert "--served-teacher" in refused.output
+    words = ["--served-teacher", spec.served.completions[0]]
+    words += ["--served-pooling", spec.served.pooling[0]]
+    audited = CliRunner().invoke(app, ["audit", str(run), *words])
     assert audited.exit_code == 0, audited.output
 
 
