@@ -313,7 +313,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_layers": 2,
             "max_seq_len": 256,
             "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 2, "moe_top_k": 1},
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
         },
     ),
     "Persimmon": ("Persimmon", FULL),

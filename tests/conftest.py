@@ -102,6 +102,7 @@ WORDS += [
     "two",
     "first",
 ]
+WORDS += [f"w{i}" for i in range(VOCAB - len(WORDS))]  # every row of tiny models is a token's
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import pytest
 import torch
 from bench.families import V, examine, tiny
 from transformers import PreTrainedModel
 
-from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
 from topd.engines import decode_check
 from topd.engines.decode_check import check_decoding, decoding_gap
@@ -197,3 +198,50 @@ def test_a_model_that_names_no_decoder_is_refused(monkeypatch):
     monkeypatch.setattr(model, "get_decoder", lambda: model)
     with pytest.raises(TOPDError, match="teacher: Qwen3ForCausalLM names no decoder"):
         check_head("teacher", model)
+
+
+HOLES = [*range(41), 45, 46, 50]  # of 64 rows
+
+
+def test_ids_that_no_token_has_are_never_sampled():
+    model = tiny_model(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[41:] *= 3  # loud, as untrained rows may be
+    prompts, sampling = [(1, 9)] * 16, Sampling(1.0, max_new_tokens=16)
+    everything = HFEngine(model, eos_ids=[]).generate(prompts, sampling, range(16))
+    assert {t for w in everything for t in w.tokens} - {*HOLES}
+    engine = HFEngine(model, eos_ids=[], allowed=HOLES)
+    assert engine.head.vocab_size == 51
+    written = engine.generate(prompts, sampling, range(16))
+    assert {t for w in written for t in w.tokens} <= {*HOLES}
+    logits = model(torch.tensor([(1, 9) + written[0].tokens]), use_cache=False).logits[0, 1:-1]
+    known = logits[:, HOLES].log_softmax(-1)
+    places = torch.tensor([HOLES.index(t) for t in written[0].tokens])
+    expected = known.gather(1, places[:, None])[:, 0].tolist()
+    assert written[0].logprobs == pytest.approx(expected, abs=1e-4)
+    scores = engine.score([(1, 9)], [written[0].tokens])
+    assert scores.logprobs[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_run_samples_and_learns_tokens_of_the_tokenizer_only(tmp_path):
+    """Rows that both heads have and no token: neither sampled, nor with any gradient."""
+    tokenizer = tiny_tokenizer(WORDS[:40])
+    models = [tiny_model(seed=seed, tie_word_embeddings=False) for seed in (0, 1)]
+    before = models[0].lm_head.weight[40:].detach().clone()
+    args = TOPDConfig(
+        output_dir=str(tmp_path),
+        method="opd",
+        use_cpu=True,
+        max_steps=2,
+        learning_rate=1e-2,
+        max_completion_length=24,
+        weight_decay=0.0,
+        save_strategy="no",
+    )
+    trainer = TOPDTrainer(*models, args, rows(4), processing_class=tokenizer)
+    trainer.train()
+    sampled = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").open()]
+    assert max(t for one in sampled for t in one["response_ids"]) < 40
+    after = trainer.model.lm_head.weight.detach()
+    assert torch.equal(after[40:], before)
+    assert not torch.equal(after[:40], tiny_model(tie_word_embeddings=False).lm_head.weight[:40])

@@ -39,10 +39,12 @@ from topd.commands.budgets import FORMULA, TOKENS, at_equal_budgets, mean_curve,
 from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
 from topd.commands.train import make_evaluator, make_trainer, run_recipe, watch_steps
 from topd.config import TOPDConfig
+from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import eos_ids
+from topd.inputs.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import Ledger, check_run_folder
@@ -447,7 +449,11 @@ def _starts(
 def _evaluated(recipe: Recipe) -> Result:
     evaluator, model = make_evaluator(recipe), recipe.student.load_model()
     assert evaluator is not None  # checked before
-    found = evaluator(HFEngine(model, eos_ids=eos_ids(model, evaluator.tokenizer)))
+    tokenizer = evaluator.tokenizer
+    allowed = shared_ids(tokenizer, tokenizer)
+    engine = HFEngine(model, eos_ids=eos_ids(model, tokenizer), allowed=allowed)
+    check_decoding(engine)
+    found = evaluator(engine)
     return {score: asdict(found.intervals()[score]) for score in SCORES}
 
 

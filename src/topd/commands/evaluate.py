@@ -28,6 +28,7 @@ from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
+from topd.inputs.vocabulary import shared_ids
 from topd.runs.folder import Ledger, manifest
 from topd.statistics import Interval
 
@@ -101,7 +102,9 @@ def measure(
     device = PartialState().device
     model = spec.load_model().eval().to(device)
     check_head("model", model)
-    engine = HFEngine(model, eos_ids=eos_ids(model, evaluators[0].tokenizer))
+    tokenizer = evaluators[0].tokenizer
+    allowed = shared_ids(tokenizer, tokenizer)
+    engine = HFEngine(model, eos_ids=eos_ids(model, tokenizer), allowed=allowed)
     check_decoding(engine)
     made_of = manifest(
         models={"model": model},

@@ -138,7 +138,9 @@ def _prompts(engine: HFEngine) -> list[Ids]:
     lengths = (7, 2, 12) if least >= 21 else (2, 1, 4)
     if least < 8:
         return []
-    allowed = torch.tensor([k for k in _tokens(engine) if k not in engine._ends])
+    barred = () if engine._barred is None else engine._barred.nonzero()[:, 0].tolist()
+    unfit = {*barred, *engine._ends}
+    allowed = torch.tensor([k for k in _tokens(engine) if k not in unfit])
     drawn = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0))
     ids = allowed[(drawn * len(allowed)).long()].split(lengths)
     return [tuple(part.tolist()) for part in ids]

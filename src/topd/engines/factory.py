@@ -16,6 +16,7 @@ from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
 from topd.inputs.heads import head_of
 from topd.inputs.models import ModelSpec, eos_ids
+from topd.inputs.vocabulary import shared_ids
 
 
 def open_engines(
@@ -35,6 +36,7 @@ def open_engines(
     options: dict[str, Any] = {
         "eos_ids": eos_ids(models[0], tokenizers[0]),
         "vocab_size": min(head_of(model).vocab_size for model in models),
+        "allowed": shared_ids(*tokenizers),
         "autocast": autocast,
     }
     student = teacher = None

@@ -66,6 +66,7 @@ class HFEngine:
         model: the model, on its device. It is put into eval mode for each call and back.
         eos_ids: tokens that end a response.
         vocab_size: only the first so many tokens are sampled; the rest are padding rows.
+        allowed: ids that tokens have; no others are sampled nor counted.
         name: what error messages call the model.
         autocast: makes the context of every forward, so that it computes as training does.
         way: how to write; by default what the configuration says, which
@@ -78,6 +79,7 @@ class HFEngine:
         *,
         eos_ids: Sequence[int],
         vocab_size: int | None = None,
+        allowed: Sequence[int] | None = None,
         name: str = "model",
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
         way: Way | None = None,
@@ -86,6 +88,9 @@ class HFEngine:
         self.name = name
         self._autocast = autocast
         self.vocab_size = vocab_size or head_of(model).vocab_size
+        self._barred: Tensor | None = None
+        if allowed is not None:
+            self._allow(allowed)
         self._kernel = model.config.get_text_config()._attn_implementation
         self._cache_name = _cache_name(model)
         self.way: Way = way or _first_way(model, self._cache_name)
@@ -96,7 +101,19 @@ class HFEngine:
     @property
     def head(self) -> Head:
         """The model's output head on the tokens that may be sampled."""
-        return head_of(self.model).narrowed(self.vocab_size)
+        head = head_of(self.model).narrowed(self.vocab_size)
+        if self._barred is None:
+            return head
+        return replace(head, barred=self._barred.to(head.weight.device))
+
+    def _allow(self, ids: Sequence[int]) -> None:
+        """Rows behind the last token are sliced off, those between tokens barred."""
+        allowed = torch.tensor([i for i in ids if i < self.vocab_size], device=self.model.device)
+        self.vocab_size = int(allowed.max()) + 1
+        if len(allowed) < self.vocab_size:
+            barred = torch.ones(self.vocab_size, dtype=torch.bool, device=allowed.device)
+            barred[allowed] = False
+            self._barred = barred
 
     def ends(self, tokens: Ids) -> bool:
         """Whether a text ends with an end-of-sequence token."""

@@ -16,10 +16,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.inputs.models import eos_ids
+from topd.inputs.vocabulary import shared_ids
 
 TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")
 
@@ -49,6 +51,7 @@ class EvaluationCallback(TrainerCallback):
         if every < 1:
             raise TOPDError(f"every: {every} must be at least 1.")
         self.trainer, self.evaluator, self.every = trainer, evaluator, every
+        self.allowed = shared_ids(evaluator.tokenizer, evaluator.tokenizer)
         self.latest: Evaluation | None = None
         self._latest_step = -1
         self._began = self._spent = np.zeros(2)
@@ -87,8 +90,10 @@ class EvaluationCallback(TrainerCallback):
                 model,
                 eos_ids=eos_ids(model, self.evaluator.tokenizer),
                 name="student",
+                allowed=self.allowed,
                 autocast=accelerator.autocast,
             )
+            check_decoding(engine)
             self.latest = self.evaluator(engine)
         times = (began - self._began - self._spent).tolist()
         self.trainer.log({**logged(self.latest), **dict(zip(TIMES, times, strict=True))})
