@@ -109,7 +109,7 @@ def test_a_model_whose_cache_does_not_do_is_read_without(dtype):
 
 def test_a_model_that_no_way_fits_is_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(decode_check, "WAYS", WAYS[:3])
-    reason = r"teacher: Qwen3ForCausalLM does not write .* nats a token"
+    reason = r"teacher: Qwen3ForCausalLM does not write .* nats"
     with pytest.raises(TOPDError, match=reason):
         check_decoding(HFEngine(odd_model(), eos_ids=[EOS], name="teacher"))
 

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 # what code of models raises where a cache, a mask or positions do not suit it
 FAULTS = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats a token
+NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats
 NEAR_ELSEWHERE = 0.05
 _KNOWN: dict[str, Way] = {}
 SLOW = {
@@ -86,7 +86,7 @@ def _fault(engine: HFEngine) -> str | None:
         if should_reduce_batch_size(error):
             raise
         return f"{type(error).__name__}: {str(error)[:100]}"
-    return None if gap <= allowed else f"log-probs differ by {gap:.2g} nats a token"
+    return None if gap <= allowed else f"log-probs differ by {gap:.2g} nats"
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def decoding_gap(engine: HFEngine) -> tuple[float, float]:
     """How far what an engine writes and scores is from forwards of single rows without a cache.
 
     Returns:
-        The largest mean difference of log-probs over what was written together, beside a row that
+        The largest difference of log-probs over what was written together, beside a row that
         ended, in windows, or scored, in nats; and what rounding explains. In half precision the
         median, which an expert chosen otherwise for one token does not move.
     """
@@ -126,7 +126,7 @@ def decoding_gap(engine: HFEngine) -> tuple[float, float]:
     told = zip(drafts, scores.logprobs.tolist(), strict=True)
     scored = [Generation(draft, tuple(logprobs), finished=True) for draft, logprobs in told]
     parts.append(_apart(plain, prompts, scored))
-    gaps = [float(part.median() if half else part.mean()) for part in parts]
+    gaps = [float(part.median() if half else part.max()) for part in parts]
     return max(gaps), max(NEAR.get(engine.model.dtype, NEAR_ELSEWHERE), 8 * _noise(plain, prompts))
 
 
@@ -175,11 +175,11 @@ def _alone(engine: HFEngine, prefix: Ids, tokens: Ids) -> Tensor:
 
 
 def _noise(engine: HFEngine, prompts: Sequence[Ids]) -> float:
-    """What rounding alone does: rows padded on the right against single ones, nats a token."""
+    """What rounding alone does: rows padded on the right against single ones, nats."""
     together = _logprobs(engine, prompts)
     single = [_logprobs(engine, [prompt])[0] for prompt in prompts]
     apart = [(a[: len(b)] - b).abs() for a, b in zip(together, single, strict=True) if len(b)]
-    return float(torch.cat(apart).mean())
+    return float(torch.cat(apart).max())
 
 
 def _logprobs(engine: HFEngine, texts: Sequence[Ids]) -> list[Tensor]:
