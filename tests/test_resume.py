@@ -193,6 +193,29 @@ def test_a_run_goes_on_only_with_its_data_and_models(run):
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_template_that_writes_the_date_is_named_and_a_fixed_date_resumes(tmp_path):
+    """As those of Llama 3.1 do; here the day is a word of the tiny vocabulary."""
+    clock = "{{% if not date_string %}}{{% set date_string = strftime_now('{day}') %}}{{% endif %}}"
+
+    def dated(day: int, **changes: Any) -> TOPDTrainer:
+        tokenizer = tiny_tokenizer()
+        shown = "{{ date_string }} "
+        tokenizer.chat_template = clock.format(day=day) + shown + tokenizer.chat_template
+        options = {"method": "opd", "max_steps": 2, "save_steps": 1, **changes}
+        data = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows(8)]
+        args = TOPDConfig(output_dir=str(tmp_path), **{**OPTIONS, **options})
+        return TOPDTrainer(
+            tiny_model(seed=0), tiny_model(seed=1), args, data, processing_class=tokenizer
+        )
+
+    dated(3).train()
+    with pytest.raises(TOPDError, match=r"today's date.*strftime_now.*date_string.*chat_template"):
+        dated(4, max_steps=3).train(resume_from_checkpoint=True)
+    fixed = {"date_string": "3"}
+    dated(4, max_steps=3, chat_template_kwargs=fixed).train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-3").exists()
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "run.json"])
 def test_a_run_whose_beginnings_are_lost_is_not_resumed(run, name):
     (run / name).write_text("{")

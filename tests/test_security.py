@@ -113,7 +113,9 @@ def test_a_chat_template_cannot_leave_its_sandbox(tmp_path, side):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = ESCAPE
     tokenizer.save_pretrained(tmp_path / side)
-    with pytest.raises(TOPDError, match=rf"{side}: its chat template fails at data row 0: .* is unsafe"):
+    with pytest.raises(
+        TOPDError, match=rf"{side}: its chat template fails at data row 0: .* is unsafe"
+    ):
         run_recipe(path, quiet=True)
 
 

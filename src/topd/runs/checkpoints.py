@@ -36,6 +36,13 @@ PARTIAL = ".partial"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 SHARDED = {"optimizer.pt": "optimizer.bin"}  # what FSDP2 calls it
 FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
+DATED = (
+    "resume_from_checkpoint: {run} was begun with other prompts, and the chat template writes "
+    "today's date into them (strftime_now). Give it the date of the first day (its prompts in "
+    "rollouts.jsonl and tokens.jsonl have it): chat_template_kwargs: {{date_string: ...}} where the template "
+    "knows that name, else a copy of the template with a fixed date as student.chat_template. With "
+    "the same date the run is resumed; for a new run set it from the start."
+)
 DISK_FAULTS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
     *(errno.EACCES, errno.EPERM, errno.EIO),
@@ -232,7 +239,12 @@ def cut_back(run: Path, found: Seal) -> None:
 
 
 def check_same(
-    run: Path, step: int, settings: Mapping[str, Any], record: Mapping[str, Any]
+    run: Path,
+    step: int,
+    settings: Mapping[str, Any],
+    record: Mapping[str, Any],
+    *,
+    dated: bool = False,
 ) -> list[dict[str, Any]]:
     """Make sure that a run goes on with the data and the models that it was begun with.
 
@@ -241,6 +253,7 @@ def check_same(
         step: updates done.
         settings: what run.json would hold now.
         record: what manifest.json would hold now.
+        dated: the chat template writes today's date, so prompts differ from day to day.
 
     Returns:
         ``resumed`` of run.json: at which updates the run went on, and what was changed there.
@@ -251,6 +264,8 @@ def check_same(
     before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
     for part in ("data", "models"):
         if before.get(part) != record[part]:
+            if part == "data" and dated:
+                raise TOPDError(DATED.format(run=run))
             raise TOPDError(
                 f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
                 "with the same, or begin anew in another folder."

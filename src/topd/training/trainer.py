@@ -488,7 +488,13 @@ class TOPDTrainer(Trainer):
                 with other data or another teacher.
         """
         seal = self.examined.pop(checkpoint, None) or checkpoints.check(checkpoint, resumable=True)
-        history = checkpoints.check_same(self.run_folder, seal.step, settings, self.record)
+        history = checkpoints.check_same(
+            self.run_folder,
+            seal.step,
+            settings,
+            self.record,
+            dated="strftime_now" in str(self.processing_class.chat_template),
+        )
         if self.is_world_process_zero():
             checkpoints.cut_back(self.run_folder, seal)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
