@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,49 @@ def test_a_contest_file_loads_with_its_columns_mapped(name):
         assert row["prompt"] == [{"role": "user", "content": line[question]}]
         assert row["answer"] == line["answer"]
         assert all(row[ours] == line[theirs] for ours, theirs in columns.items())
+
+
+# Values stay as they are written
+
+STORED = """{"prompt": "q", "answer": "2024-02-29", "digits": 123456789012345678901234567890}
+{"prompt": "q", "answer": 0.00001000, "list": ["2"]}
+
+{"prompt": "q", "answer": 5}
+"""
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "X.JSONL", "x.ndjson", "x.jsonl.gz", "x.v2.jsonl"])
+def test_json_lines_are_read_as_they_are_written(tmp_path, name):
+    content = b"\xef\xbb\xbf" + STORED.replace("\n", "\r\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = DataSpec(path=str(tmp_path / name), chat=False).load()
+    assert [str(row["answer"]) for row in found] == ["2024-02-29", "0.00001000", "5"]
+    assert found[0]["digits"] == 123456789012345678901234567890
+    assert found[1]["answer"] == 1e-5
+    assert [set(row) - {"prompt", "answer"} for row in found] == [{"digits"}, {"list"}, set()]
+    assert DataSpec(path=str(tmp_path / name), split="train[1:]", limit=1, chat=False).load() == [
+        found[1]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.json", '[{"prompt": "q", "answer": "5"}]'),
+        ("x.json", '{"version": 1, "data": [{"prompt": "q", "answer": "5"}]}'),
+        ("x.json", '{"prompt": "q", "answer": "5"}\n'),
+        ("x.csv", "prompt,answer\nq,5\n"),
+        ("x.tsv", "prompt\tanswer\nq\t5\n"),
+    ],
+)
+def test_other_files_of_text(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    expected = {"prompt": "q", "answer": "5"}
+    assert DataSpec(path=str(tmp_path / name), chat=False).load() == [expected]
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "q"}\n[1]\n', '{"prompt": "q"}\n{"a": '])
+def test_a_line_that_is_no_row_is_named(tmp_path, text):
+    (tmp_path / "x.jsonl").write_text(text)
+    with pytest.raises(TOPDError, match=r"x\.jsonl: cannot be read.*line 2 is not a row of JSON"):
+        DataSpec(path=str(tmp_path / "x.jsonl")).load()

@@ -304,3 +304,46 @@ def test_noise_that_cannot_be_turned_off_is_refused():
     layer.forward = lambda x: forward(x) * (1 + 0.5 * layer.training)
     with pytest.raises(TOPDError, match=r"Qwen3ForCausalLM computes otherwise in training"):
         check_forward(model)
+
+
+def test_a_load_balancing_loss_that_would_have_no_effect_is_refused(tmp_path):
+    config = copy.deepcopy(NOISY["mixtral"])
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.5
+    with pytest.raises(TOPDError, match=r"load-balancing loss of weight 0\.5.*no effect here"):
+        make(tmp_path, AutoModelForCausalLM.from_config(config))
+
+
+# What a trainer is asked for besides
+
+
+def test_only_the_student_is_uploaded(tmp_path, monkeypatch):
+    sent = []
+    monkeypatch.setattr("topd.training.trainer.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "topd.training.trainer.HfApi.upload_folder", lambda _, **what: sent.append(what)
+    )
+    trainer = make(tmp_path, hub_model_id="somebody/student")
+    with pytest.raises(TOPDError, match="Train first"):
+        trainer.push_to_hub()
+    trainer.train()
+    trainer.push_to_hub("done")
+    assert [(what["repo_id"], what["folder_path"]) for what in sent] == [
+        ("somebody/student", tmp_path / "student")
+    ]
+
+
+def test_predict_names_what_to_use(tmp_path):
+    with pytest.raises(TOPDError, match=r"predict: .*evaluate\(\).*topd eval"):
+        make(tmp_path).predict(rows(2))
+
+
+def test_data_that_is_no_rows_is_refused_and_a_frame_is_taken(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pair = tiny_model(), tiny_model(seed=1)
+    args, tokenizer = arguments(tmp_path), tiny_tokenizer()
+    for data, said in ((["what is 1 + 2 ?"], "must be mappings"), ("x.jsonl", "is a path")):
+        with pytest.raises(TOPDError, match=f"train_dataset: .*{said}"):
+            TOPDTrainer(*pair, args, data, processing_class=tokenizer)
+    frame = pandas.DataFrame(rows(4))
+    trainer = TOPDTrainer(*pair, args, frame, processing_class=tokenizer)
+    assert len(trainer.train_dataset) == 4

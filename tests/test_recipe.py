@@ -214,7 +214,7 @@ def test_an_unknown_key_is_refused_with_a_suggestion(write, warmstart):
 
 
 def test_an_unknown_key_like_no_other_points_to_the_list_of_keys(write):
-    says(refusal(write(xyzzyxx=1)), "'xyzzyxx'", "See topd.TOPDConfig")
+    says(refusal(write(xyzzyxx=1)), "'xyzzyxx'", "topd settings WORD finds them")
 
 
 def test_an_unknown_key_of_the_command_line_is_refused(write):
@@ -364,6 +364,9 @@ def test_no_means_no_where_text_is_wanted(write, key):
 
 
 OUT_OF_RANGE: dict[str, list[Any]] = {
+    "seed": [-1, 1 << 32],
+    "max_steps": [0],
+    "num_train_epochs": [0.0, -1.0],
     "beta": [-0.1, 1.1, float("nan")],
     "kd_ratio": [-0.1, 1.1],
     "false_alarm_share": [-0.1, 1.1],

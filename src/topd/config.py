@@ -365,7 +365,11 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
         "must be at least 1",
     ),
     ("seed", lambda x: 0 <= x < 1 << 32, "must be from 0 to 4294967295"),
-    ("max_steps", lambda x: x != 0, "would train nothing. Give a number of updates, or leave it"),
+    (
+        "max_steps",
+        lambda x: x != 0,
+        "must be a number of updates, or left out: it would train nothing",
+    ),
     ("num_train_epochs", lambda x: x > 0, "must be above 0"),
     (
         "window_length look_ahead_until",

@@ -1,8 +1,14 @@
-"""Rows of prompts: from JSONL, Parquet, a folder, a hub, or a task generator."""
+"""Rows of prompts: from JSONL, CSV, Parquet, a folder, a hub, or a task generator.
+
+Files of text are read as they are written: a date stays text, a number keeps its digits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import gzip
+import json
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +19,29 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from topd.errors import TOPDError
 from topd.testbed import SCHEME, rows_of
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz behind it
+
+
+class Written(float):
+    """A number that knows how it was written: its text is that of the file.
+
+    >>> number = Written("0.00001")
+    >>> str(number), number < 1
+    ('0.00001', True)
+    """
+
+    def __new__(cls, text: str) -> Written:
+        number = super().__new__(cls, text)
+        number._text = text
+        return number
+
+    _text: str
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> tuple[type[Written], tuple[str]]:
+        return Written, (self._text,)
 
 
 class DataSpec(BaseModel):
@@ -94,6 +122,8 @@ class DataSpec(BaseModel):
             return rows_of(self.path, self.split, self.limit)
         try:
             found = _read(self.path, self.name, self.split)
+            if isinstance(found, list):
+                return found[: self.limit]
             return list(found if self.limit is None else found.take(min(self.limit, len(found))))
         except UnicodeDecodeError as error:
             raise TOPDError(f"data {self.path}: is not UTF-8 ({error}). Convert it.") from error
@@ -101,7 +131,13 @@ class DataSpec(BaseModel):
             raise TOPDError(
                 f"data {self.path}: no value for {error}, a name that it has. Rename it."
             ) from error
-        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            csv.Error,
+            datasets.exceptions.DatasetGenerationError,
+        ) as error:
             cause = error.__cause__ or error
             raise TOPDError(
                 f"data {self.path}: cannot be read. Give a .jsonl or .parquet file, a folder, or "
@@ -113,10 +149,13 @@ def _inside(value: Any, key: str) -> Any:
     return value[int(key)] if isinstance(value, list) else value[key]
 
 
-def _read(place: str, name: str | None, split: str) -> datasets.Dataset:
+def _read(place: str, name: str | None, split: str) -> Any:
+    """A data set, or the rows of a file of text."""
     path = Path(place).expanduser()
-    kind = FORMATS.get(path.suffix)
-    if kind is None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = (suffixes[-2:-1] if packed else suffixes[-1:] or [""])[0] if suffixes else ""
+    if kind not in (*TEXTS, ".parquet") or path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _saved(path, split)
         return datasets.load_dataset(str(path) if path.exists() else place, name, split=split)
@@ -124,7 +163,54 @@ def _read(place: str, name: str | None, split: str) -> datasets.Dataset:
         raise FileNotFoundError(f"there is no file {path}")
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
-    return datasets.load_dataset(kind, data_files=str(path), split=split)
+    if kind == ".parquet":
+        return datasets.load_dataset("parquet", data_files=str(path), split=split)
+    with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        rows = _rows_of_text(kind, file)
+    if not rows:
+        raise ValueError("the file has no rows")
+    if split == "train":
+        return rows
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    return [row for part in parts for row in rows[part.from_ : part.to]]
+
+
+def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
+    """Rows whose values are what was written: no dates, no rounding, no columns filled in."""
+    if kind in (".csv", ".tsv"):
+        return list(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"))
+    if kind == ".json":
+        text = file.read()
+        try:
+            whole = json.loads(text, parse_float=Written)
+        except ValueError:
+            return _lines(text.splitlines())
+        lists = (
+            [value for value in whole.values() if isinstance(value, list)]
+            if (isinstance(whole, dict) and "prompt" not in whole and "messages" not in whole)
+            else []
+        )
+        found = whole if isinstance(whole, list) else lists[0] if len(lists) == 1 else [whole]
+        return [_mapping(i, row) for i, row in enumerate(found, 1)]
+    return _lines(file)
+
+
+def _lines(lines: Iterable[str]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_mapping(number, json.loads(line, parse_float=Written)))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number} is not a row of JSON: {error}") from None
+    return rows
+
+
+def _mapping(number: int, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f'row {number} must be a mapping such as {{"prompt": ...}}, not {row!r}')
+    return row
 
 
 def _saved(path: Path, split: str) -> datasets.Dataset:

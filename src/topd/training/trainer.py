@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import datasets
 import torch
+from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -82,6 +83,7 @@ from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.overlap import Ahead, check_overlap
 from topd.training.preflight import (
     check_forward,
+    check_router,
     check_saved,
     check_saving,
     check_settings,
@@ -163,6 +165,7 @@ class TOPDTrainer(Trainer):
             args.drop_long_prompts,
             cast(dict[str, Any], args.chat_template_kwargs or {}),
         )
+        train_dataset, eval_dataset = _rows_of(train_dataset), _rows_of(eval_dataset)
         train = None if train_dataset is None else self._encode_training(train_dataset, args)
         evaluation = None if eval_dataset is None else self.encoder.encode(eval_dataset)
         most = _check_contexts(model, teacher_model, [*(train or ()), *(evaluation or ())], args)
@@ -181,6 +184,7 @@ class TOPDTrainer(Trainer):
         check_apart(student, teacher)
         if train is not None:
             check_trainable(student)
+            check_router(student)
             _warn_of_coarse_weights(student)
         if args.disable_dropout:
             without_dropout(student)
@@ -422,6 +426,39 @@ class TOPDTrainer(Trainer):
             rows = list(eval_dataset)
             eval_dataset = rows if isinstance(rows[0], Prompt) else self.encoder.encode(rows)
         return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """Not here: a student's answers are what ``topd eval`` writes. Raises TOPDError."""
+        raise TOPDError(
+            "predict: is not supported. Use evaluate() for the divergence on fresh rollouts, or "
+            "topd eval (topd.evaluate.Evaluator) for answers."
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload ``student/`` and nothing else of the run folder, to ``hub_model_id``.
+
+        Args:
+            *args: commit message, as in Trainer.
+            **kwargs: ``token`` and others of huggingface_hub's upload_folder.
+
+        Raises:
+            TOPDError: there is no student/ yet, or no hub_model_id.
+        """
+        folder, name = self.run_folder / "student", self.args.hub_model_id
+        if not (folder / "README.md").exists() or not name:
+            raise TOPDError(
+                "push_to_hub: uploads student/, which a run has at its end, to hub_model_id. Train "
+                "first, and set hub_model_id."
+            )
+        if not self.is_world_process_zero():
+            return None
+        token, message = kwargs.pop("token", None), args[0] if args else "End of training"
+        api = HfApi(token=token)
+        private, revision = self.args.hub_private_repo, self.args.hub_revision
+        api.create_repo(name, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, revision=revision, **kwargs
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return GroupSampler(len(self.train_dataset), self.args.num_generations, self.args.seed)
@@ -671,12 +708,25 @@ def _check_arguments(args: Any, train: Any, evaluation: Any, peft_config: Any) -
             raise TOPDError(f"{name}: streaming is not supported. Load it, or take a part of it.")
         if isinstance(rows, dict):
             raise TOPDError(f"{name}: has splits {', '.join(map(str, rows))}. Choose one of them.")
+        if isinstance(rows, str | Path):
+            raise TOPDError(
+                f"{name}: is a path. Load it: topd.inputs.rows.DataSpec(path={str(rows)!r}).load()."
+            )
+        if isinstance(rows, Sequence) and not all(isinstance(row, Mapping) for row in rows):
+            raise TOPDError(
+                f"{name}: its rows must be mappings such as {{'prompt': 'What is 1 + 2?'}}."
+            )
     check_inherited(args)
     if args.n_gpu > 1:
         logger.warning(
             f"{args.n_gpu} GPUs are visible; a process uses one. For all: accelerate launch."
         )
         args._n_gpu = 1  # else Trainer would run DataParallel, over other rollouts than asked for
+
+
+def _rows_of(data: Any) -> Any:
+    """The rows of a pandas DataFrame; other data as it is."""
+    return data.to_dict("records") if hasattr(data, "to_dict") and hasattr(data, "iloc") else data
 
 
 def _check_contexts(
