@@ -545,14 +545,14 @@ CASES: tuple[Case, ...] = (
     pair(
         "a token more in the teacher",
         "differ at 1 tokens, first 'more'",
-        "teacher id 41",
+        "teacher id 64",
         FAMILY,
         teacher="extra",
     ),
     pair(
         "a token more in the student",
         "differ at 1 tokens, first 'more'",
-        "student id 41",
+        "student id 64",
         FAMILY,
         student="extra",
     ),
@@ -572,14 +572,14 @@ CASES: tuple[Case, ...] = (
     ),
     pair(
         "fewer embedding rows than tokens",
-        "40 embedding rows for 41 tokens",
+        "63 embedding rows for 64 tokens",
         "teacher",
         "tokenizer that belongs to the model",
         teacher="few_rows",
     ),
     pair(
         "the same in the student",
-        "40 embedding rows for 41 tokens",
+        "63 embedding rows for 64 tokens",
         "student",
         "tokenizer that belongs to the model",
         student="few_rows",
