@@ -25,7 +25,8 @@ from topd.runs.folder import (
     rollout_record,
     weights_in,
 )
-from topd.types import Branch, Fork, Guidance, Prompt, Rollout, SoftTarget
+from topd.runs.records import Fork
+from topd.types import Branch, Guidance, Prompt, Rollout, SoftTarget
 
 ROLLOUT = Rollout(Prompt(3, (1, 2), (1,)), (7, 8), (-0.5, -1.25), finished=True)
 
@@ -167,7 +168,10 @@ def test_a_rollout_is_recorded_with_its_ids():
 
 
 def test_guidance_is_recorded_without_its_weights_of_one():
-    fork = Fork(1, 2.5, 0.75, True, (9, 8), 1, ((0, 0, 0.5), (0, 1, 0.5)))
+    fork = Fork(
+        **{"position": 1, "token_loss": 2.5, "distance": 0.75, "real": True, "converged": True},
+        **{"teacher_tokens": (9, 8), "student_length": 1, "plan": ((0, 0, 0.5), (0, 1, 0.5))},
+    )
     guidance = Guidance(
         (1.0, 0.25),
         (SoftTarget(1, (9,), (1.0,)),),
@@ -193,6 +197,7 @@ def test_guidance_is_recorded_without_its_weights_of_one():
                 "teacher_tokens": [9, 8],
                 "student_length": 1,
                 "plan": [[0, 0, 0.5], [0, 1, 0.5]],
+                "converged": True,
             }
         ],
     }

@@ -18,10 +18,11 @@ import report_folders as make
 from topd.errors import TOPDError
 from topd.report import write_report
 from topd.report.charts import number
-from topd.report.folder import ForkRecord, GuidanceRecord, kind_of, read_logs, read_records
+from topd.report.folder import kind_of, read_logs
 from topd.report.rollouts import read_rollout, select_rollouts
 from topd.report.summary import summary_tables, verdict_in
 from topd.report.viewer import entry, view
+from topd.runs.records import ForkRecord, GuidanceRecord, read_records
 from topd.runs.tokens import TokenTexts
 
 KINDS = {

@@ -14,11 +14,11 @@ import report_folders as make
 from test_methods import ROWS, STARTS, evidence, with_statistics
 from test_report import page
 from topd.methods import METHODS
-from topd.report.folder import GuidanceRecord, read_records
 from topd.report.guided import LOSSES, NOTHING, Verdict, verdict_rule
 from topd.report.terminal import show
 from topd.runs.folder import guidance_record
-from topd.types import Fork, Guidance, Prompt, Rollout
+from topd.runs.records import Fork, GuidanceRecord, read_records
+from topd.types import Guidance, Prompt, Rollout
 
 REAL = (True, False, True, True)
 
@@ -35,7 +35,16 @@ def run_of(method: str, folder: Path, **config: Any) -> list[dict[str, Any]]:
     for k, (row, start) in enumerate(STARTS if METHODS[method].looks_ahead else []):
         tokens = tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist())
         length = int(windows.student_mask[k].sum())
-        forks[row].append(Fork(start, 2.5, 0.25 * k, REAL[k], tokens, length))
+        forks[row].append(
+            Fork(
+                position=start,
+                token_loss=2.5,
+                distance=0.25 * k,
+                real=REAL[k],
+                teacher_tokens=tokens,
+                student_length=length,
+            )
+        )
     lines = [
         guidance_record(0, n, Rollout(Prompt(n, (0,), (0,)), (), (), finished=True), forks[n], g)
         for n, g in enumerate(asked)

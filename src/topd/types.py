@@ -282,25 +282,6 @@ class Guidance:
         return max(last, default=-1) + 1
 
 
-@dataclass(frozen=True)
-class Fork:
-    """One candidate of one rollout and what was found there.
-
-    ``token_loss`` in nats, ``distance`` the OT distance of the two windows, ``real`` the verdict.
-    The student's window is the rollout itself from ``position`` on, ``student_length`` tokens.
-    ``plan`` is the transport plan without dust: row i of the student's window, column j of the
-    teacher's, and the mass between them.
-    """
-
-    position: int
-    token_loss: float
-    distance: float
-    real: bool
-    teacher_tokens: Ids
-    student_length: int
-    plan: tuple[tuple[int, int, float], ...] = ()
-
-
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest float of a device: float64, or float32 on Apple's, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -41,6 +41,7 @@ from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, guidance_record, rollout_record
 from topd.runs.ledger import CHAIN, HEAD, Entry, check_chain, surviving
+from topd.runs.records import as_before, check_format
 from topd.runs.verified import read_entries, read_head, read_lines, read_manifest, read_records
 from topd.seeds import sampling_seeds
 from topd.training.metrics import Means, measure_experience
@@ -293,6 +294,7 @@ def stored_recipe(folder: Path, output: Path, trust: Trust = NO_TRUST) -> Recipe
     with _read_from(folder, "run.json"):
         stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         sources, config = stored["recipe"], stored["config"]
+        check_format(folder)
         if sources:
             sources = {**sources, **_allowed(folder, sources, config, trust)}
         return _recipe(folder, sources, config, output)
@@ -641,7 +643,7 @@ def _known(trainer: TOPDTrainer, guidance: Sequence[Mapping[str, Any]], step: in
 def _disagreements(
     recorded: Mapping[str, Any], now: Mapping[str, Any], known: set[str], tolerance: float
 ) -> Iterator[str]:
-    plain = json.loads(json.dumps(now))
+    plain = as_before(json.loads(json.dumps(now)), recorded)
     for key in sorted(known & plain.keys()):
         if key not in recorded:
             yield f"{_place(recorded)}: {key} is missing"

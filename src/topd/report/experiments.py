@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from topd.report.charts import Chart, Series, curve_table, curves, group_table, number
-from topd.report.folder import CurvePoint, ResultRecord, SampleRecord, read_records
 from topd.report.svg import FAINT, INK, PALETTE, REAL, hint
 from topd.report.text import plain
 from topd.runs.files import read_whole
+from topd.runs.records import CurvePoint, ResultRecord, SampleRecord, read_records
 
 SCORES = {"greedy": "greedy accuracy", "pass@1": "pass@1"}
 

@@ -15,8 +15,7 @@ function figures(fork, rollout) {
     ["place", `token ${fork.position}`, `of ${rollout.texts.length}`],
     ["equal tokens", `${fork.equal} of ${Math.min(fork.student.ids.length, fork.teacher.ids.length)}`, "at the same place in both windows"],
   ];
-  if (fork.rejoin !== null) rows.push(["agree again", `after ${counted(fork.rejoin, "token")}`, ""]);
-  if (fork.group) rows.push(["chosen as", fork.group, ""]);
+  rows.push(...fork.facts);
   return h("dl", { class: "facts small" }, ...rows.map(([name, value, note]) => h("div", { "data-tip": note || null }, h("dt", {}, name), h("dd", {}, value))));
 }
 

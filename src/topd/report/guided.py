@@ -12,15 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topd.report.folder import (
-    BranchRecord,
-    ForkRecord,
-    GuidanceRecord,
-    Kind,
-    RolloutRecord,
-    kind_of,
-)
+from topd.report.folder import Kind, kind_of
 from topd.runs.files import read_whole
+from topd.runs.records import BranchRecord, ForkRecord, GuidanceRecord, RolloutRecord
 
 LOSSES = {
     "cross_entropy": "cross-entropy",

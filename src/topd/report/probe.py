@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from scipy.stats import sem, t
 
 from topd.report.charts import Chart, group_table, histogram, number, spaced
-from topd.report.folder import PositionRecord, read_records
 from topd.report.svg import ALARM, FOURTH, REAL, STUDENT, hint
+from topd.runs.records import PositionRecord, read_records
 
 GROUPS = {"high": "high loss", "random": "random", "low": "low loss"}
 COLOURS = {"high loss": REAL, "random": FOURTH, "low loss": STUDENT}

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from topd.errors import TOPDError
-from topd.report.folder import (
+from topd.report.folder import kind_of
+from topd.runs.records import (
     ForkRecord,
     GuidanceRecord,
     PositionRecord,
     RolloutRecord,
     SampleRecord,
-    kind_of,
     read_records,
 )
 

@@ -68,6 +68,7 @@ def fork_panel(fork: ForkView, number: int, rule: Verdict) -> Panel:
     facts = Text(
         f"token {fork.position}, token loss {_number(fork.loss, 2)} nats, OT distance "
         f"{_number(fork.distance, 3)}, {fork.equal} tokens equal in place"
+        + "".join(f", {name} {value}" for name, value, _ in fork.facts)
     )
     windows = Table(expand=True, box=None, padding=(0, 1), header_style="dim")
     windows.add_column("student wrote", ratio=1)

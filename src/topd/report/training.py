@@ -23,10 +23,11 @@ from topd.report.charts import (
     series,
     spaced,
 )
-from topd.report.folder import GuidanceRecord, read_logs, read_records
+from topd.report.folder import read_logs
 from topd.report.guided import Verdict, rule_of, trajectory_caption
 from topd.report.headline import DIVERGENCES, change
 from topd.report.svg import ALARM, PALETTE, REAL, hint
+from topd.runs.records import GuidanceRecord, read_records
 
 Logs = Sequence[Mapping[str, float]]
 BARS = 40

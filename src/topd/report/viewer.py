@@ -7,12 +7,12 @@ losses are rounded to 1e-4 nats, distances and masses to 1e-5; what is not finit
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from topd.report.folder import ForkRecord, RolloutRecord
 from topd.report.guided import asked_at, asked_of
 from topd.report.text import join_visible, plain, visible
+from topd.runs.records import ForkRecord, RolloutRecord
 from topd.runs.tokens import TokenTexts
 
 SHOWN_TARGETS = 4  # likeliest tokens of a soft target
@@ -42,7 +42,8 @@ class ForkView:
     ``threads`` are (row, column, mass); ``targets`` the likeliest tokens and probabilities at each
     student position, empty where there is no soft target; ``equal`` counts the places at which
     both windows have the same token. ``asked`` says what the method does here, ``branch`` has the
-    tokens that are learned in the rollout's place, if there are such.
+    tokens that are learned in the rollout's place, if there are such. ``facts`` are more figures as
+    text: name, value, explanation.
     """
 
     position: int
@@ -57,6 +58,7 @@ class ForkView:
     teacher: Window
     asked: str
     branch: Window | None
+    facts: tuple[tuple[str, str, str], ...]
     threads: tuple[tuple[int, int, float], ...]
     targets: tuple[tuple[tuple[str, float], ...], ...]
     after: tuple[After, ...] = ()
@@ -166,6 +168,16 @@ def verdict_of(fork: ForkRecord) -> str:
     return "real" if fork.real else "alarm"
 
 
+def _facts(fork: ForkRecord) -> Iterator[tuple[str, str, str]]:
+    """What is known of some forks only; a new column of the page is a line here."""
+    if fork.rejoin is not None:
+        yield "agree again", f"after {fork.rejoin} token{'s' * (fork.rejoin != 1)}", ""
+    if fork.group:
+        yield "chosen as", plain(fork.group, limit=20), ""
+    if fork.converged is False:
+        yield "plan", "did not converge", "its mass does not fit both windows: an estimate"
+
+
 def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkView:
     pairs = zip(fork.student_tokens, fork.teacher_tokens, strict=False)
     branch = next((b.tokens for b in rollout.branches if b.start == fork.position), ())
@@ -176,6 +188,7 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
         verdict=verdict_of(fork),
         group=fork.group,
         rejoin=fork.rejoin,
+        facts=tuple(_facts(fork)),
         capped=fork.position in rollout.capped,
         equal=sum(a == b for a, b in pairs),
         student=Window(_texts(fork.student_tokens, tokens), fork.student_tokens),

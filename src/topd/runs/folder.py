@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/run.json         the resolved recipe and configuration
+    RUN/run.json         the format of the records, the resolved recipe and configuration
         manifest.json    versions, device, seeds, fingerprints of models and data
         metrics.jsonl    one line a log
         rollouts.jsonl   one line a rollout: prompt, token ids, log-probs
@@ -38,7 +38,8 @@ from topd.inputs.fingerprints import model_fingerprint
 from topd.runs.files import digest, file_digest, write_whole
 from topd.runs.ledger import Chain
 from topd.runs.lock import refuse_if_busy
-from topd.types import Fork, Guidance, Rollout
+from topd.runs.records import FORMAT, Fork
+from topd.types import Guidance, Rollout
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl")
@@ -75,6 +76,7 @@ class Ledger:
         """Write one JSON file, whole or not at all."""
         if self.active:
             self.folder.mkdir(parents=True, exist_ok=True)
+            record = {"format": FORMAT, **record} if name == "run.json" else record
             write_whole(self.folder / name, record)
             self.seal(name)
 
@@ -203,7 +205,7 @@ def guidance_record(
         "step": step,
         "rollout": number,
         "prompt": rollout.prompt.index,
-        "forks": [asdict(fork) for fork in forks],
+        "forks": [fork.model_dump() for fork in forks],
         "weights": weights,
         "capped": guidance.capped,
         "targets": [asdict(target) for target in guidance.targets],

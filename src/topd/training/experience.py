@@ -20,12 +20,12 @@ from topd.errors import TOPDError
 from topd.inputs.prompts import make_rollout
 from topd.losses import linear_token_statistics
 from topd.methods import Method
+from topd.runs.records import Fork
 from topd.seeds import Stream, sampling_seeds
 from topd.training.progress import Phases
 from topd.types import (
     Effort,
     Evidence,
-    Fork,
     Generation,
     Guidance,
     Prompt,
@@ -468,6 +468,7 @@ def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
                 teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
                 student_length=int(windows.student_mask[k].sum()),
                 plan=plans[k],
+                converged=bool(evidence.transport.converged[k]),
             )
         )
     return tuple(tuple(row) for row in forks)

@@ -75,10 +75,11 @@ def measure_experience(means: Means, experience: Experience) -> None:
     ratio = sum(map(sum, sampled)) - sum(float(p.sum()) for p in experience.teacher_logprobs)
     means.add("reverse_kl_sampled", ratio if sampled else 0.0, sum(map(len, sampled)))
     forks = [fork for row in experience.forks for fork in row]
-    real = sum(fork.real for fork in forks)
+    real = sum(fork.real is True for fork in forks)
     means.add("topd/candidates", len(forks))
     means.add("topd/real_divergent_points", real)
     means.add("topd/false_alarm_share", len(forks) - real, len(forks))
+    means.add("topd/unconverged_plans", sum(fork.converged is False for fork in forks))
     means.add("topd/mean_ot", sum(fork.distance for fork in forks), len(forks))
     means.add("topd/teacher_tokens", sum(len(fork.teacher_tokens) for fork in forks))
     efforts = experience.efforts

@@ -1,0 +1,227 @@
+"""The records of a run folder: one schema, that training writes and everything else reads.
+
+Page, terminal, figures, audit and replay read the same classes. A field that is added gets a
+default, so that folders of the format before are read; ``FORMAT`` is then counted up, and a folder
+of a later format than this is refused in words.
+
+====  ==================================================
+1     no ``format`` in run.json
+2     ``format``; forks say whether their plan ``converged``
+====  ==================================================
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from topd.errors import TOPDError
+from topd.runs.files import read_whole
+
+FORMAT = 2
+LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
+Id = Annotated[int, Field(ge=0)]
+PromptIds = Annotated[tuple[Id, ...], Field(min_length=1)]
+UNREADABLE = (ValueError, RecursionError)  # no UTF-8, no JSON, not the right keys, nested too deep
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class SoftTargetRecord(Record):
+    """A soft target of guidance.jsonl."""
+
+    position: int
+    tokens: tuple[int, ...]
+    probabilities: tuple[float, ...]
+
+
+class BranchRecord(Record):
+    """A branch of guidance.jsonl: tokens in the response's place from token ``start`` on."""
+
+    start: int = Field(ge=0)
+    tokens: tuple[int, ...]
+    loss: str
+    go_on: int = 0
+
+
+class SampleRecord(Record):
+    """A line of a repair's samples.jsonl: what the student writes at a fork after an arm's updates.
+
+    ``found`` is the distance of the rollout's own window; it and the teacher's window stand in the
+    line of the arm ``before``.
+    """
+
+    sample: int
+    arm: str
+    distance: float
+    rollout: int | None = None
+    position: int = Field(default=0, ge=0)
+    found: float | None = None
+    student_tokens: tuple[int, ...] = ()
+    teacher_tokens: tuple[int, ...] = ()
+
+
+class Fork(Record):
+    """One candidate of one rollout and what was found there, as guidance.jsonl has it.
+
+    ``token_loss`` in nats, ``distance`` the OT distance of the two windows, ``real`` the verdict
+    (None until it is made), ``converged`` whether the plan's marginals hold (None: not recorded).
+    The student's window is the rollout itself from ``position`` on, ``student_length`` tokens.
+    ``plan`` is the transport plan without dust: row i of the student's window, column j of the
+    teacher's, and the mass between them.
+    """
+
+    position: int = Field(ge=0)
+    token_loss: float
+    distance: float
+    real: bool | None = None
+    teacher_tokens: tuple[int, ...] = ()
+    student_length: int = Field(default=0, ge=0)
+    plan: tuple[tuple[int, int, float], ...] = ()
+    converged: bool | None = None
+
+
+class ForkRecord(Fork):
+    """A fork with what a reader adds: a probe's group and rejoin, and both windows' tokens.
+
+    ``rejoin``: tokens until the windows agree again; None if they never do, or if not measured.
+    ``after``: the same prefix in a repair.
+    """
+
+    group: str | None = None
+    rejoin: int | None = None
+    student_tokens: tuple[int, ...] = ()
+    after: tuple[SampleRecord, ...] = ()
+
+
+class GuidanceRecord(Record):
+    """A line of guidance.jsonl. ``weights`` are those of the token losses that are not 1."""
+
+    step: int
+    rollout: int
+    forks: tuple[ForkRecord, ...] = ()
+    targets: tuple[SoftTargetRecord, ...] = ()
+    capped: tuple[int, ...] = ()
+    weights: dict[int, float] = Field(default_factory=dict)
+    branches: tuple[BranchRecord, ...] = ()
+    advantages: tuple[float, ...] = ()
+
+
+class PositionRecord(ForkRecord):
+    """A line of a probe's positions.jsonl."""
+
+    rollout: int
+    group: str
+
+
+class RolloutRecord(Record):
+    """A line of rollouts.jsonl; ``guided`` once it is joined with its line of guidance.jsonl."""
+
+    step: int = 0
+    rollout: int
+    prompt: int
+    prompt_ids: tuple[int, ...] = ()
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
+    teacher_logprobs: tuple[float, ...] = ()
+    finished: bool = True
+    forks: tuple[ForkRecord, ...] = ()
+    targets: tuple[SoftTargetRecord, ...] = ()
+    capped: tuple[int, ...] = ()
+    weights: dict[int, float] = Field(default_factory=dict)
+    branches: tuple[BranchRecord, ...] = ()
+    advantages: tuple[float, ...] = ()
+    guided: bool = False
+
+
+class CurvePoint(Record):
+    """An evaluation within a run of a comparison."""
+
+    step: float
+    seconds: float = 0.0
+    greedy: float | None = None
+    pass_at_1: float | None = Field(default=None, alias="pass@1")
+
+
+class ResultRecord(Record):
+    """A line of a comparison's results.jsonl: one arm with one seed."""
+
+    arm: str
+    seed: int
+    greedy: float | None = None
+    pass_at_1: float | None = Field(default=None, alias="pass@1")
+    seconds: float | None = None
+    teacher_tokens: float | None = None
+    curve: tuple[CurvePoint, ...] = ()
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def check_format(folder: Path) -> int:
+    """The format of a run folder. Raises TOPDError if a later version of this package wrote it."""
+    found = read_whole(folder / "run.json").get("format", 1)
+    if type(found) is not int or not 1 <= found <= FORMAT:
+        raise TOPDError(
+            f"{folder / 'run.json'}: format {found!r} is none that this version reads (1 to "
+            f"{FORMAT}). Install the version that wrote it, or a later one."
+        )
+    return found
+
+
+def as_before(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A record made now, without the fields that were not known when ``recorded`` was written.
+
+    >>> as_before({"forks": [{"real": True, "converged": True}]}, {"forks": [{"real": True}]})
+    {'forks': [{'real': True}]}
+    """
+    made = dict(now)
+    for part, names in LATER.items():
+        before = [key for row in recorded.get(part, ()) if isinstance(row, dict) for key in row]
+        drop = [name for name in names if name not in before]
+        if part in made:
+            made[part] = [
+                {key: value for key, value in row.items() if key not in drop} for row in made[part]
+            ]
+    return made
+
+
+def read_records(folder: Path, name: str, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
+    """The lines of a JSONL file, one by one. Raises TOPDError: no file, or a line that is wrong."""
+    path = folder / name
+    if not path.is_file():
+        raise TOPDError(f"run folder {folder}: {name} is missing. Was the run interrupted?")
+    for number, line in json_lines(path):
+        try:
+            yield kind.model_validate(line)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise TOPDError(
+                f"{path}, line {number}: {place}: {first['msg']}. Was it written by this version?"
+            ) from error
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Parsed lines with their numbers. A last line cut off by a running job is left out."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                content = json.loads(line.decode())
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    return
+                raise TOPDError(f"{path}, line {number}: not valid JSON ({error}).") from error
+            if not isinstance(content, dict):
+                raise TOPDError(f"{path}, line {number}: must be a JSON object.")
+            yield number, content
