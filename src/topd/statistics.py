@@ -218,8 +218,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     The chance of one false rejection or more is then at most that error, however the tests depend
     on each other. Source: Holm 1979.
 
-    >>> [round(p, 3) for p in holm([0.01, 0.04, 0.03])]
-    [0.03, 0.06, 0.06]
+    >>> print(*(round(p, 3) for p in holm([0.01, 0.04, 0.03])))
+    0.03 0.06 0.06
     """
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
