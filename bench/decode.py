@@ -143,7 +143,7 @@ def tables(found: Found) -> Iterator[Table]:
             for name, x in results.items()
         ]
         + [[name, fault, "", ""] for name, fault in settings["failed"].items()],
-        f"Medians of {settings['runs']} paired runs behind two calls that do not count.",
+        f"Medians of {settings['runs']} paired runs after two calls that do not count.",
     )
 
 

@@ -30,7 +30,7 @@ PAGE = Path("docs/models.md")
 NEAR = 1e-3  # nats
 WAYS = {
     "shared": "exact, windows share the cache",
-    "fresh": "exact, windows read their prefixes anew",
+    "fresh": "exact, windows read their prefixes again",
     "alone": "exact, one row at a time",
     "whole": "exact, without a cache (slow)",
 }
@@ -373,7 +373,7 @@ def by_hand(model: PreTrainedModel, prefix: Ids, ends: Sequence[int]) -> list[tu
 
 
 def texts_of(engine: HFEngine) -> Iterator[tuple[Ids, Any]]:
-    """(prefix, what the engine wrote behind it): generations and windows of a ragged batch."""
+    """(prefix, what the engine wrote after it): generations and windows of a ragged batch."""
     generator = torch.Generator().manual_seed(2)
     greedy = Sampling(0.0, max_new_tokens=STEPS)
 
@@ -430,7 +430,7 @@ are compared with its own forwards without a cache. It then writes in the fastes
 for it:
 
 - **windows share the cache** of the scoring forward: full attention by position, `sdpa` or `eager`
-- **windows read their prefixes anew**: sliding windows, recurrent layers, ALiBi; slower, the more
+- **windows read their prefixes again**: sliding windows, recurrent layers, ALiBi; slower, the more
   so the longer the prefix
 - **one row at a time**: where padding or the model's own cache does not do for batches
 - **without a cache**: every text is read again for each token; for short texts only

@@ -2,7 +2,7 @@
 
 The base is a testbed teacher with noise on its weights, w (1 + s e), e standard normal, so that it
 makes mistakes. Candidates have further noise: a little, which leaves them *alike*, or more, which
-makes them *worse* by some points; each is drawn anew, and so are problems and samples. What the
+makes them *worse* by some points; each is redrawn, and so are problems and samples. What the
 candidates' harms really are is measured on all problems of the family. And simulated answers whose
 harm in both accuracies is *at the limit*, where false alarms are likeliest. And how often one
 figure is called within its limit though the candidate is 5 points worse, or worse though it is at

@@ -186,7 +186,7 @@ def silently(command: Callable[[Path, Path], None], recipe: Path, folder: Path) 
 
 
 def train(recipe: Path, folder: Path) -> None:
-    """``topd train`` that goes on where it was stopped."""
+    """``topd train`` that continues where it was stopped."""
     words = [f"--output_dir={folder}", "--resume_from_checkpoint=last"]
     run_recipe(recipe, words, quiet=True)
 

@@ -85,7 +85,7 @@ def all_mutants() -> Iterable[Mutant]:
 
 def changed_lines(diff: str) -> dict[str, str]:
     """The lines that a diff takes out, and those that it puts in; each as one line."""
-    lines = diff.splitlines()[3:]  # behind the names and the place
+    lines = diff.splitlines()[3:]  # after the names and the place
     return {
         key: " ".join(line[1:].strip() for line in lines if line.startswith(sign))
         for key, sign in (("was", "-"), ("becomes", "+"))

@@ -113,7 +113,7 @@ CASES: tuple[Case, ...] = (
     recipe("a list", NO_RECIPE, "recipe.yaml", BEGIN, text="[student, teacher]"),
     recipe("an empty file", NO_RECIPE, "recipe.yaml", BEGIN, text=""),
     recipe("text that is no YAML", "not valid YAML", "line 1, column", "expected", text="a: [b"),
-    recipe("bytes that are no UTF-8", "cannot be read", "recipe.yaml", "utf-8", text=b"\xff\xfe"),
+    recipe("bytes that are not UTF-8", "cannot be read", "recipe.yaml", "utf-8", text=b"\xff\xfe"),
     recipe(
         "a key twice", "a key twice", "line 1", "not valid YAML", text=HEAD + "seed: 1\nseed: 2"
     ),
@@ -155,7 +155,7 @@ CASES: tuple[Case, ...] = (
         changes={"student": 3},
     ),
     recipe(
-        "a type of weights that there is not",
+        "an unknown type of weights",
         "Input should be",
         "teacher.dtype",
         "'float32', 'bfloat16' or 'float16'",
@@ -178,9 +178,9 @@ CASES: tuple[Case, ...] = (
     setting("a share above 1", "1.5", "must be between 0 and 1", false_alarm_share=1.5),
     setting("a temperature of 0", "0.0", "must be finite and above 0", temperature=0.0),
     setting("an empty window", "0", "must be at least 1", window_length=0),
-    setting("a method that there is not", "topdd", "opd, topd", method="topdd"),
+    setting("a method that does not exist", "topdd", "opd, topd", method="topdd"),
     setting("an option that the method has not", "share", "topd", method_options={"share": 0.1}),
-    setting("options that are no mapping", "'many'", "is no mapping", method_options="many"),
+    setting("options that are not a mapping", "'many'", "is no mapping", method_options="many"),
     setting("epsilon of another solver", "has no effect", "Set solver: sinkhorn", epsilon=0.5),
     setting("cross-entropy on own samples", "no signal", "Leave it at 1", kd_ratio=0.5),
     setting(
@@ -353,7 +353,7 @@ CASES: tuple[Case, ...] = (
         changes={"max_completion_length": 500, "teacher_prompt": "{{ 'so ' * 20 }}"},
     ),
     stored(
-        "a file that is not there", "there is no file", "data no.jsonl", "Give a .jsonl", "no.jsonl"
+        "a file that is not there", "no such file", "data no.jsonl", "Give a .jsonl", "no.jsonl"
     ),
     stored("a folder that is not there", "cannot be read", "data no/where", "a folder", "no/where"),
     stored("an empty file", "is empty", "data x.jsonl", "Give a .jsonl", "x.jsonl", x__jsonl=""),
@@ -363,7 +363,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "Files of data",
         "evaluation data that is not there",
-        "there is no file",
+        "no such file",
         "data no.jsonl",
         "Give a .jsonl",
         {"eval_data": "no.jsonl"},
@@ -450,7 +450,7 @@ CASES: tuple[Case, ...] = (
         )
     ),
     stored(
-        "a task that there is not",
+        "an unknown task",
         "not registered",
         "data.task 'gsm_symbolc'",
         "Name a generator",
@@ -624,15 +624,15 @@ CASES: tuple[Case, ...] = (
     pair("a student that gives NaN", "NaN", "student", "weights", True, student="nan"),
     served(
         "a URL without http",
-        "'localhost:8000' is no URL of a server",
+        "'localhost:8000' is not the URL of a server",
         "teacher.served.completions",
         "Write http://HOST:PORT",
         completions="localhost:8000",
         pooling=HERE,
     ),
     served(
-        "a port that is no number",
-        "is no URL of a server",
+        "a port that is not a number",
+        "is not the URL of a server",
         "teacher.served.pooling",
         "Write http://HOST:PORT",
         completions=HERE,
@@ -642,7 +642,7 @@ CASES: tuple[Case, ...] = (
         "a password in a URL",
         "only http://HOST:PORT/PATH is wanted",
         "teacher.served.completions",
-        "A key belongs into api_key_env (given: not shown)",
+        "api_key_env names the variable with a key (given: not shown)",
         completions="http://me:secret@localhost:8000",
         pooling=HERE,
     ),
@@ -732,7 +732,7 @@ CASES: tuple[Case, ...] = (
         "one that holds a run",
         "already holds a run",
         "output_dir: old",
-        "Choose another folder, or go on from a checkpoint with resume_from_checkpoint",
+        "Choose another folder, or resume from a checkpoint with resume_from_checkpoint",
         changes={"output_dir": "old"},
         files={"old/metrics.jsonl": ""},
     ),

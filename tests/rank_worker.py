@@ -143,7 +143,7 @@ def fsdp(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def ddp_resumed(folder: Path, ranks: int, kind: str = "ddp") -> dict[str, Any]:
-    """The first case's run, which was saved, gone on with from its first update."""
+    """The first case's run, which was saved, continued with from its first update."""
     if rank() == 0:
         shutil.copytree(folder.parent / kind / "opd", folder)
         shutil.rmtree(folder / "student")

@@ -90,7 +90,7 @@ def turn(fork: dict[str, Any]) -> None:
 
 
 def chain_again() -> None:
-    """What a forger does who knows the format: the chain anew, over the records as they are."""
+    """What a forger does who knows the format: the chain again, over the records as they are."""
     (RUN / CHAIN).unlink()
     chain = Chain(RUN)
     for name in RECORDS:
@@ -113,7 +113,7 @@ def only(found: Findings, *parts: str) -> None:
 def test_a_run_as_it_was_has_no_fault(copied):
     found = audit_run(RUN)
     assert found.faults == []
-    said = "decisions: 12 rollouts and 26 candidates of the updates 0, 1, 2 made again (--seed "
+    said = "decisions: 12 rollouts and 26 candidates of the updates 0, 1, 2 re-derived (--seed "
     assert any(line.startswith(said) for line in found.checked)
     assert "files: 5, records: 28" in found.checked  # 12 + 12, three updates and the summary
 
@@ -300,7 +300,7 @@ def test_a_recipe_that_cannot_be_run_is_one_more_fault(copied, part, value):
     (RUN / "run.json").write_text(json.dumps(stored))
     faults = audit_run(RUN).faults
     assert faults[0] == "run.json: was changed"
-    assert faults[1].startswith("decisions: not made again: ")
+    assert faults[1].startswith("decisions: not re-derived: ")
 
 
 def test_a_run_folder_alone_cannot_make_an_audit_run_code(copied):
@@ -336,7 +336,7 @@ def test_a_head_that_is_none_is_found(copied, text):
 
 def test_an_entry_that_is_none_is_found(copied):
     edit(RUN / CHAIN, lambda lines: lines.__setitem__(4, "so\n"))
-    assert f"{CHAIN}: line 5 is no entry" in audit_run(RUN, updates=0).faults
+    assert f"{CHAIN}: line 5 is not an entry" in audit_run(RUN, updates=0).faults
 
 
 @pytest.mark.parametrize(
@@ -553,7 +553,7 @@ def test_a_folder_that_names_models_of_the_hub_makes_no_connection(copied, monke
     monkeypatch.setattr("socket.getaddrinfo", lambda *a, **k: asked.append(a) or [])
     found = audit_run(RUN)
     assert asked == []
-    assert "decisions: not made again" in found.faults[-1]
+    assert "decisions: not re-derived" in found.faults[-1]
 
 
 def test_a_repetition_pushes_nothing_and_runs_no_method_of_the_folder(copied):
@@ -572,7 +572,7 @@ def test_records_that_cannot_be_read_are_a_fault(copied):
     edit(RUN / "rollouts.jsonl", lambda lines: lines.__setitem__(4, "so\n"))
     faults = audit_run(RUN).faults
     assert faults[0] == "rollouts.jsonl, update 1, rollout 0: was changed (line 5)"
-    assert faults[1].startswith("decisions: not made again")
+    assert faults[1].startswith("decisions: not re-derived")
 
 
 # Of anything at all
@@ -663,11 +663,15 @@ def test_any_value_changed_in_any_record_file_is_found_there_and_decisions_end_i
         ("rollouts.jsonl", lambda b: b.replace(b'"step": 1', b'"step": \xff', 1), "(line 5)"),
         ("metrics.jsonl", lambda b: b[:-1], "metrics.jsonl: line 4 is cut off"),
         ("metrics.jsonl", lambda b: b.replace(b"\n", b"\r", 1), "(line 1)"),
-        (CHAIN, lambda b: b.replace(b'"record"', b'"recorb"', 1), f"{CHAIN}: line 2 is no entry"),
-        (CHAIN, lambda b: b.replace(b"begin", b"beg\xffn", 1), f"{CHAIN}: line 1 is no entry"),
+        (
+            CHAIN,
+            lambda b: b.replace(b'"record"', b'"recorb"', 1),
+            f"{CHAIN}: line 2 is not an entry",
+        ),
+        (CHAIN, lambda b: b.replace(b"begin", b"beg\xffn", 1), f"{CHAIN}: line 1 is not an entry"),
         (CHAIN, lambda b: b.replace(b": 7", b":\t7", 1), f"{CHAIN}: line 8 was changed"),
         (CHAIN, lambda b: b[:-1], f"{CHAIN}: line 38 is cut off"),
-        (CHAIN, lambda b: b"[" * 100_000 + b"\n" + b, f"{CHAIN}: line 1 is no entry"),
+        (CHAIN, lambda b: b"[" * 100_000 + b"\n" + b, f"{CHAIN}: line 1 is not an entry"),
         (HEAD, lambda b: b.replace(b"38", b"93", 1), f"{HEAD}: counts 93 entries, the chain has"),
         (HEAD, lambda b: b.replace(b"38", b"0", 1), f"{HEAD}: is missing or no head"),
         (HEAD, lambda b: b.replace(b"  ", b"", 1), f"{HEAD}: is missing or no head"),
@@ -700,7 +704,7 @@ def test_what_decisions_cannot_be_made_from_is_named(copied, name, damage, said)
     content = (RUN / name).read_bytes()
     (RUN / name).write_bytes(content.replace(*damage, 1))
     last = audit_run(RUN).faults[-1]
-    assert re.match(f"decisions: not made again: .*{said}", last), last
+    assert re.match(f"decisions: not re-derived: .*{said}", last), last
 
 
 def test_an_entry_of_a_file_outside_of_the_run_is_not_followed(copied):
@@ -728,8 +732,8 @@ def test_a_replay_finds_another_rollout_another_loss_and_other_weights(copied):
     edit_record(RUN / CHAIN, number, lambda entry: entry.update(student="f" * 64))
     faults = replay_step(RUN, 1).faults
     assert [re.sub(r"[\d.e-]+$", "", fault) for fault in faults] == [
-        "metrics.jsonl, step 1: loss: recorded 1.0, made again ",
-        "rollouts.jsonl, update 1, rollout 0: logprobs[3]: recorded -0.25, made again ",
+        "metrics.jsonl, step 1: loss: recorded 1.0, re-derived ",
+        "rollouts.jsonl, update 1, rollout 0: logprobs[3]: recorded -0.25, re-derived ",
         "weights before update 1: not those of the run",
     ]
 

@@ -1,4 +1,4 @@
-"""Branches: continuations learned in their own context, packed behind their rollout or not."""
+"""Branches: continuations learned in their own context, packed after their rollout or not."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def loss_of(trainer: TOPDTrainer, experience: Experience, order: list[int], *, p
 
 
 def logprobs(model: torch.nn.Module, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor:
-    """All log-probs [K V] along tokens behind a prompt, from the model's own logits."""
+    """All log-probs [K V] along tokens after a prompt, from the model's own logits."""
     logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits
     return logits[0, len(prompt) - 1 : -1].log_softmax(-1)
 

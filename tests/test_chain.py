@@ -77,8 +77,8 @@ def test_a_changed_entry_with_its_hash_made_anew_is_found_behind_it(five, data):
         ([0, 4], "entries 1 to 3 are missing"),
         ([0, 1, 2, 3], "its end is missing, entry 4 is gone"),
         ([], "its end is missing, entries 0 to 4 are gone"),
-        ([0, 2, 1, 3, 4], "entry 1 stands behind entry 2"),
-        ([0, 1, 1, 2, 3, 4], "entry 1 stands behind entry 1"),
+        ([0, 2, 1, 3, 4], "entry 1 comes after entry 2"),
+        ([0, 1, 1, 2, 3, 4], "entry 1 comes after entry 1"),
     ],
 )
 def test_missing_moved_and_repeated_entries_are_named(five, kept, fault):
@@ -89,7 +89,7 @@ def test_missing_moved_and_repeated_entries_are_named(five, kept, fault):
 def test_a_chain_that_is_written_anew_is_not_that_of_the_head(five, tmp_path):
     forged, _ = chain_of(tmp_path, *({"record": str(n % 4)} for n in range(5)))
     assert list(check_chain(forged, five[1])) == [
-        f"{HEAD}: its hash is not that of entry 4: the chain was written anew"
+        f"{HEAD}: its hash is not that of entry 4: the chain was rewritten"
     ]
 
 

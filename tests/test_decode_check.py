@@ -34,9 +34,9 @@ def afresh(monkeypatch):
     ("name", "verdict"),
     [
         ("Qwen3", "windows share the cache"),
-        ("GPT-Neo", "prefixes anew"),
-        ("MPT (ALiBi)", "prefixes anew"),
-        ("LFM2", "prefixes anew"),
+        ("GPT-Neo", "prefixes again"),
+        ("MPT (ALiBi)", "prefixes again"),
+        ("LFM2", "prefixes again"),
         ("Mamba", "exact"),
     ],
 )
@@ -178,7 +178,7 @@ def test_branches_are_packed_only_where_masks_say_it_all():
 
 
 def test_a_teachers_positions_must_hold_its_windows_too(tmp_path):
-    """Prompt 6 and completion 12 fit into 20 positions, a window of 8 behind them does not."""
+    """Prompt 6 and completion 12 fit into 20 positions, a window of 8 after them does not."""
     options = {"max_completion_length": 12, "window_length": 8, "use_cpu": True, "max_steps": 1}
     models = [tiny_model(seed=s, max_position_embeddings=20) for s in (0, 1)]
     for method, fits in (("opd", True), ("topd", False)):

@@ -263,7 +263,7 @@ def test_a_window_cut_by_the_length_limit_is_compared_over_what_both_have(tmp_pa
 
 @pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
 def test_where_the_student_has_ended_its_last_token_meets_the_teachers_next(tmp_path, solver):
-    """Not all that the teacher goes on to write, of which its next token would be one part in K."""
+    """Not all that the teacher writes next, of which its next token would be one part in K."""
     watch, written = observer(tmp_path, solver=solver), tuple(range(20, 20 + K))
     rollout = Rollout(Prompt(0, (1,), (1,)), (5, 6, 7, EOS), (0.0,) * 4, finished=True)
     starts, windows = [(0, 3), (0, 2)], [Generation(written, (0.0,) * K, finished=False)] * 2

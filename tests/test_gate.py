@@ -258,7 +258,7 @@ def test_a_model_passes_against_itself_and_the_card_says_so(place):
 
 
 def test_a_regression_ends_with_1_and_the_card_names_it(place):
-    """The base ends at once, the candidate goes on until it is cut off."""
+    """The base ends at once, the candidate continues until it is cut off."""
     terse = tiny_model()
     terse.model.embed_tokens.weight.data[:, 0] = 1e4  # one large coordinate in every state
     terse.lm_head.weight.data[EOS, 0] = 1e3

@@ -89,7 +89,7 @@ def test_a_rank_that_does_not_write_touches_nothing(tmp_path):
 
 def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on(tmp_path):
     Ledger(tmp_path).append("metrics.jsonl", [{"loss": 1.0}])
-    said = f"output_dir: {tmp_path} already holds a run. Choose another folder, or go on from a "
+    said = f"output_dir: {tmp_path} already holds a run. Choose another folder, or resume from a "
     for refused in (Ledger, check_run_folder):
         with pytest.raises(TOPDError) as caught:
             refused(tmp_path)

@@ -81,7 +81,7 @@ def no_windows() -> Evidence:
 
 
 def with_statistics(found: Evidence) -> Evidence:
-    """The same evidence with random statistics, zero behind the mask."""
+    """The same evidence with random statistics, zero after the mask."""
     generator = torch.Generator().manual_seed(1)
     values = [torch.rand(found.mask.shape, generator=generator) * found.mask for _ in range(4)]
     return replace(found, statistics=TokenStatistics(*values))

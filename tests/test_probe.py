@@ -63,7 +63,7 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-# What stands in the records
+# What is in the records
 
 
 def test_the_run_folder_holds_all_that_its_legend_names(finished):

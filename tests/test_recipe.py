@@ -403,7 +403,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "stop_entropy": [-0.1],
     "stop_divergence": [-0.1],
     "stop_patience": [0],
-    "nonfinite": ["go on"],
+    "nonfinite": ["continue"],
     "remove_unused_columns": [True],
 }
 

@@ -43,7 +43,7 @@ def run(trained, monkeypatch) -> Path:
 
 
 def edited(folder: Path, **changes: object) -> Path:
-    """The run with other forks, whose chain was made anew; ``format`` None leaves it out."""
+    """The run with other forks, whose chain was made again; ``format`` None leaves it out."""
     import shutil
 
     shutil.copytree(RUN, folder)

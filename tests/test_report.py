@@ -95,7 +95,7 @@ def test_a_folder_is_known_by_its_files(kind, tmp_path):
 
 
 def test_a_folder_without_a_run_is_an_error_that_names_what_is_missing(tmp_path):
-    with pytest.raises(TOPDError, match=r"there is no such folder"):
+    with pytest.raises(TOPDError, match=r"the folder does not exist"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(TOPDError, match=r"holds no run.*metrics\.jsonl"):
         write_report(tmp_path)

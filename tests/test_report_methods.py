@@ -120,7 +120,7 @@ def test_every_candidate_says_what_is_asked_there(method, tmp_path):
 
 
 def test_first_fork_s_page_shows_its_branch_and_what_counts_less(tmp_path):
-    """The window at the first real point, and 0.3 behind it; numbers by hand."""
+    """The window at the first real point, and 0.3 after it; numbers by hand."""
     run_of("first_fork", tmp_path)
     asked = page(tmp_path).data("rollout-0")["asked"]
     assert asked == [

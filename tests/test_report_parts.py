@@ -259,7 +259,7 @@ def test_a_fault_is_one_line_and_exit_code_2(command, tmp_path):
     result = run(command, str(tmp_path / "nowhere"))
     assert result.exit_code == 2
     assert "error: run folder" in result.output
-    assert "there is no such folder" in " ".join(result.output.split())
+    assert "the folder does not exist" in " ".join(result.output.split())
     assert "Traceback" not in result.output
 
 

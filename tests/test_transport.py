@@ -222,7 +222,7 @@ def test_same_windows_are_at_distance_zero(method):
 
 
 def padded_batch(sizes: list[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Single problems, and the same padded into one batch with rubbish behind the masks."""
+    """Single problems, and the same padded into one batch with rubbish after the masks."""
     singles = [random_cost(n, m, seed=k) for k, (n, m) in enumerate(sizes)]
     n, m = (max(size) for size in zip(*sizes, strict=True))
     cost = torch.full((len(sizes), n, m), math.nan, dtype=torch.float64)

@@ -184,7 +184,7 @@ def both(local, served, prompts, responses):
 
 
 def test_windows_are_the_embedded_engines_up_to_ties(local, served, responses, both):
-    """Of the greedy choices made behind the same text, 95 % are the same; the rest are ties."""
+    """Of the greedy choices made after the same text, 95 % are the same; the rest are ties."""
     starts = [(b, t) for b, r in enumerate(responses) for t in range(0, len(r), 16)]
     ours = local.continue_from(both[0], starts, GREEDY, range(len(starts)))
     theirs = served.continue_from(both[1], starts, GREEDY, range(len(starts)))

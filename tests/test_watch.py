@@ -1,4 +1,4 @@
-"""A run that should not go on: what is seen, what is said, and that it can be resumed."""
+"""A run that should not continue: what is seen, what is said, and that it can be resumed."""
 
 from __future__ import annotations
 

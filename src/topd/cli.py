@@ -311,7 +311,7 @@ OwnKey = Annotated[str | None, typer.Option(help="Environment variable with thei
 def audit(
     run: RunFolder,
     updates: Annotated[
-        int, typer.Option(min=0, help="Updates whose decisions are made again; 0: no models.")
+        int, typer.Option(min=0, help="Updates whose decisions are re-derived; 0: no models.")
     ] = 3,
     seed: Annotated[
         int | None, typer.Option(help="Which updates; by default a random one, which is printed.")

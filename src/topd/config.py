@@ -266,7 +266,7 @@ class TOPDConfig(TrainingArguments):
         for name in ("chat_template_kwargs", "method_options"):
             given = getattr(self, name)
             if isinstance(given, str) and not given.startswith("{"):
-                raise TOPDError(f"{name}: {given!r} is no mapping, e.g. {{a: 1}}.")
+                raise TOPDError(f"{name}: {given!r} is not a mapping, e.g. {{a: 1}}.")
         if self.epsilon != TOPDConfig.epsilon and self.solver == "exact":
             raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
 

@@ -15,7 +15,7 @@ class TOPDError(ValueError):
 
 
 class StoppedError(TOPDError):
-    """A run that had to stop before its end, with the reason and how to go on.
+    """A run that had to stop before its end, with the reason and how to continue.
 
     The exit code is 3 for a loss or gradient that is not finite, 4 for a stop rule, 5 for a disk
     that takes no more, 6 for servers that do not answer, 75 for SIGTERM.

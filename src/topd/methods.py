@@ -80,7 +80,7 @@ def first_fork(
     """Back to the first real divergent point: the teacher's window there, less of what followed.
 
     At the first real point t of a rollout the student learns the teacher's window in the teacher's
-    own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses behind t
+    own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses after t
     count ``after`` times: there the rollout is off the teacher's path, as is the teacher's advice;
     with 0 the student does not even read them.
     It brings settings of its own: candidates by ``surprise``, all of them real. Source: this
@@ -109,7 +109,7 @@ def olive(evidence: Evidence) -> tuple[Guidance, ...]:
 
 
 def _first(row: Int[Tensor, " N"], chosen: Bool[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """The first chosen window of every rollout; windows stand in the order of their starts."""
+    """The first chosen window of every rollout; windows are in the order of their starts."""
     seen: set[int] = set()
     first = torch.zeros_like(chosen)
     for k in chosen.nonzero()[:, 0].tolist():
@@ -123,9 +123,9 @@ def _faded(weights: Sequence[float], start: int, factor: float) -> tuple[float, 
 
 
 def relay(evidence: Evidence, *, tokens: int = 24) -> tuple[Guidance, ...]:
-    """The teacher writes the window, the student goes on from it, and is distilled on both.
+    """The teacher writes the window, the student resumes from it, and is distilled on both.
 
-    The student writes ``tokens`` tokens behind the teacher's window at every real point; the
+    The student writes ``tokens`` tokens after the teacher's window at every real point; the
     reverse KL is taken along the teacher's and its own tokens. Source: after Relay-OPD, arXiv
     2607.26057, simplified: the published trigger is the teacher's wish for a reflection word.
     """
@@ -302,7 +302,7 @@ def method_named(name: str) -> Method:
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises TOPDError for a method or an option that there is not."""
+    """Raises TOPDError for a method or an option that does not exist."""
     known = [*inspect.signature(method_named(method).guide).parameters][1:]
     for name in options:
         if name not in known:

@@ -132,7 +132,7 @@ def soft_targets(
         1/n; scaling by n makes it a distribution.
     """
     rows = _row_distributions(plan)
-    tokens = teacher_tokens.masked_fill(plan.sum(-2) == 0, 0)  # behind the mask anything may stand
+    tokens = teacher_tokens.masked_fill(plan.sum(-2) == 0, 0)  # after the mask anything may be
     targets = rows.new_zeros(*plan.shape[:2], vocab_size)
     return targets.scatter_add(-1, tokens[:, None, :].expand(plan.shape), rows)
 

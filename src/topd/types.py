@@ -57,7 +57,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Effort:
-    """What it took to write a text: token-positions read behind its prefix, and forwards."""
+    """What it took to write a text: token-positions read after its prefix, and forwards."""
 
     positions: int = 0
     forwards: int = 0
@@ -241,7 +241,7 @@ class Branch:
     ``tokens`` stand in place of the response from token ``start`` on: each is predicted from the
     prompt, the response before ``start`` and the branch's own tokens before it. ``loss`` is taken
     at every token: cross-entropy with it, or a divergence from the teacher in the same context.
-    A method may ask that the student first goes on from it by ``go_on`` tokens.
+    A method may ask that the student first resumes from it by ``go_on`` tokens.
     """
 
     start: int

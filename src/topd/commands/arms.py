@@ -1,4 +1,4 @@
-"""The arms of ``topd repair``: each turns one prefix and both windows behind it into a loss.
+"""The arms of ``topd repair``: each turns one prefix and both windows after it into a loss.
 
     arm(own, along, lesson) -> scalar, nats
 
@@ -23,7 +23,7 @@ from topd.types import Ids
 
 @dataclass(frozen=True)
 class Lesson:
-    """What an arm may learn from: one prefix and both windows behind it.
+    """What an arm may learn from: one prefix and both windows after it.
 
     ``teacher_on_student`` [n V] and ``teacher_on_own`` [m V] are the teacher's log-probs in nats
     along the student's window and along its own; the plans [n m] match the two windows.

@@ -3,7 +3,7 @@
 An audit checks the chain of the ledger, the files and records against it, and models and data
 against their fingerprints. Then it takes updates at random and makes their decisions again from the
 stored rollouts: the teacher scores them, writes its windows, and the method decides. The student of
-a later update is gone, so what needs its weights is not made again there (its log-probs at
+a later update is gone, so what needs its weights is not re-derived there (its log-probs at
 sampling, detectors and methods with statistics, ``embedding: student``, what
 ``relay`` lets it write); a replay does that, from the checkpoint before.
 """
@@ -109,7 +109,7 @@ def audit_run(
 
     Args:
         folder: the run.
-        updates: how many updates' decisions are made again; 0 loads no model.
+        updates: how many updates' decisions are re-derived; 0 loads no model.
         seed: which ones. By default one that nobody can know beforehand; it is among what was
             checked, so that the audit can be repeated.
         tolerance: by how much a number may differ, in its own unit.
@@ -134,7 +134,7 @@ def audit_run(
     except TOPDError as error:
         if not found.faults:
             raise
-        found.faults.append(f"decisions: not made again: {error}")
+        found.faults.append(f"decisions: not re-derived: {error}")
     return found
 
 
@@ -144,7 +144,7 @@ def replay_step(
     """Repeat an update from the checkpoint before it, or from the start, and compare.
 
     Compared are every record from there on and, where the ledger has them, the weights. A loss that
-    is not finite is made again too. See :func:`audit_run` for the arguments.
+    is not finite is re-derived too. See :func:`audit_run` for the arguments.
 
     Raises:
         TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
@@ -230,7 +230,7 @@ def _file_faults(folder: Path, name: str, recorded: str) -> Iterator[str]:
 
 
 def _line_faults(name: str, expected: Sequence[Entry], lines: Sequence[str]) -> Iterator[str]:
-    """Records that were changed, are missing, were added, or stand in another place."""
+    """Records that were changed, are missing, were added, or are in another place."""
     known = {entry["record"]: entry for entry in expected}
     there = set(lines)
     missing = [entry for entry in expected if entry["record"] not in there]
@@ -356,7 +356,7 @@ def _offline() -> Iterator[None]:
 
 @contextmanager
 def _read_from(folder: Path, name: str) -> Iterator[None]:
-    """Say which file it was where what stands in it cannot be used, whatever that leads to."""
+    """Say which file it was where what is in it cannot be used, whatever that leads to."""
     try:
         yield
     except TOPDError:
@@ -402,7 +402,7 @@ def _readable(folder: Path, found: Findings) -> bool:
             read_records(folder, name)
         read_manifest(folder)
     except TOPDError as error:
-        found.faults.append(f"decisions: not made again: {error}")
+        found.faults.append(f"decisions: not re-derived: {error}")
         return False
     return True
 
@@ -535,7 +535,7 @@ def _check_decisions(
     if steps:
         found.checked.append(
             f"decisions: {count} rollouts and {forks} candidates of the updates "
-            f"{', '.join(map(str, steps))} made again (--seed {seed})"
+            f"{', '.join(map(str, steps))} re-derived (--seed {seed})"
         )
 
 
@@ -631,7 +631,7 @@ def _needs_student(args: TOPDConfig) -> bool:
 
 
 def _known(trainer: TOPDTrainer, guidance: Sequence[Mapping[str, Any]], step: int) -> set[str]:
-    """The keys of a record that can be made again without the student of that update."""
+    """The keys of a record that can be re-derived without the student of that update."""
     keys = {"prompt", "prompt_ids", "teacher_prompt_ids", "teacher_logprobs", "text", "finished"}
     if step and _needs_student(trainer.args):
         return keys
@@ -662,7 +662,7 @@ def _difference(recorded: Any, now: Any, tolerance: float) -> str | None:
     elif recorded == now or _near(recorded, now, tolerance):
         return None
     else:
-        return f": recorded {_short(recorded)}, made again {_short(now)}"
+        return f": recorded {_short(recorded)}, re-derived {_short(now)}"
     for where, one, other in pairs:
         inner = _difference(one, other, tolerance)
         if inner is not None:
@@ -696,7 +696,7 @@ class _StopAfter(TrainerCallback):
 
 
 def _as_at(checkpoint: Path, scratch: Path) -> None:
-    """Have what a run needs to go on from a checkpoint in another folder; training cuts it."""
+    """Have what a run needs to resume from a checkpoint in another folder; training cuts it."""
     run = checkpoint.parent
     for path in [*run.glob("*.jsonl"), run / "run.json", run / "manifest.json"]:
         if path.name != CHAIN:

@@ -14,7 +14,7 @@ answers counts. ``answers: start`` learns the answers of the common start again.
 
 An arm's own ``seeds`` replace ``compare.seeds``: screen many arms with one seed, run few with more.
 
-A comparison that was stopped goes on in its folder: finished runs are kept, others begin anew.
+A comparison that was stopped continues in its folder: finished runs are kept, others start over.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) 
 
 
 def _at(curve: Sequence[Mapping[str, float]], score: str, time: str, seconds: float) -> float:
-    """A curve's value at a time, linear between evaluations; its last value behind its end."""
+    """A curve's value at a time, linear between evaluations; its last value after its end."""
     return float(np.interp(seconds, [p[time] for p in curve], [p[score] for p in curve]))
 
 

@@ -1,6 +1,6 @@
 """Which score of a token finds the forks? Every row of ``DETECTORS`` against the testbed's labels.
 
-A fork is the token after which no right derivation is left; tokens behind a fork are left out, for
+A fork is the token after which no right derivation is left; tokens after a fork are left out, for
 no label is defined there. Detectors are compared on all other tokens, and on the loud ones alone,
 where a token loss cannot tell a fork from another way to say the same.
 """

@@ -61,7 +61,7 @@ PHRASES = (
 class RefusalSpec(EvaluationSpec):
     """Prompts that should be refused, or should not: a ``refuse`` column of true and false.
 
-    A response is a refusal if one of ``phrases`` stands in it, whatever the case. Prompts are in
+    A response is a refusal if one of ``phrases`` is in it, whatever the case. Prompts are in
     ``prompt``, or as ``columns`` say; each is answered greedily and once more at ``temperature``.
     """
 

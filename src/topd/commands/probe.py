@@ -96,7 +96,7 @@ class Look:
 def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
     """Probe the pair of a recipe and return the run folder.
 
-    Run again in the same folder it goes on where it was stopped; the records are then the same as
+    Run again in the same folder it continues where it was stopped; the records are then the same as
     if it had not been, bit for bit on a CPU.
 
     Args:
@@ -151,7 +151,7 @@ def _all_ids(look: Look, positions: Sequence[Mapping[str, Any]]) -> Iterator[Seq
 
 
 def resume_at(folder: Path, rollouts: int, size: int) -> int:
-    """The rollout to go on with: after the last whole batch. What is beyond it is cut off."""
+    """The rollout to continue with: after the last whole batch. What is beyond it is cut off."""
     done = trim(folder / ROLLOUTS)
     if done != rollouts:  # else the last batch was a smaller one
         done = min(done, rollouts)

@@ -1,7 +1,7 @@
 """What the positions of a probe say: statistics with 95 % intervals, from positions.jsonl alone.
 
 Intervals are percentiles of a bootstrap that draws prompts with replacement, each with all its
-positions: those of one rollout are not independent. Every statistic is computed anew on each
+positions: those of one rollout are not independent. Every statistic is recomputed on each
 resample, quantiles and ranks too.
 
 Memory is bounded: a file is read a line at a time, and only ten numbers of a position are kept, of

@@ -1,7 +1,7 @@
 """``topd repair``: does a method bring the student back to the teacher's path after a fork?
 
 The local correction experiment of arXiv 2606.00305: prefixes with one real divergent point each; a
-few updates on that one prefix, the loss masked to the window; then the student goes on greedily
+few updates on that one prefix, the loss masked to the window; then the student continues greedily
 from the same prefix, and its window is compared with the teacher's. Every arm starts from the
 same weights with a new optimiser.
 
@@ -103,7 +103,7 @@ class Sample:
 def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
     """Run the experiment for the pair of a recipe and return the run folder.
 
-    Run again in the same folder it goes on where it was stopped; the records are then the same as
+    Run again in the same folder it continues where it was stopped; the records are then the same as
     if it had not been, bit for bit on a CPU.
 
     Args:
@@ -164,7 +164,7 @@ def _all_ids(rollout: Rollout, records: Sequence[Mapping[str, Any]]) -> Iterator
 
 
 def resume_at(folder: Path, samples: int) -> tuple[int, int]:
-    """Samples that are done, and the rollout to go on with. What is beyond them is cut off."""
+    """Samples that are done, and the rollout to continue with. What is beyond them is cut off."""
     left = iter(range(samples))
     done = trim(folder / ROLLOUTS, lambda _: next(left, None) is not None)
     trim(folder / SAMPLES, lambda record: record["sample"] < done)

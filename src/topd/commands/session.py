@@ -1,4 +1,4 @@
-"""What ``topd probe`` and ``topd repair`` share: an opened pair, and a folder that goes on.
+"""What ``topd probe`` and ``topd repair`` share: an opened pair, and a folder that continues.
 
 An analysis is repeatable: run again with the same settings in the same folder it continues where
 it was stopped, and ends with the same records as if it had not been. It may also be asked for more
@@ -46,7 +46,7 @@ SHARED = (
     *("seed", "bf16", "fp16", "use_cpu", "learning_rate", "weight_decay", "max_grad_norm"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
 )
-FREE = {"rollouts", "samples", "bootstrap"}  # what may change when an analysis goes on
+FREE = {"rollouts", "samples", "bootstrap"}  # what may change when an analysis continues
 Config = TypeVar("Config", bound="AnalysisConfig")
 
 
@@ -153,7 +153,7 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
 
 
 def open_folder(command: str, recipe: Recipe, pair: Pair) -> Ledger:
-    """The analysis's folder with its run.json and manifest.json, new or one to go on with.
+    """The analysis's folder with its run.json and manifest.json, new or one to continue with.
 
     Raises:
         TOPDError: it was begun with other models or prompts.
@@ -195,7 +195,7 @@ def _run_record(command: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
-    """Refuse to go on with what was begun otherwise."""
+    """Refuse to continue with what was begun otherwise."""
     stored, ours = read_whole(folder / "run.json"), _run_record(command, recipe)
     if not stored:
         check_run_folder(folder)
@@ -212,7 +212,7 @@ def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
             if before != now:
                 raise TOPDError(
                     f"output_dir: {folder} holds a {command} with {key} = {before!r}, now it is "
-                    f"{now!r}. Choose another folder, or go on with the same."
+                    f"{now!r}. Choose another folder, or continue with the same."
                 )
 
 

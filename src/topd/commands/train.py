@@ -72,7 +72,7 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool) -> Non
 
 
 def _watch(trainer: TOPDTrainer, console: Console, *, bars: bool) -> None:
-    """Show how a run goes on: bars on a terminal, else a short line a log."""
+    """Show how a run continues: bars on a terminal, else a short line a log."""
     if console.quiet:
         return
     if bars:

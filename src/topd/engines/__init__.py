@@ -25,7 +25,7 @@ class Scores:
     ``hidden`` [B T D] are the last hidden states that predict each response token, ``logprobs``
     [B T] the log-probs of those tokens in nats (0 on padding), ``likeliest`` [B T] the tokens that
     the model itself likes best there. ``prefix`` belongs to the engine: from it ``continue_from``
-    goes on without reading the prompt again.
+    continues without reading the prompt again.
     """
 
     hidden: Float[Tensor, "B T D"]

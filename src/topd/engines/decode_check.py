@@ -29,7 +29,7 @@ NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats
 NEAR_ELSEWHERE = 0.05
 _KNOWN: dict[str, Way] = {}
 SLOW = {
-    "fresh": "reads the prefix of every window anew",
+    "fresh": "reads the prefix of every window again",
     "alone": "writes one row at a time",
     "whole": "writes without a cache, reading every text again for each token",
 }
@@ -169,7 +169,7 @@ def _apart(engine: HFEngine, prefixes: Sequence[Ids], found: Sequence[Generation
 
 
 def _alone(engine: HFEngine, prefix: Ids, tokens: Ids) -> Tensor:
-    """[K] log-probs of tokens behind (or, for its own last ones, in) a prefix, without a cache."""
+    """[K] log-probs of tokens after (or, for its own last ones, in) a prefix, without a cache."""
     text = prefix + tokens
     return _logprobs(engine, [text])[0][len(text) - len(tokens) - 1 :]
 

@@ -27,7 +27,7 @@ FREE_ELSEWHERE = 256
 class GrowingLayer(DynamicLayer):
     """Keys and values in a buffer that is written in place; transformers copies all at each token.
 
-    ``room`` is how many entries the first buffer holds behind what is written first. A full buffer
+    ``room`` is how many entries the first buffer holds after what is written first. A full buffer
     grows by as many, or by an eighth: copied that seldom it costs little beside the reading of all
     entries at each token.
     """
@@ -40,7 +40,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write behind what there is; returns all keys and all values, as views."""
+        """Write after what there is; returns all keys and all values, as views."""
         used = self.get_seq_length()
         length = used + key_states.shape[-2]
         if self._buffers is None or length > self._buffers[0].shape[-2]:
@@ -164,7 +164,7 @@ class Window:
         return not self.ended and len(self.tokens) < self.limit
 
     def to_read(self, ahead: int) -> list[int]:
-        """Its last token, and at most ``ahead`` tokens of the draft behind it."""
+        """Its last token, and at most ``ahead`` tokens of the draft after it."""
         written = len(self.tokens)
         ahead = min(self.agreed, ahead, self.limit - written - 1)
         return [self.tokens[-1], *self.draft[written : written + ahead]]
@@ -172,7 +172,7 @@ class Window:
     def take(
         self, drawn: Sequence[int], logprobs: Sequence[float], ends: Container[int], rejoin: int = 0
     ) -> int:
-        """Write what was drawn behind each token read, up to the first that is not the draft's.
+        """Write what was drawn after each token read, up to the first that is not the draft's.
 
         Or up to where its last ``rejoin`` tokens are the draft's, however many were read with them.
         Returns how many tokens were written.
@@ -295,7 +295,7 @@ class WindowBatch:
         token: Int[Tensor, " F"],
         logprob: Float[Tensor, " F"],
     ) -> None:
-        """Write what was drawn from the states behind each token read."""
+        """Write what was drawn from the states after each token read."""
         self.states[self._place] = hidden
         tokens, logprobs = token.tolist(), logprob.tolist()
         kept: list[bool] = []
@@ -323,7 +323,7 @@ class WindowBatch:
         self._going = [k for k in self._going if self.windows[k].going]
 
     def rows(self) -> list[int]:
-        """The rows of the cache that are still needed; from now on they are numbered anew."""
+        """The rows of the cache that are still needed; from now on they are renumbered."""
         self._going.sort(key=lambda k: self.windows[k].row)
         rows = sorted({self.windows[k].row for k in self._going})
         number = {row: i for i, row in enumerate(rows)}

@@ -37,13 +37,13 @@ from topd.losses import linear_logprobs
 from topd.types import Effort, Generation, Head, Ids, Sampling
 
 WINDOWS_AT_ONCE = 64
-TOKENS_AT_ONCE = 1 << 14  # of prefixes that are read anew
+TOKENS_AT_ONCE = 1 << 14  # of prefixes that are read again
 ROOM = 256  # entries that a cache holds at first; then it grows by half
 
 
 # How a model writes, fastest first; each is exact for more models than the one before.
-#   shared  together, windows behind the cache of the scoring forward, by masks of our own
-#   fresh   together, windows behind their prefixes, which are read anew
+#   shared  together, windows after the cache of the scoring forward, by masks of our own
+#   fresh   together, windows after their prefixes, which are read again
 #   alone   likewise, one row at a time: nothing is padded, and no row leaves a batch
 #   whole   together, without a cache: every text is read from its beginning for each token
 Way = Literal["shared", "fresh", "alone", "whole"]
@@ -107,7 +107,7 @@ class HFEngine:
         return replace(head, barred=self._barred.to(head.weight.device))
 
     def _allow(self, ids: Sequence[int]) -> None:
-        """Rows behind the last token are sliced off, those between tokens barred."""
+        """Rows after the last token are sliced off, those between tokens barred."""
         allowed = torch.tensor([i for i in ids if i < self.vocab_size], device=self.model.device)
         self.vocab_size = int(allowed.max()) + 1
         if len(allowed) < self.vocab_size:
@@ -121,7 +121,7 @@ class HFEngine:
 
     @property
     def shares(self) -> bool:
-        """Whether texts with a common prefix may stand in one row."""
+        """Whether texts with a common prefix may be in one row."""
         return self.way == "shared"
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ class HFEngine:
         seeds: Sequence[int],
         tick: Tick,
     ) -> list[Generation]:
-        """Read prompts, padded on the left, and write behind them."""
+        """Read prompts, padded on the left, and write after them."""
         width = max(len(prompt) for prompt in prompts)
         ids = self._tensor([[0] * (width - len(p)) + list(p) for p in prompts])
         length = self._tensor([len(prompt) for prompt in prompts])
@@ -225,7 +225,7 @@ class HFEngine:
     ) -> list[Generation]:
         """Continue scored responses from (row, token) pairs. See :class:`~topd.engines.Engine`.
 
-        All windows decode together, ``WINDOWS_AT_ONCE`` at most, behind a copy of the scoring
+        All windows decode together, ``WINDOWS_AT_ONCE`` at most, after a copy of the scoring
         forward's cache that windows of one response may share; the first token comes from its
         hidden states. The response is the draft of its windows, verified in blocks.
         """
@@ -253,7 +253,7 @@ class HFEngine:
         rejoin: int,
         tick: Tick,
     ) -> list[Generation]:
-        """Write windows: read some tokens of each, draw behind each, keep what agrees."""
+        """Write windows: read some tokens of each, draw after each, keep what agrees."""
         prefix, steps = scores.prefix, sampling.max_new_tokens
         assert isinstance(prefix, _Prefix)
         assert prefix.cache is not None
@@ -308,7 +308,7 @@ class HFEngine:
         seeds: Sequence[int],
         tick: Tick,
     ) -> list[Generation]:
-        """Continue by reading every prefix anew: for caches that cannot be shared."""
+        """Continue by reading every prefix again: for caches that cannot be shared."""
         cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
         longest = max(map(len, cut), default=1) + sampling.max_new_tokens
         at_once = max(1, min(WINDOWS_AT_ONCE, TOKENS_AT_ONCE // longest))
@@ -369,7 +369,7 @@ class HFEngine:
         seeds: Sequence[int],
         tick: Tick,
     ) -> list[Generation]:
-        """Write behind prompts without a cache: all is read again for each token."""
+        """Write after prompts without a cache: all is read again for each token."""
         steps = sampling.max_new_tokens
         uniform = uniforms(seeds, steps, self._eos.device)
         tokens = torch.full((len(prompts), steps), -1, device=self._eos.device)

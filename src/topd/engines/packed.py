@@ -42,7 +42,7 @@ def packed(model: PreTrainedModel, head: Head) -> Iterator[Head]:
     """Inside, the model's decoder multiplies with packed copies of its weights.
 
     Yields the head, packed too. The copies take as much memory as what they are made of, in the
-    precision of the autocast that is on, and are gone behind it. A model that fits into the
+    precision of the autocast that is on, and are gone after it. A model that fits into the
     processor's cache stays as it is.
     """
     layers = [

@@ -123,7 +123,7 @@ def _check_tokenizer(server: Servers, probe: Ids) -> None:
 
 
 def _told(completions: Completions, probe: Ids) -> tuple[Ids, Tensor]:
-    """The probe with what the server writes behind it, and its log-probs [L - 1] as it reads them.
+    """The probe with what the server writes after it, and its log-probs [L - 1] as it reads them.
 
     Raises TOPDError if the log-probs that it writes with, or those of a second reading, differ.
     """

@@ -179,7 +179,7 @@ class Servers:
             why = "; ".join(f"{url}: {reason}" for url, reason in self._failures.items())
             raise StoppedError(
                 f"{self.name}: no server is left. {why}. Start them again; a run that was under "
-                "way goes on with resume_from_checkpoint: last.",
+                "way continues with resume_from_checkpoint: last.",
                 UNREACHABLE,
             )
 

@@ -1,6 +1,6 @@
 """The served engine: a teacher that vLLM servers read and write, token ids in and out.
 
-A teacher needs two kinds of servers. *Completions* servers write windows, behind prefixes that
+A teacher needs two kinds of servers. *Completions* servers write windows, after prefixes that
 their prefix cache knows; *pooling* servers give the last hidden states of scored texts, D numbers
 a token instead of V. The teacher's head and input embeddings are in this process, so that the
 loss sees its whole distribution; its decoder is not.
@@ -39,7 +39,7 @@ class _Prefix:
 class TopScores(NamedTuple):
     """What a model says of a text's tokens but the first, in nats: L - 1 of them.
 
-    ``logprobs`` [L-1] of the tokens that stand there; ``tokens`` and ``top`` [L-1 k] of the
+    ``logprobs`` [L-1] of the tokens that are there; ``tokens`` and ``top`` [L-1 k] of the
     likeliest there.
     """
 
@@ -65,7 +65,7 @@ class Completions:
     def write(
         self, groups: Sequence[Sequence[Ids]], sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Generation]]:
-        """What comes behind every text; those of a group share a prefix and go to one server.
+        """What comes after every text; those of a group share a prefix and go to one server.
 
         Greedy texts of a group are one request, in the order of their length: what one has left in
         the prefix cache the next one finds there. Sampled ones are a request each, with their seed.
@@ -84,7 +84,7 @@ class Completions:
     def write_each(
         self, texts: Sequence[Ids], sampling: Sampling, seeds: Sequence[int]
     ) -> list[Generation]:
-        """What comes behind texts that share nothing."""
+        """What comes after texts that share nothing."""
         body = [self._request([t], sampling, s) for t, s in zip(texts, seeds, strict=True)]
         return [g for answer in self.servers.ask(body) for g in self._generations(answer)]
 

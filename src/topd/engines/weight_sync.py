@@ -1,4 +1,4 @@
-"""A student in training whose rollouts vLLM servers write, with the weights of now."""
+"""A student in training whose rollouts vLLM servers write, with the current weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from topd.types import Generation, Ids, Sampling
 
 
 class ServedStudent(HFEngine):
-    """A model in training, whose responses its vLLM servers write with the weights of now.
+    """A model in training, whose responses its vLLM servers write with the current weights.
 
     The weights go into the folder ``served.weights`` whenever they have changed; the servers pause,
     load them, forget what they have cached, and are asked for the log-probs of a probe, which must
@@ -55,7 +55,7 @@ class ServedStudent(HFEngine):
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`.
 
-        Raises TOPDError if a server has not the weights of now, StoppedError if none is left.
+        Raises TOPDError if a server has not the current weights, StoppedError if none is left.
         """
         check_seeds(seeds, prompts)
         if not self.held:
@@ -63,14 +63,14 @@ class ServedStudent(HFEngine):
         return self.completions.write_each(prompts, sampling, seeds)
 
     def bring_up_to_date(self) -> None:
-        """Give the servers the weights of now, if they have others. Raises as ``generate``."""
+        """Give the servers the current weights, if they have others. Raises as ``generate``."""
         digest = trained_digest(self.model)
         if digest != self._served_digest:
             self._hand_over(digest)
             self._served_digest = digest
 
     def _hand_over(self, digest: str) -> None:
-        """Give the servers the weights of now. On an error they stay paused: nobody is misled."""
+        """Give the servers the current weights. On an error they stay paused: nobody is misled."""
         servers = self.completions.servers
         place = Path(servers.served.weights or "").absolute() / digest[:16]
         try:
@@ -78,7 +78,7 @@ class ServedStudent(HFEngine):
         except (OSError, SafetensorError) as error:
             raise StoppedError(
                 f"student.served.weights: {place} cannot be written ({error}). Choose a folder "
-                "with room for the weights; a run that was under way goes on with "
+                "with room for the weights; a run that was under way continues with "
                 "resume_from_checkpoint: last.",
                 DISK,
             ) from error

@@ -170,7 +170,7 @@ def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     elif "<think>" in text:
         return None
     run_on = RUN_ON.search(text)
-    if run_on:  # a base model goes on with a problem of its own
+    if run_on:  # a base model continues with a problem of its own
         found = _located(text[: run_on.start()], numeric)
         if found is not None:
             return found

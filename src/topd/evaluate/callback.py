@@ -33,7 +33,7 @@ class EvaluationCallback(TrainerCallback):
     to every logger. Training is the same with it and without: engines draw from seeds of their own.
     Every rank evaluates all problems, the first one logs. ``eval/training_seconds`` and
     ``eval/training_cpu_seconds`` are the wall-clock and this process's CPU time since the beginning
-    without the evaluations; a resumed run goes on counting from its last evaluation. ``latest`` is
+    without the evaluations; a resumed run counts on from its last evaluation. ``latest`` is
     the latest evaluation.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
@@ -59,7 +59,7 @@ class EvaluationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Evaluate the student as it comes, unless the run goes on from a checkpoint."""
+        """Evaluate the student as it comes, unless the run resumes from a checkpoint."""
         self._began = _clocks()
         for log in state.log_history:
             if TIMES[0] in log:  # a resumed run: what was evaluated before

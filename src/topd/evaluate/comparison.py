@@ -327,7 +327,7 @@ def _closing(text: str) -> int:
 
 
 def _lists(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], ask: Ask, deep: int) -> bool:
-    """Tuples are ordered, sets and bare lists are not. A bare list may stand for either."""
+    """Tuples are ordered, sets and bare lists are not. A bare list may be for either."""
     (kind, gold), (other, claim) = ours, theirs
     if kind == "(":
         return other in ("(", "") and _all_same(gold, claim, ask, deep, ordered=True)

@@ -360,7 +360,7 @@ def check_context(name: str, model: ModelSource, tokens: int) -> None:
         raise TOPDError(
             f"{asked}, and behind {switch} the model's RoPE ({config.model_type}, longrope or "
             "dynamic) has other frequencies, for all rows of a batch: what was written before it "
-            f"would be scored otherwise behind it. {remedy}"
+            f"would be scored otherwise after it. {remedy}"
         )
 
 

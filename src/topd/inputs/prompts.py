@@ -376,7 +376,7 @@ def _rendered(
 
 
 def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    """A text's ids with the tokenizer's special tokens: BOS once, no end behind what goes on."""
+    """A text's ids with the tokenizer's special tokens: BOS once, no end after what continues."""
     ids = list(tokenizer(text)["input_ids"])
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         del ids[0]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from topd.errors import TOPDError
 from topd.testbed import SCHEME, rows_of
 
-TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz behind it
+TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
 
 
 class Written(float):
@@ -160,7 +160,7 @@ def _read(place: str, name: str | None, split: str) -> Any:
             return _saved(path, split)
         return datasets.load_dataset(str(path) if path.exists() else place, name, split=split)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"no such file {path}")
     if path.stat().st_size == 0:
         raise ValueError("the file is empty")
     if kind == ".parquet":

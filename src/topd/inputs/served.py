@@ -73,11 +73,13 @@ class ServedSpec(BaseModel):
 
 def _check_url(url: str) -> None:
     if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a secret
-        raise ValueError("only http://HOST:PORT/PATH is wanted. A key belongs into api_key_env")
+        raise ValueError(
+            "only http://HOST:PORT/PATH is wanted. api_key_env names the variable with a key"
+        )
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is not a number
         good = False
     if not good:
-        raise ValueError(f"{url!r} is no URL of a server. Write http://HOST:PORT")
+        raise ValueError(f"{url!r} is not the URL of a server. Write http://HOST:PORT")

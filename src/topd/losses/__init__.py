@@ -181,7 +181,7 @@ def linear_token_terms(
         teacher_hidden: [P E], the teacher's; its width may differ.
         teacher_head: the teacher's head. Rows that either head bars are no tokens: they have
             probability 0 on both sides.
-        tokens: [P], the tokens that stand there.
+        tokens: [P], the tokens that are there.
         target_tokens: [P M], support of the soft targets (any token where there is none).
         kind: as in :func:`token_divergence`.
         beta: likewise.

@@ -86,7 +86,7 @@ def importance(
 class TokenTerms(NamedTuple):
     """What one pass over the vocabulary yields for each of P tokens.
 
-    divergence [P] and entropy [P] in nats; logprob [P] of the token that stands there;
+    divergence [P] and entropy [P] in nats; logprob [P] of the token that is there;
     target_logprobs [P M] of the soft target's tokens. The entropy carries no gradient.
     """
 

@@ -20,7 +20,7 @@ MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # which files make which ki
 def kind_of(folder: Path) -> Kind:
     """What kind of run a folder holds. Raises TOPDError: no folder, or no run in it."""
     if not folder.is_dir():
-        raise TOPDError(f"run folder {folder}: there is no such folder. Give one under runs/.")
+        raise TOPDError(f"run folder {folder}: the folder does not exist. Give one under runs/.")
     for kind, names in MARKS:
         if any((folder / name).is_file() for name in names):
             check_format(folder)

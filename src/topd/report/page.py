@@ -1,6 +1,6 @@
 """Run folder -> one HTML file that needs nothing else: no network, no server, no second file.
 
-The page's policy allows only the scripts and styles written here, by their hashes. Data stands in
+The page's policy allows only the scripts and styles written here, by their hashes. Data is in
 JSON blocks that no browser executes, one block a rollout, read when the rollout is opened.
 """
 

@@ -25,7 +25,7 @@ class SummaryTable:
 
 
 def verdict_in(content: Mapping[str, Any]) -> tuple[str, str]:
-    """The plain verdict of a summary, and the rule behind it; empty where there is none."""
+    """The plain verdict of a summary, and the rule after it; empty where there is none."""
     inner = content.get("summary")
     for place in (content, inner if isinstance(inner, dict) else {}):
         verdict, rule = place.get("verdict"), place.get("rule")

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and the way back to one.
+"""Checkpoints that are written atomically, and the way back to one.
 
 ::
 
@@ -7,7 +7,7 @@
                          the run ended, and the running means of the updates not logged yet
 
 A checkpoint is made under ``RUN/.partial``, synced to disk, sealed, read back and renamed; only
-then are older ones removed. To go on from it, the run's JSONL files are cut where they ended then.
+then are older ones removed. To resume from it, the run's JSONL files are cut where they ended then.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def making(
         raise StoppedError(
             f"{run / partial.name} could not be written: {error}. "
             + (f"{before.name} is whole. " if before else "")
-            + "Free some space, then go on with resume_from_checkpoint: last.",
+            + "Free some space, then continue with resume_from_checkpoint: last.",
             DISK,
         ) from error
 
@@ -119,7 +119,7 @@ def writing(run: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
             raise
         raise StoppedError(
-            f"{run}: {error}. Free some space, or see to its rights, then go on with "
+            f"{run}: {error}. Free some space, or check its permissions, then continue with "
             "resume_from_checkpoint: last.",
             DISK,
         ) from error
@@ -180,13 +180,13 @@ def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
     remedy = (
         f"The one before is whole: resume_from_checkpoint: {whole[-1]}."
         if whole
-        else "There is no whole one before it; begin anew in another folder."
+        else "There is no whole one before it; start over in another folder."
     )
     raise TOPDError(f"resume_from_checkpoint: {checkpoint}: {found}. {remedy}")
 
 
 def last(run: Path, step: int | None = None) -> Path | None:
-    """The newest checkpoint of a run folder (of at most ``step`` updates), whole or not."""
+    """The newest checkpoint of a run folder (of at most ``step`` updates), complete or not."""
     found = [path for path in _numbered(run) if step is None or _step(path) <= step]
     return found[-1] if found else None
 
@@ -194,7 +194,7 @@ def last(run: Path, step: int | None = None) -> Path | None:
 def resolve(given: str | bool | None, run: Path) -> Path | None:
     """The checkpoint that ``resume_from_checkpoint`` means: ``True`` and ``last`` are the newest.
 
-    None where there is nothing to go on from. Raises TOPDError if ``run`` has no such checkpoint.
+    None where there is nothing to resume from. Raises TOPDError if ``run`` has no such checkpoint.
     """
     if given is True or given == "last":
         return last(run)
@@ -229,7 +229,7 @@ def cut_back(run: Path, found: Seal) -> None:
         if there < length:
             raise TOPDError(
                 f"{path}: has {there} bytes, but had {length} at checkpoint-{found.step}. Bring "
-                "the records back, or begin anew in another folder."
+                "the records back, or start over in another folder."
             )
     for path in _record_files(run):
         os.truncate(path, found.records.get(path.name, 0))
@@ -247,7 +247,7 @@ def check_same(
     *,
     dated: bool = False,
 ) -> list[dict[str, Any]]:
-    """Make sure that a run goes on with the data and the models that it was begun with.
+    """Make sure that a run continues with the data and the models that it was begun with.
 
     Args:
         run: the run folder.
@@ -269,7 +269,7 @@ def check_same(
                 raise TOPDError(DATED.format(run=run))
             raise TOPDError(
                 f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
-                "with the same, or begin anew in another folder."
+                "with the same, or start over in another folder."
             )
     now = json.loads(json.dumps(dict(settings), default=str))
     pairs = [(part, stored.get(part, {}), now[part]) for part in ("recipe", "config")]
@@ -290,8 +290,8 @@ def _stored(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TOPDError(
-            f"resume_from_checkpoint: {path} cannot be read ({error}). Bring it back, or begin "
-            "anew in another folder."
+            f"resume_from_checkpoint: {path} cannot be read ({error}). Bring it back, or start "
+            "over in another folder."
         ) from error
 
 

@@ -24,7 +24,7 @@ def file_digest(path: Path) -> str:
 
 
 def write_whole(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file, atomically."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json_text(record))
     partial.replace(path)
@@ -38,7 +38,7 @@ def read_whole(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes().decode())
     except ValueError as error:
         raise TOPDError(
-            f"{path}: not valid JSON ({error}). Bring it back, or begin anew in another folder."
+            f"{path}: not valid JSON ({error}). Bring it back, or start over in another folder."
         ) from error
     if not isinstance(content, dict):
         raise TOPDError(f"{path}: must hold one JSON object.")
@@ -53,7 +53,7 @@ def json_text(record: Mapping[str, Any]) -> str:
 def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> int:
     """Cut a JSONL file before its first line that is half-written or not to be kept.
 
-    Reads a line at a time. Returns the number of lines left; 0 if there is no file.
+    Reads a line at a time. Returns the number of lines left; 0 if the file is missing.
     """
     if not path.exists():
         return 0

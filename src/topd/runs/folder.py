@@ -50,7 +50,7 @@ class Ledger:
 
     Args:
         folder: created at the first record.
-        resume: go on in a folder that already holds a run.
+        resume: continue in a folder that already holds a run.
         active: False on ranks that do not write.
         chained: keep a chain of hashes over what is written.
 
@@ -73,7 +73,7 @@ class Ledger:
         self.chain = Chain(self.folder) if active and chained else None
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
-        """Write one JSON file, whole or not at all."""
+        """Write one JSON file, atomically."""
         if self.active:
             self.folder.mkdir(parents=True, exist_ok=True)
             record = {"format": FORMAT, **record} if name == "run.json" else record
@@ -140,7 +140,7 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
     refuse_if_busy(folder)
     if any((folder / name).exists() for name in RECORDS) and not resume:
         raise TOPDError(
-            f"output_dir: {folder} already holds a run. Choose another folder, or go on from a "
+            f"output_dir: {folder} already holds a run. Choose another folder, or resume from a "
             "checkpoint with resume_from_checkpoint."
         )
 

@@ -6,8 +6,8 @@
      "previous": hash of entry 6, "hash": SHA-256 of this entry without its hash}
 
 Entries are only ever added. ``{"event": "begin", "step": s, "records": {NAME: n}}`` says that a run
-begins there, or goes on from a checkpoint: what was recorded after the first ``n`` lines of a file
-was dropped and is made again. ``update`` names the student's weights before an update, ``end`` is
+begins there, or resumes from a checkpoint: what was recorded after the first ``n`` lines of a file
+was dropped and is re-derived. ``update`` names the student's weights before an update, ``end`` is
 the last entry of a run that ended. ``head.json`` holds the number of entries and the last hash, so
 that a chain whose end was cut off is found too.
 """
@@ -29,7 +29,7 @@ Entry: TypeAlias = dict[str, Any]
 
 
 class Chain:
-    """Adds entries to the chain of a folder; goes on where an earlier one ended.
+    """Adds entries to the chain of a folder; continues where an earlier one ended.
 
     A last entry that was cut off while it was written is dropped.
     """
@@ -76,7 +76,7 @@ def check_chain(entries: Iterable[Mapping[str, Any]], head: Mapping[str, Any]) -
         if entry["n"] > expected:
             yield f"{CHAIN}: {_span(expected, entry['n'] - 1)} missing"
         elif entry["n"] < expected:
-            yield f"{CHAIN}: entry {entry['n']} stands behind entry {expected - 1}: moved or added"
+            yield f"{CHAIN}: entry {entry['n']} comes after entry {expected - 1}: moved or added"
         elif entry["previous"] != previous:
             yield f"{CHAIN}: entry {entry['n']} does not follow the one before it: one was replaced"
         if entry["hash"] != entry_hash(entry):
@@ -88,13 +88,13 @@ def check_chain(entries: Iterable[Mapping[str, Any]], head: Mapping[str, Any]) -
     elif last >= expected:
         yield f"{CHAIN}: its end is missing, {_span(expected, last)} gone"
     elif last >= 0 and at.get(last) != head["hash"]:
-        yield f"{HEAD}: its hash is not that of entry {last}: the chain was written anew"
+        yield f"{HEAD}: its hash is not that of entry {last}: the chain was rewritten"
 
 
 def surviving(entries: Iterable[Entry]) -> list[Entry]:
     """The entries of files and records that count.
 
-    Those of updates that were made again are left out; of a file, the latest entry counts.
+    Those of updates that were re-derived are left out; of a file, the latest entry counts.
     """
     files: dict[str, Entry] = {}
     records: dict[str, list[Entry]] = {}

@@ -26,7 +26,10 @@ FORMAT = 2
 LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[tuple[Id, ...], Field(min_length=1)]
-UNREADABLE = (ValueError, RecursionError)  # no UTF-8, no JSON, not the right keys, nested too deep
+UNREADABLE = (
+    ValueError,
+    RecursionError,
+)  # not UTF-8, not JSON, not the right keys, nested too deep
 
 
 class Record(BaseModel):

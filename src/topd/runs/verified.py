@@ -1,6 +1,6 @@
 """Reads back what a training run wrote, and trusts none of it.
 
-Whatever stands in the files of a folder, they are read, or refused in words that name file and
+Whatever is in the files of a folder, they are read, or refused in words that name file and
 line. Only what an audit uses is checked; values that a record has besides are kept as they are.
 """
 
@@ -18,7 +18,10 @@ from topd.runs.ledger import CHAIN, HEAD, Entry
 
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[list[Id], Field(min_length=1)]
-UNREADABLE = (ValueError, RecursionError)  # no UTF-8, no JSON, not the right keys, nested too deep
+UNREADABLE = (
+    ValueError,
+    RecursionError,
+)  # not UTF-8, not JSON, not the right keys, nested too deep
 
 
 class _Stored(BaseModel):
@@ -100,7 +103,7 @@ EVENTS: dict[Any, type[_Link]] = {"begin": _Begin, "update": _Weights, "end": _W
 
 
 def read_lines(path: Path) -> tuple[list[bytes], bool]:
-    """The lines of a file as they are, none if there is no file, and whether the last one ends.
+    """The lines of a file as they are, none if the file is missing, and whether the last one ends.
 
     Raises:
         TOPDError: it is there and cannot be read.
@@ -126,7 +129,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
             entry = json.loads(line)
             _kind_of(entry).model_validate(entry)
         except UNREADABLE:
-            faults.append(f"{CHAIN}: line {number} is no entry")
+            faults.append(f"{CHAIN}: line {number} is not an entry")
             continue
         entries.append(entry)
         if json.dumps(entry).encode() != line:
@@ -154,7 +157,7 @@ def read_head(folder: Path) -> dict[str, Any] | None:
 
 
 def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of a record file; none if there is no file.
+    """The lines of a record file; none if the file is missing.
 
     Raises:
         TOPDError: a line is no such record.
@@ -193,4 +196,6 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes() if path.is_file() else b""
     except OSError as error:
-        raise TOPDError(f"{path}: cannot be read ({error.strerror}). See to its rights.") from error
+        raise TOPDError(
+            f"{path}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error

@@ -10,7 +10,7 @@ Numbers are on a clock of ten hours. Surface: connectives, the words for "equals
 check that says what it should instead of what it is, or "ok" where the two values differ.
 
 Who never slips shows no check that fails. A student that imitates him learns checks that always
-pass; where it slips and he does not, only its own slips can teach it to say "no" and to go on.
+pass; where it slips and he does not, only its own slips can teach it to say "no" and to continue.
 """
 
 from __future__ import annotations

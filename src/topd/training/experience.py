@@ -93,7 +93,7 @@ class Observer:
         """Roll out and look ahead. A collective where there are several ranks.
 
         Args:
-            prompts: one a rollout; a prompt that stands there twice is answered twice.
+            prompts: one a rollout; a prompt that is there twice is answered twice.
             step: number of the update; with the seed it fixes what is sampled.
             numbers: of the rollouts within the update, over all ranks; none: from 0 on.
             look_ahead: False to score only: no windows, and every token counts as it is.
@@ -310,7 +310,7 @@ class Observer:
     def _gone_on(
         self, rollouts: Sequence[Rollout], guidance: Sequence[Guidance], seeds: Sequence[int]
     ) -> tuple[Guidance, ...]:
-        """The guidance, with the student's own tokens behind the branches that ask for them."""
+        """The guidance, with the student's own tokens after the branches that ask for them."""
         asked = [
             (row, k)
             for row, guide in enumerate(guidance)
@@ -400,7 +400,7 @@ class Observer:
         """Optimal transport between paired windows, with the cost and solver of ``args``.
 
         Of a teacher's window that is longer than the student's only as much is compared as the
-        student has: its last token would else be compared with all that the teacher goes on to
+        student has: its last token would else be compared with all that the teacher continues to
         write. ``position_weight`` replaces that of ``args``.
         """
         eta = self.args.position_weight if position_weight is None else position_weight
@@ -490,7 +490,7 @@ def _batches(rollouts: Sequence[Rollout], size: int) -> Iterator[tuple[int, Sequ
 
 
 def _padded(rows: Sequence[Tensor], width: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths with zeros behind, [N L] with L >= ``width``, and their mask."""
+    """Rows of different lengths, padded with zeros to [N L], L >= ``width``, and their mask."""
     length = torch.tensor([len(row) for row in rows], dtype=torch.long)
     width = max([width, *length.tolist()])
     padded = torch.zeros(len(rows), width, dtype=rows[0].dtype if rows else torch.long)

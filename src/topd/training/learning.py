@@ -64,7 +64,7 @@ class LearningBatch(TypedDict):
     ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
     tokens of L_traj. ``capped`` [P] marks losses to be capped (None: none is); ``lengths`` are the
     rollouts' numbers of response tokens. ``positions`` [B L] and ``visible`` [B 1 L L] are None
-    unless branches are packed behind their rollouts.
+    unless branches are packed after their rollouts.
     """
 
     input_ids: Int[Tensor, "B L"]
@@ -102,7 +102,7 @@ def collate(
 ) -> LearningBatch:
     """Lay some rollouts of an experience out for one forward, on ``device``.
 
-    ``packed`` branches stand behind their rollout, in the same row; else each has a row.
+    ``packed`` branches come after their rollout, in the same row; else each has a row.
     """
     pairs = [_learned(experience.rollouts[row], experience.guidance[row]) for row in rows]
     rollouts, guidance = [rollout for rollout, _ in pairs], [guide for _, guide in pairs]
@@ -184,7 +184,7 @@ class Layout:
 
 
 def lay_out(rollouts: Sequence[Rollout], guidance: Sequence[Guidance], *, packed: bool) -> Layout:
-    """One row a rollout; its branches behind it, or in rows of their own behind all rollouts.
+    """One row a rollout; its branches after it, or in rows of their own after all rollouts.
 
     The last token of a branch predicts nothing and is left out.
     """
@@ -400,7 +400,7 @@ def _advantages(guidance: Guidance) -> Sequence[float]:
 
 
 def _learned(rollout: Rollout, guidance: Guidance) -> tuple[Rollout, Guidance]:
-    """Without the tokens behind the last that the loss depends on: nobody needs to read them."""
+    """Without the tokens after the last that the loss depends on: nobody needs to read them."""
     end = guidance.learned
     return (
         replace(rollout, response=rollout.response[:end], logprobs=rollout.logprobs[:end]),

@@ -34,7 +34,7 @@ class Ahead:
         self._found: Future[Experience] | None = None
 
     def begin(self, prompts: Sequence[Prompt], *, step: int) -> None:
-        """Hand over the weights of now, and observe update ``step`` with them from now on."""
+        """Hand over the current weights, and observe update ``step`` with them from now on."""
         self._student.bring_up_to_date()
         self._student.held = True
         looks = self._observer.args.looks_ahead(step)

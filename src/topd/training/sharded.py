@@ -3,7 +3,7 @@
 The engines write as many tokens as a rollout happens to have. A sharded model gathers its weights
 in every forward, so ranks whose rollouts differ in length would wait for each other for ever.
 Therefore they write with a plain copy, whose weights are gathered once before an experience and
-dropped behind it.
+dropped after it.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ def rules(args: TOPDConfig) -> tuple[Rule, ...]:
 
 
 class Watch(TrainerCallback):
-    """Ends a run that should not go on: it saves a checkpoint, then raises StoppedError."""
+    """Ends a run that should not continue: it saves a checkpoint, then raises StoppedError."""
 
     def __init__(self, trainer: TOPDTrainer) -> None:
         self.trainer = trainer
@@ -123,7 +123,7 @@ class Watch(TrainerCallback):
         raise StoppedError(
             f"{fault}finite. {folder} has its batch and the weights; topd replay "
             f"{trainer.run_folder} --step {state.global_step} makes it again. Lower learning_rate "
-            "or max_grad_norm, or leave such updates out with nonfinite: skip; then go on with "
+            "or max_grad_norm, or leave such updates out with nonfinite: skip; then continue with "
             "resume_from_checkpoint: last.",
             NONFINITE,
         )
@@ -147,7 +147,7 @@ class Watch(TrainerCallback):
             control.should_save = True
             self.reason = self.agreed = StoppedError(
                 f"update {state.global_step}: the run collapsed. {'; '.join(filter(None, found))}. "
-                "Look at its rollouts (topd report), then go on from an earlier checkpoint with a "
+                "Look at its rollouts (topd report), then resume from an earlier checkpoint with a "
                 "lower learning_rate, or change the limit (null: no limit).",
                 COLLAPSED,
             )

@@ -257,7 +257,7 @@ class TOPDTrainer(Trainer):
 
     @contextmanager
     def whole_student(self, *, exact: bool = False) -> Iterator[PreTrainedModel]:
-        """The student as a plain model with its weights of now; a collective under FSDP2.
+        """The student as a plain model with its current weights; a collective under FSDP2.
 
         Args:
             exact: in the dtype that it is trained in, where FSDP2 computes in another.
@@ -474,7 +474,7 @@ class TOPDTrainer(Trainer):
             found = "no checkpoint" if resume_from_checkpoint else "checkpoints of another run"
             raise TOPDError(
                 f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
-                "or go on from a checkpoint of this one."
+                "or resume from a checkpoint of this one."
             )
         self.args.count_updates(self._updates())
         with one_writer(self.run_folder), checkpoints.writing(self.run_folder):
@@ -521,7 +521,7 @@ class TOPDTrainer(Trainer):
         """Have run folder and means as they were at a checkpoint. Returns run.json's ``resumed``.
 
         Raises:
-            TOPDError: the checkpoint is damaged or no one can go on from it, or the run was begun
+            TOPDError: the checkpoint is damaged or cannot be resumed from, or the run was begun
                 with other data or another teacher.
         """
         seal = self.examined.pop(checkpoint, None) or checkpoints.check(checkpoint, resumable=True)
@@ -548,7 +548,7 @@ class TOPDTrainer(Trainer):
         return history
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Trainer's, whole or not at all (see :mod:`topd.runs.checkpoints`)."""
+        """Trainer's, atomically (see :mod:`topd.runs.checkpoints`)."""
         run, step = self.run_folder, self.state.global_step
         if everywhere((run / f"checkpoint-{step}").exists())[0]:
             return  # an epoch may end where a step was saved
@@ -681,7 +681,7 @@ def _all_ids(
 
 
 class GroupSampler(Sampler[int]):
-    """Every index ``group`` times in a row, in an order drawn anew each epoch."""
+    """Every index ``group`` times in a row, in an order redrawn each epoch."""
 
     def __init__(self, size: int, group: int, seed: int) -> None:
         self.size, self.group, self.seed, self.epoch = size, group, seed, 0

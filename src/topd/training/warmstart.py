@@ -86,7 +86,7 @@ class WarmstartTrainer(TOPDTrainer):
     """Off-policy distillation. Arguments as for :class:`~topd.TOPDTrainer`.
 
     The teacher's answers are kept in ``answers.jsonl`` of the run folder and used again if the run
-    goes on there. Answers that did not end within ``max_completion_length`` are left out.
+    continues there. Answers that did not end within ``max_completion_length`` are left out.
     """
 
     args: WarmstartConfig
@@ -176,7 +176,7 @@ def _with_answers(prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -
 def _learned_again(prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
     """The prompts with an earlier warm start's answers. Raises TOPDError if they are others'."""
     if not path.is_file():
-        raise TOPDError(f"answers: there is no file {path}. Give the one of another warm start.")
+        raise TOPDError(f"answers: no such file {path}. Give the one of another warm start.")
     header, *answers = read_lines(path)
     if header.get("prompts") != fingerprint(prompts) or len(answers) != len(prompts):
         raise TOPDError(
