@@ -180,7 +180,7 @@ CASES: tuple[Case, ...] = (
     setting("an empty window", "0", "must be at least 1", window_length=0),
     setting("a method that does not exist", "topdd", "opd, topd", method="topdd"),
     setting("an option that the method has not", "share", "topd", method_options={"share": 0.1}),
-    setting("options that are not a mapping", "'many'", "is no mapping", method_options="many"),
+    setting("options that are not a mapping", "'many'", "is not a mapping", method_options="many"),
     setting("epsilon of another solver", "has no effect", "Set solver: sinkhorn", epsilon=0.5),
     setting("cross-entropy on own samples", "no signal", "Leave it at 1", kd_ratio=0.5),
     setting(

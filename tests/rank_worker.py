@@ -170,9 +170,9 @@ def faults(folder: Path, ranks: int) -> dict[str, str]:
     def broken(trainer: TOPDTrainer, _: int) -> None:
         score = trainer.observer.score
 
-        def failing(*args: Any) -> Any:
+        def failing(*args: Any, **kwargs: Any) -> Any:
             one_fails()
-            return score(*args)
+            return score(*args, **kwargs)
 
         trainer.observer.score = failing
 

@@ -300,8 +300,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_half_one(run, tmp_path,
 
 @pytest.mark.parametrize("size", [2000, 12_000])  # run.json, rollouts.jsonl
 def test_records_that_the_disk_does_not_take_stop_the_run(tmp_path, size):
+    trainer = make(tmp_path, save_strategy="no")
     with no_file_above(size), pytest.raises(StoppedError, match=r"Free some space.*last") as found:
-        make(tmp_path, save_strategy="no").train()
+        trainer.train()
     assert found.value.exit_code == DISK
 
 

@@ -414,6 +414,7 @@ def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:
     arms = spec.all_arms()
     own = {arm: {k: v for k, v in arms.get(arm, {}).items() if k != "seeds"} for arm in done}
     config = {k: v for k, v in content.get("config", {}).items() if k != "disable_tqdm"}
+    content = {k: v for k, v in content.items() if k != "format"}  # of the records
     return {**content, "config": config, "compare": {"arms": own, "warmstart": spec.warmstart}}
 
 

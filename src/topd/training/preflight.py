@@ -172,7 +172,8 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
     ids = torch.arange(16)[None] % base.config.get_text_config().vocab_size
     training = model.training
     model.eval()
-    ours = model(input_ids=ids.to(model.device), use_cache=False).logits
+    forward = getattr(model, "_original_forward", model)  # not accelerate's, with its autocast
+    ours = forward(input_ids=ids.to(model.device), use_cache=False).logits
     model.train(training)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
