@@ -211,7 +211,10 @@ def test_samples_are_real_divergent_points_with_a_whole_window_one_a_rollout(rec
         )
         assert sample.distance == pytest.approx(transport.solve(cost).distance.item(), abs=1e-5)
         assert sample.distance >= 0.85
-        assert (learned.plan * cost[0]).sum().item() == pytest.approx(sample.distance, abs=1e-5)
+        both = cost.shape[-1]  # what the teacher writes beyond the student's window is left out
+        moved = (learned.plan[:, :both] * cost[0]).sum().item()
+        assert moved == pytest.approx(sample.distance, abs=1e-5)
+        assert not learned.plan[:, both:].any()
 
 
 @torch.no_grad()
