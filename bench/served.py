@@ -11,6 +11,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,10 +43,14 @@ class Wire:
     def __init__(self, engine: VLLMEngine) -> None:
         self.seen: list[tuple[int, int]] = []  # appended to by many threads
         for servers in (engine.completions.servers, engine.pooling):
-            servers.session.hooks["response"].append(self._count)
+            servers._content = partial(self._counted, servers._content)
 
-    def _count(self, answer: requests.Response, *_: Any, **__: Any) -> None:
-        self.seen.append((len(answer.request.body or b""), len(answer.content)))
+    def _counted(
+        self, read: Callable[..., bytes], answer: requests.Response, *limits: Any
+    ) -> bytes:
+        content = read(answer, *limits)  # answers are streamed: to read them twice is to lose them
+        self.seen.append((len(answer.request.body or b""), len(content)))
+        return content
 
     def of(self, case: Callable[[], object]) -> Found:
         """The bytes of one call."""
