@@ -145,7 +145,7 @@ def test_the_owner_touches_its_lock(tmp_path, monkeypatch):
 def test_a_lock_that_says_nothing_and_is_not_held_is_taken_over(tmp_path, content):
     write_lock(tmp_path).write_text(content)
     with one_writer(tmp_path):
-        pass
+        assert (tmp_path / LOCK).read_text() != content
 
 
 def test_one_process_may_ask_more_than_once(tmp_path):
