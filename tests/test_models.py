@@ -146,6 +146,12 @@ def test_an_added_token_of_two_names_is_shared_by_neither():
     assert shared_ids(*pair) == (*range(64), 65)
 
 
+def test_a_mark_of_the_vocabulary_is_as_an_added_token():
+    plain, more = tiny_tokenizer(), tiny_tokenizer([*WORDS, "<think>"])
+    check_tokenizers(plain, more)
+    assert shared_ids(plain, more) == tuple(range(64))
+
+
 def test_a_common_word_more_is_a_difference():
     longer = tiny_tokenizer([*WORDS, "more"])
     with pytest.raises(TOPDError, match="differ at 1 tokens, first 'more'"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
 
 PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"
+MARK = re.compile(r"<[^<>\s]+>")  # <think>, <|im_end|>: no text is split into it
 FAMILY = "On-policy distillation needs one vocabulary: choose a teacher of the same family."
 
 
@@ -29,7 +32,7 @@ def shared_ids(
 def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Refuse a pair in which another than an added token has two meanings.
 
-    Added tokens (special ones, tool and reasoning marks) may be in one vocabulary only, or differ.
+    Added tokens and marks such as ``<think>`` may be in one vocabulary only, or differ.
 
     Raises:
         TOPDError: with the first difference.
@@ -41,7 +44,7 @@ def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         for token in ours.keys() | theirs.keys()
         if ours.get(token) != theirs.get(token)
         and not all(
-            token in special
+            token in special or MARK.fullmatch(token)
             for vocab, special in zip((ours, theirs), added, strict=True)
             if token in vocab
         )

@@ -422,6 +422,8 @@ class TOPDTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean token divergence on fresh rollouts of the prompts, nats; rows or encoded prompts."""
+        if eval_dataset is None and self.eval_dataset is None:
+            raise TOPDError("eval_dataset: none was given. Give evaluate() rows, or the trainer.")
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             rows = list(eval_dataset)
             eval_dataset = rows if isinstance(rows[0], Prompt) else self.encoder.encode(rows)
@@ -469,6 +471,13 @@ class TOPDTrainer(Trainer):
         """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""
         if self.train_dataset is None:
             raise TOPDError("train_dataset: none was given.")
+        rollouts = len(self.train_dataset) * self.args.num_generations
+        micro_batch = self.args.per_device_train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and rollouts < micro_batch:
+            raise TOPDError(
+                "dataloader_drop_last: leaves no batch, since there are fewer rollouts than "
+                "per_device_train_batch_size. Lower it, or leave dataloader_drop_last out."
+            )
         checkpoint = checkpoints.resolve(resume_from_checkpoint, self.run_folder)
         if bool(resume_from_checkpoint) != bool(checkpoints.last(self.run_folder)):
             found = "no checkpoint" if resume_from_checkpoint else "checkpoints of another run"
