@@ -9,8 +9,8 @@ from statistics import median
 
 from bench.pairs import SMOLLM2
 from topd.inputs.fingerprints import model_fingerprint, trained_digest
-from topd.runs.folder import Ledger, rollout_record
-from topd.runs.ledger import CHAIN
+from topd.runs.folder import RunFolder, rollout_record
+from topd.runs.ledger import LEDGER
 from topd.types import Prompt, Rollout
 
 LENGTH, ROLLOUTS, UPDATES = 300, 4, 300
@@ -40,15 +40,15 @@ def main() -> None:
     record = rollout_record(0, 1, rollout, logprobs, "word " * LENGTH)
     for chained in (False, True):
         with tempfile.TemporaryDirectory() as place:
-            ledger = Ledger(place, chained=chained)
-            write = partial(ledger.append, "rollouts.jsonl", [record] * ROLLOUTS)
+            run = RunFolder(place, chained=chained)
+            write = partial(run.append, "rollouts.jsonl", [record] * ROLLOUTS)
             spent = seconds(write, UPDATES)
             bytes_ = {path.name: path.stat().st_size for path in Path(place).iterdir()}
         count = ROLLOUTS * UPDATES
         print(
             f"{'with' if chained else 'without'} a chain: {1e3 * spent:.2f} ms for {ROLLOUTS} "
             f"records of {bytes_['rollouts.jsonl'] // count} bytes"
-            + (f", and {bytes_[CHAIN] // count} bytes an entry" if chained else "")
+            + (f", and {bytes_[LEDGER] // count} bytes an entry" if chained else "")
         )
 
 

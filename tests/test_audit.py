@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 from conftest import rows, tiny_model, tiny_tokenizer, write_pair
 from topd import TOPDConfig, TOPDTrainer
 from topd.cli import app
-from topd.commands.audit import Findings, Trust, audit_run, replay_step, stored_recipe
+from topd.commands.audit import AuditResult, Trust, audit_run, replay_step, stored_recipe
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS
-from topd.runs.ledger import CHAIN, HEAD, Chain
+from topd.runs.ledger import HEAD, LEDGER, Ledger
 
 SMALL = {
     "student": "student",
@@ -91,8 +91,8 @@ def turn(fork: dict[str, Any]) -> None:
 
 def chain_again() -> None:
     """What a forger does who knows the format: the chain again, over the records as they are."""
-    (RUN / CHAIN).unlink()
-    chain = Chain(RUN)
+    (RUN / LEDGER).unlink()
+    chain = Ledger(RUN)
     for name in RECORDS:
         for line in (RUN / name).read_text().splitlines():
             record = json.loads(line)
@@ -100,7 +100,7 @@ def chain_again() -> None:
             chain.add([{"file": name, **place, "record": digest(line.encode())}])
 
 
-def only(found: Findings, *parts: str) -> None:
+def only(found: AuditResult, *parts: str) -> None:
     """One fault, that says all this."""
     assert len(found.faults) == 1, found.faults
     for part in parts:
@@ -145,16 +145,16 @@ def test_a_run_that_went_on_from_a_checkpoint_has_no_fault(copied):
     words = [f"--resume_from_checkpoint={RUN / 'checkpoint-2'}"]
     run_recipe(Path("recipe.yaml"), words, quiet=True)
     assert audit_run(RUN).faults == []
-    begun = [line for line in (RUN / CHAIN).read_text().splitlines() if '"begin"' in line]
+    begun = [line for line in (RUN / LEDGER).read_text().splitlines() if '"begin"' in line]
     assert [json.loads(line)["step"] for line in begun] == [0, 2]
 
 
 def test_a_killed_run_that_goes_on_has_no_fault(copied):
     """SIGKILL between a record and its entry, inside an entry, and before the head."""
-    with open(RUN / "rollouts.jsonl", "a") as records, open(RUN / CHAIN, "a") as chain:
+    with open(RUN / "rollouts.jsonl", "a") as records, open(RUN / LEDGER, "a") as chain:
         records.write('{"step": 3, "rollout": 0}\n')
         chain.write('{"n": 38, "fi')
-    entry = json.loads((RUN / CHAIN).read_text().splitlines()[-4])
+    entry = json.loads((RUN / LEDGER).read_text().splitlines()[-4])
     (RUN / HEAD).write_text(json.dumps({"entries": entry["n"] + 1, "hash": entry["hash"]}))
     run_recipe(Path("recipe.yaml"), ["--resume_from_checkpoint=last"], quiet=True)
     assert audit_run(RUN, updates=0).faults == []
@@ -317,15 +317,15 @@ def test_a_run_folder_alone_cannot_make_an_audit_run_code(copied):
 
 
 def test_a_deleted_and_an_edited_entry_are_found(copied):
-    edit(RUN / CHAIN, lambda lines: lines.pop(9))
-    edit_record(RUN / CHAIN, 20, lambda entry: entry.update(step=7))
+    edit(RUN / LEDGER, lambda lines: lines.pop(9))
+    edit_record(RUN / LEDGER, 20, lambda entry: entry.update(step=7))
     faults = audit_run(RUN, updates=0).faults
-    assert faults[:2] == [f"{CHAIN}: entry 9 is missing", f"{CHAIN}: entry 21 was changed"]
+    assert faults[:2] == [f"{LEDGER}: entry 9 is missing", f"{LEDGER}: entry 21 was changed"]
 
 
 def test_a_ledger_whose_end_was_cut_off_is_found(copied):
-    edit(RUN / CHAIN, lambda lines: lines.pop())
-    assert f"{CHAIN}: its end is missing, entry 37 is gone" in audit_run(RUN, updates=0).faults
+    edit(RUN / LEDGER, lambda lines: lines.pop())
+    assert f"{LEDGER}: its end is missing, entry 37 is gone" in audit_run(RUN, updates=0).faults
 
 
 @pytest.mark.parametrize("text", ["", "so", "[]", '{"entries": 38}'])
@@ -335,8 +335,8 @@ def test_a_head_that_is_none_is_found(copied, text):
 
 
 def test_an_entry_that_is_none_is_found(copied):
-    edit(RUN / CHAIN, lambda lines: lines.__setitem__(4, "so\n"))
-    assert f"{CHAIN}: line 5 is not an entry" in audit_run(RUN, updates=0).faults
+    edit(RUN / LEDGER, lambda lines: lines.__setitem__(4, "so\n"))
+    assert f"{LEDGER}: line 5 is not an entry" in audit_run(RUN, updates=0).faults
 
 
 @pytest.mark.parametrize(
@@ -369,10 +369,10 @@ def test_a_forgery_with_a_chain_made_anew_is_found_by_making_decisions_again(
 
 def rechain() -> None:
     """As :func:`chain_again`, with the files and events of the chain that was there."""
-    before = [json.loads(line) for line in (RUN / CHAIN).read_text().splitlines()]
+    before = [json.loads(line) for line in (RUN / LEDGER).read_text().splitlines()]
     lines = {name: iter((RUN / name).read_text().splitlines()) for name in RECORDS}
-    (RUN / CHAIN).unlink()
-    chain = Chain(RUN)
+    (RUN / LEDGER).unlink()
+    chain = Ledger(RUN)
     for entry in before:
         kept = {k: v for k, v in entry.items() if k not in ("n", "previous", "hash")}
         if "step" in kept and "file" in kept:
@@ -577,7 +577,7 @@ def test_records_that_cannot_be_read_are_a_fault(copied):
 
 # Of anything at all
 
-FILES = (*RECORDS, CHAIN, HEAD, "run.json", "manifest.json")
+FILES = (*RECORDS, LEDGER, HEAD, "run.json", "manifest.json")
 ODD = (None, -1, 10**30, math.nan, "x", "\x00", [], {}, [None], {"a": 1})
 
 
@@ -664,14 +664,18 @@ def test_any_value_changed_in_any_record_file_is_found_there_and_decisions_end_i
         ("metrics.jsonl", lambda b: b[:-1], "metrics.jsonl: line 4 is cut off"),
         ("metrics.jsonl", lambda b: b.replace(b"\n", b"\r", 1), "(line 1)"),
         (
-            CHAIN,
+            LEDGER,
             lambda b: b.replace(b'"record"', b'"recorb"', 1),
-            f"{CHAIN}: line 2 is not an entry",
+            f"{LEDGER}: line 2 is not an entry",
         ),
-        (CHAIN, lambda b: b.replace(b"begin", b"beg\xffn", 1), f"{CHAIN}: line 1 is not an entry"),
-        (CHAIN, lambda b: b.replace(b": 7", b":\t7", 1), f"{CHAIN}: line 8 was changed"),
-        (CHAIN, lambda b: b[:-1], f"{CHAIN}: line 38 is cut off"),
-        (CHAIN, lambda b: b"[" * 100_000 + b"\n" + b, f"{CHAIN}: line 1 is not an entry"),
+        (
+            LEDGER,
+            lambda b: b.replace(b"begin", b"beg\xffn", 1),
+            f"{LEDGER}: line 1 is not an entry",
+        ),
+        (LEDGER, lambda b: b.replace(b": 7", b":\t7", 1), f"{LEDGER}: line 8 was changed"),
+        (LEDGER, lambda b: b[:-1], f"{LEDGER}: line 38 is cut off"),
+        (LEDGER, lambda b: b"[" * 100_000 + b"\n" + b, f"{LEDGER}: line 1 is not an entry"),
         (HEAD, lambda b: b.replace(b"38", b"93", 1), f"{HEAD}: counts 93 entries, the chain has"),
         (HEAD, lambda b: b.replace(b"38", b"0", 1), f"{HEAD}: is missing or no head"),
         (HEAD, lambda b: b.replace(b"  ", b"", 1), f"{HEAD}: is missing or no head"),
@@ -709,7 +713,7 @@ def test_what_decisions_cannot_be_made_from_is_named(copied, name, damage, said)
 
 def test_an_entry_of_a_file_outside_of_the_run_is_not_followed(copied):
     """Reading a device would never end."""
-    Chain(RUN).add([{"file": "/dev/zero", "record": "0"}, {"file": "a" * 300, "record": "0"}])
+    Ledger(RUN).add([{"file": "/dev/zero", "record": "0"}, {"file": "a" * 300, "record": "0"}])
     faults = audit_run(RUN, updates=0).faults
     assert faults == ["/dev/zero: is missing", f"{'a' * 300}: cannot be read (File name too long)"]
 
@@ -727,9 +731,9 @@ def test_a_replay_starts_from_the_checkpoint_before(copied):
 def test_a_replay_finds_another_rollout_another_loss_and_other_weights(copied):
     edit_record(RUN / "rollouts.jsonl", 4, lambda record: record["logprobs"].__setitem__(3, -0.25))
     edit_record(RUN / "metrics.jsonl", 0, lambda record: record.update(loss=1.0))
-    written = [json.loads(line) for line in (RUN / CHAIN).read_text().splitlines()]
+    written = [json.loads(line) for line in (RUN / LEDGER).read_text().splitlines()]
     (number,) = (e["n"] for e in written if e.get("event") == "update" and e["step"] == 1)
-    edit_record(RUN / CHAIN, number, lambda entry: entry.update(student="f" * 64))
+    edit_record(RUN / LEDGER, number, lambda entry: entry.update(student="f" * 64))
     faults = replay_step(RUN, 1).faults
     assert [re.sub(r"[\d.e-]+$", "", fault) for fault in faults] == [
         "metrics.jsonl, step 1: loss: recorded 1.0, re-derived ",

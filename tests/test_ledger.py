@@ -1,291 +1,171 @@
-"""The run folder: what is written, what is refused, and fingerprints that notice changes."""
+"""The chain of hashes: whatever is done to it afterwards is found, and named."""
 
 from __future__ import annotations
 
-import copy
 import json
-import platform
-from importlib.metadata import version
-from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
 
-from conftest import tiny_model
-from topd.errors import TOPDError
-from topd.inputs.fingerprints import model_fingerprint, trained_digest
-from topd.runs import folder as ledger
-from topd.runs.folder import (
-    Ledger,
-    check_run_folder,
-    guidance_record,
-    manifest,
-    rollout_record,
-    weights_in,
+from topd.runs.files import digest
+from topd.runs.folder import RunFolder
+from topd.runs.ledger import HEAD, LEDGER, Ledger, check_chain, entry_hash, surviving
+
+
+def chain_of(folder, *contents: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The entries and the head of a chain with these contents, one call each."""
+    chain = Ledger(folder)
+    for content in contents:
+        chain.add([content])
+    return entries(folder), json.loads((folder / HEAD).read_text())
+
+
+def entries(folder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory):
+    return chain_of(tmp_path_factory.mktemp("run"), *({"record": str(n)} for n in range(5)))
+
+
+def test_an_entry_is_hashed_with_the_hash_before_it(five):
+    found, head = five
+    assert [entry["n"] for entry in found] == [0, 1, 2, 3, 4]
+    assert found[0]["previous"] == "0" * 64
+    assert [entry["previous"] for entry in found[1:]] == [entry["hash"] for entry in found[:-1]]
+    assert head == {"entries": 5, "hash": found[-1]["hash"]}
+    written = f'{{"n":1,"previous":"{found[0]["hash"]}","record":"1"}}'
+    assert found[1]["hash"] == digest(written.encode())
+
+
+def test_nothing_is_wrong_with_a_chain_as_it_was_written(five):
+    assert list(check_chain(*five)) == []
+
+
+@given(data=st.data())
+def test_any_change_to_any_entry_is_found_with_its_number(five, data):
+    found, head = [dict(entry) for entry in five[0]], five[1]
+    n = data.draw(st.integers(0, 4))
+    key = data.draw(st.sampled_from(["record", "previous", "hash"]))
+    found[n][key] = data.draw(st.text().filter(lambda text: text != found[n][key]))
+    faults = list(check_chain(found, head))
+    assert any(f"entry {n} was changed" in fault for fault in faults)
+
+
+@given(data=st.data())
+def test_a_changed_entry_with_its_hash_made_anew_is_found_behind_it(five, data):
+    found, head = [dict(entry) for entry in five[0]], five[1]
+    n = data.draw(st.integers(0, 4))
+    found[n]["record"] = "forged"
+    found[n]["hash"] = entry_hash(found[n])
+    faults = list(check_chain(found, head))
+    place = (
+        f"entry {n + 1} does not follow" if n < 4 else f"{HEAD}: its hash is not that of entry 4"
+    )
+    assert len(faults) == 1
+    assert place in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "fault"),
+    [
+        ([1, 2, 3, 4], "entry 0 is missing"),
+        ([0, 1, 3, 4], "entry 2 is missing"),
+        ([0, 4], "entries 1 to 3 are missing"),
+        ([0, 1, 2, 3], "its end is missing, entry 4 is gone"),
+        ([], "its end is missing, entries 0 to 4 are gone"),
+        ([0, 2, 1, 3, 4], "entry 1 comes after entry 2"),
+        ([0, 1, 1, 2, 3, 4], "entry 1 comes after entry 1"),
+    ],
 )
-from topd.runs.records import Fork
-from topd.types import Branch, Guidance, Prompt, Rollout, SoftTarget
-
-ROLLOUT = Rollout(Prompt(3, (1, 2), (1,)), (7, 8), (-0.5, -1.25), finished=True)
-
-
-def little() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2, bias=False)).double()
+def test_missing_moved_and_repeated_entries_are_named(five, kept, fault):
+    found, head = five
+    assert any(fault in said for said in check_chain([found[n] for n in kept], head))
 
 
-# Writing
-
-
-def test_a_file_is_written_whole_and_replaced_whole(tmp_path):
-    book = Ledger(tmp_path / "deep" / "run")
-    for record in ({"seed": 1, "note": "long " * 100}, {"seed": 2}):
-        book.write("config.json", record)
-        assert json.loads((book.folder / "config.json").read_text()) == record
-    assert [file.name for file in book.folder.iterdir()] == ["config.json"]
-
-
-def test_a_file_is_readable_and_what_json_does_not_know_is_text(tmp_path):
-    Ledger(tmp_path).write("config.json", {"seed": 1, "path": Path("a")})
-    assert (tmp_path / "config.json").read_text() == '{\n  "seed": 1,\n  "path": "a"\n}\n'
-
-
-def test_a_record_that_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
-    book = Ledger(tmp_path)
-    book.write("config.json", {"seed": 1})
-
-    def full(path: Path, text: str, *args: object, **kwargs: object) -> int:
-        with open(path, "w") as file:
-            file.write(text[:5])
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
-        book.write("config.json", {"seed": 2})
-    with open(tmp_path / "config.json") as file:
-        assert json.load(file) == {"seed": 1}
-
-
-def test_records_are_lines_and_are_added_at_the_end(tmp_path):
-    book = Ledger(tmp_path)
-    book.append("metrics.jsonl", [{"loss": 1.5}, {"text": "two\nlines"}])
-    book.append("metrics.jsonl", iter([{"loss": 0.5}]))
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"loss": 1.5},
-        {"text": "two\nlines"},
-        {"loss": 0.5},
+def test_a_chain_that_is_written_anew_is_not_that_of_the_head(five, tmp_path):
+    forged, _ = chain_of(tmp_path, *({"record": str(n % 4)} for n in range(5)))
+    assert list(check_chain(forged, five[1])) == [
+        f"{HEAD}: its hash is not that of entry 4: the chain was rewritten"
     ]
 
 
-def test_a_rank_that_does_not_write_touches_nothing(tmp_path):
-    book = Ledger(tmp_path / "run", active=False)
-    book.write("config.json", {})
-    book.append("metrics.jsonl", [{}])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on(tmp_path):
-    Ledger(tmp_path).append("metrics.jsonl", [{"loss": 1.0}])
-    said = f"output_dir: {tmp_path} already holds a run. Choose another folder, or resume from a "
-    for refused in (Ledger, check_run_folder):
-        with pytest.raises(TOPDError) as caught:
-            refused(tmp_path)
-        assert str(caught.value) == f"{said}checkpoint with resume_from_checkpoint."
-    Ledger(tmp_path, resume=True).append("metrics.jsonl", [{"loss": 0.5}])
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_run_that_broke_off_before_its_first_log_is_a_run_too(tmp_path):
-    """Its rollouts would be mixed with those of the next run."""
-    Ledger(tmp_path).append("rollouts.jsonl", [rollout_record(0, 0, ROLLOUT, (), "so")])
-    with pytest.raises(TOPDError, match="already holds a run"):
-        Ledger(tmp_path)
-
-
-def test_a_warm_start_that_broke_off_while_answering_may_go_on(tmp_path):
-    Ledger(tmp_path).append("answers.jsonl", [{}])
-    check_run_folder(tmp_path)
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(TOPDError, match=r"^output_dir: .* \(.+\)\. Choose another folder\.$"):
-            check_run_folder(folder)
-
-
-def test_the_check_leaves_nothing(tmp_path):
-    check_run_folder(tmp_path / "some" / "run")
-    assert list(tmp_path.iterdir()) == []
-
-
-# Records
-
-
-def test_the_manifest_says_what_a_run_was_made_of():
-    models = {"student": little(), "teacher": tiny_model()}
-    record = manifest(models=models, data="abc", seed=5, device=torch.device("cpu"))
-    assert record["versions"]["torch"] == version("torch")
-    assert set(record["versions"]) >= {"python", "topd", "transformers", "peft", "POT"}
-    assert (record["seed"], record["data"]) == (5, "abc")
-    assert record["machine"] == {
-        "platform": platform.platform(),
-        "device": "cpu",
-        "threads": torch.get_num_threads(),
-    }
-    assert record["models"]["student"] == model_fingerprint(models["student"])
-    assert record["models"]["teacher"]["class"] == "Qwen3ForCausalLM"
-    assert record["models"]["student"]["values"] == 3 * 5 + 5 + 5 + 5 + 5 * 2
-    assert json.loads(json.dumps(record)) == record
-
-
-def test_a_package_that_is_not_there_is_said_so(monkeypatch):
-    monkeypatch.setattr(ledger, "PACKAGES", ("torch", "no-such-package"))
-    found = manifest(models={}, data="", seed=0, device=torch.device("cpu"))["versions"]
-    assert found == {
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "no-such-package": "not installed",
-    }
-
-
-def test_a_rollout_is_recorded_with_its_ids():
-    assert json.loads(json.dumps(rollout_record(4, 1, ROLLOUT, (-0.5, -0.25), "so"))) == {
-        "step": 4,
-        "rollout": 1,
-        "prompt": 3,
-        "prompt_ids": [1, 2],
-        "teacher_prompt_ids": list(ROLLOUT.prompt.teacher),
-        "response_ids": [7, 8],
-        "logprobs": [-0.5, -1.25],
-        "teacher_logprobs": [-0.5, -0.25],
-        "finished": True,
-        "text": "so",
-    }
-
-
-def test_guidance_is_recorded_without_its_weights_of_one():
-    fork = Fork(
-        **{"position": 1, "token_loss": 2.5, "distance": 0.75, "real": True, "converged": True},
-        **{"teacher_tokens": (9, 8), "student_length": 1, "plan": ((0, 0, 0.5), (0, 1, 0.5))},
-    )
-    guidance = Guidance(
-        (1.0, 0.25),
-        (SoftTarget(1, (9,), (1.0,)),),
-        capped=(0,),
-        branches=(Branch(1, (9, 8), "forward_kl", go_on=2),),
-        advantages=(0.0, -0.5),
-    )
-    assert json.loads(json.dumps(guidance_record(4, 1, ROLLOUT, (fork,), guidance))) == {
-        "step": 4,
-        "rollout": 1,
-        "prompt": 3,
-        "weights": {"1": 0.25},
-        "targets": [{"position": 1, "tokens": [9], "probabilities": [1.0]}],
-        "capped": [0],
-        "branches": [{"start": 1, "tokens": [9, 8], "loss": "forward_kl", "go_on": 2}],
-        "advantages": [0.0, -0.5],
-        "forks": [
-            {
-                "position": 1,
-                "token_loss": 2.5,
-                "distance": 0.75,
-                "real": True,
-                "teacher_tokens": [9, 8],
-                "student_length": 1,
-                "plan": [[0, 0, 0.5], [0, 1, 0.5]],
-                "converged": True,
-            }
-        ],
-    }
-
-
-# Fingerprints
-
-
-def test_a_fingerprint_names_where_a_model_is_from_or_else_its_class():
-    found = model_fingerprint(little())
-    assert (found["name"], found["class"]) == ("Sequential", "Sequential")
-    model = tiny_model()
-    assert model_fingerprint(model)["name"] == "Qwen3ForCausalLM"
-    model.config._name_or_path = "models/a"
-    assert model_fingerprint(model)["name"] == "models/a"
-
-
-def test_a_model_with_an_adapter_has_the_fingerprint_of_the_one_below_it():
-    model = tiny_model()
-    model.config._name_or_path = "models/a"
-    whole = model_fingerprint(model)
-    adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    assert model_fingerprint(get_peft_model(model, adapter)) == whole
-
-
-def test_a_copy_has_the_same_fingerprint():
-    assert model_fingerprint(copy.deepcopy(little())) == model_fingerprint(little())
-
-
-def test_changing_any_one_weight_by_the_smallest_step_changes_the_fingerprint():
-    model = little()
-    whole = model_fingerprint(model)["sha256"]
-    for parameter in model.parameters():
-        flat = parameter.data.view(-1)
-        for i, value in enumerate(flat.tolist()):
-            flat[i] = torch.nextafter(flat[i], torch.tensor(torch.inf, dtype=flat.dtype))
-            assert model_fingerprint(model)["sha256"] != whole
-            flat[i] = value
-    assert model_fingerprint(model)["sha256"] == whole
-
-
-def test_name_shape_and_type_of_a_parameter_count():
-    prints = {
-        model_fingerprint(model)["sha256"]
-        for model in (
-            nn.ParameterDict({"a": torch.zeros(2, 3)}),
-            nn.ParameterDict({"b": torch.zeros(2, 3)}),
-            nn.ParameterDict({"a": torch.zeros(3, 2)}),
-            nn.ParameterDict({"a": torch.zeros(2, 3, dtype=torch.bfloat16)}),
-        )
-    }
-    assert len(prints) == 4
-
-
-def test_one_step_of_training_changes_the_fingerprint():
-    model = tiny_model()
-    before = model_fingerprint(model)
-    model(input_ids=torch.tensor([[1, 5, 9]]), labels=torch.tensor([[1, 5, 9]])).loss.backward()
-    torch.optim.SGD(model.parameters(), lr=1e-3).step()
-    after = model_fingerprint(model)
-    assert before["sha256"] != after["sha256"]
-    assert before["values"] == after["values"]
-
-
-def test_a_digest_of_the_student_notices_a_step_of_any_trained_parameter_and_no_other():
-    """64 spaced values of each: all of the small ones, and some of the large."""
-    model = little()
-    large = nn.Parameter(torch.zeros(64 * 7))
-    model.register_parameter("large", large)
-    model[1].requires_grad_(False)
-    whole = trained_digest(model)
-    model[1].weight.data += 1
-    large.data[1] = 1  # stands between two that are looked at
-    assert trained_digest(model) == whole
-    for parameter in (*model[0].parameters(), *model[2].parameters()):
-        for flat in (parameter.data.view(-1)[i : i + 1] for i in range(parameter.numel())):
-            flat += 1
-            assert trained_digest(model) != whole
-            flat -= 1
-    large.data[7] = 1
-    assert trained_digest(model) != whole
-
-
-def test_weights_of_a_folder_are_named_from_the_run_folder_in_order(tmp_path):
-    for name in ("model-2.safetensors", "model-1.safetensors", "config.json"):
-        (tmp_path / "student").mkdir(exist_ok=True)
-        (tmp_path / "student" / name).touch()
-    assert weights_in(tmp_path, "student") == [
-        "student/model-1.safetensors",
-        "student/model-2.safetensors",
+def test_a_head_that_counts_more_than_there_is_is_told_from_a_cut_end(five):
+    found, head = five
+    assert list(check_chain(found, {**head, "entries": 6})) == [
+        f"{HEAD}: counts 6 entries, the chain has 5"
     ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_chain_goes_on_where_it_ended(tmp_path, count):
+    Ledger(tmp_path).add({"record": str(n)} for n in range(count))
+    assert list(check_chain(*chain_of(tmp_path, {"record": "next"}))) == []
+    assert [entry["n"] for entry in entries(tmp_path)] == list(range(count + 1))
+
+
+def test_a_chain_goes_on_where_it_ended_and_drops_a_half_written_entry(tmp_path):
+    chain_of(tmp_path, {"record": "a"}, {"record": "b"})
+    with open(tmp_path / LEDGER, "a") as file:
+        file.write('{"n": 2, "rec')
+    assert list(check_chain(*chain_of(tmp_path, {"record": "c"}))) == []
+    assert [entry["record"] for entry in entries(tmp_path)] == ["a", "b", "c"]
+
+
+def test_updates_that_were_made_again_and_files_written_again_count_once():
+    def record(file: str, step: int, name: str) -> dict[str, Any]:
+        return {"file": file, "step": step, "record": name}
+
+    found = surviving(
+        [
+            {"event": "begin", "step": 0, "records": {"rollouts.jsonl": 0, "metrics.jsonl": 0}},
+            {"file": "run.json", "record": "old"},
+            record("rollouts.jsonl", 0, "a"),
+            record("metrics.jsonl", 1, "b"),
+            record("rollouts.jsonl", 1, "gone"),
+            record("metrics.jsonl", 1, "gone"),  # the summary, of a run that seemed to end here
+            {"event": "begin", "step": 1, "records": {"metrics.jsonl": 1, "rollouts.jsonl": 1}},
+            {"file": "run.json", "record": "new"},
+            record("rollouts.jsonl", 1, "c"),
+        ]
+    )
+    assert [entry["record"] for entry in found] == ["new", "a", "c", "b"]
+
+
+def test_a_run_that_begins_again_notes_at_which_update_and_on_top_of_how_many_records(tmp_path):
+    first = RunFolder(tmp_path, chained=True)
+    first.begin(0)
+    first.append("rollouts.jsonl", [{"step": 0}, {"step": 0}, {"step": 1}])
+    RunFolder(tmp_path, chained=True, resume=True).begin(2)
+    begun = [entry for entry in entries(tmp_path) if entry.get("event") == "begin"]
+    assert [entry["step"] for entry in begun] == [0, 2]
+    assert [entry["records"] for entry in begun] == [
+        {"metrics.jsonl": 0, "rollouts.jsonl": 0, "guidance.jsonl": 0},
+        {"metrics.jsonl": 0, "rollouts.jsonl": 3, "guidance.jsonl": 0},
+    ]
+
+
+def test_what_a_ledger_writes_is_in_its_chain(tmp_path):
+    ledger = RunFolder(tmp_path, chained=True)
+    ledger.begin(0)
+    ledger.write("run.json", {"seed": 1})
+    ledger.append("rollouts.jsonl", [{"step": 0, "rollout": 1, "prompt": 7, "text": "so"}])
+    ledger.append("tokens.jsonl", [{"id": 1}])
+    written = entries(tmp_path)
+    assert [entry.get("file", entry.get("event")) for entry in written] == [
+        "begin",
+        "run.json",
+        "rollouts.jsonl",
+    ]
+    line = (tmp_path / "rollouts.jsonl").read_text().removesuffix("\n")
+    assert written[2]["record"] == digest(line.encode())
+    assert (written[2]["step"], written[2]["rollout"], written[2]["prompt"]) == (0, 1, 7)
+    assert written[1]["record"] == digest((tmp_path / "run.json").read_bytes())
+
+
+def test_only_a_chained_ledger_keeps_a_chain(tmp_path):
+    RunFolder(tmp_path).append("rollouts.jsonl", [{"step": 0}])
+    assert not (tmp_path / LEDGER).exists()

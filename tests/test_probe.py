@@ -25,7 +25,7 @@ from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS
 from topd.runs.files import trim
-from topd.runs.folder import Ledger
+from topd.runs.folder import RunFolder
 from topd.seeds import sampling_seeds
 from topd.training.experience import Observer
 from topd.training.progress import Phases
@@ -289,9 +289,9 @@ def test_a_killed_probe_goes_on_to_the_same_result_bit_for_bit(
     recipe, finished, tmp_path, monkeypatch, writes
 ):
     """Killed at each write of a batch's records, half of the last line written."""
-    append, left = Ledger.append, iter(range(writes))
+    append, left = RunFolder.append, iter(range(writes))
 
-    def killed(self: Ledger, name: str, lines: Any) -> None:
+    def killed(self: RunFolder, name: str, lines: Any) -> None:
         lines = list(lines)
         if not lines:  # no new token
             return
@@ -302,7 +302,7 @@ def test_a_killed_probe_goes_on_to_the_same_result_bit_for_bit(
             file.write(json.dumps(lines[0])[:20])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Ledger, "append", killed)
+    monkeypatch.setattr(RunFolder, "append", killed)
     with pytest.raises(KeyboardInterrupt):
         probe(recipe, tmp_path / "run")
     monkeypatch.undo()

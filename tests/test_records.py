@@ -16,7 +16,7 @@ from topd.report.page import write_report
 from topd.report.terminal import show
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS
-from topd.runs.ledger import CHAIN, HEAD, Chain
+from topd.runs.ledger import HEAD, LEDGER, Ledger
 from topd.runs.records import FORMAT, as_before
 
 RUN = Path("run")
@@ -63,15 +63,15 @@ def edited(folder: Path, **changes: object) -> Path:
 
 
 def chained(folder: Path) -> Path:
-    entries = [json.loads(line) for line in (folder / CHAIN).read_text().splitlines()]
+    entries = [json.loads(line) for line in (folder / LEDGER).read_text().splitlines()]
     found = {
         (name, n): digest(line)
         for name in RECORDS
         for n, line in enumerate((folder / name).read_bytes().splitlines())
     }
-    (folder / CHAIN).unlink()
+    (folder / LEDGER).unlink()
     (folder / HEAD).unlink()
-    chain, seen = Chain(folder), dict.fromkeys(RECORDS, 0)
+    chain, seen = Ledger(folder), dict.fromkeys(RECORDS, 0)
     for entry in entries:
         plain = {k: v for k, v in entry.items() if k not in ("n", "previous", "hash")}
         if plain.get("file") in seen and "step" in plain:

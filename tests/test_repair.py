@@ -38,7 +38,7 @@ from topd.commands.repair import (
 from topd.commands.session import Pair, open_pair, read_analysis
 from topd.errors import TOPDError
 from topd.losses import token_divergence
-from topd.runs.folder import Ledger
+from topd.runs.folder import RunFolder
 from topd.training.experience import Observer
 from topd.training.progress import Phases
 
@@ -474,9 +474,9 @@ def records(folder: Path) -> dict[str, Any]:
 def test_a_killed_repair_goes_on_to_the_same_result_bit_for_bit(
     recipe, finished, tmp_path, monkeypatch, writes
 ):
-    append, left = Ledger.append, iter(range(writes))
+    append, left = RunFolder.append, iter(range(writes))
 
-    def killed(self: Ledger, name: str, lines: Any) -> None:
+    def killed(self: RunFolder, name: str, lines: Any) -> None:
         lines = list(lines)
         if not lines:  # no new token
             return
@@ -488,7 +488,7 @@ def test_a_killed_repair_goes_on_to_the_same_result_bit_for_bit(
             file.write(json.dumps(lines[-1])[:20])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Ledger, "append", killed)
+    monkeypatch.setattr(RunFolder, "append", killed)
     with pytest.raises(KeyboardInterrupt):
         run(recipe, tmp_path / "run")
     monkeypatch.undo()

@@ -153,7 +153,7 @@ class TOPDConfig(TrainingArguments):
     logging_steps: float = _field(1, "Log every so many updates.")
     report_to: str | list[str] | None = _field("none", "Loggers of transformers, e.g. tensorboard.")
     save_only_model: bool = _field(False, "Leave the optimiser out of checkpoints.")
-    remove_unused_columns: bool = _field(False, "Prompts are encoded at the door; leave this off.")
+    remove_unused_columns: bool = _field(False, "Prompts are encoded at the start; leave this off.")
     logging_nan_inf_filter: bool = _field(False, "A NaN loss is shown, not hidden.")
 
     _VALID_DICT_FIELDS = [
@@ -380,5 +380,5 @@ _RULES: tuple[tuple[str, Any, str], ...] = (
     ("nonfinite", lambda x: x in ("stop", "skip"), "is not one of stop, skip"),
     ("solver", lambda x: x in ("exact", "sinkhorn"), "is not one of exact, sinkhorn"),
     ("trajectory_reduction", lambda x: x in ("mean", "sum"), "is not one of mean, sum"),
-    ("remove_unused_columns", lambda x: not x, "must be off: prompts are encoded at the door"),
+    ("remove_unused_columns", lambda x: not x, "must be off: prompts are encoded at the start"),
 )

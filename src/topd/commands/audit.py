@@ -40,7 +40,7 @@ from topd.named import is_outside
 from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, guidance_record, rollout_record
-from topd.runs.ledger import CHAIN, HEAD, Entry, check_chain, surviving
+from topd.runs.ledger import HEAD, LEDGER, Entry, check_chain, surviving
 from topd.runs.records import as_before, check_format
 from topd.runs.verified import read_entries, read_head, read_lines, read_manifest, read_records
 from topd.seeds import sampling_seeds
@@ -87,7 +87,7 @@ class Trust:
 
 
 @dataclass
-class Findings:
+class AuditResult:
     """What was checked, and the faults; both in words."""
 
     checked: list[str] = field(default_factory=list)
@@ -104,7 +104,7 @@ def audit_run(
     seed: int | None = None,
     tolerance: float = 1e-4,
     trust: Trust = NO_TRUST,
-) -> Findings:
+) -> AuditResult:
     """Check a training run's folder.
 
     Args:
@@ -120,7 +120,7 @@ def audit_run(
         TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
             faults already, that is one more).
     """
-    found, seed = Findings(), secrets.randbits(32) if seed is None else seed
+    found, seed = AuditResult(), secrets.randbits(32) if seed is None else seed
     entries = _entries(folder, found)
     _check_records(folder, surviving(entries), found)
     if not updates or not _readable(folder, found):
@@ -140,7 +140,7 @@ def audit_run(
 
 def replay_step(
     folder: Path, step: int, *, tolerance: float = 0.0, trust: Trust = NO_TRUST
-) -> Findings:
+) -> AuditResult:
     """Repeat an update from the checkpoint before it, or from the start, and compare.
 
     Compared are every record from there on and, where the ledger has them, the weights. A loss that
@@ -156,7 +156,7 @@ def replay_step(
     if not any(record["step"] == step for record in recorded):
         last = max((record["step"] for record in recorded), default=-1)
         raise TOPDError(f"--step {step}: {folder} has the updates 0 to {last}. Choose one.")
-    found, start = Findings(), checkpoints.last(folder, step)
+    found, start = AuditResult(), checkpoints.last(folder, step)
     seal = checkpoints.check(start, resumable=True) if start else None
     first = seal.step if seal else 0
     with _Rebuilt(folder, trust) as trainer:
@@ -182,7 +182,7 @@ def replay_step(
 # The chain, the files and the records
 
 
-def _entries(folder: Path, found: Findings) -> list[Entry]:
+def _entries(folder: Path, found: AuditResult) -> list[Entry]:
     """The ledger's entries; what is wrong with their chain is found here."""
     entries, faults = read_entries(folder)
     found.faults += faults
@@ -196,7 +196,7 @@ def _entries(folder: Path, found: Findings) -> list[Entry]:
     return entries
 
 
-def _check_records(folder: Path, entries: Sequence[Entry], found: Findings) -> None:
+def _check_records(folder: Path, entries: Sequence[Entry], found: AuditResult) -> None:
     whole = [entry for entry in entries if "step" not in entry]
     for entry in whole:
         found.faults += _file_faults(folder, entry["file"], entry["record"])
@@ -395,7 +395,7 @@ def _data_of(stored: Mapping[str, Any]) -> DataSpec:
     return DataSpec(**{key: value for key, value in stored.items() if value != usual[key]})
 
 
-def _readable(folder: Path, found: Findings) -> bool:
+def _readable(folder: Path, found: AuditResult) -> bool:
     """Whether the records can be read at all; else there is nothing to make again."""
     try:
         for name in ("rollouts.jsonl", "guidance.jsonl"):
@@ -407,7 +407,7 @@ def _readable(folder: Path, found: Findings) -> bool:
     return True
 
 
-def _check_sources(folder: Path, trainer: TOPDTrainer, found: Findings) -> None:
+def _check_sources(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> None:
     """Models and data against their fingerprints in the manifest."""
     manifest = read_manifest(folder)
     for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
@@ -422,7 +422,7 @@ def _check_sources(folder: Path, trainer: TOPDTrainer, found: Findings) -> None:
     found.checked.append("models and data: student at the start, teacher, prompts")
 
 
-def _check_settings(folder: Path, trainer: TOPDTrainer, found: Findings) -> None:
+def _check_settings(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> None:
     """Seed and learning rate against what they led to: the order of the prompts, the schedule."""
     if _was_changed(folder) or _suspect(found, "data:", "rollouts.jsonl", "metrics.jsonl"):
         return
@@ -443,7 +443,7 @@ def _check_settings(folder: Path, trainer: TOPDTrainer, found: Findings) -> None
     found.checked.append(f"settings: {checked}")
 
 
-def _suspect(found: Findings, *beginnings: str) -> bool:
+def _suspect(found: AuditResult, *beginnings: str) -> bool:
     """Whether a fault was found already in what a further check relies on."""
     return any(fault.startswith(beginnings) for fault in found.faults)
 
@@ -477,12 +477,12 @@ def _rate_faults(folder: Path, trainer: TOPDTrainer) -> Iterator[str]:
 
 
 def _check_student(
-    folder: Path, entries: Sequence[Entry], trainer: TOPDTrainer, found: Findings
+    folder: Path, entries: Sequence[Entry], trainer: TOPDTrainer, found: AuditResult
 ) -> None:
     """The finished student against the digests that the ledger has of it."""
     begun = [e for e in entries if e.get("event") == "update" and e["step"] == 0]
     if begun and begun[0]["student"] != trained_digest(trainer.model):
-        found.faults.append(f"{CHAIN}: the student before update 0 is not the one at the start")
+        found.faults.append(f"{LEDGER}: the student before update 0 is not the one at the start")
     ends = [entry for entry in entries if entry.get("event") == "end"]
     if not ends:
         return
@@ -511,7 +511,7 @@ def _check_decisions(
     updates: int,
     seed: int,
     tolerance: float,
-    found: Findings,
+    found: AuditResult,
 ) -> None:
     stored: dict[int, tuple[list[Any], list[Any]]] = {}
     for i, name in enumerate(("rollouts.jsonl", "guidance.jsonl")):
@@ -699,7 +699,7 @@ def _as_at(checkpoint: Path, scratch: Path) -> None:
     """Have what a run needs to resume from a checkpoint in another folder; training cuts it."""
     run = checkpoint.parent
     for path in [*run.glob("*.jsonl"), run / "run.json", run / "manifest.json"]:
-        if path.name != CHAIN:
+        if path.name != LEDGER:
             shutil.copy(path, scratch)
     (scratch / checkpoint.name).symlink_to(checkpoint.resolve())
 
@@ -710,7 +710,7 @@ def _compare_records(
     name: str,
     steps: tuple[int, int],
     tolerance: float,
-    found: Findings,
+    found: AuditResult,
 ) -> None:
     """Records of the replayed updates, key by key; times and evaluations aside."""
     first, last = (step + (name == "metrics.jsonl") for step in steps)
@@ -734,7 +734,7 @@ def _of_an_update(record: Mapping[str, Any]) -> bool:
 
 
 def _compare_weights(
-    folder: Path, scratch: Path, trainer: TOPDTrainer, step: int, found: Findings
+    folder: Path, scratch: Path, trainer: TOPDTrainer, step: int, found: AuditResult
 ) -> None:
     """The student before every replayed update and after the last, as far as it is recorded."""
     recorded, again = _weights(folder), _weights(scratch)
@@ -747,7 +747,7 @@ def _compare_weights(
 
 
 def _weights(folder: Path) -> dict[int, str]:
-    entries = read_entries(folder)[0] if (folder / CHAIN).exists() else []
+    entries = read_entries(folder)[0] if (folder / LEDGER).exists() else []
     return {
         entry["step"]: entry["student"]
         for entry in entries

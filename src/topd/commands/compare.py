@@ -47,7 +47,7 @@ from topd.inputs.models import eos_ids
 from topd.inputs.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import read_lines, read_whole, trim
-from topd.runs.folder import Ledger, check_run_folder
+from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
 from topd.statistics import SHARES, holm, p_value, seed_problem_interval, t_reach
 from topd.training.progress import say
@@ -85,7 +85,7 @@ def _compare(
     console: Console | None,
 ) -> None:
     folder = Path(recipe.args.output_dir)
-    ledger = _open(folder, recipe, spec)
+    run = _open(folder, recipe, spec)
     start = _starting_point(path, spec, overrides, folder, quiet=console is None)
     results = _stored(folder)
     tasks = {
@@ -103,7 +103,7 @@ def _compare(
         if not any((r["arm"], r["seed"]) == (arm, seed) for r in results)
     }
     for result in _run_all(tasks, spec.jobs, console):
-        ledger.append(RESULTS, [result])
+        run.append(RESULTS, [result])
         results.append(result)
         if console:
             console.print(
@@ -112,7 +112,7 @@ def _compare(
             )
     starts = _starts(path, overrides, start)
     references = spec.references or [spec.baseline]
-    ledger.write(
+    run.write(
         SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock, references=references)
     )
 
@@ -384,7 +384,7 @@ def _check_start(spec: CompareSpec, keys: Mapping[str, Any], *, warmstart: bool)
         )
 
 
-def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
+def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> RunFolder:
     """The folder, new or of the same comparison; that may have got other arms and seeds since."""
     check_run_folder(folder, resume=True)
     settings = {"recipe": recipe.sources(), "config": recipe.args.to_dict()}
@@ -400,9 +400,9 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> Ledger:
             f"output_dir: {folder} holds another comparison: arms that have run, or what all arms "
             "share, were different. Choose another folder."
         )
-    ledger = Ledger(folder, resume=True)
-    ledger.write("run.json", content)
-    return ledger
+    run = RunFolder(folder, resume=True)
+    run.write("run.json", content)
+    return run
 
 
 def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:

@@ -29,7 +29,7 @@ from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
 from topd.inputs.vocabulary import shared_ids
-from topd.runs.folder import Ledger, manifest
+from topd.runs.folder import RunFolder, manifest
 from topd.statistics import Interval
 
 RESULT, RESPONSES = "evaluation.json", "responses.jsonl"
@@ -75,7 +75,7 @@ def run_evaluation(
     if not isinstance(template_kwargs, Mapping):
         raise TOPDError(f"--template-kwargs: {template_kwargs!r} is not a mapping, e.g. {{a: 1}}.")
     model = of_run(model)
-    ledger = _open(Path(output or _folder(model, spec)))
+    run = _open(Path(output or _folder(model, spec)))
     rows = spec.load()
     tokenizer, config = model.load_tokenizer(), model.load_config()
     check_embedding_rows("model", config, tokenizer)
@@ -87,12 +87,10 @@ def run_evaluation(
         "data": spec.model_dump(),
         "template_kwargs": dict(template_kwargs),
     }
-    ledger.append(RESPONSES, (response.record() for response in found.responses))
-    ledger.write(
-        RESULT, {**found.record(), "settings": settings, **made_of, "references": references}
-    )
+    run.append(RESPONSES, (response.record() for response in found.responses))
+    run.write(RESULT, {**found.record(), "settings": settings, **made_of, "references": references})
     show(found, spec, console)
-    return ledger.folder
+    return run.folder
 
 
 def measure(
@@ -138,10 +136,10 @@ def _folder(model: ModelSpec, spec: EvaluationSpec) -> str:
     return f"runs/eval-{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _open(folder: Path) -> Ledger:
+def _open(folder: Path) -> RunFolder:
     if any((folder / name).exists() for name in (RESULT, RESPONSES)):
         raise TOPDError(f"--output: {folder} already holds an evaluation. Choose another folder.")
-    return Ledger(folder)
+    return RunFolder(folder)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec, check_embedding_rows
 from topd.inputs.prompts import repeated_ngram_share
 from topd.inputs.rows import DataSpec
-from topd.runs.folder import Ledger
+from topd.runs.folder import RunFolder
 from topd.runs.model_card import replace_section
 
 RESULT, HEADING = "gate.json", "Release gate"
@@ -282,14 +282,14 @@ def run_gate(
     folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
     if (folder / RESULT).exists():
         raise TOPDError(f"--output: {folder} already holds a gate's result. Choose another folder.")
-    ledger, specs = Ledger(folder), {"base": base, "candidate": candidate}
+    run, specs = RunFolder(folder), {"base": base, "candidate": candidate}
     evaluators = {role: _evaluators(spec, suite) for role, spec in specs.items()}
     found, made_of = {}, {}
     for role, spec in specs.items():
         evaluations, made_of[role] = measure(spec, list(evaluators[role].values()), console)
         found[role] = dict(zip(evaluators[role], evaluations, strict=True))
         for part, evaluation in found[role].items():
-            ledger.append(f"{role}_{part}.jsonl", (r.record() for r in evaluation.responses))
+            run.append(f"{role}_{part}.jsonl", (r.record() for r in evaluation.responses))
     figures = compare_models(found["base"], found["candidate"], suite)
     good = passed(figures, strict=suite.strict)
     lost = lost_problems(found["base"]["problems"], found["candidate"]["problems"])
@@ -302,7 +302,7 @@ def run_gate(
         "models": {role: spec.model_dump() for role, spec in specs.items()},
         **made_of,
     }
-    ledger.write(RESULT, record)
+    run.write(RESULT, record)
     card = Path(candidate.place) / "README.md"
     if card.is_file():
         replace_section(card, HEADING, card_text(base.path, suite, figures, lost, good))

@@ -45,7 +45,7 @@ from topd.engines import Scores
 from topd.errors import TOPDError
 from topd.losses import TokenTerms, linear_token_terms
 from topd.runs.files import trim
-from topd.runs.folder import Ledger, rollout_record
+from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
@@ -111,22 +111,22 @@ def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None 
     with one_writer(Path(recipe.args.output_dir)):
         phases = Phases()
         pair = open_pair(recipe, phases)
-        ledger = open_folder("probe", recipe, pair)
+        run = open_folder("probe", recipe, pair)
         if console:
             phases.show(console)
         try:
-            _probe(recipe.args, pair, ledger, phases)
+            _probe(recipe.args, pair, run, phases)
         finally:
             phases.stop()
-        ledger.write("probe.json", summarise(ledger.folder, recipe.args, pair.tokenizer.decode))
-    return ledger.folder
+        run.write("probe.json", summarise(run.folder, recipe.args, pair.tokenizer.decode))
+    return run.folder
 
 
-def _probe(args: ProbeConfig, pair: Pair, ledger: Ledger, phases: Phases) -> None:
+def _probe(args: ProbeConfig, pair: Pair, run: RunFolder, phases: Phases) -> None:
     """Look at batch after batch; what is done is on disk."""
     size = args.rollout_batch_size
-    first = resume_at(ledger.folder, args.rollouts, size)
-    texts = pair.token_writer(ledger.folder)
+    first = resume_at(run.folder, args.rollouts, size)
+    texts = pair.token_writer(run.folder)
     phases.start(math.ceil(args.rollouts / size), "batches")
     questions = pair.questions(args.seed, args.num_generations)
     for number, prompts in batches(questions, first, size, args.rollouts):
@@ -134,11 +134,11 @@ def _probe(args: ProbeConfig, pair: Pair, ledger: Ledger, phases: Phases) -> Non
         with torch.no_grad():
             look = look_at(pair, pair.observer.roll_out(prompts, seeds), seeds, number)
         positions = list(position_records(look, number))
-        ledger.append(TOKENS, texts.records(_all_ids(look, positions)))
-        ledger.append(POSITIONS, positions)
+        run.append(TOKENS, texts.records(_all_ids(look, positions)))
+        run.append(POSITIONS, positions)
         spent = {f"seconds/{name}": spent for name, spent in phases.take().items()}
-        ledger.append(METRICS, [{"step": number // size, **_tokens(look), **spent}])
-        ledger.append(ROLLOUTS, _rollout_records(look, number, size, pair))  # last: it is done
+        run.append(METRICS, [{"step": number // size, **_tokens(look), **spent}])
+        run.append(ROLLOUTS, _rollout_records(look, number, size, pair))  # last: it is done
         phases.step_done(number // size + 1)
 
 

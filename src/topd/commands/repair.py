@@ -48,7 +48,7 @@ from topd.config import _field
 from topd.divergence import real_divergent_points
 from topd.errors import TOPDError
 from topd.runs.files import read_lines, trim
-from topd.runs.folder import Ledger, rollout_record
+from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
@@ -118,33 +118,33 @@ def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None
     with one_writer(Path(recipe.args.output_dir)):
         phases = Phases()
         pair = open_pair(recipe, phases)
-        ledger = open_folder("repair", recipe, pair)
+        run = open_folder("repair", recipe, pair)
         if console:
             phases.show(console)
         try:
-            _repair(recipe.args, pair, ledger, phases)
+            _repair(recipe.args, pair, run, phases)
         finally:
             phases.stop()
-        ledger.write("repair.json", summarise(ledger.folder, recipe.args))
-    return ledger.folder
+        run.write("repair.json", summarise(run.folder, recipe.args))
+    return run.folder
 
 
-def _repair(args: RepairConfig, pair: Pair, ledger: Ledger, phases: Phases) -> None:
+def _repair(args: RepairConfig, pair: Pair, run: RunFolder, phases: Phases) -> None:
     """Treat sample after sample; what is done is on disk."""
-    done, first = resume_at(ledger.folder, args.samples)
+    done, first = resume_at(run.folder, args.samples)
     if done == args.samples:
         return
     phases.start(args.samples, "samples")
-    weights, texts = snapshot(pair.student), pair.token_writer(ledger.folder)
+    weights, texts = snapshot(pair.student), pair.token_writer(run.folder)
     for sample in find_samples(pair, args, first):
         records = list(treat(pair, args, sample, weights))
-        ledger.append(TOKENS, texts.records(_all_ids(sample.rollout, records)))
-        ledger.append(SAMPLES, ({"sample": done, **record} for record in records))
+        run.append(TOKENS, texts.records(_all_ids(sample.rollout, records)))
+        run.append(SAMPLES, ({"sample": done, **record} for record in records))
         spent = {f"seconds/{name}": spent for name, spent in phases.take().items()}
-        ledger.append(METRICS, [{"sample": done, **spent}])
+        run.append(METRICS, [{"sample": done, **spent}])
         text = pair.tokenizer.decode(list(sample.rollout.response))
         record = rollout_record(0, sample.number, sample.rollout, sample.teacher_logprobs, text)
-        ledger.append(ROLLOUTS, [record])  # last: the sample is done
+        run.append(ROLLOUTS, [record])  # last: the sample is done
         done += 1
         phases.step_done(done)
         if done == args.samples:

@@ -32,7 +32,7 @@ from topd.inputs.heads import check_head
 from topd.inputs.models import check_context, load_pair, tokenizers_of
 from topd.inputs.prompts import PromptEncoder
 from topd.runs.files import read_lines, read_whole, trim
-from topd.runs.folder import Ledger, check_run_folder, manifest
+from topd.runs.folder import RunFolder, check_run_folder, manifest
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenWriter
 from topd.training.experience import Observer
@@ -152,31 +152,31 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast)
 
 
-def open_folder(command: str, recipe: Recipe, pair: Pair) -> Ledger:
+def open_folder(command: str, recipe: Recipe, pair: Pair) -> RunFolder:
     """The analysis's folder with its run.json and manifest.json, new or one to continue with.
 
     Raises:
         TOPDError: it was begun with other models or prompts.
     """
     args = recipe.args
-    ledger = Ledger(args.output_dir, resume=True)
+    run = RunFolder(args.output_dir, resume=True)
     record = manifest(
         models={"student": pair.student, "teacher": pair.teacher},
         data=fingerprint(pair.prompts),
         seed=args.seed,
         device=args.device,
     )
-    stored = read_whole(ledger.folder / "manifest.json")
+    stored = read_whole(run.folder / "manifest.json")
     for key in ("models", "data"):
         if stored and stored[key] != record[key]:
             raise TOPDError(
-                f"output_dir: {ledger.folder} holds a {command} with other {key}. Choose another "
+                f"output_dir: {run.folder} holds a {command} with other {key}. Choose another "
                 "folder."
             )
-    ledger.write("run.json", _run_record(command, recipe))
+    run.write("run.json", _run_record(command, recipe))
     if not stored:
-        ledger.write("manifest.json", record)
-    return ledger
+        run.write("manifest.json", record)
+    return run
 
 
 def batches(

@@ -1,4 +1,4 @@
-"""Checks of servers at the door: they serve the model that is meant, and say the same of it."""
+"""Checks of servers at the start: they serve the model that is meant, and say the same of it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from topd.errors import DISK, StoppedError, TOPDError
 from topd.runs.files import file_digest, sync
-from topd.runs.ledger import CHAIN, HEAD
+from topd.runs.ledger import HEAD, LEDGER
 
 logger = logging.get_logger(__name__)
 
@@ -327,7 +327,7 @@ def examined(checkpoint: Path) -> Seal | str:
 
 def _record_files(run: Path) -> list[Path]:
     """All but the ledger, which is only ever added to: a resume is an entry of it."""
-    return sorted(path for path in run.glob("*.jsonl") if path.name != CHAIN)
+    return sorted(path for path in run.glob("*.jsonl") if path.name != LEDGER)
 
 
 def _numbered(run: Path) -> list[Path]:

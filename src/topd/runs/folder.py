@@ -36,7 +36,7 @@ import torch
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import model_fingerprint
 from topd.runs.files import digest, file_digest, write_whole
-from topd.runs.ledger import Chain
+from topd.runs.ledger import Ledger
 from topd.runs.lock import refuse_if_busy
 from topd.runs.records import FORMAT, Fork
 from topd.types import Guidance, Rollout
@@ -45,7 +45,7 @@ PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl")
 
 
-class Ledger:
+class RunFolder:
     """Writes a run folder.
 
     Args:
@@ -70,7 +70,7 @@ class Ledger:
         self.active = active
         if active:
             check_run_folder(self.folder, resume=resume)
-        self.chain = Chain(self.folder) if active and chained else None
+        self.ledger = Ledger(self.folder) if active and chained else None
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Write one JSON file, atomically."""
@@ -92,8 +92,8 @@ class Ledger:
         written = [(record, json.dumps(record)) for record in records]
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for _, line in written)
-        if self.chain and name in RECORDS:
-            self.chain.add(
+        if self.ledger and name in RECORDS:
+            self.ledger.add(
                 {
                     "file": name,
                     **{key: record[key] for key in ("step", "rollout", "prompt") if key in record},
@@ -104,8 +104,8 @@ class Ledger:
 
     def note(self, event: str, **details: Any) -> None:
         """Add an event to the chain, if one is kept."""
-        if self.chain:
-            self.chain.add([{"event": event, **details}])
+        if self.ledger:
+            self.ledger.add([{"event": event, **details}])
 
     def seal(self, *names: str) -> None:
         """Add files as they are now to the chain, if one is kept."""
@@ -114,8 +114,8 @@ class Ledger:
 
     def seal_as(self, name: str, path: Path) -> None:
         """Add a file that is to be called ``name`` to the chain, if one is kept."""
-        if self.chain:
-            self.chain.add([{"file": name, "record": file_digest(path)}])
+        if self.ledger:
+            self.ledger.add([{"file": name, "record": file_digest(path)}])
 
 
 def weights_in(folder: Path, place: str) -> list[str]:

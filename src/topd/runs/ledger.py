@@ -22,13 +22,13 @@ from typing import Any, TypeAlias
 
 from topd.runs.files import digest, write_whole
 
-CHAIN, HEAD = "ledger.jsonl", "head.json"
+LEDGER, HEAD = "ledger.jsonl", "head.json"
 START = "0" * 64  # what the first entry follows
 
 Entry: TypeAlias = dict[str, Any]
 
 
-class Chain:
+class Ledger:
     """Adds entries to the chain of a folder; continues where an earlier one ended.
 
     A last entry that was cut off while it was written is dropped.
@@ -37,7 +37,7 @@ class Chain:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count, self.head = 0, START
-        path = folder / CHAIN
+        path = folder / LEDGER
         if not path.exists():
             return
         content = path.read_bytes()
@@ -48,8 +48,8 @@ class Chain:
             self.count, self.head = last["n"] + 1, last["hash"]
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Chain the entries and write them, and the new head."""
-        with open(self.folder / CHAIN, "a", encoding="utf-8") as file:
+        """Link the entries to those before and write them, and the new head."""
+        with open(self.folder / LEDGER, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(self._linked(entry)) + "\n" for entry in entries)
         write_whole(self.folder / HEAD, {"entries": self.count, "hash": self.head})
 
@@ -74,19 +74,20 @@ def check_chain(entries: Iterable[Mapping[str, Any]], head: Mapping[str, Any]) -
     for entry in entries:
         at[entry["n"]] = entry["hash"]
         if entry["n"] > expected:
-            yield f"{CHAIN}: {_span(expected, entry['n'] - 1)} missing"
+            yield f"{LEDGER}: {_span(expected, entry['n'] - 1)} missing"
         elif entry["n"] < expected:
-            yield f"{CHAIN}: entry {entry['n']} comes after entry {expected - 1}: moved or added"
+            yield f"{LEDGER}: entry {entry['n']} comes after entry {expected - 1}: moved or added"
         elif entry["previous"] != previous:
-            yield f"{CHAIN}: entry {entry['n']} does not follow the one before it: one was replaced"
+            this = f"entry {entry['n']}"
+            yield f"{LEDGER}: {this} does not follow the one before it: one was replaced"
         if entry["hash"] != entry_hash(entry):
-            yield f"{CHAIN}: entry {entry['n']} was changed"
+            yield f"{LEDGER}: entry {entry['n']} was changed"
         expected, previous = entry["n"] + 1, entry["hash"]
     last = head["entries"] - 1
     if last >= expected and head["hash"] == previous:
         yield f"{HEAD}: counts {head['entries']} entries, the chain has {expected}"
     elif last >= expected:
-        yield f"{CHAIN}: its end is missing, {_span(expected, last)} gone"
+        yield f"{LEDGER}: its end is missing, {_span(expected, last)} gone"
     elif last >= 0 and at.get(last) != head["hash"]:
         yield f"{HEAD}: its hash is not that of entry {last}: the chain was rewritten"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from topd.runs.ledger import Chain
+from topd.runs.ledger import Ledger
 
 TEMPLATE = """---
 {{ card_data }}
@@ -55,7 +55,7 @@ def write_model_card(
     manifest: Mapping[str, Any],
     args: Any,
     history: list[dict[str, float]],
-    chain: Chain | None = None,
+    ledger: Ledger | None = None,
 ) -> None:
     """Write README.md into ``folder``, from a run's manifest, arguments, log history and ledger."""
     logs = [entry for entry in history if "loss" in entry]
@@ -76,8 +76,8 @@ def write_model_card(
         seconds=sum(v for log in logs for k, v in log.items() if k.startswith("seconds/")),
         device=manifest["machine"]["device"],
         teacher_tokens=sum(log.get("topd/teacher_tokens", 0) for log in logs),
-        entries=chain.count if chain else 0,
-        head=chain.head if chain else "",
+        entries=ledger.count if ledger else 0,
+        head=ledger.head if ledger else "",
         metrics=[(name, logs[0][name], logs[-1][name]) for name in shown],
     )
     (folder / "README.md").write_text(str(card), encoding="utf-8")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from topd.errors import TOPDError
 from topd.runs.files import json_text
-from topd.runs.ledger import CHAIN, HEAD, Entry
+from topd.runs.ledger import HEAD, LEDGER, Entry
 
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[list[Id], Field(min_length=1)]
@@ -118,9 +118,9 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
     Raises:
         TOPDError: there is no ledger, or it cannot be read.
     """
-    path = folder / CHAIN
+    path = folder / LEDGER
     if not path.is_file():
-        raise TOPDError(f"{folder}: has no {CHAIN}. Only runs of topd train can be audited.")
+        raise TOPDError(f"{folder}: has no {LEDGER}. Only runs of topd train can be audited.")
     lines, whole = read_lines(path)
     entries: list[Entry] = []
     faults: list[str] = []
@@ -129,12 +129,12 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
             entry = json.loads(line)
             _kind_of(entry).model_validate(entry)
         except UNREADABLE:
-            faults.append(f"{CHAIN}: line {number} is not an entry")
+            faults.append(f"{LEDGER}: line {number} is not an entry")
             continue
         entries.append(entry)
         if json.dumps(entry).encode() != line:
-            faults.append(f"{CHAIN}: line {number} was changed, though not what it says")
-    return entries, faults if whole else [*faults, f"{CHAIN}: line {len(lines)} is cut off"]
+            faults.append(f"{LEDGER}: line {number} was changed, though not what it says")
+    return entries, faults if whole else [*faults, f"{LEDGER}: line {len(lines)} is cut off"]
 
 
 def _kind_of(entry: Any) -> type[_Link]:

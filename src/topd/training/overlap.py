@@ -14,7 +14,7 @@ from topd.training.progress import Phases
 from topd.types import Prompt
 
 
-class Ahead:
+class Overlap:
     """Observes one update ahead, in a thread that touches no weight of the student.
 
     Its rollouts are written with the weights before the update under way: they are one update old

@@ -55,7 +55,7 @@ from topd.inputs.prompts import PromptEncoder
 from topd.losses import TokenTerms, importance
 from topd.runs import checkpoints
 from topd.runs.folder import (
-    Ledger,
+    RunFolder,
     check_run_folder,
     guidance_record,
     manifest,
@@ -80,7 +80,7 @@ from topd.training.learning import (
     update_loss,
 )
 from topd.training.metrics import Means, mean_seconds, measure_experience
-from topd.training.overlap import Ahead, check_overlap
+from topd.training.overlap import Overlap, check_overlap
 from topd.training.preflight import (
     check_forward,
     check_router,
@@ -199,7 +199,7 @@ class TOPDTrainer(Trainer):
         self.run_folder = Path(args.output_dir)
         silence_others()
         self.phases = Phases()
-        self.ledger = Ledger(args.output_dir, active=False)
+        self.run = RunFolder(args.output_dir, active=False)
         self.token_writer = TokenWriter(tokenizer)
         super().__init__(
             model=student,
@@ -234,7 +234,7 @@ class TOPDTrainer(Trainer):
         self.shares_rows = engines[0].shares
         self.observer = Observer(*engines, args, self.phases)
         self.evaluator = Observer(*engines, args, Phases())
-        self.ahead = Ahead(self.observer) if args.overlap else None
+        self.overlap = Overlap(self.observer) if args.overlap else None
         self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.watch = Watch(self)
         self.add_callback(self.watch)
@@ -286,7 +286,7 @@ class TOPDTrainer(Trainer):
         numbers = self._numbers([len(batch) for batch in prompts])
         with self._saved_if_stopped():
             experience = self._experience(flat, numbers)
-            if self.ahead and self.state.global_step + 1 < self.state.max_steps:
+            if self.overlap and self.state.global_step + 1 < self.state.max_steps:
                 self.fetched, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
                 self._begin_next()
         self._record(experience, numbers)
@@ -310,9 +310,9 @@ class TOPDTrainer(Trainer):
 
     def _experience(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Experience:
         """That of this update: gathered beside the one before, or now."""
-        if self.ahead:
+        if self.overlap:
             with self.phases.phase("waiting"):
-                ready = self.ahead.take()
+                ready = self.overlap.take()
             if ready is not None:
                 return ready
         step = self.state.global_step
@@ -333,9 +333,9 @@ class TOPDTrainer(Trainer):
 
     def _begin_next(self) -> None:
         """Have the next update's experience gathered while this one is learned."""
-        if self.ahead and self.fetched:  # an epoch's last update has no next one
+        if self.overlap and self.fetched:  # an epoch's last update has no next one
             prompts = [prompt for batch in self.fetched for prompt in batch]
-            self.ahead.begin(prompts, step=self.state.global_step + 1)
+            self.overlap.begin(prompts, step=self.state.global_step + 1)
 
     @contextmanager
     def _saved_if_stopped(self) -> Iterator[None]:
@@ -493,8 +493,8 @@ class TOPDTrainer(Trainer):
                     resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
                 )
             finally:
-                if self.ahead:
-                    self.ahead.close()
+                if self.overlap:
+                    self.overlap.close()
             self._save_student(self.record)
         return result
 
@@ -515,16 +515,16 @@ class TOPDTrainer(Trainer):
         settings = {"recipe": self.recipe, "config": self.args.to_dict()}
         if checkpoint:
             settings["resumed"] = self._go_back(checkpoint, settings)
-        self.ledger = Ledger(
+        self.run = RunFolder(
             self.args.output_dir,
             resume=bool(checkpoint),
             active=self.is_world_process_zero(),
             chained=True,
         )
-        self.ledger.begin(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-        self.ledger.write("run.json", settings)
+        self.run.begin(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        self.run.write("run.json", settings)
         if not checkpoint:
-            self.ledger.write("manifest.json", self.record)
+            self.run.write("manifest.json", self.record)
 
     def _go_back(self, checkpoint: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """Have run folder and means as they were at a checkpoint. Returns run.json's ``resumed``.
@@ -562,7 +562,7 @@ class TOPDTrainer(Trainer):
         if everywhere((run / f"checkpoint-{step}").exists())[0]:
             return  # an epoch may end where a step was saved
         means = {"meter": self.meter.state(), "totals": self.totals.state()}
-        note = partial(self.ledger.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
+        note = partial(self.run.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
         active = self.args.should_save
         with checkpoints.making(run, step, means, note, active=active) as place:
             self.accelerator.wait_for_everyone()
@@ -604,10 +604,10 @@ class TOPDTrainer(Trainer):
             agreed(lambda: check_saved(folder, model) if self.args.should_save else None)
         trained = trained_digest(self.model)
         if self.args.should_save:
-            self.ledger.seal(*weights_in(self.ledger.folder, "student"))
-            self.ledger.note("end", step=self.state.global_step, student=trained)
-            history, chain = self.state.log_history, self.ledger.chain
-            write_model_card(folder, record, self.args, history, chain)
+            self.run.seal(*weights_in(self.run.folder, "student"))
+            self.run.note("end", step=self.state.global_step, student=trained)
+            history, ledger = self.state.log_history, self.run.ledger
+            write_model_card(folder, record, self.args, history, ledger)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the update measured; also a line of metrics.jsonl.
@@ -622,7 +622,7 @@ class TOPDTrainer(Trainer):
             logs = {**logs, **self.meter.take()}
             logs.update({f"seconds/{name}": spent for name, spent in seconds.items()})
         super().log(logs, start_time)
-        self.ledger.append("metrics.jsonl", [self.state.log_history[-1]])
+        self.run.append("metrics.jsonl", [self.state.log_history[-1]])
 
     def _measure(self, terms: TokenTerms, trajectory: Tensor, batch: LearningBatch) -> None:
         """Add a micro-batch to the means; all ranks stop if it is not what was sampled."""
@@ -662,10 +662,10 @@ class TOPDTrainer(Trainer):
             return
         pairs.sort(key=lambda pair: pair[0]["rollout"])
         rollouts, guidance = (list(records) for records in zip(*pairs, strict=True))
-        self.ledger.note("update", step=step, student=trained)
-        self.ledger.append(TOKENS, self.token_writer.records(_all_ids(rollouts, guidance)))
-        self.ledger.append("rollouts.jsonl", rollouts)
-        self.ledger.append("guidance.jsonl", guidance)
+        self.run.note("update", step=step, student=trained)
+        self.run.append(TOKENS, self.token_writer.records(_all_ids(rollouts, guidance)))
+        self.run.append("rollouts.jsonl", rollouts)
+        self.run.append("guidance.jsonl", guidance)
 
     def _records(
         self, step: int, row: int, number: int, experience: Experience
