@@ -1,6 +1,7 @@
 # make demo   set up and train SmolLM2-135M on word problems, six updates
 # make quickstart   set up, then stage 1, and OPD, stage 1 continued and first_fork from there, on tiny models
 # make test   set up and pass every check; coverage of lines and branches at least 90 %
+# make test-gpu   set up, then the tests of what runs on a GPU, on one; they are skipped where there is none
 # make test-vllm   set up vLLM in an environment of its own, then the tests of the served engine
 # make docs   set up, then build the docs site into site/, strictly and without a network
 # make package   wheel and sdist, checked, installed in a fresh environment, and topd quickstart from there
@@ -12,11 +13,13 @@ WORKERS ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CORE := tests/test_losses.py tests/test_transport.py tests/test_divergence.py
+ON_GPU := $(patsubst %,tests/test_%.py,engine decode_check losses transport trainer branches experience \
+	rollouts resume warmstart trl preflight own evaluate compare probe repair audit gate)
 SHAPES := --jaxtyping-packages=topd.losses,topd.transport,topd.divergence,topd.types,beartype.beartype
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: demo quickstart test test-vllm docs package mutants clean
+.PHONY: demo quickstart test test-gpu test-vllm docs package mutants clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/topd train recipes/smollm2_gsm8k.yaml
@@ -30,6 +33,9 @@ test: $(VENV)/test.done
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(SHAPES) $(CORE)  # every call with its shapes checked
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --cov --cov-fail-under=90
+
+test-gpu: $(VENV)/test.done
+	TOPD_TEST_DEVICE=cuda OMP_NUM_THREADS=2 $(BIN)/pytest -n 8 -rfs $(ON_GPU)
 
 test-vllm: $(VENV)/test.done $(VLLM)/vllm.done
 	OMP_NUM_THREADS=1 TOPD_VLLM_PYTHON=$(abspath $(VLLM))/bin/python $(BIN)/pytest tests/test_vllm.py

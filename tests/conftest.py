@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,11 +27,57 @@ from transformers import (
 VOCAB = 64
 EOS = 2
 
+# The device of the suite: TOPD_TEST_DEVICE=cuda for `make test-gpu`, which runs the files that take
+# `torch`, `tiny_model` and `USE_CPU` from here.
+WANTED = torch.device(os.environ.get("TOPD_TEST_DEVICE", "cpu"))
+DEVICE = WANTED if WANTED.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
+USE_CPU = DEVICE.type == "cpu"
+cpu_only = pytest.mark.skipif(not USE_CPU, reason="of what happens on a CPU only")
+if not USE_CPU:  # "bit for bit" is a promise of deterministic kernels
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+class OnDevice(ModuleType):
+    """``torch`` as tests see it on a GPU: what they make without naming a device is made there.
+
+    The product gets torch itself, so a tensor that it makes on the wrong device is found.
+    """
+
+    MAKERS = frozenset(
+        ("arange", "as_tensor", "empty", "eye", "from_numpy", "full", "linspace", "ones", "rand")
+        + ("randint", "randn", "randperm", "tensor", "zeros")
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in self.MAKERS:
+            return found
+
+        def make(*args: Any, requires_grad: bool = False, **options: Any) -> torch.Tensor:
+            made = found(*args, **options)
+            made = made if "device" in options else made.to(DEVICE)
+            return made.requires_grad_() if requires_grad else made
+
+        return make
+
+
+torch_on_device = torch if USE_CPU else OnDevice("torch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if WANTED != DEVICE:
+        for item in items:
+            item.add_marker(pytest.mark.skip(reason=f"no {WANTED.type} device on this machine"))
+
 
 def tiny_model(
     kind: str = "qwen3", *, seed: int = 0, vocab: int = VOCAB, **changes
 ) -> PreTrainedModel:
-    """A randomly initialised Llama or Qwen3 with some 30 k parameters, float32, in eval mode."""
+    """A randomly initialised Llama or Qwen3 with some 30 k parameters, float32, in eval mode.
+
+    On the device of the suite.
+    """
     sizes = {
         "vocab_size": vocab,
         "hidden_size": 32,
@@ -48,8 +95,8 @@ def tiny_model(
     }
     torch.manual_seed(seed)
     if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
-    return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval()
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(DEVICE)
+    return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval().to(DEVICE)
 
 
 @pytest.fixture(params=["llama", "qwen3"])
@@ -145,7 +192,7 @@ def write_pair(root: Path, **recipe: Any) -> Path:
         "student": str(root / "student"),
         "teacher": str(root / "teacher"),
         "data": str(root / "prompts.jsonl"),
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         **recipe,
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))

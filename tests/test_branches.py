@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
-from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.inputs.heads import head_of
 from topd.losses import token_divergence
@@ -44,7 +44,7 @@ def make(folder: Path, kind: str = "qwen3", **options) -> TOPDTrainer:
         "false_alarm_share": 0.2,
         "max_steps": 1,
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         "seed": 3,
         "learning_rate": 1e-3,
         **options,
@@ -156,7 +156,7 @@ def test_the_mask_of_packed_branches_is_made_and_kept_once_for_all_layers():
     length, masks = 40, set()
     model = tiny_model(num_hidden_layers=4)
     layout = Layout([[0] * length], [[]], [(0, length - 8, 16, 8)])
-    visible = layout.visible(length, torch.device("cpu"))
+    visible = layout.visible(length, DEVICE)
 
     def noted(kept: Tensor) -> Tensor:
         if kept.shape[-2:] == (length, length) and kept.shape[1] == 1:
@@ -176,7 +176,7 @@ def test_the_mask_of_packed_branches_is_made_and_kept_once_for_all_layers():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, None])
 def test_the_mask_of_branches_has_the_precision_of_attention(dtype):
     visible = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    with torch.autocast(DEVICE.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         added = _added(visible, torch.float32)
     assert added.dtype == (dtype or torch.float32)
     assert (added.float().softmax(-1) > 0).equal(visible)

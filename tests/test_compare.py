@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from conftest import USE_CPU
 from topd import cli
 from topd.commands import compare
 from topd.commands.compare import run_compare, summarise
@@ -40,7 +41,7 @@ compare:
   arms:
     opd: {method: opd}
     "topd, sharp": {method: topd, trajectory_weight: 0.3}
-"""
+""".replace("use_cpu: true", f"use_cpu: {USE_CPU}")
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import functools
 import json
 
 import pytest
-import torch
 from bench.families import V, examine, tiny
 from transformers import PreTrainedModel
 
-from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
+from conftest import EOS, USE_CPU, WORDS, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.engines import decode_check
 from topd.engines.decode_check import check_decoding, decoding_gap
@@ -179,7 +179,7 @@ def test_branches_are_packed_only_where_masks_say_it_all():
 
 def test_a_teachers_positions_must_hold_its_windows_too(tmp_path):
     """Prompt 6 and completion 12 fit into 20 positions, a window of 8 after them does not."""
-    options = {"max_completion_length": 12, "window_length": 8, "use_cpu": True, "max_steps": 1}
+    options = {"max_completion_length": 12, "window_length": 8, "use_cpu": USE_CPU, "max_steps": 1}
     models = [tiny_model(seed=s, max_position_embeddings=20) for s in (0, 1)]
     for method, fits in (("opd", True), ("topd", False)):
         args = TOPDConfig(output_dir=str(tmp_path / method), method=method, **options)
@@ -231,7 +231,7 @@ def test_a_run_samples_and_learns_tokens_of_the_tokenizer_only(tmp_path):
     args = TOPDConfig(
         output_dir=str(tmp_path),
         method="opd",
-        use_cpu=True,
+        use_cpu=USE_CPU,
         max_steps=2,
         learning_rate=1e-2,
         max_completion_length=24,

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2
 from torch import Tensor
@@ -29,7 +28,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import EOS, VOCAB, tiny_model
+from conftest import DEVICE, EOS, USE_CPU, VOCAB, cpu_only, tiny_model
+from conftest import torch_on_device as torch
 from topd.engines import Engine, decoding, hf
 from topd.engines import packed as packing
 from topd.engines.hf import HFEngine
@@ -45,7 +45,7 @@ NEVER: Ids = ()  # no end of sequence
 MANY_ENDS: Ids = tuple(range(2, VOCAB, 6))  # rows leave the batch at different steps
 
 
-@pytest.fixture(autouse=True, params=["plain", "packed"])
+@pytest.fixture(autouse=True, params=["plain", "packed"] if USE_CPU else ["plain"])
 def weights(request, monkeypatch) -> str:
     """Every test writes with weights as they are, and with the packed copies of larger models."""
     if request.param == "packed":
@@ -453,7 +453,7 @@ def test_an_answer_that_ends_at_the_limit_is_finished(model):
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(0.7, 0.9, 8, 7)])
 def test_an_answer_that_never_ends_is_cut_without_an_end_token(model, sampling):
     with torch.no_grad():  # the end of sequence is out of reach
-        head = torch.nn.Linear(32, VOCAB)
+        head = torch.nn.Linear(32, VOCAB, device=DEVICE)
         head.weight.copy_(model.lm_head.weight)
         head.bias.zero_()[EOS] = -1e4
         model.lm_head = head
@@ -618,7 +618,7 @@ def test_tokens_are_drawn_with_their_probabilities(model_kind, sampling):
     engine = engine_of(model_kind)
     prompt = PROMPTS[1]
     logits = logits_of(engine.model, prompt)[-1].double() / sampling.temperature
-    expected = kept(logits.softmax(-1).numpy(), sampling)
+    expected = kept(logits.softmax(-1).cpu().numpy(), sampling)
     written = engine.generate([prompt] * DRAWS, sampling, range(DRAWS))
     assert_drawn_from(expected, [one.tokens[0] for one in written])
 
@@ -632,7 +632,7 @@ def test_the_second_token_is_drawn_anew_given_the_first(model_kind):
     assert count > 100
     logits = logits_of(engine.model, (*PROMPTS[1], first))[-1].double() / 2
     drawn = [one.tokens[1] for one in written if one.tokens[0] == first]
-    assert_drawn_from(logits.softmax(-1).numpy(), drawn)
+    assert_drawn_from(logits.softmax(-1).cpu().numpy(), drawn)
 
 
 @pytest.mark.parametrize("limits", [{"top_k": 1}, {"top_p": 1e-6}])
@@ -731,7 +731,7 @@ HEADS = {
 
 def seeded(make) -> PreTrainedModel:
     torch.manual_seed(0)
-    return make().eval()
+    return make().eval().to(DEVICE)
 
 
 @pytest.mark.parametrize("name", SLIDING)
@@ -823,24 +823,24 @@ def test_the_model_is_put_back_after_an_error(model):
 def test_every_forward_runs_under_the_given_autocast(model_kind):
     model = tiny_model(model_kind)
     engine = HFEngine(
-        model, eos_ids=[EOS], autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+        model, eos_ids=[EOS], autocast=lambda: torch.autocast(DEVICE.type, dtype=torch.bfloat16)
     )
     seen: list[bool] = []
     model.get_decoder().register_forward_pre_hook(
-        lambda *_: seen.append(torch.is_autocast_enabled("cpu"))
+        lambda *_: seen.append(torch.is_autocast_enabled(DEVICE.type))
     )
     everything(engine, lambda: None)
     assert seen
     assert all(seen)
-    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled(DEVICE.type)
 
 
 def test_scores_under_autocast_are_the_models_own_under_autocast(model):
     ids, response = PROMPTS[0] + RESPONSES[0], list(RESPONSES[0])
     engine = HFEngine(
-        model, eos_ids=[EOS], autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+        model, eos_ids=[EOS], autocast=lambda: torch.autocast(DEVICE.type, dtype=torch.bfloat16)
     )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         logits = logits_of(model, ids)[len(PROMPTS[0]) - 1 : -1]
     expected = logits.float().log_softmax(-1)[torch.arange(3), response]
     scored = engine.score(PROMPTS[:1], RESPONSES[:1]).logprobs[0]
@@ -943,6 +943,7 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(model):
     assert layer.forward is own
 
 
+@cpu_only
 def test_packed_products_have_the_precision_of_the_model_or_of_autocast(model_kind, weights):
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16 products")
@@ -952,7 +953,9 @@ def test_packed_products_have_the_precision_of_the_model_or_of_autocast(model_ki
         HFEngine(model, eos_ids=NEVER).generate(PROMPTS, GREEDY, range(4))
         assert set(products) == ({torch.float32} if weights == "packed" else set())
         products.clear()
-        mixed = HFEngine(model, eos_ids=NEVER, autocast=lambda: torch.autocast("cpu", dtype=half))
+        mixed = HFEngine(
+            model, eos_ids=NEVER, autocast=lambda: torch.autocast(DEVICE.type, dtype=half)
+        )
         mixed.generate(PROMPTS, GREEDY, range(4))
         HFEngine(tiny_model(model_kind).to(half), eos_ids=NEVER).generate(PROMPTS, GREEDY, range(4))
         assert set(products) == ({half} if weights == "packed" else set())

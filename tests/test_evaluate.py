@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
-from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from conftest import EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands import evaluate as evaluating
 from topd.engines.hf import HFEngine
@@ -619,7 +619,7 @@ def train(folder: Path, every: int | None) -> TOPDTrainer:
             window_temperature=1.0,
             learning_rate=0.01,
             save_strategy="no",
-            use_cpu=True,
+            use_cpu=USE_CPU,
         ),
     )
     if every is not None:
@@ -875,8 +875,8 @@ per_device_train_batch_size: 2
 max_completion_length: 8
 window_length: 3
 save_strategy: "no"
-use_cpu: true
-"""
+use_cpu: CPU
+""".replace("CPU", str(USE_CPU))
 
 
 def recipe_run(root: Path, folder: Path, *words: str) -> Result:

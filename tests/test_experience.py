@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import EOS, VOCAB, tiny_model
+from conftest import EOS, USE_CPU, VOCAB, tiny_model
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, transport
 from topd.detectors import DETECTORS
 from topd.divergence import surprise
@@ -41,7 +41,7 @@ def observer(folder: Path, teacher: PreTrainedModel = TEACHER, **options) -> Obs
         "max_completion_length": 20,
         "window_length": K,
         "candidate_fraction": 0.3,
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         **options,
     }
     return Observer(

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from conftest import DEVICE
+from conftest import torch_on_device as torch
 from topd.errors import TOPDError
 from topd.losses import (
     Upstream,
@@ -61,8 +62,8 @@ def reference(student, teacher, kind: str, beta: float = 0.5, temperature: float
     values = []
     width = student.shape[-1]
     for s, t in zip(student.reshape(-1, width), teacher.reshape(-1, width), strict=True):
-        p = softmax(s.detach().double().numpy() / temperature)
-        q = softmax(t.detach().double().numpy() / temperature)
+        p = softmax(s.detach().double().cpu().numpy() / temperature)
+        q = softmax(t.detach().double().cpu().numpy() / temperature)
         m = (1 - beta) * p + beta * q
         values.append(
             {
@@ -575,7 +576,7 @@ def test_terms_have_the_values_and_gradients_of_the_full_path(chunk_tokens):
 
 def test_entropy_is_that_of_the_student_and_carries_no_gradient():
     _, _, _, terms, full = terms_and_full(3)
-    p = full.detach().exp().numpy()
+    p = full.detach().exp().cpu().numpy()
     expected = [-sum(x * math.log(x) for x in row) for row in p]
     assert terms.entropy.tolist() == pytest.approx(expected)
     assert not terms.entropy.requires_grad
@@ -779,7 +780,7 @@ def test_statistics_equal_those_of_one_token_after_another(candidates, temperatu
     )
     expected = []
     for ours, theirs in zip(naive_logits(h, s), naive_logits(g, t), strict=True):
-        p, q = (softmax(x.detach().double().numpy() / temperature) for x in (ours, theirs))
+        p, q = (softmax(x.detach().double().cpu().numpy() / temperature) for x in (ours, theirs))
         likely = set(np.argsort(-p)[:candidates])
         union = sorted(likely | set(np.argsort(-q)[:candidates]))
         inner = kl(q[union] / q[union].sum(), p[union] / p[union].sum())
@@ -1019,7 +1020,7 @@ def test_float16_gradients_of_long_updates_are_right(tokens):
     def gradients(dtype: torch.dtype, half: bool) -> list[Tensor]:
         hidden, weight = (x.to(dtype).requires_grad_() for x in (h, w))
         other, scale = (h + 0.3 * d).to(dtype), 32768.0
-        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+        with torch.autocast(DEVICE.type, dtype=torch.float16, enabled=half):
             terms = linear_token_terms(
                 hidden,
                 Head(weight),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from conftest import write_pair
+from conftest import USE_CPU, write_pair
 from topd import TOPDConfig
 from topd.cli import app
 from topd.commands.audit import Trust, audit_run
@@ -28,7 +28,7 @@ SMALL = {
     "max_completion_length": 12,
     "output_dir": "run",
     "save_strategy": "no",
-    "use_cpu": True,
+    "use_cpu": USE_CPU,
 }
 
 
@@ -42,7 +42,7 @@ def lines(name: str) -> list[dict[str, Any]]:
 
 
 def config(**changes: Any) -> TOPDConfig:
-    return TOPDConfig(**{"output_dir": "unused", "use_cpu": True, **changes})
+    return TOPDConfig(**{"output_dir": "unused", "use_cpu": USE_CPU, **changes})
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -22,7 +21,8 @@ from transformers import (
     XGLMConfig,
 )
 
-from conftest import VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
 from topd.inputs.adapters import merged
@@ -42,7 +42,7 @@ def arguments(folder: Path, **options) -> TOPDConfig:
         "learning_rate": 3e-2,
         "warmup_steps": 0,
         "save_strategy": "no",
-        "use_cpu": True,
+        "use_cpu": USE_CPU,
         "disable_tqdm": True,
     }
     return TOPDConfig(output_dir=str(folder), **{**small, **options})
@@ -112,7 +112,7 @@ def test_an_inherited_argument_without_effect_is_refused(tmp_path, unread, folde
 
 def test_defaults_are_accepted_and_a_warm_start_may_have_noise(tmp_path):
     check_inherited(arguments(tmp_path))
-    noisy = WarmstartConfig(output_dir=str(tmp_path), use_cpu=True, neftune_noise_alpha=5.0)
+    noisy = WarmstartConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, neftune_noise_alpha=5.0)
     check_inherited(noisy)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from conftest import rows, tiny_model, tiny_tokenizer
+from conftest import USE_CPU, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import DISK, StoppedError, TOPDError
 from topd.runs import checkpoints
@@ -34,7 +34,7 @@ OPTIONS = {
     "learning_rate": 3e-3,
     "save_strategy": "steps",
     "save_steps": 1,
-    "use_cpu": True,
+    "use_cpu": USE_CPU,
     "disable_tqdm": True,
 }
 LORA = {

@@ -13,7 +13,6 @@ from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -25,7 +24,8 @@ from transformers import (
     TrainerCallback,
 )
 
-from conftest import EOS, VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import EOS, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer, transport
 from topd.config import CHECKPOINTING
 from topd.errors import TOPDError
@@ -50,7 +50,7 @@ SMALL = {
     "warmup_steps": 0,
     "max_grad_norm": 0.0,
     "save_strategy": "no",
-    "use_cpu": True,
+    "use_cpu": USE_CPU,
     "disable_tqdm": True,
 }
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}

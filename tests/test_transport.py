@@ -9,13 +9,13 @@ from itertools import pairwise
 import numpy as np
 import ot
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linprog
 from torch import Tensor
 
+from conftest import torch_on_device as torch
 from topd import transport
 from topd.errors import TOPDError
 from topd.transport import (
@@ -137,7 +137,7 @@ def test_position_weight_out_of_range_is_an_error(eta):
 def test_exact_distance_equals_a_generic_linear_programme(n, m, seed):
     cost = random_cost(n, m, seed=seed)
     found = solve(cost)
-    assert found.distance.item() == pytest.approx(programme(cost[0].numpy()), abs=1e-9)
+    assert found.distance.item() == pytest.approx(programme(cost[0].cpu().numpy()), abs=1e-9)
     assert found.distance.item() == pytest.approx((found.plan * cost).sum().item())
     assert_coupling(found.plan[0])
     assert found.converged.all()
@@ -148,14 +148,16 @@ def test_exact_distance_equals_a_generic_linear_programme(n, m, seed):
 )
 def test_exact_distance_equals_brute_force(n, m):
     cost = random_cost(n, m, seed=n + 10 * m)
-    assert solve(cost).distance.item() == pytest.approx(best_assignment(cost[0].numpy()), abs=1e-9)
+    assert solve(cost).distance.item() == pytest.approx(
+        best_assignment(cost[0].cpu().numpy()), abs=1e-9
+    )
 
 
 @shapes
 def test_exact_plan_is_that_of_pot(n, m):
     cost = random_cost(n, m, seed=4)
-    expected = ot.emd(np.full(n, 1 / n), np.full(m, 1 / m), cost[0].numpy())
-    np.testing.assert_allclose(solve(cost).plan[0].numpy(), expected, atol=1e-12)
+    expected = ot.emd(np.full(n, 1 / n), np.full(m, 1 / m), cost[0].cpu().numpy())
+    np.testing.assert_allclose(solve(cost).plan[0].cpu().numpy(), expected, atol=1e-12)
 
 
 def test_exact_plan_by_hand_with_more_teacher_tokens():

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from datasets import Dataset
 from torch import Tensor
 
-from conftest import rows, tiny_model, tiny_tokenizer
+from conftest import USE_CPU, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.types import Rollout
 
@@ -18,7 +18,7 @@ pytest.importorskip("trl", minversion="1.16")
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
-QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+QUIET = {"use_cpu": USE_CPU, "report_to": "none", "disable_tqdm": True}
 SETTINGS = [(1.0, 1.0), (1.0, 0.7), (0.0, 1.0), (0.0, 0.7), (0.5, 1.0), (0.5, 0.7), (0.2, 1.0)]
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean
 
 import pytest
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
+from conftest import EOS, USE_CPU, WORDS, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
 from topd.losses import token_divergence
@@ -28,7 +28,7 @@ SMALL = {
     "warmup_steps": 0,
     "max_grad_norm": 0.0,
     "save_strategy": "no",
-    "use_cpu": True,
+    "use_cpu": USE_CPU,
     "disable_tqdm": True,
 }
 
@@ -280,7 +280,7 @@ def reverse_kl(folder: Path, student: Path, teacher: Path) -> float:
                 seed=seed,
                 max_completion_length=24,
                 per_device_eval_batch_size=25,
-                use_cpu=True,
+                use_cpu=USE_CPU,
                 disable_tqdm=True,
             ),
             eval_dataset=sums(),
