@@ -81,7 +81,7 @@ def moved(model: PreTrainedModel) -> PreTrainedModel:
 def bar(model: PreTrainedModel, tokens: tuple[int, ...]) -> None:
     """Give some tokens probability 0, by a bias that is not trained."""
     head = model.get_output_embeddings()
-    bias = torch.zeros(len(head.weight))
+    bias = head.weight.detach().new_zeros(len(head.weight))
     bias[list(tokens)] = -1e4
     head.bias = nn.Parameter(bias, requires_grad=False)
 
@@ -116,6 +116,7 @@ def prompts(tokenizer: Any, count: int = 64) -> list[list[dict[str, str]]]:
 def ours(pair: Pair, **changes: Any) -> TOPDTrainer:
     """A TOPDTrainer on a pair and its prompts."""
     student, teacher, tokenizer = pair
-    args = TOPDConfig(output_dir=tempfile.mkdtemp(), log_rollouts=False, **QUIET, **changes)
+    options = {**QUIET, **changes}
+    args = TOPDConfig(output_dir=tempfile.mkdtemp(), log_rollouts=False, **options)
     rows = [{"prompt": prompt} for prompt in prompts(tokenizer)]
     return TOPDTrainer(student, teacher, args, rows, processing_class=tokenizer)

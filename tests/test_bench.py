@@ -17,6 +17,7 @@ pytest.importorskip("trl", minversion="1.16")
 from bench import (
     cost,
     decode,
+    gpu,
     growth,
     loss,
     measure,
@@ -194,3 +195,39 @@ def test_the_rates_that_made_some_seconds_are_found_again():
     found = cost.calibrated(seconds, parts)
     again = {name: part.seconds(found) for name, part in parts.items()}
     assert again == pytest.approx(seconds, rel=1e-3)
+
+
+# One GPU
+
+
+def test_every_part_for_a_gpu_gives_its_figures_on_tiny_shapes():
+    found = {name: list(gpu.PARTS[name].run(True)) for name in ("rollouts", "windows", "step")}
+    assert [row["way"] for row in found["rollouts"]] == ["ours", "ours, eager", "generate"]
+    assert all(row["tokens/s"] > 0 for row in found["rollouts"])
+    assert all(row["seconds"] > 0 for row in found["windows"])
+    assert [row["trainer"] for row in found["step"]] == [*gpu.ARMS, "opd"]
+    assert {row["activations"] for row in found["step"]} == {"recomputed", "kept"}
+    results = {name: {"rows": rows, "seconds": 1.0} for name, rows in found.items()}
+    text = "\n".join(map(str, gpu.tables({"results": results})))
+    assert all(f"| {arm} " in text for arm in gpu.ARMS)
+
+
+def test_a_part_that_fails_or_takes_too_long_is_named_with_its_reason(monkeypatch):
+    rows, _ = gpu.in_process("rollouts", True, 0.2)
+    assert rows == [{"fault": "not done after 0 s"}]
+
+    def broken(tiny: bool):
+        yield {"way": "first", "tokens/s": 3}
+        raise ValueError("no more")
+
+    monkeypatch.setitem(gpu.PARTS, "rollouts", gpu.Part(broken, 1.0, "broken"))
+    done = CliRunner().invoke(_gpu_app(), ["rollouts", "--alone"])
+    assert '"tokens/s": 3' in done.output
+    assert '{"fault": "ValueError: no more"}' in done.output
+    assert "'roll' is not one of" in CliRunner().invoke(_gpu_app(), ["roll"]).output
+
+
+def _gpu_app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(gpu.main)
+    return app
