@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 from conftest import rows
 from test_trainer import lines, make, student, teacher
 from topd import TOPDTrainer
-from topd.distributed import agreed, everywhere, on_first, rank
+from topd.distributed import agreed, end_ranks, everywhere, on_first, rank
 from topd.errors import TOPDError
 from topd.training.experience import Experience
 from topd.training.learning import collate
@@ -273,6 +273,7 @@ def main(folder: Path, ranks: int, cases: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for case in cases:
         torch.save(globals()[case](folder / case, ranks), folder / f"{case}-{rank()}.pt")
+    end_ranks()
 
 
 if __name__ == "__main__":

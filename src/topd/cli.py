@@ -446,10 +446,12 @@ def _faults() -> Iterator[None]:
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     with _faults():
         from topd.commands.train import run_recipe
-        from topd.distributed import rank
+        from topd.distributed import end_ranks, rank
 
         folder = run_recipe(path, words, quiet=quiet, warmstart=warmstart)
-    if rank() > 0:  # the first one shows what came of it
+        number = rank()
+        end_ranks()
+    if number > 0:  # the first one shows what came of it
         return
     logs = read_logs(folder)
     if logs:

@@ -27,6 +27,16 @@ def rank() -> int:
     return dist.get_rank() if several() else 0
 
 
+def end_ranks() -> None:
+    """Leave the group of ranks, at the end of a process whose work is done.
+
+    A group that is still there when Python ends has threads that may let go of Python objects
+    after the interpreter is gone: the process then aborts, although all went well.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def everywhere(value: T) -> list[T]:
     """The picklable values of all ranks, in the order of the ranks."""
     if not several():
