@@ -20,6 +20,7 @@ from bench import (
     gpu,
     growth,
     loss,
+    loss_gpu,
     measure,
     mutants,
     performance,
@@ -66,6 +67,25 @@ def test_loss_compares_three_ways_to_one_gradient(tmp_path):
     assert 0 < found["chunked"]["gradient_gap"] < 1e-5
     assert 0 < found["TRL"]["gradient_gap"] < 1e-5
     assert "| chunked |" in page(tmp_path)
+
+
+def test_the_loss_on_a_gpu_is_measured_in_parts_that_give_figures_or_a_reason(monkeypatch):
+    """The parts that need neither a GPU nor a compiler; eager errors are bfloat16's."""
+    device, parts = torch.device("cpu"), loss_gpu.parts
+    quick = [(n, p) for n, p in parts(40, 97, 8, 12, 1, device) if n not in ("compiled", "liger")]
+    quick.append(("broken", lambda: {}["figure"]))
+    monkeypatch.setattr(loss_gpu, "parts", lambda *_: iter(quick))
+    found = list(loss_gpu.measure(device="cpu"))
+    assert [x["part"] for x in found] == [n for n, _ in quick]
+    (eager,) = (x for x in found if x["part"] == "eager")
+    assert eager["ms"] > 0 < eager["over_products"]
+    (broken,) = (x for x in found if x["part"] == "broken")
+    assert "KeyError" in broken["reason"]
+    errors = [x for x in found if x["part"] == "errors" and x.get("way") == "eager"]
+    assert [x["kind"] for x in errors] == ["reverse_kl", "forward_kl", "jsd"]
+    assert all(0 < x["weight"] < 2**-6 for x in errors)
+    late = list(loss_gpu.measure(device="cpu", seconds=-1))
+    assert all("left out" in x["reason"] for x in late)
 
 
 def test_decode_writes_as_many_tokens_in_every_way(tmp_path):

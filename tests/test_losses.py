@@ -656,6 +656,22 @@ def test_a_gradient_is_right_whether_its_factors_were_foreseen_or_not(
     torch.testing.assert_close(found, torch.autograd.grad(expected, inputs))
 
 
+def test_a_promise_that_is_kept_saves_the_comparison_and_one_that_is_not_gives_nan(passes):
+    case, tokens, targets, foreseen = foreseen_case()
+    options = {"chunk_tokens": 3, "expected": foreseen}
+
+    def gradient(factor: Tensor, promised: bool) -> tuple[Tensor, ...]:
+        terms = linear_token_terms(*case, tokens, targets, **options, promised=promised)
+        loss = weighted(factor * terms.divergence, terms.logprob, terms.target_logprobs, foreseen)
+        return torch.autograd.grad(3 * loss, leaves(*case[:2]))
+
+    one, other = torch.ones(P), torch.arange(P)
+    torch.testing.assert_close(gradient(one, True), gradient(one, False))
+    assert len(passes) == 2
+    assert all(x.isnan().any() for x in gradient(other, True))
+    assert not any(x.isnan().any() for x in gradient(other, False))
+
+
 def test_the_sum_of_a_linear_divergence_is_differentiated_in_one_pass(passes):
     case = linear_case()
     found = linear_token_divergence(*case).sum()

@@ -169,6 +169,7 @@ def linear_token_terms(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
     expected: Upstream | None = None,
+    promised: bool = False,
 ) -> TokenTerms:
     """Everything the training loss needs, from hidden states, ``chunk_tokens`` tokens at a time.
 
@@ -190,6 +191,8 @@ def linear_token_terms(
         expected: by what the loss will multiply each term, up to one common factor. The gradient
             is then computed with the values, in one pass. Without it, or if the loss does
             otherwise, the backward pass computes each chunk again: slower, and equal.
+        promised: the loss is sure to do so. The backward pass then does not wait for the device to
+            see whether it did; if it did not, gradients are NaN.
 
     Raises:
         TOPDError: kind, beta, temperature or chunk_tokens are out of range.
@@ -208,6 +211,7 @@ def linear_token_terms(
         temperature,
         chunk_tokens,
         expected,
+        promised,
     )
     return head_terms(student_hidden, student_head, task)
 

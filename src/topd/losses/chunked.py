@@ -16,15 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from topd.types import Head
+
+try:
+    from topd.losses import kernels
+except ImportError:  # no Triton here
+    kernels = None  # type: ignore[assignment]
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 
@@ -101,7 +107,8 @@ class Task:
     """What is asked of the head; nothing in it is differentiated.
 
     ``student`` gives scale and soft-cap; its weights are passed apart. ``expected`` are the
-    factors that the loss is expected to use; None if they are not known.
+    factors that the loss is expected to use; None if they are not known. ``promised``: it uses them
+    up to one number, which need not be made sure of.
     """
 
     student: Head
@@ -114,6 +121,7 @@ class Task:
     temperature: float
     chunk_tokens: int
     expected: Upstream | None = None
+    promised: bool = False
 
 
 class Gradients(NamedTuple):
@@ -160,7 +168,7 @@ class _HeadTerms(torch.autograd.Function):
     def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, ...]:
         actual = Upstream(factors[0], factors[2], factors[3])
         hidden, weight, bias = ctx.saved_tensors
-        found = _scaled(ctx.ready, actual, ctx.expected, ctx.task.target_tokens, ctx.needed)
+        found = _scaled(ctx.ready, actual, ctx.expected, ctx.task, ctx.needed)
         ctx.ready = None  # scaled in place
         if found is None:
             with torch.no_grad(), _without_autocast(hidden):
@@ -173,15 +181,22 @@ def _scaled(
     ready: Gradients | None,
     actual: Upstream,
     expected: Upstream | None,
-    like: Int[Tensor, "P M"],
+    task: Task,
     needed: tuple[bool, bool, bool],
 ) -> Gradients | None:
-    """The gradients for the actual factors, if these are a multiple of the expected ones."""
+    """The gradients for the actual factors, if these are a multiple of the expected ones.
+
+    If that was promised nobody waits for the device to compare them: gradients of a promise that
+    was not kept are NaN.
+    """
+    like = task.target_tokens
     if ready is None or expected is None or not len(like):
         return None
     learns = needed[1] or needed[2]
-    scale = common_factor(actual.flat(like), expected.flat(like), per_token=not learns)
-    if scale is None:
+    scale, kept = common_factor(actual.flat(like), expected.flat(like), per_token=not learns)
+    if task.promised:
+        scale = scale.where(kept, math.nan)
+    elif not kept:
         return None
     scale = scale.reshape(()) if learns else scale  # a bias has one axis
     return Gradients(*(None if g is None else g.mul_(scale.to(g.dtype)) for g in ready))
@@ -189,8 +204,8 @@ def _scaled(
 
 def common_factor(
     actual: Float[Tensor, "P F"], expected: Float[Tensor, "P F"], *, per_token: bool
-) -> Tensor | None:
-    """c with actual = c expected up to float32's rounding, or None if there is none.
+) -> tuple[Tensor, Bool[Tensor, ""]]:
+    """c with actual = c expected, and whether that holds up to float32's rounding.
 
     c is one number, or one a token [P 1] if ``per_token``.
     """
@@ -199,7 +214,7 @@ def common_factor(
     factor = (actual * expected).sum(axes, keepdim=True) / norm.where(norm > 0, 1.0)
     gap = (actual - factor * expected).abs().amax(axes, keepdim=True)
     tolerance = ROUNDING * actual.abs().amax(axes, keepdim=True)
-    return factor if bool((gap <= tolerance).all()) else None
+    return factor, (gap <= tolerance).all()
 
 
 def _compute(
@@ -223,16 +238,30 @@ def _compute(
         states = hidden[rows].to(dtype)
         logits = linear(states, weight, bias)
         teacher = linear(task.teacher_hidden[rows].to(dtype), teacher_weight, teacher_bias)
-        step = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-        for part in _slices(len(logits), step):
-            here = slice(rows.start + part.start, rows.start + part.stop)
-            slope = _block(logits[part], teacher[part], here, task, upstream, values)
-            if slope is not None:
-                logits[part] = slope
+        _chunk(logits, teacher, rows, task, upstream, values)
         del teacher
         if upstream:
             _add_products(gradients, rows, logits, states, weight)
     return values, gradients
+
+
+def _chunk(
+    logits: Tensor,
+    teacher: Tensor,
+    rows: slice,
+    task: Task,
+    upstream: Upstream | None,
+    values: TokenTerms,
+) -> None:
+    """Fill in the values of a chunk; write the derivative of its loss over ``logits`` [c V]."""
+    if kernels is not None and kernels.serves(logits, task):
+        return kernels.block(logits, teacher, rows, task, upstream, values)
+    step = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    for part in _slices(len(logits), step):
+        here = slice(rows.start + part.start, rows.start + part.stop)
+        slope = _block(logits[part], teacher[part], here, task, upstream, values)
+        if slope is not None:
+            logits[part] = slope
 
 
 def _block(
@@ -334,10 +363,29 @@ def _add_products(
     if gradients.weight is not None:
         if gradients.weight.dtype == slope.dtype:
             gradients.weight.addmm_(slope.T, states)
+        elif adds_wide(slope.device, slope.dtype):
+            total = gradients.weight
+            torch.addmm(total, slope.T, states, out_dtype=total.dtype, out=total)
         else:
             gradients.weight.add_(slope.T @ states)
     if gradients.bias is not None:
         gradients.bias.add_(slope.sum(0, dtype=gradients.bias.dtype))
+
+
+@cache
+def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a product of narrow matrices can be added to a float32 one without a copy.
+
+    cuBLAS can, from torch 2.8 or 2.9 on; it is tried, once.
+    """
+    if device.type != "cuda":
+        return False
+    one, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all())
 
 
 def _empty(task: Task, dtype: torch.dtype) -> TokenTerms:
