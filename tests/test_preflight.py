@@ -318,9 +318,9 @@ def test_a_load_balancing_loss_that_would_have_no_effect_is_refused(tmp_path):
 
 def test_only_the_student_is_uploaded(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setattr("topd.training.trainer.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr("topd.training.recorded.HfApi.create_repo", lambda *_, **__: None)
     monkeypatch.setattr(
-        "topd.training.trainer.HfApi.upload_folder", lambda _, **what: sent.append(what)
+        "topd.training.recorded.HfApi.upload_folder", lambda _, **what: sent.append(what)
     )
     trainer = make(tmp_path, hub_model_id="somebody/student")
     with pytest.raises(TOPDError, match="Train first"):

@@ -673,7 +673,7 @@ def test_a_stale_token_counts_by_its_importance():
 def test_overlap_is_refused_where_something_looks_at_the_student(
     overlapping, changes, said, monkeypatch
 ):
-    monkeypatch.delattr("topd.training.trainer.load_pair")  # before a model is loaded
+    monkeypatch.delattr("topd.training.startup.load_pair")  # before a model is loaded
     with pytest.raises(TOPDError, match=said):
         run_recipe(overlapping("run", overlap=True, **changes), quiet=True)
 

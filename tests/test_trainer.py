@@ -34,7 +34,7 @@ from topd.inputs.heads import head_of
 from topd.losses import token_divergence, trajectory_loss
 from topd.training.experience import Experience, Observer
 from topd.training.learning import Totals, collate, learning_terms
-from topd.training.trainer import GroupSampler
+from topd.training.sampler import GroupSampler
 from topd.types import Rollout
 
 K = 4

@@ -30,14 +30,14 @@ from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import check_context, load_pair, tokenizers_of
-from topd.inputs.prompts import PromptEncoder
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder, manifest
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenWriter
 from topd.training.experience import Observer
 from topd.training.progress import Phases
-from topd.training.trainer import GroupSampler
+from topd.training.sampler import GroupSampler
+from topd.training.startup import encoder_of
 from topd.types import Prompt
 
 ROLLOUTS = "rollouts.jsonl"
@@ -127,7 +127,7 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     args, device = recipe.args, recipe.args.device
     rows = recipe.data.load()
     tokenizer, teacher_tokenizer = tokenizers_of(recipe.student, recipe.teacher)
-    prompts = _encoder(tokenizer, teacher_tokenizer, args).encode(rows)
+    prompts = encoder_of((tokenizer, teacher_tokenizer), args).encode(rows)
     for name, spec, lengths in (
         ("student", recipe.student, [len(p.student) for p in prompts]),
         ("teacher", recipe.teacher, [len(p.teacher) for p in prompts]),
@@ -214,20 +214,6 @@ def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
                     f"output_dir: {folder} holds a {command} with {key} = {before!r}, now it is "
                     f"{now!r}. Choose another folder, or continue with the same."
                 )
-
-
-def _encoder(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, args: TOPDConfig
-) -> PromptEncoder:
-    kwargs: Any = args.chat_template_kwargs or {}
-    return PromptEncoder(
-        student,
-        teacher,
-        args.teacher_prompt,
-        args.max_prompt_length,
-        args.drop_long_prompts,
-        kwargs,
-    )
 
 
 def _autocast(args: TOPDConfig, device: torch.device) -> AbstractContextManager[None]:

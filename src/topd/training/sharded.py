@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import PreTrainedModel
@@ -55,6 +56,23 @@ class WholeCopy:
         finally:
             for own in names.values():
                 own.data = own.data.new_empty(0)
+
+
+def whole_copy(student: PreTrainedModel, accelerator: Accelerator) -> WholeCopy | None:
+    """What the engines write with where FSDP2 is going to shard the student; else None.
+
+    Raises TOPDError where accelerate would not shard.
+    """
+    if fsdp_plugin() is None:
+        return None
+    if not accelerator.is_fsdp2:
+        raise TOPDError(
+            "accelerate: FSDP shards over several accelerators, and would run DDP here. Launch "
+            "without it."
+        )
+    student.to(accelerator.device)
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy
+    return WholeCopy(student, policy.param_dtype if policy else None)
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:

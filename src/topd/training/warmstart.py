@@ -25,7 +25,8 @@ from topd.runs.files import read_lines, trim
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
 from topd.seeds import Stream, sampling_seeds
-from topd.training.trainer import Rows, TOPDTrainer
+from topd.training.startup import Rows
+from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt
 
 

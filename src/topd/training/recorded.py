@@ -1,0 +1,328 @@
+"""A Trainer with a run folder: what is written while it trains, and how it resumes from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from topd.config import TOPDConfig
+from topd.distributed import agreed, everywhere, on_first
+from topd.errors import StoppedError, TOPDError
+from topd.inputs.adapters import merged
+from topd.inputs.fingerprints import fingerprint, trained_digest
+from topd.runs import checkpoints
+from topd.runs.folder import (
+    RunFolder,
+    guidance_record,
+    manifest,
+    rollout_record,
+    weights_in,
+)
+from topd.runs.lock import one_writer
+from topd.runs.model_card import write_model_card
+from topd.runs.tokens import FILE as TOKENS
+from topd.runs.tokens import TokenTexts, TokenWriter
+from topd.training.experience import Experience
+from topd.training.metrics import Means, mean_seconds, measure_experience
+from topd.training.preflight import check_saved
+from topd.training.progress import Phases, silence_others
+from topd.training.sharded import WholeCopy, whole_copy
+from topd.types import Prompt
+
+
+class RecordedTrainer(Trainer):
+    """transformers' Trainer for a student and a frozen teacher, which writes a run folder.
+
+    Args:
+        student: the model that is trained.
+        teacher: the model that is not.
+        args: a :class:`~topd.TOPDConfig`; its ``output_dir`` is the run folder.
+        tokenizer: the student's.
+        **rest: data, callbacks and optimizers, as in Trainer.
+
+    What is written is in :mod:`topd.runs.folder`; a checkpoint has a seal, and a run that resumes
+    from one has the records that it would have had without the stop.
+    """
+
+    args: TOPDConfig
+    train_dataset: list[Prompt]
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        args: TOPDConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        **rest: Any,
+    ) -> None:
+        self.recipe: dict[str, Any] = {}  # what the run was asked for, if there was a recipe
+        self.record: dict[str, Any] = {}  # of manifest.json, from the first training on
+        self.meter = Means(args.world_size)  # since the latest log
+        self.totals = Means(args.world_size)  # since the beginning
+        self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
+        self._apart: str | None = None  # where a checkpoint is being made
+        self.run_folder = Path(args.output_dir)
+        self.run = RunFolder(args.output_dir, active=False)
+        self.token_writer = TokenWriter(tokenizer)
+        silence_others()
+        self.phases = Phases()
+        super().__init__(
+            model=student, args=args, data_collator=list, processing_class=tokenizer, **rest
+        )
+        self.copy: WholeCopy | None = whole_copy(student, self.accelerator)
+        self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
+
+    @contextmanager
+    def whole_student(self, *, exact: bool = False) -> Iterator[PreTrainedModel]:
+        """The student as a plain model with its current weights; a collective under FSDP2.
+
+        Args:
+            exact: in the dtype that it is trained in, where FSDP2 computes in another.
+        """
+        if self.copy is None:
+            yield self.accelerator.unwrap_model(self.model)
+        else:
+            with self.copy.gathered(self.model, exact=exact) as student:
+                yield student
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""
+        if self.train_dataset is None:
+            raise TOPDError("train_dataset: none was given.")
+        rollouts = len(self.train_dataset) * self.args.num_generations
+        micro_batch = self.args.per_device_train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and rollouts < micro_batch:
+            raise TOPDError(
+                "dataloader_drop_last: leaves no batch, since there are fewer rollouts than "
+                "per_device_train_batch_size. Lower it, or leave dataloader_drop_last out."
+            )
+        checkpoint = checkpoints.resolve(resume_from_checkpoint, self.run_folder)
+        if bool(resume_from_checkpoint) != bool(checkpoints.last(self.run_folder)):
+            found = "no checkpoint" if resume_from_checkpoint else "checkpoints of another run"
+            raise TOPDError(
+                f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
+                "or resume from a checkpoint of this one."
+            )
+        self.args.count_updates(self._updates())
+        with one_writer(self.run_folder), checkpoints.writing(self.run_folder):
+            self._open_folder(checkpoint)
+            result = super().train(
+                resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
+            )
+            self._save_student(self.record)
+        return result
+
+    def _updates(self) -> int:
+        """How many updates the run is going to have."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _open_folder(self, checkpoint: Path | None) -> None:
+        """Begin the records of a run, or have them as they were at a checkpoint."""
+        self.record = self.record or manifest(
+            models={"student": self.model, "teacher": self.teacher_model},
+            data=fingerprint(self.train_dataset),
+            seed=self.args.seed,
+            device=self.accelerator.device,
+        )
+        settings = {"recipe": self.recipe, "config": self.args.to_dict()}
+        if checkpoint:
+            settings["resumed"] = self._go_back(checkpoint, settings)
+        self.run = RunFolder(
+            self.args.output_dir,
+            resume=bool(checkpoint),
+            active=self.is_world_process_zero(),
+            chained=True,
+        )
+        self.run.begin(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        self.run.write("run.json", settings)
+        if not checkpoint:
+            self.run.write("manifest.json", self.record)
+
+    def _go_back(self, checkpoint: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Have run folder and means as they were at a checkpoint. Returns run.json's ``resumed``.
+
+        Raises:
+            TOPDError: the checkpoint is damaged or cannot be resumed from, or the run was begun
+                with other data or another teacher.
+        """
+        seal = self.examined.pop(checkpoint, None) or checkpoints.check(checkpoint, resumable=True)
+        history = checkpoints.check_same(
+            self.run_folder,
+            seal.step,
+            settings,
+            self.record,
+            dated="strftime_now" in str(self.processing_class.chat_template),
+        )
+        if self.is_world_process_zero():
+            checkpoints.cut_back(self.run_folder, seal)
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            checkpoints.prune(
+                self.run_folder, self.args.save_total_limit, state.best_model_checkpoint
+            )
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():  # the means are those over all ranks
+            self.meter.load(seal.means["meter"])
+            self.totals.load(seal.means["totals"])
+        self.token_writer = TokenWriter(
+            self.processing_class, TokenTexts.read(self.run_folder).pieces
+        )
+        return history
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's, atomically (see :mod:`topd.runs.checkpoints`)."""
+        run, step = self.run_folder, self.state.global_step
+        if everywhere((run / f"checkpoint-{step}").exists())[0]:
+            return  # an epoch may end where a step was saved
+        means = {"meter": self.meter.state(), "totals": self.totals.state()}
+        note = partial(self.run.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
+        active = self.args.should_save
+        with checkpoints.making(run, step, means, note, active=active) as place:
+            self.accelerator.wait_for_everyone()
+            self._apart = str(place.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._apart = None
+            if self.state.best_model_checkpoint == str(place):
+                self.state.best_model_checkpoint = str(run / place.name)
+                self.state.save_to_json(str(place / "trainer_state.json"))
+            self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # it has its name
+        if self.args.should_save:
+            checkpoints.prune(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Trainer's; while a checkpoint is being made, the folder apart that it is made in."""
+        return self._apart or super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainer's, without the pickled arguments: run.json has them as text."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
+
+    def _save_student(self, record: dict[str, Any]) -> None:
+        """The whole student into ``student/``, LoRA merged (and the adapter into ``adapter/``)."""
+        folder = Path(self.args.output_dir) / "student"
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel):
+            self.save_model(str(folder.with_name("adapter")))
+            with self.whole_student(exact=True) as model:
+                if self.args.should_save:
+                    merged(model).save_pretrained(folder)
+                    self.processing_class.save_pretrained(folder)
+        else:
+            self.save_model(str(folder))
+        with self.whole_student(exact=True) as model:
+            agreed(lambda: check_saved(folder, model) if self.args.should_save else None)
+        trained = trained_digest(self.model)
+        if self.args.should_save:
+            self.run.seal(*weights_in(self.run.folder, "student"))
+            self.run.note("end", step=self.state.global_step, student=trained)
+            history, ledger = self.state.log_history, self.run.ledger
+            write_model_card(folder, record, self.args, history, ledger)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with what the update measured; also a line of metrics.jsonl.
+
+        Seconds are means over ranks.
+        """
+        if "train_loss" in logs:
+            logs = {**logs, **self.totals.take()}
+        if "loss" in logs:
+            seconds = mean_seconds(everywhere(self.phases.take()))
+            self.meter.add("tokens_per_second", 0, sum(seconds.values()) / self.args.world_size)
+            logs = {**logs, **self.meter.take()}
+            logs.update({f"seconds/{name}": spent for name, spent in seconds.items()})
+        super().log(logs, start_time)
+        self.run.append("metrics.jsonl", [self.state.log_history[-1]])
+
+    def _record(self, experience: Experience, numbers: Sequence[int]) -> None:
+        """Measure an experience; write it and those of the other ranks to the run folder."""
+        measure_experience(self.meter, experience)
+        if not self.args.log_rollouts:
+            return
+        step, trained = self.state.global_step, trained_digest(self.model)
+        own = [self._records(step, i, n, experience) for i, n in enumerate(numbers)]
+        pairs = [pair for found in on_first(own) for pair in found]
+        if not pairs:
+            return
+        pairs.sort(key=lambda pair: pair[0]["rollout"])
+        rollouts, guidance = (list(records) for records in zip(*pairs, strict=True))
+        self.run.note("update", step=step, student=trained)
+        self.run.append(TOKENS, self.token_writer.records(_all_ids(rollouts, guidance)))
+        self.run.append("rollouts.jsonl", rollouts)
+        self.run.append("guidance.jsonl", guidance)
+
+    def _records(
+        self, step: int, row: int, number: int, experience: Experience
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the run folder keeps of one rollout and its guidance."""
+        rollout, guidance = experience.rollouts[row], experience.guidance[row]
+        text = self.processing_class.decode(list(rollout.response))
+        scores = experience.teacher_logprobs[row].tolist()
+        return (
+            rollout_record(step, number, rollout, scores, text),
+            guidance_record(step, number, rollout, experience.forks[row], guidance),
+        )
+
+    # What is kept elsewhere
+
+    @contextmanager
+    def _saved_if_stopped(self) -> Iterator[None]:
+        """Keep what was learned when an experience cannot be had, as when its servers are gone.
+
+        All ranks stop then: see :func:`~topd.distributed.agreed`.
+        """
+        try:
+            yield
+        except StoppedError:
+            if self.args.save_strategy != "no" and self.state.global_step > 0:
+                self._save_checkpoint(self.model, None)
+            raise
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload ``student/`` and nothing else of the run folder, to ``hub_model_id``.
+
+        Args:
+            *args: commit message, as in Trainer.
+            **kwargs: ``token`` and others of huggingface_hub's upload_folder.
+
+        Raises:
+            TOPDError: there is no student/ yet, or no hub_model_id.
+        """
+        folder, name = self.run_folder / "student", self.args.hub_model_id
+        if not (folder / "README.md").exists() or not name:
+            raise TOPDError(
+                "push_to_hub: uploads student/, which a run has at its end, to hub_model_id. Train "
+                "first, and set hub_model_id."
+            )
+        if not self.is_world_process_zero():
+            return None
+        token, message = kwargs.pop("token", None), args[0] if args else "End of training"
+        api = HfApi(token=token)
+        private, revision = self.args.hub_private_repo, self.args.hub_revision
+        api.create_repo(name, private=private, exist_ok=True)
+        return api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=message, revision=revision, **kwargs
+        )
+
+
+def _all_ids(
+    rollouts: Sequence[Mapping[str, Any]], guidance: Sequence[Mapping[str, Any]]
+) -> Iterator[Sequence[int]]:
+    """Every sequence of tokens in an update: prompts, responses, the teacher's windows."""
+    for rollout in rollouts:
+        yield from (rollout[f"{key}_ids"] for key in ("prompt", "teacher_prompt", "response"))
+    yield from (fork["teacher_tokens"] for row in guidance for fork in row["forks"])
