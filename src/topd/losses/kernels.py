@@ -14,6 +14,7 @@ Importing this needs Triton.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from topd.losses.chunked import Task, TokenTerms, Upstream
 
 LEAST = -1e30  # as in chunked: the log-prob of a barred token; and below every logit
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels on the CPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on the CPU
 OLDEST = (8, 0)  # compute capability: earlier cards have no bfloat16
 KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
 
