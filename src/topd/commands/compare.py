@@ -37,6 +37,7 @@ from transformers.utils import logging
 
 from topd.commands.budgets import FORMULA, TOKENS, at_equal_budgets, mean_curve, spent
 from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
+from topd.commands.session import autocast_of
 from topd.commands.train import make_evaluator, make_trainer, run_recipe, watch_steps
 from topd.config import TOPDConfig
 from topd.engines.decode_check import check_decoding
@@ -448,11 +449,18 @@ def _starts(
 
 
 def _evaluated(recipe: Recipe) -> Result:
-    evaluator, model = make_evaluator(recipe), recipe.student.load_model()
+    """On the device of the runs, in their precision."""
+    evaluator, device = make_evaluator(recipe), recipe.args.device
     assert evaluator is not None  # checked before
+    model = recipe.student.load_model().eval().to(device)
     tokenizer = evaluator.tokenizer
     allowed = shared_ids(tokenizer, tokenizer)
-    engine = HFEngine(model, eos_ids=eos_ids(model, tokenizer), allowed=allowed)
+    engine = HFEngine(
+        model,
+        eos_ids=eos_ids(model, tokenizer),
+        allowed=allowed,
+        autocast=partial(autocast_of, recipe.args, device),
+    )
     check_decoding(engine)
     found = evaluator(engine)
     return {score: asdict(found.intervals()[score]) for score in SCORES}

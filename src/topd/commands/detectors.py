@@ -182,11 +182,11 @@ def _contextual(
         theirs = window.hidden[1:]
         own = scores.hidden[row, t + 1 : t + len(window.tokens)]
         if not len(theirs) or not len(own):
-            distances.append(torch.zeros(()))
+            distances.append(scores.hidden.new_zeros(()).float())
             continue
         cost = transport.ground_cost(own[None], theirs[None])
         distances.append(transport.solve(cost).distance[0])
-    return torch.stack(distances)
+    return torch.stack(distances).cpu()
 
 
 def observer_of(

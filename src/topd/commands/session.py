@@ -140,7 +140,7 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     )
     check_head("student", student)
     check_head("teacher", teacher.requires_grad_(False))
-    autocast = partial(_autocast, args, device)
+    autocast = partial(autocast_of, args, device)
     engines = open_engines(
         (recipe.student, recipe.teacher),
         (student, teacher),
@@ -216,7 +216,7 @@ def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
                 )
 
 
-def _autocast(args: TOPDConfig, device: torch.device) -> AbstractContextManager[None]:
+def autocast_of(args: TOPDConfig, device: torch.device) -> AbstractContextManager[None]:
     """The precision that training with these arguments computes in."""
     if not (args.bf16 or args.fp16):
         return nullcontext()
