@@ -28,7 +28,6 @@ import typer
 from transformers import TrainerCallback
 
 from bench.gpu_models import (
-    EOS,
     SHAPES,
     device,
     forget,
@@ -136,7 +135,7 @@ def expect(found: int, wanted: int) -> None:
 
 def engine(model: Any, *, eager: bool = False, **options: Any) -> HFEngine:
     """Our engine, without graphs if asked."""
-    made = HFEngine(model, eos_ids=[EOS], **options)
+    made = HFEngine(model, eos_ids=[], **options)
     if eager:
         made.graphs = None  # type: ignore[attr-defined]
     return made
@@ -176,9 +175,7 @@ def batches_write(model: Any, texts: list[Ids]) -> Callable[[int], int]:
     from transformers import GenerationConfig
 
     def write(tokens: int) -> int:
-        config = GenerationConfig(
-            max_new_tokens=tokens, do_sample=True, top_k=0, eos_token_id=EOS, pad_token_id=0
-        )
+        config = GenerationConfig(max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0)
         found = model.generate_batch([list(text) for text in texts], generation_config=config)
         return sum(len(one.generated_tokens) for one in found.values())
 
