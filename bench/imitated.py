@@ -1,0 +1,204 @@
+"""From students that have imitated the teacher: which method then? Rates are tuned, for all alike.
+
+::
+
+    python -m bench.imitated FAMILY SUPPLY [--folder F] [--jobs N] [--tune-only]
+
+SUPPLY is ``few`` (320 of the teacher's answers) or ``many`` (4,800). In four steps, each continued
+where it was stopped:
+
+1. stage 1 with every number of updates and rate of ``START_*``, on validation problems, seed 100;
+   the start is the shortest one whose next longer one is not ``PLATEAU`` better, at its best rate;
+2. every arm from that start with the rates of ``RATES``, on validation problems, seed 100;
+3. while an arm's best rate is the lowest or the highest tried, one more beyond it;
+4. every arm with its own best rate and five other seeds, on test problems: ``F/final``.
+
+A score is the mean of greedy and sampled accuracy. ``docs/results/imitated-FAMILY-SUPPLY.json``
+gets the comparison and what was tuned; ``python -m bench.evidence`` makes the page of it.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from topd.commands.compare import RESULTS, SUMMARY, run_compare
+from topd.runs.files import read_lines
+
+ANSWERS = {"few": 320, "many": 4800}
+TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64}
+START_UPDATES, START_RATES = (150, 300, 600, 1200), (1e-3, 2e-3)
+RATES = (2.5e-4, 5e-4, 1e-3)
+LEAST, MOST = 3e-5, 5e-3  # no rate is tried beyond them
+PLATEAU = 0.02
+UPDATES, NEW_ANSWERS = 160, 800  # answers of about as many tokens as first_fork's windows have
+TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+FORK = {"method": "first_fork"}
+STAGE_1 = {"stage": "warmstart", "max_steps": UPDATES}
+ARMS: dict[str, dict[str, Any]] = {
+    "opd": {"method": "opd"},
+    "first_fork": FORK,
+    "random handover": {**FORK, "candidate_loss": "random"},
+    "topd": {"method": "topd", "trajectory_weight": 0.1, "window_length": 24},
+    "stage 1 continued, same answers": {**STAGE_1, "answers": "start"},
+    "stage 1 continued, new answers, cross-entropy": {
+        **{**STAGE_1, "answers": "teacher", "data.limit": NEW_ANSWERS},
+        **{"kd_ratio": 0.0, "max_steps": 2 * UPDATES},
+    },
+}
+Found = dict[str, Any]
+
+
+def main() -> None:
+    """All four steps for one family and one supply."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("family", choices=TOKENS)
+    parser.add_argument("supply", choices=ANSWERS)
+    parser.add_argument("--folder", type=Path, default=Path("runs/imitated"))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--tune-only", action="store_true")
+    asked = parser.parse_args()
+    setting = Setting(asked.family, asked.supply, asked.folder, asked.jobs)
+    start = setting.tuned_start()
+    rates = setting.tuned_rates(start["chosen"])
+    if asked.tune_only:
+        return
+    arms = {arm: {**keys, "learning_rate": rates[arm]["chosen"]} for arm, keys in ARMS.items()}
+    found = setting.compared("final", arms, start["chosen"])
+    path = Path("docs/results") / f"imitated-{asked.family}-{asked.supply}.json"
+    path.write_text(json.dumps({**found, "start": start, "rates": rates}, indent=1) + "\n")
+
+
+class Setting:
+    """One family and one supply of answers."""
+
+    def __init__(self, family: str, supply: str, folder: Path, jobs: int) -> None:
+        self.family, self.supply, self.jobs = family, supply, jobs
+        self.folder = folder / f"{family}-{supply}"
+
+    def tuned_start(self) -> Found:
+        """How long stage 1 is, at which rate, and the scores of all that was tried."""
+        arms = {
+            f"{updates} at {rate:g}": {
+                **{"stage": "warmstart", "answers": "teacher", "data.limit": ANSWERS[self.supply]},
+                **{"max_steps": updates, "learning_rate": rate},
+            }
+            for updates in START_UPDATES
+            for rate in START_RATES
+        }
+        self.compared("starts", arms, None)
+        scores = self.scores("starts")
+        tried = {
+            (updates, rate): scores[f"{updates} at {rate:g}"]
+            for updates in START_UPDATES
+            for rate in START_RATES
+        }
+        return {"tried": scores, "chosen": plateau(tried)}
+
+    def tuned_rates(self, start: Mapping[str, Any]) -> dict[str, Found]:
+        """Of every arm the scores by rate, and the best rate."""
+        wanted = {arm: list(RATES) for arm in ARMS}
+        while True:
+            arms = {
+                f"{arm} at {rate:g}": {**ARMS[arm], "learning_rate": rate}
+                for arm, rates in wanted.items()
+                for rate in rates
+            }
+            self.compared("rates", arms, start)
+            scores = self.scores("rates")
+            tried = {
+                arm: {rate: scores[f"{arm} at {rate:g}"] for rate in rates}
+                for arm, rates in wanted.items()
+            }
+            more = {arm: beyond(found) for arm, found in tried.items()}
+            if not any(more.values()):
+                return {
+                    arm: {"tried": {f"{rate:g}": score for rate, score in found.items()},
+                          "chosen": max(found, key=lambda rate: found[rate])}
+                    for arm, found in tried.items()
+                }  # fmt: skip
+            for arm, rate in more.items():
+                wanted[arm] += [rate] if rate else []
+
+    def scores(self, step: str) -> dict[str, float]:
+        """The score of every run of a tuning step."""
+        lines = read_lines(self.folder / step / RESULTS)
+        return {run["arm"]: (run["greedy"] + run["pass@1"]) / 2 for run in lines}
+
+    def compared(
+        self, step: str, arms: Mapping[str, Any], start: Mapping[str, Any] | None
+    ) -> Found:
+        """compare.json of a step's arms, run by ``topd compare`` from the recipe kept beside it."""
+        path = self.folder / f"{step}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.recipe(step, arms, start), sort_keys=False))
+        run_compare(path)
+        found: Found = json.loads((self.folder / step / SUMMARY).read_text())
+        return found
+
+    def recipe(
+        self, step: str, arms: Mapping[str, Any], start: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The recipe of one step: tuning is on validation problems, with a seed of its own."""
+        world, final = f"testbed://{self.family}", step == "final"
+        common = {
+            **{"max_completion_length": TOKENS[self.family], "per_device_train_batch_size": 32},
+            **{"save_strategy": "no", "log_rollouts": False, "use_cpu": True},
+        }
+        limit, split = (400, "test") if final else (300, "validation")
+        sampling = {"samples": 1, "temperature": 1.0, "top_p": 1.0, "batch_size": 512}
+        references = [name for name in ARMS if name in arms] if final else []
+        return {
+            "student": f"{world}/student",
+            "teacher": f"{world}/teacher",
+            "data": {"path": world, "limit": 32 * UPDATES},
+            "evaluation": {
+                **{"path": world, "split": split, "limit": limit, **sampling},
+                **{"max_tokens": TOKENS[self.family], "every": UPDATES // 2 if final else 10_000},
+            },
+            "output_dir": str(self.folder / step),
+            "max_steps": UPDATES,
+            "learning_rate": 5e-4,
+            **common,
+            "warmstart": {
+                "data": {"path": world, "limit": ANSWERS[self.supply]},
+                **{"answers": "teacher", "answer_batch_size": 32, "kd_ratio": 1.0},
+                **{"num_train_epochs": 1000, "max_steps": 150, "learning_rate": 1e-3},
+                **(start or {}),
+                **common,
+            },
+            "compare": {
+                **{"warmstart": start is not None, "jobs": self.jobs, "clock": "cpu"},
+                "seeds": list(SEEDS) if final else [TUNING_SEED],
+                **{"baseline": next(iter(arms)), "references": references, "arms": dict(arms)},
+            },
+        }
+
+
+def plateau(tried: Mapping[tuple[int, float], float]) -> Found:
+    """Of starts by (updates, rate): the shortest whose next longer one gains less than PLATEAU."""
+    best: dict[int, tuple[float, float]] = {}
+    for (updates, rate), score in tried.items():
+        best[updates] = max(best.get(updates, (0.0, 0.0)), (score, rate))
+    steps = sorted(best)
+    for shorter, longer in zip(steps, [*steps[1:], None], strict=True):
+        if longer is None or best[longer][0] - best[shorter][0] < PLATEAU:
+            return {"max_steps": shorter, "learning_rate": best[shorter][1]}
+    raise AssertionError("there is always a longest one")
+
+
+def beyond(tried: Mapping[float, float]) -> float | None:
+    """The rate to try next: twice the highest or half the lowest, if that one is the best."""
+    best = max(tried, key=lambda rate: tried[rate])
+    if best == max(tried) and 2 * best <= MOST:
+        return 2 * best
+    if best == min(tried) and best / 2 >= LEAST:
+        return best / 2
+    return None
+
+
+if __name__ == "__main__":
+    main()
