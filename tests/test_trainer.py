@@ -399,6 +399,23 @@ def test_a_logprob_gap_above_the_limit_stops_the_run(tmp_path):
         shifted(make(tmp_path), -0.15).train()
 
 
+@pytest.mark.parametrize(("second", "said"), [(0.15, r"0\.1500"), (math.nan, "nan")])
+def test_every_micro_batch_of_an_update_is_held_against_what_was_sampled(tmp_path, second, said):
+    """The first of two is as it should be; no weights change before both were looked at."""
+    trainer = make(tmp_path)
+    collated, before = trainer._collated, copy.deepcopy(trainer.model.state_dict())
+
+    def wrong(*args: Any) -> list[Any]:
+        batches = collated(*args)
+        batches[1]["sampled"] += second
+        return batches
+
+    trainer._collated = wrong
+    with pytest.raises(TOPDError, match=rf"differ by {said} nats"):
+        trainer.train()
+    torch.testing.assert_close(dict(trainer.model.state_dict()), dict(before), rtol=0, atol=0)
+
+
 def test_a_logprob_gap_below_the_limit_is_logged(tmp_path):
     trainer = shifted(make(tmp_path, max_logprob_gap=0.2), -0.15)
     trainer.train()

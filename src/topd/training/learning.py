@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
@@ -33,6 +34,7 @@ from topd.training.experience import Experience
 from topd.types import BranchLoss, Guidance, Head, Rollout
 
 T = TypeVar("T")
+ALIGNED = 16  # columns: attention kernels would copy a mask of other widths, in every layer
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def collate(
     rollouts, guidance = [rollout for rollout, _ in pairs], [guide for _, guide in pairs]
     layout = lay_out(rollouts, guidance, packed=packed)
     width = max(map(len, layout.ids))
+    if layout.spans and device.type == "cuda":
+        width += -width % ALIGNED
     place = [
         b * width + len(r.prompt.student) - 1 + t
         for b, r in enumerate(rollouts)
@@ -116,9 +120,7 @@ def collate(
     support = _support(guidance)
     breadth = max((len(tokens) for tokens, _ in support), default=0)
 
-    def tensor(values: Any, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
+    tensor = partial(_sent, device=device)
     return LearningBatch(
         input_ids=tensor([row + [0] * (width - len(row)) for row in layout.ids]),
         positions=layout.positions(width, device) if layout.spans else None,
@@ -155,6 +157,13 @@ def collate(
     )
 
 
+def _sent(values: Any, dtype: torch.dtype = torch.long, *, device: torch.device) -> Tensor:
+    """A tensor on the device. A GPU copies from pinned memory, so that nobody waits for it."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where everything stands: rows of token ids, and what is packed in them.
@@ -172,7 +181,7 @@ class Layout:
         positions = torch.arange(width).repeat(len(self.ids), 1)
         for row, first, seen, length in self.spans:
             positions[row, first : first + length] = torch.arange(seen, seen + length)
-        return positions.to(device, non_blocking=True)
+        return _sent(positions, device=device)
 
     def visible(self, width: int, device: torch.device) -> Bool[Tensor, "B 1 L L"]:
         """True where a token (row of the mask) may look: its own past, no other branch."""
@@ -224,8 +233,8 @@ def _branch_batches(
         batches.append(
             BranchBatch(
                 loss=loss,
-                place=torch.tensor(place).to(device, non_blocking=True),
-                tokens=torch.tensor(tokens).to(device, non_blocking=True),
+                place=_sent(place, device=device),
+                tokens=_sent(tokens, device=device),
                 teacher_hidden=torch.cat([states[k] for k in own]).to(device),
             )
         )
@@ -280,6 +289,7 @@ def _terms(
         temperature=args.loss_temperature,
         chunk_tokens=args.chunk_tokens,
         expected=_expected(batch, args),
+        promised=_promised(states),
     )
     parts = [_branch_loss(states, head, part, teacher_head, args) for part in batch["branches"]]
     return LearningTerms(terms, sum(parts, terms.divergence.new_zeros(())))
@@ -302,8 +312,14 @@ def _branch_loss(
         temperature=args.loss_temperature,
         chunk_tokens=args.chunk_tokens,
         expected=Upstream(None, -factor, None) if sft else Upstream(factor, None, None),
+        promised=_promised(states),
     )
     return -terms.logprob.sum() if sft else terms.divergence.sum()
+
+
+def _promised(states: Tensor) -> bool:
+    """Whether the loss is taken to be :func:`update_loss`: comparing would wait for the device."""
+    return states.device.type != "cpu"
 
 
 def _expected(batch: LearningBatch, args: TOPDConfig) -> Upstream | None:

@@ -129,6 +129,7 @@ class TOPDTrainer(RecordedTrainer):
         self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
+        self.gaps: list[Tensor] = []  # likewise: of log-probs, a sum and its count a micro-batch
         self.watch = Watch(self)
         self.add_callback(self.watch)
 
@@ -185,13 +186,16 @@ class TOPDTrainer(RecordedTrainer):
                 self._begin_next(self.overlap)
         self._record(experience, numbers)
         self.batches = self._collated(experience, [len(batch) for batch in prompts])
-        self.update_loss = torch.zeros((), device=device)
+        self.update_loss, self.gaps = torch.zeros((), device=device), []
         return self.batches, None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch: Trainer's, timed."""
         with self.phases.phase("learning"):
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            if len(self.gaps) == len(self.batches):
+                self._check_gaps()
+        return loss
 
     def compute_loss(
         self,
@@ -332,8 +336,19 @@ class TOPDTrainer(RecordedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return GroupSampler(len(self.train_dataset), self.args.num_generations, self.args.seed)
 
+    def _check_gaps(self) -> None:
+        """All ranks stop if a micro-batch of the update is not what was sampled."""
+        apart = self.accelerator.reduce(torch.stack(self.gaps), reduction="sum").tolist()
+        limit, gaps = self.args.max_logprob_gap, [total / n for total, n in apart if n]
+        for gap in (gap for gap in gaps if not gap <= limit):  # a NaN is refused too
+            raise TOPDError(
+                f"step {self.state.global_step}: log-probs at sampling and in training differ by "
+                f"{gap:.4f} nats a token, the limit max_logprob_gap is {limit}. Sample and train "
+                "in the same dtype, temperature and weights, without dropout, or raise the limit."
+            )
+
     def _measure(self, terms: TokenTerms, trajectory: Tensor, batch: LearningBatch) -> None:
-        """Add a micro-batch to the means; all ranks stop if it is not what was sampled."""
+        """Add a micro-batch to the means, without waiting for the device."""
         count, detached = len(batch["tokens"]), TokenTerms(*(term.detach() for term in terms))
         self.meter.add(self.args.divergence, detached.divergence.sum(), count)
         self.meter.add("entropy", detached.entropy.sum(), count)
@@ -341,16 +356,7 @@ class TOPDTrainer(RecordedTrainer):
         if self.args.learns_from_answers:
             return
         off = (detached.logprob - batch["sampled"]).abs().sum()
-        apart = torch.stack([off, torch.full_like(off, count)])
-        total, tokens = self.accelerator.reduce(apart, reduction="sum").tolist()
-        gap = total / tokens if tokens else 0.0
-        if not gap <= self.args.max_logprob_gap:  # a NaN is refused too
-            raise TOPDError(
-                f"step {self.state.global_step}: log-probs at sampling and in training differ by "
-                f"{gap:.4f} nats a token, the limit max_logprob_gap is "
-                f"{self.args.max_logprob_gap}. Sample and train in the same dtype, temperature and "
-                "weights, without dropout, or raise the limit."
-            )
+        self.gaps.append(torch.stack([off, torch.full_like(off, count)]))
         self.meter.add("logprob_gap", off, count)
         if self.args.overlap:
             ratio = importance(detached.logprob, batch["sampled"], self.args.max_importance)

@@ -1,0 +1,113 @@
+"""Learning on a GPU as on a CPU: kernels without masks, and nobody waits for the device."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from conftest import DEVICE, USE_CPU, rows, tiny_model, tiny_tokenizer
+from conftest import torch_on_device as torch
+from topd import TOPDConfig, TOPDTrainer
+from topd.training import learning
+
+METHODS = [
+    {"method": "opd"},
+    {"method": "topd", "trajectory_weight": 0.5},
+    {"method": "olive"},
+    {"method": "window_kd"},
+    {"method": "window_sft"},
+    {"method": "relay"},
+    {"method": "topd", "beta": 0.3},
+]
+methods = pytest.mark.parametrize("options", METHODS, ids=lambda x: "-".join(map(str, x.values())))
+
+
+def make(folder: Path, **options: Any) -> TOPDTrainer:
+    args = {
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 24,
+        "candidate_fraction": 0.15,
+        "window_length": 6,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": USE_CPU,
+        "seed": 3,
+        **options,
+    }
+    return TOPDTrainer(
+        tiny_model("qwen3", seed=0),
+        tiny_model("qwen3", seed=1),
+        TOPDConfig(output_dir=str(folder), **args),
+        rows(4),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def batch_of(trainer: TOPDTrainer) -> learning.LearningBatch:
+    """The one micro-batch of an update."""
+    experience = trainer.observer.observe(trainer.train_dataset, step=0)
+    (trainer.batches,) = [trainer._collated(experience, [len(trainer.train_dataset)])]
+    return trainer.batches[0]
+
+
+def gradients(trainer: TOPDTrainer, batch: learning.LearningBatch) -> list[Tensor]:
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, batch).backward()
+    return [p.grad.clone() for p in trainer.model.parameters()]
+
+
+@methods
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_loss_keeps_the_promise_of_its_factors(options, overlap, tmp_path, monkeypatch):
+    """As on a GPU, where it is not looked into: a promise that is broken gives NaN."""
+    trainer = make(tmp_path, **options)
+    batch, found = batch_of(trainer), []
+    trainer.args.overlap = overlap  # of which the loss knows importance only
+    batch["sampled"] = batch["sampled"] + torch.linspace(-1, 1, len(batch["sampled"]))
+    for promised in (False, True):
+        monkeypatch.setattr(learning, "_promised", lambda _, answer=promised: answer)
+        found.append(gradients(trainer, batch))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("method", ["opd", "window_kd"])
+def test_attention_has_a_mask_for_packed_branches_only(method, tmp_path, monkeypatch):
+    """Without one the kernels are those for causal attention, flash among them."""
+    trainer, seen = make(tmp_path, method=method), []
+    batch, attend = batch_of(trainer), torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: Tensor, *args: Any, attn_mask: Any = None, **kwargs: Any) -> Tensor:
+        seen.append((attn_mask, kwargs["is_causal"], query.dtype))
+        return attend(query, *args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    trainer.compute_loss(trainer.model, batch)
+    assert len(seen) == trainer.model.config.num_hidden_layers
+    assert (batch["visible"] is None) is (method == "opd")
+    for mask, causal, dtype in seen:
+        assert causal is (mask is None) is (method == "opd")
+        assert mask is None or (mask.dtype == dtype and mask is seen[0][0])
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU is never waited for")
+@methods
+def test_a_micro_batch_waits_for_the_device_once_in_transformers_and_never_here(options, tmp_path):
+    """transformers looks whether position ids are those of packed texts, before its layers."""
+    trainer = make(tmp_path, bf16=True, max_logprob_gap=9.0, **options)
+    batch = batch_of(trainer)
+    gradients(trainer, batch)  # what is tried or compiled once
+    trainer.gaps.clear()
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer.compute_loss(trainer.model, batch).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = [x.filename for x in waits if "synchroniz" in str(x.message)]
+    assert all("masking_utils" in place for place in places), places
+    assert len(places) <= 1
