@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from conftest import write_pair
-from topd.commands.audit import audit_run
+from topd.commands.audit import audit_run, replay_step
 from topd.commands.train import run_recipe
 from topd.errors import TOPDError
 from topd.report.page import write_report
@@ -97,6 +97,9 @@ def test_a_folder_of_the_format_before_is_read_and_audited(run, tmp_path):
     before = chained(edited(tmp_path / "before", format=None))
     write_report(before)
     assert not audit_run(before, updates=1).faults
+    with pytest.raises(TOPDError, match=r"a version before 0\.2\.0 sampled its texts"):
+        replay_step(before, 0)
+    assert not replay_step(run, 0).faults
 
 
 def test_a_plan_that_did_not_converge_is_shown_and_found_by_an_audit(run, tmp_path):

@@ -41,7 +41,7 @@ from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, guidance_record, rollout_record
 from topd.runs.ledger import HEAD, LEDGER, Entry, check_chain, surviving
-from topd.runs.records import as_before, check_format
+from topd.runs.records import DRAWN, as_before, check_format
 from topd.runs.verified import read_entries, read_head, read_lines, read_manifest, read_records
 from topd.seeds import sampling_seeds
 from topd.training.metrics import Means, measure_experience
@@ -95,6 +95,11 @@ class AuditResult:
 
 
 NO_TRUST = Trust()
+OTHERWISE = (
+    "{folder}: a version before 0.2.0 sampled its texts, with random numbers that this version "
+    "does not make. Replay it with the version that manifest.json names, or audit it: "
+    "topd audit {folder}."
+)
 
 
 def audit_run(
@@ -148,7 +153,7 @@ def replay_step(
 
     Raises:
         TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
-            loaded or are others.
+            loaded or are others, or its texts were sampled by a version with other random numbers.
     """
     recorded = read_records(folder, "rollouts.jsonl")
     if not recorded:
@@ -160,6 +165,8 @@ def replay_step(
     seal = checkpoints.check(start, resumable=True) if start else None
     first = seal.step if seal else 0
     with _Rebuilt(folder, trust) as trainer:
+        if _drawn_otherwise(folder) and _samples(trainer.args):
+            raise TOPDError(OTHERWISE.format(folder=folder))
         scratch = trainer.run_folder
         if start and seal:
             _as_at(start, scratch)
@@ -520,13 +527,16 @@ def _check_decisions(
     whole = [n for n, (rollouts, guidance) in stored.items() if len(rollouts) == len(guidance)]
     steps = sorted(random.Random(seed).sample(sorted(whole), min(updates, len(whole))))
     forks = count = 0
+    otherwise = _drawn_otherwise(folder)
+    if otherwise and trainer.args.window_temperature > 0:
+        found.checked.append("windows: not re-derived, drawn with the numbers of before 0.2.0")
     for step in steps:
         rollouts, guidance = stored[step]
         if not _suspect(found, "data:"):
             found.faults += _door_faults(trainer, rollouts)
         again, means = _decided(trainer, step, rollouts)
         found.faults += _mean_faults(folder, step, means, trainer.args, tolerance)
-        known = _known(trainer, guidance, step)
+        known = _known(trainer, guidance, step, otherwise=otherwise)
         for pair, (theirs, ours) in zip(zip(rollouts, guidance, strict=True), again, strict=True):
             for recorded, now in zip(pair, (theirs, ours), strict=True):
                 found.faults += _disagreements(recorded, now, known, tolerance)
@@ -630,14 +640,33 @@ def _needs_student(args: TOPDConfig) -> bool:
     )
 
 
-def _known(trainer: TOPDTrainer, guidance: Sequence[Mapping[str, Any]], step: int) -> set[str]:
-    """The keys of a record that can be re-derived without the student of that update."""
+def _drawn_otherwise(folder: Path) -> bool:
+    """Whether a run's tokens were drawn with random numbers that this version does not make."""
+    return check_format(folder) < DRAWN
+
+
+def _samples(args: TOPDConfig) -> bool:
+    """Whether a run's texts depend on random numbers."""
+    own = not args.learns_from_answers and args.temperature > 0
+    return own or args.window_temperature > 0
+
+
+def _known(
+    trainer: TOPDTrainer, guidance: Sequence[Mapping[str, Any]], step: int, *, otherwise: bool
+) -> set[str]:
+    """The keys of a record that can be re-derived without the student of that update.
+
+    ``otherwise``: windows and what follows them were drawn with other random numbers, where they
+    were not greedy.
+    """
     keys = {"prompt", "prompt_ids", "teacher_prompt_ids", "teacher_logprobs", "text", "finished"}
-    if step and _needs_student(trainer.args):
+    if (step and _needs_student(trainer.args)) or (
+        otherwise and trainer.args.window_temperature > 0
+    ):
         return keys
     keys |= {"forks", "weights", "capped", "targets", "advantages"}
     goes_on = any(branch["go_on"] for row in guidance for branch in row["branches"])
-    return keys if step and goes_on else {*keys, "branches"}
+    return keys if (step or otherwise) and goes_on else {*keys, "branches"}
 
 
 def _disagreements(

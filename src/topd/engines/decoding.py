@@ -1,4 +1,4 @@
-"""What decoding is made of: a cache that grows in place, a draw, windows that share a prefix."""
+"""What decoding is made of: a cache that grows in place, and windows that share a prefix."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from topd.engines import Scores
-from topd.types import Ids, Sampling, wide_dtype
+from topd.engines.draws import Noise
+from topd.types import Ids
 
-SMALL_VOCABULARY = 4096
-BLOCK = 256  # tokens whose probabilities are summed before the draw looks at single ones
 MOST_AHEAD = 8  # draft tokens of a window in one forward
 FREE = {"cpu": 16}  # tokens that a forward reads for little more than the price of one
 FREE_ELSEWHERE = 256
@@ -88,54 +86,6 @@ def growing_cache(model: PreTrainedModel, room: int) -> DynamicCache:
         GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
-
-
-def draw(
-    logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"], sampling: Sampling
-) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """A token a row by inverse transform, and its log-prob before top-k and top-p.
-
-    ``uniform`` lies in (0, 1]: a token of probability 0 is never the first to reach the level. Sums
-    are of the widest float, first over blocks of tokens, then inside the block that was met.
-    """
-    if sampling.temperature == 0:
-        token = logits.argmax(-1)
-        return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
-    level = scaled.logsumexp(-1, keepdim=True)
-    kept = scaled
-    if sampling.top_k:
-        kept = TopKLogitsWarper(min(sampling.top_k, kept.shape[-1]))(None, kept)
-    if sampling.top_p < 1:
-        kept = TopPLogitsWarper(sampling.top_p)(None, kept)
-    token = _inverse((kept - level).exp_(), uniform)
-    return token, (scaled.gather(-1, token[:, None]) - level)[:, 0]
-
-
-def _inverse(mass: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """The first token whose cumulative mass reaches ``uniform`` times the whole."""
-    if mass.shape[-1] <= SMALL_VOCABULARY:
-        reached = mass.to(uniform.dtype).cumsum(-1)
-        token = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:])[:, 0]
-        return token.clamp(max=mass.shape[-1] - 1)  # NaN only
-    behind = -mass.shape[-1] % BLOCK
-    blocks = torch.nn.functional.pad(mass, (0, behind)).unflatten(-1, (-1, BLOCK))
-    reached = blocks.sum(-1, dtype=uniform.dtype).cumsum(-1)
-    level = uniform[:, None] * reached[:, -1:]
-    block = torch.searchsorted(reached, level).clamp(max=reached.shape[-1] - 1)  # NaN only
-    before = torch.nn.functional.pad(reached, (1, 0)).gather(-1, block)
-    inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0].to(uniform.dtype).cumsum(-1)
-    level = torch.minimum(level - before, inside[:, -1:])  # both sums are rounded
-    return (block * BLOCK + torch.searchsorted(inside, level))[:, 0].clamp(max=mass.shape[-1] - 1)
-
-
-def uniforms(seeds: Sequence[int], steps: int, device: torch.device) -> Float[Tensor, "N steps"]:
-    """Numbers in (0, 1], each row from its own seed."""
-    rows = [
-        1 - torch.rand(steps, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for seed in seeds
-    ]
-    return torch.stack(rows).to(device, wide_dtype(device))
 
 
 @dataclass
@@ -249,7 +199,7 @@ class WindowBatch:
 
     Args:
         windows: N of them, nothing written yet.
-        uniform: [N K], a number for the draw of each token.
+        noise: of N rows, for the draws of all their tokens.
         hidden: [N D], the states that predict the first tokens.
         ends: tokens that end a window.
         rejoin: of how many tokens that are the draft's a window stops; 0: of none.
@@ -258,7 +208,7 @@ class WindowBatch:
     def __init__(
         self,
         windows: Sequence[Window],
-        uniform: Float[Tensor, "N K"],
+        noise: Noise,
         hidden: Float[Tensor, "N D"],
         ends: Container[int],
         rejoin: int = 0,
@@ -267,17 +217,19 @@ class WindowBatch:
         self._rejoin = rejoin
         known = torch.tensor([window.known for window in windows], device=self._device)
         self._seen = torch.arange(int(known.max()), device=self._device) < known[:, None]
-        self._uniform = uniform
-        self.states = hidden.new_zeros(*uniform.shape, hidden.shape[-1])
+        self._noise = noise
+        steps = max(window.limit for window in windows)
+        self.states = hidden.new_zeros(len(windows), steps, hidden.shape[-1])
         self._going = list(range(len(windows)))
         self._read = [[0]] * len(windows)
         self._layout: Layout | None = None
+        self._last = 0
         self._place = self._places()
 
     @property
-    def uniform(self) -> Float[Tensor, " F"]:
+    def gumbel(self) -> Float[Tensor, "F V"] | None:
         """The numbers for what is drawn next."""
-        return self._uniform[self._place]
+        return self._noise.at(*self._place, self._last)
 
     def _places(self) -> tuple[Tensor, Tensor]:
         """Window and token that each of the F tokens read predicts."""
@@ -286,6 +238,7 @@ class WindowBatch:
             for k, block in zip(self._going, self._read, strict=True)
             for j in range(len(block))
         ]
+        self._last = max(token for _, token in pairs)
         window, token = torch.tensor(pairs, device=self._device).unbind(-1)
         return window, token
 

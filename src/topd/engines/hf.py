@@ -1,7 +1,7 @@
 """The embedded engine: a transformers model in this process.
 
-Sampling takes one uniform number a token from the row's own seed (inverse transform), so a
-response does not depend on what else is in the batch. Only full-attention caches can be shared
+Sampling takes its numbers from the row's own seed (:mod:`topd.engines.draws`), so a response does
+not depend on what else is in the batch. Only full-attention caches can be shared
 between windows; other models continue from a fresh prefill, slower and equal, and where a model's
 own cache does not do, its rows are written one by one, or without a cache. See :data:`Way`.
 """
@@ -22,12 +22,11 @@ from transformers import DynamicCache, PreTrainedModel
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.decoding import (
     WindowBatch,
-    draw,
     growing_cache,
     open_windows,
     select_rows,
-    uniforms,
 )
+from topd.engines.draws import Noise, draw
 from topd.engines.memory import in_chunks
 from topd.engines.packed import packed
 from topd.errors import TOPDError
@@ -257,17 +256,17 @@ class HFEngine:
         prefix, steps = scores.prefix, sampling.max_new_tokens
         assert isinstance(prefix, _Prefix)
         assert prefix.cache is not None
-        width, device = scores.hidden.shape[-1], scores.hidden.device
+        width = scores.hidden.shape[-1]
         windows, rows = open_windows(
             starts, prefix.prompts, prefix.responses, limit=steps, width=width
         )
         hidden = scores.hidden[tuple(self._tensor(starts).unbind(-1))]
-        batch = WindowBatch(windows, uniforms(seeds, steps, device), hidden, self._ends, rejoin)
+        batch = WindowBatch(windows, self._noise(head, sampling, seeds), hidden, self._ends, rejoin)
         longest = max(window.known for window in windows)
         cache = self._copied(prefix.cache, rows, longest, room=steps)
         while True:
             tick()
-            batch.take(hidden, *draw(head.logits(hidden), batch.uniform, sampling))
+            batch.take(hidden, *draw(head.logits(hidden), batch.gumbel, sampling))
             if rejoin:
                 batch.rejoin(scores, starts)
             needed = batch.rows()
@@ -340,12 +339,12 @@ class HFEngine:
         position of its next token. A row leaves the batch when it has ended.
         """
         steps = sampling.max_new_tokens
-        uniform = uniforms(seeds, steps, hidden.device)
+        noise = self._noise(head, sampling, seeds)
         alive = torch.arange(len(hidden), device=hidden.device)
         tokens = torch.full((len(hidden), steps), -1, device=hidden.device)
         logprobs = torch.zeros(len(hidden), steps, device=hidden.device)
         for step in range(steps):
-            token, logprob = draw(head.logits(hidden), uniform[alive, step], sampling)
+            token, logprob = draw(head.logits(hidden), noise.at(alive, step, step), sampling)
             tokens[alive, step], logprobs[alive, step] = token, logprob.float()
             tick()
             going = (~torch.isin(token, self._eos)).nonzero()[:, 0]  # the only host sync
@@ -371,7 +370,7 @@ class HFEngine:
     ) -> list[Generation]:
         """Write after prompts without a cache: all is read again for each token."""
         steps = sampling.max_new_tokens
-        uniform = uniforms(seeds, steps, self._eos.device)
+        noise = self._noise(head, sampling, seeds)
         tokens = torch.full((len(prompts), steps), -1, device=self._eos.device)
         logprobs = torch.zeros(len(prompts), steps, device=self._eos.device)
         texts, going = [list(prompt) for prompt in prompts], list(range(len(prompts)))
@@ -380,7 +379,7 @@ class HFEngine:
             states = self._forward(self._padded(some), None, None, None)
             last = self._tensor([len(text) - 1 for text in some])
             hidden, alive = states[torch.arange(len(some)), last], self._tensor(going)
-            token, logprob = draw(head.logits(hidden), uniform[alive, step], sampling)
+            token, logprob = draw(head.logits(hidden), noise.at(alive, step, step), sampling)
             tokens[alive, step], logprobs[alive, step] = token, logprob.float()
             tick()
             for k, written in zip(going, token.tolist(), strict=True):
@@ -390,6 +389,15 @@ class HFEngine:
                 break
         self._check_written(logprobs)
         return self._generations(tokens, logprobs)
+
+    def _noise(self, head: Head, sampling: Sampling, seeds: Sequence[int]) -> Noise:
+        return Noise(
+            seeds,
+            sampling.max_new_tokens,
+            head.vocab_size,
+            self._eos.device,
+            greedy=sampling.temperature == 0,
+        )
 
     def _check_reach(self, longest: int) -> None:
         """No batch stands on both sides of where RoPE changes. Raises TOPDError if one would."""

@@ -7,6 +7,7 @@ of a later format than this is refused in words.
 ====  ==================================================
 1     no ``format`` in run.json
 2     ``format``; forks say whether their plan ``converged``
+3     the records are those of 2; tokens are drawn by Gumbel-max
 ====  ==================================================
 """
 
@@ -22,7 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from topd.errors import TOPDError
 from topd.runs.files import read_whole
 
-FORMAT = 2
+FORMAT = 3
+DRAWN = 3  # from here on tokens are drawn with the numbers of today
 LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[tuple[Id, ...], Field(min_length=1)]
