@@ -115,7 +115,7 @@ def test_a_run_as_it_was_has_no_fault(copied):
     assert found.faults == []
     said = "decisions: 12 rollouts and 26 candidates of the updates 0, 1, 2 re-derived (--seed "
     assert any(line.startswith(said) for line in found.checked)
-    assert "files: 5, records: 28" in found.checked  # 12 + 12, three updates and the summary
+    assert "files: 10, records: 28" in found.checked  # 12 + 12, three updates and the summary
 
 
 @pytest.mark.parametrize(
@@ -210,6 +210,23 @@ def test_an_edited_weight_of_a_token_is_found(copied):
 def test_an_edited_weight_of_the_student_is_found(copied, place, said):
     edit_weights(RUN / place, 1.000001)
     only(audit_run(RUN), said)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_any_file_of_the_student_is_covered(copied, name):
+    path = RUN / "student" / name
+    path.write_bytes(path.read_bytes() + b" ")
+    only(audit_run(RUN, updates=0), f"student/{name}: was changed")
+
+
+def test_a_file_that_is_added_to_the_student_is_found_and_its_card_may_grow(copied):
+    with (RUN / "student" / "README.md").open("a") as card:
+        card.write("More.")
+    assert audit_run(RUN, updates=0).faults == []
+    (RUN / "student" / "modeling.py").touch()
+    only(audit_run(RUN, updates=0), "student/modeling.py: is not in the ledger")
 
 
 def test_an_edited_checkpoint_with_its_seal_made_anew_is_found(copied):
@@ -325,7 +342,7 @@ def test_a_deleted_and_an_edited_entry_are_found(copied):
 
 def test_a_ledger_whose_end_was_cut_off_is_found(copied):
     edit(RUN / LEDGER, lambda lines: lines.pop())
-    assert f"{LEDGER}: its end is missing, entry 37 is gone" in audit_run(RUN, updates=0).faults
+    assert f"{LEDGER}: its end is missing, entry 42 is gone" in audit_run(RUN, updates=0).faults
 
 
 @pytest.mark.parametrize("text", ["", "so", "[]", '{"entries": 38}'])
@@ -674,10 +691,10 @@ def test_any_value_changed_in_any_record_file_is_found_there_and_decisions_end_i
             f"{LEDGER}: line 1 is not an entry",
         ),
         (LEDGER, lambda b: b.replace(b": 7", b":\t7", 1), f"{LEDGER}: line 8 was changed"),
-        (LEDGER, lambda b: b[:-1], f"{LEDGER}: line 38 is cut off"),
+        (LEDGER, lambda b: b[:-1], f"{LEDGER}: line 43 is cut off"),
         (LEDGER, lambda b: b"[" * 100_000 + b"\n" + b, f"{LEDGER}: line 1 is not an entry"),
-        (HEAD, lambda b: b.replace(b"38", b"93", 1), f"{HEAD}: counts 93 entries, the chain has"),
-        (HEAD, lambda b: b.replace(b"38", b"0", 1), f"{HEAD}: is missing or no head"),
+        (HEAD, lambda b: b.replace(b"43", b"93", 1), f"{HEAD}: counts 93 entries, the chain has"),
+        (HEAD, lambda b: b.replace(b"43", b"0", 1), f"{HEAD}: is missing or no head"),
         (HEAD, lambda b: b.replace(b"  ", b"", 1), f"{HEAD}: is missing or no head"),
         ("manifest.json", lambda b: b.replace(b"models", b"mode1s"), "manifest.json: was changed"),
     ],

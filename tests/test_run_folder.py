@@ -20,10 +20,10 @@ from topd.runs import folder as ledger
 from topd.runs.folder import (
     RunFolder,
     check_run_folder,
+    files_in,
     guidance_record,
     manifest,
     rollout_record,
-    weights_in,
 )
 from topd.runs.records import Fork
 from topd.types import Branch, Guidance, Prompt, Rollout, SoftTarget
@@ -281,11 +281,11 @@ def test_a_digest_of_the_student_notices_a_step_of_any_trained_parameter_and_no_
     assert trained_digest(model) != whole
 
 
-def test_weights_of_a_folder_are_named_from_the_run_folder_in_order(tmp_path):
-    for name in ("model-2.safetensors", "model-1.safetensors", "config.json"):
-        (tmp_path / "student").mkdir(exist_ok=True)
-        (tmp_path / "student" / name).touch()
-    assert weights_in(tmp_path, "student") == [
-        "student/model-1.safetensors",
-        "student/model-2.safetensors",
+def test_files_of_a_folder_are_named_from_the_run_folder_in_order_without_cards(tmp_path):
+    for name in ("student/b.safetensors", "student/in/a.json", "student/README.md", "other/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    assert files_in(tmp_path, "student", "adapter") == [
+        "student/b.safetensors",
+        "student/in/a.json",
     ]

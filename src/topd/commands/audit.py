@@ -39,7 +39,7 @@ from topd.inputs.rows import DataSpec
 from topd.named import is_outside
 from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
-from topd.runs.folder import RECORDS, guidance_record, rollout_record
+from topd.runs.folder import RECORDS, files_in, guidance_record, rollout_record
 from topd.runs.ledger import HEAD, LEDGER, Entry, check_chain, surviving
 from topd.runs.records import DRAWN, as_before, check_format
 from topd.runs.verified import read_entries, read_head, read_lines, read_manifest, read_records
@@ -207,6 +207,13 @@ def _check_records(folder: Path, entries: Sequence[Entry], found: AuditResult) -
     whole = [entry for entry in entries if "step" not in entry]
     for entry in whole:
         found.faults += _file_faults(folder, entry["file"], entry["record"])
+    known = {entry["file"] for entry in whole}
+    if "student/config.json" in known:  # earlier versions sealed weights only
+        found.faults += (
+            f"{name}: is not in the ledger"
+            for name in files_in(folder, "student", "adapter")
+            if name not in known
+        )
     records = 0
     for name in RECORDS:
         expected = [entry for entry in entries if entry["file"] == name and "step" in entry]

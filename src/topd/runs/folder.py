@@ -118,9 +118,11 @@ class RunFolder:
             self.ledger.add([{"file": name, "record": file_digest(path)}])
 
 
-def weights_in(folder: Path, place: str) -> list[str]:
-    """The safetensors files of a folder of the run folder, relative to it."""
-    return sorted(str(path.relative_to(folder)) for path in (folder / place).glob("*.safetensors"))
+def files_in(folder: Path, *places: str) -> list[str]:
+    """The files of folders of the run folder, relative to it; without model cards, which grow."""
+    found = (path for place in places for path in (folder / place).rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return sorted(name for name in names if not name.endswith("/README.md"))
 
 
 def check_run_folder(folder: Path, *, resume: bool = False) -> None:

@@ -22,10 +22,10 @@ from topd.inputs.fingerprints import fingerprint, trained_digest
 from topd.runs import checkpoints
 from topd.runs.folder import (
     RunFolder,
+    files_in,
     guidance_record,
     manifest,
     rollout_record,
-    weights_in,
 )
 from topd.runs.lock import one_writer
 from topd.runs.model_card import write_model_card
@@ -228,7 +228,7 @@ class RecordedTrainer(Trainer):
             agreed(lambda: check_saved(folder, model) if self.args.should_save else None)
         trained = trained_digest(self.model)
         if self.args.should_save:
-            self.run.seal(*weights_in(self.run.folder, "student"))
+            self.run.seal(*files_in(self.run.folder, "student", "adapter"))
             self.run.note("end", step=self.state.global_step, student=trained)
             history, ledger = self.state.log_history, self.run.ledger
             write_model_card(folder, record, self.args, history, ledger)
