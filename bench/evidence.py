@@ -7,7 +7,7 @@ from typing import Any
 
 
 def _alone(window: int, until: int, more: str = "") -> str:
-    """The words of a comparison of OPD and the default alone, on more problems."""
+    """The words of a comparison of OPD and first_fork alone, on more problems."""
     fork = "method: first_fork, candidate_loss: surprise, false_alarm_share: 0.0"
     size = f"window_length: {window}, look_ahead_until: {until}"
     arms = f"{{opd: {{method: opd}}, first_fork: &d {{{fork}, {size}}}{more}}}"
@@ -41,7 +41,7 @@ def main() -> None:
             )
         )
     for family, found in _read("default").items():
-        title = f"The default on {family}, and what fits into 1.2 times OPD's time"
+        title = f"first_fork as it comes, on {family}, and what fits into 1.2 times OPD's time"
         command = f"{_command(family)} {DEFAULT[family]}"
         parts.append("\n".join(comparison(title, command, found)))
     parts += ["\n".join(detectors(*found)) for found in detected.items()]

@@ -37,6 +37,7 @@ SMALL = {
     "max_steps": 3,
     "per_device_train_batch_size": 4,
     "max_completion_length": 12,
+    "method": "topd",
     "window_length": 4,
     "candidate_fraction": 0.3,
     "learning_rate": 1e-3,

@@ -36,6 +36,7 @@ LITTLE = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
     "max_completion_length": 8,
+    "method": "topd",
     "window_length": 3,
     "candidate_fraction": 0.3,
     "learning_rate": 0.01,

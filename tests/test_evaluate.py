@@ -614,6 +614,7 @@ def train(folder: Path, every: int | None) -> TOPDTrainer:
             max_steps=3,
             per_device_train_batch_size=2,
             max_completion_length=8,
+            method="topd",
             window_length=3,
             candidate_fraction=0.3,
             window_temperature=1.0,
@@ -873,6 +874,7 @@ evaluation: {path: gsm8k.jsonl, limit: 2, samples: 2, max_tokens: 6, every: 2}
 max_steps: 2
 per_device_train_batch_size: 2
 max_completion_length: 8
+method: topd
 window_length: 3
 save_strategy: "no"
 use_cpu: CPU

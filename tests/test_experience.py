@@ -39,6 +39,7 @@ def observer(folder: Path, teacher: PreTrainedModel = TEACHER, **options) -> Obs
         "seed": 5,  # rollouts of 3 to 20 tokens
         "per_device_train_batch_size": 4,
         "max_completion_length": 20,
+        "method": "topd",
         "window_length": K,
         "candidate_fraction": 0.3,
         "use_cpu": USE_CPU,

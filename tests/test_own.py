@@ -121,6 +121,14 @@ def test_what_is_given_comes_first_also_where_it_is_the_default(given):
     assert f"{next(iter(given))} {next(iter(given.values()))} (given)" in args.settings_of_method()
 
 
+def test_the_default_is_plain_opd_and_what_would_have_no_effect_is_said():
+    assert (config().method, next(iter(METHODS))) == ("opd", "opd")
+    assert config().settings_of_method() == "method opd"
+    said = config(window_length=7, candidate_loss="surprise").settings_of_method()
+    assert said == "method opd (looks nowhere ahead: no effect of window_length)"
+    assert "no effect" not in config(method="topd", window_length=7).settings_of_method()
+
+
 def test_a_recipe_and_the_command_line_give_too(tmp_path):
     path = write_pair(tmp_path, **SMALL, method="first_fork", trajectory_weight=0.1)
     args = read_recipe(path, {"window_length": 9}).args
@@ -146,7 +154,7 @@ def test_a_window_may_be_a_share_of_the_mean_rollout(share, lengths, expected):
 
 @pytest.mark.parametrize(("updates", "expected"), [(150, 75), (1, 1), (80, 40)])
 def test_looking_ahead_may_end_at_a_share_of_the_updates(updates, expected):
-    args = config(look_ahead_until=0.5)
+    args = config(method="topd", look_ahead_until=0.5)
     args.count_updates(updates)
     assert args.look_ahead_until == expected
     assert [args.looks_ahead(step) for step in (0, expected - 1, expected)] == [True, True, False]

@@ -423,7 +423,7 @@ def test_a_value_out_of_range_is_refused_with_its_key_in_a_recipe_and_in_python(
 
 
 def test_an_unknown_method_is_refused_with_those_there_are(write):
-    says(refusal(write(method="topdd")), "method", "'topdd'", "opd, topd, window_sft")
+    says(refusal(write(method="topdd")), "method", "'topdd'", "opd, first_fork, topd")
 
 
 def test_epsilon_without_the_sinkhorn_solver_is_refused(write):
@@ -499,7 +499,8 @@ OPEN = {  # what the paper leaves open: the defaults of the table "what we do"
 
 @pytest.mark.parametrize(("key", "value"), [*PAPER.items(), *OPEN.items()])
 def test_defaults_are_those_of_the_method(key, value):
-    assert getattr(TOPDConfig(output_dir="unused", use_cpu=True), key) == value
+    """All but the method itself: that is plain OPD, and topd is named."""
+    assert getattr(TOPDConfig(output_dir="unused", use_cpu=True, method="topd"), key) == value
 
 
 def test_defaults_of_the_warm_start_are_the_papers():

@@ -22,7 +22,13 @@ from topd.runs.records import FORMAT, as_before
 RUN = Path("run")
 SMALL = {
     **{"max_steps": 1, "per_device_train_batch_size": 4, "max_completion_length": 12},
-    **{"window_length": 4, "candidate_fraction": 0.3, "output_dir": "run", "use_cpu": True},
+    **{
+        "method": "topd",
+        "window_length": 4,
+        "candidate_fraction": 0.3,
+        "output_dir": "run",
+        "use_cpu": True,
+    },
     **{"save_strategy": "no", "solver": "sinkhorn"},
 }
 

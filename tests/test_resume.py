@@ -29,6 +29,7 @@ OPTIONS = {
     "max_steps": 6,  # four updates an epoch: the second one is cut off
     "per_device_train_batch_size": 2,
     "max_completion_length": 8,
+    "method": "topd",
     "window_length": 4,
     "candidate_fraction": 0.3,
     "learning_rate": 3e-3,

@@ -373,6 +373,7 @@ SHORT: dict[str, Any] = {
     "max_steps": 4,
     "per_device_train_batch_size": 4,
     "max_completion_length": 16,
+    "method": "topd",
     "window_length": 5,
     "candidate_fraction": 0.2,
     "learning_rate": 1e-3,

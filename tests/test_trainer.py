@@ -44,6 +44,7 @@ SMALL = {
     "gradient_accumulation_steps": 2,
     "max_completion_length": 12,
     "seed": 46,  # rollouts of many lengths
+    "method": "topd",
     "window_length": K,
     "candidate_fraction": 0.3,
     "learning_rate": 1e-3,

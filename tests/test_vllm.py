@@ -310,6 +310,7 @@ def write_recipe(root: Path, teacher: dict[str, Any], **changes: Any) -> Path:
         "max_prompt_length": 640,
         "max_completion_length": 32,
         "candidate_fraction": 0.05,
+        "method": "topd",
         "window_length": 16,
         "learning_rate": 1e-5,
         "save_strategy": "no",

@@ -89,8 +89,9 @@ def main(version: Version = False) -> None:
 def methods() -> None:
     """What a student can learn by: every value of the setting method."""
     with _faults():
-        from topd.commands.settings import method_rows
+        from topd.commands.settings import RECOMMENDED, method_rows
 
+        console.print(RECOMMENDED, highlight=False)
         for name, needs, words in method_rows():
             console.print(f"[bold]{name}[/bold]  {needs}", highlight=False)
             console.print(f"    {words}", markup=False, highlight=False)
@@ -154,7 +155,7 @@ def compare(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) ->
 
 @app.command(context_settings=EXTRA)
 def quickstart(context: typer.Context, quiet: Quiet = False) -> None:
-    """Warm start, OPD, TOPD and our default on the testbed: some minutes on two cores."""
+    """Stage 1, then three ways on from it, OPD among them: two minutes on two idle cores."""
     _compare(Path(__file__).parent / "testbed" / "quickstart.yaml", context.args, quiet)
 
 

@@ -34,12 +34,15 @@ class TOPDConfig(TrainingArguments):
 
     ``per_device_train_batch_size`` counts rollouts, as in TRL: an update sees
     ``per_device_train_batch_size x gradient_accumulation_steps`` rollouts a rank, of
-    ``1 / num_generations`` as many prompts. Raises TOPDError for values out of range.
+    ``1 / num_generations`` as many prompts. ``method`` is plain on-policy distillation unless you
+    name another: docs/which-method.md says when. Raises TOPDError for values out of range.
     """
 
     # What is learned
     method: str = _field(
-        "topd", f"The guidance method: {', '.join(METHODS)}, or my_module:function."
+        "opd",
+        f"What the student learns: {', '.join(METHODS)}, or my_module:function. Start with opd, "
+        "after a warm start on the teacher's answers if it may write (docs/which-method.md).",
     )
     method_options: dict[str, Any] | str | None = _field(
         None, "Options of the method, e.g. {share: 0.1} for kl_top."
@@ -206,7 +209,13 @@ class TOPDConfig(TrainingArguments):
             f"{name} {getattr(self, name)}{'' if name in self.brought else ' (given)'}"
             for name in settings
         ]
-        return f"method {self.method}" + (f": {', '.join(said)}" if said else "")
+        looks = method_named(self.method).looks_ahead
+        idle = [name for name in _OF_WINDOWS.split() if name in self._given and not looks]
+        return (
+            f"method {self.method}"
+            + (f": {', '.join(said)}" if said else "")
+            + (f" (looks nowhere ahead: no effect of {', '.join(idle)})" if idle else "")
+        )
 
     def _check_ranks(self) -> None:
         """What does not go with several ranks. Raises TOPDError."""
@@ -342,6 +351,11 @@ class TOPDConfig(TrainingArguments):
         return Sampling(self.window_temperature, 1.0, 0, length)
 
 
+_OF_WINDOWS = (  # without effect where a method looks nowhere ahead
+    "candidate_fraction candidate_threshold window_length window_rejoin window_gap "
+    "look_ahead_every look_ahead_until window_temperature embedding position_weight solver "
+    "epsilon false_alarm_share ot_threshold"
+)
 _RULES: tuple[tuple[str, Any, str], ...] = (
     ("beta kd_ratio false_alarm_share", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
     ("top_p candidate_fraction", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),

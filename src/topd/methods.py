@@ -278,12 +278,12 @@ FIRST_FORK = {  # as measured in docs/evidence.md
     "look_ahead_until": 0.5,  # of all updates
 }
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = {  # the first is the default; docs/which-method.md says why
     "opd": Method(opd),
+    "first_fork": Method(first_fork, looks_ahead=True, first_only=True, settings=FIRST_FORK),
     "topd": Method(topd, looks_ahead=True),
     "window_sft": Method(window_sft, looks_ahead=True),
     "window_kd": Method(window_kd, looks_ahead=True),
-    "first_fork": Method(first_fork, looks_ahead=True, first_only=True, settings=FIRST_FORK),
     "olive": Method(olive, looks_ahead=True, first_only=True),
     "relay": Method(relay, looks_ahead=True),
     "downweight": Method(downweight, looks_ahead=True),

@@ -14,6 +14,12 @@ from topd.errors import TOPDError
 from topd.methods import METHODS, Method
 from topd.training.warmstart import WarmstartConfig
 
+RECOMMENDED = (
+    "Start with opd, the default: after stage 1 (topd warmstart) if the teacher may write answers. "
+    "Take first_fork where it may write some tokens and greedy accuracy counts: "
+    "docs/which-method.md has the sizes."
+)
+
 
 def method_rows() -> Iterator[tuple[str, str, str]]:
     """Name, what it needs, and its first sentence, for every method."""

@@ -20,11 +20,15 @@ DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "g
 LEAST = 4  # updates that a change can be told from
 SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
 WEAK = (
-    "So: do not let the sampled token loss choose where to look for this pair. Rank candidates by "
-    "another loss (candidate_loss: surprise), or train with method: opd, which needs no windows."
+    "So: train with method: opd, which needs no windows, after topd warmstart if the teacher may "
+    "write answers. If you look ahead for this pair, do not let the sampled token loss choose "
+    "where: rank candidates by another loss (candidate_loss: surprise, which first_fork brings)."
 )
 SO = {
-    "good": "So: for this pair the token loss can choose where to look (candidate_loss: sampled).",
+    "good": (
+        "So: for this pair the token loss can choose where to look (candidate_loss: sampled). That "
+        "looking ahead then pays is not shown: method: opd is the default (docs/which-method.md)."
+    ),
     "poor": WEAK,
     "undecided": "So: nothing yet. Run the probe again with more rollouts (--rollouts).",
 }
