@@ -131,6 +131,16 @@ def test_scale_softcap_and_barred_rows(kind, beta, curves, monkeypatch, calls):
     assert calls
 
 
+def test_the_logprob_of_a_barred_token_is_as_on_the_eager_path(monkeypatch):
+    given, barred = case(40, 1), torch.zeros(40, dtype=torch.bool)
+    given["tokens"], barred[7] = torch.full_like(given["tokens"], 7), True
+    given["own"] = torch.zeros_like(given["own"])
+    options = {"kind": "reverse_kl", "beta": 0.5, "temperature": 1.0, "barred": barred}
+    found, exact = both(monkeypatch, given, **options)
+    assert (found[2] == chunked.LEAST).all()
+    assert (exact[2] == chunked.LEAST).all()
+
+
 @pytest.mark.parametrize("without", [("d",), ("own", "targets"), ("own",), ("targets",)])
 def test_factors_that_are_not_there_are_zeros(without, monkeypatch):
     options = {"kind": "reverse_kl", "beta": 0.5, "temperature": 1.0, "without": without}

@@ -32,6 +32,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on the CPU
 OLDEST = (8, 0)  # compute capability: earlier cards have no bfloat16
 KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
 
+ANY = ("rows", "columns", "breadth")  # sizes that are not worth code of their own
+
 # columns and warps a program
 READ_BLOCK, READ_WARPS = 2048, 8
 WRITE_BLOCK, WRITE_WARPS = 4096, 8
@@ -241,7 +243,7 @@ def _slope(
     return tl.where(keep, bend * (factor * slope + (own - total * p)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def _summaries(
     student, teacher, found, barred, vocab, rows, s_stride, t_stride,
     s_in, s_out, t_in, t_out, beta,
@@ -304,7 +306,7 @@ def _summaries(
     tl.store(found + 6 * rows + row, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def _mixtures(
     student, teacher, found, barred, vocab, rows, s_stride, t_stride,
     s_in, s_out, t_in, t_out, beta,
@@ -339,7 +341,7 @@ def _mixtures(
     tl.store(found + 6 * rows + row, centre)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def _slopes(
     student, teacher, found, factors, totals, barred, vocab, rows, s_stride, t_stride,
     s_in, s_out, t_in, t_out, beta, columns,
@@ -364,7 +366,7 @@ def _slopes(
     tl.store(place, slope.to(student.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=ANY)
 def _own_slopes(
     student, raw_student, raw_teacher, places, own, found, factors, totals, barred, vocab, rows,
     s_stride, s_in, s_out, t_in, t_out, beta, breadth,
