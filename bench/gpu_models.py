@@ -28,7 +28,7 @@ EOS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's size is made of; ``kind`` is the architecture, all have tied embeddings."""
+    """What a model's size is made of; ``kind`` is the architecture."""
 
     kind: str
     width: int
@@ -38,6 +38,7 @@ class Shape:
     head_dim: int
     inner: int
     vocab: int
+    tied: bool = True
 
 
 SHAPES = {
@@ -45,6 +46,9 @@ SHAPES = {
     "Qwen3-0.6B": Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151_936),
     "Qwen3-1.7B": Shape("qwen3", 2048, 28, 16, 8, 128, 6144, 151_936),
     "Qwen3-4B": Shape("qwen3", 2560, 36, 32, 8, 128, 9728, 151_936),
+    "Qwen3-8B": Shape("qwen3", 4096, 36, 32, 8, 128, 12_288, 151_936, tied=False),
+    "Qwen3-14B": Shape("qwen3", 5120, 40, 40, 8, 128, 17_408, 151_936, tied=False),
+    "Qwen3-32B": Shape("qwen3", 5120, 64, 64, 8, 128, 25_600, 151_936, tied=False),
     "tiny": Shape("qwen3", 64, 2, 4, 2, 16, 128, 512),
 }
 
@@ -54,7 +58,13 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def make(
+    name: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    place: torch.device | None = None,
+) -> PreTrainedModel:
     """A model of a shape, made on the device; ``generate`` ends at no token."""
     shape = SHAPES[name]
     config_of, model_of = {
@@ -69,7 +79,7 @@ def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Pr
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_dim,
         intermediate_size=shape.inner,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=8192,
         bos_token_id=1,
         eos_token_id=EOS,
@@ -79,7 +89,7 @@ def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Pr
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with device():
+        with place or device():
             model = model_of(config).eval()
     finally:
         torch.set_default_dtype(before)

@@ -21,6 +21,7 @@ from topd.evaluate import EvaluationCallback, Evaluator
 from topd.runs import checkpoints
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
+from topd.training.footprint import memory_warning
 from topd.training.progress import Phases, log_line, say
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartTrainer
@@ -63,6 +64,11 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool) -> Non
     if checkpoint:
         say(console, f"resuming from {checkpoint.name}")
     say(console, trainer.args.settings_of_method())
+    large = memory_warning(
+        trainer.model, trainer.teacher_model, trainer.args, trainer.train_dataset
+    )
+    if large:
+        say(console, f"warning: {large}")
     _watch(trainer, console, bars=console.is_terminal and not quiet)
     try:
         with trainer.watch.until_terminated():

@@ -1,0 +1,192 @@
+"""How much memory an update takes on a GPU, from the sizes of the models and the settings.
+
+Counted from what is alive at once: weights, gradients and AdamW's moments; in each phase what it
+adds. ``python -m bench.fits`` holds it against measured peaks (docs/hardware.md). Full attention is
+assumed in all layers, so models with other caches take less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from topd.config import CHECKPOINTING, TOPDConfig
+from topd.engines.hf import WINDOWS_AT_ONCE
+from topd.types import Prompt
+
+GIB = 1 << 30
+BESIDE = 1.0 * GIB  # the CUDA context, and what the allocator holds and cannot use
+MOMENTS = 8  # bytes a trained weight: AdamW's two, in float32
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What a model's memory depends on.
+
+    ``stored`` are the bytes of its weights; ``normed``: queries and keys have norms of their own.
+    """
+
+    stored: int
+    weights: int
+    trained: int
+    layers: int
+    width: int
+    inner: int
+    queries: int
+    keys: int
+    vocab: int
+    normed: bool
+
+    @property
+    def wide(self) -> bool:
+        """Whether autocast makes a second copy of the weights, in 16 bits."""
+        return self.stored > 3 * self.weights
+
+    @property
+    def cached(self) -> int:
+        """Numbers in keys and values, a token."""
+        return 2 * self.layers * self.keys
+
+
+def size_of(model: PreTrainedModel, *, trained: bool = False) -> ModelSize:
+    """The sizes of a model, which may be on the meta device."""
+    parameters = list(model.parameters())
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelSize(
+        stored=sum(p.numel() * p.element_size() for p in parameters),
+        weights=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in parameters if p.requires_grad) if trained else 0,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        queries=heads * width,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        vocab=config.vocab_size,
+        normed=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+    )
+
+
+@dataclass(frozen=True)
+class Work:
+    """An update on one GPU. Lengths are in tokens, the longest that may come.
+
+    ``rollouts`` in all, ``micro`` of them a forward and backward, ``scored`` a scoring forward.
+    ``half``: products in 16 bits; ``recomputed``: activations are not kept.
+    """
+
+    rollouts: int
+    micro: int
+    scored: int
+    prompt: int
+    response: int
+    window: int = 0
+    half: bool = True
+    recomputed: bool = False
+    chunk: int = 1024
+
+    @property
+    def longest(self) -> int:
+        return self.prompt + self.response
+
+
+def work_of(args: TOPDConfig, prompts: Sequence[Prompt]) -> Work:
+    """The update of a configuration on these prompts."""
+    micro = args.per_device_train_batch_size
+    written = [len(p.response) for p in prompts if p.response is not None]
+    return Work(
+        rollouts=micro * args.gradient_accumulation_steps,
+        micro=micro,
+        scored=args.score_batch_size or micro,
+        prompt=max(len(p.student) for p in prompts),
+        response=max(written, default=args.max_completion_length),
+        window=args.longest_window if args.guidance_method().looks_ahead else 0,
+        half=bool(args.bf16 or args.fp16),
+        recomputed=bool(getattr(args, CHECKPOINTING)),
+        chunk=args.chunk_tokens,
+    )
+
+
+def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float]:
+    """Bytes that are taken at the highest of each phase of an update, all else included."""
+    byte = 2 if work.half else 4
+    always = student.stored + teacher.stored + MOMENTS * student.trained + BESIDE
+    copied = student.weights * byte if work.half and student.wide else 0
+    states = work.rollouts * work.response * teacher.width * byte  # the teacher's, of all rollouts
+    cast = copied + 4 * student.trained  # while it learns: and gradients
+    return {
+        "rollouts": always + copied + _written(student, work.rollouts, work.longest, byte),
+        "scoring and windows": always + states + _scored(teacher, work, byte),
+        "learning": always + states + cast + _learned(student, teacher, work, byte),
+    }
+
+
+def _written(model: ModelSize, rows: int, length: int, byte: int) -> float:
+    """Keys and values of rows that are written together, and their logits in float32."""
+    return rows * (length * model.cached * byte + 3 * model.vocab * 4)
+
+
+def _scored(teacher: ModelSize, work: Work, byte: int) -> float:
+    """A scoring forward; or windows after it, with their copy of its keys and values."""
+    tokens = work.scored * work.longest
+    forward = tokens * (4 * teacher.width + 2 * teacher.inner + 2 * teacher.queries) * byte
+    forward += 3 * min(work.chunk, tokens) * teacher.vocab * 4
+    if not work.window:
+        return forward
+    cache = tokens * teacher.cached * byte
+    windows = WINDOWS_AT_ONCE * (work.window * teacher.cached * byte + 3 * teacher.vocab * 4)
+    return cache + max(forward, cache + windows)
+
+
+def _learned(student: ModelSize, teacher: ModelSize, work: Work, byte: int) -> float:
+    """Activations of a micro-batch, and the loss: a chunk's logits, and the head's gradient."""
+    tokens = work.micro * (work.longest + work.window)
+    layer = tokens * activations(student, byte)
+    kept = tokens * student.width * 4 * student.layers
+    logits = min(work.chunk, tokens) * (student.vocab + teacher.vocab) * (byte + 2)
+    head = student.vocab * student.width * 4
+    backward = layer if work.recomputed else 0.0
+    alive = kept + backward if work.recomputed else layer * student.layers
+    return alive + max(logits + head, layer)
+
+
+def activations(model: ModelSize, byte: int) -> int:
+    """Bytes that a decoder layer keeps of a token for its backward pass.
+
+    Of the residual stream two float32 copies and two normed ones; what the products read, which
+    autocast copies for each of five; queries, keys, values and attention's output; norms of queries
+    and keys keep what they read and what they made.
+    """
+    inputs = 5 if byte == 2 else 2
+    attention = 2 * byte + (4 + byte if model.normed else 0)
+    return (
+        (16 + inputs * byte) * model.width
+        + attention * (model.queries + model.keys)
+        + 4 * byte * model.inner  # gate, up, the activation and its product
+    )
+
+
+def warning(peak: float, capacity: float) -> str | None:
+    """What to say where the highest peak does not fit; None where it does."""
+    if peak <= capacity:
+        return None
+    return (
+        f"about {peak / GIB:.0f} GiB are needed at the highest, the GPU has {capacity / GIB:.0f}. "
+        f"Lower per_device_train_batch_size, set {CHECKPOINTING}: true, use lora, or serve the "
+        "teacher (docs/hardware.md)."
+    )
+
+
+def memory_warning(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: TOPDConfig, prompts: Sequence[Prompt]
+) -> str | None:
+    """A warning where an update is predicted not to fit on this process's GPU; else None."""
+    if args.device.type != "cuda" or not prompts:
+        return None
+    capacity = torch.cuda.get_device_properties(args.device).total_memory
+    sizes = size_of(student, trained=True), size_of(teacher)
+    return warning(max(peaks(*sizes, work_of(args, prompts)).values()), capacity)

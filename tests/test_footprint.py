@@ -1,0 +1,137 @@
+"""The memory of an update, against what autograd keeps and against sums by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from conftest import tiny_model
+from topd import TOPDConfig
+from topd.training.footprint import (
+    BESIDE,
+    GIB,
+    ModelSize,
+    Work,
+    activations,
+    memory_warning,
+    peaks,
+    size_of,
+    warning,
+    work_of,
+)
+from topd.types import Prompt
+
+SIZES = {
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 256,
+}
+
+
+def kept(kind: str, layers: int, *, half: bool) -> int:
+    """Bytes that autograd keeps of 400 tokens, without weights."""
+    model = tiny_model(kind, num_hidden_layers=layers, **SIZES).train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    held = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if (storage.data_ptr() not in weights and tensor.dim() > 2) or len(tensor) == 400:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # so that no other gets its place
+        return tensor
+
+    ids = torch.zeros(2, 200, dtype=torch.long, device=model.device)
+    kind_of = model.device.type
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast(kind_of, torch.bfloat16, enabled=half),
+    ):
+        model.get_decoder()(input_ids=ids, use_cache=False)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_a_layers_activations_are_those_that_autograd_keeps(model_kind, half):
+    size = size_of(tiny_model(model_kind, **SIZES))
+    found = (kept(model_kind, 4, half=half) - kept(model_kind, 2, half=half)) / 2 / 400
+    assert activations(size, 2 if half else 4) == pytest.approx(found, rel=0.03)
+
+
+def test_sizes_are_those_of_the_model_and_its_adapter():
+    model = tiny_model("llama")
+    count = sum(p.numel() for p in model.parameters())
+    size = size_of(model, trained=True)
+    assert (size.weights, size.trained, size.stored) == (count, count, 4 * count)
+    assert (size.layers, size.width, size.queries, size.keys) == (2, 32, 32, 16)
+    assert not size.normed
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert size_of(adapted, trained=True).trained == 2 * 2 * (32 + 32)
+    assert size_of(tiny_model("qwen3").bfloat16()).stored == 2 * size_of(tiny_model()).weights
+
+
+SIZE = ModelSize(4_000, 1_000, 1_000, 2, 8, 16, 8, 4, 100, False)
+WORK = Work(4, 2, 2, 10, 20, half=False)
+
+
+def test_weights_gradients_and_moments_are_counted_once():
+    """float32: 4 bytes stored, 8 of AdamW, 4 of gradients while it learns."""
+    found = peaks(SIZE, replace(SIZE, trained=0), WORK)
+    always = 4_000 + 4_000 + 8_000 + BESIDE
+    assert found["rollouts"] == always + 4 * (30 * 2 * 2 * 4 * 4 + 3 * 100 * 4)
+    states = 4 * 20 * 8 * 4
+    layer = 60 * (24 * 8 + 8 * 12 + 16 * 16)
+    loss = 60 * 200 * 6 + 100 * 8 * 4
+    assert found["learning"] == always + states + 4_000 + 2 * layer + max(loss, layer)
+
+
+def test_what_takes_less_memory_is_predicted_to():
+    def peak(**changes) -> float:
+        return max(peaks(SIZE, SIZE, replace(WORK, micro=64, response=500, **changes)).values())
+
+    assert peak(recomputed=True) < peak()
+    assert peak(half=True) < peak()
+    lora = replace(SIZE, trained=10)
+    assert max(peaks(lora, SIZE, WORK).values()) < max(peaks(SIZE, SIZE, WORK).values())
+    assert (
+        peaks(SIZE, SIZE, WORK)["scoring and windows"]
+        < (peaks(SIZE, SIZE, replace(WORK, window=5))["scoring and windows"])
+    )
+
+
+def test_the_work_is_that_of_the_settings_and_the_longest_prompt():
+    args = TOPDConfig(
+        output_dir="unused",
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=3,
+        max_completion_length=30,
+        window_length=7,
+        method="topd",
+    )
+    prompts = [Prompt(0, (1,) * n, (1,)) for n in (3, 9, 4)]
+    assert work_of(args, prompts) == Work(6, 2, 2, 9, 30, window=7, half=False)
+    args.method = "opd"
+    assert work_of(args, [replace(prompts[0], response=(5,) * 4)]).response == 4
+
+
+def test_a_run_that_will_not_fit_is_warned_of_with_what_to_do(monkeypatch):
+    assert warning(10 * GIB, 24 * GIB) is None
+    said = warning(30 * GIB, 24 * GIB)
+    assert said is not None
+    assert said.startswith("about 30 GiB are needed at the highest, the GPU has 24.")
+    assert "per_device_train_batch_size" in said
+    model, prompts = tiny_model(), [Prompt(0, (1, 2), (1, 2))]
+    args = TOPDConfig(output_dir="unused", use_cpu=True)
+    assert memory_warning(model, model, args, prompts) is None  # no GPU
+    gpu = SimpleNamespace(total_memory=GIB)
+    monkeypatch.setattr(TOPDConfig, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert "the GPU has 1." in str(memory_warning(model, model, args, prompts))
