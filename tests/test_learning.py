@@ -12,7 +12,9 @@ from torch import Tensor
 from conftest import DEVICE, USE_CPU, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
+from topd.losses import linear_token_terms
 from topd.training import learning
+from topd.types import Head
 
 METHODS = [
     {"method": "opd"},
@@ -91,6 +93,30 @@ def test_attention_has_a_mask_for_packed_branches_only(method, tmp_path, monkeyp
     for mask, causal, dtype in seen:
         assert causal is (mask is None) is (method == "opd")
         assert mask is None or (mask.dtype == dtype and mask is seen[0][0])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_loss_has_the_same_gradient_every_time_with_deterministic_kernels(biased, monkeypatch):
+    """To the bit, with places named twice; a biased head takes the eager path on a GPU too."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    states, weight, others, theirs = (
+        torch.randn(n, 8, generator=generator) for n in (40, 97, 40, 97)
+    )
+    tokens, targets = torch.arange(40), torch.arange(40)[:, None].expand(-1, 3) // 2
+    bias = weight[:, 0].clone() if biased else None
+    found = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            head = Head(weight.clone().requires_grad_(), bias)
+            given = states, head, others, Head(theirs), tokens, targets
+            terms = linear_token_terms(*given, chunk_tokens=16)
+            loss = terms.divergence.sum() - terms.logprob.sum() - terms.target_logprobs.sum()
+            found += torch.autograd.grad(loss, head.weight)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*found)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU is never waited for")

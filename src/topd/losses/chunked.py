@@ -292,11 +292,20 @@ def _block(
     for factor, places in ((upstream.logprob, token), (upstream.target_logprobs, targets)):
         if factor is not None and places.shape[1]:
             own = factor.reshape(places.shape).to(p.dtype)
-            slope.addcmul_(p, own.sum(1, keepdim=True), value=-1).scatter_add_(1, places, own)
+            _add_at(slope.addcmul_(p, own.sum(1, keepdim=True), value=-1), places, own)
     constant = task.student.scale / task.temperature
     if constant != 1.0:
         slope.mul_(constant)
     return slope if bend is None else slope.mul_(bend)
+
+
+def _add_at(slope: Tensor, places: Tensor, own: Tensor) -> None:
+    """Add ``own`` [r M] at those places of each row, which may be named twice."""
+    if slope.device.type == "cpu":
+        slope.scatter_add_(1, places, own)
+    else:  # in one order
+        rows = torch.arange(len(slope), device=slope.device)[:, None]
+        slope.index_put_((rows, places), own, accumulate=True)
 
 
 def _log_probs(logits: Tensor, head: Head, temperature: float) -> tuple[Tensor, Tensor | None]:
