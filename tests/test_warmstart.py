@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from conftest import EOS, USE_CPU, WORDS, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
+from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
@@ -90,6 +91,23 @@ def test_loss_and_gradient_are_forward_kl_and_cross_entropy_at_temperature_1(
     norm = torch.cat([g.flatten() for g in gradient(student, expected)]).norm().item()
     assert log["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert "logprob_gap" not in log  # nobody sampled these from the student
+
+
+def test_cross_entropy_alone_asks_no_teacher(tmp_path, monkeypatch):
+    """Neither its states nor its log-probs: what would need them is not reported."""
+    trainer = make(tmp_path, answers="data", kd_ratio=0.0)
+    score, asked = HFEngine.score, []
+    monkeypatch.setattr(HFEngine, "score", lambda *a, **k: (asked.append(1), score(*a, **k))[1])
+    trainer.train()
+    assert not asked
+    log = trainer.state.log_history[0]
+    assert "forward_kl" not in log
+    assert log["tokens/teacher_read"] == 0
+    assert log["tokens/learned"] > 0
+    lines = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["teacher_logprobs"] == [] for line in lines)
+    assert trainer.evaluate(rows(2))["eval_loss"] > 0  # on rollouts, which are scored
+    assert asked
 
 
 # Who wrote the answers

@@ -337,6 +337,11 @@ class TOPDConfig(TrainingArguments):
         return False
 
     @property
+    def asks_teacher(self) -> bool:
+        """Whether the loss depends on the teacher's distributions."""
+        return not self.learns_from_answers or self.kd_ratio > 0
+
+    @property
     def loss_temperature(self) -> float:
         """Divides both models' logits in the loss: that of the sampling."""
         return self.temperature

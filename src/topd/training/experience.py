@@ -42,7 +42,8 @@ class Experience:
     """What one update learns from; every tuple has one entry a rollout.
 
     ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
-    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats. ``branch_hidden`` has the
+    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats; where the loss does without
+    the teacher, zeros and none. ``branch_hidden`` has the
     teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took.
     """
 
@@ -145,6 +146,8 @@ class Observer:
         self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, length: int
     ) -> _Look:
         """Scores and windows of ``length``, and how far these are apart; no verdict yet."""
+        if not self.args.asks_teacher and not any(r.logprobs for r in rollouts):
+            return self._unscored(rollouts)
         hidden: list[Tensor] = []
         logprobs: list[Tensor] = []
         losses: list[Tensor] = []
@@ -171,6 +174,14 @@ class Observer:
         if method.statistics:
             evidence = replace(evidence, statistics=_statistics_of(statistics))
         return _Look(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
+
+    def _unscored(self, rollouts: Sequence[Rollout]) -> _Look:
+        """Answers that are learned without the teacher: zeros for its states, no log-probs."""
+        weight = self.teacher.head.weight
+        hidden = [weight.new_zeros(len(r.response), weight.shape[1]) for r in rollouts]
+        losses = [torch.zeros(len(r.response)) for r in rollouts]
+        evidence = self._evidence(rollouts, losses, [], [], 1)
+        return _Look(hidden, [weight.new_zeros(0) for _ in rollouts], [], [], evidence)
 
     def _verdicts(self, look: _Look, numbers: Sequence[int]) -> Tensor:
         """[N] bool, which windows are real divergent points: a share is one of all ranks'."""

@@ -94,7 +94,11 @@ def _count_tokens(means: Means, experience: Experience) -> None:
     written = sum(len(r.response) for r in rollouts if r.logprobs)
     branches = sum(len(branch.tokens) for guide in guidance for branch in guide.branches)
     windows = sum(len(fork.teacher_tokens) for row in experience.forks for fork in row)
-    read = sum(len(r.prompt.teacher) + len(r.response) for r in rollouts)
+    read = sum(
+        len(r.prompt.teacher) + len(r.response)
+        for r, scored in zip(rollouts, experience.teacher_logprobs, strict=True)
+        if len(scored)
+    )
     prompts = sum(len(r.prompt.student) for r in rollouts)
     means.add("tokens/student_written", written)
     means.add("tokens/learned", prompts + sum(guide.learned for guide in guidance) + branches)

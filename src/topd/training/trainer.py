@@ -350,7 +350,8 @@ class TOPDTrainer(RecordedTrainer):
     def _measure(self, terms: TokenTerms, trajectory: Tensor, batch: LearningBatch) -> None:
         """Add a micro-batch to the means, without waiting for the device."""
         count, detached = len(batch["tokens"]), TokenTerms(*(term.detach() for term in terms))
-        self.meter.add(self.args.divergence, detached.divergence.sum(), count)
+        if self.args.asks_teacher:
+            self.meter.add(self.args.divergence, detached.divergence.sum(), count)
         self.meter.add("entropy", detached.entropy.sum(), count)
         self.meter.add("topd/trajectory_loss", trajectory, batch["guided"])
         if self.args.learns_from_answers:
