@@ -1,4 +1,4 @@
-"""``topd repair``: the arms by hand, weights restored, samples, statistics, resumption, command."""
+"""``topd repair``: losses by hand, weights restored, samples, statistics, resumption, command."""
 
 from __future__ import annotations
 
@@ -19,25 +19,24 @@ from typer.testing import CliRunner
 
 from conftest import EOS, write_pair
 from topd import cli, transport
-from topd.commands import arms, repair
-from topd.commands.arms import ARMS, Lesson
+from topd.commands import repair
 from topd.commands.repair import (
+    TRIED,
     RepairConfig,
     Sample,
     correct,
     distance_to_teacher,
     find_samples,
-    measure,
-    read_table,
+    loss_on,
     restore,
     run_repair,
     snapshot,
-    student_logprobs,
+    to_learn,
     treat,
 )
+from topd.commands.repair_statistics import PAPER, intervals, measure, read_table
 from topd.commands.session import Pair, open_pair, read_analysis
 from topd.errors import TOPDError
-from topd.losses import token_divergence
 from topd.runs.folder import RunFolder
 from topd.training.experience import Observer
 from topd.training.progress import Phases
@@ -69,10 +68,10 @@ def finished(recipe, tmp_path_factory) -> Path:
     return run(recipe, tmp_path_factory.mktemp("finished") / "run")
 
 
-def opened(recipe: Path, folder: Path, *words: str) -> tuple[Pair, RepairConfig]:
+def prepared(recipe: Path, folder: Path, *words: str) -> tuple[Pair, RepairConfig]:
     given = [*WORDS, "--output_dir", str(folder / "unused"), *words]
-    prepared = read_analysis("repair", recipe, given, RepairConfig)
-    return open_pair(prepared, Phases()), prepared.args
+    analysis = read_analysis("repair", recipe, given, RepairConfig)
+    return open_pair(analysis, Phases()), analysis.args
 
 
 def some_samples(pair: Pair, args: RepairConfig, count: int = 3) -> list[Sample]:
@@ -95,106 +94,119 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# Arms, on a vocabulary of three
-
-HALF = [0.5, 0.25, 0.25]
-EVEN = [1 / 3, 1 / 3, 1 / 3]
+# Losses
 
 
-def lesson(**changes: Any) -> Lesson:
-    """A window of two tokens each; the plan crosses, the plan with positions does not."""
-    return Lesson(
-        **{
-            "prefix": (1,),
-            "student_tokens": (0, 2),
-            "teacher_tokens": (1, 0),
-            "teacher_on_student": torch.tensor([EVEN, EVEN]).log(),
-            "teacher_on_own": torch.tensor([HALF, EVEN]).log(),
-            "plan": torch.tensor([[0.0, 0.5], [0.5, 0.0]]),
-            "position_plan": torch.tensor([[0.5, 0.0], [0.0, 0.5]]),
-            "trajectory_weight": 0.5,
-            **changes,
-        }
+@torch.no_grad()
+def logprobs_of(model: nn.Module, prefix: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
+    """[n V] nats, from the model's own logits."""
+    ids = torch.tensor([[*prefix, *window]])
+    return model(input_ids=ids).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+
+
+def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def losses_by_hand(pair: Pair, sample: Sample, weight: float) -> dict[str, float]:
+    """What training with each method would have this fork cost, from whole distributions."""
+    prompt, own, theirs = sample.fork.prompt, sample.fork.response, sample.teacher_tokens
+    s_own, s_along = (logprobs_of(pair.student, prompt.student, w) for w in (own, theirs))
+    t_own, t_along = (logprobs_of(pair.teacher, prompt.teacher, w) for w in (own, theirs))
+    divergence = reverse_kl(s_own, t_own)
+    opd = divergence.mean().item()
+    sft = -s_along.gather(-1, torch.tensor(theirs)[:, None]).mean().item()
+    kd = reverse_kl(t_along, s_along).mean().item()
+    plan = sample.seen.evidence.transport.plan[0, : len(own), : len(theirs)].double()
+    onehot = nn.functional.one_hot(torch.tensor(theirs), s_own.shape[-1]).double()
+    target = plan @ onehot / plan.sum(-1, keepdim=True)
+    target_kl = (torch.xlogy(target, target) - target * s_own).sum(-1).mean().item()
+    faded = torch.tensor([1.0, *[0.3] * (len(own) - 1)])
+    return {
+        "opd": opd,
+        "topd": opd + weight * target_kl,
+        "window_sft": opd + weight * sft,
+        "window_kd": opd + weight * kd,
+        "first_fork": (faded * divergence).mean().item() + weight * kd,
+        "olive": weight * sft,
+    }
+
+
+def test_losses_are_those_of_training_by_hand(recipe, tmp_path):
+    names = "[opd, topd, window_sft, window_kd, first_fork, olive]"
+    pair, args = prepared(recipe, tmp_path, "--methods", names, "--trajectory_weight", "0.7")
+    for sample in some_samples(pair, args):
+        expected = losses_by_hand(pair, sample, 0.7)
+        assert tuple(expected) == args.method_names
+        for name, value in expected.items():
+            batch = to_learn(pair, args, sample, name)
+            loss = loss_on(pair, args.loss_of(name), batch).item()
+            assert loss == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+def test_a_method_brings_its_settings_of_the_loss_unless_they_are_given(recipe, tmp_path):
+    _, args = prepared(recipe, tmp_path, "--method", "topd")
+    assert args.loss_of("first_fork").trajectory_weight == 0.5
+    assert args.loss_of("window_sft").trajectory_weight == RepairConfig.trajectory_weight == 0.1
+    _, args = prepared(recipe, tmp_path, "--trajectory_weight", "0.25")
+    assert {args.loss_of(name).trajectory_weight for name in TRIED} == {0.25}
+
+
+def test_options_are_those_of_the_method_that_they_belong_to(recipe, tmp_path):
+    words = ("--method", "iw_opd", "--method_options", "{gamma: 0.0}")
+    pair, args = prepared(recipe, tmp_path, *words, "--methods", "[opd, iw_opd]")
+    (sample,) = some_samples(pair, args, 1)
+    plain, weighted = (to_learn(pair, args, sample, name) for name in args.method_names)
+    assert torch.equal(plain["weights"], weighted["weights"])
+
+
+@pytest.mark.parametrize("name", ["kl_top", "teachability", "relay", "negative", "downweight"])
+def test_every_kind_of_method_can_be_tried(recipe, tmp_path, name):
+    pair, args = prepared(recipe, tmp_path, "--methods", name)
+    assert args.method_names == (name,)
+    (sample,) = some_samples(pair, args, 1)
+    start, weights = weights_hash(pair.student), snapshot(pair.student)
+    correct(pair, args, sample, name)
+    assert weights_hash(pair.student) != start
+    restore(pair.student, weights)
+
+
+def test_a_method_of_ones_own_is_tried(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_repair_guides.py").write_text(
+        "from topd.methods import Method, window_sft\n"
+        "def mine(evidence):\n    return window_sft(evidence)\n"
+        "heavy = Method(mine, looks_ahead=True, settings={'trajectory_weight': 2.0})\n"
     )
-
-
-def logprobs() -> tuple[Tensor, Tensor]:
-    """The student's, along its own window and along the teacher's."""
-    own = torch.tensor([HALF, EVEN], dtype=torch.float64).log().requires_grad_()
-    along = torch.tensor([EVEN, HALF], dtype=torch.float64).log().requires_grad_()
-    return own, along
-
-
-REVERSE_KL = (0.5 * math.log(0.5 * 3) + 0.5 * math.log(0.25 * 3)) / 2  # the second token agrees
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("opd", REVERSE_KL),
-        ("window_sft", (math.log(3) + math.log(2)) / 2),
-        # KL(half | even) at the first token, KL(even | half) at the second
-        (
-            "window_kd",
-            (
-                0.5 * math.log(1.5)
-                + 0.5 * math.log(0.75)
-                + (math.log(2 / 3) + 2 * math.log(4 / 3)) / 3
-            )
-            / 2,
-        ),
-        # crossed: the first position is pulled to token 0 (p = 1/2), the second to 1 (p = 1/3)
-        ("topd", REVERSE_KL + 0.5 * (math.log(2) + math.log(3)) / 2),
-        # in place: the first is pulled to token 1 (p = 1/4), the second to 0 (p = 1/3)
-        ("topd_position", REVERSE_KL + 0.5 * (math.log(4) + math.log(3)) / 2),
-    ],
-)
-def test_arms_by_hand(name, value):
-    assert ARMS[name](*logprobs(), lesson()).item() == pytest.approx(value, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("name", "windows"),
-    [
-        ("opd", {"own"}),
-        ("window_sft", {"along"}),
-        ("window_kd", {"along"}),
-        ("topd", {"own"}),
-        ("topd_position", {"own"}),
-    ],
-)
-def test_an_arm_learns_along_its_own_window_only(name, windows):
-    own, along = logprobs()
-    ARMS[name](own, along, lesson()).backward()
-    learned = {side for side, x in (("own", own), ("along", along)) if x.grad is not None}
-    assert learned == windows
-
-
-def test_every_arm_is_tested_here():
-    assert set(ARMS) == {"opd", "window_sft", "window_kd", "topd", "topd_position"}
-
-
-def test_lambda_0_leaves_opd():
-    own, along = logprobs()
-    without = lesson(trajectory_weight=0.0)
-    assert arms.topd(own, along, without).item() == arms.opd(own, along, without).item()
+    own = "my_repair_guides:heavy"
+    folder = run(recipe, tmp_path / "run", "--methods", f"[window_sft, '{own}']")
+    summary = load(folder / "repair.json")
+    assert list(summary["arms"]) == ["before", "window_sft", own]
+    assert summary["trajectory_weight"] == {"window_sft": 0.1, own: 2.0}
+    pair, args = prepared(recipe, tmp_path, "--methods", f"[window_sft, '{own}']")
+    (sample,) = some_samples(pair, args, 1)
+    sft, heavy = (to_learn(pair, args, sample, name) for name in args.method_names)
+    assert heavy["branches"][0]["tokens"].tolist() == sft["branches"][0]["tokens"].tolist()
+    expected = losses_by_hand(pair, sample, 2.0)["window_sft"]
+    assert loss_on(pair, args.loss_of(own), heavy).item() == pytest.approx(expected, rel=1e-4)
 
 
 # Samples
 
 
 def test_samples_are_real_divergent_points_with_a_whole_window_one_a_rollout(recipe, tmp_path):
-    pair, args = opened(recipe, tmp_path, "--ot_threshold", "0.85")
+    pair, args = prepared(recipe, tmp_path, "--ot_threshold", "0.85")
     samples = some_samples(pair, args, 8)
     numbers = [sample.number for sample in samples]
     assert numbers == sorted(set(numbers))
     teacher = AutoModelForCausalLM.from_pretrained(recipe.parent / "teacher")
     table = teacher.get_input_embeddings().weight.detach()
     for sample in samples:
-        rollout, t, learned = sample.rollout, sample.position, sample.lesson
-        assert learned.prefix == rollout.prompt.student + rollout.response[:t]
-        assert learned.student_tokens == rollout.response[t : t + K]
-        assert rollout.finished or len(learned.student_tokens) == K
+        rollout, t, fork = sample.rollout, sample.position, sample.fork
+        assert fork.prompt.student == rollout.prompt.student + rollout.response[:t]
+        assert fork.prompt.teacher == rollout.prompt.teacher + rollout.response[:t]
+        assert fork.response == rollout.response[t : t + K]
+        assert rollout.finished or len(fork.response) == K
         given = torch.tensor([rollout.prompt.teacher + rollout.response[:t]])
         out = teacher.generate(
             given,
@@ -204,84 +216,56 @@ def test_samples_are_real_divergent_points_with_a_whole_window_one_a_rollout(rec
             eos_token_id=EOS,
             pad_token_id=0,
         )
-        assert learned.teacher_tokens == tuple(out[0, given.shape[1] :].tolist())
+        assert sample.teacher_tokens == tuple(out[0, given.shape[1] :].tolist())
         cost = transport.ground_cost(
-            table[torch.tensor(learned.student_tokens)][None],
-            table[torch.tensor(learned.teacher_tokens[: len(learned.student_tokens)])][None],
+            table[torch.tensor(fork.response)][None],
+            table[torch.tensor(sample.teacher_tokens[: len(fork.response)])][None],
         )
         assert sample.distance == pytest.approx(transport.solve(cost).distance.item(), abs=1e-5)
         assert sample.distance >= 0.85
-        both = cost.shape[-1]  # what the teacher writes beyond the student's window is left out
-        moved = (learned.plan[:, :both] * cost[0]).sum().item()
-        assert moved == pytest.approx(sample.distance, abs=1e-5)
-        assert not learned.plan[:, both:].any()
-
-
-@torch.no_grad()
-def test_logprobs_of_a_lesson_are_those_of_the_models_own_logits(recipe, tmp_path):
-    pair, args = opened(recipe, tmp_path)
-
-    def reference(model, prefix, window):
-        ids = torch.tensor([[*prefix, *window]])
-        return model(input_ids=ids).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
-
-    for sample in some_samples(pair, args):
-        learned, rollout = sample.lesson, sample.rollout
-        own, along = student_logprobs(pair, args, learned)
-        theirs = rollout.prompt.teacher + rollout.response[: sample.position]
-        for found, model, prefix, window in (
-            (own, pair.student, learned.prefix, learned.student_tokens),
-            (along, pair.student, learned.prefix, learned.teacher_tokens),
-            (learned.teacher_on_student, pair.teacher, theirs, learned.student_tokens),
-            (learned.teacher_on_own, pair.teacher, theirs, learned.teacher_tokens),
-        ):
-            expected = reference(model, prefix, window)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_plan_of_topd_position_costs_positions(recipe, tmp_path):
-    pair, args = opened(recipe, tmp_path, "--arm_position_weight", "50")
-    for sample in some_samples(pair, args):
-        n = len(sample.lesson.student_tokens)
-        if n == len(sample.lesson.teacher_tokens):
-            torch.testing.assert_close(sample.lesson.position_plan, torch.eye(n) / n)
+        evidence, both = sample.seen.evidence, cost.shape[-1]  # the teacher's rest is left out
+        plan = evidence.transport.plan[0, : len(fork.response)]
+        assert (plan[:, :both] * cost[0]).sum().item() == pytest.approx(sample.distance, abs=1e-5)
+        assert not plan[:, both:].any()
+        assert evidence.real.tolist() == [True]
+        assert evidence.windows.start.tolist() == [0]
 
 
 # The experiment
 
 
-def test_every_arm_starts_from_the_same_weights_which_are_back_at_the_end(
+def test_every_method_starts_from_the_same_weights_which_are_back_at_the_end(
     recipe, tmp_path, monkeypatch
 ):
-    pair, args = opened(recipe, tmp_path)
+    pair, args = prepared(recipe, tmp_path)
     start, seen, after = weights_hash(pair.student), [], []
 
-    def spied(pair: Pair, args: RepairConfig, learned: Lesson, arm: Any) -> None:
+    def spied(pair: Pair, args: RepairConfig, sample: Sample, name: str) -> None:
         seen.append(weights_hash(pair.student))
-        correct(pair, args, learned, arm)
+        correct(pair, args, sample, name)
         after.append(weights_hash(pair.student))
 
     monkeypatch.setattr(repair, "correct", spied)
     weights = snapshot(pair.student)
     for sample in some_samples(pair, args, 2):
         list(treat(pair, args, sample, weights))
-    assert seen == [start] * 2 * len(ARMS)
+    assert seen == [start] * 2 * len(TRIED)
     assert start not in after
     assert len(set(after)) == len(after)
     assert weights_hash(pair.student) == start
 
 
-def test_the_optimiser_of_an_arm_knows_nothing_of_the_arms_before(recipe, tmp_path):
+def test_the_optimiser_of_a_method_knows_nothing_of_the_methods_before(recipe, tmp_path):
     found = {}
     for names in ("[window_sft, opd]", "[opd]"):
-        pair, args = opened(recipe, tmp_path, "--arms", names)
+        pair, args = prepared(recipe, tmp_path, "--methods", names)
         (sample,) = some_samples(pair, args, 1)
         weights = snapshot(pair.student)
         kept = {}
 
-        def spied(pair, args, learned, arm, kept=kept):
-            correct(pair, args, learned, arm)
-            kept[arm.__name__] = weights_hash(pair.student)
+        def spied(pair, args, sample, name, kept=kept):
+            correct(pair, args, sample, name)
+            kept[name] = weights_hash(pair.student)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(repair, "correct", spied)
@@ -302,46 +286,46 @@ def test_restore_undoes_anything():
     assert weights_hash(model) == before
 
 
-@pytest.mark.parametrize("name", ["window_sft", "window_kd"])
+@pytest.mark.parametrize("name", ["olive", "window_sft"])
 def test_enough_updates_along_the_teachers_window_repair_the_fork(recipe, tmp_path, name):
-    pair, args = opened(recipe, tmp_path, "--updates", "150")
+    pair, args = prepared(recipe, tmp_path, "--updates", "150")
     args.learning_rate = 3e-3
     for sample in some_samples(pair, args, 2):
-        before, tokens = distance_to_teacher(pair, args, sample.lesson)
-        assert tokens != sample.lesson.teacher_tokens
+        before, tokens = distance_to_teacher(pair, args, sample)
+        assert tokens != sample.teacher_tokens
         weights = snapshot(pair.student)
-        correct(pair, args, sample.lesson, ARMS[name])
-        after, tokens = distance_to_teacher(pair, args, sample.lesson)
+        correct(pair, args, sample, name)
+        after, tokens = distance_to_teacher(pair, args, sample)
         restore(pair.student, weights)
-        if name == "window_sft":
-            assert tokens == sample.lesson.teacher_tokens
+        if name == "olive":
+            assert tokens == sample.teacher_tokens
             assert after == pytest.approx(0, abs=1e-5)
         assert after < before
 
 
 def test_opd_lowers_the_divergence_along_the_students_own_window(recipe, tmp_path):
-    pair, args = opened(recipe, tmp_path, "--updates", "20")
+    pair, args = prepared(recipe, tmp_path, "--updates", "20")
     args.learning_rate = 3e-3
     for sample in some_samples(pair, args, 2):
-        learned, weights, values = sample.lesson, snapshot(pair.student), []
+        weights, values = snapshot(pair.student), []
+        batch = to_learn(pair, args, sample, "opd")
         for _ in range(2):
             with torch.no_grad():
-                own, _ = student_logprobs(pair, args, learned)
-            values.append(token_divergence(own, learned.teacher_on_student).mean().item())
-            correct(pair, args, learned, ARMS["opd"])
+                values.append(loss_on(pair, args, batch).item())
+            correct(pair, args, sample, "opd")
         restore(pair.student, weights)
         assert values[1] < 0.7 * values[0]
 
 
 def test_one_update_is_one_step_of_adamw(recipe, tmp_path):
-    """By hand, from the gradient of the arm: lr g / (|g| + eps) wherever there is a gradient."""
-    pair, args = opened(recipe, tmp_path, "--updates", "1", "--max_grad_norm", "1e9")
+    """By hand, from the gradient of the loss: lr g / (|g| + eps) wherever there is a gradient."""
+    pair, args = prepared(recipe, tmp_path, "--updates", "1", "--max_grad_norm", "1e9")
     (sample,) = some_samples(pair, args, 1)
     weights = snapshot(pair.student)
-    ARMS["topd"](*student_logprobs(pair, args, sample.lesson), sample.lesson).backward()
+    loss_on(pair, args, to_learn(pair, args, sample, "topd")).backward()
     gradients = {n: p.grad.clone() for n, p in pair.student.named_parameters()}
     pair.student.zero_grad()
-    correct(pair, args, sample.lesson, ARMS["topd"])
+    correct(pair, args, sample, "topd")
     for name, parameter in pair.student.named_parameters():
         gradient = gradients[name]
         expected = weights[name] - 0.01 * gradient / (gradient.abs() + 1e-8)
@@ -361,7 +345,7 @@ def test_the_run_folder_holds_all_that_its_legend_names(finished):
         assert {*one["student_tokens"], *one.get("teacher_tokens", ())} <= set(texts)
     samples = read(finished / "samples.jsonl")
     places = [(one["sample"], one["arm"]) for one in samples]
-    assert places == [(i, arm) for i in range(3) for arm in ("before", *ARMS)]
+    assert places == [(i, arm) for i in range(3) for arm in ("before", *TRIED)]
     rollouts = {one["rollout"]: one for one in read(finished / "rollouts.jsonl")}
     assert len(rollouts) == 3
     for one in samples:
@@ -410,7 +394,7 @@ def test_means_reductions_and_paired_differences_by_hand():
 
 
 def test_the_papers_reductions_are_35_and_62_per_cent():
-    found = measure(table(**{name: [value] for name, value in repair.PAPER.items()}))
+    found = measure(table(**{name: [value] for name, value in PAPER.items()}))
     assert round(found["reduction_percent/opd"]) == 35
     assert round(found["reduction_percent/topd"]) == 62
 
@@ -423,7 +407,7 @@ def test_intervals_are_paired():
     """Samples differ much, the arms by a constant: the interval of the difference has no width."""
     before = np.random.default_rng(0).uniform(size=50)
     columns = table(before=before.tolist(), opd=(before - 0.125).tolist())
-    found = repair.intervals(columns, measure, repeats=50, seed=0)
+    found = intervals(columns, measure, repeats=50, seed=0)
     difference, mean = found["difference_to_before/opd"], found["mean/opd"]
     assert difference.low == pytest.approx(-0.125)
     assert difference.high == pytest.approx(-0.125)
@@ -435,7 +419,7 @@ def test_the_summary_is_that_of_the_samples(finished):
     assert summary["samples"] == 3
     assert summary["updates"] == 2
     assert summary["paper"] == {"before": 0.538, "opd": 0.350, "topd": 0.204}
-    assert list(summary["arms"]) == ["before", *ARMS]
+    assert list(summary["arms"]) == ["before", *TRIED]
     for name, arm in summary["arms"].items():
         distances = [one["distance"] for one in samples if one["arm"] == name]
         assert arm["mean"]["value"] == pytest.approx(np.mean(distances))
@@ -526,8 +510,11 @@ def refusal(recipe: Path, *words: str) -> str:
     [
         (("--samples", "0"), "samples: 0 must be at least 1"),
         (("--updates", "0"), "updates: 0 must be at least 1"),
-        (("--arms", "[opd, sft]"), "arms: 'sft' is not one of opd, window_sft"),
-        (("--arm_position_weight", "-1"), "arm_position_weight: -1.0"),
+        (("--methods", "[opd, sft]"), "methods: 'sft' is not one of opd, first_fork"),
+        (
+            ("--methods", "no_such_guides:sft"),
+            "methods: no_such_guides:sft: 'no_such_guides'",
+        ),
         (("--rollouts", "9"), "unknown key 'rollouts'"),
     ],
 )
@@ -572,7 +559,7 @@ def test_the_command_prints_a_table_within_80_columns(recipe, finished, monkeypa
 
 
 def test_bad_words_end_with_exit_code_2_and_one_message(recipe, tmp_path):
-    words = ["--output_dir", str(tmp_path), "--arms", "[none]"]
+    words = ["--output_dir", str(tmp_path), "--methods", "[none]"]
     result = CliRunner().invoke(cli.app, ["repair", str(recipe), *words])
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")

@@ -36,8 +36,7 @@ from topd.commands.session import (
     AnalysisConfig,
     Pair,
     batches,
-    open_folder,
-    open_pair,
+    opened,
     read_analysis,
 )
 from topd.config import _field
@@ -46,7 +45,6 @@ from topd.errors import TOPDError
 from topd.losses import TokenTerms, linear_token_terms
 from topd.runs.files import trim
 from topd.runs.folder import RunFolder, rollout_record
-from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
 from topd.training.experience import pair_windows
@@ -108,16 +106,8 @@ def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None 
         TOPDError: bad input, or another run in the folder.
     """
     recipe = read_analysis("probe", path, words, ProbeConfig)
-    with one_writer(Path(recipe.args.output_dir)):
-        phases = Phases()
-        pair = open_pair(recipe, phases)
-        run = open_folder("probe", recipe, pair)
-        if console:
-            phases.show(console)
-        try:
-            _probe(recipe.args, pair, run, phases)
-        finally:
-            phases.stop()
+    with opened("probe", recipe, console) as (pair, run, phases):
+        _probe(recipe.args, pair, run, phases)
         run.write("probe.json", summarise(run.folder, recipe.args, pair.tokenizer.decode))
     return run.folder
 

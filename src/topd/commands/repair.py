@@ -2,63 +2,72 @@
 
 The local correction experiment of arXiv 2606.00305: prefixes with one real divergent point each; a
 few updates on that one prefix, the loss masked to the window; then the student continues greedily
-from the same prefix, and its window is compared with the teacher's. Every arm starts from the
+from the same prefix, and its window is compared with the teacher's. Every method starts from the
 same weights with a new optimiser.
+
+A fork is a rollout of its own here: all that came before is its prompt, the student's window its
+response, and its first token is a real divergent point. A method guides it, and it is learned from,
+as in training, by the same functions with the same loss.
 
 ::
 
     RUN/run.json         command, recipe and configuration
         manifest.json    versions, device, seed, fingerprints of models and data
         rollouts.jsonl   the rollout of every sample, as in training
-        samples.jsonl    one line a sample and arm: OT distance to the teacher, both windows
+        samples.jsonl    one line a sample and method: OT distance to the teacher, both windows
         tokens.jsonl     the text of every token that occurs
         metrics.jsonl    one line a sample: seconds
         repair.json      the summary
-
-Arms are in :mod:`topd.commands.arms`.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor, nn
 
-from topd.commands.arms import ARMS, Arm, Lesson
-from topd.commands.probe_statistics import METRICS, Array, intervals
+from topd.commands.probe_statistics import METRICS
+from topd.commands.repair_statistics import SAMPLES, summarise
 from topd.commands.session import (
     ROLLOUTS,
     AnalysisConfig,
     Pair,
     batches,
-    open_folder,
-    open_pair,
+    opened,
     read_analysis,
 )
 from topd.config import _field
 from topd.divergence import real_divergent_points
+from topd.engines import Scores
 from topd.errors import TOPDError
+from topd.methods import METHODS, Method
+from topd.named import row_named
 from topd.runs.files import read_lines, trim
 from topd.runs.folder import RunFolder, rollout_record
-from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
-from topd.training.experience import pair_windows
+from topd.training.experience import Seen, pair_windows, statistics_of
+from topd.training.learning import (
+    LearningBatch,
+    Totals,
+    can_pack,
+    collate,
+    learning_terms,
+    update_loss,
+)
 from topd.training.progress import Phases
-from topd.types import Generation, Head, Ids, Prompt, Rollout, Sampling
+from topd.types import Generation, Ids, Prompt, Rollout, Sampling
 
-SAMPLES = "samples.jsonl"
 ROLLOUTS_A_SAMPLE = 50  # give up when so many rollouts a sample have been looked at
-PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}
+TRIED = ("opd", "topd", "window_sft", "window_kd", "first_fork")  # unless others are asked for
+LOSS = ("beta", "trajectory_weight", "trajectory_reduction")  # settings that the loss reads
 
 
 @dataclass
@@ -66,38 +75,64 @@ class RepairConfig(AnalysisConfig):
     """What a repair does: TOPDConfig's rollouts, windows, transport and optimiser, and these."""
 
     samples: int = _field(200, "Prefixes, each with one real divergent point.")
-    updates: int = _field(5, "M, updates of each arm on a prefix.")
-    arms: tuple[str, ...] | None = _field(None, "Names of the arms; none: all.")
-    arm_position_weight: float = _field(2.0, "eta in the plan of the arm topd_position.")
+    updates: int = _field(5, "M, updates with each method on a prefix.")
+    methods: tuple[str, ...] | str | None = _field(
+        None, f"What is tried: methods, my_module:function too; none: {', '.join(TRIED)}."
+    )
 
     def _check(self) -> None:
         super()._check()
         for name in ("samples", "updates"):
             self._at_least_1(name)
-        if not 0 <= self.arm_position_weight < math.inf:
-            raise TOPDError(
-                f"arm_position_weight: {self.arm_position_weight} must be finite and at least 0."
-            )
-        for name in self.arms or ():
-            if name not in ARMS:
-                raise TOPDError(f"arms: {name!r} is not one of {', '.join(ARMS)}.")
+        for name in self.method_names:
+            row_named("methods", name, METHODS, Method)
 
     @property
-    def arm_names(self) -> tuple[str, ...]:
-        """The arms to run, in order."""
-        return tuple(self.arms or ARMS)
+    def method_names(self) -> tuple[str, ...]:
+        """The methods to try, in order."""
+        return (self.methods,) if isinstance(self.methods, str) else tuple(self.methods or TRIED)
+
+    def method_of(self, name: str) -> Method:
+        """A method by its name; with ``method_options`` if it is ``method`` itself."""
+        if name == self.method:
+            return self.guidance_method()
+        return row_named("methods", name, METHODS, Method)
+
+    def loss_of(self, name: str) -> RepairConfig:
+        """These arguments with the loss that training with a method has by default.
+
+        Its own settings, or those of the class, hold where nothing was given; the rollout is the
+        student's own, so no importance is weighed.
+        """
+        own, settings = copy.copy(self), self.method_of(name).settings
+        for key in LOSS:
+            if key not in self._given:
+                setattr(own, key, settings.get(key, getattr(RepairConfig, key)))
+        own.overlap = False
+        return own
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A real divergent point: ``distance`` is the OT by which it was found at ``position``."""
+    """A real divergent point, at ``position`` of a rollout, and what a method gets to see of it.
+
+    ``distance`` is the OT by which it was found. ``fork`` is the rollout from there on, cut to a
+    window, its prompt all that came before; ``seen`` the teacher's view of it.
+    """
 
     number: int
     rollout: Rollout
     teacher_logprobs: tuple[float, ...]
     position: int
     distance: float
-    lesson: Lesson
+    fork: Rollout
+    seen: Seen
+
+    @property
+    def teacher_tokens(self) -> Ids:
+        """The teacher's window."""
+        windows = self.seen.evidence.windows
+        return tuple(windows.teacher_tokens[0][windows.teacher_mask[0]].tolist())
 
 
 def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
@@ -115,18 +150,27 @@ def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None
         TOPDError: bad input, another run in the folder, or too few real divergent points.
     """
     recipe = read_analysis("repair", path, words, RepairConfig)
-    with one_writer(Path(recipe.args.output_dir)):
-        phases = Phases()
-        pair = open_pair(recipe, phases)
-        run = open_folder("repair", recipe, pair)
-        if console:
-            phases.show(console)
-        try:
-            _repair(recipe.args, pair, run, phases)
-        finally:
-            phases.stop()
-        run.write("repair.json", summarise(run.folder, recipe.args))
+    with opened("repair", recipe, console) as (pair, run, phases):
+        _repair(recipe.args, pair, run, phases)
+        run.write("repair.json", _summary(run.folder, recipe.args))
     return run.folder
+
+
+def _summary(folder: Path, args: RepairConfig) -> dict[str, Any]:
+    """The content of repair.json."""
+    names = args.method_names
+    return summarise(
+        folder,
+        names,
+        repeats=args.bootstrap,
+        seed=args.seed,
+        updates=args.updates,
+        learning_rate=args.learning_rate,
+        window_length=args.window_length,
+        trajectory_weight={
+            name: args.loss_of(name).trajectory_weight for name in args.method_names
+        },
+    )
 
 
 def _repair(args: RepairConfig, pair: Pair, run: RunFolder, phases: Phases) -> None:
@@ -198,63 +242,97 @@ def samples_of(
     seeds = sampling_seeds(args.seed, 0, len(prompts), first=number)
     rollouts = observer.roll_out(prompts, seeds)
     scores = observer.score(rollouts, number)
-    teacher = scores.logprobs.cpu()
-    starts = observer.candidates(observer.token_losses(rollouts, scores), length)
+    losses, teacher = observer.token_losses(rollouts, scores), scores.logprobs.cpu()
     starts = [
-        (b, t) for b, t in starts if rollouts[b].finished or t + length <= len(rollouts[b].response)
+        (row, t)
+        for row, t in observer.candidates(losses, length)
+        if rollouts[row].finished or t + length <= len(rollouts[row].response)
     ]
     if not starts:
         return
     written = observer.look_ahead(scores, starts, seeds, length)
-    windows = pair_windows(rollouts, starts, written, length)
-    found = observer.compare(windows)
-    plans = observer.compare(windows, position_weight=args.arm_position_weight).plan
+    distance = observer.compare(pair_windows(rollouts, starts, written, length)).distance
     real = real_divergent_points(
-        found.distance, false_alarm_share=args.false_alarm_share, threshold=args.ot_threshold
+        distance, false_alarm_share=args.false_alarm_share, threshold=args.ot_threshold
     )
     for row, k in _one_a_rollout(starts, real.tolist(), args.seed, number):
         rollout, t = rollouts[row], starts[k][1]
-        n, m = int(windows.student_mask[k].sum()), int(windows.teacher_mask[k].sum())
-        hidden = written[k].hidden
-        if hidden is None:  # a served teacher keeps none
-            seen = rollout.prompt.teacher + rollout.response[:t]
-            hidden = observer.teacher.score([seen], [written[k].tokens]).hidden[0]
-        head, temperature = observer.teacher.head, args.loss_temperature
-        lesson = Lesson(
-            rollout.prompt.student + rollout.response[:t],
-            rollout.response[t : t + n],
-            written[k].tokens[:m],
-            _logprobs(head, scores.hidden[row, t : t + n], temperature),
-            _logprobs(head, hidden[:m], temperature),
-            found.plan[k, :n, :m],
-            plans[k, :n, :m],
-            args.trajectory_weight,
-        )
+        fork = fork_at(rollout, t, length)
+        loss = losses[row][t : t + length]
+        seen = see(pair, args, fork, _from(scores, row, t, fork), loss, written[k], seeds[row])
         logprobs = tuple(teacher[row, : len(rollout.response)].tolist())
-        yield Sample(number + row, rollout, logprobs, t, float(found.distance[k]), lesson)
+        yield Sample(number + row, rollout, logprobs, t, float(distance[k]), fork, seen)
+
+
+def fork_at(rollout: Rollout, t: int, length: int) -> Rollout:
+    """The window of a rollout from token ``t`` on as a response to all that came before."""
+    prompt, before = rollout.prompt, rollout.response[:t]
+    return replace(
+        rollout,
+        prompt=Prompt(prompt.index, prompt.student + before, prompt.teacher + before),
+        response=rollout.response[t : t + length],
+        logprobs=rollout.logprobs[t : t + length],
+    )
+
+
+def see(
+    pair: Pair,
+    args: RepairConfig,
+    fork: Rollout,
+    teacher: tuple[Tensor, Tensor],
+    loss: Tensor,
+    written: Generation,
+    seed: int,
+) -> Seen:
+    """The teacher's view of a fork whose first token is a real divergent point.
+
+    Args:
+        pair: both models.
+        args: what is to be tried.
+        fork: T tokens of a rollout.
+        teacher: its last hidden states [T D] and log-probs [T], nats.
+        loss: [T] nats, the token loss that ranks candidates.
+        written: the teacher's window.
+        seed: of what methods draw.
+    """
+    observer = pair.observer
+    evidence = observer.evidence([fork], [loss], [(0, 0)], [written], args.length)
+    evidence = replace(evidence, real=torch.tensor([True]), seed=seed)
+    if any(args.method_of(name).statistics for name in args.method_names):
+        known = observer.statistics([fork], observer.score([fork], keep=False))
+        evidence = replace(evidence, statistics=statistics_of(known))
+    hidden, logprobs = teacher
+    return Seen([hidden], [logprobs], [(0, 0)], [written], evidence)
+
+
+def _from(scores: Scores, row: int, t: int, fork: Rollout) -> tuple[Tensor, Tensor]:
+    """Of a batch's scores, those of a fork at token ``t`` of a row."""
+    end = t + len(fork.response)
+    return scores.hidden[row, t:end], scores.logprobs[row, t:end]
 
 
 def treat(
     pair: Pair, args: RepairConfig, sample: Sample, weights: dict[str, Tensor]
 ) -> Iterator[dict[str, Any]]:
-    """One record an arm, the first for the student as it was. Afterwards its weights are back."""
+    """One record a method, the first for the student as it was, whose weights are then back."""
     place = {"rollout": sample.number, "prompt": sample.rollout.prompt.index}
     place["position"] = sample.position
-    for name in ("before", *args.arm_names):
+    for name in ("before", *args.method_names):
         if name != "before":
-            with pair.observer.phases.phase(f"arm {name}"):
-                correct(pair, args, sample.lesson, ARMS[name])
-        distance, tokens = distance_to_teacher(pair, args, sample.lesson)
+            with pair.observer.phases.phase(f"method {name}"):
+                correct(pair, args, sample, name)
+        distance, tokens = distance_to_teacher(pair, args, sample)
         restore(pair.student, weights)
         record = {"arm": name, "distance": distance, **place, "student_tokens": tokens}
         if name == "before":
             record["found"] = sample.distance
-            record["teacher_tokens"] = sample.lesson.teacher_tokens
+            record["teacher_tokens"] = sample.teacher_tokens
         yield record
 
 
-def correct(pair: Pair, args: RepairConfig, lesson: Lesson, arm: Arm) -> None:
-    """A few updates of the student on one prefix, with an optimiser of their own."""
+def correct(pair: Pair, args: RepairConfig, sample: Sample, name: str) -> None:
+    """A few updates of the student on one fork, with an optimiser of their own."""
+    batch, loss_of = to_learn(pair, args, sample, name), args.loss_of(name)
     parameters = [p for p in pair.student.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(
         parameters,
@@ -264,38 +342,39 @@ def correct(pair: Pair, args: RepairConfig, lesson: Lesson, arm: Arm) -> None:
         weight_decay=args.weight_decay,
     )
     for _ in range(args.updates):
-        with pair.autocast():
-            loss = arm(*student_logprobs(pair, args, lesson), lesson)
-        loss.backward()
+        loss_on(pair, loss_of, batch).backward()
         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimiser.step()
         optimiser.zero_grad()
 
 
-def student_logprobs(
-    pair: Pair, args: RepairConfig, lesson: Lesson
-) -> tuple[Float[Tensor, "n V"], Float[Tensor, "m V"]]:
-    """Log-probs along the student's window and along the teacher's, nats, from one forward."""
-    rows = [lesson.prefix + lesson.student_tokens, lesson.prefix + lesson.teacher_tokens]
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    ids = ids.to(pair.student.device)
-    states = pair.student.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    first = len(lesson.prefix) - 1
-    own = states[0, first : first + len(lesson.student_tokens)]
-    along = states[1, first : first + len(lesson.teacher_tokens)]
-    head, temperature = pair.observer.student.head, args.loss_temperature
-    return _logprobs(head, own, temperature), _logprobs(head, along, temperature)
+@torch.no_grad()
+def to_learn(pair: Pair, args: RepairConfig, sample: Sample, name: str) -> LearningBatch:
+    """A method's guidance of a fork, laid out for the student."""
+    observer, seen = pair.observer, sample.seen
+    method, seed = args.method_of(name), seen.evidence.seed
+    experience = observer.guided([sample.fork], [seed], method, seen)
+    totals = Totals(len(sample.fork.response), experience.guidance[0].guided)
+    packed = pair.shares_rows and can_pack(pair.student)
+    return collate(experience, [0], totals, pair.student.device, packed=packed)
+
+
+def loss_on(pair: Pair, args: RepairConfig, batch: LearningBatch) -> Tensor:
+    """The loss of training on a batch that is a whole update, nats."""
+    with pair.autocast():
+        terms = learning_terms(pair.student, batch, pair.observer.teacher.head, args)
+    return update_loss(terms, batch, args)[0]
 
 
 @torch.no_grad()
-def distance_to_teacher(pair: Pair, args: RepairConfig, lesson: Lesson) -> tuple[float, Ids]:
+def distance_to_teacher(pair: Pair, args: RepairConfig, sample: Sample) -> tuple[float, Ids]:
     """OT distance from the student's greedy continuation of the prefix, and its tokens."""
     sampling = Sampling(temperature=0.0, max_new_tokens=args.length)
+    prefix = sample.fork.prompt.student
     with pair.observer.phases.phase("continuations"):
-        (written,) = pair.observer.student.generate([lesson.prefix], sampling, [0])
-    rollout = Rollout(Prompt(0, lesson.prefix, lesson.prefix), written.tokens, (), finished=True)
-    teacher = Generation(lesson.teacher_tokens, (), finished=True)
+        (written,) = pair.observer.student.generate([prefix], sampling, [0])
+    rollout = Rollout(Prompt(0, prefix, prefix), written.tokens, (), finished=True)
+    teacher = Generation(sample.teacher_tokens, (), finished=True)
     windows = pair_windows([rollout], [(0, 0)], [teacher], args.length)
     return float(pair.observer.compare(windows).distance[0]), written.tokens
 
@@ -312,70 +391,6 @@ def restore(model: nn.Module, weights: dict[str, Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def summarise(folder: Path, args: RepairConfig) -> dict[str, Any]:
-    """The content of repair.json, from the records in the folder."""
-    names = ("before", *args.arm_names)
-    table = read_table(folder / SAMPLES, names)
-    found = intervals(table, measure, repeats=args.bootstrap, seed=args.seed)
-    return {
-        "samples": len(table),
-        "updates": args.updates,
-        "learning_rate": args.learning_rate,
-        "window_length": args.window_length,
-        "trajectory_weight": args.trajectory_weight,
-        "arm_position_weight": args.arm_position_weight,
-        "interval": f"95 % percentile bootstrap over prompts, {args.bootstrap} resamples",
-        "mean_distance_found": float(table["found"].mean()),
-        "arms": {
-            name: {
-                "median": float(np.median(table[name])),
-                **{kind: asdict(found[f"{kind}/{name}"]) for kind in _kinds(name, names)},
-            }
-            for name in names
-        },
-        "paper": PAPER,
-        "cost": {"seconds": _seconds(folder)},
-    }
-
-
-def read_table(path: Path, names: Sequence[str]) -> Array:
-    """samples.jsonl as a structured array: a row a sample, a column an arm."""
-    kind = np.dtype([("prompt", "i8"), ("found", "f8"), *((name, "f8") for name in names)])
-    rows: list[dict[str, float]] = []
-    for record in read_lines(path):
-        if record["arm"] == "before":
-            rows.append({"prompt": record["prompt"], "found": record["found"]})
-        rows[-1][record["arm"]] = record["distance"]
-    return np.array([tuple(row[name] for name in kind.names or ()) for row in rows], kind)
-
-
-def measure(table: Array) -> dict[str, float]:
-    """Means and paired comparisons of all arms; a reduction is in per cent of the mean before."""
-    names = [name for name in table.dtype.names or () if name not in ("prompt", "found")]
-    before = float(table["before"].mean())
-    found = {}
-    for name in names:
-        mean = float(table[name].mean())
-        found[f"mean/{name}"] = mean
-        found[f"reduction_percent/{name}"] = 100 * (1 - mean / before) if before else math.nan
-        for other in ("before", "opd"):
-            if other in names:
-                difference = float((table[name] - table[other]).mean())
-                found[f"difference_to_{other}/{name}"] = difference
-    return found
-
-
-def _kinds(name: str, names: Sequence[str]) -> list[str]:
-    """The statistics that say something of an arm."""
-    others = [other for other in ("before", "opd") if other in names and other != name]
-    compared = [f"difference_to_{other}" for other in others if name != "before"]
-    return ["mean", *(["reduction_percent", *compared] if name != "before" else [])]
-
-
-def _logprobs(head: Head, hidden: Tensor, temperature: float) -> Tensor:
-    return (head.logits(hidden) / temperature).log_softmax(-1)
-
-
 def _one_a_rollout(
     starts: Sequence[tuple[int, int]], real: Sequence[bool], seed: int, number: int
 ) -> Iterator[tuple[int, int]]:
@@ -387,10 +402,3 @@ def _one_a_rollout(
     for row, some in places.items():
         generator = np.random.default_rng((seed, Stream.REPAIR_RESAMPLES, number + row))
         yield row, some[int(generator.integers(len(some)))]
-
-
-def _seconds(folder: Path) -> dict[str, float]:
-    total: Counter[str] = Counter()
-    for record in read_lines(folder / METRICS):
-        total.update({k.removeprefix("seconds/"): v for k, v in record.items() if k != "sample"})
-    return {**total, "all": sum(total.values())}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import datasets
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
@@ -32,6 +33,7 @@ from topd.inputs.heads import check_head
 from topd.inputs.models import check_context, load_pair, tokenizers_of
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder, manifest
+from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenWriter
 from topd.training.experience import Observer
@@ -88,6 +90,7 @@ class Pair:
     tokenizer: PreTrainedTokenizerBase
     prompts: tuple[Prompt, ...]
     autocast: Callable[[], AbstractContextManager[None]]
+    shares_rows: bool  # whether the student's attention reads several texts in a row
 
     def token_writer(self, folder: Path) -> TokenWriter:
         """Writes what a run folder does not have yet; a line that was cut off is dropped."""
@@ -121,6 +124,26 @@ def read_analysis(command: str, path: Path, words: Sequence[str], config: type[C
     return recipe
 
 
+@contextmanager
+def opened(
+    command: str, recipe: Recipe, console: Console | None
+) -> Iterator[tuple[Pair, RunFolder, Phases]]:
+    """The pair of an analysis, its folder, which nobody else writes in, and bars on ``console``.
+
+    Raises TOPDError as :func:`open_pair` and :func:`open_folder` do.
+    """
+    with one_writer(Path(recipe.args.output_dir)):
+        phases = Phases()
+        pair = open_pair(recipe, phases)
+        run = open_folder(command, recipe, pair)
+        if console:
+            phases.show(console)
+        try:
+            yield pair, run, phases
+        finally:
+            phases.stop()
+
+
 def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     """Check and load models, tokenizers and prompts. Raises TOPDError as training does."""
     _quiet()
@@ -149,7 +172,8 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
         autocast,
     )
     observer = Observer(*engines, args, phases)
-    return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast)
+    shares = engines[0].shares
+    return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast, shares)
 
 
 def open_folder(command: str, recipe: Recipe, pair: Pair) -> RunFolder:

@@ -40,7 +40,7 @@ def show_repair(console: Console, summary: Summary) -> None:
     table = _table(
         f"{summary['samples']} forks, {summary['updates']} updates each, learning rate "
         f"{summary['learning_rate']:g}, windows of {summary['window_length']} tokens",
-        ("arm", "mean OT", "reduction", "against opd"),
+        ("method", "mean OT", "reduction", "against opd"),
         box.SIMPLE_HEAD,
     )
     for name, arm in summary["arms"].items():

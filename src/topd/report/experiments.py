@@ -35,7 +35,7 @@ def repair_charts(folder: Path) -> list[Chart]:
             "repair",
             "How near the student's continuation comes",
             "Optimal-transport distance to the teacher's window from the same prefix, before and "
-            "after the updates of each arm. Box: quartiles and median; whiskers: 5th and 95th "
+            "after the updates with each method. Box: quartiles and median; whiskers: 5th and 95th "
             "percentile; diamond: mean.",
             _boxes(dict(arms)),
             *group_table(arms),

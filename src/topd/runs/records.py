@@ -56,10 +56,10 @@ class BranchRecord(Record):
 
 
 class SampleRecord(Record):
-    """A line of a repair's samples.jsonl: what the student writes at a fork after an arm's updates.
+    """A line of a repair's samples.jsonl: what the student writes at a fork after some updates.
 
-    ``found`` is the distance of the rollout's own window; it and the teacher's window stand in the
-    line of the arm ``before``.
+    ``arm`` is the method. ``found`` is the distance of the rollout's own window; it and the
+    teacher's window are in the line of the arm ``before``.
     """
 
     sample: int

@@ -57,8 +57,11 @@ class Experience:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What a rank has seen of its rollouts; ``starts`` (row, token) and ``written`` by window."""
+class Seen:
+    """What a rank has seen of its rollouts; ``starts`` (row, token) and ``written`` by window.
+
+    ``hidden`` [T D] and ``logprobs`` [T] nats are the teacher's, one entry a rollout.
+    """
 
     hidden: list[Tensor]
     logprobs: list[Tensor]
@@ -128,9 +131,11 @@ class Observer:
         """The teacher's view of given rollouts: scores, forks and guidance. As ``observe``."""
         numbers = range(len(rollouts)) if numbers is None else numbers
         length = self._window_length(rollouts) if method.looks_ahead else 1
-        look = agreed(lambda: self._look(rollouts, seeds, method, length), self._waiting)
-        real = self._verdicts(look, numbers) if method.looks_ahead else look.evidence.real
-        return agreed(lambda: self._guided(rollouts, seeds, method, look, real), self._waiting)
+        seen = agreed(lambda: self._look(rollouts, seeds, method, length), self._waiting)
+        if method.looks_ahead:
+            evidence = replace(seen.evidence, real=self._verdicts(seen, numbers))
+            seen = replace(seen, evidence=evidence)
+        return agreed(lambda: self.guided(rollouts, seeds, method, seen), self._waiting)
 
     def _waiting(self) -> AbstractContextManager[Tick]:
         return self.phases.phase("waiting")
@@ -144,7 +149,7 @@ class Observer:
 
     def _look(
         self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, length: int
-    ) -> _Look:
+    ) -> Seen:
         """Scores and windows of ``length``, and how far these are apart; no verdict yet."""
         if not self.args.asks_teacher and not any(r.logprobs for r in rollouts):
             return self._unscored(rollouts)
@@ -170,23 +175,23 @@ class Observer:
                 starts += [(first + row, t) for row, t in found]
                 written += self.look_ahead(scores, found, seeds[first:], length)
             del scores  # and its cache, before the next is made
-        evidence = self._evidence(rollouts, losses, starts, written, length)
+        evidence = self.evidence(rollouts, losses, starts, written, length)
         if method.statistics:
-            evidence = replace(evidence, statistics=_statistics_of(statistics))
-        return _Look(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
+            evidence = replace(evidence, statistics=statistics_of(statistics))
+        return Seen(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
 
-    def _unscored(self, rollouts: Sequence[Rollout]) -> _Look:
+    def _unscored(self, rollouts: Sequence[Rollout]) -> Seen:
         """Answers that are learned without the teacher: zeros for its states, no log-probs."""
         weight = self.teacher.head.weight
         hidden = [weight.new_zeros(len(r.response), weight.shape[1]) for r in rollouts]
         losses = [torch.zeros(len(r.response)) for r in rollouts]
-        evidence = self._evidence(rollouts, losses, [], [], 1)
-        return _Look(hidden, [weight.new_zeros(0) for _ in rollouts], [], [], evidence)
+        evidence = self.evidence(rollouts, losses, [], [], 1)
+        return Seen(hidden, [weight.new_zeros(0) for _ in rollouts], [], [], evidence)
 
-    def _verdicts(self, look: _Look, numbers: Sequence[int]) -> Tensor:
+    def _verdicts(self, seen: Seen, numbers: Sequence[int]) -> Tensor:
         """[N] bool, which windows are real divergent points: a share is one of all ranks'."""
-        distance = look.evidence.transport.distance
-        own = [(numbers[row], t) for row, t in look.starts]
+        distance = seen.evidence.transport.distance
+        own = [(numbers[row], t) for row, t in seen.starts]
         pairs = list(zip(own, distance.tolist(), strict=True))
         all_ = sorted(pair for found in everywhere(pairs) for pair in found)
         real = real_divergent_points(
@@ -197,25 +202,20 @@ class Observer:
         verdict = dict(zip([place for place, _ in all_], real.tolist(), strict=True))
         return torch.tensor([verdict[place] for place in own], dtype=torch.bool)
 
-    def _guided(
-        self,
-        rollouts: Sequence[Rollout],
-        seeds: Sequence[int],
-        method: Method,
-        look: _Look,
-        real: Tensor,
+    def guided(
+        self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, seen: Seen
     ) -> Experience:
-        evidence = replace(look.evidence, real=real)
-        guidance = self._gone_on(rollouts, method.guide(evidence), seeds)
-        windows = dict(zip(look.starts, look.written, strict=True))
+        """What a method makes of what was seen, verdicts included. Raises TOPDError."""
+        guidance = self._gone_on(rollouts, method.guide(seen.evidence), seeds)
+        windows = dict(zip(seen.starts, seen.written, strict=True))
         return Experience(
             tuple(rollouts),
-            tuple(look.hidden),
-            tuple(look.logprobs),
-            _forks(evidence, len(rollouts)),
+            tuple(seen.hidden),
+            tuple(seen.logprobs),
+            _forks(seen.evidence, len(rollouts)),
             guidance,
             self._branch_states(rollouts, guidance, windows),
-            tuple(window.effort for window in look.written),
+            tuple(window.effort for window in seen.written),
         )
 
     def score(self, rollouts: Sequence[Rollout], first: int = 0, *, keep: bool = True) -> Scores:
@@ -392,7 +392,7 @@ class Observer:
                 tick=tick,
             )
 
-    def _evidence(
+    def evidence(
         self,
         rollouts: Sequence[Rollout],
         losses: Sequence[Tensor],
@@ -400,6 +400,7 @@ class Observer:
         written: Sequence[Generation],
         length: int,
     ) -> Evidence:
+        """Windows of ``length`` at most and how far they are apart; no verdict: none is real."""
         token_loss, mask = _padded(losses)
         windows = pair_windows(rollouts, starts, written, length)
         solved = self.compare(windows)
@@ -439,7 +440,7 @@ def token_scores(
     """What detectors look at, on the CPU; ``statistics`` [4 T] a rollout, if there are any."""
     tokens, mask = _padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
     student, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
-    known = None if statistics is None else _statistics_of(statistics)
+    known = None if statistics is None else statistics_of(statistics)
     return TokenScores(tokens, mask, student, scores.logprobs.cpu(), scores.likeliest.cpu(), known)
 
 
@@ -490,7 +491,7 @@ def _logprobs(rollout: Rollout) -> Sequence[float]:
     return rollout.logprobs or (0.0,) * len(rollout.response)
 
 
-def _statistics_of(rows: Sequence[Tensor]) -> TokenStatistics:
+def statistics_of(rows: Sequence[Tensor]) -> TokenStatistics:
     """From [4 T] a rollout."""
     return TokenStatistics(*(_padded([row[i] for row in rows])[0] for i in range(4)))
 
