@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -305,6 +306,24 @@ def step_trl(tiny: bool) -> Iterator[Row]:
     yield measured("DistillationTrainer", size, 2, trl_trainer)
 
 
+SMALL = Update("SmolLM2-135M", "SmolLM2-135M", 64, 32, 128, recomputed=False)
+
+
+def small(tiny: bool) -> Iterator[Row]:
+    """Updates of a small pair, as in a comparison of methods."""
+    yield measured("opd", TINY_UPDATE if tiny else SMALL, 3 if tiny else 8, our_trainer)
+
+
+def sharing(tiny: bool) -> Iterator[Row]:
+    """The same run alone and three at once, as ``compare.jobs`` has them."""
+    for count in (1, 2 if tiny else 3):
+        with ThreadPoolExecutor(count) as pool:
+            runs = [pool.submit(in_process, "small", tiny, 60.0) for _ in range(count)]
+        seconds = [run.result()[0][0]["s a step"] for run in runs]
+        rate = sum(60 / one for one in seconds)
+        yield {"runs at once": count, "s an update": max(seconds), "updates a minute": round(rate)}
+
+
 def measured(arm: str, size: Update, steps: int, build: Callable[..., Any]) -> Row:
     """The last steps of a run, after a first one: medians of few, so the least."""
     forget()
@@ -321,7 +340,7 @@ def measured(arm: str, size: Update, steps: int, build: Callable[..., Any]) -> R
         "pair": f"{size.student} <- {size.teacher}",
         "rollouts": f"{size.batch} x {size.tokens}",
         "activations": "recomputed" if size.recomputed else "kept",
-        "s a step": round(best["seconds"], 2),
+        "s a step": round(best["seconds"], 3),
         "first step s": round(clock.found[0]["seconds"], 1),
         "peak GiB": round(max(one["peak"] for one in kept), 2),
         "GiB before": round(clock.base, 2),
@@ -417,14 +436,16 @@ PARTS = {
     "step-trl": Part(step_trl, 75, "A whole step of TRL"),
     "loss": Part(loss, 60, "Reverse KL, forward and backward, 8,192 tokens"),
     "windows": Part(windows, 60, "Scoring, and windows of 50 tokens"),
+    "sharing": Part(sharing, 60, "Several runs on one GPU, SmolLM2-135M's shape, 64 x 128 tokens"),
     "batching": Part(batching, 40, "Continuous batching of transformers"),
 }
+PIECES = {**PARTS, "small": Part(small, 60, "One run of sharing")}
 
 
 def alone(name: str, tiny: bool) -> None:
     """Run a part here, a line for each figure."""
     try:
-        for row in PARTS[name].run(tiny):
+        for row in PIECES[name].run(tiny):
             print(ROW + json.dumps(row), flush=True)
     except Exception as fault:  # noqa: BLE001 - the report is where faults are read
         traceback.print_exc()
@@ -466,7 +487,7 @@ def main(
 ) -> None:
     """Print figures as they come, then tables; write perf-gpu.json."""
     names = parts or list(PARTS)
-    unknown = sorted(set(names) - set(PARTS))
+    unknown = sorted(set(names) - set(PIECES if alone_ else PARTS))
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r} is not one of {', '.join(PARTS)}")
     if alone_:

@@ -240,7 +240,7 @@ def test_a_part_that_fails_or_takes_too_long_is_named_with_its_reason(monkeypatc
         yield {"way": "first", "tokens/s": 3}
         raise ValueError("no more")
 
-    monkeypatch.setitem(gpu.PARTS, "rollouts", gpu.Part(broken, 1.0, "broken"))
+    monkeypatch.setitem(gpu.PIECES, "rollouts", gpu.Part(broken, 1.0, "broken"))
     done = CliRunner().invoke(_gpu_app(), ["rollouts", "--alone"])
     assert '"tokens/s": 3' in done.output
     assert '{"fault": "ValueError: no more"}' in done.output
