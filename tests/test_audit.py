@@ -130,8 +130,8 @@ def test_a_run_as_it_was_has_no_fault(copied):
         ({"embedding": "student"}, 2),
         ({"method": "downweight_matched", "window_temperature": 1.0}, 2),
         ({"teacher_prompt": "{{ prompt }} so {{ solution }}"}, 2),
-        ({"warmstart": {**SMALL, "answers": "data"}}, 1),
-        ({"warmstart": {**SMALL, "max_completion_length": 400}}, 1),
+        ({"warmstart": {**SMALL, "method": "opd", "answers": "data"}}, 1),
+        ({"warmstart": {**SMALL, "method": "opd", "max_completion_length": 400}}, 1),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )
