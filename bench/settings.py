@@ -1,4 +1,4 @@
-"""docs/settings.md: every setting, from the configuration's own fields.
+"""docs/settings.md, and the table that ``topd settings`` and pages read, from the classes' fields.
 
 python -m bench.settings
 """
@@ -11,8 +11,10 @@ from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
+from topd.commands.settings_table import table
 from topd.config import TOPDConfig
 from topd.methods import METHODS
+from topd.runs.settings import TABLE
 from topd.training.warmstart import WarmstartConfig
 
 PAGE = Path("docs/settings.md")
@@ -87,4 +89,5 @@ def _read_by(name: str) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)
+    TABLE.write_text(table(), encoding="utf-8")
+    print(PAGE, TABLE)

@@ -88,11 +88,11 @@ def test_the_python_example_runs_with_own_models(own: Path) -> None:
 
 
 def test_a_recipe_of_the_package_is_found_anywhere(tmp_path, monkeypatch) -> None:
-    from topd.commands import recipe
+    from topd.commands import keys
 
     packaged = tmp_path / "package" / "recipes"
     packaged.mkdir(parents=True)
     (packaged / "mine.yaml").write_text("student: a\nteacher: b\ndata: {path: c}\n")
-    monkeypatch.setattr(recipe, "__file__", str(tmp_path / "package" / "commands" / "recipe.py"))
+    monkeypatch.setattr(keys, "__file__", str(tmp_path / "package" / "commands" / "recipe.py"))
     monkeypatch.chdir(tmp_path)
     assert read_recipe("recipes/mine.yaml").student.path == "a"

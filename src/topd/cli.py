@@ -105,7 +105,7 @@ def settings(
     with _faults():
         from topd.commands.settings import setting_rows
 
-        for name, default, words in setting_rows(word):
+        for name, default, words, _ in setting_rows(word):
             line = f"[bold]{escape(name)}[/bold] = {escape(default)}"
             console.print(line, highlight=False, soft_wrap=True)
             console.print(f"    {words}", markup=False, highlight=False)
@@ -127,6 +127,7 @@ def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) 
 def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Where do student and teacher part, and does the token loss say so? No training."""
     with _faults():
+        _check(recipe, context.args, "ProbeConfig")
         from topd.commands.probe import run_probe
         from topd.commands.tables import show_probe
 
@@ -139,6 +140,7 @@ def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> N
 def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Correct the student at single forks with each loss, and measure what comes back."""
     with _faults():
+        _check(recipe, context.args, "RepairConfig")
         from topd.commands.repair import run_repair
         from topd.commands.tables import show_repair
 
@@ -161,6 +163,7 @@ def quickstart(context: typer.Context, quiet: Quiet = False) -> None:
 
 def _compare(recipe: Path, words: list[str], quiet: bool) -> None:
     with _faults():
+        _check(recipe, words)
         from topd.commands.compare import run_compare
         from topd.commands.tables import show_compare
 
@@ -202,11 +205,15 @@ def evaluate_model(
     output: Output = "",
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
-    from topd.commands.evaluate import run_evaluation, spec_of
-    from topd.commands.recipe import parse_overrides
-    from topd.inputs.models import ModelSpec
-
     with _faults():
+        from topd.commands.early import check_data, check_model
+
+        check_model(model)
+        check_data(data)
+        from topd.commands.evaluate import run_evaluation, spec_of
+        from topd.commands.keys import parse_overrides
+        from topd.inputs.models import ModelSpec
+
         spec = spec_of(
             data,
             columns,
@@ -236,6 +243,12 @@ def gate(
 ) -> None:
     """Did anything get worse? Paired evaluation of a suite; exit code 1 on a regression."""
     with _faults():
+        from topd.commands.early import check_model
+        from topd.commands.keys import read_mapping
+
+        read_mapping(suite, "problems: PATH")
+        for model in (base, candidate):
+            check_model(model)
         from topd.commands.gate import run_gate
         from topd.inputs.models import ModelSpec
 
@@ -253,6 +266,7 @@ def report(
 ) -> None:
     """Write RUN/report.html: figures and the fork viewer, one file that needs no network."""
     with _faults():
+        _check_run(run)
         from topd.report import write_report
 
         path = write_report(run, rollouts=rollouts)
@@ -325,6 +339,7 @@ def audit(
 ) -> None:
     """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
     with _faults():
+        _check_run(run)
         from topd.commands.audit import Trust, audit_run
 
         allowed = Trust(trust, served_teacher or (), served_pooling or (), api_key_env)
@@ -344,11 +359,18 @@ def replay(
 ) -> None:
     """Repeat an update from the checkpoint before it and compare it with the records."""
     with _faults():
+        _check_run(run)
         from topd.commands.audit import Trust, replay_step
 
         allowed = Trust(trust, served_teacher or (), served_pooling or (), api_key_env)
         found = replay_step(run, step, tolerance=tolerance, trust=allowed)
     _report_findings(found.checked, found.faults)
+
+
+def _check_run(folder: Path) -> None:
+    from topd.commands.early import check_run
+
+    check_run(folder)
 
 
 def _report_findings(checked: list[str], faults: list[str]) -> None:
@@ -444,8 +466,18 @@ def _faults() -> Iterator[None]:
         raise typer.Exit(error.exit_code) from error
 
 
+def _check(
+    recipe: Path, words: list[str], config: str = "TOPDConfig", *, warmstart: bool = False
+) -> None:
+    """What can be refused before the heavy imports."""
+    from topd.commands.early import check_early
+
+    check_early(recipe, words, config=config, warmstart=warmstart)
+
+
 def _run(path: Path, words: list[str], quiet: bool, *, warmstart: bool) -> None:
     with _faults():
+        _check(path, words, warmstart=warmstart)
         from topd.commands.train import run_recipe
         from topd.distributed import end_ranks, rank
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -41,9 +41,7 @@ def row_named(key: str, name: str, table: Mapping[str, Row], kind: Callable[[Any
     if name in table:
         return table[name]
     if not is_outside(name):
-        raise TOPDError(
-            f"{key}: {name!r} is not one of {', '.join(table)}, nor my_module:function. Choose one."
-        )
+        raise TOPDError(unknown(key, name, table))
     found = _attribute(key, name)
     if isinstance(kind, type) and isinstance(found, kind):
         return cast(Row, found)
@@ -53,6 +51,11 @@ def row_named(key: str, name: str, table: Mapping[str, Row], kind: Callable[[Any
             f"{getattr(kind, '__name__', kind)}."
         )
     return kind(found)
+
+
+def unknown(key: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is in no table."""
+    return f"{key}: {name!r} is not one of {', '.join(known)}, nor my_module:function. Choose one."
 
 
 def _attribute(key: str, name: str) -> Any:

@@ -8,9 +8,8 @@ shared unless it names its own.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -20,7 +19,16 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from topd.commands.yaml_text import LONGEST, parse_yaml, shown
+from topd.commands.keys import (
+    PARTS,
+    from_command_line,
+    mapping_at,
+    parse_overrides,
+    read_content,
+    read_mapping,
+    refuse_unknown,
+)
+from topd.commands.yaml_text import shown
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.errors import TOPDError
 from topd.evaluate.spec import TrainingEvaluation
@@ -28,7 +36,7 @@ from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
 from topd.training.warmstart import WarmstartConfig
 
-PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora", "compare")
+__all__ = ["PARTS", "Recipe", "from_command_line", "parse_overrides", "read_mapping", "read_recipe"]
 Spec = TypeVar("Spec", bound=BaseModel)
 
 
@@ -122,13 +130,6 @@ class CompareSpec(BaseModel):
         return found
 
 
-def from_command_line(recipe: Path, words: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
-    """The recipe file, if one was named, and the overrides, which without a file are the recipe."""
-    if str(recipe).startswith("--"):
-        return None, parse_overrides([str(recipe), *words])
-    return recipe, parse_overrides(words)
-
-
 def read_recipe(
     path: str | Path | None,
     overrides: Mapping[str, Any] | None = None,
@@ -148,24 +149,18 @@ def read_recipe(
     Raises:
         TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
     """
-    content = read_mapping(_with_packaged(Path(path))) if path else {}
+    content = read_content(
+        path,
+        overrides or {},
+        fields=_fields(config),
+        stage=_fields(WarmstartConfig),
+        warmstart=warmstart,
+    )
     path = Path(path or "topd")
-    stage = _mapping(path, "warmstart", content.pop("warmstart", None) or {})
-    names = {*PARTS, "activation_checkpointing"}
-    _refuse_unknown(path, stage, {*_fields(WarmstartConfig), *names}, "warmstart.")
-    _refuse_unknown(path, content, {*_fields(config), *names})
-    if warmstart:
-        config = WarmstartConfig
-        content = {**{k: v for k, v in content.items() if k in PARTS}, **stage}
-    for key, value in (overrides or {}).items():
-        _set(path, content, key.split("."), value)
+    config = WarmstartConfig if warmstart else config
     known = _fields(config)
     if "activation_checkpointing" in content:
         content[CHECKPOINTING] = content.pop("activation_checkpointing")
-    _refuse_unknown(path, content, {*known, *PARTS})
-    for part in ("student", "teacher", "data"):
-        if part not in content:
-            raise TOPDError(f"{path}: {part} is missing. A recipe needs student, teacher and data.")
     settings = {key: value for key, value in content.items() if key in known}
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
@@ -189,109 +184,14 @@ def read_recipe(
     )
 
 
-def _with_packaged(path: Path) -> Path:
-    """A path, or the recipe of that name in the installed package where there is no such file."""
-    packaged = Path(__file__).parents[1] / path
-    return packaged if not path.exists() and path.parts[0] == "recipes" else path
-
-
-def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
-    """``--key value`` and ``--key=value`` as a mapping; values are YAML, a lone key is true.
-
-    Dashes in a key stand for underscores, but not in the names of a comparison's arms.
-
-    >>> parse_overrides(["--data.limit", "8", "--bf16", "--learning-rate=1e-5"])
-    {'data.limit': 8, 'bf16': True, 'learning_rate': '1e-5'}
-    """
-    found: dict[str, Any] = {}
-    key = None
-    for word in words:
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            key = key if key.startswith("compare.") else key.replace("-", "_")
-            found[key] = _value(value) if equals else True
-            key = None if equals else key
-        elif key is None:
-            raise TOPDError(f"command line: {word!r} stands alone. Write --key value.")
-        else:
-            found[key] = _value(word)
-            key = None
-    return found
-
-
-def _value(word: str) -> Any:
-    try:
-        return parse_yaml("command line", word)
-    except TOPDError:
-        return word  # text that is no YAML, a template for instance
-
-
-def read_mapping(path: Path, begin: str = "student: PATH") -> dict[str, Any]:
-    """A YAML file that holds a mapping. Raises TOPDError if it does not."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = parse_yaml(str(path), file.read(LONGEST + 1))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TOPDError(f"{path}: cannot be read: {error}.") from error
-    if not isinstance(content, dict):
-        raise TOPDError(f"{path}: must be a mapping of keys to values. Begin with {begin}.")
-    return content
-
-
-def _set(path: Path, content: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        inner = content.get(key)
-        if isinstance(inner, str):  # student: PATH is short for student: {path: PATH}
-            inner = {"path": inner}
-        content[key] = dict(_mapping(path, key, inner or {}))
-        content = content[key]
-    content[keys[-1]] = value
-
-
-def _mapping(path: Path, place: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TOPDError(
-            f"{path}: {place} must be a mapping of keys to values (given: {shown(value)})."
-        )
-    return value
-
-
 def _fields(kind: type) -> set[str]:
     return {f.name for f in fields(kind) if f.init}
 
 
-ALIASES = {  # names of other trainers
-    "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "grad_accum": "gradient_accumulation_steps",
-    "epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "max_new_tokens": "max_completion_length",
-    "max_tokens": "max_completion_length",
-    "output": "output_dir",
-    "lambda": "trajectory_weight",
-}
-
-
-def _refuse_unknown(
-    path: Path, content: Mapping[str, Any], known: set[str], section: str = ""
-) -> None:
-    for key in content:
-        if key not in known:
-            alias = ALIASES.get(str(key))
-            near = (
-                [alias] if alias in known else difflib.get_close_matches(str(key)[:100], known, n=1)
-            )
-            where = "See peft.LoraConfig" if section == "lora." else "topd settings WORD finds them"
-            hint = f" Did you mean {near[0]}?" if near else f" {where}."
-            place = f" in {section[:-1]}" if section else ""
-            raise TOPDError(f"{path}: unknown key {shown(key)}{place}.{hint}")
-
-
 def parse_spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
     """A part of a file as its model; text stands for its path. Raises TOPDError, with the place."""
-    content = {"path": value} if isinstance(value, str) else _mapping(path, part, value)
-    _refuse_unknown(path, content, set(kind.model_fields), f"{part}.")
+    content = {"path": value} if isinstance(value, str) else mapping_at(path, part, value)
+    refuse_unknown(path, content, set(kind.model_fields), f"{part}.")
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -345,7 +245,7 @@ def _first(error: ValidationError) -> str:
 def _lora(path: Path, value: Any) -> LoraConfig | None:
     if value is None:
         return None
-    _refuse_unknown(path, _mapping(path, "lora", value), _fields(LoraConfig), "lora.")
+    refuse_unknown(path, mapping_at(path, "lora", value), _fields(LoraConfig), "lora.")
     rank = value.get("r", LoraConfig.r)
     if not isinstance(rank, int) or rank < 1:
         raise TOPDError(f"{path}: lora.r must be a whole number above 0 (given: {shown(rank)}).")

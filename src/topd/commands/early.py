@@ -1,0 +1,150 @@
+"""What can be refused before torch, transformers and datasets are imported.
+
+Names of settings, methods and detectors are read from the sources, without running them: whatever
+is not known there, the real classes would not know either (``tests/test_early.py`` compares).
+Values are not looked at; that is :func:`~topd.commands.recipe.read_recipe`'s.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from topd.commands.keys import from_command_line, mapping_at, read_content, refuse_unknown
+from topd.errors import TOPDError
+from topd.named import is_outside, unknown
+
+HERE = Path(__file__).parents[1]
+HOMES = {  # where each class is written
+    "TOPDConfig": "config.py",
+    "WarmstartConfig": "training/warmstart.py",
+    "AnalysisConfig": "commands/session.py",
+    "ProbeConfig": "commands/probe.py",
+    "RepairConfig": "commands/repair.py",
+    "ModelSpec": "inputs/models.py",
+    "DataSpec": "inputs/rows.py",
+    "EvaluationSpec": "evaluate/spec.py",
+    "TrainingEvaluation": "evaluate/spec.py",
+    "CompareSpec": "commands/recipe.py",
+}
+SPECS = {
+    "teacher": "ModelSpec",
+    "student": "ModelSpec",
+    "data": "DataSpec",
+    "eval_data": "DataSpec",
+    "evaluation": "TrainingEvaluation",
+    "compare": "CompareSpec",
+}
+FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # each also with .gz
+
+
+def check_early(
+    recipe: Path, words: Sequence[str], *, config: str = "TOPDConfig", warmstart: bool = False
+) -> None:
+    """Refuse a recipe whose file, keys, methods or data files are not there. Raises TOPDError."""
+    given, overrides = from_command_line(recipe, words)
+    content = read_content(
+        given,
+        overrides,
+        fields=declared(config),
+        stage=declared("WarmstartConfig"),
+        warmstart=warmstart,
+    )
+    path = Path(given or "topd")
+    for part, kind in SPECS.items():
+        value = content.get(part)
+        if isinstance(value, Mapping):
+            refuse_unknown(path, mapping_at(path, part, value), declared(kind), f"{part}.")
+    for key, file in (("method", "methods.py"), ("candidate_loss", "detectors.py")):
+        name, known = content.get(key), rows_of_table(file)
+        if isinstance(name, str) and name not in known and not is_outside(name):
+            raise TOPDError(f"{path}: {unknown(key, name, known)}")
+    for part in ("student", "teacher"):
+        check_model(_path_of(content.get(part)))
+    for part in ("data", "eval_data"):
+        check_data(_path_of(content.get(part)))
+
+
+def check_model(place: str | None) -> None:
+    """Raises TOPDError for what can only be a path here, and not a hub name, and is not there."""
+    if place is None or "://" in place:
+        return
+    local = place.startswith(("/", "./", "../", "~")) or place.count("/") > 1
+    if local and not Path(place).expanduser().exists():
+        raise TOPDError(f"model {place}: no such file or folder. Check the path.")
+
+
+def check_data(place: str | None) -> None:
+    """Raises TOPDError for a file of data that is not there."""
+    path = Path(place or "").expanduser()
+    kind = path.with_suffix("") if path.suffix == ".gz" else path
+    if place and "://" not in place and kind.suffix.lower() in FILES and not path.exists():
+        raise TOPDError(
+            f"data {place}: cannot be read. Give a .jsonl or .parquet file, a folder, or a hub "
+            f"name. FileNotFoundError: no such file {path}"
+        )
+
+
+def check_run(folder: Path) -> None:
+    """Raises TOPDError for what is no folder."""
+    if not folder.is_dir():
+        raise TOPDError(f"run folder {folder}: the folder does not exist. Give one under runs/.")
+
+
+def _path_of(value: Any) -> str | None:
+    value = value.get("path") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) else None
+
+
+@cache
+def declared(name: str) -> set[str]:
+    """The fields of a class that ``HOMES`` knows, with those that it inherits."""
+    return set(_fields_of(HERE / HOMES[name], name))
+
+
+def _fields_of(file: Path, name: str) -> Iterator[str]:
+    classes = {node.name: node for node in _tree(file).body if isinstance(node, ast.ClassDef)}
+    for base in classes[name].bases:
+        if not isinstance(base, ast.Name):
+            continue
+        if base.id in HOMES:
+            yield from declared(base.id)
+        elif base.id == "TrainingArguments":
+            yield from _fields_of(_transformers() / "training_args.py", base.id)
+    for node in classes[name].body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        if "ClassVar" not in ast.unparse(node.annotation) and not _not_given(node.value):
+            yield node.target.id
+
+
+def _not_given(value: ast.expr | None) -> bool:
+    """Whether a field is set by the class itself: ``field(init=False)``."""
+    return isinstance(value, ast.Call) and any(
+        word.arg == "init" and isinstance(word.value, ast.Constant) and word.value.value is False
+        for word in value.keywords
+    )
+
+
+def rows_of_table(file: str) -> list[str]:
+    """The names in the one table of a module of the shelf: METHODS or DETECTORS."""
+    for node in _tree(HERE / file).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            return [str(key.value) for key in node.value.keys if isinstance(key, ast.Constant)]
+    raise AssertionError(f"{file} has no table")
+
+
+def _transformers() -> Path:
+    """Where transformers is installed; it is not imported."""
+    found = importlib.util.find_spec("transformers")
+    assert found is not None
+    assert found.submodule_search_locations
+    return Path(found.submodule_search_locations[0])
+
+
+def _tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))

@@ -1,0 +1,157 @@
+"""The keys of a recipe: read from YAML and the command line, and checked against known names.
+
+Imports nothing heavy, so that a mistyped key is told at once (:mod:`topd.commands.early`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from topd.commands.yaml_text import LONGEST, parse_yaml, shown
+from topd.errors import TOPDError
+
+PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora", "compare")
+
+
+def from_command_line(recipe: Path, words: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
+    """The recipe file, if one was named, and the overrides, which without a file are the recipe."""
+    if str(recipe).startswith("--"):
+        return None, parse_overrides([str(recipe), *words])
+    return recipe, parse_overrides(words)
+
+
+def read_content(
+    path: str | Path | None,
+    overrides: Mapping[str, Any],
+    *,
+    fields: set[str],
+    stage: set[str],
+    warmstart: bool = False,
+) -> dict[str, Any]:
+    """The content of a recipe, keys of one stage only, overrides set, names checked.
+
+    Args:
+        path: the YAML file, or None where the overrides say all.
+        overrides: dotted keys and their values, which replace those of the file.
+        fields: names of the settings of stage 2.
+        stage: names of the settings of stage 1.
+        warmstart: read stage 1 instead of stage 2.
+
+    Raises:
+        TOPDError: the file cannot be read, a key is unknown, or a part is missing.
+    """
+    content = read_mapping(_with_packaged(Path(path))) if path else {}
+    path = Path(path or "topd")
+    first = mapping_at(path, "warmstart", content.pop("warmstart", None) or {})
+    names = {*PARTS, "activation_checkpointing"}
+    refuse_unknown(path, first, {*stage, *names}, "warmstart.")
+    refuse_unknown(path, content, {*fields, *names})
+    if warmstart:
+        content = {**{k: v for k, v in content.items() if k in PARTS}, **first}
+    for key, value in overrides.items():
+        _set(path, content, key.split("."), value)
+    refuse_unknown(path, content, {*(stage if warmstart else fields), *names})
+    for part in ("student", "teacher", "data"):
+        if part not in content:
+            raise TOPDError(f"{path}: {part} is missing. A recipe needs student, teacher and data.")
+    return content
+
+
+def _with_packaged(path: Path) -> Path:
+    """A path, or the recipe of that name in the installed package where there is no such file."""
+    packaged = Path(__file__).parents[1] / path
+    return packaged if not path.exists() and path.parts[0] == "recipes" else path
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """``--key value`` and ``--key=value`` as a mapping; values are YAML, a lone key is true.
+
+    Dashes in a key stand for underscores, but not in the names of a comparison's arms.
+
+    >>> parse_overrides(["--data.limit", "8", "--bf16", "--learning-rate=1e-5"])
+    {'data.limit': 8, 'bf16': True, 'learning_rate': '1e-5'}
+    """
+    found: dict[str, Any] = {}
+    key = None
+    for word in words:
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            key = key if key.startswith("compare.") else key.replace("-", "_")
+            found[key] = _value(value) if equals else True
+            key = None if equals else key
+        elif key is None:
+            raise TOPDError(f"command line: {word!r} stands alone. Write --key value.")
+        else:
+            found[key] = _value(word)
+            key = None
+    return found
+
+
+def _value(word: str) -> Any:
+    try:
+        return parse_yaml("command line", word)
+    except TOPDError:
+        return word  # text that is no YAML, a template for instance
+
+
+def read_mapping(path: Path, begin: str = "student: PATH") -> dict[str, Any]:
+    """A YAML file that holds a mapping. Raises TOPDError if it does not."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = parse_yaml(str(path), file.read(LONGEST + 1))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TOPDError(f"{path}: cannot be read: {error}.") from error
+    if not isinstance(content, dict):
+        raise TOPDError(f"{path}: must be a mapping of keys to values. Begin with {begin}.")
+    return content
+
+
+def _set(path: Path, content: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = content.get(key)
+        if isinstance(inner, str):  # student: PATH is short for student: {path: PATH}
+            inner = {"path": inner}
+        content[key] = dict(mapping_at(path, key, inner or {}))
+        content = content[key]
+    content[keys[-1]] = value
+
+
+def mapping_at(path: Path, place: str, value: Any) -> dict[str, Any]:
+    """The value, which must be a mapping. Raises TOPDError."""
+    if not isinstance(value, dict):
+        raise TOPDError(
+            f"{path}: {place} must be a mapping of keys to values (given: {shown(value)})."
+        )
+    return value
+
+
+ALIASES = {  # names of other trainers
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "max_new_tokens": "max_completion_length",
+    "max_tokens": "max_completion_length",
+    "output": "output_dir",
+    "lambda": "trajectory_weight",
+}
+
+
+def refuse_unknown(
+    path: Path, content: Mapping[str, Any], known: set[str], section: str = ""
+) -> None:
+    """Raises TOPDError for a key that is not among those known, with the nearest one."""
+    for key in content:
+        if key not in known:
+            alias = ALIASES.get(str(key))
+            near = (
+                [alias] if alias in known else difflib.get_close_matches(str(key)[:100], known, n=1)
+            )
+            where = "See peft.LoraConfig" if section == "lora." else "topd settings WORD finds them"
+            hint = f" Did you mean {near[0]}?" if near else f" {where}."
+            place = f" in {section[:-1]}" if section else ""
+            raise TOPDError(f"{path}: unknown key {shown(key)}{place}.{hint}")

@@ -1,0 +1,114 @@
+"""Refusals and lists that need neither torch nor transformers, against the real classes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+from topd.commands import early, probe, recipe, repair, session, settings_table
+from topd.commands.keys import parse_overrides
+from topd.config import TOPDConfig
+from topd.detectors import DETECTORS
+from topd.errors import TOPDError
+from topd.evaluate.spec import EvaluationSpec, TrainingEvaluation
+from topd.inputs.models import ModelSpec
+from topd.inputs.rows import DataSpec
+from topd.methods import METHODS
+from topd.runs.settings import TABLE, differing
+from topd.training.warmstart import WarmstartConfig
+
+CONFIGS = [
+    TOPDConfig, WarmstartConfig, session.AnalysisConfig, probe.ProbeConfig, repair.RepairConfig,
+]  # fmt: skip
+SPECS = [ModelSpec, DataSpec, EvaluationSpec, TrainingEvaluation, recipe.CompareSpec]
+PAIR = "student: no/student\nteacher: no/teacher\ndata: {path: prompts.jsonl}\n"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_settings_read_from_the_source_are_those_of_the_class(kind):
+    assert early.declared(kind.__name__) == {f.name for f in fields(kind) if f.init}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_keys_of_a_part_read_from_the_source_are_those_of_the_class(kind):
+    assert early.declared(kind.__name__) == set(kind.model_fields)
+
+
+def test_methods_and_detectors_are_those_of_the_tables():
+    assert early.rows_of_table("methods.py") == list(METHODS)
+    assert early.rows_of_table("detectors.py") == list(DETECTORS)
+
+
+def test_the_table_of_settings_is_up_to_date():
+    """``python -m bench.settings`` writes it."""
+    assert TABLE.read_text(encoding="utf-8") == settings_table.table()
+
+
+def test_a_run_that_gives_nothing_differs_in_nothing(tmp_path):
+    plain = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert differing(plain.to_dict()) == {}
+    other = TOPDConfig(output_dir=str(tmp_path), use_cpu=True, method="topd", window_length=9)
+    assert differing(other.to_dict()) == {"method": ("topd", "opd"), "window_length": (9, 50)}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (("--learning_rat", "1"), "unknown key 'learning_rat'. Did you mean learning_rate?"),
+        (("--student.dtyp", "x"), "unknown key 'dtyp' in student. Did you mean dtype?"),
+        (("--method", "topdd"), "method: 'topdd' is not one of opd, first_fork, topd"),
+        (("--candidate_loss", "loud"), "candidate_loss: 'loud' is not one of sampled"),
+        (("--student", "./nowhere"), "model ./nowhere: no such file or folder"),
+        ((), "no such file prompts.jsonl"),
+    ],
+)
+def test_the_same_is_refused_early_and_late(tmp_path, monkeypatch, words, fault):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(PAIR)
+    with pytest.raises(TOPDError) as said:
+        early.check_early(tmp_path / "recipe.yaml", words)
+    assert fault in str(said.value)
+    with pytest.raises(TOPDError) as late:
+        recipe.read_recipe(tmp_path / "recipe.yaml", parse_overrides(words)).data.load()
+    assert str(late.value) == str(said.value) or "nowhere" in fault
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("train", "recipe.yaml", "--lr", "1"), 2),
+        (("warmstart", "nowhere.yaml"), 2),
+        (("probe", "recipe.yaml", "--rollout", "1"), 2),
+        (("repair", "recipe.yaml", "--method", "topdd"), 2),
+        (("compare", "recipe.yaml"), 2),
+        (("eval", "./nowhere", "recipe.yaml"), 2),
+        (("gate", "./nowhere", "./nowhere", "--suite", "nowhere.yaml"), 2),
+        (("audit", "nowhere"), 2),
+        (("replay", "nowhere", "--step", "0"), 2),
+        (("report", "nowhere"), 2),
+        (("trian",), 2),
+        (("methods",), 0),
+        (("settings", "window"), 0),
+        (("--version",), 0),
+        (("train", "--help"), 0),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_refusal_waits_for_no_heavy_import(tmp_path, words, code):
+    (tmp_path / "recipe.yaml").write_text(PAIR)
+    program = (
+        "import sys\n"
+        f"sys.argv = ['topd', *{words!r}]\n"
+        "from topd.cli import app\n"
+        "try:\n    app()\n"
+        "except SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'scipy'} & set(sys.modules)\n"
+        f"    assert (end.code or 0, heavy) == ({code}, set()), (end.code, heavy)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
