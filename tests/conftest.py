@@ -33,6 +33,7 @@ WANTED = torch.device(os.environ.get("TOPD_TEST_DEVICE", "cpu"))
 DEVICE = WANTED if WANTED.type == "cpu" or torch.cuda.is_available() else torch.device("cpu")
 USE_CPU = DEVICE.type == "cpu"
 cpu_only = pytest.mark.skipif(not USE_CPU, reason="of what happens on a CPU only")
+gpu_only = pytest.mark.skipif(USE_CPU, reason="of what happens on a GPU only: make test-gpu")
 if not USE_CPU:  # "bit for bit" is a promise of deterministic kernels
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from conftest import USE_CPU, rows, tiny_model, tiny_tokenizer
+from conftest import USE_CPU, gpu_only, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import DISK, StoppedError, TOPDError
@@ -106,6 +106,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, step):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     for kept in (folder, again):
         assert sorted(p.name for p in kept.glob("checkpoint-*"))[-1] == "checkpoint-6"
+
+
+@gpu_only
+@pytest.mark.parametrize("method", ["opd", "topd", "first_fork"])
+def test_full_determinism_runs_and_resumes_to_the_bit(tmp_path, method):
+    """transformers' setting, under which torch raises where a kernel is not deterministic."""
+    options = {"full_determinism": True, "bf16": True, "method": method, "max_steps": 3}
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        make(tmp_path / "whole", **options).train()
+        again = resumed(tmp_path / "whole", tmp_path / "again", 1, **options)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=True)
+    assert records(again) == records(tmp_path / "whole")
+    weights = (load_file(f / "student" / "model.safetensors") for f in (tmp_path / "whole", again))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 @pytest.fixture
