@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 FAULTS = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats
 NEAR_ELSEWHERE = 0.05
-_KNOWN: dict[str, Way] = {}
+_KNOWN: dict[str, tuple[Way, str | None]] = {}  # the way, and why not in graphs
 SLOW = {
     "fresh": "reads the prefix of every window again",
     "alone": "writes one row at a time",
@@ -47,23 +47,21 @@ def check_decoding(engine: HFEngine) -> None:
     """
     kind = _kind(engine)
     if kind in _KNOWN:
-        engine.way = _KNOWN[kind]
+        engine.way, broken = _KNOWN[kind]
+        if engine.graphs is not None:
+            engine.graphs.broken = broken
         return
-    first, faults = engine.way, []
-    for way in WAYS[WAYS.index(first) :]:
-        engine.way = way
+    graphs = engine.graphs
+    if graphs is not None:
         fault = _fault(engine)
-        if fault is None:
-            break
-        faults.append(f"{way}: {fault}")
-    else:
-        engine.way = first
-        raise TOPDError(
-            f"{engine.name}: {type(engine.model).__name__} does not write what its own forwards "
-            f"say ({'; '.join(faults)}). It is not supported: use a model of another architecture "
-            "(docs/models.md)."
-        )
-    _KNOWN[kind] = engine.way
+        if fault is not None and not graphs.broken:
+            graphs.give_up(engine.name, fault)
+    engine.graphs = None
+    try:
+        faults = _first_exact(engine)
+    finally:
+        engine.graphs = graphs
+    _KNOWN[kind] = engine.way, None if graphs is None else graphs.broken
     if faults:
         logger.warning(
             f"{engine.name}: {type(engine.model).__name__} {SLOW[engine.way]}, which is slower: "
@@ -71,11 +69,29 @@ def check_decoding(engine: HFEngine) -> None:
         )
 
 
+def _first_exact(engine: HFEngine) -> list[str]:
+    """Have an engine write in the first way that is exact. Returns what was wrong with others."""
+    first = engine.way
+    faults: list[str] = []
+    for way in WAYS[WAYS.index(first) :]:
+        engine.way = way
+        fault = _fault(engine)
+        if fault is None:
+            return faults
+        faults.append(f"{way}: {fault}")
+    engine.way = first
+    raise TOPDError(
+        f"{engine.name}: {type(engine.model).__name__} does not write what its own forwards "
+        f"say ({'; '.join(faults)}). It is not supported: use a model of another architecture "
+        "(docs/models.md)."
+    )
+
+
 def _kind(engine: HFEngine) -> str:
     """What decides how a model decodes, whatever its weights are."""
     model = engine.model
     parts = (type(model), model.dtype, model.device, model.config._attn_implementation)
-    return f"{parts} {engine.way} {model.config.to_json_string()}"
+    return f"{parts} {engine.way} {engine.graphs is None} {model.config.to_json_string()}"
 
 
 def _fault(engine: HFEngine) -> str | None:

@@ -137,6 +137,14 @@ class Window:
                 return count
         return len(drawn)
 
+    def rejoin(self, rest: Sequence[float], ends: Container[int]) -> slice:
+        """Take the rest of the draft, whose tokens have these log-probs. Returns which of it."""
+        taken = slice(len(self.tokens), min(self.limit, len(self.draft)))
+        self.tokens += self.draft[taken]
+        self.logprobs += rest[: taken.stop - taken.start]
+        self.ended, self.limit = self.tokens[-1] in ends, len(self.tokens)
+        return taken
+
 
 def open_windows(
     starts: Sequence[tuple[int, int]],
@@ -267,12 +275,9 @@ class WindowBatch:
         for k in self._going:
             window, (b, t) = self.windows[k], starts[k]
             if window.agreed >= self._rejoin:
-                rest = slice(len(window.tokens), min(window.limit, len(window.draft)))
-                own = slice(t + rest.start, t + rest.stop)
-                window.tokens += window.draft[rest]
-                window.logprobs += scores.logprobs[b, own].tolist()
-                window.ended, window.limit = window.tokens[-1] in self._ends, len(window.tokens)
-                self.states[k, rest] = scores.hidden[b, own]
+                logprobs = scores.logprobs[b, t + len(window.tokens) :].tolist()
+                rest = window.rejoin(logprobs, self._ends)
+                self.states[k, rest] = scores.hidden[b, t + rest.start : t + rest.stop]
         self._going = [k for k in self._going if self.windows[k].going]
 
     def rows(self) -> list[int]:

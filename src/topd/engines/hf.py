@@ -21,12 +21,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.decoding import (
+    Window,
     WindowBatch,
     growing_cache,
     open_windows,
     select_rows,
 )
 from topd.engines.draws import Noise, draw
+from topd.engines.fused import FAULTS
+from topd.engines.graphs import BUCKETS, Graphs, graphable
 from topd.engines.memory import in_chunks
 from topd.engines.packed import packed
 from topd.errors import TOPDError
@@ -36,6 +39,7 @@ from topd.losses import linear_logprobs
 from topd.types import Effort, Generation, Head, Ids, Sampling
 
 WINDOWS_AT_ONCE = 64
+CAPTURED_AT_ONCE = 256  # windows, in graphs
 TOKENS_AT_ONCE = 1 << 14  # of prefixes that are read again
 ROOM = 256  # entries that a cache holds at first; then it grows by half
 
@@ -70,6 +74,11 @@ class HFEngine:
         autocast: makes the context of every forward, so that it computes as training does.
         way: how to write; by default what the configuration says, which
             :func:`~topd.engines.decode_check.check_decoding` tries.
+        graphs: whether to write with :mod:`topd.engines.graphs`; by default on a GPU, where the
+            configuration says that it can.
+
+    Attributes:
+        graphs: what writes in graphs; None or ``broken`` where nothing does.
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class HFEngine:
         name: str = "model",
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
         way: Way | None = None,
+        graphs: bool | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -96,6 +106,9 @@ class HFEngine:
         self._switch = rope_switch(model.config)
         self._ends = frozenset(eos_ids)
         self._eos = torch.tensor(sorted(self._ends), device=model.device)
+        wanted = model.device.type == "cuda" and way is None if graphs is None else graphs
+        suits = wanted and self._cache_name == "past_key_values" and graphable(model)
+        self.graphs = Graphs(model, self._forward) if suits else None
 
     @property
     def head(self) -> Head:
@@ -142,6 +155,15 @@ class HFEngine:
         if not prompts:
             return []
         self._check_reach(max(map(len, prompts)) + sampling.max_new_tokens - 1)
+        found = self._in_graphs(
+            lambda graphs: in_chunks(
+                lambda some: self._captured(graphs, prompts[some], sampling, seeds[some], tick),
+                len(prompts),
+                BUCKETS[-1],
+            )
+        )
+        if found is not None:
+            return found
         with self._evaluating(), packed(self.model, self.head) as head:
             if self.way == "whole":
                 return self._reread(head, prompts, sampling, seeds, tick)
@@ -167,6 +189,54 @@ class HFEngine:
         cache = growing_cache(self.model, room=min(sampling.max_new_tokens, ROOM))
         hidden = self._forward(ids, mask, positions, cache)[:, -1]
         return self._decode(head, hidden, mask, length, cache, sampling, seeds, tick)
+
+    def _in_graphs(self, write: Callable[[Graphs], list[Generation]]) -> list[Generation] | None:
+        """What is written in graphs; None, said once, where that is not possible."""
+        if self.graphs is None or self.graphs.broken:
+            return None
+        try:
+            with self._evaluating():
+                return write(self.graphs)
+        except FAULTS as fault:
+            if isinstance(fault, TOPDError):
+                raise
+            self.graphs.give_up(self.name, fault)
+            return None
+
+    def _captured(
+        self,
+        graphs: Graphs,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tick: Tick,
+    ) -> list[Generation]:
+        """The same as ``_written``, in graphs; prompts are padded on the right."""
+        lengths = [len(prompt) for prompt in prompts]
+        tokens: list[list[int]] = [[] for _ in prompts]
+        logprobs: list[list[float]] = [[] for _ in prompts]
+
+        def take(
+            rows: list[int], drawn: list[list[int]], said: list[list[float]], _: Tensor | None
+        ) -> list[int]:
+            going = []
+            for row, new, values in zip(rows, drawn, said, strict=True):
+                end = next((k + 1 for k, one in enumerate(new) if one in self._ends), None)
+                tokens[row] += new[:end]
+                logprobs[row] += values[:end]
+                if end is None:
+                    going.append(row)
+            return going
+
+        with graphs.casting(self.head) as head:
+            graphs.open(len(prompts), max(lengths), sampling.max_new_tokens)
+            hidden = graphs.read(self._padded(prompts), self._tensor(lengths))
+            graphs.write(head, hidden, lengths, sampling, seeds, take, keep=False, tick=tick)
+        self._check_written(torch.tensor([sum(values) for values in logprobs]))
+        return [
+            Generation(tuple(text), tuple(values), self.ends(tuple(text)))
+            for text, values in zip(tokens, logprobs, strict=True)
+        ]
 
     @torch.no_grad()
     def score(
@@ -233,6 +303,17 @@ class HFEngine:
         check_seeds(seeds, starts)
         if prefix.cache is None or not self.shares:
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
+        found = self._in_graphs(
+            lambda graphs: in_chunks(
+                lambda some: self._captured_windows(
+                    graphs, scores, starts[some], sampling, seeds[some], rejoin, tick
+                ),
+                len(starts),
+                CAPTURED_AT_ONCE,
+            )
+        )
+        if found is not None:
+            return found
         with self._evaluating(), packed(self.model, self.head) as head:
             return in_chunks(
                 lambda some: self._windows(
@@ -278,16 +359,71 @@ class HFEngine:
             layout = batch.lay_out()
             hidden = self._forward(layout.ids, layout.mask, layout.positions, cache)
             hidden = hidden[layout.row, layout.column]
+        return self._of_windows(windows, batch.states)
+
+    def _captured_windows(
+        self,
+        graphs: Graphs,
+        scores: Scores,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        rejoin: int,
+        tick: Tick,
+    ) -> list[Generation]:
+        """The same as ``_windows``, in graphs: each window has a row, and none reads its draft."""
+        prefix, steps = scores.prefix, sampling.max_new_tokens
+        assert isinstance(prefix, _Prefix)
+        assert prefix.cache is not None
+        windows = [
+            Window(row, len(prefix.prompts[b]) + t, prefix.responses[b][t : t + steps], steps)
+            for row, (b, t) in enumerate(starts)
+        ]
+        at = self._tensor(starts)
+        hidden = scores.hidden[at[:, 0], at[:, 1]]
+        states = hidden.new_zeros(len(windows), steps, hidden.shape[-1])
+        known = scores.logprobs.tolist() if rejoin else []
+        written = 0
+
+        def take(
+            rows: list[int], drawn: list[list[int]], said: list[list[float]], new: Tensor | None
+        ) -> list[int]:
+            nonlocal written
+            assert new is not None
+            count = new.shape[1]
+            states[self._tensor(rows), written : written + count] = new
+            for row, tokens, logprobs in zip(rows, drawn, said, strict=True):
+                window, (b, t) = windows[row], starts[row]
+                read = count if written else count - 1
+                window.read, window.forwards = window.read + read, window.forwards + read
+                for token, logprob in zip(tokens, logprobs, strict=True):
+                    if window.going:
+                        window.take((token,), (logprob,), self._ends, rejoin)
+                    if rejoin and window.going and window.agreed >= rejoin:
+                        rest = window.rejoin(known[b][t + len(window.tokens) :], self._ends)
+                        states[row, rest] = scores.hidden[b, t + rest.start : t + rest.stop]
+            written += count
+            return [row for row in rows if windows[row].going]
+
+        with graphs.casting(self.head) as head:
+            lengths = [window.known for window in windows]
+            graphs.open(len(windows), max(lengths), steps)
+            graphs.copy(prefix.cache, at[:, 0], max(lengths))
+            graphs.write(head, hidden, lengths, sampling, seeds, take, keep=True, tick=tick)
+        return self._of_windows(windows, states)
+
+    def _of_windows(self, windows: Sequence[Window], states: Tensor) -> list[Generation]:
+        """What was written, with its states [N K D]."""
         self._check_written(torch.tensor([sum(window.logprobs) for window in windows]))
         return [
             Generation(
                 tuple(window.tokens),
                 tuple(window.logprobs),
                 window.ended,
-                states[: len(window.tokens)],
+                own[: len(window.tokens)],
                 Effort(window.read, window.forwards),
             )
-            for window, states in zip(windows, batch.states, strict=True)
+            for window, own in zip(windows, states, strict=True)
         ]
 
     def _copied(

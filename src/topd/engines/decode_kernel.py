@@ -1,0 +1,168 @@
+"""Attention of one new token a row over that row's own keys, as one Triton kernel.
+
+A program has a row and a head of keys. It writes the new key and value into the cache, and reads
+what is before them up to the row's own length, or of a sliding window: nothing is masked that was
+read, and no key is repeated for the queries that share it. The softmax runs along (Milakov and
+Gimelshein, Online normalizer calculation for softmax, arXiv 1805.02867) with sums in float32.
+
+Importing this needs Triton.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on the CPU
+OLDEST = (8, 0)  # compute capability: earlier cards have no bfloat16
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+LEAST = 16  # entries that a product of the kernel has along each axis
+
+
+def serves(keys: Tensor) -> bool:
+    """Whether the kernel does this device and precision."""
+    if keys.dtype not in DTYPES:
+        return False
+    if keys.device.type == "cuda":
+        return torch.cuda.get_device_capability(keys.device) >= OLDEST
+    return INTERPRETED
+
+
+def attend(
+    query: Tensor,
+    new: tuple[Tensor, Tensor],
+    cache: tuple[Tensor, Tensor],
+    place: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Attention [R 1 H D] of ``query`` [R H 1 D] over a row's entries up to the new one.
+
+    Args:
+        query: of the new tokens.
+        new: their key and value, [R G 1 D] each; written into the cache.
+        cache: keys and values, [R G L D] each, of which the last two axes are contiguous.
+        place: [R], where the new token stands; entries before it are its row's.
+        scale: of the scores.
+        softcap: c of c tanh(score / c), or None.
+        window: how many entries are seen, the new one among them; None: all.
+    """
+    rows, heads, _, width = query.shape
+    groups, (key, value), (keys, values) = cache[0].shape[1], new, cache
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out = torch.empty(rows, 1, heads, width, dtype=query.dtype, device=query.device)
+    padded = max(LEAST, triton.next_power_of_2(width))
+    _attend[(rows, groups)](
+        query,
+        key,
+        value,
+        keys,
+        values,
+        place,
+        out,
+        *(query.stride(0), query.stride(1)),
+        *(key.stride(0), key.stride(1)),
+        *(value.stride(0), value.stride(1)),
+        *(keys.stride(0), keys.stride(1)),
+        *(out.stride(0), out.stride(2)),
+        scale,
+        softcap or 1.0,
+        window or 0,
+        width=width,
+        padded=padded,
+        queries=heads // groups,
+        filled=max(LEAST, triton.next_power_of_2(heads // groups)),
+        block=64 if padded * keys.element_size() <= 256 else 32,
+        capped=softcap is not None,
+        windowed=window is not None,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
+
+
+@triton.jit
+def _attend(
+    query,
+    key,
+    value,
+    keys,
+    values,
+    place,
+    out,
+    query_row,
+    query_head,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    cache_row,
+    cache_head,
+    out_row,
+    out_head,
+    scale,
+    softcap,
+    window,
+    width: tl.constexpr,
+    padded: tl.constexpr,
+    queries: tl.constexpr,
+    filled: tl.constexpr,
+    block: tl.constexpr,
+    capped: tl.constexpr,
+    windowed: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    at = tl.load(place + row).to(tl.int32)
+    d = tl.arange(0, padded)
+    g = tl.arange(0, filled)
+    there = d < width
+    both = (g < queries)[:, None] & there[None, :]
+    here = (head * queries + g)[:, None]
+
+    kind = keys.dtype.element_ty
+    q = tl.load(query + row * query_row + here * query_head + d[None, :], mask=both, other=0.0)
+    q = q.to(kind)
+    k = tl.load(key + row * key_row + head * key_head + d, mask=there, other=0.0).to(kind)
+    v = tl.load(value + row * value_row + head * value_head + d, mask=there, other=0.0).to(kind)
+    base = row * cache_row + head * cache_head
+    tl.store(keys + base + at * width + d, k, mask=there)
+    tl.store(values + base + at * width + d, v, mask=there)
+
+    most = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+    if capped:
+        most = softcap * (2.0 * tl.sigmoid(2.0 * most / softcap) - 1.0)
+    mass = tl.full([filled], 1.0, tl.float32)
+    sums = tl.zeros([filled, padded], tl.float32) + v.to(tl.float32)[None, :]
+    first = at * 0
+    if windowed:
+        first = tl.maximum(at - window + 1, 0)
+    for start in range(first, at, block):
+        n = start + tl.arange(0, block)
+        known = n < at
+        turned = keys + base + n[None, :] * width + d[:, None]
+        k_block = tl.load(turned, mask=there[:, None] & known[None, :], other=0.0)
+        score = tl.dot(q, k_block, input_precision="ieee") * scale
+        if capped:
+            score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+        score = tl.where(known[None, :], score, float("-inf"))
+        higher = tl.maximum(most, tl.max(score, 1))
+        share = tl.exp(score - higher[:, None])
+        kept = tl.exp(most - higher)
+        straight = values + base + n[:, None] * width + d[None, :]
+        v_block = tl.load(straight, mask=known[:, None] & there[None, :], other=0.0)
+        mass = mass * kept + tl.sum(share, 1)
+        sums = sums * kept[:, None]
+        sums += tl.dot(share.to(kind), v_block, input_precision="ieee")
+        most = higher
+    found = sums / mass[:, None]
+    at_out = out + row * out_row + here * out_head + d[None, :]
+    tl.store(at_out, found.to(out.dtype.element_ty), mask=both)

@@ -1,0 +1,339 @@
+"""Writing in fixed buffers, as in CUDA graphs, against the eager engine; on CPUs uncaptured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from conftest import DEVICE, EOS, VOCAB
+from conftest import torch_on_device as torch
+from topd.engines import decode_check, graphs
+from topd.engines.decode_check import check_decoding
+from topd.engines.graphs import BUCKETS, bucket, graphable
+from topd.engines.hf import HFEngine
+from topd.types import Generation, Ids, Sampling
+
+PROMPTS: list[Ids] = [(1, 9, 23, 41, 5), (1, 8), (1, 30, 31, 32, 33, 34, 35, 36, 7), (1,)]
+RESPONSES: list[Ids] = [(11, 12, 13), (40, 41, 42, 43, 44, 45, 46), (50,), (9, 3, 9, 3)]
+STARTS = [(b, t) for b, response in enumerate(RESPONSES) for t in range(len(response))]
+SEEDS = list(range(100, 100 + len(STARTS)))
+MANY_ENDS: Ids = tuple(range(2, VOCAB, 6))  # rows leave at different steps
+SIZES: dict[str, Any] = {
+    **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
+    **{"max_position_embeddings": 256, "initializer_range": 0.4},
+}
+WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**WINDOWED, "query_pre_attn_scalar": 8}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {**WINDOWED, "query_pre_attn_scalar": 8}),
+}
+GREEDY = Sampling(0.0, max_new_tokens=20)
+WARM = Sampling(1.1, max_new_tokens=70)
+TIGHT = Sampling(1.5, top_p=0.7, top_k=9, max_new_tokens=20)
+
+
+def model_of(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config_of, made_of, more = KINDS[kind]
+    config = config_of(**SIZES, **more)
+    return made_of(config).eval().to(DEVICE)
+
+
+def pair(model: PreTrainedModel, eos: Ids = MANY_ENDS, **options: Any) -> tuple[HFEngine, HFEngine]:
+    """The eager engine, and the one that writes in graphs."""
+    made = [HFEngine(model, eos_ids=eos, graphs=on, **options) for on in (False, True)]
+    assert made[0].graphs is None
+    assert made[1].graphs is not None
+    return made[0], made[1]
+
+
+def assert_same(found: list[Generation], expected: list[Generation], gap: float = 5e-5) -> None:
+    assert [one.tokens for one in found] == [one.tokens for one in expected]
+    assert [one.finished for one in found] == [one.finished for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=gap)
+
+
+@pytest.fixture(params=KINDS)
+def model(request) -> PreTrainedModel:
+    return model_of(request.param)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM, TIGHT])
+def test_rollouts_are_those_of_the_eager_engine(model, sampling):
+    """40 ragged rows that end at different steps, some at once, some never."""
+    plain, ours = pair(model)
+    prompts, seeds = PROMPTS * 10, list(range(40))
+    expected = plain.generate(prompts, sampling, seeds)
+    assert_same(ours.generate(prompts, sampling, seeds), expected)
+    assert ours.graphs.broken is None
+    if sampling == WARM:
+        lengths = {len(one.tokens) for one in expected}
+        assert 1 in lengths
+        assert len(lengths) > 5
+
+
+@pytest.mark.parametrize("rejoin", [0, 1, 3])
+@pytest.mark.parametrize("sampling", [GREEDY, WARM])
+def test_windows_are_those_of_the_eager_engine(model, sampling, rejoin):
+    plain, ours = pair(model)
+    scores = plain.score(PROMPTS, RESPONSES)
+    expected = plain.continue_from(scores, STARTS, sampling, SEEDS, rejoin=rejoin)
+    found = ours.continue_from(scores, STARTS, sampling, SEEDS, rejoin=rejoin)
+    assert_same(found, expected)
+    assert ours.graphs.broken is None
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.hidden, other.hidden, atol=2e-4, rtol=2e-4)
+
+
+def test_windows_take_the_rest_of_a_response_that_they_rejoin():
+    """Drafts are what the model itself writes: every window rejoins after one token."""
+    plain, ours = pair(model_of("llama"), eos=())
+    written = plain.generate(PROMPTS, Sampling(0.0, max_new_tokens=30), range(4))
+    scores = plain.score(PROMPTS, [one.tokens for one in written])
+    starts = [(b, t) for b in range(4) for t in (0, 5, 25)]
+    windows = Sampling(0.0, max_new_tokens=12)
+    found = ours.continue_from(scores, starts, windows, range(12), rejoin=1)
+    for one, (b, t) in zip(found, starts, strict=True):
+        assert one.tokens == written[b].tokens[t : t + 12]
+        assert one.hidden.shape[0] == len(one.tokens)
+        torch.testing.assert_close(
+            one.hidden, scores.hidden[b, t : t + len(one.tokens)], atol=2e-4, rtol=2e-4
+        )
+
+
+def test_rows_that_have_ended_leave(monkeypatch):
+    """The steps that are taken get smaller, and each has room for the rows that go on."""
+    plain, ours = pair(model_of("llama"), eos=MANY_ENDS[:3])
+    sizes: list[int] = []
+    one = ours.graphs._one
+
+    def noted(rows, *args, **options):
+        sizes.append(rows)
+        one(rows, *args, **options)
+
+    monkeypatch.setattr(ours.graphs, "_one", noted)
+    prompts, seeds = PROMPTS * 25, list(range(100))
+    expected = plain.generate(prompts, WARM, seeds)
+    assert_same(ours.generate(prompts, WARM, seeds), expected)
+    if DEVICE.type == "cpu":
+        lengths = [len(text.tokens) for text in expected]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[0] == 128
+        assert len({*sizes}) > 2
+        for step, size in enumerate(sizes):
+            assert size >= sum(length > step + 1 for length in lengths)
+
+
+def test_more_rows_than_the_largest_number_go_in_turns(monkeypatch):
+    monkeypatch.setattr("topd.engines.hf.BUCKETS", (2, 4, 8))
+    plain, ours = pair(model_of("qwen3"))
+    prompts, seeds = PROMPTS * 5, list(range(20))
+    assert_same(ours.generate(prompts, GREEDY, seeds), plain.generate(prompts, GREEDY, seeds))
+
+
+def test_buffers_grow_and_are_used_again():
+    plain, ours = pair(model_of("qwen3"))
+    for rows, steps in ((2, 5), (9, 60), (3, 140), (20, 8)):
+        prompts, seeds, sampling = (PROMPTS * 5)[:rows], range(rows), Sampling(1.0, 1.0, 0, steps)
+        assert_same(
+            ours.generate(prompts, sampling, seeds), plain.generate(prompts, sampling, seeds)
+        )
+    ours.graphs.release()
+    assert_same(ours.generate(PROMPTS, GREEDY, range(4)), plain.generate(PROMPTS, GREEDY, range(4)))
+
+
+def test_one_token_and_one_row():
+    plain, ours = pair(model_of("llama"), eos=())
+    for steps in (1, 2, 8, 9, 17):
+        sampling = Sampling(1.0, max_new_tokens=steps)
+        found = ours.generate(PROMPTS[:1], sampling, [5])
+        assert_same(found, plain.generate(PROMPTS[:1], sampling, [5]))
+        assert len(found[0].tokens) == steps
+
+
+def test_new_weights_are_used(model):
+    """In place, as an optimiser changes them, and as other tensors."""
+    plain, ours = pair(model)
+    before = ours.generate(PROMPTS, WARM, range(4))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    again = ours.generate(PROMPTS, WARM, range(4))
+    assert_same(again, plain.generate(PROMPTS, WARM, range(4)))
+    assert before != again
+    for weight in model.parameters():
+        weight.data = weight.data / 1.2
+    assert_same(ours.generate(PROMPTS, WARM, range(4)), plain.generate(PROMPTS, WARM, range(4)))
+
+
+def test_adapters_write_their_own_text():
+    base = model_of("llama")
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    plain, ours = pair(adapted.eval())
+    expected = plain.generate(PROMPTS, WARM, range(4))
+    assert_same(ours.generate(PROMPTS, WARM, range(4)), expected)
+    with adapted.disable_adapter():
+        other = ours.generate(PROMPTS, WARM, range(4))
+        assert_same(other, plain.generate(PROMPTS, WARM, range(4)))
+    assert other != expected
+    assert_same(ours.generate(PROMPTS, WARM, range(4)), expected)
+
+
+def test_under_autocast_weights_are_cast_once_a_call_and_texts_are_near_autocasts(monkeypatch):
+    """Log-probs as those of a scoring forward under the same autocast; weights float32 after it."""
+    torch.manual_seed(0)
+    model = model_of("llama")
+    half = torch.bfloat16
+    plain, ours = pair(model, autocast=lambda: torch.autocast(DEVICE.type, dtype=half))
+    casts: list[int] = []
+    copied = graphs.CastWeights._copied
+    monkeypatch.setattr(
+        graphs.CastWeights,
+        "_copied",
+        lambda self, *args: casts.append(1) or copied(self, *args),
+    )
+    for _ in range(2):
+        casts.clear()
+        written = ours.generate(PROMPTS, WARM, range(4))
+        assert len(casts) == 2 * 7 + 1  # two layers' products, and the head
+        scores = plain.score(PROMPTS, [one.tokens for one in written], temperature=1.1)
+        for one, scored in zip(written, scores.logprobs.tolist(), strict=True):
+            gaps = [abs(x - y) for x, y in zip(one.logprobs, scored, strict=False)]
+            assert sum(gaps) / len(gaps) < 0.1
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_ticks_are_as_many_as_tokens():
+    _, ours = pair(model_of("llama"), eos=())
+    ticks: list[int] = []
+    ours.generate(PROMPTS, Sampling(1.0, max_new_tokens=37), range(4), tick=lambda: ticks.append(1))
+    assert len(ticks) == 37
+
+
+def test_nothing_of_the_model_is_changed_after_writing(model):
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    _, ours = pair(model)
+    ours.graphs._fused.wanted = True
+    ours.generate(PROMPTS, GREEDY, range(4))
+    assert config._attn_implementation == before
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert graphs._writing is None
+
+
+def test_a_model_whose_attention_is_another_falls_back_and_says_so_once(caplog):
+    """gpt-oss has sinks: unknown to the attention of one token."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        **{**SIZES, **WINDOWED}, num_local_experts=2, num_experts_per_tok=1, rope_parameters=None
+    )
+    model = GptOssForCausalLM(config).eval().to(DEVICE)
+    plain, ours = pair(model)
+    expected = plain.generate(PROMPTS, GREEDY, range(4))
+    for _ in range(2):
+        assert_same(ours.generate(PROMPTS, GREEDY, range(4)), expected)
+    assert "s_aux" in ours.graphs.broken
+    said = [record for record in caplog.records if "without CUDA graphs" in record.message]
+    assert len(said) == 1
+
+
+def test_what_cannot_be_captured_is_not_tried():
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
+    longrope = LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+        )
+    )
+    assert not graphable(longrope)
+    assert graphable(PhiForCausalLM(PhiConfig(**sizes)))
+    engine = HFEngine(longrope.to(DEVICE), eos_ids=[EOS], graphs=True)
+    assert engine.graphs is None
+
+
+def test_a_wrong_attention_is_found_at_the_start(monkeypatch, caplog):
+    """And the model then writes as it would without graphs."""
+    monkeypatch.setattr(decode_check, "_KNOWN", {})
+    model = model_of("llama")
+    right = graphs._plain
+
+    def wrong(query, new, cache, place, **options):
+        return right(query, new, cache, place.clamp(max=4), **options)
+
+    monkeypatch.setattr(graphs, "_plain", wrong)
+    monkeypatch.setattr(graphs, "_kernel", lambda *_: None)
+    plain, ours = pair(model)
+    check_decoding(ours)
+    assert "log-probs differ" in ours.graphs.broken
+    assert ours.way == "shared"
+    assert_same(ours.generate(PROMPTS, WARM, range(4)), plain.generate(PROMPTS, WARM, range(4)))
+    other = HFEngine(model, eos_ids=[EOS], graphs=True)
+    check_decoding(other)  # from what is known
+    assert "log-probs differ" in other.graphs.broken
+    assert "without CUDA graphs" in caplog.text
+
+
+def test_a_right_one_is_kept_at_the_start(model, monkeypatch):
+    monkeypatch.setattr(decode_check, "_KNOWN", {})
+    _, ours = pair(model)
+    check_decoding(ours)
+    assert ours.graphs.broken is None
+
+
+def test_weights_that_move_at_every_call_are_written_without_graphs():
+    plain, ours = pair(model_of("llama"))
+    for call in range(8):
+        ours.graphs._graphs[call] = None  # as if captured
+        for weight in ours.model.parameters():
+            weight.data = weight.data.clone()
+        found = ours.generate(PROMPTS, GREEDY, range(4))
+        assert_same(found, plain.generate(PROMPTS, GREEDY, range(4)))
+    assert "moved" in ours.graphs.broken
+
+
+def test_memory_that_runs_out_halves_the_rows(monkeypatch):
+    plain, ours = pair(model_of("llama"))
+    right, asked = ours.graphs.open, []
+
+    def small(rows, *args):
+        asked.append(rows)
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        right(rows, *args)
+
+    monkeypatch.setattr(ours.graphs, "open", small)
+    assert_same(ours.generate(PROMPTS, GREEDY, range(4)), plain.generate(PROMPTS, GREEDY, range(4)))
+    assert asked[-2:] == [2, 2]
+
+
+def test_buckets():
+    assert [bucket(n) for n in (1, 2, 3, 17, 33, 65, 512)] == [2, 2, 4, 32, 64, 96, 512]
+    assert list(BUCKETS) == sorted(BUCKETS)
