@@ -1,0 +1,168 @@
+"""``topd audit``: is a run folder what was run?"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from topd.commands.audit.decisions import check_decisions
+from topd.commands.audit.files import check_records, read_chain
+from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust, read_from
+from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
+from topd.errors import TOPDError
+from topd.inputs.fingerprints import fingerprint, model_fingerprint, trained_digest
+from topd.runs.ledger import LEDGER, Entry, surviving
+from topd.runs.verified import read_manifest, read_records
+from topd.training.trainer import TOPDTrainer
+
+
+def audit_run(
+    folder: Path,
+    *,
+    updates: int = 3,
+    seed: int | None = None,
+    tolerance: float = 1e-4,
+    trust: Trust = NO_TRUST,
+) -> AuditResult:
+    """Check a training run's folder.
+
+    Args:
+        folder: the run.
+        updates: how many updates' decisions are re-derived; 0 loads no model.
+        seed: which ones. By default one that nobody can know beforehand; it is among what was
+            checked, so that the audit can be repeated.
+        tolerance: by how much a number may differ, in its own unit.
+        trust: what else than reading files is allowed; by default nothing. Without it an audit
+            connects nowhere: models and data must be on this machine.
+
+    Raises:
+        TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
+            faults already, that is one more).
+    """
+    found, seed = AuditResult(), secrets.randbits(32) if seed is None else seed
+    entries = read_chain(folder, found)
+    check_records(folder, surviving(entries), found)
+    if not updates or not _readable(folder, found):
+        return found
+    try:
+        with Rebuilt(folder, trust) as trainer:
+            _check_sources(folder, trainer, found)
+            _check_settings(folder, trainer, found)
+            _check_student(folder, entries, trainer, found)
+            check_decisions(folder, trainer, updates, seed, tolerance, found)
+    except TOPDError as error:
+        if not found.faults:
+            raise
+        found.faults.append(f"decisions: not re-derived: {error}")
+    return found
+
+
+def _readable(folder: Path, found: AuditResult) -> bool:
+    """Whether the records can be read at all; else there is nothing to make again."""
+    try:
+        for name in ("rollouts.jsonl", "guidance.jsonl"):
+            read_records(folder, name)
+        read_manifest(folder)
+    except TOPDError as error:
+        found.faults.append(f"decisions: not re-derived: {error}")
+        return False
+    return True
+
+
+def _check_sources(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> None:
+    """Models and data against their fingerprints in the manifest."""
+    manifest = read_manifest(folder)
+    for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
+        recorded, now = manifest["models"][role], model_fingerprint(model)
+        if recorded["sha256"] != now["sha256"]:
+            found.faults.append(
+                f"{role}: {now['name']} has not the weights of the run: "
+                f"{now['sha256'][:12]}, recorded {recorded['sha256'][:12]}"
+            )
+    if manifest["data"] != fingerprint(trainer.train_dataset):
+        found.faults.append("data: the prompts are not those of the run")
+    found.checked.append("models and data: student at the start, teacher, prompts")
+
+
+def _check_settings(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> None:
+    """Seed and learning rate against what they led to: the order of the prompts, the schedule."""
+    if _was_changed(folder) or is_suspect(found, "data:", "rollouts.jsonl", "metrics.jsonl"):
+        return
+    records = read_records(folder, "rollouts.jsonl")
+    records.sort(key=lambda record: (record["step"], record["rollout"]))
+    order = [trainer.train_dataset[i].index for i in trainer._get_train_sampler()]
+    met = [record["prompt"] for record in records][: len(order)]
+    if met != order[: len(met)]:
+        first = next(i for i, pair in enumerate(zip(met, order, strict=False)) if len({*pair}) > 1)
+        found.faults.append(
+            f"{place_of(records[first])}: prompt {met[first]} where seed {trainer.args.seed} has "
+            f"{order[first]}"
+        )
+    checked = "order of the prompts"
+    if trainer.args.max_steps > 0:
+        found.faults += _rate_faults(folder, trainer)
+        checked += ", learning rate of each log"
+    found.checked.append(f"settings: {checked}")
+
+
+def _was_changed(folder: Path) -> bool:
+    """Whether settings were changed where the run was resumed."""
+    with read_from(folder, "run.json"):
+        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        return any(resumed["changed"] for resumed in stored.get("resumed", ()))
+
+
+def _rate_faults(folder: Path, trainer: TOPDTrainer) -> Iterator[str]:
+    """Logs whose learning rate is not that of the schedule in run.json."""
+    args = trainer.args
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    schedule = trainer.create_scheduler(args.max_steps, optimizer)
+    rates = []
+    for _ in range(args.max_steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    for log in read_records(folder, "metrics.jsonl"):
+        if "learning_rate" not in log or not 0 < log["step"] <= len(rates):
+            continue
+        expected = rates[log["step"] - 1]
+        if not is_close(log["learning_rate"], expected, 1e-6 * args.learning_rate):
+            yield (
+                f"metrics.jsonl, step {log['step']}: learning_rate is "
+                f"{shortened(log['learning_rate'])}, run.json's settings give {expected:g}"
+            )
+
+
+def _check_student(
+    folder: Path, entries: Sequence[Entry], trainer: TOPDTrainer, found: AuditResult
+) -> None:
+    """The finished student against the digests that the ledger has of it."""
+    begun = [e for e in entries if e.get("event") == "update" and e["step"] == 0]
+    if begun and begun[0]["student"] != trained_digest(trainer.model):
+        found.faults.append(f"{LEDGER}: the student before update 0 is not the one at the start")
+    ends = [entry for entry in entries if entry.get("event") == "end"]
+    if not ends:
+        return
+    adapted = isinstance(trainer.model, PeftModel)
+    place = folder / ("adapter" if adapted else "student")
+    if is_suspect(found, place.name):
+        return
+    with read_from(folder, place.name):
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        weights = {k: v for file in place.glob("*.safetensors") for k, v in load_file(file).items()}
+        if adapted:
+            set_peft_model_state_dict(trainer.model, weights)
+        else:
+            trainer.model.load_state_dict(weights, strict=False)
+        if trained_digest(trainer.model) != ends[-1]["student"]:
+            found.faults.append(f"{place.name}: has not the weights that the run ended with")
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                parameter.copy_(before[name])
+    found.checked.append(f"{place.name}: against the weights at the end of the run")

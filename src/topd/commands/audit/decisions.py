@@ -1,0 +1,179 @@
+"""Decisions made again from stored rollouts, and compared with those of the run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from topd.commands.audit.result import (
+    AuditResult,
+    disagreements,
+    is_close,
+    is_suspect,
+    place_of,
+    shortened,
+)
+from topd.config import TOPDConfig
+from topd.errors import TOPDError
+from topd.inputs.models import eos_ids
+from topd.runs.folder import guidance_record, rollout_record
+from topd.runs.records import DRAWN, check_format
+from topd.runs.verified import read_records
+from topd.seeds import sampling_seeds
+from topd.training.metrics import Means, measure_experience
+from topd.training.trainer import TOPDTrainer
+from topd.types import Prompt, Rollout
+
+
+def check_decisions(
+    folder: Path,
+    trainer: TOPDTrainer,
+    updates: int,
+    seed: int,
+    tolerance: float,
+    found: AuditResult,
+) -> None:
+    stored: dict[int, tuple[list[Any], list[Any]]] = {}
+    for i, name in enumerate(("rollouts.jsonl", "guidance.jsonl")):
+        for record in read_records(folder, name):
+            stored.setdefault(record["step"], ([], []))[i].append(record)
+    whole = [n for n, (rollouts, guidance) in stored.items() if len(rollouts) == len(guidance)]
+    steps = sorted(random.Random(seed).sample(sorted(whole), min(updates, len(whole))))
+    forks = count = 0
+    otherwise = drawn_otherwise(folder)
+    if otherwise and trainer.args.window_temperature > 0:
+        found.checked.append("windows: not re-derived, drawn with the numbers of before 0.2.0")
+    for step in steps:
+        rollouts, guidance = stored[step]
+        if not is_suspect(found, "data:"):
+            found.faults += _door_faults(trainer, rollouts)
+        again, means = _decided(trainer, step, rollouts)
+        found.faults += _mean_faults(folder, step, means, trainer.args, tolerance)
+        known = _known(trainer, guidance, step, otherwise=otherwise)
+        for pair, (theirs, ours) in zip(zip(rollouts, guidance, strict=True), again, strict=True):
+            for recorded, now in zip(pair, (theirs, ours), strict=True):
+                found.faults += disagreements(recorded, now, known, tolerance)
+            forks += len(pair[1]["forks"])
+        count += len(rollouts)
+    if steps:
+        found.checked.append(
+            f"decisions: {count} rollouts and {forks} candidates of the updates "
+            f"{', '.join(map(str, steps))} re-derived (--seed {seed})"
+        )
+
+
+def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a rollout says of itself against its prompt and its tokens."""
+    args = trainer.args
+    prompts = {prompt.index: prompt for prompt in trainer.train_dataset}
+    ends = set(eos_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class))
+    for record in records:
+        place, response = place_of(record), record["response_ids"]
+        prompt = prompts.get(record["prompt"])
+        if prompt is None or [list(prompt.student), list(prompt.teacher)] != [
+            record["prompt_ids"],
+            record["teacher_prompt_ids"],
+        ]:
+            yield f"{place}: its tokens are not those of prompt {record['prompt']}"
+        if args.learns_from_answers:
+            continue
+        if record["finished"] != (bool(response) and response[-1] in ends):
+            yield f"{place}: finished is {record['finished']}, its last token says otherwise"
+        if len(response) > args.max_completion_length or (
+            not record["finished"] and len(response) < args.max_completion_length
+        ):
+            yield f"{place}: has {len(response)} tokens, the limit is {args.max_completion_length}"
+        if len(record["logprobs"]) != len(response):
+            yield f"{place}: logprobs are missing"
+
+
+def _decided(
+    trainer: TOPDTrainer, step: int, records: Sequence[Mapping[str, Any]]
+) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], dict[str, float]]:
+    """The records that the teacher and the method make of stored rollouts, and their means."""
+    rollouts = [_rollout(record, trainer.observer.teacher.head.vocab_size) for record in records]
+    seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
+    look = trainer.args.looks_ahead(step) and (step == 0 or not _needs_student(trainer.args))
+    made = trainer.observer.inspect(rollouts, seeds, trainer.args.guidance_method(look_ahead=look))
+    decode, means = trainer.processing_class.decode, Means()
+    measure_experience(means, made)
+    pairs = [
+        (
+            rollout_record(step, i, r, made.teacher_logprobs[i].tolist(), decode(list(r.response))),
+            guidance_record(step, i, r, made.forks[i], made.guidance[i]),
+        )
+        for i, r in enumerate(made.rollouts)
+    ]
+    return pairs, means.take()
+
+
+def _mean_faults(
+    folder: Path, step: int, means: Mapping[str, float], args: TOPDConfig, tolerance: float
+) -> Iterator[str]:
+    """Logged means that follow from rollouts and the teacher alone, where each update is logged."""
+    logs = {log["step"]: log for log in read_records(folder, "metrics.jsonl") if "loss" in log}
+    if args.logging_steps != 1 or args.logging_strategy != "steps":
+        return
+    if step + 1 not in logs:
+        return
+    for name, value in means.items():
+        logged = logs[step + 1].get(name)
+        follows = name.startswith("completions/") or name.endswith("_sampled")
+        if follows and not is_close(logged, value, tolerance):
+            yield (
+                f"metrics.jsonl, step {step + 1}: {name} is {shortened(logged)}, its rollouts give "
+                f"{shortened(value)}"
+            )
+
+
+def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
+    for key in ("prompt_ids", "teacher_prompt_ids", "response_ids"):
+        if max(record[key], default=0) >= vocab_size:
+            raise TOPDError(
+                f"rollouts.jsonl, {place_of(record)}: {key} has the token {max(record[key])}, the "
+                f"models know {vocab_size}."
+            )
+    prompt = Prompt(
+        record["prompt"], tuple(record["prompt_ids"]), tuple(record["teacher_prompt_ids"])
+    )
+    return Rollout(
+        prompt, tuple(record["response_ids"]), tuple(record["logprobs"]), record["finished"]
+    )
+
+
+def _needs_student(args: TOPDConfig) -> bool:
+    """Whether decisions depend on weights of the student that are not stored."""
+    return (
+        args.guidance_method().statistics or args.detector.statistics or args.embedding == "student"
+    )
+
+
+def drawn_otherwise(folder: Path) -> bool:
+    """Whether a run's tokens were drawn with random numbers that this version does not make."""
+    return check_format(folder) < DRAWN
+
+
+def is_sampled(args: TOPDConfig) -> bool:
+    """Whether a run's texts depend on random numbers."""
+    own = not args.learns_from_answers and args.temperature > 0
+    return own or args.window_temperature > 0
+
+
+def _known(
+    trainer: TOPDTrainer, guidance: Sequence[Mapping[str, Any]], step: int, *, otherwise: bool
+) -> set[str]:
+    """The keys of a record that can be re-derived without the student of that update.
+
+    ``otherwise``: windows and what follows them were drawn with other random numbers, where they
+    were not greedy.
+    """
+    keys = {"prompt", "prompt_ids", "teacher_prompt_ids", "teacher_logprobs", "text", "finished"}
+    if (step and _needs_student(trainer.args)) or (
+        otherwise and trainer.args.window_temperature > 0
+    ):
+        return keys
+    keys |= {"forks", "weights", "capped", "targets", "advantages"}
+    goes_on = any(branch["go_on"] for row in guidance for branch in row["branches"])
+    return keys if (step or otherwise) and goes_on else {*keys, "branches"}

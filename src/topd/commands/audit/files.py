@@ -1,0 +1,89 @@
+"""The chain of the ledger, and files and records against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from topd.commands.audit.result import AuditResult, place_of
+from topd.runs import checkpoints
+from topd.runs.files import digest, file_digest
+from topd.runs.folder import RECORDS, files_in
+from topd.runs.ledger import HEAD, Entry, check_chain
+from topd.runs.verified import read_entries, read_head, read_lines
+
+
+def read_chain(folder: Path, found: AuditResult) -> list[Entry]:
+    """The ledger's entries; what is wrong with their chain is found here."""
+    entries, faults = read_entries(folder)
+    found.faults += faults
+    head = read_head(folder)
+    if head is None:
+        found.faults.append(f"{HEAD}: is missing or no head")
+    found.faults += check_chain(entries, head or {"entries": 0, "hash": ""})
+    found.checked.append(f"chain: {len(entries)} entries")
+    if not any(entry.get("event") == "end" for entry in entries):
+        found.checked.append("the run has not ended, or was stopped")
+    return entries
+
+
+def check_records(folder: Path, entries: Sequence[Entry], found: AuditResult) -> None:
+    whole = [entry for entry in entries if "step" not in entry]
+    for entry in whole:
+        found.faults += _file_faults(folder, entry["file"], entry["record"])
+    known = {entry["file"] for entry in whole}
+    if "student/config.json" in known:  # earlier versions sealed weights only
+        found.faults += (
+            f"{name}: is not in the ledger"
+            for name in files_in(folder, "student", "adapter")
+            if name not in known
+        )
+    records = 0
+    for name in RECORDS:
+        expected = [entry for entry in entries if entry["file"] == name and "step" in entry]
+        lines, ends = read_lines(folder / name)
+        found.faults += _line_faults(name, expected, [digest(line) for line in lines])
+        if not ends:
+            found.faults.append(f"{name}: line {len(lines)} is cut off")
+        records += len(expected)
+    found.checked.append(f"files: {len(whole)}, records: {records}")
+
+
+def _file_faults(folder: Path, name: str, recorded: str) -> Iterator[str]:
+    """A file that is missing or was changed; of a checkpoint, any of its files."""
+    path = folder / name
+    try:
+        if path.name == checkpoints.SEAL and not path.parent.exists():
+            return  # pruned
+        if not path.is_file():
+            yield f"{name}: is missing"
+        elif file_digest(path) != recorded:
+            yield f"{name}: was changed"
+        elif path.name == checkpoints.SEAL and isinstance(
+            fault := checkpoints.examined(path.parent), str
+        ):
+            yield f"{path.parent.name}: {fault}"
+    except OSError as error:
+        yield f"{name}: cannot be read ({error.strerror})"
+
+
+def _line_faults(name: str, expected: Sequence[Entry], lines: Sequence[str]) -> Iterator[str]:
+    """Records that were changed, are missing, were added, or are in another place."""
+    known = {entry["record"]: entry for entry in expected}
+    there = set(lines)
+    missing = [entry for entry in expected if entry["record"] not in there]
+    strange = [n for n, line in enumerate(lines, 1) if line not in known]
+    for entry in missing:
+        changed = strange.pop(0) if strange else None
+        how = "is missing" if changed is None else f"was changed (line {changed})"
+        yield f"{name}, {place_of(entry)}: {how}"
+    for number in strange:
+        yield f"{name}, line {number}: is not in the ledger"
+    if missing or strange:
+        return
+    for number, (line, entry) in enumerate(zip(lines, expected, strict=False), 1):
+        if line != entry["record"]:
+            here, there_was = place_of(known[line]), place_of(entry)
+            yield f"{name}, line {number}: {here} stands where {there_was} did"
+    if len(lines) != len(expected):
+        yield f"{name}: has {len(lines)} lines, the ledger {len(expected)}"

@@ -1,0 +1,144 @@
+"""``topd replay``: does an update repeat, from the checkpoint before it?"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from topd.commands.audit.decisions import drawn_otherwise, is_sampled
+from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust
+from topd.commands.audit.result import AuditResult, disagreements
+from topd.config import TOPDConfig
+from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
+from topd.inputs.fingerprints import trained_digest
+from topd.runs import checkpoints
+from topd.runs.folder import RECORDS
+from topd.runs.ledger import LEDGER
+from topd.runs.verified import read_entries, read_records
+from topd.training.trainer import TOPDTrainer
+
+TIMES = ("seconds/", "tokens_per_second", "train_", "total_flos", "eval/", "eval_", "epoch")
+OTHERWISE = (
+    "{folder}: a version before 0.2.0 sampled its texts, with random numbers that this version "
+    "does not make. Replay it with the version that manifest.json names, or audit it: "
+    "topd audit {folder}."
+)
+
+
+def replay_step(
+    folder: Path, step: int, *, tolerance: float = 0.0, trust: Trust = NO_TRUST
+) -> AuditResult:
+    """Repeat an update from the checkpoint before it, or from the start, and compare.
+
+    Compared are every record from there on and, where the ledger has them, the weights. A loss that
+    is not finite is re-derived too. See :func:`audit_run` for the arguments.
+
+    Raises:
+        TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
+            loaded or are others, or its texts were sampled by a version with other random numbers.
+    """
+    recorded = read_records(folder, "rollouts.jsonl")
+    if not recorded:
+        raise TOPDError(f"{folder}: has no rollouts to compare with (log_rollouts was off?).")
+    if not any(record["step"] == step for record in recorded):
+        last = max((record["step"] for record in recorded), default=-1)
+        raise TOPDError(f"--step {step}: {folder} has the updates 0 to {last}. Choose one.")
+    found, start = AuditResult(), checkpoints.last(folder, step)
+    seal = checkpoints.check(start, resumable=True) if start else None
+    first = seal.step if seal else 0
+    with Rebuilt(folder, trust) as trainer:
+        if drawn_otherwise(folder) and is_sampled(trainer.args):
+            raise TOPDError(OTHERWISE.format(folder=folder))
+        scratch = trainer.run_folder
+        if start and seal:
+            _as_at(start, scratch)
+            trainer.examined = {scratch / start.name: seal}
+        trainer.add_callback(_StopAfter(step + 1))
+        try:
+            trainer.train(resume_from_checkpoint=bool(start))
+        except StoppedError as error:  # as the run may have been
+            if error.exit_code not in (NONFINITE, COLLAPSED):
+                raise
+            found.checked.append(f"stopped: {str(error).partition('. ')[0]}")
+        for name in RECORDS:
+            _compare_records(folder, scratch, name, (first, step), tolerance, found)
+        _compare_weights(folder, scratch, trainer, step, found)
+    begun = start.name if start else "the beginning"
+    found.checked.insert(0, f"replay: update {step}, from {begun}")
+    return found
+
+
+class _StopAfter(TrainerCallback):
+    """Ends a run after so many updates, whatever its schedule says."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        control.should_training_stop |= state.global_step >= self.step
+
+
+def _as_at(checkpoint: Path, scratch: Path) -> None:
+    """Have what a run needs to resume from a checkpoint in another folder; training cuts it."""
+    run = checkpoint.parent
+    for path in [*run.glob("*.jsonl"), run / "run.json", run / "manifest.json"]:
+        if path.name != LEDGER:
+            shutil.copy(path, scratch)
+    (scratch / checkpoint.name).symlink_to(checkpoint.resolve())
+
+
+def _compare_records(
+    folder: Path,
+    scratch: Path,
+    name: str,
+    steps: tuple[int, int],
+    tolerance: float,
+    found: AuditResult,
+) -> None:
+    """Records of the replayed updates, key by key; times and evaluations aside."""
+    first, last = (step + (name == "metrics.jsonl") for step in steps)
+    ours, theirs = (
+        [r for r in read_records(place, name) if first <= r["step"] <= last and _of_an_update(r)]
+        for place in (folder, scratch)
+    )
+    if len(ours) != len(theirs):
+        found.faults.append(f"{name}: {len(ours)} records of these updates, {len(theirs)} again")
+        return
+    for recorded, now in zip(ours, theirs, strict=True):
+        keys = {key for key in recorded if not key.startswith(TIMES)}
+        found.faults += (
+            f"{name}, {said}" for said in disagreements(recorded, now, keys, tolerance)
+        )
+    found.checked.append(f"{name}: {len(ours)} records")
+
+
+def _of_an_update(record: Mapping[str, Any]) -> bool:
+    return "rollout" in record or "loss" in record
+
+
+def _compare_weights(
+    folder: Path, scratch: Path, trainer: TOPDTrainer, step: int, found: AuditResult
+) -> None:
+    """The student before every replayed update and after the last, as far as it is recorded."""
+    recorded, again = _weights(folder), _weights(scratch)
+    again[step + 1] = trained_digest(trainer.model)
+    both = sorted(recorded.keys() & again.keys())
+    found.faults += (
+        f"weights before update {n}: not those of the run" for n in both if recorded[n] != again[n]
+    )
+    found.checked.append(f"weights: before the updates {', '.join(map(str, both))}")
+
+
+def _weights(folder: Path) -> dict[int, str]:
+    entries = read_entries(folder)[0] if (folder / LEDGER).exists() else []
+    return {
+        entry["step"]: entry["student"]
+        for entry in entries
+        if entry.get("event") in ("update", "end")
+    }

@@ -1,0 +1,74 @@
+"""What an audit found, in words, and where two records differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from topd.runs.records import as_before
+
+
+@dataclass
+class AuditResult:
+    """What was checked, and the faults; both in words."""
+
+    checked: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def is_suspect(found: AuditResult, *beginnings: str) -> bool:
+    """Whether a fault was found already in what a further check relies on."""
+    return any(fault.startswith(beginnings) for fault in found.faults)
+
+
+def place_of(record: Mapping[str, Any]) -> str:
+    if "rollout" in record:
+        return f"update {record['step']}, rollout {record['rollout']}"
+    return f"step {record['step']}"
+
+
+def disagreements(
+    recorded: Mapping[str, Any], now: Mapping[str, Any], known: set[str], tolerance: float
+) -> Iterator[str]:
+    plain = as_before(json.loads(json.dumps(now)), recorded)
+    for key in sorted(known & plain.keys()):
+        if key not in recorded:
+            yield f"{place_of(recorded)}: {key} is missing"
+            continue
+        where = _difference(recorded[key], plain.get(key), tolerance)
+        if where is not None:
+            yield f"{place_of(recorded)}: {key}{where}"
+
+
+def _difference(recorded: Any, now: Any, tolerance: float) -> str | None:
+    """Where two values of JSON differ first, and how; None if they agree."""
+    if isinstance(recorded, dict) and isinstance(now, dict) and recorded.keys() == now.keys():
+        pairs = [(f".{key}", recorded[key], now[key]) for key in recorded]
+    elif isinstance(recorded, list) and isinstance(now, list) and len(recorded) == len(now):
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(recorded, now, strict=True))]
+    elif recorded == now or _near(recorded, now, tolerance):
+        return None
+    else:
+        return f": recorded {shortened(recorded)}, re-derived {shortened(now)}"
+    for where, one, other in pairs:
+        inner = _difference(one, other, tolerance)
+        if inner is not None:
+            return where + inner
+    return None
+
+
+def _near(recorded: Any, now: Any, tolerance: float) -> bool:
+    numbers = all(isinstance(x, float) for x in (recorded, now))
+    return numbers and (abs(recorded - now) <= tolerance or (recorded != recorded and now != now))
+
+
+def is_close(logged: Any, value: float, tolerance: float) -> bool:
+    """Whether a figure of a log, which may be anything, is this one."""
+    return isinstance(logged, (int, float)) and abs(logged - value) <= tolerance
+
+
+def shortened(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
