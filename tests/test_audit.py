@@ -371,7 +371,7 @@ def test_an_entry_that_is_none_is_found(copied):
         ("guidance.jsonl", lambda r: r["targets"].pop(), "targets"),
         ("guidance.jsonl", lambda r: r.update(prompt=0), "prompt"),
         ("rollouts.jsonl", lambda r: r["teacher_logprobs"].__setitem__(2, -0.1), "teacher_log"),
-        ("rollouts.jsonl", lambda r: r["logprobs"].__setitem__(0, -9.0), "forks"),
+        ("rollouts.jsonl", lambda r: r["logprobs"].__setitem__(0, 9.0), "forks"),
         ("rollouts.jsonl", lambda r: r["response_ids"].__setitem__(0, 9), "forks"),
         ("rollouts.jsonl", lambda r: r.update(text="forged"), "text"),
     ],
