@@ -98,12 +98,12 @@ def left(trainer: TOPDTrainer) -> dict[str, Any]:
 
 def without(trainer: TOPDTrainer, ranks: int) -> None:
     """Nothing to learn from the second, fourth, ... micro-batch: with two ranks, from rank 1."""
-    trainer.observer._guided = emptied(trainer.observer._guided, ranks, weights=True)
+    trainer.observer.guided = emptied(trainer.observer.guided, ranks, weights=True)
 
 
 def without_forks(trainer: TOPDTrainer, ranks: int) -> None:
     """The same micro-batches have no fork."""
-    trainer.observer._guided = emptied(trainer.observer._guided, ranks, weights=False)
+    trainer.observer.guided = emptied(trainer.observer.guided, ranks, weights=False)
 
 
 def emptied(guided: Callable[..., Experience], ranks: int, *, weights: bool) -> Any:
