@@ -135,11 +135,8 @@ def expect(found: int, wanted: int) -> None:
 
 
 def engine(model: Any, *, eager: bool = False, **options: Any) -> HFEngine:
-    """Our engine, without graphs if asked."""
-    made = HFEngine(model, eos_ids=[], **options)
-    if eager:
-        made.graphs = None  # type: ignore[attr-defined]
-    return made
+    """Our engine; in graphs where it does so by itself."""
+    return HFEngine(model, eos_ids=[], graphs=False if eager else None, **options)
 
 
 def ours_writes(model: Any, texts: list[Ids], **options: Any) -> Callable[[int], int]:
