@@ -32,11 +32,11 @@ from conftest import DEVICE, EOS, USE_CPU, VOCAB, cpu_only, tiny_model
 from conftest import torch_on_device as torch
 from topd.engines import Engine, decoding, draws, hf
 from topd.engines import packed as packing
-from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.inputs.heads import head_of
 from topd.types import Effort, Generation, Ids, Sampling
 
+HFEngine = functools.partial(hf.HFEngine, graphs=False)  # with them: test_graphs.py
 PROMPTS: list[Ids] = [(1, 9, 23, 41, 5), (1, 8), (1, 30, 31, 32, 33, 34, 35, 36, 7), (1,)]
 RESPONSES: list[Ids] = [(11, 12, 13), (40, 41, 42, 43, 44, 45, 46), (50,), (9, 3, 9, 3)]
 STARTS = [(b, t) for b, response in enumerate(RESPONSES) for t in range(len(response))]
@@ -61,7 +61,7 @@ def model(model_kind) -> PreTrainedModel:
 
 
 @functools.cache
-def engine_of(kind: str, *, seed: int = 0, eos_ids: Ids = (EOS,)) -> HFEngine:
+def engine_of(kind: str, *, seed: int = 0, eos_ids: Ids = (EOS,)) -> hf.HFEngine:
     return HFEngine(tiny_model(kind, seed=seed), eos_ids=eos_ids)
 
 
@@ -269,7 +269,7 @@ def share(request, monkeypatch) -> str:
     return request.param
 
 
-def nearly(engine: HFEngine, sampling: Sampling, seed: int) -> Ids:
+def nearly(engine: hf.HFEngine, sampling: Sampling, seed: int) -> Ids:
     """What the engine itself writes, with some tokens changed: drafts that hold for a while."""
     (written,) = engine.generate([PROMPTS[0]], replace(sampling, max_new_tokens=40), [seed])
     return tuple(7 if i in (5, 6, 19) else token for i, token in enumerate(written.tokens))

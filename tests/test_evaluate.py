@@ -719,7 +719,9 @@ def invoke(root, monkeypatch):
 
 
 def test_the_command_leaves_figures_and_responses(root, invoke, tmp_path):
-    result = invoke("model", "gsm8k.jsonl", "--output", str(tmp_path), "--limit", "4")
+    result = invoke(
+        "model", "gsm8k.jsonl", "--output", str(tmp_path), "--limit", "4", "--seed", "1"
+    )
     assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert (record["problems"], record["samples"]) == (4, 2)

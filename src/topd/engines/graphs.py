@@ -157,7 +157,7 @@ class Graphs:
         self._cache.layers = [*self._layers]
         self._fused = Fused(model, on=fuse)
         self._casts = CastWeights()
-        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         self._weights: Hashable = None
@@ -352,8 +352,9 @@ class Graphs:
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 self._graphs.clear()
-            self._graphs[key] = self._captured(rows, one)
-        return self._graphs[key].replay
+            read = head, token_words(head.vocab_size, self._device)  # may not be freed before it
+            self._graphs[key] = self._captured(rows, one), read
+        return self._graphs[key][0].replay
 
     def _captured(self, rows: int, one: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """The step as a graph, after steps that compile and allocate what it needs."""
