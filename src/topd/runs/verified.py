@@ -1,7 +1,8 @@
 """Reads back what a training run wrote, and trusts none of it.
 
 Whatever is in the files of a folder, they are read, or refused in words that name file and
-line. Only what an audit uses is checked; values that a record has besides are kept as they are.
+line. Records are those of :mod:`topd.runs.records`, without their leniency; what a record has
+besides is kept as it is.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from topd.errors import TOPDError
 from topd.runs.files import json_text
 from topd.runs.ledger import HEAD, LEDGER, Entry
-
-Id = Annotated[int, Field(ge=0)]
-PromptIds = Annotated[list[Id], Field(min_length=1)]
-UNREADABLE = (
-    ValueError,
-    RecursionError,
-)  # not UTF-8, not JSON, not the right keys, nested too deep
+from topd.runs.records import (
+    UNREADABLE,
+    BranchRecord,
+    ForkRecord,
+    GuidanceRecord,
+    Id,
+    PromptIds,
+    RolloutRecord,
+)
 
 
 class _Stored(BaseModel):
@@ -32,13 +35,16 @@ class _Line(_Stored):
     step: Id
 
 
-class _RolloutLine(_Line):
+class _RolloutLine(RolloutRecord):
+    """A rollout as training writes it: nothing is left out, and nothing taken for another type."""
+
+    model_config = ConfigDict(strict=True)
+    step: Id
     rollout: Id
-    prompt: int
     prompt_ids: PromptIds
     teacher_prompt_ids: PromptIds
-    response_ids: list[Id]
-    logprobs: list[float]
+    response_ids: tuple[Id, ...]
+    logprobs: tuple[float, ...]
     finished: bool
 
     @model_validator(mode="after")
@@ -48,14 +54,14 @@ class _RolloutLine(_Line):
         return self
 
 
-class _Branch(_Stored):
-    go_on: Id
+class _GuidanceLine(GuidanceRecord):
+    """Likewise, of guidance."""
 
-
-class _GuidanceLine(_Line):
+    model_config = ConfigDict(strict=True)
+    step: Id
     rollout: Id
-    forks: list[Any]
-    branches: list[_Branch]
+    forks: tuple[ForkRecord, ...]
+    branches: tuple[BranchRecord, ...]
 
 
 class _Link(_Stored):
@@ -94,7 +100,7 @@ class _Manifest(_Stored):
     data: str
 
 
-LINES: dict[str, type[_Line]] = {
+LINES: dict[str, type[BaseModel]] = {
     "metrics.jsonl": _Line,
     "rollouts.jsonl": _RolloutLine,
     "guidance.jsonl": _GuidanceLine,
@@ -178,11 +184,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _checked(kind: type[_Stored], content: bytes, place: str) -> dict[str, Any]:
+def _checked(kind: type[BaseModel], content: bytes, place: str) -> dict[str, Any]:
     """JSON, if it is of this kind. Raises TOPDError if not."""
     try:
         found = json.loads(content)
-        kind.model_validate(found)
+        kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "as a whole"
