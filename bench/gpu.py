@@ -28,6 +28,7 @@ import torch
 import typer
 from transformers import TrainerCallback
 
+from bench import loss_gpu
 from bench.gpu_models import (
     SHAPES,
     device,
@@ -390,8 +391,6 @@ def trl_trainer(_: str, size: Update) -> tuple[Any, Callable[[], dict[str, float
 
 def loss(tiny: bool) -> Iterator[Row]:
     """The chunked loss beside the bare matrix products, TRL's kernel and Liger's."""
-    from bench import loss_gpu
-
     sizes = (64, 512, 32, 48) if tiny else (8192, 151_936, 1024, 2560)
     runs, place = (2 if tiny else 7), device()
     yield from loss_gpu.measure(*sizes, runs=runs, seconds=35.0, device=place.type)
@@ -401,8 +400,6 @@ def loss(tiny: bool) -> Iterator[Row]:
 def trl_loss(sizes: tuple[int, int, int, int], runs: int) -> Row:
     """TRL's loss of the same tokens."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
-
-    from bench import loss_gpu
 
     case = loss_gpu.Case(*sizes, device())
     mask = torch.ones(1, sizes[0], device=device())
@@ -519,6 +516,9 @@ def tables(found: Found) -> Iterator[Table]:
     for name, part in found["results"].items():
         rows = part["rows"]
         if not rows:
+            continue
+        if name == "loss":
+            yield from loss_gpu.tables(rows)
             continue
         columns = list(dict.fromkeys(key for row in rows for key in row))
         cells = [[cell(row.get(column, "")) for column in columns] for row in rows]

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +25,7 @@ import typer
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.measure import Table
 from topd.losses import Upstream, chunked, linear_token_terms
 from topd.types import Head
 
@@ -35,6 +36,17 @@ except ImportError:  # no Triton
 
 CHUNKS = (1024, 2048, 4096)
 TILES = ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16))
+
+NAMES = {
+    "kernels": "ours, kernels",
+    "eager": "ours, eager",
+    "compiled": "ours, block compiled",
+    "liger": "Liger",
+    "TRL": "TRL",
+}
+COLUMNS = ("by", "chunk", "divergence", "ms", "over the bare products", "GB over gradients")
+LEFT = {"reason", "fault"}
+NOTE = "Ours has a weight for each token; the means of Liger and TRL have none."
 
 Found = dict[str, Any]
 
@@ -285,7 +297,7 @@ def profile(case: Case, chunk: int) -> Found:
         step()
         torch.cuda.synchronize()
     rows = sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:16]
-    return {e.key[:90]: [e.count, round(e.self_device_time_total / 1e3, 3)] for e in rows}
+    return {"ms": {e.key[:90]: round(e.self_device_time_total / 1e3, 3) for e in rows}}
 
 
 def parts(
@@ -342,9 +354,40 @@ def measure(
             record |= {"reason": repr(fault)[:600]} if fault else future.result()
             if name == "products" and not fault:
                 base = min(record["ms_by_chunk"].values())
-            if base and "ms" in record:
+            if base and isinstance(record.get("ms"), float):
                 record["over_products"] = round(record["ms"] / base, 3)
             yield {**record, "seconds": round(time.perf_counter() - began - spent, 1)}
+
+
+def tables(rows: Sequence[Found]) -> Iterator[Table]:
+    """The ways beside the bare products, what they are off by, and what had no figures."""
+    bare = next((row["ms_by_chunk"] for row in rows if "ms_by_chunk" in row), {})
+    if bare:
+        yield Table("Loss, forward and backward", COLUMNS, list(_ways(rows, bare)), NOTE)
+    gaps = [
+        [NAMES[row["way"]], row["kind"], *(f"{row[n]:.1e}" for n in ("value", "hidden", "weight"))]
+        for row in rows
+        if "way" in row
+    ]
+    columns = ["by", "divergence", "value", "by states", "by head"]
+    yield Table("Largest gaps from float64, relative", columns, gaps, "Of 64 tokens, in bfloat16.")
+    left = [
+        [row.get("part", "all"), row.get("reason") or row["fault"]] for row in rows if LEFT & {*row}
+    ]
+    if left:
+        yield Table("Parts of the loss without figures", ["part", "reason"], left)
+
+
+def _ways(rows: Sequence[Found], bare: Found) -> Iterator[list[str]]:
+    """A line for each way, over the fastest of the bare products."""
+    chunk = min(bare, key=bare.__getitem__)
+    yield ["bare products", str(chunk), "", f"{bare[chunk]:.1f}", "1", ""]
+    for row in rows:
+        if row.get("part") in NAMES and "ms" in row:
+            name = NAMES[row["part"]] + ", compiled" * row.get("compiled", False)
+            kind, gb = row.get("kind", "reverse_kl"), row["peak_gb_over_gradients"]
+            over, size = f"{row['ms'] / bare[chunk]:.2f}", str(row.get("chunk_tokens", ""))
+            yield [name, size, kind, f"{row['ms']:.1f}", over, "" if gb is None else f"{gb:.2f}"]
 
 
 def main(

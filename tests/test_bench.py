@@ -84,6 +84,8 @@ def test_the_loss_on_a_gpu_is_measured_in_parts_that_give_figures_or_a_reason(mo
     errors = [x for x in found if x["part"] == "errors" and x.get("way") == "eager"]
     assert [x["kind"] for x in errors] == ["reverse_kl", "forward_kl", "jsd"]
     assert all(0 < x["weight"] < 2**-6 for x in errors)
+    text = "\n".join(map(str, gpu.tables({"results": {"loss": {"rows": found}}})))
+    assert all(f"| {words}" in text for words in ("bare products", "ours, eager", "broken"))
     late = list(loss_gpu.measure(device="cpu", seconds=-1))
     assert all("left out" in x["reason"] for x in late)
 
