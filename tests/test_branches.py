@@ -159,7 +159,7 @@ def test_the_mask_of_packed_branches_is_made_and_kept_once_for_all_layers():
     visible = layout.visible(length, DEVICE)
 
     def noted(kept: Tensor) -> Tensor:
-        if kept.shape[-2:] == (length, length) and kept.shape[1] == 1:
+        if kept.dim() == 4 and kept.shape[-2:] == (length, length):  # expanded over heads, or not
             masks.add(kept.untyped_storage().data_ptr())
         return kept
 

@@ -20,7 +20,7 @@ from scipy.stats import binomtest
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
-from conftest import EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands import evaluate as evaluating
 from topd.engines.hf import HFEngine
@@ -594,7 +594,7 @@ def test_greedy_responses_are_those_of_the_model(engine, found):
     for prompt, response in zip(
         tiny_evaluator().prompts, (r for r in found.responses if r.sample is None), strict=True
     ):
-        ids = torch.tensor([prompt.student])
+        ids = torch.tensor([prompt.student]).to(DEVICE)
         written = engine.model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=EOS)
         assert tuple(written[0, ids.shape[1] :].tolist()) == response.ids
         assert response.finished == (response.ids[-1] == EOS)

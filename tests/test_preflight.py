@@ -21,7 +21,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from conftest import USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
@@ -80,7 +80,8 @@ def folder(tmp_path) -> Path:
 
 
 def test_every_inherited_argument_is_known_to_work_or_is_refused():
-    assert {f.name for f in fields(TrainingArguments)} == WORKS | ELSEWHERE | set(REFUSED)
+    """Those of the installed transformers: an older one has fewer."""
+    assert {f.name for f in fields(TrainingArguments)} <= WORKS | ELSEWHERE | set(REFUSED)
     assert len(WORKS) + len(ELSEWHERE) + len(REFUSED) == len(WORKS | ELSEWHERE | set(REFUSED))
 
 
@@ -160,7 +161,8 @@ def test_sampling_settings_that_greedy_decoding_does_not_use_are_not_in_the_way(
     (folder / "generation_config.json").write_text(json.dumps(stored))
     make(tmp_path / "run", str(folder), str(folder), save_strategy="steps", save_steps=1).train()
     saved = json.loads((tmp_path / "run" / "student" / "generation_config.json").read_text())
-    assert (saved["eos_token_id"], saved.get("temperature"), saved.get("top_p")) == (2, None, None)
+    assert saved["eos_token_id"] in (2, [2])  # as transformers' versions have it
+    assert (saved.get("temperature"), saved.get("top_p")) == (None, None)
 
 
 def test_a_generation_config_that_nobody_can_save_is_refused_before_models_load(
@@ -191,7 +193,7 @@ def test_a_student_on_disk_that_differs_from_the_one_in_memory_ends_the_run(tmp_
 def test_a_saved_student_is_the_one_in_memory(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
-    assert check_saved(tmp_path, model) < 1e-12
+    assert check_saved(tmp_path, model) < (1e-12 if USE_CPU else 1e-9)  # it is read on a CPU
     model.lm_head.weight.data += 0.05 * torch.randn_like(model.lm_head.weight)
     with pytest.raises(TOPDError, match="differ by"):
         check_saved(tmp_path, model)
@@ -210,7 +212,8 @@ def test_an_adapter_on_tied_embeddings_is_saved_as_it_was_trained(tmp_path, tied
     model = trainer.model.eval()
     with torch.no_grad():
         trained = model(input_ids=IDS).logits
-        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student")(input_ids=IDS).logits
+        read = AutoModelForCausalLM.from_pretrained(tmp_path / "student").to(DEVICE)
+        saved = read(input_ids=IDS).logits
         assert (trained - before).abs().max() > 1
         torch.testing.assert_close(saved, trained, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(merged(model)(input_ids=IDS).logits, trained)
@@ -288,7 +291,7 @@ NOISY = {
 @pytest.mark.parametrize("kind", NOISY)
 def test_no_noise_is_left_whatever_it_is_called(kind):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(NOISY[kind]))
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(NOISY[kind])).to(DEVICE)
     expected = model.eval()(input_ids=IDS).logits
     assert not torch.allclose(model.train()(input_ids=IDS).logits, expected)
     without_dropout(model)

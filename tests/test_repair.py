@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import EOS, write_pair
+from conftest import DEVICE, EOS, write_pair
 from topd import cli, transport
 from topd.commands import repair
 from topd.commands.repair import (
@@ -90,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
 def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -100,8 +100,8 @@ def weights_hash(model: nn.Module) -> str:
 @torch.no_grad()
 def logprobs_of(model: nn.Module, prefix: tuple[int, ...], window: tuple[int, ...]) -> Tensor:
     """[n V] nats, from the model's own logits."""
-    ids = torch.tensor([[*prefix, *window]])
-    return model(input_ids=ids).logits[0, len(prefix) - 1 : -1].log_softmax(-1)
+    ids = torch.tensor([[*prefix, *window]]).to(DEVICE)
+    return model(input_ids=ids).logits[0, len(prefix) - 1 : -1].log_softmax(-1).cpu()
 
 
 def reverse_kl(p: Tensor, q: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from conftest import EOS, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, EOS, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer, transport
 from topd.config import CHECKPOINTING
@@ -498,7 +498,7 @@ def test_only_the_adapter_learns_and_student_and_adapter_load_as_trained(tmp_pat
     assert all(w.abs().max() > 0 for n, w in inner.items() if "lora_B" in n)
     trained = logits(trainer.model)
     assert (trained - logits(base)).abs().max() > 0.1
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "student").to(DEVICE)
     torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(adapted), trained, rtol=1e-5, atol=1e-5)
@@ -519,7 +519,7 @@ def test_the_saved_student_loads_as_trained_with_tokenizer_and_card(tmp_path):
     trainer = make(tmp_path, max_steps=2, teacher_prompt="so {{ prompt }}")
     trainer.train()
     folder = tmp_path / "student"
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
     torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=0)
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
     card = (folder / "README.md").read_text()

@@ -153,6 +153,7 @@ def sparse_soft_targets(
     >>> sparse_soft_targets(torch.tensor([[[0.1, 0.0, 0.3]]]), torch.tensor([[7, 8, 7]]))
     [[((7,), (1.0,))]]
     """
+    plan, teacher_tokens = plan.cpu(), teacher_tokens.cpu()
     count, n, _ = plan.shape
     window, i, j = (plan > 1e-9 * plan.sum(-1, keepdim=True)).nonzero(as_tuple=True)  # no dust
     row, token = (window * n + i).numpy(), teacher_tokens[window, j].numpy()
@@ -183,6 +184,7 @@ def sparse_plans(plan: Float[Tensor, "N n m"]) -> list[tuple[tuple[int, int, flo
     >>> sparse_plans(torch.tensor([[[0.5, 0.0], [0.0, 0.5]]]))
     [((0, 0, 0.5), (1, 1, 0.5))]
     """
+    plan = plan.cpu()
     window, i, j = (plan > PLAN_DUST * plan.sum(-1, keepdim=True)).nonzero(as_tuple=True)
     mass = plan[window, i, j].double().numpy().round(9)
     entries = list(zip(i.tolist(), j.tolist(), mass.tolist(), strict=True))
