@@ -426,8 +426,8 @@ class Part:
 
 PARTS = {
     "rollouts": Part(rollouts, 110, "Rollouts, prompts of 64 tokens, bfloat16"),
-    "step": Part(step, 130, "A whole step, bfloat16 over float32 weights"),
-    "step-trl": Part(step_trl, 75, "A whole step of TRL"),
+    "step": Part(step, 100, "A whole step, bfloat16 over float32 weights"),
+    "step-trl": Part(step_trl, 62, "A whole step of TRL"),
     "loss": Part(loss, 60, "Reverse KL, forward and backward, 8,192 tokens"),
     "windows": Part(windows, 60, "Scoring, and windows of 50 tokens"),
     "sharing": Part(sharing, 60, "Several runs on one GPU, SmolLM2-135M's shape, 64 x 128 tokens"),
