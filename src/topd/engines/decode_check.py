@@ -9,6 +9,7 @@ holds and then does not.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
@@ -91,7 +92,9 @@ def _kind(engine: HFEngine) -> str:
     """What decides how a model decodes, whatever its weights are."""
     model = engine.model
     parts = (type(model), model.dtype, model.device, model.config._attn_implementation)
-    return f"{parts} {engine.way} {engine.graphs is None} {model.config.to_json_string()}"
+    config = {k: v for k, v in model.config.to_dict().items() if k != "use_cache"}  # always said
+    ways = f"{engine.way} {engine.graphs is None}"
+    return f"{parts} {ways} {json.dumps(config, default=str, sort_keys=True)}"
 
 
 def _fault(engine: HFEngine) -> str | None:

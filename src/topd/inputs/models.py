@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -26,12 +27,14 @@ from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.adapters import refuse_adapter_folder
+from topd.inputs.gguf_files import parsed_once, unchanged
 from topd.inputs.positions import rope_switch
 from topd.inputs.served import ServedSpec
 from topd.inputs.vocabulary import check_tokenizers, check_vocabulary
 from topd.testbed import SCHEME, weights_of
 
 PACKAGE = "package://"
+_CONFIGS: dict[tuple[Any, ...], PretrainedConfig] = {}  # of GGUF files, which are slow to parse
 
 
 class ModelSpec(BaseModel):
@@ -92,7 +95,8 @@ class ModelSpec(BaseModel):
         place = self.place
         refuse_adapter_folder(self.path, place)
         try:
-            return auto.from_pretrained(place, **self._source(), **options)
+            with parsed_once() if self.gguf_file else nullcontext():
+                return auto.from_pretrained(place, **self._source(), **options)
         except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
             raise TOPDError(
                 f"model {self.path}: its {what} cannot be loaded. Check the path, or the network "
@@ -101,7 +105,12 @@ class ModelSpec(BaseModel):
 
     def load_config(self) -> PretrainedConfig:
         """The configuration alone. Raises TOPDError if it cannot be found."""
-        return self._load(AutoConfig, "configuration")
+        if not self.gguf_file:
+            return self._load(AutoConfig, "configuration")
+        key = (self.model_dump_json(), *unchanged(Path(self.place) / self.gguf_file))
+        if key not in _CONFIGS:
+            _CONFIGS[key] = self._load(AutoConfig, "configuration")
+        return copy.deepcopy(_CONFIGS[key])
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token. Raises TOPDError if it cannot be found."""
