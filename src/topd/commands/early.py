@@ -90,7 +90,7 @@ def check_data(place: str | None) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Raises TOPDError for what is no folder."""
+    """Raises TOPDError for what is not a folder."""
     if not folder.is_dir():
         raise TOPDError(f"run folder {folder}: the folder does not exist. Give one under runs/.")
 
