@@ -44,7 +44,11 @@ WINDOWED = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_atte
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**WINDOWED, "query_pre_attn_scalar": 8}),
+    "gemma2": (
+        Gemma2Config,
+        Gemma2ForCausalLM,  # older transformers would have sdpa, which leaves the soft-cap out
+        {**WINDOWED, "query_pre_attn_scalar": 8, "attn_implementation": "eager"},
+    ),
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {**WINDOWED, "query_pre_attn_scalar": 8}),
 }
 GREEDY = Sampling(0.0, max_new_tokens=20)

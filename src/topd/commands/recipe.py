@@ -223,9 +223,9 @@ def _validated(adapter: TypeAdapter[Any], value: Any) -> Any:
     """The value as its type; false, as YAML reads a bare no, is the word where text is wanted."""
     try:
         return adapter.validate_python(value)
-    except ValidationError:
+    except ValueError:  # older pydantics let an enum's own through
         if value is False:
-            with suppress(ValidationError):
+            with suppress(ValueError):
                 return adapter.validate_python("no")
         raise
 
