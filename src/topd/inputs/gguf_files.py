@@ -1,4 +1,4 @@
-"""A GGUF file is parsed once a process: transformers parses it anew for each thing in it.
+"""A GGUF file is parsed once a process: transformers parses it again for each thing in it.
 
 Parsing takes seconds, for a vocabulary is read string by string. What is read stays a memory map.
 """
@@ -27,7 +27,7 @@ def unchanged(path: Path) -> Key:
 def parsed_once() -> Iterator[None]:
     """Inside, the gguf package gives what it has parsed before, as long as the file is the same.
 
-    Its map of tensor names, made anew for every module of a model otherwise, is kept too. Without
+    Its map of tensor names, made again for every module of a model otherwise, is kept too. Without
     the package nothing is changed, and transformers says what is missing.
     """
     try:
