@@ -37,6 +37,7 @@ def ours(folder: Path, **changes) -> TOPDTrainer:
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "max_completion_length": 24,
+        "seed": 5,  # rollouts of many lengths
         "chunk_tokens": 5,
         **changes,
     }
