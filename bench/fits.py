@@ -1,7 +1,7 @@
 """What fits on one GPU and what an update takes there: ``python -m bench.fits``.
 
 Memory is :mod:`topd.training.footprint`; time is :mod:`bench.cost` with rates fitted to the figures
-of ``bench.gpu`` on one card (docs/results/perf-gpu.json), scaled to other cards by their makers'
+of ``bench.gpu`` on one card (docs/results/perf-gpu*.json), scaled to other cards by their makers'
 bandwidth and bfloat16 products. Writes docs/hardware.md: the tables, and how far the models are
 from what was measured.
 """
@@ -135,8 +135,10 @@ def fitted(rows: Sequence[cost.Cost], seconds: Sequence[float]) -> cost.Rates:
     return cost.Rates(1 / flops if flops else most, 1 / bytes_ if bytes_ else most, float(call))
 
 
-def speed(found: Mapping[str, Any]) -> Speed:
-    """Fitted to the rollouts and the steps of bench.gpu."""
+def speed(found: Mapping[str, Any]) -> Speed | None:
+    """Fitted to the rollouts and the steps of bench.gpu; None where no step was measured."""
+    if not steps(found):
+        return None
     name = found["environment"]["cpu"]
     card = CARDS["141 GB (H200)" if "H200" in name else "80 GB (H100)"]
     wrote = [row for row in measured(found, "rollouts") if row["way"] == "ours"]
@@ -189,21 +191,23 @@ def seconds_of(parts: Mapping[str, cost.Cost], rates: Speed) -> dict[str, float]
 # The page
 
 
-def fitting(pair: Pair, rates: Speed) -> list[str]:
+def fitting(pair: Pair, rates: Speed | None) -> list[str]:
     """A row of the table: for each card the seconds with the fastest settings that fit."""
     cells = [pair.student, "LoRA" if pair.lora else "full", pair.teacher]
     cells.append(" / ".join(f"{peak(pair, *setting):.0f}" for setting in (SETTINGS[0], (4, True))))
     for card in CARDS.values():
-        cells.append(_cell(pair, card, rates.on(card)))
+        cells.append(_cell(pair, card, rates and rates.on(card)))
     return cells
 
 
-def _cell(pair: Pair, card: Card, rates: Speed) -> str:
+def _cell(pair: Pair, card: Card, rates: Speed | None) -> str:
     for micro, recomputed in SETTINGS:
         if peak(pair, micro, recomputed) <= card.gib:
+            how = f"{micro}{', recomputed' if recomputed else ''}"
+            if rates is None:
+                return how
             parts = costs(pair, ROLLOUTS, PROMPT, RESPONSE, recomputed)
-            spent = sum(seconds_of(parts, rates).values())
-            return f"{spent:.1f} s ({micro}{', recomputed' if recomputed else ''})"
+            return f"{sum(seconds_of(parts, rates).values()):.1f} s ({how})"
     return "no"
 
 
@@ -215,10 +219,13 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
         ["student", "trained", "teacher", "GiB", *CARDS],
         [fitting(pair, rates) for pair in PAIRS],
         "Predicted. GiB: at the highest, 8 rollouts a micro-batch with activations kept / 4 with "
-        "activations recomputed. Cells: seconds an update, with the fastest settings that fit "
-        "(rollouts a micro-batch). Teachers in bfloat16, students in float32 under bf16, with LoRA "
-        "in bfloat16. Cards that were not measured are scaled by their makers' figures.",
+        "activations recomputed. Cells: the fastest settings that fit, rollouts a micro-batch, "
+        "with seconds an update where they are known. Teachers in bfloat16, students in float32 "
+        "under bf16, with LoRA in bfloat16. Cards that were not measured are scaled by their "
+        "makers' figures.",
     )
+    if rates is None:
+        return
     yield Table(
         "Predicted and measured",
         ["step", "activations", "GiB predicted", "GiB measured", "s predicted", "s measured"],
@@ -255,9 +262,16 @@ def compared(row: Mapping[str, Any], rates: Speed) -> Iterator[str]:
     yield f"{row['s a step']:.1f}"
 
 
+def everything(results: Path) -> dict[str, Any]:
+    """The parts of all files of one card."""
+    files = [json.loads(path.read_text()) for path in sorted(results.glob("perf-gpu*.json"))]
+    parts = {name: part for found in files for name, part in found["results"].items()}
+    return {"environment": files[-1]["environment"], "results": parts}
+
+
 def main(results: Path = RESULTS, page: Path = PAGE) -> None:
     """Write docs/hardware.md."""
-    found = json.loads((results / "perf-gpu.json").read_text())
+    found = everything(results)
     head = (results / "hardware_head.md").read_text(encoding="utf-8").strip()
     page.write_text("\n\n".join([head, *map(str, tables(found))]) + "\n", encoding="utf-8")
 
