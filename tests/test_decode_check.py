@@ -7,7 +7,12 @@ import json
 
 import pytest
 from bench.families import V, examine, tiny
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BertGenerationConfig,
+    PreTrainedModel,
+    XLNetConfig,
+)
 
 from conftest import EOS, USE_CPU, WORDS, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
@@ -16,7 +21,8 @@ from topd.engines import decode_check
 from topd.engines.decode_check import check_decoding, decoding_gap
 from topd.engines.hf import WAYS, HFEngine
 from topd.errors import TOPDError
-from topd.inputs.heads import check_head
+from topd.inputs import heads
+from topd.inputs.heads import check_head, head_of
 from topd.inputs.positions import rope_switch, takes_masks
 from topd.training.learning import can_pack
 from topd.types import Sampling
@@ -198,6 +204,50 @@ def test_a_model_that_names_no_decoder_is_refused(monkeypatch):
     monkeypatch.setattr(model, "get_decoder", lambda: model)
     with pytest.raises(TOPDError, match="teacher: Qwen3ForCausalLM names no decoder"):
         check_head("teacher", model)
+    monkeypatch.setattr(model, "get_decoder", lambda: model.lm_head)
+    with pytest.raises(TOPDError, match="teacher: Qwen3ForCausalLM names no decoder"):
+        check_head("teacher", model)
+
+
+def test_a_soft_cap_far_above_the_logits_is_seen_and_known(monkeypatch):
+    """30 tanh(x / 30) differs from x = 1 by 4e-4 only, and by 10 % at what trained models have."""
+    model = tiny("RecurrentGemma")
+    assert head_of(model).softcap == 30.0
+    check_head("teacher", model)
+    monkeypatch.setattr(model.config, "logits_soft_cap", 60.0)
+    known = head_of(model)
+    monkeypatch.setattr(model.config, "logits_soft_cap", 30.0)
+    monkeypatch.setattr(heads, "head_of", lambda _: known)
+    with pytest.raises(TOPDError, match="treats logits in a way that TOPD does not know"):
+        check_head("teacher", model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BertGenerationConfig(num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                             max_position_embeddings=64, hidden_size=32, vocab_size=V),
+        XLNetConfig(vocab_size=V, d_model=32, n_layer=2, n_head=4, d_inner=48),  # -1 positions
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_a_model_that_sees_what_follows_is_refused(config):
+    """Its noise beside padding is large, which must not make a large difference look like it."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4 if weight.dim() > 1 else 1)
+    with pytest.raises(TOPDError, match="does not write what its own forwards say"):
+        check_decoding(HFEngine(model, eos_ids=[EOS]))
+
+
+def test_a_model_that_keeps_a_state_of_its_own_forgets_it_at_a_prompt_of_one_token():
+    """RecurrentGemma reads one token as the next of what it read last."""
+    engine = HFEngine(tiny("RecurrentGemma"), eos_ids=[EOS], way="alone")
+    assert decode_check._fault(engine) is not None
+    check_decoding(engine)
+    assert engine.way == "whole"
 
 
 HOLES = [*range(41), 45, 46, 50]  # of 64 rows

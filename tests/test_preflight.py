@@ -17,6 +17,7 @@ from transformers import (
     GPTBigCodeConfig,
     MixtralConfig,
     OPTConfig,
+    PhimoeConfig,
     TrainingArguments,
     XGLMConfig,
 )
@@ -298,6 +299,17 @@ def test_no_noise_is_left_whatever_it_is_called(kind):
     check_forward(model)
     for _ in range(3):
         torch.testing.assert_close(model.train()(input_ids=IDS).logits, expected)
+
+
+def test_noise_that_is_part_of_the_model_is_refused():
+    """PhiMoE's experts weigh otherwise without jitter, in evaluation too."""
+    config = PhimoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, router_jitter_noise=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with pytest.raises(TOPDError, match=r"PhimoeForCausalLM is another model once its router noi"):
+        without_dropout(AutoModelForCausalLM.from_config(config))
 
 
 def test_noise_that_cannot_be_turned_off_is_refused():

@@ -22,7 +22,7 @@ def head_of(model: PreTrainedModel) -> Head:
         linear.weight,
         getattr(linear, "bias", None),
         scale=_logit_scale(config),
-        softcap=getattr(config, "final_logit_softcapping", None),
+        softcap=_softcap(config),
     )
 
 
@@ -33,20 +33,32 @@ def check_head(name: str, model: PreTrainedModel) -> None:
     training = model.training
     model.eval()
     expected = model(input_ids=ids, use_cache=False).logits.float()
-    output = model.get_decoder()(input_ids=ids, use_cache=False)
-    model.train(training)
-    states = getattr(output, "last_hidden_state", None)
-    if states is None:
+    try:
+        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        gap = (head_of(model).logits(states) - expected).abs().max().item()
+    except (AttributeError, TypeError, RuntimeError) as error:
         raise TOPDError(
-            f"{name}: {type(model).__name__} names no decoder that gives hidden states. It is "
-            "not supported: use a causal language model of text."
-        )
-    gap = (head_of(model).logits(states) - expected).abs().max().item()
-    if gap > 1e-2 * expected.abs().max().item():  # a NaN is for score to report
+            f"{name}: {type(model).__name__} names no decoder whose hidden states its head takes "
+            f"({type(error).__name__}: {str(error)[:100]}). It is not supported: use a causal "
+            "language model of text."
+        ) from error
+    finally:
+        model.train(training)
+    rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2
+    if gap > rounding * expected.abs().max().item():  # a NaN is for score to report
         raise TOPDError(
             f"{name}: logits computed from {type(model).__name__}'s hidden states differ from its "
             f"own by up to {gap:.3g}. It treats logits in a way that TOPD does not know."
         )
+
+
+def _softcap(config: object) -> float | None:
+    """The cap that a model puts on its logits, under the names that transformers uses."""
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return float(value)
+    return None
 
 
 def _logit_scale(config: object) -> float:

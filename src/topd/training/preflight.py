@@ -97,13 +97,25 @@ def mend(config: GenerationConfig | None) -> None:
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Set every dropout, layer drop and router noise of a model to 0, whatever class it has."""
+    """Set every dropout, layer drop and router noise of a model to 0, whatever class it has.
+
+    Raises:
+        TOPDError: its noise is part of what it computes without noise too (PhiMoE's routing).
+    """
+    noisy = any("jitter" in name for module in model.modules() for name in vars(module))
+    before = _logits(model) if noisy else None
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
+    if before is not None and not torch.equal(before, _logits(model)):
+        raise TOPDError(
+            f"student: {type(model).__name__} is another model once its router noise (jitter) is "
+            "0, and samples its experts otherwise. It cannot be trained here: choose a student of "
+            "another architecture."
+        )
 
 
 def check_router(model: PreTrainedModel) -> None:
@@ -156,6 +168,17 @@ def _noise(model: PreTrainedModel) -> float:
     gap = max((states(True) - expected).abs().max().item() for _ in range(2))
     model.train(training)
     return gap if gap > 1e-2 * expected.abs().max().item() else 0.0  # a NaN is for score to report
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """[16 16 V] logits of random tokens in evaluation; 0 for NaN."""
+    training, size = model.training, model.config.get_text_config().vocab_size
+    ids = torch.randint(size, (16, 16), generator=torch.Generator().manual_seed(0))
+    model.eval()
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    model.train(training)
+    return logits.nan_to_num()
 
 
 @torch.no_grad()
