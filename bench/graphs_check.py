@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from bench.gpu_models import SHAPES, device, forget, make, peak, random_ids, restart_peak, settle
-from topd.engines import graphs as in_graphs
+from topd.engines import buffers
 from topd.engines.graphs import Graphs
 from topd.engines.hf import HFEngine
 from topd.types import Generation, Ids, Sampling
@@ -61,7 +61,7 @@ def kernel() -> Row:
             ((32, 8, 128), False, False),
             ((4, 1, 256), True, True),
         ):
-            used = in_graphs._tried(shape, dtype, dtype, device(), capped, windowed)
+            used = buffers._tried(shape, dtype, dtype, device(), capped, windowed)
             found[f"{dtype} {shape}"] = used is not None
     return found
 

@@ -24,7 +24,9 @@ from transformers import (
 
 from conftest import DEVICE, EOS, VOCAB
 from conftest import torch_on_device as torch
-from topd.engines import decode_check, graphs
+from topd.engines import buffers, decode_check
+from topd.engines.buffers import entry_bytes, rounded
+from topd.engines.cast import CastWeights
 from topd.engines.decode_check import check_decoding
 from topd.engines.graphs import BUCKETS, bucket, graphable
 from topd.engines.hf import HFEngine
@@ -150,10 +152,14 @@ def test_rows_that_have_ended_leave(monkeypatch):
 
 
 def test_more_rows_than_the_largest_number_go_in_turns(monkeypatch):
-    monkeypatch.setattr("topd.engines.hf.BUCKETS", (2, 4, 8))
     plain, ours = pair(model_of("qwen3"))
+    asked = []
+    right = ours.graphs.open
+    monkeypatch.setattr(ours.graphs, "at_once", lambda *_: 8)
+    monkeypatch.setattr(ours.graphs, "open", lambda *a: asked.append(a[0]) or right(*a))
     prompts, seeds = PROMPTS * 5, list(range(20))
     assert_same(ours.generate(prompts, GREEDY, seeds), plain.generate(prompts, GREEDY, seeds))
+    assert asked == [8, 8, 4]
 
 
 def test_buffers_grow_and_are_used_again():
@@ -215,9 +221,9 @@ def test_under_autocast_weights_are_cast_once_a_call_and_texts_are_near_autocast
     half = torch.bfloat16
     plain, ours = pair(model, autocast=lambda: torch.autocast(DEVICE.type, dtype=half))
     casts: list[int] = []
-    copied = graphs.CastWeights._copied
+    copied = CastWeights._copied
     monkeypatch.setattr(
-        graphs.CastWeights,
+        CastWeights,
         "_copied",
         lambda self, *args: casts.append(1) or copied(self, *args),
     )
@@ -250,7 +256,7 @@ def test_nothing_of_the_model_is_changed_after_writing(model):
     ours.generate(PROMPTS, GREEDY, range(4))
     assert config._attn_implementation == before
     assert not any("forward" in vars(module) for module in model.modules())
-    assert graphs._writing is None
+    assert buffers._stepping is None
 
 
 def test_a_model_whose_attention_is_another_falls_back_and_says_so_once(caplog):
@@ -287,13 +293,13 @@ def test_a_wrong_attention_is_found_at_the_start(monkeypatch, caplog):
     """And the model then writes as it would without graphs."""
     monkeypatch.setattr(decode_check, "_KNOWN", {})
     model = model_of("llama")
-    right = graphs._plain
+    right = buffers._plain
 
     def wrong(query, new, cache, place, **options):
         return right(query, new, cache, place.clamp(max=4), **options)
 
-    monkeypatch.setattr(graphs, "_plain", wrong)
-    monkeypatch.setattr(graphs, "_kernel", lambda *_: None)
+    monkeypatch.setattr(buffers, "_plain", wrong)
+    monkeypatch.setattr(buffers, "_kernel", lambda *_: None)
     plain, ours = pair(model)
     check_decoding(ours)
     assert "log-probs differ" in ours.graphs.broken
@@ -336,6 +342,17 @@ def test_memory_that_runs_out_halves_the_rows(monkeypatch):
     monkeypatch.setattr(ours.graphs, "open", small)
     assert_same(ours.generate(PROMPTS, GREEDY, range(4)), plain.generate(PROMPTS, GREEDY, range(4)))
     assert asked[-2:] == [2, 2]
+
+
+def test_a_tokens_entry_is_as_large_as_the_buffers_are(model):
+    _, ours = pair(model)
+    ours.generate(PROMPTS, GREEDY, range(4))
+    cells = sum(
+        cell.numel() * cell.element_size()
+        for one in ours.graphs.buffers.layers
+        for cell in one._cells
+    )
+    assert cells == entry_bytes(model) * bucket(4) * rounded(9 + 20)
 
 
 def test_buckets():

@@ -29,7 +29,7 @@ from topd.engines.decoding import (
 )
 from topd.engines.draws import Noise, draw
 from topd.engines.fused import FAULTS
-from topd.engines.graphs import BUCKETS, Graphs, graphable
+from topd.engines.graphs import Graphs, graphable
 from topd.engines.memory import in_chunks
 from topd.engines.packed import packed
 from topd.errors import TOPDError
@@ -39,7 +39,7 @@ from topd.losses import linear_logprobs
 from topd.types import Effort, Generation, Head, Ids, Sampling
 
 WINDOWS_AT_ONCE = 64
-CAPTURED_AT_ONCE = 256  # windows, in graphs
+ROLLOUTS_SHARE, WINDOWS_SHARE = 1 / 3, 1 / 16  # of a GPU's memory, for buffers of graphs
 TOKENS_AT_ONCE = 1 << 14  # of prefixes that are read again
 ROOM = 256  # entries that a cache holds at first; then it grows by half
 
@@ -159,7 +159,7 @@ class HFEngine:
             lambda graphs: in_chunks(
                 lambda some: self._captured(graphs, prompts[some], sampling, seeds[some], tick),
                 len(prompts),
-                BUCKETS[-1],
+                graphs.at_once(max(map(len, prompts)), sampling.max_new_tokens, ROLLOUTS_SHARE),
             )
         )
         if found is not None:
@@ -303,13 +303,14 @@ class HFEngine:
         check_seeds(seeds, starts)
         if prefix.cache is None or not self.shares:
             return self._continue_afresh(prefix, starts, sampling, seeds, tick)
+        longest = max((len(prefix.prompts[b]) + t for b, t in starts), default=0)
         found = self._in_graphs(
             lambda graphs: in_chunks(
                 lambda some: self._captured_windows(
                     graphs, scores, starts[some], sampling, seeds[some], rejoin, tick
                 ),
                 len(starts),
-                CAPTURED_AT_ONCE,
+                graphs.at_once(longest, sampling.max_new_tokens, WINDOWS_SHARE),
             )
         )
         if found is not None:
