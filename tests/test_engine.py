@@ -279,7 +279,7 @@ def nearly(engine: hf.HFEngine, sampling: Sampling, seed: int) -> Ids:
 @pytest.mark.parametrize("budget", [0, 16, 1000])
 def test_blocks_of_the_draft_are_verified_exactly(model_kind, monkeypatch, share, sampling, budget):
     """Token for token what is written one by one; all windows draw the numbers of their draft."""
-    monkeypatch.setitem(decoding.FREE, "cpu", budget)
+    monkeypatch.setitem(decoding.FREE, DEVICE.type, budget)
     engine = engine_of(model_kind, eos_ids=NEVER)
     sampling, seed = replace(sampling, max_new_tokens=30), 3
     response = nearly(engine, sampling, seed)

@@ -39,7 +39,6 @@ def ours(folder: Path, **changes) -> TOPDTrainer:
         "max_completion_length": 24,
         "seed": 5,  # rollouts of many lengths
         "chunk_tokens": 5,
-        "seed": 7,
         **changes,
     }
     return TOPDTrainer(

@@ -181,6 +181,7 @@ def one_token(
     layer, _stepping.pending = _stepping.pending, None
     if layer is None:
         raise UncapturedError("attention without keys of its own")
+    others["softcap"] = softcap  # transformers' own kernels differ in whether they heed it
     odd = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     if odd or key is not layer.keys or query.shape[2] != 1:
         raise UncapturedError(f"attention with {', '.join(odd) or 'other keys'}")
