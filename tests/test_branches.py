@@ -13,15 +13,8 @@ from topd import TOPDConfig, TOPDTrainer
 from topd.inputs.heads import head_of
 from topd.losses import token_divergence
 from topd.training.experience import Experience
-from topd.training.learning import (
-    Layout,
-    Totals,
-    _added,
-    can_pack,
-    collate,
-    learning_terms,
-    update_loss,
-)
+from topd.training.layout import Layout, can_pack
+from topd.training.learning import Totals, _added, collate, learning_terms, update_loss
 from topd.types import Branch, Guidance, SoftTarget
 
 METHODS = [

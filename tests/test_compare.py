@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from conftest import USE_CPU
 from topd import cli
 from topd.commands import compare
-from topd.commands.compare import run_compare, summarise
+from topd.commands.compare import run_compare
+from topd.commands.compare_summary import summarise
 from topd.commands.tables import show_compare
 from topd.errors import TOPDError
 

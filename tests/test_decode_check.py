@@ -24,7 +24,7 @@ from topd.errors import TOPDError
 from topd.inputs import heads
 from topd.inputs.heads import check_head, head_of
 from topd.inputs.positions import rope_switch, takes_masks
-from topd.training.learning import can_pack
+from topd.training.layout import can_pack
 from topd.types import Sampling
 
 GREEDY = Sampling(0.0, max_new_tokens=6)

@@ -21,7 +21,8 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS, Method
-from topd.training.experience import Experience, Observer, pair_windows
+from topd.training.evidence import pair_windows
+from topd.training.experience import Experience, Observer
 from topd.transport import sparse_soft_targets
 from topd.types import Evidence, Generation, Guidance, Prompt, Rollout
 

@@ -28,15 +28,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.utils import logging
 
-from topd.commands.budgets import FORMULA, TOKENS, at_equal_budgets, mean_curve, spent
-from topd.commands.recipe import Clock, CompareSpec, Recipe, parse_overrides, read_recipe
+from topd.commands.budgets import TOKENS
+from topd.commands.compare_summary import SCORES, SECONDS, Result, summarise
+from topd.commands.recipe import CompareSpec, Recipe, parse_overrides, read_recipe
 from topd.commands.session import autocast_of
 from topd.commands.train import make_evaluator, make_trainer, run_recipe, watch_steps
 from topd.config import TOPDConfig
@@ -50,15 +50,11 @@ from topd.runs.checkpoints import begin_anew
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
-from topd.statistics import SHARES, holm, p_value, seed_problem_interval, t_reach
 from topd.training.progress import say
 from topd.training.warmstart import Answered, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
-SCORES = ("greedy", "pass@1")
-SECONDS: dict[Clock, str] = {"wall": "seconds", "cpu": "cpu_seconds"}
 
-Result: TypeAlias = dict[str, Any]
 Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
 
 
@@ -116,112 +112,6 @@ def _compare(
     run.write(
         SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock, references=references)
     )
-
-
-def summarise(
-    results: Sequence[Result],
-    baseline: str,
-    starts: Mapping[str, Any],
-    *,
-    clock: Clock = "wall",
-    references: Sequence[str] = (),
-) -> Result:
-    """Means over seeds and problems by arm, and paired differences from the baseline.
-
-    Args:
-        results: lines of results.jsonl.
-        baseline: the arm that the others are compared with, run by run and problem by problem.
-        starts: evaluations of the student before stage 2, by name.
-        clock: whose seconds count.
-        references: arms that all others are compared with at equal budgets as well.
-
-    Returns:
-        The content of compare.json. Intervals are over both seeds and problems (95 %). What
-        stands under ``at equal time`` is read off an arm's curve when it had run as long as the
-        baseline with the same seed; those intervals are Student's t over seeds. ``equal`` has by
-        reference and arm :func:`~topd.commands.budgets.at_equal_budgets`, ``against`` the ends of
-        both, ``spent`` what arms cost, ``curves`` their means over seeds.
-    """
-    arms = list(dict.fromkeys(result["arm"] for result in results))
-    by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
-    time = SECONDS[clock]
-    return {
-        "arms": arms,
-        "baseline": baseline,
-        "seeds": sorted({result["seed"] for result in results}),
-        "clock": clock,
-        "starts": dict(starts),
-        "summary": {arm: _summary(runs, by_arm[baseline], time) for arm, runs in by_arm.items()},
-        "spent": {arm: spent(runs) for arm, runs in by_arm.items()},
-        "cost": FORMULA,
-        "curves": {arm: mean_curve(runs, SCORES) for arm, runs in by_arm.items()},
-        "equal": {
-            name: {
-                arm: at_equal_budgets(runs, by_arm[name], SCORES, time)
-                for arm, runs in by_arm.items()
-                if arm != name and runs.keys() & by_arm[name].keys()
-            }
-            for name in references
-        },
-        "against": {name: _against(by_arm, name) for name in references},
-    }
-
-
-def _against(by_arm: Mapping[str, Mapping[int, Result]], name: str) -> dict[str, Result]:
-    """How far every arm ends above a reference, paired by seed and problem; by arm and score.
-
-    ``holm`` is the p-value of no difference, adjusted for the number of arms.
-    """
-    reference = by_arm[name]
-    found: dict[str, Result] = {}
-    for arm, runs in by_arm.items():
-        paired = sorted(runs.keys() & reference.keys())
-        if arm == name or not paired:
-            continue
-        found[arm] = {"seeds": paired}
-        for score in SCORES:
-            solved = [(runs[s]["solved"][score], reference[s]["solved"][score]) for s in paired]
-            interval = partial(seed_problem_interval, [np.subtract(*both) for both in solved])
-            found[arm][score] = {**asdict(interval()), "p": p_value(interval)}
-    for score in SCORES:
-        adjusted = holm([gains[score].pop("p") for gains in found.values()])
-        for gains, p in zip(found.values(), adjusted, strict=True):
-            gains[score]["holm"] = p
-    return found
-
-
-def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) -> Result:
-    seeds, paired = sorted(runs), sorted(runs.keys() & base.keys())
-    name = next(iter(base.values()))["arm"]
-    found: Result = {
-        "seconds": float(np.median([runs[s][time] for s in seeds])),
-        "seconds_ratio": float(np.median([runs[s][time] / base[s][time] for s in paired])),
-        "teacher_tokens": float(np.mean([runs[s]["teacher_tokens"] for s in seeds])),
-    }
-    for score in SCORES:
-        own = [runs[s]["solved"][score] for s in seeds]
-        found[score] = asdict(seed_problem_interval(own, bounds=SHARES))
-        gain = [np.subtract(runs[s]["solved"][score], base[s]["solved"][score]) for s in paired]
-        found[f"{score}_vs_{name}"] = asdict(seed_problem_interval(gain))
-        early = [_at(runs[s]["curve"], score, time, base[s][time]) for s in paired]
-        found[f"{score} at equal time"] = float(np.mean(early))
-        behind = [at - base[s][score] for at, s in zip(early, paired, strict=True)]
-        found[f"{score}_vs_{name} at equal time"] = _over_seeds(behind)
-    return found
-
-
-def _at(curve: Sequence[Mapping[str, float]], score: str, time: str, seconds: float) -> float:
-    """A curve's value at a time, linear between evaluations; its last value after its end."""
-    return float(np.interp(seconds, [p[time] for p in curve], [p[score] for p in curve]))
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and its 95 % t-interval, which one seed alone does not have."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
-    reach = t_reach(values)
-    return {"mean": mean, "low": mean - reach, "high": mean + reach}
 
 
 def run_arm(task: Task, console: Console | None = None) -> Result:

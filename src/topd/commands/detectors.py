@@ -22,7 +22,8 @@ from topd.engines.hf import HFEngine
 from topd.evaluate import Interval
 from topd.seeds import sampling_seeds
 from topd.testbed.world import Family, labels
-from topd.training.experience import Observer, pair_windows, token_scores
+from topd.training.evidence import pair_windows, token_scores
+from topd.training.experience import Observer
 from topd.types import Generation, Prompt, Rollout
 
 LOUD = 1.0  # nats: tokens of at least this loss are the loud ones

@@ -47,7 +47,7 @@ from topd.runs.files import trim
 from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
-from topd.training.experience import pair_windows
+from topd.training.evidence import pair_windows
 from topd.training.progress import Phases
 from topd.transport import sparse_plans
 from topd.types import Rollout, Transport, Windows

@@ -53,15 +53,9 @@ from topd.runs.files import read_lines, trim
 from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
-from topd.training.experience import Seen, pair_windows, statistics_of
-from topd.training.learning import (
-    LearningBatch,
-    Totals,
-    can_pack,
-    collate,
-    learning_terms,
-    update_loss,
-)
+from topd.training.evidence import Seen, pair_windows, statistics_of
+from topd.training.layout import can_pack
+from topd.training.learning import LearningBatch, Totals, collate, learning_terms, update_loss
 from topd.training.progress import Phases
 from topd.types import Generation, Ids, Prompt, Rollout, Sampling
 

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,16 @@ from topd.losses import linear_token_statistics
 from topd.methods import Method
 from topd.runs.records import Fork
 from topd.seeds import Stream, sampling_seeds
+from topd.training.branches import branch_states, gone_on
+from topd.training.evidence import (
+    Seen,
+    _logprobs,
+    forks_of,
+    padded,
+    pair_windows,
+    statistics_of,
+    token_scores,
+)
 from topd.training.progress import Phases
 from topd.types import (
     Effort,
@@ -30,8 +40,6 @@ from topd.types import (
     Guidance,
     Prompt,
     Rollout,
-    TokenScores,
-    TokenStatistics,
     Transport,
     Windows,
 )
@@ -54,20 +62,6 @@ class Experience:
     guidance: tuple[Guidance, ...]
     branch_hidden: tuple[tuple[Tensor, ...], ...]
     efforts: tuple[Effort, ...] = ()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a rank has seen of its rollouts; ``starts`` (row, token) and ``written`` by window.
-
-    ``hidden`` [T D] and ``logprobs`` [T] nats are the teacher's, one entry a rollout.
-    """
-
-    hidden: list[Tensor]
-    logprobs: list[Tensor]
-    starts: list[tuple[int, int]]
-    written: list[Generation]
-    evidence: Evidence
 
 
 class Observer:
@@ -206,15 +200,16 @@ class Observer:
         self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, seen: Seen
     ) -> Experience:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
-        guidance = self._gone_on(rollouts, method.guide(seen.evidence), seeds)
+        asked, phases = method.guide(seen.evidence), self.phases
+        guidance = gone_on(self.student, rollouts, asked, seeds, self.args.sampling, phases)
         windows = dict(zip(seen.starts, seen.written, strict=True))
         return Experience(
             tuple(rollouts),
             tuple(seen.hidden),
             tuple(seen.logprobs),
-            _forks(seen.evidence, len(rollouts)),
+            forks_of(seen.evidence, len(rollouts)),
             guidance,
-            self._branch_states(rollouts, guidance, windows),
+            branch_states(self.teacher, rollouts, guidance, windows, phases),
             tuple(window.effort for window in seen.written),
         )
 
@@ -239,50 +234,6 @@ class Observer:
                 "check its weights."
             )
         return scores
-
-    def _branch_states(
-        self,
-        rollouts: Sequence[Rollout],
-        guidance: Sequence[Guidance],
-        written: Mapping[tuple[int, int], Generation],
-    ) -> tuple[tuple[Tensor, ...], ...]:
-        """The teacher's states along every branch: those of its window, or scored now."""
-        states: dict[tuple[int, int], Tensor] = {}
-        unknown: list[tuple[int, int]] = []
-        for row, guide in enumerate(guidance):
-            for k, branch in enumerate(guide.branches):
-                window, count = written.get((row, branch.start)), len(branch.tokens)
-                if window and window.hidden is not None and window.tokens[:count] == branch.tokens:
-                    states[row, k] = window.hidden[:count]
-                else:
-                    unknown.append((row, k))
-        if unknown:
-            states.update(self._scored_branches(rollouts, guidance, unknown))
-        return tuple(
-            tuple(states[row, k] for k in range(len(guide.branches)))
-            for row, guide in enumerate(guidance)
-        )
-
-    def _scored_branches(
-        self,
-        rollouts: Sequence[Rollout],
-        guidance: Sequence[Guidance],
-        places: Sequence[tuple[int, int]],
-    ) -> dict[tuple[int, int], Tensor]:
-        branches = [guidance[row].branches[k] for row, k in places]
-        with self.phases.phase("scoring"):
-            hidden = self.teacher.score(
-                [
-                    rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
-                    for (row, _), branch in zip(places, branches, strict=True)
-                ],
-                [branch.tokens for branch in branches],
-                keep=False,
-            ).hidden
-        return {
-            place: states[: len(branch.tokens)]
-            for place, states, branch in zip(places, hidden, branches, strict=True)
-        }
 
     def token_losses(
         self,
@@ -318,44 +269,9 @@ class Observer:
             rows = found.reshape(len(found), len(rollouts), -1).transpose(0, 1).cpu()
         return [row[:, : len(r.response)] for row, r in zip(rows, rollouts, strict=True)]
 
-    def _gone_on(
-        self, rollouts: Sequence[Rollout], guidance: Sequence[Guidance], seeds: Sequence[int]
-    ) -> tuple[Guidance, ...]:
-        """The guidance, with the student's own tokens after the branches that ask for them."""
-        asked = [
-            (row, k)
-            for row, guide in enumerate(guidance)
-            for k, branch in enumerate(guide.branches)
-            if branch.go_on and not self.student.ends(branch.tokens)
-        ]
-        if not asked:
-            return tuple(guidance)
-        branches = [list(guide.branches) for guide in guidance]
-        limit = max(branches[row][k].go_on for row, k in asked)
-        prompts = [
-            rollouts[row].prompt.student
-            + rollouts[row].response[: branches[row][k].start]
-            + branches[row][k].tokens
-            for row, k in asked
-        ]
-        own = [
-            sampling_seeds(seeds[row], Stream.RELAY, 1, first=branches[row][k].start)[0]
-            for row, k in asked
-        ]
-        with self.phases.phase("windows", limit) as tick:
-            sampling = replace(self.args.sampling, max_new_tokens=limit)
-            written = self.student.generate(prompts, sampling, own, tick=tick)
-        for (row, k), more in zip(asked, written, strict=True):
-            branch = branches[row][k]
-            branches[row][k] = replace(branch, tokens=branch.tokens + more.tokens[: branch.go_on])
-        return tuple(
-            replace(guide, branches=tuple(found))
-            for guide, found in zip(guidance, branches, strict=True)
-        )
-
     def candidates(self, losses: Sequence[Tensor], length: int) -> list[tuple[int, int]]:
         """(row, token) of every candidate; losses are [T] nats, one a rollout; ``length`` is K."""
-        token_loss, mask = _padded(losses)
+        token_loss, mask = padded(losses)
         threshold = self.args.candidate_threshold
         candidates = select_candidates(
             token_loss,
@@ -401,11 +317,11 @@ class Observer:
         length: int,
     ) -> Evidence:
         """Windows of ``length`` at most and how far they are apart; no verdict: none is real."""
-        token_loss, mask = _padded(losses)
+        token_loss, mask = padded(losses)
         windows = pair_windows(rollouts, starts, written, length)
         solved = self.compare(windows)
         real = torch.zeros(len(starts), dtype=torch.bool)
-        logprobs, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
+        logprobs, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
         return Evidence(token_loss, logprobs, mask, windows, solved, real)
 
     def compare(self, windows: Windows, *, position_weight: float | None = None) -> Transport:
@@ -434,78 +350,6 @@ class Observer:
             ).cpu()
 
 
-def token_scores(
-    rollouts: Sequence[Rollout], scores: Scores, statistics: Sequence[Tensor] | None = None
-) -> TokenScores:
-    """What detectors look at, on the CPU; ``statistics`` [4 T] a rollout, if there are any."""
-    tokens, mask = _padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
-    student, _ = _padded([torch.tensor(_logprobs(r)) for r in rollouts])
-    known = None if statistics is None else statistics_of(statistics)
-    return TokenScores(tokens, mask, student, scores.logprobs.cpu(), scores.likeliest.cpu(), known)
-
-
-def pair_windows(
-    rollouts: Sequence[Rollout],
-    starts: Sequence[tuple[int, int]],
-    written: Sequence[Generation],
-    length: int,
-) -> Windows:
-    """Pair what the teacher wrote with the student's own rollout from the same token on.
-
-    Every window is padded to ``length``: the position cost does not depend on the batch.
-    """
-    own = [torch.tensor(rollouts[row].response[t : t + length]) for row, t in starts]
-    theirs = [torch.tensor(window.tokens) for window in written]
-    for k, (b, _) in enumerate(starts):
-        if not rollouts[b].finished:  # cut by the length limit, not ended: compare what both have
-            theirs[k] = theirs[k][: len(own[k])]
-    student_tokens, student_mask = _padded(own, length)
-    teacher_tokens, teacher_mask = _padded(theirs, length)
-    row, start = torch.tensor(starts, dtype=torch.long).reshape(-1, 2).unbind(-1)
-    return Windows(row, start, student_tokens, student_mask, teacher_tokens, teacher_mask)
-
-
-def _forks(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
-    forks: list[list[Fork]] = [[] for _ in range(count)]
-    windows, plans = evidence.windows, transport.sparse_plans(evidence.transport.plan)
-    for k, (row, start) in enumerate(
-        zip(windows.row.tolist(), windows.start.tolist(), strict=True)
-    ):
-        forks[row].append(
-            Fork(
-                position=start,
-                token_loss=float(evidence.token_loss[row, start]),
-                distance=float(evidence.transport.distance[k]),
-                real=bool(evidence.real[k]),
-                teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
-                student_length=int(windows.student_mask[k].sum()),
-                plan=plans[k],
-                converged=bool(evidence.transport.converged[k]),
-            )
-        )
-    return tuple(tuple(row) for row in forks)
-
-
-def _logprobs(rollout: Rollout) -> Sequence[float]:
-    """Of an answer that was not sampled: zeros."""
-    return rollout.logprobs or (0.0,) * len(rollout.response)
-
-
-def statistics_of(rows: Sequence[Tensor]) -> TokenStatistics:
-    """From [4 T] a rollout."""
-    return TokenStatistics(*(_padded([row[i] for row in rows])[0] for i in range(4)))
-
-
 def _batches(rollouts: Sequence[Rollout], size: int) -> Iterator[tuple[int, Sequence[Rollout]]]:
     for first in range(0, len(rollouts), size):
         yield first, rollouts[first : first + size]
-
-
-def _padded(rows: Sequence[Tensor], width: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths, padded with zeros to [N L], L >= ``width``, and their mask."""
-    length = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    width = max([width, *length.tolist()])
-    padded = torch.zeros(len(rows), width, dtype=rows[0].dtype if rows else torch.long)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded, torch.arange(width) < length[:, None]

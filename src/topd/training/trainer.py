@@ -26,11 +26,11 @@ from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
 from topd.seeds import Stream
 from topd.training.experience import Experience, Observer
+from topd.training.layout import can_pack
 from topd.training.learning import (
     LearningBatch,
     LearningTerms,
     Totals,
-    can_pack,
     collate,
     inside_forward,
     learning_terms,

@@ -1,0 +1,140 @@
+"""A row of the data as a prompt and what belongs to it; every fault is said with its row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from topd.errors import TOPDError
+
+Messages = Sequence[Mapping[str, Any]]
+UNREAD = ("images", "image", "videos", "video", "audios", "audio")
+ROLES = ("user", "assistant", "system", "tool", "developer", "function")
+
+
+def last_user(prompt: str | Messages) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    users = [message["content"] for message in prompt if message["role"] == "user"]
+    return users[-1] if users else ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of data, read: its prompt, the answer if it has one, and what the template gets.
+
+    ``answer`` is an assistant's message, ``solution`` its text; ``template_kwargs`` are the row's
+    own, ``tools`` among them.
+    """
+
+    index: int
+    prompt: str | Messages
+    answer: Mapping[str, Any] | None
+    template_kwargs: Mapping[str, Any]
+
+    @property
+    def solution(self) -> str | None:
+        """The text of the answer; None without one."""
+        text = (self.answer or {}).get("content")
+        return text if isinstance(text, str) and text.strip() else None
+
+
+def read_row(index: int, row: Mapping[str, Any]) -> Row:
+    """A row's prompt, answer, tools and template arguments. Raises TOPDError, with the row."""
+    unread = [name for name in UNREAD if row.get(name) not in (None, "", [], {})]
+    if unread:
+        raise TOPDError(
+            f"data row {index}: has {unread[0]}, which are not read: only text is. Remove the "
+            "column, or choose other data."
+        )
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt = row.get("messages")
+    if prompt is None:
+        raise TOPDError(
+            f"data row {index}: has neither prompt nor messages, but {', '.join(sorted(row))}. "
+            "Map a column: columns: {prompt: NAME}."
+        )
+    answer = _answer(index, row)
+    if not isinstance(prompt, str):
+        prompt = _checked_messages(index, prompt)
+        if prompt and prompt[-1]["role"] == "assistant":
+            answer = answer or prompt[-1]
+            prompt = prompt[:-1]
+    if not prompt or not last_user(prompt).strip():
+        roles = {} if isinstance(prompt, str) else {m["role"]: None for m in prompt}
+        strange = [role for role in roles if role not in ROLES]
+        if strange:
+            raise TOPDError(
+                f"data row {index}: has no message of the role 'user', but of {strange[0]!r}. "
+                "Write the roles as user, assistant, system or tool."
+            )
+        raise TOPDError(f"data row {index}: the prompt is empty. Remove the row or fill it in.")
+    kwargs = dict(_json_column(index, row, "chat_template_kwargs", Mapping) or {})
+    tools = _json_column(index, row, "tools", Sequence)
+    return Row(index, prompt, answer, {**kwargs, **({"tools": tools} if tools else {})})
+
+
+def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The answer that a column has: ``solution``, or the ``completion`` of TRL's data."""
+    solution = row.get("solution")
+    if solution is None:
+        solution = row.get("completion")
+    if solution is None or (isinstance(solution, str) and not solution.strip()):
+        return None
+    if not isinstance(solution, str | Sequence | Mapping):
+        solution = str(solution)
+    if isinstance(solution, str):
+        return {"role": "assistant", "content": solution}
+    turns = _checked_messages(index, solution)
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        raise TOPDError(
+            f"data row {index}: a completion is a text or one message of the assistant. Split the "
+            "conversation into rows."
+        )
+    return turns[0]
+
+
+def _json_column(index: int, row: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """A column with values of the template's, given as they are or as JSON text."""
+    value = row.get(name)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise TOPDError(f"data row {index}: {name} is not JSON: {error}.") from error
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, kind):
+        wanted = "a mapping such as {a: 1}" if kind is Mapping else "a list of tools"
+        raise TOPDError(f"data row {index}: {name} must be {wanted}, not {value!r}.")
+    return _filled(value)
+
+
+def _filled(value: Any) -> Any:
+    """Without the keys of None that Arrow puts into every row for want of a value."""
+    if isinstance(value, Mapping):
+        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_filled(inner) for inner in value]
+    return value
+
+
+def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
+    if hasattr(prompt, "tolist"):  # an array of messages, as pandas reads them from Parquet
+        prompt = prompt.tolist()
+    messages = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    checked = []
+    for message in messages:
+        fields = _filled(message) if isinstance(message, Mapping) else {}
+        if fields.get("role") == "assistant" and fields.get("tool_calls"):
+            fields = {"content": "", **fields}
+        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
+            raise TOPDError(
+                f"data row {index}: a prompt is a string or a list of messages, each with a role "
+                f"and a content of text; here stands {message!r}."
+            )
+        checked.append(fields)
+    return checked

@@ -1,0 +1,102 @@
+"""Branches of a guidance: the student writes on where it is asked to, the teacher scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from topd.engines import Engine
+from topd.seeds import Stream, sampling_seeds
+from topd.training.progress import Phases
+from topd.types import Generation, Guidance, Rollout, Sampling
+
+
+def gone_on(
+    student: Engine,
+    rollouts: Sequence[Rollout],
+    guidance: Sequence[Guidance],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    phases: Phases,
+) -> tuple[Guidance, ...]:
+    """The guidance, with the student's own tokens after the branches that ask for them."""
+    asked = [
+        (row, k)
+        for row, guide in enumerate(guidance)
+        for k, branch in enumerate(guide.branches)
+        if branch.go_on and not student.ends(branch.tokens)
+    ]
+    if not asked:
+        return tuple(guidance)
+    branches = [list(guide.branches) for guide in guidance]
+    limit = max(branches[row][k].go_on for row, k in asked)
+    prompts = [
+        rollouts[row].prompt.student
+        + rollouts[row].response[: branches[row][k].start]
+        + branches[row][k].tokens
+        for row, k in asked
+    ]
+    own = [
+        sampling_seeds(seeds[row], Stream.RELAY, 1, first=branches[row][k].start)[0]
+        for row, k in asked
+    ]
+    with phases.phase("windows", limit) as tick:
+        limited = replace(sampling, max_new_tokens=limit)
+        written = student.generate(prompts, limited, own, tick=tick)
+    for (row, k), more in zip(asked, written, strict=True):
+        branch = branches[row][k]
+        branches[row][k] = replace(branch, tokens=branch.tokens + more.tokens[: branch.go_on])
+    return tuple(
+        replace(guide, branches=tuple(found))
+        for guide, found in zip(guidance, branches, strict=True)
+    )
+
+
+def branch_states(
+    teacher: Engine,
+    rollouts: Sequence[Rollout],
+    guidance: Sequence[Guidance],
+    written: Mapping[tuple[int, int], Generation],
+    phases: Phases,
+) -> tuple[tuple[Tensor, ...], ...]:
+    """The teacher's states along every branch: those of its window, or scored now."""
+    states: dict[tuple[int, int], Tensor] = {}
+    unknown: list[tuple[int, int]] = []
+    for row, guide in enumerate(guidance):
+        for k, branch in enumerate(guide.branches):
+            window, count = written.get((row, branch.start)), len(branch.tokens)
+            if window and window.hidden is not None and window.tokens[:count] == branch.tokens:
+                states[row, k] = window.hidden[:count]
+            else:
+                unknown.append((row, k))
+    if unknown:
+        states.update(_scored(teacher, rollouts, guidance, unknown, phases))
+    return tuple(
+        tuple(states[row, k] for k in range(len(guide.branches)))
+        for row, guide in enumerate(guidance)
+    )
+
+
+def _scored(
+    teacher: Engine,
+    rollouts: Sequence[Rollout],
+    guidance: Sequence[Guidance],
+    places: Sequence[tuple[int, int]],
+    phases: Phases,
+) -> dict[tuple[int, int], Tensor]:
+    branches = [guidance[row].branches[k] for row, k in places]
+    with phases.phase("scoring"):
+        hidden = teacher.score(
+            [
+                rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
+                for (row, _), branch in zip(places, branches, strict=True)
+            ],
+            [branch.tokens for branch in branches],
+            keep=False,
+        ).hidden
+    return {
+        place: states[: len(branch.tokens)]
+        for place, states, branch in zip(places, hidden, branches, strict=True)
+    }

@@ -1,0 +1,107 @@
+"""What was seen of rollouts, from lists of tokens to padded tensors: windows, scores, forks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from topd import transport
+from topd.engines import Scores
+from topd.runs.records import Fork
+from topd.types import (
+    Evidence,
+    Generation,
+    Rollout,
+    TokenScores,
+    TokenStatistics,
+    Windows,
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank has seen of its rollouts; ``starts`` (row, token) and ``written`` by window.
+
+    ``hidden`` [T D] and ``logprobs`` [T] nats are the teacher's, one entry a rollout.
+    """
+
+    hidden: list[Tensor]
+    logprobs: list[Tensor]
+    starts: list[tuple[int, int]]
+    written: list[Generation]
+    evidence: Evidence
+
+
+def token_scores(
+    rollouts: Sequence[Rollout], scores: Scores, statistics: Sequence[Tensor] | None = None
+) -> TokenScores:
+    """What detectors look at, on the CPU; ``statistics`` [4 T] a rollout, if there are any."""
+    tokens, mask = padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
+    student, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
+    known = None if statistics is None else statistics_of(statistics)
+    return TokenScores(tokens, mask, student, scores.logprobs.cpu(), scores.likeliest.cpu(), known)
+
+
+def pair_windows(
+    rollouts: Sequence[Rollout],
+    starts: Sequence[tuple[int, int]],
+    written: Sequence[Generation],
+    length: int,
+) -> Windows:
+    """Pair what the teacher wrote with the student's own rollout from the same token on.
+
+    Every window is padded to ``length``: the position cost does not depend on the batch.
+    """
+    own = [torch.tensor(rollouts[row].response[t : t + length]) for row, t in starts]
+    theirs = [torch.tensor(window.tokens) for window in written]
+    for k, (b, _) in enumerate(starts):
+        if not rollouts[b].finished:  # cut by the length limit, not ended: compare what both have
+            theirs[k] = theirs[k][: len(own[k])]
+    student_tokens, student_mask = padded(own, length)
+    teacher_tokens, teacher_mask = padded(theirs, length)
+    row, start = torch.tensor(starts, dtype=torch.long).reshape(-1, 2).unbind(-1)
+    return Windows(row, start, student_tokens, student_mask, teacher_tokens, teacher_mask)
+
+
+def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
+    forks: list[list[Fork]] = [[] for _ in range(count)]
+    windows, plans = evidence.windows, transport.sparse_plans(evidence.transport.plan)
+    for k, (row, start) in enumerate(
+        zip(windows.row.tolist(), windows.start.tolist(), strict=True)
+    ):
+        forks[row].append(
+            Fork(
+                position=start,
+                token_loss=float(evidence.token_loss[row, start]),
+                distance=float(evidence.transport.distance[k]),
+                real=bool(evidence.real[k]),
+                teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
+                student_length=int(windows.student_mask[k].sum()),
+                plan=plans[k],
+                converged=bool(evidence.transport.converged[k]),
+            )
+        )
+    return tuple(tuple(row) for row in forks)
+
+
+def _logprobs(rollout: Rollout) -> Sequence[float]:
+    """Of an answer that was not sampled: zeros."""
+    return rollout.logprobs or (0.0,) * len(rollout.response)
+
+
+def statistics_of(rows: Sequence[Tensor]) -> TokenStatistics:
+    """From [4 T] a rollout."""
+    return TokenStatistics(*(padded([row[i] for row in rows])[0] for i in range(4)))
+
+
+def padded(rows: Sequence[Tensor], width: int = 0) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths, padded with zeros to [N L], L >= ``width``, and their mask."""
+    length = torch.tensor([len(row) for row in rows], dtype=torch.long)
+    width = max([width, *length.tolist()])
+    padded = torch.zeros(len(rows), width, dtype=rows[0].dtype if rows else torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded, torch.arange(width) < length[:, None]
