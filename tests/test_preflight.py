@@ -355,6 +355,21 @@ def test_no_data_to_evaluate_and_no_batch_to_learn_are_said(tmp_path):
         little.train()
 
 
+def test_a_processor_and_a_quantised_teacher_are_refused(tmp_path):
+    with pytest.raises(TOPDError, match=r"processing_class: a object is not a tokenizer"):
+        TOPDTrainer(
+            tiny_model(),
+            tiny_model(seed=1),
+            arguments(tmp_path),
+            rows(4),
+            processing_class=object(),
+        )
+    teacher = tiny_model(seed=1)
+    teacher.model.register_module("packed", torch.ao.nn.quantized.dynamic.Linear(2, 2))
+    with pytest.raises(TOPDError, match=r"teacher_model: is quantised"):
+        make(tmp_path, teacher=teacher)
+
+
 def test_predict_names_what_to_use(tmp_path):
     with pytest.raises(TOPDError, match=r"predict: .*evaluate\(\).*topd eval"):
         make(tmp_path).predict(rows(2))

@@ -321,6 +321,12 @@ def tokenizers_of(
     """
     if student is teacher and isinstance(student, LOADED):
         raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
+    for given in (student_tokenizer, teacher_tokenizer):
+        if given is not None and not isinstance(given, PreTrainedTokenizerBase):
+            raise TOPDError(
+                f"processing_class: a {type(given).__name__} is not a tokenizer. Give a "
+                "processor's own: processor.tokenizer."
+            )
     _check_served(student, teacher)
     alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or _tokenizer(student)
@@ -342,6 +348,11 @@ def load_pair(
     """
     ours = student if isinstance(student, LOADED) else _spec(student).load_model()
     if isinstance(teacher, LOADED):
+        if not all(isinstance(part, torch.Tensor) for part in teacher.state_dict().values()):
+            raise TOPDError(
+                "teacher_model: is quantised, by torch.ao for instance: its weights are not "
+                "tensors. Load it in bfloat16."
+            )
         return ours, teacher
     theirs = _spec(teacher)
     if theirs.served:
