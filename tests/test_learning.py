@@ -101,7 +101,7 @@ def test_the_loss_has_the_same_gradient_every_time_with_deterministic_kernels(bi
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     generator = torch.Generator(DEVICE).manual_seed(0)
     states, weight, others, theirs = (
-        torch.randn(n, 8, generator=generator) for n in (40, 97, 40, 97)
+        torch.randn(n, 8, generator=generator, device=DEVICE) for n in (40, 97, 40, 97)
     )
     tokens, targets = torch.arange(40), torch.arange(40)[:, None].expand(-1, 3) // 2
     bias = weight[:, 0].clone() if biased else None

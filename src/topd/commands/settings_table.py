@@ -16,7 +16,8 @@ from topd.methods import METHODS, Method
 from topd.runs.settings import Setting
 from topd.training.warmstart import WarmstartConfig
 
-ELSEWHERE = ("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank")  # not of a choice
+# not of a choice; the bars' default is what the process logs
+ELSEWHERE = ("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm")
 
 
 def table() -> str:

@@ -34,7 +34,8 @@ def run_recipe(
     recipe = read_recipe(*from_command_line(path, words), warmstart=warmstart)
     recipe.args.output_dir = everywhere(recipe.args.output_dir)[0]  # it may have a rank's time
     folder = Path(recipe.args.output_dir)
-    check_run_folder(folder, resume=bool(recipe.args.resume_from_checkpoint))
+    resume = bool(recipe.args.resume_from_checkpoint)
+    agreed(lambda: check_run_folder(folder, resume=resume))  # none removes what others have made
     with one_writer(folder):
         _train(recipe, folder, quiet=quiet, warmstart=warmstart)
     return folder

@@ -190,7 +190,7 @@ def _factors(upstream: Upstream, places: Tensor) -> tuple[Tensor, Tensor, Tensor
     zero = torch.zeros(rows, dtype=torch.float32, device=places.device)
     divergence = zero if upstream.divergence is None else upstream.divergence.float()
     if upstream.logprob is None and upstream.target_logprobs is None:
-        return divergence, zero[:0], zero
+        return divergence.contiguous(), zero[:0], zero
     own = zero.new_zeros(rows, breadth)
     if upstream.logprob is not None:
         own[:, 0] = upstream.logprob

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import EvalLoopOutput
 
 from topd.config import TOPDConfig
-from topd.distributed import everywhere
+from topd.distributed import agreed, everywhere
 from topd.engines.factory import open_engines
 from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
@@ -102,7 +102,7 @@ class TOPDTrainer(RecordedTrainer):
         args = TOPDConfig() if args is None else args
         sources = sources_of(model, teacher_model)
         check_arguments(args, sources, train_dataset, eval_dataset)
-        check_run_folder(Path(args.output_dir), resume=True)
+        agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
         tokenizers = tokenizers_of(*sources, processing_class, teacher_processing_class)
         self.encoder = encoder_of(tokenizers, args)
         rows, eval_rows = rows_of(train_dataset), rows_of(eval_dataset)
