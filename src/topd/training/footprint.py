@@ -112,15 +112,21 @@ def work_of(args: TOPDConfig, prompts: Sequence[Prompt]) -> Work:
 
 
 def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float]:
-    """Bytes that are taken at the highest of each phase of an update, all else included."""
+    """Bytes that are taken at the highest of each phase of an update, all else included.
+
+    The buffers that graphs write in stay from one update to the next.
+    """
     byte = 2 if work.half else 4
     always = student.stored + teacher.stored + MOMENTS * student.trained + BESIDE
     copied = student.weights * byte if work.half and student.wide else 0
     states = work.rollouts * work.response * teacher.width * byte  # the teacher's, of all rollouts
-    cast = copied + 4 * student.trained  # while it learns: and gradients
+    buffers = work.rollouts * work.longest * student.cached * byte
+    if work.window:
+        always += WINDOWS_AT_ONCE * (work.longest + work.window) * teacher.cached * byte
+    cast = buffers + copied + 4 * student.trained  # while it learns: and gradients
     return {
         "rollouts": always + copied + _written(student, work.rollouts, work.longest, byte),
-        "scoring and windows": always + states + _scored(teacher, work, byte),
+        "scoring and windows": always + states + buffers + copied + _scored(teacher, work, byte),
         "learning": always + states + cast + _learned(student, teacher, work, byte),
     }
 
