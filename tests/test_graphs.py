@@ -303,7 +303,7 @@ def test_a_wrong_attention_is_found_at_the_start(monkeypatch, caplog):
         return right(query, new, cache, place.clamp(max=4), **options)
 
     monkeypatch.setattr(buffers, "_plain", wrong)
-    monkeypatch.setattr(buffers, "_kernel", lambda *_: None)
+    monkeypatch.setattr(buffers, "_kernel", lambda *_, **__: None)
     plain, ours = pair(model)
     check_decoding(ours)
     assert "log-probs differ" in ours.graphs.broken

@@ -168,20 +168,19 @@ def one_token(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    softcap: float | None = None,
     sliding_window: int | None = None,
     **others: object,
 ) -> tuple[Tensor, None]:
     """Attention of transformers for one new token a row; queries [R H 1 D], buffers [R G L D].
 
-    Returns [R 1 H D]. Raises UncapturedError for what it does not know, as attention sinks.
+    Returns [R 1 H D]. Raises UncapturedError for what it does not know: attention sinks, or a soft
+    cap, which transformers' own kernels differ in heeding.
     """
     if _stepping is None:
         raise UncapturedError("attention of one token outside of a step")
     layer, _stepping.pending = _stepping.pending, None
     if layer is None:
         raise UncapturedError("attention without keys of its own")
-    others["softcap"] = softcap  # transformers' own kernels differ in whether they heed it
     odd = [name for name, given in others.items() if given is not None and name not in HARMLESS]
     if odd or key is not layer.keys or query.shape[2] != 1:
         raise UncapturedError(f"attention with {', '.join(odd) or 'other keys'}")
@@ -191,10 +190,9 @@ def one_token(
     scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
     fresh, layer.fresh = layer.fresh, None
     place = _stepping.place[: len(query)]
-    kernel = _kernel(query, key, softcap, layer.window)
+    kernel = _kernel(query, key, windowed=layer.window is not None)
     attend = _plain if kernel is None else kernel.attend
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": layer.window}
-    return attend(query, fresh, (key, value), place, **options), None
+    return attend(query, fresh, (key, value), place, scale=scale, window=layer.window), None
 
 
 def _plain(
@@ -204,7 +202,6 @@ def _plain(
     place: Tensor,
     *,
     scale: float,
-    softcap: float | None,
     window: int | None,
 ) -> Tensor:
     """The same as :func:`topd.engines.decode_kernel.attend` in torch's own operations."""
@@ -217,26 +214,19 @@ def _plain(
     if window is not None:
         seen &= entry > at - window
     mask, query = seen[:, None, None], query.to(key.dtype)
-    if softcap is None:
-        found = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-        )
-        return found.transpose(1, 2)
-    shared = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-    score = softcap * torch.tanh((query @ key.transpose(2, 3)).float() * scale / softcap)
-    weight = score.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype)
-    return (weight @ value).transpose(1, 2)
+    found = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return found.transpose(1, 2)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, one_token)
 
 
-def _kernel(query: Tensor, keys: Tensor, softcap: float | None, window: int | None) -> Any:
+def _kernel(query: Tensor, keys: Tensor, *, windowed: bool) -> Any:
     """The module of the Triton kernel where it serves; None elsewhere."""
-    capped, windowed = softcap is not None, window is not None
     shape = (query.shape[1], keys.shape[1], keys.shape[3])
-    return _tried(shape, query.dtype, keys.dtype, keys.device, capped, windowed)
+    return _tried(shape, query.dtype, keys.dtype, keys.device, windowed)
 
 
 @functools.cache
@@ -245,7 +235,6 @@ def _tried(
     dtype: torch.dtype,
     kept: torch.dtype,
     device: torch.device,
-    capped: bool,
     windowed: bool,
 ) -> Any:
     """The kernel's module, if it gives what attention without it gives on a small example."""
@@ -265,16 +254,10 @@ def _tried(
     place = torch.tensor([0, 5, 130, 159], device=device)
     query, fresh = made(rows, heads, 1, width), (made(rows, groups, 1, width),) * 2
     cells = made(rows, groups, length, width).to(kept)
-    options: dict[str, Any] = {
-        "softcap": 20.0 if capped else None,
-        "window": 40 if windowed else None,
-    }
-    scale = width**-0.5
+    options: dict[str, Any] = {"scale": width**-0.5, "window": 40 if windowed else None}
     try:
-        found = decode_kernel.attend(
-            query, fresh, (cells.clone(), cells.clone()), place, scale=scale, **options
-        )
-        expected = _plain(query, fresh, (cells, cells.clone()), place, scale=scale, **options)
+        found = decode_kernel.attend(query, fresh, (cells.clone(), cells.clone()), place, **options)
+        expected = _plain(query, fresh, (cells, cells.clone()), place, **options)
         gap = float((found.float() - expected.float()).abs().max())
     except FAULTS as fault:
         said = str(fault).strip().partition("\n")[0][:100]

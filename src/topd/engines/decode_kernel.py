@@ -41,7 +41,6 @@ def attend(
     place: Tensor,
     *,
     scale: float,
-    softcap: float | None,
     window: int | None,
 ) -> Tensor:
     """Attention [R 1 H D] of ``query`` [R H 1 D] over a row's entries up to the new one.
@@ -52,7 +51,6 @@ def attend(
         cache: keys and values, [R G L D] each, of which the last two axes are contiguous.
         place: [R], where the new token stands; entries before it are its row's.
         scale: of the scores.
-        softcap: c of c tanh(score / c), or None.
         window: how many entries are seen, the new one among them; None: all.
     """
     rows, heads, _, width = query.shape
@@ -74,14 +72,12 @@ def attend(
         *(keys.stride(0), keys.stride(1)),
         *(out.stride(0), out.stride(2)),
         scale,
-        softcap or 1.0,
         window or 0,
         width=width,
         padded=padded,
         queries=heads // groups,
         filled=max(LEAST, triton.next_power_of_2(heads // groups)),
         block=64 if padded * keys.element_size() <= 256 else 32,
-        capped=softcap is not None,
         windowed=window is not None,
         num_warps=4,
         num_stages=2,
@@ -109,14 +105,12 @@ def _attend(
     out_row,
     out_head,
     scale,
-    softcap,
     window,
     width: tl.constexpr,
     padded: tl.constexpr,
     queries: tl.constexpr,
     filled: tl.constexpr,
     block: tl.constexpr,
-    capped: tl.constexpr,
     windowed: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -138,8 +132,6 @@ def _attend(
     tl.store(values + base + at * width + d, v, mask=there)
 
     most = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
-    if capped:
-        most = softcap * (2.0 * tl.sigmoid(2.0 * most / softcap) - 1.0)
     mass = tl.full([filled], 1.0, tl.float32)
     sums = tl.zeros([filled, padded], tl.float32) + v.to(tl.float32)[None, :]
     first = at * 0
@@ -151,8 +143,6 @@ def _attend(
         turned = keys + base + n[None, :] * width + d[:, None]
         k_block = tl.load(turned, mask=there[:, None] & known[None, :], other=0.0)
         score = tl.dot(q, k_block, input_precision="ieee") * scale
-        if capped:
-            score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
         score = tl.where(known[None, :], score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
         share = tl.exp(score - higher[:, None])
