@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench.measure import Table
-from topd.losses import Upstream, chunked, linear_token_terms
+from topd.losses import TokenTerms, Upstream, chunked, linear_token_terms
+from topd.losses.terms import Task
 from topd.types import Head
 
 try:
@@ -201,7 +202,7 @@ def compiled(case: Case, timer: Timer, chunk: int) -> Found:
         """The block on a task of its own rows: it would be compiled for each position else."""
         task = replace(task, tokens=task.tokens[here], target_tokens=task.target_tokens[here])
         upstream = Upstream(*(None if x is None else x[here] for x in upstream[:3]))
-        values = chunked.TokenTerms(*(x[here] for x in values))
+        values = TokenTerms(*(x[here] for x in values))
         return made(logits, teacher, slice(None), task, upstream, values)
 
     chunked._block = own
@@ -247,7 +248,7 @@ def tiles(case: Case, timer: Timer) -> Found:
     with torch.no_grad():
         logits = linear(case.hidden[:rows], case.weight)
         teacher = linear(case.teacher_hidden[:rows], case.teacher_weight)
-    task = chunked.Task(
+    task = Task(
         Head(case.weight), Head(case.teacher_weight), case.teacher_hidden, case.tokens,
         case.targets, "reverse_kl", 0.5, 1.0, rows,
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from topd.losses import Upstream, chunked
+from topd.losses.terms import LEAST, Task
 from topd.types import Head
 
 pytest.importorskip("triton", reason="the kernels need Triton")
@@ -83,7 +84,7 @@ def both(
         teacher = Head(x["theirs"], None, *curves[2:], barred=bars)
         wide = torch.promote_types(kind, torch.float32)
         factors = {k: None if k in without else exact[k].to(DEVICE, wide) for k in FACTORS}
-        task = chunked.Task(
+        task = Task(
             student, teacher, x["others"], x["tokens"], x["places"], chunk_tokens=3, **options
         )
         monkeypatch.setattr(chunked, "kernels", way)
@@ -137,8 +138,8 @@ def test_the_logprob_of_a_barred_token_is_as_on_the_eager_path(monkeypatch):
     given["own"] = torch.zeros_like(given["own"])
     options = {"kind": "reverse_kl", "beta": 0.5, "temperature": 1.0, "barred": barred}
     found, exact = both(monkeypatch, given, **options)
-    assert (found[2] == chunked.LEAST).all()
-    assert (exact[2] == chunked.LEAST).all()
+    assert (found[2] == LEAST).all()
+    assert (exact[2] == LEAST).all()
 
 
 @pytest.mark.parametrize("without", [("d",), ("own", "targets"), ("own",), ("targets",)])
@@ -179,7 +180,7 @@ def test_what_the_kernels_do_not_do_takes_the_eager_path(calls):
     ):
         bias = None if bias is None else bias.to(DEVICE, dtype)
         head, states = Head(w.to(DEVICE, dtype), bias), h.to(DEVICE, dtype)
-        task = chunked.Task(
+        task = Task(
             head, head, states, none.new_zeros(2), none, "reverse_kl", 0.5, 1.0, chunk_tokens=2
         )
         calls.clear()

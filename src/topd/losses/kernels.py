@@ -15,19 +15,16 @@ Importing this needs Triton.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from topd.losses.terms import LEAST, Task, TokenTerms, Upstream
 from topd.types import Head
 
-if TYPE_CHECKING:
-    from topd.losses.chunked import Task, TokenTerms, Upstream
-
-LEAST = -1e30  # as in chunked: the log-prob of a barred token; and below every logit
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on the CPU
 OLDEST = (8, 0)  # compute capability: earlier cards have no bfloat16
 KINDS = {"reverse_kl": 0, "forward_kl": 1, "jsd": 2}
