@@ -40,7 +40,7 @@ def engine(model: PreTrainedModel, way: str, **options: Any) -> HFEngine:
     """Ours, eager, in graphs, or in graphs with compiled pieces."""
     made = HFEngine(model, eos_ids=options.pop("eos", []), graphs=False, **options)
     if way != "eager":
-        made.graphs = Graphs(model, made._forward, fuse=way == "fused")
+        made.graphs = Graphs(model, made.forward, fuse=way == "fused")
     return made
 
 

@@ -19,7 +19,8 @@ from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.engines import decode_check
 from topd.engines.decode_check import check_decoding, decoding_gap
-from topd.engines.hf import WAYS, HFEngine
+from topd.engines.forward import WAYS
+from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.inputs import heads
 from topd.inputs.heads import check_head, head_of

@@ -30,7 +30,7 @@ from transformers import (
 
 from conftest import DEVICE, EOS, USE_CPU, VOCAB, cpu_only, tiny_model
 from conftest import torch_on_device as torch
-from topd.engines import Engine, decoding, draws, hf
+from topd.engines import Engine, decoding, draws, hf, windows
 from topd.engines import packed as packing
 from topd.errors import TOPDError
 from topd.inputs.heads import head_of
@@ -231,7 +231,7 @@ def test_where_memory_runs_out_fewer_windows_go_at_a_time(model, monkeypatch, ca
     engine = HFEngine(model, eos_ids=NEVER)
     scores, seeds = engine.score(PROMPTS, RESPONSES), SEEDS
     expected = engine.continue_from(scores, STARTS, WARM, seeds)
-    right, asked = hf.open_windows, []
+    right, asked = windows.open_windows, []
 
     def small(starts, *args, **kwargs):
         asked.append(len(starts))
@@ -239,7 +239,7 @@ def test_where_memory_runs_out_fewer_windows_go_at_a_time(model, monkeypatch, ca
             raise fault
         return right(starts, *args, **kwargs)
 
-    monkeypatch.setattr(hf, "open_windows", small)
+    monkeypatch.setattr(windows, "open_windows", small)
     assert_same_text(engine.continue_from(scores, STARTS, WARM, seeds), expected)
     assert asked[0] == len(STARTS)
     assert max(asked[-2:]) <= 2
@@ -255,7 +255,7 @@ def test_memory_for_not_even_one_window_and_other_faults_are_raised(model, monke
             calls.append(1)
             raise RuntimeError(text)
 
-        monkeypatch.setattr(hf, "open_windows", fail)
+        monkeypatch.setattr(windows, "open_windows", fail)
         with pytest.raises(RuntimeError, match=text):
             engine.continue_from(scores, STARTS, WARM, range(len(STARTS)))
         assert len(calls) == (7 if "memory" in text else 1)  # 64, 32, ..., 1

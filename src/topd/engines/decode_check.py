@@ -18,7 +18,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers.utils import logging
 
-from topd.engines.hf import WAYS, HFEngine, Way
+from topd.engines.forward import WAYS, Way
+from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.types import Generation, Ids, Sampling, wide_dtype
 
@@ -122,7 +123,7 @@ def decoding_gap(engine: HFEngine) -> tuple[float, float]:
         return 0.0, 0.0
     steps = min(steps, len(prompts[2]))
     plain = copy.copy(engine)
-    plain._autocast = nullcontext  # weights as they are: rounding hides least
+    plain.autocast = nullcontext  # weights as they are: rounding hides least
     if not all(_alone(plain, p, p[-1:]).isfinite().all() for p in prompts):
         return 0.0, 0.0
     plain = _ending(plain, ())
@@ -156,13 +157,13 @@ def _prompts(engine: HFEngine) -> list[Ids]:
     One of one token is behind another: a model that keeps a state of its own must forget it.
     """
     config = engine.model.config.get_text_config()
-    limits = (getattr(config, "max_position_embeddings", None), engine._switch)
+    limits = (getattr(config, "max_position_embeddings", None), engine.switch)
     least = min((limit for limit in limits if limit and limit > 0), default=64)  # XLNet says -1
     lengths = (7, 1, 12) if least >= 21 else (2, 1, 4)
     if least < 8:
         return []
-    barred = () if engine._barred is None else engine._barred.nonzero()[:, 0].tolist()
-    unfit = {*barred, *engine._ends}
+    barred = () if engine.barred is None else engine.barred.nonzero()[:, 0].tolist()
+    unfit = {*barred, *engine.end_ids}
     allowed = torch.tensor([k for k in _tokens(engine) if k not in unfit])
     drawn = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0))
     ids = allowed[(drawn * len(allowed)).long()].split(lengths)
@@ -177,8 +178,7 @@ def _tokens(engine: HFEngine) -> Iterator[int]:
 def _ending(engine: HFEngine, ends: Ids) -> HFEngine:
     """The same engine with other tokens that end a text."""
     other = copy.copy(engine)
-    other._ends = frozenset(ends)
-    other._eos = torch.tensor(sorted(ends), dtype=torch.long, device=engine._eos.device)
+    other.end_ids = frozenset(ends)
     return other
 
 
@@ -207,9 +207,9 @@ def _noise(engine: HFEngine, prompts: Sequence[Ids]) -> float:
 
 def _logprobs(engine: HFEngine, texts: Sequence[Ids]) -> list[Tensor]:
     """[L - 1] log-probs of all tokens of each text but its first, from one forward."""
-    with engine._evaluating():
-        ids = engine._padded(texts)
-        logits = engine.head.logits(engine._forward(ids, None, None, None)[:, :-1])
+    with engine.evaluating():
+        ids = engine.padded(texts)
+        logits = engine.head.logits(engine.forward(ids)[:, :-1])
     logits = logits.to(wide_dtype(logits.device)).log_softmax(-1)
     found = logits.gather(-1, ids[:, 1:, None])[:, :, 0].cpu()
     return [row[: len(text) - 1] for row, text in zip(found, texts, strict=True)]

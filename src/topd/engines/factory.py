@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from topd.engines import Engine
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.server_checks import check_logprobs, check_whole, probe_of
@@ -25,7 +26,7 @@ def open_engines(
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     temperature: float,
     autocast: Callable[[], AbstractContextManager[None]],
-) -> tuple[HFEngine, HFEngine]:
+) -> tuple[HFEngine, Engine]:
     """The engines of a student and a teacher, served where their ``sources`` say so, and checked.
 
     Raises:

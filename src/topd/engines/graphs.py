@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from topd.engines import Tick
+from topd.engines.base import Wanted
 from topd.engines.buffers import SLACK, Buffers, UncapturedError, entry_bytes, rounded
 from topd.engines.cast import CastWeights, autocast_dtype
 from topd.engines.draws import draw, row_words, step_keys, token_words
@@ -138,12 +138,10 @@ class Graphs:
         head: Head,
         states: Tensor,
         known: Sequence[int],
-        sampling: Sampling,
-        seeds: Sequence[int],
+        wanted: Wanted,
         take: Take,
         *,
         keep: bool,
-        tick: Tick,
     ) -> None:
         """Write after the prefixes that were read, until nothing is going.
 
@@ -151,21 +149,19 @@ class Graphs:
             head: as ``casting`` gives it.
             states: [N D], the last hidden states after each prefix.
             known: the prefixes' lengths.
-            sampling: how, and how many tokens at most.
-            seeds: one a row.
+            wanted: how, and how many tokens at most.
             take: is told rows, the next tokens of each and their log-probs, and, with ``keep``, the
                 states [n K D] that predict them; returns the rows that go on.
             keep: whether states are needed.
-            tick: called once a token.
         """
-        slots: list[int | None] = self._begin(states, known, seeds, keep=keep)
-        rows, steps = len(slots), sampling.max_new_tokens
+        slots: list[int | None] = self._begin(states, known, wanted.seeds, keep=keep)
+        rows, steps, sampling = len(slots), wanted.steps, wanted.sampling
         every = EVERY if steps > 4 * EVERY else EVERY // 2
         filled = states.new_zeros(rows, states.shape[1])
         filled[: len(states)] = states
         with self._decoding(rows):
             self._put(head, filled, sampling, keep=keep)
-        tick()
+        wanted.tick()
         held = written = 1
         while True:
             count = min(every - held, steps - written)
@@ -173,7 +169,7 @@ class Graphs:
                 step = self._ready(rows, head, sampling, keep=keep)
                 for _ in range(count):
                     step()
-                    tick()
+                    wanted.tick()
             held, written = held + count, written + count
             going = self._told(slots, held, take, keep=keep)
             if written == steps or not going:

@@ -9,8 +9,7 @@ loss sees its whole distribution; its decoder is not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
-from topd.engines.hf import HFEngine, check_seeds
+from topd.engines.base import BaseEngine, Options, Prefix, check_seeds
 from topd.engines.servers import Request, Servers
 from topd.errors import TOPDError
 from topd.inputs.served import ServedSpec
@@ -26,14 +25,6 @@ from topd.types import Effort, Generation, Ids, Sampling
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
 WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """What ``continue_from`` needs: the texts. The servers' prefix caches have the rest."""
-
-    prompts: tuple[Ids, ...]
-    responses: tuple[Ids, ...]
 
 
 class TopScores(NamedTuple):
@@ -161,24 +152,28 @@ def _top_scores(places: Sequence[Any], text: Ids, k: int) -> TopScores:
     )
 
 
-class VLLMEngine(HFEngine):
+class VLLMEngine(BaseEngine):
     """A model on vLLM servers; of ``model`` only head and embeddings are used.
 
     Args:
         model: see :meth:`~topd.inputs.models.ModelSpec.load_frame`.
         path: what messages call its weights.
         served: where the servers are.
-        eos_ids, vocab_size, name, autocast: as in HFEngine.
+        eos_ids, vocab_size, name, autocast: as in BaseEngine.
     """
 
     def __init__(
-        self, model: PreTrainedModel, path: str, served: ServedSpec, **options: Any
+        self,
+        model: PreTrainedModel,
+        path: str,
+        served: ServedSpec,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(model, **options)
         self.path = path
         self.completions = Completions(
             Servers(f"{self.name} (completions)", served.completions, served),
-            self._ends,
+            self.end_ids,
             self.vocab_size,
         )
         self.pooling = Servers(f"{self.name} (pooling)", served.pooling, served)
@@ -214,9 +209,8 @@ class VLLMEngine(HFEngine):
         hidden = torch.nn.utils.rnn.pad_sequence(
             [h[len(p) - 1 :] for h, p in zip(states, prompts, strict=True)], batch_first=True
         ).to(self.model.device)
-        prefix = _Prefix(tuple(prompts), tuple(responses))
-        with self._evaluating():
-            return self._scores(hidden, responses, temperature, prefix)
+        with self.evaluating():
+            return self.scores_of(hidden, Prefix(tuple(prompts), tuple(responses)), temperature)
 
     def score_top(
         self, prompts: Sequence[Ids], responses: Sequence[Ids], k: int
@@ -224,7 +218,7 @@ class VLLMEngine(HFEngine):
         """The responses' log-probs and the ``k`` likeliest tokens, as a completions server says.
 
         A part of the distribution, and more bytes than hidden states for a ``k`` that matters: the
-        check at the door and the measurement of what is sent use it, no loss does.
+        check at start-up and the measurement of what is sent use it, no loss does.
         """
         read = self.completions.read([p + r for p, r in zip(prompts, responses, strict=True)], k)
         starts = [len(prompt) - 1 for prompt in prompts]
@@ -266,7 +260,7 @@ class VLLMEngine(HFEngine):
         Windows are written to their end: ``rejoin`` changes nothing. Hidden states are not kept.
         """
         prefix = scores.prefix
-        assert isinstance(prefix, _Prefix)
+        assert isinstance(prefix, Prefix)
         check_seeds(seeds, starts)
         rows: dict[int, list[int]] = {}
         for k in sorted(range(len(starts)), key=starts.__getitem__):

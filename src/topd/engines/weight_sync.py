@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from topd.engines import Tick, no_tick
-from topd.engines.hf import HFEngine, check_seeds
+from topd.engines.base import Options, check_seeds
+from topd.engines.hf import HFEngine
 from topd.engines.server_checks import agree
 from topd.engines.servers import Servers
 from topd.engines.vllm import Completions
@@ -33,15 +34,19 @@ class ServedStudent(HFEngine):
         model: the student.
         served: where its servers are; started by ``topd serve-student``.
         probe: token ids of a text.
-        eos_ids, vocab_size, name, autocast: as in HFEngine.
+        eos_ids, vocab_size, name, autocast: as in BaseEngine.
     """
 
     def __init__(
-        self, model: PreTrainedModel, served: ServedSpec, probe: Ids, **options: Any
+        self,
+        model: PreTrainedModel,
+        served: ServedSpec,
+        probe: Ids,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(model, **options)
         servers = Servers(f"{self.name} (rollouts)", served.completions, served)
-        self.completions = Completions(servers, self._ends, self.vocab_size)
+        self.completions = Completions(servers, self.end_ids, self.vocab_size)
         self.probe, self._served_digest = probe, ""
         self.held = False  # write with the weights that the servers have
 
@@ -96,7 +101,7 @@ class ServedStudent(HFEngine):
     def _check_weights(self) -> None:
         ours = self.score([self.probe[:1]], [self.probe[1:]]).logprobs[0].cpu()
         for server in self.completions.servers.alone():
-            (theirs,) = Completions(server, self._ends, self.vocab_size).read([self.probe], 0)
+            (theirs,) = Completions(server, self.end_ids, self.vocab_size).read([self.probe], 0)
             agree(
                 server,
                 f"{server.urls[0]} with the weights that it was given",
