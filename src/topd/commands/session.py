@@ -30,7 +30,8 @@ from topd.engines.server_checks import check_servers
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
-from topd.inputs.models import check_context, load_pair, tokenizers_of
+from topd.inputs.models import check_context
+from topd.inputs.pairs import load_pair, tokenizers_of
 from topd.runs.files import read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder, manifest
 from topd.runs.lock import one_writer

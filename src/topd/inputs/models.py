@@ -1,10 +1,9 @@
-"""Loading models and tokenizers, and the check that a pair fits, before any weight is read."""
+"""Loading models and tokenizers, each from where its spec says."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +29,7 @@ from topd.inputs.adapters import refuse_adapter_folder
 from topd.inputs.gguf_files import parsed_once, unchanged
 from topd.inputs.positions import rope_switch
 from topd.inputs.served import ServedSpec
-from topd.inputs.vocabulary import check_tokenizers, check_vocabulary
+from topd.inputs.vocabulary import check_vocabulary
 from topd.testbed import SCHEME, weights_of
 
 PACKAGE = "package://"
@@ -140,7 +139,7 @@ class ModelSpec(BaseModel):
                 "Give the path of a tokenizer."
             )
         assert self.tokenizer is not None
-        lent = _spec(self.tokenizer).load_tokenizer()
+        lent = as_spec(self.tokenizer).load_tokenizer()
         try:
             own = self._own_tokenizer()
         except TOPDError:
@@ -241,21 +240,13 @@ def source_of(name: str, model: ModelSource | Mapping[str, Any]) -> ModelSource:
         ) from error
 
 
-def with_tokenizer_of(student: ModelSource, teacher: ModelSource) -> ModelSource:
-    """The student, where its spec says ``tokenizer: teacher`` with the teacher's spec there."""
-    if not isinstance(student, ModelSpec) or isinstance(teacher, LOADED):
-        return student
-    return student.with_tokenizer_of(_spec(teacher))
-
-
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's, and the generation config's."""
-    return _ends_of(getattr(model, "generation_config", None), tokenizer)
+    return ends_of(getattr(model, "generation_config", None), tokenizer)
 
 
-def _ends_of(
-    config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, ...]:
+def ends_of(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's end-of-sequence token and those of a generation config, sorted."""
     listed = getattr(config, "eos_token_id", None)
     listed = [listed] if isinstance(listed, int) else list(listed or [])
     return tuple(sorted({tokenizer.eos_token_id, *listed}))
@@ -265,7 +256,7 @@ def generation_config_of(model: ModelSource) -> GenerationConfig | None:
     """A model's generation config, read without its weights; None where it has none."""
     if isinstance(model, LOADED):
         return getattr(model, "generation_config", None)
-    spec = _spec(model)
+    spec = as_spec(model)
     try:
         return GenerationConfig.from_pretrained(
             spec.place, **({"revision": spec.revision} if spec.revision else {})
@@ -276,89 +267,6 @@ def generation_config_of(model: ModelSource) -> GenerationConfig | None:
         raise TOPDError(
             f"model {spec.path}: its generation_config.json cannot be used: {error} Correct it."
         ) from error
-
-
-def _compare_ends(
-    models: tuple[ModelSource, ModelSource], tokenizers: tuple[PreTrainedTokenizerBase, ...]
-) -> None:
-    """Say which tokens the teacher ends with that do not end the student's responses.
-
-    A student that waits for another end than its teacher's writes ever longer responses: arXiv
-    2609.20511.
-    """
-    specs = [None if isinstance(model, LOADED) else _spec(model) for model in models]
-    ours, theirs = (
-        set(
-            tokenizer.convert_tokens_to_ids(list(spec.eos_token))
-            if spec and isinstance(spec.eos_token, tuple)
-            else _ends_of(generation_config_of(model), tokenizer)
-        )
-        for model, spec, tokenizer in zip(models, specs, tokenizers, strict=True)
-    )
-    names = (
-        tokenizers[0].convert_ids_to_tokens(sorted(ours)),
-        tokenizers[1].convert_ids_to_tokens(sorted(theirs - ours)),
-    )
-    if names[1]:
-        warnings.warn(
-            f"The student's responses end at {', '.join(names[0])}; the teacher ends its own at "
-            f"{', '.join(names[1])} too, which does not end the student's. To end at all of them: "
-            f"eos_token: [{', '.join([*names[0], *names[1]])}] in the student's spec.",
-            stacklevel=2,
-        )
-
-
-def tokenizers_of(
-    student: ModelSource,
-    teacher: ModelSource,
-    student_tokenizer: PreTrainedTokenizerBase | None = None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """The tokenizers of a pair, those given or their own, after the checks that need no weights.
-
-    Raises:
-        TOPDError: the pair does not fit, or a model is not what can be trained.
-    """
-    if student is teacher and isinstance(student, LOADED):
-        raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")
-    for given in (student_tokenizer, teacher_tokenizer):
-        if given is not None and not isinstance(given, PreTrainedTokenizerBase):
-            raise TOPDError(
-                f"processing_class: a {type(given).__name__} is not a tokenizer. Give a "
-                "processor's own: processor.tokenizer."
-            )
-    _check_served(student, teacher)
-    alike = not isinstance(student, LOADED) and student == teacher
-    ours = student_tokenizer or _tokenizer(student)
-    theirs = teacher_tokenizer or (ours if alike else _tokenizer(teacher, otherwise=ours))
-    check_tokenizers(ours, theirs)
-    _compare_ends((student, teacher), (ours, theirs))
-    check_embedding_rows("student", config_of(student), ours)
-    if not alike:
-        check_embedding_rows("teacher", config_of(teacher), theirs)
-    return ours, theirs
-
-
-def load_pair(
-    student: ModelSource, teacher: ModelSource
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Both models, loaded unless they are already; a pair of equal sources is read once.
-
-    Of a served teacher only what is around its decoder.
-    """
-    ours = student if isinstance(student, LOADED) else _spec(student).load_model()
-    if isinstance(teacher, LOADED):
-        if not all(isinstance(part, torch.Tensor) for part in teacher.state_dict().values()):
-            raise TOPDError(
-                "teacher_model: is quantised, by torch.ao for instance: its weights are not "
-                "tensors. Load it in bfloat16."
-            )
-        return ours, teacher
-    theirs = _spec(teacher)
-    if theirs.served:
-        return ours, theirs.load_frame()
-    alike = not isinstance(student, LOADED) and student == teacher
-    return ours, copy.deepcopy(ours) if alike else theirs.load_model()
 
 
 def check_context(name: str, model: ModelSource, tokens: int) -> None:
@@ -397,26 +305,6 @@ def check_embedding_rows(
         )
 
 
-def _check_served(student: ModelSource, teacher: ModelSource) -> None:
-    """What each role needs of its servers. Raises TOPDError."""
-    if isinstance(teacher, ModelSpec) and teacher.served:
-        if not teacher.served.pooling:
-            raise TOPDError(
-                "teacher.served.pooling: is missing. A teacher's states come from a pooling "
-                "server: start both kinds with topd serve-teacher, and give both URLs."
-            )
-        if teacher.gguf_file:
-            raise TOPDError(
-                "teacher.served: goes with safetensors, of which the head is read here, not with "
-                "gguf_file. Save the model with save_pretrained, and serve that."
-            )
-    if isinstance(student, ModelSpec) and student.served and not student.served.weights:
-        raise TOPDError(
-            "student.served.weights: is missing. Name a folder that training and servers share: "
-            "the student's weights go there after every update."
-        )
-
-
 def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that can be trained and saved: GGUF models refuse both."""
     config = type(model.config).from_dict(
@@ -428,20 +316,21 @@ def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     return fresh
 
 
-def _spec(model: str | Path | ModelSpec) -> ModelSpec:
+def as_spec(model: str | Path | ModelSpec) -> ModelSpec:
+    """A path as a spec."""
     return model if isinstance(model, ModelSpec) else ModelSpec(path=str(model))
 
 
-def _tokenizer(
+def tokenizer_of(
     model: ModelSource, *, otherwise: PreTrainedTokenizerBase | None = None
 ) -> PreTrainedTokenizerBase:
     """A model's own tokenizer; ``otherwise`` for a model in memory that has none beside it."""
     if not isinstance(model, LOADED):
-        return _spec(model).load_tokenizer()
+        return as_spec(model).load_tokenizer()
     path = model.config._name_or_path
     try:
         if path:
-            return _spec(path).load_tokenizer()
+            return as_spec(path).load_tokenizer()
     except TOPDError:
         if otherwise is None:
             raise
@@ -453,7 +342,7 @@ def _tokenizer(
 def config_of(model: ModelSource) -> PretrainedConfig:
     """A model's configuration, read without its weights. Raises TOPDError."""
     if not isinstance(model, LOADED):
-        return _spec(model).load_config()
+        return as_spec(model).load_config()
     quantisation = model.config.to_dict().get("quantization_config") or {}
     if quantisation.get("quant_method") == "gguf":
         raise TOPDError(

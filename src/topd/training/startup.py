@@ -16,14 +16,8 @@ from topd.config import TOPDConfig
 from topd.engines.server_checks import check_servers
 from topd.errors import TOPDError
 from topd.inputs.adapters import check_apart, check_trainable, try_adapter, with_adapter
-from topd.inputs.models import (
-    ModelSource,
-    check_context,
-    config_of,
-    load_pair,
-    source_of,
-    with_tokenizer_of,
-)
+from topd.inputs.models import ModelSource, check_context, config_of, source_of
+from topd.inputs.pairs import load_pair, with_tokenizer_of
 from topd.inputs.prompts import PromptEncoder
 from topd.training.inherited import check_inherited
 from topd.training.overlap import check_overlap

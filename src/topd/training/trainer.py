@@ -21,7 +21,8 @@ from topd.engines.factory import open_engines
 from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
 from topd.inputs.heads import check_head
-from topd.inputs.models import ModelSource, generation_config_of, tokenizers_of
+from topd.inputs.models import ModelSource, generation_config_of
+from topd.inputs.pairs import tokenizers_of
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
 from topd.seeds import Stream
