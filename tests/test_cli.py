@@ -24,7 +24,9 @@ from typer.testing import CliRunner, Result
 
 from conftest import rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, cli
+from topd.commands import verbs
 from topd.commands.recipe import parse_overrides
+from topd.commands.tables import show_change, show_table
 from topd.inputs.models import ModelSpec
 from topd.methods import METHODS
 from topd.training.progress import Phases
@@ -107,11 +109,11 @@ def config(folder: Path) -> dict[str, Any]:
 def finished(folders, tmp_path_factory) -> tuple[str, Path]:
     """The output and the run folder of one run in a wide terminal."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    before, cli.console = cli.console, Console(width=200)
+    before, verbs.console = verbs.console, Console(width=200)
     try:
         return topd(folders, folder), folder
     finally:
-        cli.console = before
+        verbs.console = before
 
 
 def test_a_run_prints_one_line_an_update_within_80_columns(finished):
@@ -327,9 +329,8 @@ def log(step: int, **changes: float) -> dict[str, float]:
 
 
 @pytest.fixture
-def shown(monkeypatch, capsys):
+def shown(capsys):
     """What is printed, in a terminal that is wide enough for all."""
-    monkeypatch.setattr(cli, "console", Console(width=200))
     return lambda: capsys.readouterr().out
 
 
@@ -337,7 +338,7 @@ def shown(monkeypatch, capsys):
     ("count", "lines"), [(0, 0), (1, 1), (2, 2), (12, 12), (13, 12), (500, 12)]
 )
 def test_the_table_has_at_most_12_updates_the_first_and_the_last_among_them(shown, count, lines):
-    cli.show_table([log(i + 1) for i in range(count)])
+    show_table(Console(width=200), [log(i + 1) for i in range(count)])
     steps = [int(line.split()[1]) for line in shown().splitlines() if line.startswith("│")]
     assert len(steps) == len(set(steps)) == lines
     if count:
@@ -346,12 +347,14 @@ def test_the_table_has_at_most_12_updates_the_first_and_the_last_among_them(show
 
 def test_the_table_of_a_long_run_fits_80_columns(shown):
     big = {"loss": 12.3456, "topd/real_divergent_points": 12345, "topd/false_alarm_share": 1.0}
-    cli.show_table([log(10_000 + i, **big, **{"topd/mean_ot": 0.5}) for i in range(20)])
+    show_table(
+        Console(width=200), [log(10_000 + i, **big, **{"topd/mean_ot": 0.5}) for i in range(20)]
+    )
     assert max(map(len, shown().splitlines())) <= 80
 
 
 def test_a_mean_of_nothing_is_a_dash(shown):
-    cli.show_table([log(1, **{"topd/mean_ot": 0.25}), log(2)])
+    show_table(Console(width=200), [log(1, **{"topd/mean_ot": 0.25}), log(2)])
     first, second = (line for line in shown().splitlines() if line.startswith("│"))
     assert "0.250" in first
     assert " - " in second
@@ -360,7 +363,7 @@ def test_a_mean_of_nothing_is_a_dash(shown):
 def test_the_change_is_a_mean_with_a_t_interval_by_hand(shown):
     """Ten updates: fifths of two. sem(1, 3) = 1, t(0.975, 1 degree) = 12.7062."""
     values = [1.0, 3.0, 9, 9, 9, 9, 9, 9, 0.25, 0.25]
-    cli.show_change([log(i, reverse_kl=value) for i, value in enumerate(values)])
+    show_change(Console(width=200), [log(i, reverse_kl=value) for i, value in enumerate(values)])
     assert shown().splitlines() == [
         "reverse_kl, first 2 updates: 2.0000 +- 12.7062 nats a token",
         "reverse_kl, last 2 updates: 0.2500 +- 0.0000 nats a token",
@@ -368,7 +371,7 @@ def test_the_change_is_a_mean_with_a_t_interval_by_hand(shown):
 
 
 def test_no_change_is_claimed_from_fewer_than_ten_updates(shown):
-    cli.show_change([log(i) for i in range(9)])
+    show_change(Console(width=200), [log(i) for i in range(9)])
     assert shown() == ""
 
 

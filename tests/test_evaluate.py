@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from conftest import DEVICE, EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands import evaluate as evaluating
+from topd.commands import verbs
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import (
@@ -708,7 +709,7 @@ def invoke(root, monkeypatch):
     """Runs ``topd eval`` in the folder of the models."""
     monkeypatch.chdir(root)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(cli, "console", Console(width=80))
+    monkeypatch.setattr(verbs, "console", Console(width=80))
 
     def run(*words: str) -> Result:
         short = ["--max-tokens", "8", "--samples", "2"]

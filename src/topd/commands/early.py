@@ -106,8 +106,13 @@ def declared(name: str) -> set[str]:
     return set(_fields_of(HERE / HOMES[name], name))
 
 
+def own_settings() -> list[str]:
+    """The settings that TOPDConfig adds to transformers', in its order."""
+    return list(_own_fields(_classes(HERE / HOMES["TOPDConfig"])["TOPDConfig"]))
+
+
 def _fields_of(file: Path, name: str) -> Iterator[str]:
-    classes = {node.name: node for node in _tree(file).body if isinstance(node, ast.ClassDef)}
+    classes = _classes(file)
     for base in classes[name].bases:
         if not isinstance(base, ast.Name):
             continue
@@ -115,7 +120,11 @@ def _fields_of(file: Path, name: str) -> Iterator[str]:
             yield from declared(base.id)
         elif base.id == "TrainingArguments":
             yield from _fields_of(_transformers() / "training_args.py", base.id)
-    for node in classes[name].body:
+    yield from _own_fields(classes[name])
+
+
+def _own_fields(body: ast.ClassDef) -> Iterator[str]:
+    for node in body.body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
         if "ClassVar" not in ast.unparse(node.annotation) and not _not_given(node.value):
@@ -144,6 +153,10 @@ def _transformers() -> Path:
     assert found is not None
     assert found.submodule_search_locations
     return Path(found.submodule_search_locations[0])
+
+
+def _classes(file: Path) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in _tree(file).body if isinstance(node, ast.ClassDef)}
 
 
 def _tree(file: Path) -> ast.Module:

@@ -1,4 +1,4 @@
-"""The summaries of probe, repair and compare as tables for a terminal of 80 columns."""
+"""What a run, a probe, a repair or a comparison found, as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -11,9 +11,58 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from topd.report.folder import read_logs
 from topd.report.headline import headline
+from topd.statistics import t_reach
 
 Summary = Mapping[str, Any]
+Log = Mapping[str, float]
+
+
+def show_run(console: Console, folder: Path) -> None:
+    """Print the logged updates of a training run, and how far its divergence fell."""
+    logs = [log for log in read_logs(folder) if "loss" in log]
+    if logs:
+        show_table(console, logs)
+        show_change(console, logs)
+
+
+def show_change(console: Console, logs: Sequence[Log]) -> None:
+    """Print the divergence of the first and the last fifth of the updates, with intervals.
+
+    The intervals are 95 % t-intervals over updates. Each update has prompts of its own, so this
+    shows the trend in training; it is no evaluation.
+    """
+    count = len(logs) // 5
+    if count < 2:
+        return
+    name = next(key for key in ("reverse_kl", "forward_kl", "jsd") if key in logs[0])
+    for label, part in (("first", logs[:count]), ("last", logs[-count:])):
+        values = [entry[name] for entry in part]
+        mean, half = sum(values) / count, t_reach(values)
+        console.print(f"{name}, {label} {count} updates: {mean:.4f} +- {half:.4f} nats a token")
+
+
+def show_table(console: Console, logs: Sequence[Log], *, lines: int = 12) -> None:
+    """Print the updates of a run, at most ``lines`` of them, evenly spaced."""
+    spaced = {round(i * (len(logs) - 1) / max(lines - 1, 1)) for i in range(lines)}
+    table = Table(title=None)
+    columns = [
+        ("step", "step", "{:.0f}"),
+        ("loss", "loss", "{:.4f}"),
+        ("reverse KL", "reverse_kl", "{:.4f}"),
+        ("forward KL", "forward_kl", "{:.4f}"),
+        ("forks found", "topd/real_divergent_points", "{:.0f}"),
+        ("false alarms", "topd/false_alarm_share", "{:.0%}"),
+        ("mean OT", "topd/mean_ot", "{:.3f}"),
+        ("length", "completions/mean_length", "{:.0f}"),
+    ]
+    shown = [column for column in columns if any(column[1] in entry for entry in logs)]
+    for title, _, _ in shown:
+        table.add_column(title, justify="right")
+    for i in sorted(spaced):
+        table.add_row(*(f.format(logs[i][key]) if key in logs[i] else "-" for _, key, f in shown))
+    console.print(table)
 
 
 def show_probe(console: Console, summary: Summary) -> None:
