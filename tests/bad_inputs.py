@@ -190,7 +190,7 @@ CASES: tuple[Case, ...] = (
         "per_device_train_batch_size x",
         num_generations=3,
     ),
-    setting("sharded students", "is the launcher's to say", "fsdp, deepspeed", fsdp="full_shard"),
+    setting("sharded students", "is the launcher's to say", "fsdp", fsdp="full_shard"),
     setting(
         "publishing the run folder",
         "all prompts and rollouts",

@@ -21,14 +21,12 @@ from topd.commands.gate import (
     MEASURES,
     Limits,
     Suite,
-    card_text,
     compare_models,
     lost_problems,
     passed,
     read_suite,
-    remarks,
-    show,
 )
+from topd.commands.gate_text import card_text, remarks, show
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from topd import TOPDConfig
 from topd.commands.recipe import parse_overrides, read_mapping, read_recipe
-from topd.config import _RULES
+from topd.config.rules import RULES
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
@@ -409,7 +409,9 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
 
 
 def test_every_rule_of_the_configuration_is_tested_here():
-    assert set(OUT_OF_RANGE) == {name for names, _, _ in _RULES for name in names.split()}
+    words = {k for k, hint in get_type_hints(TOPDConfig).items() if get_origin(hint) is Literal}
+    ranges = {name for names, _, _ in RULES for name in names.split()}
+    assert set(OUT_OF_RANGE) == ranges | words
 
 
 @pytest.mark.parametrize(
@@ -449,9 +451,11 @@ def test_generations_that_do_not_fill_an_update_are_refused(write):
     assert read_recipe(write(num_generations=6, **sizes)).args.num_generations == 6
 
 
-@pytest.mark.parametrize("key", ["fsdp", "deepspeed"])
-def test_sharding_is_refused(write, key):
-    says(refusal(write(**{key: "full_shard"})), key, "the launcher's to say", "Leave it out")
+@pytest.mark.parametrize(
+    ("key", "why"), [("fsdp", "the launcher's to say"), ("deepspeed", "is not supported")]
+)
+def test_sharding_is_refused(write, key, why):
+    says(refusal(write(**{key: "full_shard"})), key, why, "Leave it out")
 
 
 def test_pushing_the_run_folder_to_the_hub_is_refused(write):

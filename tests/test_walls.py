@@ -51,5 +51,5 @@ def test_imports_point_down(path: Path) -> None:
 def test_there_are_few_files_at_the_top() -> None:
     assert len(list(ROOT.glob("*.py"))) <= 14
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == (
-        set(ROOMS) | {"losses"}
+        set(ROOMS) | {"config", "losses"}
     )

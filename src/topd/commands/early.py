@@ -20,7 +20,7 @@ from topd.named import is_outside, unknown
 
 HERE = Path(__file__).parents[1]
 HOMES = {  # where each class is written
-    "TOPDConfig": "config.py",
+    "TOPDConfig": "config/__init__.py",
     "WarmstartConfig": "training/warmstart.py",
     "AnalysisConfig": "commands/session.py",
     "ProbeConfig": "commands/probe.py",

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import TypeAlias
 
 from topd.evaluate.exact import exact
+from topd.evaluate.structures import VARIABLE, has_relation, intervals, listed
 from topd.evaluate.units import converted, quantity
 
 Ask: TypeAlias = Callable[[str, str], bool]
@@ -35,13 +36,9 @@ FUNCTIONS = frozenset(
 )
 SMALL = frozenset("or no on of is to in at by an as if it we".split())
 ARTICLES = frozenset({"the", "a", "an"})
-VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?'?(?:\([a-z](?:,\s*[a-z])*\))?"
-BRACKETS = {"(": ")", "[": "]", "{": "}"}
 BASED = re.compile(r"(\d+)_\{?(\d{1,2})\}?")
 RATIO = re.compile(r"[^:]+(?::[^:]+)+")
-RELATION = re.compile(r"(\\le\b|\\ge\b|\\ne\b|<|>)")
 MATRIX = re.compile(r"\\begin\{([pbvB]?matrix)\}(.*)\\end\{\1\}", re.S)
-THOUSANDS = re.compile(r"(?<=\d),\d{3}(?!\d)")
 MOST_PARTS = 50
 
 
@@ -209,12 +206,12 @@ def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
     if number is not None:
         return number
     gold, claim = (re.sub(rf"^{VARIABLE}\s*\\in\b\s*", "", text) for text in (gold, claim))
-    region, other = _region(gold), _region(claim)
-    if region and (other or "\\cup" in gold or _relations(gold)):
+    region, other = intervals(gold), intervals(claim)
+    if region and (other or "\\cup" in gold or has_relation(gold)):
         return other is not None and _all_same(region, other, ask, deep, ordered=False)
-    if other and (_relations(claim) or "\\cup" in claim):
+    if other and (has_relation(claim) or "\\cup" in claim):
         return False
-    ours, theirs = _list(gold), _list(claim)
+    ours, theirs = listed(gold), listed(claim)
     if len(ours[1]) > 1 or len(theirs[1]) > 1 or ours[0] or theirs[0]:
         return _lists(ours, theirs, ask, deep)
     return _equation(gold, claim, ask, deep)
@@ -232,98 +229,6 @@ def _matrices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
         return False
     pairs = zip(*(chain.from_iterable(entries) for entries in rows), strict=True)
     return all(same(a.strip(), b.strip(), ask, deep=deep + 1) for a, b in pairs)
-
-
-Region: TypeAlias = tuple[str, str, str, str]  # bracket, low, high, bracket
-
-
-def _relations(text: str) -> bool:
-    return RELATION.search(text) is not None
-
-
-def _region(text: str) -> list[str] | None:
-    """The intervals of a union or of inequalities in one variable, as ``[0;1)``; None for others.
-
-    >>> _region("0 \\\\le x < 1"), _region("x \\\\ne 3")
-    (['[0;1)'], ['(-\\\\infty;3)', '(3;\\\\infty)'])
-    """
-    text = text.replace("+\\infty", "\\infty").strip()
-    if _relations(text):
-        each = [_inequality(part) for part in _split(text)]  # x < 2 or x > 3
-        return None if None in each else [region for part in each if part for region in part]
-    found = []
-    for part in text.split("\\cup"):
-        inner = re.fullmatch(r"\s*([(\[])([^()\[\]]*(?:\([^()]*\)[^()\[\]]*)*)([)\]])\s*", part)
-        ends = _split(inner[2]) if inner else []
-        if inner is None or len(ends) != 2:
-            return None
-        found.append(f"{inner[1]}{ends[0]};{ends[1]}{inner[3]}")
-    return found
-
-
-def _inequality(text: str) -> list[str] | None:
-    pieces = [piece.strip() for piece in RELATION.split(text)]
-    sides, signs = pieces[::2], pieces[1::2]
-    where = [i for i, side in enumerate(sides) if re.fullmatch(VARIABLE, side)]
-    if len(where) != 1 or len(sides) > 3 or not all(sides):
-        return None
-    if signs == ["\\ne"]:
-        other = sides[1 - where[0]]
-        return [f"(-\\infty;{other})", f"({other};\\infty)"]
-    low, high = ("(", "-\\infty"), ("\\infty", ")")
-    for i, sign in enumerate(signs):
-        if sign == "\\ne" or where[0] not in (i, i + 1):
-            return None
-        left = where[0] == i  # variable SIGN bound
-        bound, closed = sides[i + 1] if left else sides[i], sign in ("\\le", "\\ge")
-        if (sign in ("<", "\\le")) == left:
-            high = (bound, "]" if closed else ")")
-        else:
-            low = ("[" if closed else "(", bound)
-    return [f"{low[0]}{low[1]};{high[0]}{high[1]}"]
-
-
-def _split(text: str) -> list[str]:
-    """At commas and semicolons outside brackets; those of thousands stay.
-
-    >>> _split("1, (2, 3), 4"), _split("1,000, 2"), _split("1,2")
-    (['1', '(2, 3)', '4'], ['1,000', '2'], ['1', '2'])
-    """
-    spaced = re.search(r",\s", text) is not None
-    parts, depth, start = [], 0, 0
-    for place, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        thousands = spaced and THOUSANDS.match(text, place) is not None
-        if depth == 0 and char in ",;" and not thousands:
-            parts.append(text[start:place].strip())
-            start = place + 1
-    return [part for part in (*parts, text[start:].strip()) if part]
-
-
-def _list(text: str) -> tuple[str, list[str]]:
-    """The bracket around a list, if there is one, and its items. ``\\\\pm`` stands for two."""
-    text = re.sub(r"^[A-Za-z]\s*=\s*(?=.*,)(?![^,]*,\s*[A-Za-z]\s*=)", "", text)
-    text = text.replace("\\{", "{").replace("\\}", "}").strip()
-    bracket = text[:1] if text[:1] in BRACKETS and _closing(text) == len(text) - 1 else ""
-    items = _split(text[1:-1] if bracket else text)
-    if bracket == "(" and len(items) == 1:
-        bracket = ""
-    both = []
-    for item in items:
-        sign = re.search(r"\\pm|\\mp", item)
-        both += [item] if sign is None else [
-            (item[: sign.start()] + s + item[sign.end() :]).strip() for s in ("+", "-")
-        ]  # fmt: skip
-    return bracket, [item.removeprefix("+").strip() for item in both]
-
-
-def _closing(text: str) -> int:
-    depth = 0
-    for place, char in enumerate(text):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0:
-            return place
-    return -1
 
 
 def _lists(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], ask: Ask, deep: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from transformers import TrainingArguments
 
+from topd.config.rules import check_values
 from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
 from topd.errors import TOPDError
@@ -241,43 +242,7 @@ class TOPDConfig(TrainingArguments):
     def _check(self) -> None:
         check_options(self.method, self._method_options())
         detector_named(self.candidate_loss)
-        for names, holds, rule in _RULES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise TOPDError(f"{name}: {value!r} {rule}.")
-        if self.kd_ratio != 1 and not self.learns_from_answers:
-            raise TOPDError(
-                "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
-                "1, or run a warm start."
-            )
-        rollouts = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if rollouts % self.num_generations:
-            raise TOPDError(
-                f"num_generations: {self.num_generations} does not divide the {rollouts} rollouts "
-                "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
-            )
-        if self.fsdp or self.deepspeed:
-            raise TOPDError(
-                "fsdp, deepspeed: FSDP2 is the launcher's to say (accelerate launch, see "
-                "docs/scaling.md), DeepSpeed is not supported. Leave it out."
-            )
-        if self.push_to_hub:
-            raise TOPDError(
-                "push_to_hub: would publish the run folder with all prompts and rollouts. Upload "
-                "its student/ folder instead."
-            )
-        if self.hub_token:
-            raise TOPDError(
-                "hub_token: a secret would be written into the run folder. Set HF_TOKEN in the "
-                "environment instead, and revoke this one if it was in a file."
-            )
-        for name in ("chat_template_kwargs", "method_options"):
-            given = getattr(self, name)
-            if isinstance(given, str) and not given.startswith("{"):
-                raise TOPDError(f"{name}: {given!r} is not a mapping, e.g. {{a: 1}}.")
-        if self.epsilon != TOPDConfig.epsilon and self.solver == "exact":
-            raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
+        check_values(self)
 
     def _method_options(self) -> dict[str, Any]:
         """As a mapping; a string is read by transformers later."""
@@ -360,44 +325,4 @@ _OF_WINDOWS = (  # without effect where a method looks nowhere ahead
     "candidate_fraction candidate_threshold window_length window_rejoin window_gap "
     "look_ahead_every look_ahead_until window_temperature embedding position_weight solver "
     "epsilon false_alarm_share ot_threshold"
-)
-_RULES: tuple[tuple[str, Any, str], ...] = (
-    ("beta kd_ratio false_alarm_share", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
-    ("top_p candidate_fraction", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
-    (
-        "temperature epsilon max_logprob_gap",
-        lambda x: 0 < x < float("inf"),
-        "must be finite and above 0",
-    ),
-    (
-        "trajectory_weight position_weight window_temperature window_rejoin top_k learning_rate "
-        "stop_length stop_finished stop_fresh stop_entropy stop_divergence",
-        lambda x: 0 <= x < float("inf"),
-        "must be finite and at least 0",
-    ),
-    ("max_importance", lambda x: 1 <= x < float("inf"), "must be finite and at least 1"),
-    (
-        "max_prompt_length max_completion_length num_generations window_gap look_ahead_every "
-        "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
-        "gradient_accumulation_steps stop_patience",
-        lambda x: x >= 1,
-        "must be at least 1",
-    ),
-    ("seed", lambda x: 0 <= x < 1 << 32, "must be from 0 to 4294967295"),
-    (
-        "max_steps",
-        lambda x: x != 0,
-        "must be a number of updates, or left out: it would train nothing",
-    ),
-    ("num_train_epochs", lambda x: x > 0, "must be above 0"),
-    (
-        "window_length look_ahead_until",
-        lambda x: 0 < x < 1 or x == int(x) >= 1,
-        "must be at least 1 and whole, or a share above 0 and below 1",
-    ),
-    ("embedding", lambda x: x in ("teacher", "student"), "is not one of teacher, student"),
-    ("nonfinite", lambda x: x in ("stop", "skip"), "is not one of stop, skip"),
-    ("solver", lambda x: x in ("exact", "sinkhorn"), "is not one of exact, sinkhorn"),
-    ("trajectory_reduction", lambda x: x in ("mean", "sum"), "is not one of mean, sum"),
-    ("remove_unused_columns", lambda x: not x, "must be off: prompts are encoded at the start"),
 )

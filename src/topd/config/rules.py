@@ -1,0 +1,88 @@
+"""Which values of a configuration are refused, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from topd.errors import TOPDError
+
+if TYPE_CHECKING:
+    from topd.config import TOPDConfig
+
+REFUSED = {
+    "fsdp": "FSDP2 is the launcher's to say: accelerate launch, see docs/scaling.md. Leave it out.",
+    "deepspeed": "is not supported. Leave it out.",
+    "push_to_hub": "would publish the run folder with all prompts and rollouts. Upload its "
+    "student/ folder instead.",
+    "hub_token": "a secret would be written into the run folder. Set HF_TOKEN in the environment "
+    "instead, and revoke this one if it was in a file.",
+}
+RULES: tuple[tuple[str, Any, str], ...] = (
+    ("beta kd_ratio false_alarm_share", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+    ("top_p candidate_fraction", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
+    (
+        "temperature epsilon max_logprob_gap",
+        lambda x: 0 < x < float("inf"),
+        "must be finite and above 0",
+    ),
+    (
+        "trajectory_weight position_weight window_temperature window_rejoin top_k learning_rate "
+        "stop_length stop_finished stop_fresh stop_entropy stop_divergence",
+        lambda x: 0 <= x < float("inf"),
+        "must be finite and at least 0",
+    ),
+    ("max_importance", lambda x: 1 <= x < float("inf"), "must be finite and at least 1"),
+    (
+        "max_prompt_length max_completion_length num_generations window_gap look_ahead_every "
+        "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
+        "gradient_accumulation_steps stop_patience",
+        lambda x: x >= 1,
+        "must be at least 1",
+    ),
+    ("seed", lambda x: 0 <= x < 1 << 32, "must be from 0 to 4294967295"),
+    (
+        "max_steps",
+        lambda x: x != 0,
+        "must be a number of updates, or left out: it would train nothing",
+    ),
+    ("num_train_epochs", lambda x: x > 0, "must be above 0"),
+    (
+        "window_length look_ahead_until",
+        lambda x: 0 < x < 1 or x == int(x) >= 1,
+        "must be at least 1 and whole, or a share above 0 and below 1",
+    ),
+    ("remove_unused_columns", lambda x: not x, "must be off: prompts are encoded at the start"),
+)
+
+
+def check_values(config: TOPDConfig) -> None:
+    """What is out of range, or has no effect. Raises TOPDError."""
+    for names, holds, rule in RULES:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not holds(value):
+                raise TOPDError(f"{name}: {value!r} {rule}.")
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            words = ", ".join(get_args(hint))
+            raise TOPDError(f"{name}: {getattr(config, name)!r} is not one of {words}.")
+    if config.kd_ratio != 1 and not config.learns_from_answers:
+        raise TOPDError(
+            "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
+            "1, or run a warm start."
+        )
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if rollouts % config.num_generations:
+        raise TOPDError(
+            f"num_generations: {config.num_generations} does not divide the {rollouts} rollouts "
+            "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
+        )
+    for name, why in REFUSED.items():
+        if getattr(config, name):
+            raise TOPDError(f"{name}: {why}")
+    for name in ("chat_template_kwargs", "method_options"):
+        given = getattr(config, name)
+        if isinstance(given, str) and not given.startswith("{"):
+            raise TOPDError(f"{name}: {given!r} is not a mapping, e.g. {{a: 1}}.")
+    if config.epsilon != type(config).epsilon and config.solver == "exact":
+        raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
