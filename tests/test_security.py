@@ -168,6 +168,7 @@ HOSTILE = {
     "decimal digits": ("seed: " + "9" * 5000 + "\n", "a number beyond 64 bits"),
     "hexadecimal digits": ("seed: 0x" + "f" * 9000 + "\n", "a number beyond 64 bits"),
     "date": ("seed: 2024-99-99\n", "seed: Input should be a valid integer"),
+    "time": ("seed: 1:30\n", "seed: Input should be a valid integer"),
     "nan": ("learning_rate: .nan\n", "learning_rate: .nan is not a number"),
     "nan norm": ("max_grad_norm: .nan\n", "max_grad_norm: .nan is not a number"),
     "number as a key": ("1: 2\n", "unknown key 1"),
@@ -197,6 +198,17 @@ def test_aliases_and_merges_of_a_usual_size_are_read():
     assert parse_yaml("here", text) == {
         "a": x, "d": {**x, "b": 4}, "e": [x, x], "f": "2024-02-29"
     }  # fmt: skip
+
+
+def test_numbers_are_those_of_yaml_1_2():
+    read = {
+        "1e-5": 1e-5, "-1.5E3": -1500.0, ".5": 0.5, "1_000": 1000, "0x1F": 31, "+3": 3, "0": 0,
+        "1:30": "1:30", "1:30.5": "1:30.5", "12:30:45": "12:30:45", "010": "010", "08": "08",
+        "1.2.3": "1.2.3", "1,000": "1,000", "2024-02-30": "2024-02-30", "=": "=", "e5": "e5",
+    }  # fmt: skip
+    for text, value in read.items():
+        found = parse_yaml("here", text)
+        assert (type(found), found) == (type(value), value), text
 
 
 @pytest.mark.parametrize(

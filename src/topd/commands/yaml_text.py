@@ -1,11 +1,13 @@
 """YAML from anywhere, read in bounded time and memory into plain values.
 
-Text, numbers, truth values, null, lists and mappings; dates are text. Aliases and merges are
-allowed up to a size, reckoned as if they were written out, before anything is made of them.
+Text, numbers, truth values, null, lists and mappings; dates and times are text. Numbers are those
+of YAML 1.2: 1e-5 is one, 1:30 and 010 are text. Aliases and merges are allowed up to a
+size, reckoned as if they were written out, before anything is made of them.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 import yaml
@@ -17,6 +19,11 @@ MOST = 20_000  # values, with aliases written out
 DEEPEST = 50  # lists and mappings inside each other
 SHOWN = 200  # characters of a value in a message
 _OTHER = ("timestamp", "set", "omap", "pairs", "binary")
+_NUMBERS = {
+    "int": r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)",
+    "float": r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+}
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -57,9 +64,15 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 _PlainLoader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if not pair[0].endswith(":timestamp")]
+    first: [
+        pair for pair in pairs if pair[0].rpartition(":")[2] not in (*_OTHER, *_NUMBERS, "value")
+    ]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+for _kind, _pattern in _NUMBERS.items():
+    _PlainLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})\\Z"), list("-+.0123456789")
+    )
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 
 
