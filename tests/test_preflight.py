@@ -135,6 +135,97 @@ def test_what_transformers_cannot_make_is_said_before_models_load(
         make(tmp_path / "run", str(folder), str(folder), **options)
 
 
+NESTED = [
+    ({"gradient_checkpointing_kwargs": {"use_reentrnt": True}}, "unknown key 'use_reentrnt'"),
+    ({"gradient_checkpointing_kwargs": {"use_reentrant": "yes"}}, "must be true or false"),
+    ({"gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "a whole number above 0"),
+    (
+        {"gradient_checkpointing_kwargs": {"determinism_check": "no", "use_reentrant": False}},
+        "determinism_check should be",
+    ),
+    (
+        {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": {"debug": True}},
+        "has no effect without",
+    ),
+    ({"lr_scheduler_kwargs": {"num_cycls": 2}}, "unknown key 'num_cycls'"),
+    ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"x": 2}}, "x: has no effect"),
+    ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "two"}}, "two"),
+    (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": -1.0}},
+        "learning rates that are not numbers of at least 0",
+    ),
+    ({"optim_args": "rank=3"}, "'rank' has no effect with optim adamw_torch"),
+    ({"optim": "sgd", "optim_args": "momentm=0.9"}, "'momentm' has no effect with optim sgd"),
+    ({"optim": "sgd", "adam_beta1": 0.5}, "adam_beta1: has no effect with optim sgd"),
+    ({"optim_target_modules": ["q_proj"]}, "optim_target_modules: has no effect"),
+    ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler: has no eff"),
+    (
+        {"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}},
+        "num_steps: has no effect",
+    ),
+    ({"dataloader_persistent_workers": True}, "persistent_workers option needs num_workers"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), NESTED)
+def test_settings_inside_settings_are_tried_before_models_load(
+    tmp_path, unread, folder, options, said
+):
+    with pytest.raises(TOPDError, match=said):
+        make(
+            tmp_path / "run", str(folder), str(folder), **{"gradient_checkpointing": True} | options
+        )
+
+
+def test_settings_inside_settings_work_where_they_are_right(tmp_path):
+    options = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, "early_stop": False},
+        "lr_scheduler_type": "cosine",
+        "lr_scheduler_kwargs": {"num_cycles": 1.5},
+        "optim": "sgd",
+        "optim_args": "momentum=0.5",
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }
+    trainer = make(tmp_path, **options)
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank_pattern": {"no_such": 8}}, "rank_pattern: 'no_such' fits none"),
+        ({"alpha_pattern": {"no_such": 8}}, "alpha_pattern: 'no_such' fits none"),
+        ({"target_modules": ["q_proj", "no_such"]}, "target_modules: no module is named 'no_such'"),
+        ({"modules_to_save": ["no_such"]}, "modules_to_save: no module is named 'no_such'"),
+        ({"exclude_modules": ["no_such"]}, "exclude_modules: no module is named 'no_such'"),
+        ({"lora_alpha": 0}, "lora_alpha: must be finite and above 0"),
+        ({"lora_dropout": float("nan")}, r"lora_dropout: nan must be in \[0, 1\)"),
+        ({"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS' is not CAUSAL_LM"),
+        ({"trainable_token_indices": [10**6]}, "must be tokens from 0 to 63"),
+    ],
+)
+def test_an_adapters_names_and_numbers_are_those_of_the_model(
+    tmp_path, unread, folder, options, said
+):
+    config = LoraConfig(**{"r": 4, **options})
+    with pytest.raises(TOPDError, match=said):
+        make(tmp_path / "run", str(folder), str(folder), peft_config=config)
+
+
+def test_patterns_that_fit_are_taken(tmp_path):
+    config = LoraConfig(
+        rank_pattern={"q_proj": 8, r"layers\.0\.self_attn\.v_proj": 2},
+        target_modules=["q_proj", "v_proj"],
+        modules_to_save=["embed_tokens"],
+        **LORA,
+    )
+    ranks = {w.shape[0] for n, w in make(tmp_path, peft_config=config).model.named_parameters()
+             if "lora_A" in n}  # fmt: skip
+    assert ranks == {2, 4, 8}
+
+
 @pytest.mark.parametrize("options", [{"seed": -1}, {"max_steps": 0}, {"num_train_epochs": 0.0}])
 def test_a_seed_below_0_and_runs_of_no_update_are_refused(tmp_path, options):
     with pytest.raises(TOPDError, match=next(iter(options))):

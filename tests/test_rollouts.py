@@ -238,6 +238,8 @@ def test_tools_and_template_arguments_of_a_row_are_rendered(form):
     assert second == "<|user|> what is 1 + 2 ? ="
     with pytest.raises(TOPDError, match="row 0: tools need a chat template"):
         reader.encode([{"prompt": "what is", "tools": TOOLS}])
+    with pytest.raises(TOPDError, match="row 0: sgn is not read by the chat template"):
+        reader.encode([{"prompt": ASKED, "chat_template_kwargs": {"sgn": "."}}])
     with pytest.raises(TOPDError, match="row 0: tools must be a list"):
         reader.encode([{"prompt": ASKED, "tools": {"a": 1}}])
 

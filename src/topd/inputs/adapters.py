@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from topd.errors import TOPDError
 
 ADAPTER = "adapter_config.json"
-_PEFT_FAULTS = (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, KeyError)
+_PEFT_FAULTS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    LookupError,
+    AttributeError,
+)
 
 
 def refuse_adapter_folder(path: str, place: str) -> None:
@@ -38,6 +48,7 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
     """
     if adapter.peft_type != PeftType.LORA or not isinstance(adapter, LoraConfig):
         raise TOPDError(f"peft_config: {adapter.peft_type} is not supported. Use LoRA.")
+    _check_numbers(adapter)
     if isinstance(student, PeftModel):
         raise TOPDError(
             f"peft_config: the student is a PeftModel with the adapter {student.active_adapter!r} "
@@ -49,9 +60,56 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-            merged(get_peft_model(model, empty))
+            wrapped = get_peft_model(model, empty)
+            _check_names(wrapped, adapter)
+            merged(wrapped)
+    except TOPDError:
+        raise
     except _PEFT_FAULTS as error:
         raise _refused(error) from error
+
+
+def _check_numbers(adapter: LoraConfig) -> None:
+    """What PEFT takes and could not learn by. Raises TOPDError."""
+    if adapter.task_type not in (None, TaskType.CAUSAL_LM):
+        raise TOPDError(f"lora.task_type: {adapter.task_type!r} is not CAUSAL_LM. Leave it out.")
+    scales = [adapter.lora_alpha, *adapter.alpha_pattern.values()]
+    if not all(isinstance(scale, int | float) and 0 < scale < math.inf for scale in scales):
+        raise TOPDError("lora.lora_alpha: must be finite and above 0: it scales what is learned.")
+    if not 0 <= adapter.lora_dropout < 1:
+        raise TOPDError(f"lora.lora_dropout: {adapter.lora_dropout} must be in [0, 1).")
+
+
+def _check_names(wrapped: PeftModel, adapter: LoraConfig) -> None:
+    """Refuse names, patterns and tokens that the model does not have. Raises TOPDError."""
+    listed = adapter.trainable_token_indices or []
+    rows = wrapped.config.get_text_config().vocab_size
+    for tokens in listed.values() if isinstance(listed, dict) else (listed,):
+        if not all(0 <= token < rows for token in tokens):
+            raise TOPDError(f"lora.trainable_token_indices: must be tokens from 0 to {rows - 1}.")
+    every = [name for name, _ in wrapped.get_base_model().named_modules()]
+    plain = [name.replace(".base_layer", "").replace(".modules_to_save.default", "")
+             for name in every]  # fmt: skip
+    chosen = wrapped.base_model.targeted_module_names
+
+    def has(names: Iterable[str], end: str) -> bool:
+        return any(name == end or name.endswith(f".{end}") for name in names)
+
+    lists = {"target_modules": chosen, "modules_to_save": plain, "exclude_modules": plain}
+    for key, names in lists.items():
+        given = getattr(adapter, key)
+        for end in sorted(given) if isinstance(given, list | set | tuple) else ():
+            if not has(names, end):
+                raise TOPDError(f"lora.{key}: no module is named {end!r}. Correct it.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(adapter, key)
+        used = {get_pattern_key(patterns, name) for name in chosen}
+        unused = [pattern for pattern in patterns if pattern not in used]
+        if unused:
+            raise TOPDError(
+                f"lora.{key}: {unused[0]!r} fits none of the adapted modules, such as {chosen[0]}. "
+                "Correct it."
+            )
 
 
 def with_adapter(student: PreTrainedModel, adapter: PeftConfig) -> PeftModel:

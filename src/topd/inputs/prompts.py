@@ -6,6 +6,7 @@ of the row. The response is the same token ids for both; only the prefixes diffe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,6 +106,8 @@ class PromptEncoder:
     ) -> Prompt:
         asked = read_row(index, row)
         prompt, more = asked.prompt, {**self.template_kwargs, **asked.template_kwargs}
+        if not isinstance(prompt, str):
+            self._check_read(index, more)
         student = self._ids(index, self.student, prompt, more)
         if template is not None:
             text = self._fill(index, template, {**row, "solution": asked.solution}, prompt)
@@ -114,6 +117,22 @@ class PromptEncoder:
             teacher = student if alike else self._ids(index, self.teacher, prompt, more)
         response = self._response(asked, student, more) if with_response else None
         return Prompt(index, student, teacher, response)
+
+    def _check_read(self, index: int, more: Mapping[str, Any]) -> None:
+        """Refuse arguments that neither chat template names. Raises TOPDError."""
+        for name in more:
+            if self._words and name not in self._words:
+                raise TOPDError(
+                    f"data row {index}: {name} is not read by the chat template, so it would have "
+                    "no effect. Correct its name (chat_template_kwargs), leave it out, or use a "
+                    "template that reads it."
+                )
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        """All words of both chat templates."""
+        templates = (str(t.chat_template or "") for t in (self.student, self.teacher))
+        return frozenset(word for text in templates for word in re.findall(r"\w+", text))
 
     def _fill(
         self, index: int, template: Template, row: Mapping[str, Any], prompt: str | Messages
@@ -139,10 +158,10 @@ class PromptEncoder:
     ) -> Ids:
         if not isinstance(prompt, str):
             return tuple(_rendered(index, tokenizer, prompt, more, tokenize=True)["input_ids"])
-        if more.get("tools"):
+        if more:
             raise TOPDError(
-                f"data row {index}: tools need a chat template, and the prompt is text. Give it as "
-                "messages, or leave the column out."
+                f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
+                "text. Give it as messages, or leave them out."
             )
         return _text_ids(tokenizer, prompt)
 

@@ -14,48 +14,18 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
 )
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
-from topd.config import TOPDConfig
 from topd.errors import TOPDError
 from topd.inputs.models import LOADED, ModelSource, generation_config_of
 
 logger = logging.get_logger(__name__)
 MOST_KL = 1e-2  # nats a token between the student in memory and the one on disk
-_FAULTS = (ImportError, ValueError, TypeError, RuntimeError, KeyError, AttributeError)
 _UNUSED = {  # fields of a generation config that greedy decoding, or one beam, does not read
     "do_sample": "temperature top_p min_p top_h typical_p top_k epsilon_cutoff eta_cutoff",
     "num_beams": "early_stopping length_penalty",
 }
-
-
-def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
-    """Make loggers, optimiser and schedule of a model of four weights. Raises TOPDError.
-
-    An optimiser that names its modules is made with the student only.
-    """
-    trial = copy.copy(args)
-    with tempfile.TemporaryDirectory() as folder:
-        trial.output_dir = folder
-        try:
-            place = f"report_to {args.report_to}"
-            for logger_of in get_reporting_integration_callbacks(args.report_to):
-                logger_of()
-            place = "settings"
-            trainer = Trainer(nn.Linear(2, 2), trial, train_dataset=[0], eval_dataset=[0])
-            if optimizers[0] is None and not args.optim_target_modules:
-                place = f"optim {args.optim}"
-                trainer.create_optimizer()
-                place = f"lr_scheduler_type {args.lr_scheduler_type}"
-                trainer.create_scheduler(10)
-        except _FAULTS as error:
-            raise TOPDError(
-                f"{place}: cannot be used: {type(error).__name__}: {str(error).rstrip('.')}. "
-                "Choose another, or install what it needs."
-            ) from error
 
 
 def check_saving(student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,9 +24,9 @@ from topd.training.overlap import check_overlap
 from topd.training.preflight import (
     check_router,
     check_saving,
-    check_settings,
     without_dropout,
 )
+from topd.training.trials import check_settings
 from topd.types import Prompt
 
 logger = logging.get_logger(__name__)
