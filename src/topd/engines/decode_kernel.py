@@ -58,19 +58,10 @@ def attend(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty(rows, 1, heads, width, dtype=query.dtype, device=query.device)
     padded = max(LEAST, triton.next_power_of_2(width))
+    strides = [x.stride()[:2] for x in (query, key, value, keys)] + [(out.stride(0), out.stride(2))]
     _attend[(rows, groups)](
-        query,
-        key,
-        value,
-        keys,
-        values,
-        place,
-        out,
-        *(query.stride(0), query.stride(1)),
-        *(key.stride(0), key.stride(1)),
-        *(value.stride(0), value.stride(1)),
-        *(keys.stride(0), keys.stride(1)),
-        *(out.stride(0), out.stride(2)),
+        *(query, key, value, keys, values, place, out),
+        *(step for both in strides for step in both),
         scale,
         window or 0,
         width=width,
@@ -87,32 +78,12 @@ def attend(
 
 @triton.jit
 def _attend(
-    query,
-    key,
-    value,
-    keys,
-    values,
-    place,
-    out,
-    query_row,
-    query_head,
-    key_row,
-    key_head,
-    value_row,
-    value_head,
-    cache_row,
-    cache_head,
-    out_row,
-    out_head,
-    scale,
-    window,
-    width: tl.constexpr,
-    padded: tl.constexpr,
-    queries: tl.constexpr,
-    filled: tl.constexpr,
-    block: tl.constexpr,
-    windowed: tl.constexpr,
-):
+    query, key, value, keys, values, place, out,
+    query_row, query_head, key_row, key_head, value_row, value_head,
+    cache_row, cache_head, out_row, out_head, scale, window,
+    width: tl.constexpr, padded: tl.constexpr, queries: tl.constexpr, filled: tl.constexpr,
+    block: tl.constexpr, windowed: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     at = tl.load(place + row).to(tl.int32)

@@ -134,11 +134,7 @@ def _write(
     theirs = teacher.gather(1, places)
     strides = {"s_stride": logits.stride(0), "t_stride": teacher.stride(0), "rows": rows}
     _slopes[(rows * columns,)](
-        logits,
-        teacher,
-        found,
-        divergence,
-        total,
+        *(logits, teacher, found, divergence, total),
         **strides,
         **shape,
         columns=columns,
@@ -148,14 +144,7 @@ def _write(
     if own.numel():
         width = triton.next_power_of_2(breadth)
         _own_slopes[(rows,)](
-            logits,
-            at,
-            theirs,
-            places,
-            own,
-            found,
-            divergence,
-            total,
+            *(logits, at, theirs, places, own, found, divergence, total),
             breadth=breadth,
             s_stride=logits.stride(0),
             rows=rows,

@@ -8,7 +8,7 @@ denominators are those of the whole update, over micro-batches and ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypedDict, TypeVar
@@ -31,7 +31,7 @@ from topd.losses import (
 )
 from topd.training.experience import Experience
 from topd.training.layout import Layout, lay_out, learned_part, sent, support_of
-from topd.types import BranchLoss, Guidance, Head
+from topd.types import BranchLoss, Guidance, Head, Rollout
 
 T = TypeVar("T")
 ALIGNED = 16  # columns: attention kernels would copy a mask of other widths, in every layer
@@ -107,54 +107,76 @@ def collate(
     ``packed`` branches come after their rollout, in the same row; else each has a row.
     """
     pairs = [learned_part(experience.rollouts[row], experience.guidance[row]) for row in rows]
-    rollouts, guidance = [rollout for rollout, _ in pairs], [guide for _, guide in pairs]
+    rollouts, guidance = zip(*pairs, strict=True)
     layout = lay_out(rollouts, guidance, packed=packed)
     width = max(map(len, layout.ids))
     if layout.spans and device.type == "cuda":
         width += -width % ALIGNED
-    place = [
-        b * width + len(r.prompt.student) - 1 + t
-        for b, r in enumerate(rollouts)
-        for t in range(len(r.response))
-    ]
-    support = support_of(guidance)
-    breadth = max((len(tokens) for tokens, _ in support), default=0)
-
-    tensor = partial(sent, device=device)
+    learned = zip(rows, guidance, strict=True)
+    states = [experience.teacher_hidden[row][: len(g.weights)] for row, g in learned]
+    target_tokens, target_probabilities = _targets(guidance, device)
+    tokens = partial(_end_to_end, device=device)
+    numbers = partial(_end_to_end, device=device, dtype=torch.float32)
     return LearningBatch(
-        input_ids=tensor([row + [0] * (width - len(row)) for row in layout.ids]),
+        input_ids=sent([row + [0] * (width - len(row)) for row in layout.ids], device=device),
         positions=layout.positions(width, device) if layout.spans else None,
         visible=layout.visible(width, device) if layout.spans else None,
-        place=tensor(place),
-        tokens=tensor([token for r in rollouts for token in r.response]),
-        weights=tensor([weight for g in guidance for weight in g.weights], torch.float32),
-        sampled=tensor(
-            [p for r in rollouts for p in (r.logprobs or [torch.nan] * len(r.response))],
-            torch.float32,
-        ),
-        teacher_hidden=torch.cat(
-            [
-                experience.teacher_hidden[row][: len(g.weights)]
-                for row, g in zip(rows, guidance, strict=True)
-            ]
-        ).to(device),
-        target_tokens=tensor(
-            [tokens + [0] * (breadth - len(tokens)) for tokens, _ in support]
-        ).reshape(len(support), breadth),
-        target_probabilities=tensor(
-            [mass + [0.0] * (breadth - len(mass)) for _, mass in support], torch.float32
-        ).reshape(len(support), breadth),
+        place=tokens(_predicting(row * width, rollout) for row, rollout in enumerate(rollouts)),
+        tokens=tokens(r.response for r in rollouts),
+        weights=numbers(g.weights for g in guidance),
+        sampled=numbers(r.logprobs or [torch.nan] * len(r.response) for r in rollouts),
+        teacher_hidden=torch.cat(states).to(device),
+        target_tokens=target_tokens,
+        target_probabilities=target_probabilities,
         guided=sum(g.guided for g in guidance),
-        capped=tensor([t in g.capped for g in guidance for t in range(len(g.weights))], torch.bool)
-        if any(g.capped for g in guidance)
-        else None,
-        advantages=tensor([a for g in guidance for a in _advantages(g)], torch.float32)
-        if any(g.advantages for g in guidance)
-        else None,
+        capped=_capped(guidance, device),
+        advantages=_advantages(guidance, device),
         lengths=[len(r.response) for r in rollouts],
         branches=_branch_batches(experience, rows, layout, width, device),
         totals=totals,
     )
+
+
+def _end_to_end(
+    rows: Iterable[Iterable[float]], *, device: torch.device, dtype: torch.dtype = torch.long
+) -> Float[Tensor, " P"] | Int[Tensor, " P"]:
+    return sent([value for row in rows for value in row], dtype, device=device)
+
+
+def _predicting(first: int, rollout: Rollout) -> range:
+    """Flat positions whose state predicts each response token of a row that begins at ``first``."""
+    place = first + len(rollout.prompt.student) - 1
+    return range(place, place + len(rollout.response))
+
+
+def _targets(
+    guidance: Sequence[Guidance], device: torch.device
+) -> tuple[Int[Tensor, "P M"], Float[Tensor, "P M"]]:
+    """Tokens and probabilities of the soft targets at each token, filled up with zeros."""
+    support = support_of(guidance)
+    shape = len(support), max((len(tokens) for tokens, _ in support), default=0)
+    ids = [tokens + [0] * (shape[1] - len(tokens)) for tokens, _ in support]
+    mass = [own + [0.0] * (shape[1] - len(own)) for _, own in support]
+    return (
+        sent(ids, device=device).reshape(shape),
+        sent(mass, torch.float32, device=device).reshape(shape),
+    )
+
+
+def _advantages(guidance: Sequence[Guidance], device: torch.device) -> Float[Tensor, " P"] | None:
+    """By what the log-prob of each token is multiplied; None where none has an advantage."""
+    if not any(g.advantages for g in guidance):
+        return None
+    given = (g.advantages or (0.0,) * len(g.weights) for g in guidance)
+    return _end_to_end(given, device=device, dtype=torch.float32)
+
+
+def _capped(guidance: Sequence[Guidance], device: torch.device) -> Bool[Tensor, " P"] | None:
+    """Where losses are capped; None where none is."""
+    if not any(g.capped for g in guidance):
+        return None
+    marks = ([t in g.capped for t in range(len(g.weights))] for g in guidance)
+    return _end_to_end(marks, device=device, dtype=torch.bool)
 
 
 def _branch_batches(
@@ -346,7 +368,3 @@ def inside_forward(wrapped: nn.Module, module: nn.Module, run: Callable[[], T]) 
         restore()
     # FSDP2 hands on a copy in the dtype of its policy; its hooks are on what was returned to it
     return found[0] if isinstance(wrapped, FSDPModule) else output
-
-
-def _advantages(guidance: Guidance) -> Sequence[float]:
-    return guidance.advantages or (0.0,) * len(guidance.weights)
