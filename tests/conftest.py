@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,6 +65,13 @@ class OnDevice(ModuleType):
 
 
 torch_on_device = torch if USE_CPU else OnDevice("torch")
+
+
+@pytest.fixture(autouse=True)
+def no_pages(monkeypatch) -> None:
+    """A training from Python makes no page at its end: a second each, and tests have many."""
+    if "topd.training.trainer" in sys.modules:
+        monkeypatch.setattr("topd.training.trainer.TOPDTrainer.at_end", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -233,3 +233,70 @@ def compare(folder: Path) -> Path:
         ],
     )
     return folder
+
+
+def interval(mean: float, low: float, high: float, level: float = 0.95) -> dict[str, Any]:
+    return {"mean": mean, "low": low, "high": high, "problems": 4, "level": level}
+
+
+def answer(problem: int, sample: int | None, right: bool, text: str, **more: Any) -> dict[str, Any]:
+    return {
+        "problem": problem,
+        "sample": sample,
+        "ids": [1, 2, 3],
+        "text": text,
+        "verified": right,
+        "finished": True,
+        **more,
+    }
+
+
+def evaluation(folder: Path) -> Path:
+    """Of four problems the first is solved, greedily and in one of two samples; one is cut off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "greedy": interval(0.25, 0.006, 0.806),
+        "pass@1": interval(0.125, 0.003, 0.7),
+        "pass@2": interval(0.25, 0.006, 0.806),
+        "greedy_length": interval(3.0, 1.4, 3.0),
+        "mean_length": interval(3.0, 1.4, 3.0),
+        "greedy_truncated": interval(0.25, 0.006, 0.806),
+        "truncated": interval(0.0, 0.0, 0.602),
+    }
+    settings = {
+        "model": {"path": "runs/first/student", "dtype": "float32"},
+        "data": {"path": "data/test.jsonl", "samples": 2, "max_tokens": 3},
+    }
+    content = {"problems": 4, "samples": 2, "figures": figures, "settings": settings}
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    rows = [
+        answer(i, sample, i == 0 and sample != 1, f"answer {i}", finished=(i, sample) != (3, None))
+        for i in range(4)
+        for sample in (None, 0, 1)
+    ]
+    lines(folder / "responses.jsonl", rows)
+    return folder
+
+
+def gate(folder: Path) -> Path:
+    """Accuracy is worse, the length within its limit, calibration open; row 2 is lost."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = [
+        ("accuracy", 0.2, 0.5, interval(0.3, 0.1, 0.5), 0.02, "worse"),
+        ("length", 10.0, 9.0, interval(-0.1, -0.2, 0.1), 0.25, "within"),
+        ("calibration", 0.1, 0.11, interval(0.01, -0.2, 0.3), 0.02, "open"),
+    ]
+    names = ("name", "base", "candidate", "harm", "limit", "verdict")
+    content = {
+        "passed": False,
+        "figures": [dict(zip(names, figure, strict=True)) for figure in figures],
+        "remarks": ["open: 4 prompts do not tell."],
+        "lost": [2],
+        "suite": {"problems": {"path": "data/test.jsonl"}, "strict": False},
+        "models": {"base": {"path": "org/base"}, "candidate": {"path": "runs/first/student"}},
+    }
+    (folder / "gate.json").write_text(json.dumps(content))
+    for role in ("base", "candidate"):
+        right = role == "base"
+        lines(folder / f"{role}_problems.jsonl", [answer(2, None, right, f"{role} says")])
+    return folder

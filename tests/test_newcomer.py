@@ -83,7 +83,11 @@ def test_the_python_example_runs_with_own_models(own: Path) -> None:
         assert theirs in code
         code = code.replace(theirs, ours)
     code = code.replace("max_steps=1", "max_steps=1, use_cpu=True, output_dir='runs/py'")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=own)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=own, capture_output=True, text=True
+    )
+    assert f"report: {Path('runs/py/report.html')}" in done.stdout
+    assert Path("runs/py/report.html").is_file()
     assert Path("runs/py/student/model.safetensors").is_file()
 
 

@@ -16,13 +16,15 @@ import pytest
 
 import report_folders as make
 from topd.errors import TOPDError
-from topd.report import write_report
+from topd.report import page_line, write_report
 from topd.report.charts import number
 from topd.report.folder import kind_of, read_logs
 from topd.report.rollouts import read_rollout, select_rollouts
+from topd.report.settings import PLAIN, settings_table
 from topd.report.summary import summary_tables, verdict_in
 from topd.report.viewer import entry, view
 from topd.runs.records import ForkRecord, GuidanceRecord, read_records
+from topd.runs.settings import known
 from topd.runs.tokens import TokenTexts
 
 KINDS = {
@@ -30,6 +32,8 @@ KINDS = {
     "probe": make.probe,
     "repair": make.repair,
     "compare": make.compare,
+    "evaluation": make.evaluation,
+    "gate": make.gate,
 }
 
 
@@ -388,6 +392,78 @@ def test_an_unfinished_probe_says_so(tmp_path):
 # Untrusted text
 
 
+# Evaluations, gates, settings
+
+
+def test_an_evaluation_says_what_is_solved_and_what_was_cut_off(tmp_path):
+    parsed = page(make.evaluation(tmp_path))
+    assert (
+        "first/student solves 25.0 % [0.6, 80.6] of 4 problems of test.jsonl greedily, and 12.5 % "
+        "[0.3, 70.0] of its samples are right." in parsed.text
+    )
+    assert "25.0 % of the greedy answers were cut off at 3 tokens" in parsed.text
+    assert ["greedy length, tokens", "3", "1.4 to 3"] in [row for t in parsed.tables for row in t]
+    rows = [row for table in parsed.tables for row in table if row[-1].startswith("answer ")]
+    assert rows == [
+        ["0", "right", "1 of 2", "3", "answer 0"],
+        ["1", "wrong", "0 of 2", "3", "answer 1"],
+        ["2", "wrong", "0 of 2", "3", "answer 2"],
+        ["3", "wrong, cut off", "0 of 2", "3", "answer 3"],
+    ]
+
+
+def test_a_gate_says_what_is_worse_and_what_is_not_known(tmp_path):
+    parsed = page(make.gate(tmp_path))
+    for sentence in (
+        "FAILED: first/student against base on 4 problems of test.jsonl.",
+        "accuracy is worse: by 30.0 [10.0, 50.0] points; the limit is 2 %.",
+        "Neither shown to be worse nor within the limit: calibration.",
+        "Open: 4 prompts do not tell.",
+    ):
+        assert sentence in parsed.text
+    rows = {row[0]: row[1:] for table in parsed.tables for row in table if len(row) == 7}
+    assert rows["accuracy"] == ["80.0 %", "50.0 %", "+30.0 %", "+10.0 % to +50.0 %", "2 %", "worse"]
+    assert rows["length"][:2] == ["10.0 tokens", "9.0 tokens"]
+    assert rows["calibration"][:3] == ["0.100", "0.110", "+0.010"]
+    assert ["2", "base says", "candidate says"] in [row for t in parsed.tables for row in t]
+
+
+def test_a_result_that_is_not_one_is_an_error_with_its_place(tmp_path):
+    (make.gate(tmp_path) / "gate.json").write_text(json.dumps({"passed": "perhaps"}))
+    with pytest.raises(TOPDError, match=r"gate\.json: passed"):
+        write_report(tmp_path)
+
+
+def test_the_settings_begin_with_what_is_not_the_default(tmp_path):
+    make.training(tmp_path)
+    config = {**known().plain, "method": "opd", "learning_rate": 0.5, "mine": 3, "output_dir": "x"}
+    recipe = {"student": {"path": "org/s", "dtype": "float32"}, "lora": None}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": recipe, "config": config}))
+    found = settings_table(tmp_path)
+    assert found
+    assert found.rows == (
+        ("student.path", "org/s", ""),
+        ("method", "opd", "opd"),
+        ("learning_rate", "0.5", "2e-06"),
+        ("mine", "3", ""),
+    )
+    text = (write_report(tmp_path)).read_text(encoding="utf-8")
+    assert text.index(found.title) < text.index("<pre")
+
+
+def test_what_the_settings_leave_out_are_defaults():
+    from topd.inputs.models import ModelSpec
+    from topd.inputs.rows import DataSpec
+
+    fields = {**ModelSpec.model_fields, **DataSpec.model_fields}
+    assert {name: fields[name].default for name in PLAIN} == PLAIN
+
+
+def test_a_page_that_cannot_be_made_is_said_and_nothing_more(tmp_path):
+    assert page_line(make.training(tmp_path / "a")) == f"report: {tmp_path / 'a' / 'report.html'}"
+    assert page_line(tmp_path).startswith(f"no page was made: run folder {tmp_path}: holds no run")
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
     """Everything that a model, a recipe or an arm's name could write is hostile."""
@@ -403,7 +479,9 @@ def hostile(tmp_path_factory) -> Path:
 
 def test_hostile_text_makes_no_element_and_no_script(hostile, tmp_path):
     parsed = Parsed((hostile / "report.html").read_text(encoding="utf-8"))
-    plain = page(make.training(tmp_path))
+    make.training(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps({"config": {"method": "opd", "x": 1}}))
+    plain = page(tmp_path)
     assert Counter(tag for tag, _ in parsed.elements) == Counter(tag for tag, _ in plain.elements)
     assert [t for a, t in parsed.scripts if "type" not in a] == [
         t for a, t in plain.scripts if "type" not in a

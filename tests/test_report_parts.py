@@ -23,8 +23,15 @@ import report_folders as make
 from topd import cli
 from topd.errors import TOPDError
 from topd.report.charts import Chart, Series, curve_table, curves, figure_of, spaced
-from topd.report.headline import change, change_words, headline, model_name
-from topd.report.page import CHARTS
+from topd.report.headline import (
+    change,
+    change_words,
+    compare_words,
+    model_name,
+    probe_words,
+    training_words,
+)
+from topd.report.kinds import PAGES
 from topd.report.paper import write_figures
 from topd.report.svg import SVG, to_svg
 from topd.report.terminal import show
@@ -70,7 +77,7 @@ def drawn(chart: Chart) -> Any:
 
 
 def by_name(kind: str, folder: Path) -> dict[str, Chart]:
-    return {chart.name: chart for chart in CHARTS[kind](KINDS[kind](folder))}
+    return {chart.name: chart for chart in PAGES[kind].charts(KINDS[kind](folder))}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -336,7 +343,7 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
         "topd": arm(0.01, -0.02, 0.04, ratio=1.5),
         "alone": arm(0.1, None, None, ratio=1.0),
     }
-    assert headline(Path(), "compare", {"baseline": "opd", "summary": summary}) == [
+    assert list(compare_words({"baseline": "opd", "summary": summary})) == [
         "first_fork +24.3 [19.0, 29.7] points over opd (greedy), 1.9 x the time.",
         "topd +1.0 [-2.0, 4.0] points over opd (greedy), 1.5 x the time: the interval holds 0, no "
         "difference to be seen.",
@@ -346,15 +353,15 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
 
 @pytest.mark.parametrize("verdict", ["good", "poor", "undecided"])
 def test_a_probe_ends_with_what_to_do(verdict):
-    (said,) = headline(Path(), "probe", {"verdict": verdict})
+    (said,) = probe_words({"verdict": verdict})
     assert said.startswith("So: ")
 
 
 def test_a_pair_with_nothing_to_learn_is_said_to_be_one(tmp_path):
     make.training(tmp_path)
-    assert "nothing to learn" not in " ".join(headline(tmp_path, "training", {}))
+    assert "nothing to learn" not in " ".join(training_words(tmp_path))
     make.lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 0.0, "reverse_kl": 1e-6}] * 5)
-    assert "nothing to learn" in " ".join(headline(tmp_path, "training", {}))
+    assert "nothing to learn" in " ".join(training_words(tmp_path))
 
 
 def test_models_are_named_by_the_run_they_are_from():
@@ -364,6 +371,6 @@ def test_models_are_named_by_the_run_they_are_from():
 
 
 def test_the_headline_of_a_training_names_its_models_and_its_method(tmp_path):
-    first, second = headline(make.training(tmp_path), "training", {})
+    first, second = training_words(make.training(tmp_path))
     assert first == "student-of-test learned from teacher-of-test by topd."
     assert second.startswith("Reverse KL 0.5 to 0.17 over 3 updates: too few")

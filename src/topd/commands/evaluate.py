@@ -29,6 +29,7 @@ from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
 from topd.inputs.vocabulary import shared_ids
+from topd.report import page_line
 from topd.runs.folder import RunFolder, manifest
 from topd.statistics import Interval
 
@@ -90,6 +91,7 @@ def run_evaluation(
     run.append(RESPONSES, (response.record() for response in found.responses))
     run.write(RESULT, {**found.record(), "settings": settings, **made_of, "references": references})
     show(found, spec, console)
+    console.print(page_line(run.folder), soft_wrap=True, markup=False, highlight=False)
     return run.folder
 
 

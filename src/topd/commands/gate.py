@@ -37,6 +37,7 @@ from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec, check_embedding_rows
 from topd.inputs.prompts import repeated_ngram_share
 from topd.inputs.rows import DataSpec
+from topd.report import page_line
 from topd.runs.folder import RunFolder
 from topd.runs.model_card import replace_section
 
@@ -280,6 +281,7 @@ def run_gate(
     if card.is_file():
         replace_section(card, HEADING, card_text(base.path, suite, figures, lost, good))
     show(figures, suite, good, console)
+    console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
     return good
 
 

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from topd.report.folder import read_logs
-from topd.report.headline import headline
+from topd.report.headline import compare_words, probe_words
 from topd.statistics import t_reach
 
 Summary = Mapping[str, Any]
@@ -80,7 +80,7 @@ def show_probe(console: Console, summary: Summary) -> None:
         f"and {tokens['teacher_decoded']:,} written by the teacher, {seconds:,.0f} s",
         f"token loss as a guide: {summary['verdict']} ({summary['rule']})",
     )
-    for line in (*lines, *headline(Path(), "probe", summary)):
+    for line in (*lines, *probe_words(summary)):
         console.print(line, markup=False, highlight=False)
 
 
@@ -123,7 +123,7 @@ def show_compare(console: Console, summary: Summary) -> None:
         time = f"{arm['seconds_ratio']:.2f}"
         table.add_row(escape(name), scores[0], versus[0], scores[1], versus[1], time)
     console.print(table)
-    for line in headline(Path(), "compare", summary):
+    for line in compare_words(summary):
         console.print(line, markup=False, highlight=False)
     problems = summary["summary"][base]["greedy"]["problems"]
     console.print(

@@ -122,7 +122,7 @@ def make_trainer(
         eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
         peft_config=recipe.lora,
     )
-    trainer.recipe = recipe.sources()
+    trainer.recipe, trainer.at_end = recipe.sources(), None  # the command makes the page
     if recipe.evaluation is None or evaluator is None:
         return trainer, None
     callback = EvaluationCallback(trainer, evaluator, every=recipe.evaluation.every)

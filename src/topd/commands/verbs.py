@@ -82,7 +82,7 @@ def train(recipe: Path, words: list[str], quiet: bool, *, warmstart: bool = Fals
     if number > 0:
         return
     show_run(console, folder)
-    report(folder)
+    _page(folder)
     say(f"run folder: {folder}")
 
 
@@ -126,7 +126,14 @@ def _bars(quiet: bool) -> Console | None:
 def _summarise(folder: Path, name: str, show: Callable[[Console, Mapping[str, Any]], None]) -> None:
     say(f"run folder: {folder}")
     show(console, json.loads((folder / name).read_text(encoding="utf-8")))
-    report(folder)
+    _page(folder)
+
+
+def _page(folder: Path) -> None:
+    """Write the page of a run that has ended and say where it is, or why there is none."""
+    from topd.report import page_line
+
+    say(page_line(folder))
 
 
 def report(folder: Path, *, rollouts: int = 1000) -> None:

@@ -8,8 +8,10 @@ from typing import Literal
 from topd.errors import TOPDError
 from topd.runs.records import check_format, json_lines
 
-Kind = Literal["training", "probe", "repair", "compare"]
+Kind = Literal["training", "probe", "repair", "compare", "evaluation", "gate"]
 MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # which files make which kind, first hit
+    ("gate", ("gate.json",)),
+    ("evaluation", ("evaluation.json", "responses.jsonl")),
     ("compare", ("compare.json", "results.jsonl")),
     ("repair", ("repair.json", "samples.jsonl")),
     ("probe", ("probe.json", "positions.jsonl")),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from topd.report.charts import number
-from topd.report.folder import Kind, read_logs
+from topd.report.folder import read_logs
 from topd.report.summary import SummaryTable
 from topd.report.text import plain
 from topd.runs.files import read_whole
@@ -34,14 +34,10 @@ SO = {
 }
 
 
-def headline(folder: Path, kind: Kind, summary: Mapping[str, Any]) -> list[str]:
-    """The sentences at the top of a page; empty where there is nothing to say yet."""
-    if kind == "training":
-        return list(_training(folder))
-    if kind == "probe":
-        verdict = summary.get("verdict")
-        return [SO[verdict]] if isinstance(verdict, str) and verdict in SO else []
-    return list(_compared(summary)) if kind == "compare" else []
+def probe_words(summary: Mapping[str, Any]) -> list[str]:
+    """What follows from a probe; empty until it has finished."""
+    verdict = summary.get("verdict")
+    return [SO[verdict]] if isinstance(verdict, str) and verdict in SO else []
 
 
 def model_names(folder: Path) -> dict[str, str]:
@@ -101,7 +97,8 @@ def change_words(name: str, values: Sequence[float]) -> str:
     return said[:1].upper() + said[1:]
 
 
-def _training(folder: Path) -> Iterator[str]:
+def training_words(folder: Path) -> Iterator[str]:
+    """Who learned from whom, and whether the divergence has changed."""
     logs = [log for log in read_logs(folder) if "loss" in log]
     settings = read_whole(folder / "run.json").get("config")
     names = model_names(folder)
@@ -129,7 +126,8 @@ ALIKE = (
 )
 
 
-def _compared(summary: Mapping[str, Any]) -> Iterator[str]:
+def compare_words(summary: Mapping[str, Any]) -> Iterator[str]:
+    """Every arm against the baseline, in points, with its time."""
     base, arms = str(summary.get("baseline", "opd")), summary.get("summary", {})
     for name, arm in arms.items():
         gain = arm.get(f"greedy_vs_{base}")

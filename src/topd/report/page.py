@@ -21,34 +21,21 @@ from markupsafe import Markup
 
 from topd.errors import TOPDError
 from topd.report.charts import Chart, Fact, figure_of
-from topd.report.experiments import compare_charts, repair_charts
 from topd.report.folder import Kind, kind_of
 from topd.report.guided import Verdict, rule_of
-from topd.report.headline import compare_tables, headline, model_names
-from topd.report.probe import probe_charts
+from topd.report.headline import model_names
+from topd.report.kinds import PAGES
 from topd.report.rollouts import Selection, select_rollouts
-from topd.report.summary import SummaryTable, summary_tables, verdict_in
+from topd.report.settings import settings_files, settings_table
+from topd.report.summary import SummaryTable, verdict_in
 from topd.report.svg import to_svg
-from topd.report.text import plain, visible
-from topd.report.training import training_charts, training_facts
+from topd.report.text import plain
 from topd.report.viewer import Entry, RolloutView, entry, prompt_words, view
 from topd.runs.files import read_whole
 from topd.runs.tokens import TokenTexts
 
 HERE = Path(__file__).parent
 SCRIPTS = ("dom.js", "store.js", "rollout.js", "threads.js", "fork.js", "list.js", "main.js")
-CHARTS = {
-    "training": training_charts,
-    "probe": probe_charts,
-    "repair": repair_charts,
-    "compare": compare_charts,
-}
-TITLES = {
-    "training": "Training run",
-    "probe": "Probe",
-    "repair": "Local repair",
-    "compare": "Comparison",
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +59,7 @@ class Page:
     facts: tuple[Fact, ...]
     drawings: tuple[Drawing, ...]
     tables: tuple[SummaryTable, ...]
+    changed: SummaryTable | None
     settings: dict[str, str]
     notes: tuple[str, ...]
     selection: Selection
@@ -82,7 +70,7 @@ def write_report(folder: Path, *, rollouts: int = 1000) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     Args:
-        folder: of a training run, a probe, a repair or a comparison.
+        folder: of any command of :data:`topd.report.kinds.PAGES`.
         rollouts: at most about so many are put into the page, evenly spaced over the prompts.
 
     Raises:
@@ -100,22 +88,35 @@ def write_report(folder: Path, *, rollouts: int = 1000) -> Path:
     return path
 
 
+def page_line(folder: Path) -> str:
+    """Write the page of a run that has ended, and say where it is, or why there is none.
+
+    What was computed is not lost for a page: this raises nothing of what a page may lack.
+    """
+    try:
+        return f"report: {write_report(folder)}"
+    except (TOPDError, OSError) as error:
+        return f"no page was made: {error} Try again with: topd report {folder}"
+
+
 def make_page(folder: Path, *, rollouts: int) -> Page:
     """Read everything that the page of a run folder shows. Raises TOPDError."""
     kind = kind_of(folder)
+    shown = PAGES[kind]
     summary = {} if kind == "training" else read_whole(folder / f"{kind}.json")
     selection = select_rollouts(folder, limit=rollouts)
     return Page(
         kind=kind,
         title=plain(folder.resolve().name, limit=80),
-        heading=TITLES[kind],
+        heading=shown.title,
         subtitle=_subtitle(folder),
-        headline=tuple(headline(folder, kind, summary)),
+        headline=tuple(shown.words(folder, summary)),
         verdict=verdict_in(summary),
-        facts=tuple(training_facts(folder)) if kind == "training" else (),
-        drawings=tuple(map(_drawing, CHARTS[kind](folder))),
-        tables=tuple(compare_tables(summary) if kind == "compare" else summary_tables(summary)),
-        settings=_settings(folder),
+        facts=tuple(shown.facts(folder)),
+        drawings=tuple(map(_drawing, shown.charts(folder))),
+        tables=tuple(shown.tables(folder, summary)),
+        changed=settings_table(folder),
+        settings=settings_files(folder),
         notes=tuple(_notes(folder, kind, summary, selection)),
         selection=selection,
         rule=rule_of(folder),
@@ -202,20 +203,6 @@ def _subtitle(folder: Path) -> str:
     method = read_whole(folder / "run.json").get("config", {}).get("method") if training else None
     parts = [f"{side} {name}" for side, name in names.items()]
     return plain(", ".join([*parts, *([f"method {method}"] if method else [])]), limit=200)
-
-
-def _settings(folder: Path) -> dict[str, str]:
-    """run.json and manifest.json, to be read."""
-    found = {name: read_whole(folder / name) for name in ("run.json", "manifest.json")}
-    return {
-        name: "\n".join(map(partial(visible, limit=2000), _lines(content)))
-        for name, content in found.items()
-        if content
-    }
-
-
-def _lines(content: dict[str, Any]) -> list[str]:
-    return json.dumps(content, indent=2, ensure_ascii=False).split("\n")
 
 
 def _notes(

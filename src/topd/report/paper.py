@@ -10,7 +10,7 @@ import matplotlib as mpl
 from topd.errors import TOPDError
 from topd.report.charts import figure_of
 from topd.report.folder import kind_of
-from topd.report.page import CHARTS
+from topd.report.kinds import PAGES
 
 Format = Literal["svg", "png", "pdf"]
 FONTS: dict[Any, Any] = {
@@ -26,7 +26,7 @@ def write_figures(folder: Path, output: Path, *, format: Format = "pdf") -> list
     Each has the name that it has on the page. 5.6 x 2.9 inches; PNG at 300 dots an inch; fonts
     embedded. Raises TOPDError: no run, nothing to draw, or a folder that cannot be written.
     """
-    charts = CHARTS[kind_of(folder)](folder)
+    charts = PAGES[kind_of(folder)].charts(folder)
     if not charts:
         raise TOPDError(f"run folder {folder}: has no numbers to draw yet.")
     try:

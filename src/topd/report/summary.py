@@ -17,11 +17,12 @@ SHOWN_ELSEWHERE = ("verdict", "rule", "histogram", "edges")  # above, or as a fi
 
 @dataclass(frozen=True)
 class SummaryTable:
-    """A table of text."""
+    """A table of text; ``prose`` if its cells are to be read, not compared."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    prose: bool = False
 
 
 def verdict_in(content: Mapping[str, Any]) -> tuple[str, str]:

@@ -166,6 +166,64 @@ class ResultRecord(Record):
     curve: tuple[CurvePoint, ...] = ()
 
 
+class ResponseRecord(Record):
+    """A line of an evaluation's responses.jsonl: the answer to row ``problem`` of the data.
+
+    ``sample`` is None for the greedy one.
+    """
+
+    problem: int
+    sample: int | None = None
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    verified: bool
+    finished: bool = True
+
+
+class IntervalRecord(Record):
+    """A mean over problems with its interval."""
+
+    mean: float
+    low: float
+    high: float
+    problems: int = 0
+    level: float = 0.95
+
+
+class EvaluationRecord(Record):
+    """evaluation.json: figures by name, and what was asked of which model."""
+
+    problems: int
+    samples: int
+    figures: dict[str, IntervalRecord]
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
+class GateFigure(Record):
+    """A figure of gate.json. ``base`` and ``candidate`` are means where larger is worse."""
+
+    name: str
+    base: float
+    candidate: float
+    harm: IntervalRecord
+    limit: float
+    verdict: str
+
+
+class GateRecord(Record):
+    """gate.json: every figure with its verdict, and the rows of problems that only the base solves.
+
+    ``models`` has the model's settings by role, base and candidate.
+    """
+
+    passed: bool
+    figures: tuple[GateFigure, ...]
+    remarks: tuple[str, ...] = ()
+    lost: tuple[int, ...] = ()
+    suite: dict[str, Any] = Field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
@@ -203,14 +261,24 @@ def read_records(folder: Path, name: str, kind: type[AnyRecord]) -> Iterator[Any
     if not path.is_file():
         raise TOPDError(f"run folder {folder}: {name} is missing. Was the run interrupted?")
     for number, line in json_lines(path):
-        try:
-            yield kind.model_validate(line)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise TOPDError(
-                f"{path}, line {number}: {place}: {first['msg']}. Was it written by this version?"
-            ) from error
+        yield _checked(kind, line, f"{path}, line {number}")
+
+
+def read_record(folder: Path, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
+    """A JSON file of a run folder; None if there is none yet. Raises TOPDError if it is wrong."""
+    content = read_whole(folder / name)
+    return _checked(kind, content, str(folder / name)) if content else None
+
+
+def _checked(kind: type[AnyRecord], content: dict[str, Any], place: str) -> AnyRecord:
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise TOPDError(
+            f"{place}: {key}: {first['msg']}. Was it written by this version?"
+        ) from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

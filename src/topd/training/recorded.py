@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from peft import PeftModel
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -34,7 +35,7 @@ from topd.runs.tokens import TokenTexts, TokenWriter
 from topd.training.experience import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.preflight import check_saved
-from topd.training.progress import Phases, silence_others
+from topd.training.progress import Phases, say, silence_others
 from topd.training.sharded import WholeCopy, whole_copy
 from topd.types import Prompt
 
@@ -52,6 +53,9 @@ class RecordedTrainer(Trainer):
     What is written is in :mod:`topd.runs.folder`; a checkpoint has a seal, and a run that resumes
     from one has the records that it would have had without the stop.
     """
+
+    # of a folder whose run has ended, a line to print; set by the top of the package: its page
+    at_end: Callable[[Path], str] | None = None
 
     args: TOPDConfig
     train_dataset: list[Prompt]
@@ -120,6 +124,8 @@ class RecordedTrainer(Trainer):
                 resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
             )
             self._save_student(self.record)
+        if self.at_end and self.is_world_process_zero():
+            say(Console(), self.at_end(self.run_folder))
         return result
 
     def _updates(self) -> int:
