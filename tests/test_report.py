@@ -122,7 +122,7 @@ def test_a_folder_without_a_run_is_an_error_that_names_what_is_missing(tmp_path)
         ("rollouts.jsonl", "{\udcff}\n", r"line 7: not valid JSON"),
         ("metrics.jsonl", "{\udcff}\n", r"line 4: not valid JSON"),
         ("run.json", "\udcff", r"run\.json: not valid JSON"),
-        ("tokens.jsonl", "\udcff\n", r"tokens\.jsonl, line 11: not a token"),
+        ("tokens.jsonl", "\udcff\n", r"tokens\.jsonl, line 11: not valid JSON"),
     ],
 )
 def test_a_broken_file_is_an_error_with_its_place(name, text, fault, tmp_path):

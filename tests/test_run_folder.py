@@ -17,6 +17,7 @@ from conftest import tiny_model
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import model_fingerprint, trained_digest
 from topd.runs import folder as ledger
+from topd.runs.files import numbered_lines, read_lines
 from topd.runs.folder import (
     RunFolder,
     check_run_folder,
@@ -34,6 +35,40 @@ ROLLOUT = Rollout(Prompt(3, (1, 2), (1,)), (7, 8), (-0.5, -1.25), finished=True)
 def little() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2, bias=False)).double()
+
+
+# Reading lines
+
+
+def test_a_file_of_lines_is_read_up_to_where_it_was_cut_off(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert list(numbered_lines(path)) == []  # missing
+    path.write_bytes(b'{"a": 1}\n\n{"a": "\xc3\xa9"}\n{"a": 3')
+    assert list(numbered_lines(path)) == [(1, {"a": 1}), (3, {"a": "é"})]
+    assert list(read_lines(path)) == [{"a": 1}, {"a": "é"}]
+    path.write_bytes(b'{"a": 1}\n{"a": 2}')  # whole, but for its end
+    assert list(read_lines(path)) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b"broken", "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[1]", "must be a JSON object"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, line, says):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"{}\n" + line + b"\n{}\n")
+    with pytest.raises(TOPDError, match=rf"lines\.jsonl, line 2: {says}"):
+        list(read_lines(path))
+
+
+def test_a_line_may_be_of_any_kind_where_that_is_asked_for(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{}\n[1]\n"a"\n')
+    assert list(read_lines(tmp_path / "lines.jsonl", object)) == [{}, [1], "a"]
 
 
 # Writing

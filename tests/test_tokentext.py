@@ -85,8 +85,16 @@ def test_a_token_that_nothing_is_known_of_is_shown_as_its_number(tmp_path):
     assert TokenTexts.read(tmp_path).texts([12]) == ["⟨12⟩"]
 
 
-@pytest.mark.parametrize("line", ["{", '{"id": 3}', '{"id": 3, "bytes": "xy"}', "[]"])
-def test_a_broken_line_is_an_error_with_its_place(line, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("{", "not valid JSON"),
+        ('{"id": 3}', "not a token"),
+        ('{"id": 3, "bytes": "xy"}', "not a token"),
+        ("[]", "must be a JSON object"),
+    ],
+)
+def test_a_broken_line_is_an_error_with_its_place(line, fault, tmp_path):
     (tmp_path / FILE).write_text('{"id": 1, "text": "a"}\n' + line + "\n")
-    with pytest.raises(TOPDError, match=r"tokens\.jsonl, line 2: not a token"):
+    with pytest.raises(TOPDError, match=rf"tokens\.jsonl, line 2: {fault}"):
         TokenTexts.read(tmp_path)

@@ -239,6 +239,14 @@ def test_answers_made_otherwise_are_not_used_again(tmp_path, change):
         make(tmp_path, *models, **options).train()
 
 
+@pytest.mark.parametrize("content", ["", "[1, 2]\n", '{"prompts": "of others"}\n[1]\n'])
+def test_a_file_that_has_not_the_answers_is_refused(tmp_path, content):
+    path = tmp_path / "other.jsonl"
+    path.write_text(content)
+    with pytest.raises(TOPDError, match=r"other\.jsonl does not answer these"):
+        make(tmp_path / "run", answers=str(path)).train()
+
+
 def test_a_warm_start_takes_no_method_that_looks_ahead(tmp_path):
     with pytest.raises(TOPDError, match="a warm start takes opd"):
         make(tmp_path, method="topd")

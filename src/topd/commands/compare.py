@@ -47,7 +47,7 @@ from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import eos_ids
 from topd.inputs.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
-from topd.runs.files import read_lines, read_whole, trim
+from topd.runs.files import as_json, read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
 from topd.training.progress import say
@@ -279,7 +279,7 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> RunFolder:
     """The folder, new or of the same comparison; that may have got other arms and seeds since."""
     check_run_folder(folder, resume=True)
     settings = {"recipe": recipe.sources(), "config": recipe.args.to_dict()}
-    content = json.loads(json.dumps({**settings, "compare": spec.model_dump()}, default=str))
+    content = as_json({**settings, "compare": spec.model_dump()})
     for changing in ("output_dir", "logging_dir"):
         content["config"].pop(changing, None)
     for changing in ("jobs", "clock"):

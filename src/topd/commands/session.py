@@ -7,7 +7,6 @@ rollouts or samples than before.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -32,7 +31,7 @@ from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import check_context
 from topd.inputs.pairs import load_pair, tokenizers_of
-from topd.runs.files import read_lines, read_whole, trim
+from topd.runs.files import as_json, read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder, manifest
 from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
@@ -215,8 +214,9 @@ def batches(
 
 
 def _run_record(command: str, recipe: Recipe) -> dict[str, Any]:
-    record = {"command": command, "recipe": recipe.sources(), "config": recipe.args.to_dict()}
-    return json.loads(json.dumps(record, default=str))
+    return as_json(
+        {"command": command, "recipe": recipe.sources(), "config": recipe.args.to_dict()}
+    )
 
 
 def _check_same(folder: Path, command: str, recipe: Recipe) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
 from topd.runs import checkpoints
+from topd.runs.files import read_whole
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
 from topd.training.footprint import memory_warning
@@ -96,8 +96,7 @@ def watch_steps(trainer: TOPDTrainer, console: Console) -> None:
 
 def _begin_anew(folder: Path) -> None:
     """Empty the folder of a run that was stopped before its first checkpoint, and of no other."""
-    stored = folder / "run.json"
-    settings = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {}
+    settings = read_whole(folder / "run.json")
     ended = (folder / "student" / "README.md").exists()  # the model card is written last
     if ended or {"command", "compare"} & set(settings):
         kind = "a run that has ended" if ended else "another command's run"

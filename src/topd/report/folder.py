@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Literal
 
 from topd.errors import TOPDError
-from topd.runs.records import check_format, json_lines
+from topd.runs.files import read_lines
+from topd.runs.records import check_format
 
 Kind = Literal["training", "probe", "repair", "compare", "evaluation", "gate"]
 MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # which files make which kind, first hit
@@ -33,8 +34,7 @@ def kind_of(folder: Path) -> Kind:
 
 def read_logs(folder: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl, numbers only, in order."""
-    path = folder / "metrics.jsonl"
     return [
         {key: value for key, value in log.items() if isinstance(value, int | float)}
-        for _, log in json_lines(path)
+        for log in read_lines(folder / "metrics.jsonl")
     ]

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from topd.errors import DISK, StoppedError, TOPDError
-from topd.runs.files import file_digest, sync
+from topd.runs.files import as_json, file_digest, sync
 from topd.runs.ledger import HEAD, LEDGER
 
 logger = logging.get_logger(__name__)
@@ -271,7 +271,7 @@ def check_same(
                 f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
                 "with the same, or start over in another folder."
             )
-    now = json.loads(json.dumps(dict(settings), default=str))
+    now = as_json(settings)
     pairs = [(part, stored.get(part, {}), now[part]) for part in ("recipe", "config")]
     pairs.append(("versions", before.get("versions", {}), record["versions"]))
     changed = {

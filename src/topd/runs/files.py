@@ -11,6 +11,8 @@ from typing import Any
 
 from topd.errors import TOPDError
 
+UNREADABLE = (ValueError, RecursionError)  # not UTF-8, not JSON, not the right keys, too deep
+
 
 def digest(content: bytes) -> str:
     """SHA-256 in hexadecimal."""
@@ -36,13 +38,18 @@ def read_whole(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_bytes().decode())
-    except ValueError as error:
+    except UNREADABLE as error:
         raise TOPDError(
             f"{path}: not valid JSON ({error}). Bring it back, or start over in another folder."
         ) from error
     if not isinstance(content, dict):
         raise TOPDError(f"{path}: must hold one JSON object.")
     return content
+
+
+def as_json(record: Mapping[str, Any]) -> Any:
+    """A record as it is read back: tuples are lists, keys are text."""
+    return json.loads(json.dumps(record, default=str))
 
 
 def json_text(record: Mapping[str, Any]) -> str:
@@ -58,19 +65,59 @@ def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) ->
     if not path.exists():
         return 0
     kept = end = 0
-    with open(path, "r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n") or not keep(json.loads(line)):
-                break
-            kept, end = kept + 1, end + len(line)
-        file.truncate(end)
+    for line in raw_lines(path):
+        if not line.endswith(b"\n") or not keep(json.loads(line)):
+            break
+        kept, end = kept + 1, end + len(line)
+    os.truncate(path, end)
     return kept
 
 
-def read_lines(path: Path) -> Iterator[Any]:
-    """The records of a JSONL file, one at a time."""
-    with open(path, encoding="utf-8") as file:
-        yield from map(json.loads, file)
+def raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file as they are, with their ends, one at a time; none if it is missing.
+
+    Raises:
+        TOPDError: it is there and cannot be read.
+    """
+    try:
+        if path.is_file():
+            with open(path, "rb") as file:
+                yield from file
+    except OSError as error:
+        raise TOPDError(
+            f"{path}: cannot be read ({error.strerror}). Check its permissions."
+        ) from error
+
+
+def numbered_lines(path: Path, kind: type = dict) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file with the numbers of their lines, one at a time.
+
+    A last line cut off by a job that is running or was killed is left out; a missing file has none.
+
+    Args:
+        path: the file.
+        kind: of every value: dict, or object for any.
+
+    Raises:
+        TOPDError: the file cannot be read, or a line is not JSON, or of another kind.
+    """
+    for number, line in enumerate(raw_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line.decode())
+        except UNREADABLE as error:
+            if not line.endswith(b"\n"):
+                return
+            raise TOPDError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(content, kind):
+            raise TOPDError(f"{path}, line {number}: must be a JSON object.")
+        yield number, content
+
+
+def read_lines(path: Path, kind: type = dict) -> Iterator[Any]:
+    """The values of :func:`numbered_lines` without the numbers."""
+    return (content for _, content in numbered_lines(path, kind))
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,6 @@ of a later format than this is refused in words.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -21,17 +20,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from topd.errors import TOPDError
-from topd.runs.files import read_whole
+from topd.runs.files import numbered_lines, read_whole
 
 FORMAT = 3
 DRAWN = 3  # from here on tokens are drawn with the numbers of today
 LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[tuple[Id, ...], Field(min_length=1)]
-UNREADABLE = (
-    ValueError,
-    RecursionError,
-)  # not UTF-8, not JSON, not the right keys, nested too deep
 
 
 class Record(BaseModel):
@@ -260,7 +255,7 @@ def read_records(folder: Path, name: str, kind: type[AnyRecord]) -> Iterator[Any
     path = folder / name
     if not path.is_file():
         raise TOPDError(f"run folder {folder}: {name} is missing. Was the run interrupted?")
-    for number, line in json_lines(path):
+    for number, line in numbered_lines(path):
         yield _checked(kind, line, f"{path}, line {number}")
 
 
@@ -279,22 +274,3 @@ def _checked(kind: type[AnyRecord], content: dict[str, Any], place: str) -> AnyR
         raise TOPDError(
             f"{place}: {key}: {first['msg']}. Was it written by this version?"
         ) from error
-
-
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Parsed lines with their numbers. A last line cut off by a running job is left out."""
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                content = json.loads(line.decode())
-            except ValueError as error:
-                if not line.endswith(b"\n"):
-                    return
-                raise TOPDError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(content, dict):
-                raise TOPDError(f"{path}, line {number}: must be a JSON object.")
-            yield number, content

@@ -7,13 +7,13 @@ text before it, its space included. So a reader needs neither the tokenizer nor 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import TOPDError
+from topd.runs.files import numbered_lines
 
 if TYPE_CHECKING:
     from topd.types import Ids
@@ -76,11 +76,8 @@ class TokenTexts:
     @classmethod
     def read(cls, folder: Path) -> TokenTexts:
         """The tokens of a run folder; none if it has no ``tokens.jsonl``. Raises TOPDError."""
-        path = folder / FILE
-        if not path.exists():
-            return cls({})
-        with open(path, "rb") as file:
-            return cls(dict(_read_piece(path, n, line) for n, line in enumerate(file, 1)))
+        lines = numbered_lines(folder / FILE)
+        return cls(dict(_read_piece(folder / FILE, n, record) for n, record in lines))
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """One text a token. A character made of several tokens stands at the first of them.
@@ -119,9 +116,8 @@ class TokenTexts:
         return [f"⟨{first.hex()}⟩"]
 
 
-def _read_piece(path: Path, number: int, line: bytes) -> tuple[int, str | bytes]:
+def _read_piece(path: Path, number: int, record: dict[str, Any]) -> tuple[int, str | bytes]:
     try:
-        record = json.loads(line.decode())
         piece = bytes.fromhex(record["bytes"]) if "bytes" in record else str(record["text"])
         return int(record["id"]), piece
     except (ValueError, KeyError, TypeError) as error:

@@ -14,10 +14,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from topd.errors import TOPDError
-from topd.runs.files import json_text
+from topd.runs.files import UNREADABLE, json_text, raw_lines
 from topd.runs.ledger import HEAD, LEDGER, Entry
 from topd.runs.records import (
-    UNREADABLE,
     BranchRecord,
     ForkRecord,
     GuidanceRecord,
@@ -108,14 +107,11 @@ LINES: dict[str, type[BaseModel]] = {
 EVENTS: dict[Any, type[_Link]] = {"begin": _Begin, "update": _Weights, "end": _Weights}
 
 
-def read_lines(path: Path) -> tuple[list[bytes], bool]:
-    """The lines of a file as they are, none if the file is missing, and whether the last one ends.
-
-    Raises:
-        TOPDError: it is there and cannot be read.
-    """
-    *lines, rest = _content(path).split(b"\n")
-    return (lines + [rest], False) if rest else (lines, True)
+def split_lines(path: Path) -> tuple[list[bytes], bool]:
+    """The lines of a file without their ends, and whether the last has one. Raises TOPDError."""
+    lines = list(raw_lines(path))
+    ended = all(line.endswith(b"\n") for line in lines)
+    return [line.removesuffix(b"\n") for line in lines], ended
 
 
 def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
@@ -127,7 +123,7 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
     path = folder / LEDGER
     if not path.is_file():
         raise TOPDError(f"{folder}: has no {LEDGER}. Only runs of topd train can be audited.")
-    lines, whole = read_lines(path)
+    lines, whole = split_lines(path)
     entries: list[Entry] = []
     faults: list[str] = []
     for number, line in enumerate(lines, 1):
@@ -169,7 +165,7 @@ def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
         TOPDError: a line is no such record.
     """
     records = []
-    for number, line in enumerate(read_lines(folder / name)[0], 1):
+    for number, line in enumerate(split_lines(folder / name)[0], 1):
         records.append(_checked(LINES[name], line, f"{name}, line {number}"))
     return records
 

@@ -178,8 +178,9 @@ def _learned_again(prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
     """The prompts with an earlier warm start's answers. Raises TOPDError if they are others'."""
     if not path.is_file():
         raise TOPDError(f"answers: no such file {path}. Give the one of another warm start.")
-    header, *answers = read_lines(path)
-    if header.get("prompts") != fingerprint(prompts) or len(answers) != len(prompts):
+    header, *answers = [*read_lines(path, object)] or [None]
+    made_of = header.get("prompts") if isinstance(header, dict) else None
+    if made_of != fingerprint(prompts) or len(answers) != len(prompts):
         raise TOPDError(
             f"answers: {path} does not answer these {len(prompts)} prompts, or was cut off. Train "
             "on the prompts that it was made with."
@@ -194,7 +195,7 @@ def _stored_answers(path: Path, header: dict[str, Any]) -> list[list[int]]:
     """
     if not trim(path):
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    first, *answers = read_lines(path)
+    first, *answers = read_lines(path, object)
     if first != header:
         raise TOPDError(
             f"{path}: holds answers to other prompts, of another teacher or of other sampling. "

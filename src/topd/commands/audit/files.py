@@ -10,7 +10,7 @@ from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, files_in
 from topd.runs.ledger import HEAD, Entry, check_chain
-from topd.runs.verified import read_entries, read_head, read_lines
+from topd.runs.verified import read_entries, read_head, split_lines
 
 
 def read_chain(folder: Path, found: AuditResult) -> list[Entry]:
@@ -41,7 +41,7 @@ def check_records(folder: Path, entries: Sequence[Entry], found: AuditResult) ->
     records = 0
     for name in RECORDS:
         expected = [entry for entry in entries if entry["file"] == name and "step" in entry]
-        lines, ends = read_lines(folder / name)
+        lines, ends = split_lines(folder / name)
         found.faults += _line_faults(name, expected, [digest(line) for line in lines])
         if not ends:
             found.faults.append(f"{name}: line {len(lines)} is cut off")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from topd.runs.files import as_json
 from topd.runs.records import as_before
 
 
@@ -32,7 +33,7 @@ def place_of(record: Mapping[str, Any]) -> str:
 def disagreements(
     recorded: Mapping[str, Any], now: Mapping[str, Any], known: set[str], tolerance: float
 ) -> Iterator[str]:
-    plain = as_before(json.loads(json.dumps(now)), recorded)
+    plain = as_before(as_json(now), recorded)
     for key in sorted(known & plain.keys()):
         if key not in recorded:
             yield f"{place_of(recorded)}: {key} is missing"
