@@ -1,6 +1,6 @@
 """Which architectures decode exactly, and how: ``python -m bench.families`` writes docs/models.md.
 
-A tiny random model of each goes through the check at the door. What it accepts is then held
+A tiny random model of each goes through the start-up checks. What it accepts is then held
 against decoding by hand: every token from a fresh forward of one whole row, without a cache, over
 texts that are longer than the check's and reach past sliding windows and local attention.
 """
@@ -395,7 +395,7 @@ def texts_of(engine: HFEngine) -> Iterator[tuple[Ids, Any]]:
 
 
 def examine(name: str) -> Verdict:
-    """Send an architecture through the door, and hold what is let in against text by hand."""
+    """Put an architecture through the start-up checks; hold what they accept against text by hand."""
     model = tiny(name)
     shown = type(model).__name__
     engine = HFEngine(model, eos_ids=ENDS, vocab_size=V)
@@ -421,7 +421,7 @@ def examine(name: str) -> Verdict:
 HEAD = """# Models
 
 Made by `python -m bench.families` (transformers {version}, torch {torch}, CPU, float32): tiny
-random models of {count} architectures through the check at the door, and what it lets in against
+random models of {count} architectures through the start-up checks, and what they accept against
 decoding by hand, each token from a fresh forward of one whole row without a cache, over texts of up
 to {steps} tokens in ragged batches, and windows.
 
@@ -437,7 +437,7 @@ for it:
 - **refused**, with the reason
 
 A model marked "near" writes the same texts as by hand here, with log-probs that rounding does not
-explain, beyond the lengths that the check at the door reads.
+explain, beyond the lengths that the start-up checks read.
 
 RoPE that depends on the longest row of a batch (longrope, dynamic NTK) is exact up to where its
 frequencies change (4,096 tokens for Phi-4-mini); longer texts are refused.

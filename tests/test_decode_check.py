@@ -1,4 +1,4 @@
-"""The check at the door: what a model writes against its own forwards without a cache."""
+"""The start-up check of decoding: what a model writes against its own forwards without a cache."""
 
 from __future__ import annotations
 

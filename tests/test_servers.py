@@ -293,7 +293,7 @@ def test_states_of_another_width_are_refused(folder, start):
         served.score(PROMPTS, RESPONSES)
 
 
-# Checks at the door
+# Start-up checks
 
 
 def check(spec: ModelSpec, longest: int = 100) -> None:

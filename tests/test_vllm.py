@@ -258,7 +258,7 @@ def test_sampled_windows_are_those_of_their_seeds(served, both):
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
-# The door
+# Start-up checks
 
 
 def test_servers_pass_their_own_check(spec, served):

@@ -36,8 +36,8 @@ from topd.commands.session import (
     AnalysisConfig,
     Pair,
     batches,
-    opened,
     read_analysis,
+    session,
 )
 from topd.config import _field
 from topd.engines import Scores
@@ -106,7 +106,7 @@ def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None 
         TOPDError: bad input, or another run in the folder.
     """
     recipe = read_analysis("probe", path, words, ProbeConfig)
-    with opened("probe", recipe, console) as (pair, run, phases):
+    with session("probe", recipe, console) as (pair, run, phases):
         _probe(recipe.args, pair, run, phases)
         run.write("probe.json", summarise(run.folder, recipe.args, pair.tokenizer.decode))
     return run.folder

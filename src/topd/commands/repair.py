@@ -40,8 +40,8 @@ from topd.commands.session import (
     AnalysisConfig,
     Pair,
     batches,
-    opened,
     read_analysis,
+    session,
 )
 from topd.config import _field
 from topd.divergence import real_divergent_points
@@ -144,7 +144,7 @@ def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None
         TOPDError: bad input, another run in the folder, or too few real divergent points.
     """
     recipe = read_analysis("repair", path, words, RepairConfig)
-    with opened("repair", recipe, console) as (pair, run, phases):
+    with session("repair", recipe, console) as (pair, run, phases):
         _repair(recipe.args, pair, run, phases)
         run.write("repair.json", _summary(run.folder, recipe.args))
     return run.folder

@@ -1,4 +1,4 @@
-"""What ``topd probe`` and ``topd repair`` share: an opened pair, and a folder that continues.
+"""What ``topd probe`` and ``topd repair`` share: a loaded pair, and a folder that continues.
 
 An analysis is repeatable: run again with the same settings in the same folder it continues where
 it was stopped, and ends with the same records as if it had not been. It may also be asked for more
@@ -125,7 +125,7 @@ def read_analysis(command: str, path: Path, words: Sequence[str], config: type[C
 
 
 @contextmanager
-def opened(
+def session(
     command: str, recipe: Recipe, console: Console | None
 ) -> Iterator[tuple[Pair, RunFolder, Phases]]:
     """The pair of an analysis, its folder, which nobody else writes in, and bars on ``console``.
