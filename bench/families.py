@@ -395,7 +395,7 @@ def texts_of(engine: HFEngine) -> Iterator[tuple[Ids, Any]]:
 
 
 def examine(name: str) -> Verdict:
-    """Put an architecture through the start-up checks; hold what they accept against text by hand."""
+    """Put an architecture through the start-up checks; hold what passes against text by hand."""
     model = tiny(name)
     shown = type(model).__name__
     engine = HFEngine(model, eos_ids=ENDS, vocab_size=V)
