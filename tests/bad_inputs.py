@@ -96,6 +96,15 @@ def pair(given: str, fault: str, place: str, remedy: str, loads: bool = False, *
     return Case("Models and pairs", given, fault, place, remedy, both, loads=loads)
 
 
+def several(given: str, fault: str, place: str, remedy: str, **more: Any) -> Case:
+    """Two teachers of one folder, rows that name them in turn, unless ``more`` says otherwise."""
+    teachers = {"math": "teacher", "code": {"path": "teacher"}}
+    data = more.pop("data", [{"prompt": "what", "teacher": name} for name in ("math", "code")])
+    without = "" if "teacher" in more else "teacher"
+    changes = {"teachers": teachers, **more}
+    return Case("Several teachers", given, fault, place, remedy, changes, without, data=data)
+
+
 def folder(given: str, fault: str, place: str, remedy: str, **more: Any) -> Case:
     return Case("Run folders", given, fault, place, remedy, **more)
 
@@ -623,6 +632,37 @@ CASES: tuple[Case, ...] = (
         teacher="nan",
     ),
     pair("a student that gives NaN", "NaN", "student", "weights", True, student="nan"),
+    several(
+        "a row of an unknown teacher",
+        "is 'law'",
+        "row 1: column 'teacher'",
+        "one of the teachers code, math",
+        data=[{"prompt": "what", "teacher": "math"}, {"prompt": "what", "teacher": "law"}],
+    ),
+    several(
+        "a row without a teacher",
+        "is missing",
+        "row 0: column 'teacher'",
+        "set teacher_column",
+        data=[{"prompt": "what"}],
+    ),
+    several(
+        "a teacher that no row names",
+        "code is named by no row",
+        "column 'teacher'",
+        "Leave it out, or give it rows",
+        data=[{"prompt": "what", "teacher": "math"}],
+    ),
+    several("one teacher by name", "2 to 256", "teachers", "give 2", teachers={"math": "teacher"}),
+    several("both keys", "has teacher and teachers", "recipe.yaml", "Leave one", teacher="teacher"),
+    Case(
+        "Several teachers",
+        "a mean of one teacher",
+        "has no effect",
+        "teachers_mix",
+        "Leave it out",
+        {"teachers_mix": "mean"},
+    ),
     served(
         "a URL without http",
         "'localhost:8000' is not the URL of a server",

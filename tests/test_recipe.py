@@ -396,6 +396,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "gradient_accumulation_steps": [0],
     "embedding": ["both"],
     "solver": ["magic"],
+    "teachers_mix": ["sum"],
     "trajectory_reduction": ["median"],
     "stop_length": [-0.1],
     "stop_finished": [-0.1],

@@ -37,12 +37,14 @@ class Prompt:
 
     ``student`` and ``teacher`` differ only where the teacher has its own prompt. ``response`` is
     an answer written beforehand (warm start); None when the student is to write it.
+    ``teacher_name`` is the teacher that the row asks for, where there are several.
     """
 
     index: int
     student: Ids
     teacher: Ids
     response: Ids | None = None
+    teacher_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ class Head:
         bias = None if self.bias is None else self.bias[:vocab_size]
         barred = None if self.barred is None else self.barred[:vocab_size]
         return Head(self.weight[:vocab_size], bias, self.scale, self.softcap, barred=barred)
+
+    def raw(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """The product with weight and bias, without scale and soft-cap, cast to ``dtype`` once."""
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        return lambda states: torch.nn.functional.linear(states.to(dtype), weight, bias)
 
     def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         """Logits in at least float32."""

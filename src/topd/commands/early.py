@@ -59,12 +59,17 @@ def check_early(
         value = content.get(part)
         if isinstance(value, Mapping):
             refuse_unknown(path, mapping_at(path, part, value), declared(kind), f"{part}.")
+    teachers = content.get("teachers")
+    several = dict(teachers) if isinstance(teachers, Mapping) else {}
+    for name, value in several.items():
+        if isinstance(value, Mapping):
+            refuse_unknown(path, value, declared("ModelSpec"), f"teachers.{name}.")
     for key, file in (("method", "methods.py"), ("candidate_loss", "detectors.py")):
         name, known = content.get(key), rows_of_table(file)
         if isinstance(name, str) and name not in known and not is_outside(name):
             raise TOPDError(f"{path}: {unknown(key, name, known)}")
-    for part in ("student", "teacher"):
-        check_model(_path_of(content.get(part)))
+    for value in (content.get("student"), content.get("teacher"), *several.values()):
+        check_model(_path_of(value))
     for part in ("data", "eval_data"):
         check_data(_path_of(content.get(part)))
 

@@ -13,7 +13,7 @@ from typing import Any
 from topd.commands.yaml_text import LONGEST, parse_yaml, shown
 from topd.errors import TOPDError
 
-PARTS = ("student", "teacher", "data", "eval_data", "evaluation", "lora", "compare")
+PARTS = ("student", "teacher", "teachers", "data", "eval_data", "evaluation", "lora", "compare")
 
 
 def from_command_line(recipe: Path, words: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
@@ -54,8 +54,10 @@ def read_content(
     for key, value in overrides.items():
         _set(path, content, key.split("."), value)
     refuse_unknown(path, content, {*(stage if warmstart else fields), *names})
+    if "teacher" in content and "teachers" in content:
+        raise TOPDError(f"{path}: has teacher and teachers. Leave one of them out.")
     for part in ("student", "teacher", "data"):
-        if part not in content:
+        if part not in content and not (part == "teacher" and "teachers" in content):
             raise TOPDError(f"{path}: {part} is missing. A recipe needs student, teacher and data.")
     return content
 

@@ -1,8 +1,9 @@
 """Recipes: YAML for TOPDConfig plus models and data, checked before anything is loaded.
 
-Top-level keys are ``student``, ``teacher``, ``data``, ``eval_data``, ``evaluation``, ``lora``,
-``compare``, ``warmstart`` and every field of :class:`~topd.TOPDConfig`. ``warmstart`` holds the
-keys of stage 1, fields of :class:`~topd.training.warmstart.WarmstartConfig`; the other parts are
+Top-level keys are ``student``, ``teacher`` (or ``teachers``, several by name), ``data``,
+``eval_data``, ``evaluation``, ``lora``, ``compare``, ``warmstart`` and every field of
+:class:`~topd.TOPDConfig`. ``warmstart`` holds the keys of stage 1, fields of
+:class:`~topd.training.warmstart.WarmstartConfig`; the other parts are
 shared unless it names its own.
 """
 
@@ -34,6 +35,7 @@ from topd.errors import TOPDError
 from topd.evaluate.spec import TrainingEvaluation
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
+from topd.inputs.teachers import Teachers
 from topd.training.warmstart import WarmstartConfig
 
 __all__ = ["PARTS", "Recipe", "from_command_line", "parse_overrides", "read_mapping", "read_recipe"]
@@ -45,7 +47,7 @@ class Recipe:
     """A checked recipe of one stage."""
 
     student: ModelSpec
-    teacher: ModelSpec
+    teacher: ModelSpec | Teachers
     data: DataSpec
     eval_data: DataSpec | None
     evaluation: TrainingEvaluation | None
@@ -55,9 +57,11 @@ class Recipe:
 
     def sources(self) -> dict[str, Any]:
         """Models, data and adapter as plain values; ``args`` are written on their own."""
-        specs = {"student": self.student, "teacher": self.teacher, "data": self.data}
+        several = isinstance(self.teacher, Teachers)
         return {
-            **{name: spec.model_dump() for name, spec in specs.items()},
+            "student": self.student.model_dump(),
+            "teachers" if several else "teacher": self.teacher.model_dump(),
+            "data": self.data.model_dump(),
             "eval_data": self.eval_data.model_dump() if self.eval_data else None,
             "evaluation": self.evaluation.model_dump() if self.evaluation else None,
             "lora": {
@@ -164,10 +168,10 @@ def read_recipe(
     settings = {key: value for key, value in content.items() if key in known}
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
-    teacher = parse_spec(path, "teacher", ModelSpec, content["teacher"])
+    teacher = _teacher(path, content)
     student = parse_spec(path, "student", ModelSpec, content["student"])
     return Recipe(
-        student=student.with_tokenizer_of(teacher),
+        student=student.with_tokenizer_of(teacher) if isinstance(teacher, ModelSpec) else student,
         teacher=teacher,
         data=parse_spec(path, "data", DataSpec, content["data"]),
         eval_data=parse_spec(path, "eval_data", DataSpec, content["eval_data"])
@@ -182,6 +186,24 @@ def read_recipe(
         lora=_lora(path, content.get("lora")),
         args=_config(path, config, settings),
     )
+
+
+def _teacher(path: Path, content: Mapping[str, Any]) -> ModelSpec | Teachers:
+    if "teachers" not in content:
+        return parse_spec(path, "teacher", ModelSpec, content["teacher"])
+    given = mapping_at(path, "teachers", content["teachers"])
+    specs = {name: parse_spec(path, f"teachers.{name}", ModelSpec, v) for name, v in given.items()}
+    return Teachers(specs)
+
+
+def one_teacher(recipe: Recipe) -> ModelSpec:
+    """The teacher of a recipe that has one. Raises TOPDError for one that has several."""
+    if isinstance(recipe.teacher, Teachers):
+        raise TOPDError(
+            "teachers: probe and repair look at one teacher. Make a recipe with one of them: "
+            "teacher: PATH."
+        )
+    return recipe.teacher
 
 
 def _fields(kind: type) -> set[str]:

@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from topd.commands.recipe import Recipe, from_command_line, read_recipe
+from topd.commands.recipe import Recipe, from_command_line, one_teacher, read_recipe
 from topd.config import TOPDConfig, _field
 from topd.engines.factory import open_engines
 from topd.engines.server_checks import check_servers
@@ -118,6 +118,7 @@ def read_analysis(command: str, path: Path, words: Sequence[str], config: type[C
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     overrides.setdefault("output_dir", f"runs/{named.stem if named else 'topd'}-{command}-{now}")
     recipe = read_recipe(named, overrides, config=config)
+    one_teacher(recipe)
     folder = Path(recipe.args.output_dir)
     check_run_folder(folder, resume=True)
     _check_same(folder, command, recipe)
@@ -149,30 +150,29 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     _quiet()
     args, device = recipe.args, recipe.args.device
     rows = recipe.data.load()
-    tokenizer, teacher_tokenizer = tokenizers_of(recipe.student, recipe.teacher)
+    source = one_teacher(recipe)
+    tokenizer, teacher_tokenizer = tokenizers_of(recipe.student, source)
     prompts = encoder_of((tokenizer, teacher_tokenizer), args).encode(rows)
     for name, spec, lengths in (
         ("student", recipe.student, [len(p.student) for p in prompts]),
-        ("teacher", recipe.teacher, [len(p.teacher) for p in prompts]),
+        ("teacher", source, [len(p.teacher) for p in prompts]),
     ):
         most = max(lengths) + args.max_completion_length + args.longest_window
         check_context(name, spec, most)
         check_servers(name, spec, tokenizer, most)
-    student, teacher = (
-        model.eval().to(device) for model in load_pair(recipe.student, recipe.teacher)
-    )
+    student, teacher = (model.eval().to(device) for model in load_pair(recipe.student, source))
     check_head("student", student)
     check_head("teacher", teacher.requires_grad_(False))
     autocast = partial(autocast_of, args, device)
-    engines = open_engines(
-        (recipe.student, recipe.teacher),
+    own, (other,) = open_engines(
+        (recipe.student, source),
         (student, teacher),
         (tokenizer, teacher_tokenizer),
         args.temperature,
         autocast,
     )
-    observer = Observer(*engines, args, phases)
-    shares = engines[0].shares
+    observer = Observer(own, other, args, phases)
+    shares = own.shares
     return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast, shares)
 
 

@@ -74,6 +74,12 @@ class TOPDConfig(TrainingArguments):
         None, "Jinja template of the teacher's own user message; sees the columns of the data."
     )
 
+    # Several teachers
+    teacher_column: str = _field("teacher", "Column of the data with the name of a row's teacher.")
+    teachers_mix: Literal["column", "mean"] = _field(
+        "column", "Who reads a row: the teacher in its column, or all, by their mean distribution."
+    )
+
     # Where to look: candidates and windows
     candidate_fraction: float = _field(0.0225, "Share of a rollout's tokens taken as candidates.")
     candidate_loss: str = _field(

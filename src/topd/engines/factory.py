@@ -1,8 +1,8 @@
-"""The engines of a pair, each in this process or served."""
+"""The engines of a student and its teachers, each in this process or served."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,13 +21,15 @@ from topd.inputs.vocabulary import shared_ids
 
 
 def open_engines(
-    sources: tuple[object, object],
-    models: tuple[PreTrainedModel, PreTrainedModel],
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    sources: Sequence[object],
+    models: Sequence[PreTrainedModel],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
     temperature: float,
     autocast: Callable[[], AbstractContextManager[None]],
-) -> tuple[HFEngine, Engine]:
-    """The engines of a student and a teacher, served where their ``sources`` say so, and checked.
+) -> tuple[HFEngine, list[Engine]]:
+    """The engines of a student and of one or more teachers, in their order, and checked.
+
+    Each is served where its source says so. All sample the ids that all have.
 
     Raises:
         TOPDError: a model does not write what its forwards say, servers of the teacher disagree,
@@ -37,10 +39,10 @@ def open_engines(
     options: dict[str, Any] = {
         "eos_ids": eos_ids(models[0], tokenizers[0]),
         "vocab_size": min(head_of(model).vocab_size for model in models),
-        "allowed": shared_ids(*tokenizers),
+        "allowed": _common_ids(tokenizers),
         "autocast": autocast,
     }
-    student = teacher = None
+    student: HFEngine | None = None
     if isinstance(sources[0], ModelSpec) and sources[0].served:
         if temperature != 1:
             raise TOPDError(
@@ -49,17 +51,31 @@ def open_engines(
             )
         probe = probe_of(tokenizers[0])
         student = ServedStudent(models[0], sources[0].served, probe, name="student", **options)
-    if isinstance(sources[1], ModelSpec) and sources[1].served:
-        path, served = sources[1].path, sources[1].served
-        teacher = VLLMEngine(models[1], path, served, name="teacher", **options)
-        check_logprobs(teacher, tokenizers[1])
-        if served.check_whole:
-            check_whole(teacher, sources[1], tokenizers[1])
-    engines = (
-        student or HFEngine(models[0], name="student", **options),
-        teacher or HFEngine(models[1], name="teacher", **options),
-    )
-    for engine in engines:
+    teachers = zip(sources[1:], models[1:], tokenizers[1:], strict=True)
+    student = student or HFEngine(models[0], name="student", **options)
+    engines = [_teacher(*teacher, options) for teacher in teachers]
+    for engine in (student, *engines):
         if type(engine) is HFEngine:  # others are written by servers
             check_decoding(engine)
-    return engines
+    return student, engines
+
+
+def _teacher(
+    source: object,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: dict[str, Any],
+) -> Engine:
+    if not (isinstance(source, ModelSpec) and source.served):
+        return HFEngine(model, name="teacher", **options)
+    teacher = VLLMEngine(model, source.path, source.served, name="teacher", **options)
+    check_logprobs(teacher, tokenizer)
+    if source.served.check_whole:
+        check_whole(teacher, source, tokenizer)
+    return teacher
+
+
+def _common_ids(tokenizers: Sequence[PreTrainedTokenizerBase]) -> list[int]:
+    """The ids that stand for the same token in all, ascending."""
+    student, *teachers = tokenizers
+    return sorted(set.intersection(*({*shared_ids(student, other)} for other in teachers)))

@@ -15,10 +15,11 @@ from topd.types import Prompt
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 over the token ids of all prompts, in order."""
+    """SHA-256 over the token ids of all prompts, in order, and their teachers' names, if any."""
     digest = hashlib.sha256()
     for prompt in prompts:
-        record = [prompt.student, prompt.teacher, prompt.response]
+        named = [] if prompt.teacher_name is None else [prompt.teacher_name]
+        record = [prompt.student, prompt.teacher, prompt.response, *named]
         digest.update(json.dumps(record).encode())
     return digest.hexdigest()
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.prompt_rows import Messages, Row, last_user, read_row
+from topd.inputs.teachers import NO_ROUTES, Routes
 from topd.inputs.templates import BoundedSandbox, fill
 from topd.inputs.vocabulary import shared_ids
 from topd.types import Generation, Ids, Prompt, Rollout
@@ -36,20 +37,22 @@ class PromptEncoder:
 
     Args:
         student: the student's tokenizer and chat template.
-        teacher: the teacher's; the vocabulary must be the same.
+        teacher: the teacher's, or of several each one's; the vocabulary must be the same.
         teacher_prompt: Jinja template of the teacher's user message, or None. It sees the row's
             columns, and ``prompt``: the text of the student's last user message.
         max_length: longest prompt of either, in tokens.
         drop_long: leave longer prompts out instead of refusing them.
         template_kwargs: given to both chat templates.
+        routes: of several teachers, which row is whose.
     """
 
     student: PreTrainedTokenizerBase
-    teacher: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase]
     teacher_prompt: str | None = None
     max_length: int = 800
     drop_long: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    routes: Routes = NO_ROUTES
 
     def encode(
         self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
@@ -93,7 +96,7 @@ class PromptEncoder:
         return kept
 
     def _warn_of_dates(self) -> None:
-        for tokenizer in {id(t): t for t in (self.student, self.teacher)}.values():
+        for tokenizer in {id(t): t for t in (self.student, *self._teachers)}.values():
             if "strftime_now" in str(tokenizer.chat_template or ""):
                 logger.warning(
                     f"{tokenizer.name_or_path}: its chat template writes today's date, so on "
@@ -109,14 +112,41 @@ class PromptEncoder:
         if not isinstance(prompt, str):
             self._check_read(index, more)
         student = self._ids(index, self.student, prompt, more)
+        name = self.routes.name_of(index, row) if self.routes.places else None
         if template is not None:
             text = self._fill(index, template, {**row, "solution": asked.solution}, prompt)
-            teacher = self._ids(index, self.teacher, _with_last_user(prompt, text), more)
+            teacher = self._teachers_ids(index, name, _with_last_user(prompt, text), more)
         else:
-            alike = self.teacher is self.student
-            teacher = student if alike else self._ids(index, self.teacher, prompt, more)
+            teacher = self._teachers_ids(index, name, prompt, more, student)
         response = self._response(asked, student, more) if with_response else None
-        return Prompt(index, student, teacher, response)
+        return Prompt(index, student, teacher, response, name)
+
+    @property
+    def _teachers(self) -> Sequence[PreTrainedTokenizerBase]:
+        return self.teacher if isinstance(self.teacher, Sequence) else (self.teacher,)
+
+    def _teachers_ids(
+        self,
+        index: int,
+        name: str | None,
+        prompt: str | Messages,
+        more: Mapping[str, Any],
+        student: Ids | None = None,
+    ) -> Ids:
+        """Of the teacher of that name, or of all; ``student``: the ids of the same prompt."""
+        asked = self._teachers if name is None else [self._teachers[self.routes.places[name]]]
+        found = [
+            student
+            if student is not None and tokenizer is self.student
+            else self._ids(index, tokenizer, prompt, more)
+            for tokenizer in asked
+        ]
+        if any(ids != found[0] for ids in found):
+            raise TOPDError(
+                f"data row {index}: the chat templates of the teachers write it differently, and a "
+                "mean is taken after one prompt. Give all the same chat_template."
+            )
+        return found[0]
 
     def _check_read(self, index: int, more: Mapping[str, Any]) -> None:
         """Refuse arguments that neither chat template names. Raises TOPDError."""
@@ -130,8 +160,8 @@ class PromptEncoder:
 
     @cached_property
     def _words(self) -> frozenset[str]:
-        """All words of both chat templates."""
-        templates = (str(t.chat_template or "") for t in (self.student, self.teacher))
+        """All words of all chat templates."""
+        templates = (str(t.chat_template or "") for t in (self.student, *self._teachers))
         return frozenset(word for text in templates for word in re.findall(r"\w+", text))
 
     def _fill(
@@ -195,8 +225,7 @@ class PromptEncoder:
 
     def _known(self, index: int, ids: Ids) -> Ids:
         """The same, if the teacher has all of them. Raises TOPDError."""
-        alike = self.teacher is self.student
-        unknown = () if alike else sorted(set(ids) - set(self._shared))
+        unknown = sorted(set(ids) - self._shared) if self._shared is not None else ()
         if unknown:
             raise TOPDError(
                 f"data row {index}: the answer has {self.student.decode(unknown[:1])!r}, a token "
@@ -205,8 +234,11 @@ class PromptEncoder:
         return ids
 
     @cached_property
-    def _shared(self) -> frozenset[int]:
-        return frozenset(shared_ids(self.student, self.teacher))
+    def _shared(self) -> frozenset[int] | None:
+        """The ids that all have; None where all are one tokenizer."""
+        others = [tokenizer for tokenizer in self._teachers if tokenizer is not self.student]
+        ids = [frozenset(shared_ids(self.student, tokenizer)) for tokenizer in others]
+        return frozenset.intersection(*ids) if ids else None
 
     def _template(self) -> Template | None:
         if self.teacher_prompt is None:

@@ -141,15 +141,14 @@ def _compute(
     """TokenTerms, and the gradients for the given factors (none without factors)."""
     dtype = dtype or _compute_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
-    weight, teacher_weight = weight.to(dtype), task.teacher.weight.to(dtype)
+    weight, teacher_logits = weight.to(dtype), task.teacher.raw(dtype)
     bias = None if bias is None else bias.to(dtype)
-    teacher_bias = None if task.teacher.bias is None else task.teacher.bias.to(dtype)
     values = _empty(task, wide)
     gradients = _zeros(hidden, weight, needed if upstream else (False,) * 3)
     for rows in _slices(len(hidden), task.chunk_tokens):
         states = hidden[rows].to(dtype)
         logits = linear(states, weight, bias)
-        teacher = linear(task.teacher_hidden[rows].to(dtype), teacher_weight, teacher_bias)
+        teacher = teacher_logits(task.teacher_hidden[rows])
         _chunk(logits, teacher, rows, task, upstream, values)
         del teacher
         if upstream:

@@ -97,7 +97,7 @@ function drawRollout(index, words) {
   const alarms = rollout.forks.filter((fork) => fork.verdict === "alarm").length;
   const real = rollout.forks.filter((fork) => fork.verdict === "real").length;
   const parts = [
-    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number} · ${counted(rollout.texts.length, "token")}, ${end} · ${real} real, ${counted(alarms, "false alarm")}`)),
+    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}, ${end} · ${real} real, ${counted(alarms, "false alarm")}`)),
     rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
     rollout.student.length ? null : h("p", { class: "note" }, "The student's log-probs were not recorded: no shading by loss."),
     rollout.asked.length ? h("ul", { class: "asked", "aria-label": "What the method asks of this rollout" }, ...rollout.asked.map((words) => h("li", {}, words))) : null,

@@ -112,6 +112,8 @@ def training_charts(folder: Path) -> list[Chart]:
         for name, title, caption, unit, keys in CURVES
         if (chart := _curve_chart(logs, name, title, captions.get(name) or caption, unit, keys))
     ]
+    if teachers := _by_teacher(logs):
+        charts.insert(1, teachers)
     if found.real or found.alarm:
         charts.insert(2, _fork_chart(found, rule))
     times = _phase_seconds(logs)
@@ -161,6 +163,14 @@ def _curve_chart(
     if not found:
         return None
     return Chart(name, title, caption, curves(found, unit=unit), *curve_table(found))
+
+
+def _by_teacher(logs: Logs) -> Chart | None:
+    """A curve of each of several teachers; ``teacher/NAME/reverse_kl_sampled`` of the logs."""
+    ours = dict.fromkeys(key for log in logs for key in log if key.startswith("teacher/"))
+    keys = tuple((key, key.split("/")[1]) for key in ours if key.endswith("/reverse_kl_sampled"))
+    caption = "Sampled reverse KL on the rollouts of each teacher, mean over response tokens."
+    return _curve_chart(logs, "teachers", "By teacher", caption, "nats a token", keys)
 
 
 def _change(logs: Logs, key: str) -> Fact:

@@ -85,6 +85,7 @@ class RolloutView:
     weights: tuple[tuple[int, float | None], ...]
     advantages: tuple[tuple[int, float | None], ...]
     forks: tuple[ForkView, ...]
+    whose: str = ""  # the teacher's name, where there are several
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def view(rollout: RolloutRecord, tokens: TokenTexts) -> RolloutView:
         weights=tuple((t, _rounded(w)) for t, w in sorted(rollout.weights.items())),
         advantages=tuple((t, _rounded(a)) for t, a in enumerate(rollout.advantages) if a),
         forks=tuple(_fork(rollout, fork, tokens) for fork in rollout.forks),
+        whose=plain(rollout.teacher or "", limit=40),
     )
 
 

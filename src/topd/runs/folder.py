@@ -194,6 +194,7 @@ def rollout_record(
         "logprobs": rollout.logprobs,
         "teacher_logprobs": teacher_logprobs,
         "finished": rollout.finished,
+        **({"teacher": rollout.prompt.teacher_name} if rollout.prompt.teacher_name else {}),
         "text": text,
     }
 

@@ -8,6 +8,7 @@ of a later format than this is refused in words.
 1     no ``format`` in run.json
 2     ``format``; forks say whether their plan ``converged``
 3     the records are those of 2; tokens are drawn by Gumbel-max
+4     a rollout has its ``teacher``'s name, where there are several
 ====  ==================================================
 """
 
@@ -22,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from topd.errors import TOPDError
 from topd.runs.files import numbered_lines, read_whole
 
-FORMAT = 3
+FORMAT = 4
 DRAWN = 3  # from here on tokens are drawn with the numbers of today
 LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
 Id = Annotated[int, Field(ge=0)]
@@ -131,6 +132,7 @@ class RolloutRecord(Record):
     logprobs: tuple[float, ...] = ()
     teacher_logprobs: tuple[float, ...] = ()
     finished: bool = True
+    teacher: str | None = None
     forks: tuple[ForkRecord, ...] = ()
     targets: tuple[SoftTargetRecord, ...] = ()
     capped: tuple[int, ...] = ()

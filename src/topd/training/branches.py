@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from topd.engines import Engine
+from topd.engines.several import reader_of
 from topd.seeds import Stream, sampling_seeds
 from topd.training.progress import Phases
 from topd.types import Generation, Guidance, Rollout, Sampling
@@ -88,14 +89,19 @@ def _scored(
 ) -> dict[tuple[int, int], Tensor]:
     branches = [guidance[row].branches[k] for row, k in places]
     with phases.phase("scoring"):
-        hidden = teacher.score(
-            [
-                rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
-                for (row, _), branch in zip(places, branches, strict=True)
-            ],
-            [branch.tokens for branch in branches],
-            keep=False,
-        ).hidden
+        prompts = [rollouts[row].prompt for row, _ in places]
+        hidden = (
+            reader_of(teacher, prompts)
+            .score(
+                [
+                    rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
+                    for (row, _), branch in zip(places, branches, strict=True)
+                ],
+                [branch.tokens for branch in branches],
+                keep=False,
+            )
+            .hidden
+        )
     return {
         place: states[: len(branch.tokens)]
         for place, states, branch in zip(places, hidden, branches, strict=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere
 from topd.divergence import real_divergent_points, select_candidates, thin_candidates
 from topd.engines import Engine, Scores, Tick
+from topd.engines.several import owners_of, reader_of
 from topd.errors import TOPDError
 from topd.inputs.prompts import make_rollout
 from topd.losses import linear_token_statistics
@@ -127,7 +129,7 @@ class Observer:
         length = self._window_length(rollouts) if method.looks_ahead else 1
         seen = agreed(lambda: self._look(rollouts, seeds, method, length), self._waiting)
         if method.looks_ahead:
-            evidence = replace(seen.evidence, real=self._verdicts(seen, numbers))
+            evidence = replace(seen.evidence, real=self._verdicts(rollouts, seen, numbers))
             seen = replace(seen, evidence=evidence)
         return agreed(lambda: self.guided(rollouts, seeds, method, seen), self._waiting)
 
@@ -182,18 +184,26 @@ class Observer:
         evidence = self.evidence(rollouts, losses, [], [], 1)
         return Seen(hidden, [weight.new_zeros(0) for _ in rollouts], [], [], evidence)
 
-    def _verdicts(self, seen: Seen, numbers: Sequence[int]) -> Tensor:
-        """[N] bool, which windows are real divergent points: a share is one of all ranks'."""
+    def _verdicts(self, rollouts: Sequence[Rollout], seen: Seen, numbers: Sequence[int]) -> Tensor:
+        """[N] bool, which windows are real divergent points: a share is one of all ranks'.
+
+        Distances of different teachers have no common unit, so each teacher's are ranked apart.
+        """
         distance = seen.evidence.transport.distance
-        own = [(numbers[row], t) for row, t in seen.starts]
+        owners = owners_of(self.teacher, [rollouts[row].prompt for row, _ in seen.starts])
+        starts = zip(owners, seen.starts, strict=True)
+        own = [(owner, numbers[row], t) for owner, (row, t) in starts]
         pairs = list(zip(own, distance.tolist(), strict=True))
         all_ = sorted(pair for found in everywhere(pairs) for pair in found)
-        real = real_divergent_points(
-            distance.new_tensor([far for _, far in all_]),
-            false_alarm_share=self.args.false_alarm_share,
-            threshold=self.args.ot_threshold,
-        )
-        verdict = dict(zip([place for place, _ in all_], real.tolist(), strict=True))
+        verdict: dict[tuple[int, int, int], bool] = {}
+        for _, some in groupby(all_, key=lambda pair: pair[0][0]):
+            places, distances = zip(*some, strict=True)
+            real = real_divergent_points(
+                distance.new_tensor(distances),
+                false_alarm_share=self.args.false_alarm_share,
+                threshold=self.args.ot_threshold,
+            )
+            verdict.update(zip(places, real.tolist(), strict=True))
         return torch.tensor([verdict[place] for place in own], dtype=torch.bool)
 
     def guided(
@@ -219,7 +229,7 @@ class Observer:
         Raises TOPDError where a log-prob is NaN.
         """
         with self.phases.phase("scoring"):
-            scores = self.teacher.score(
+            scores = reader_of(self.teacher, [r.prompt for r in rollouts]).score(
                 [r.prompt.teacher for r in rollouts],
                 [r.response for r in rollouts],
                 temperature=self.args.loss_temperature,
@@ -319,23 +329,32 @@ class Observer:
         """Windows of ``length`` at most and how far they are apart; no verdict: none is real."""
         token_loss, mask = padded(losses)
         windows = pair_windows(rollouts, starts, written, length)
-        solved = self.compare(windows)
+        prompts = [rollouts[row].prompt for row, _ in starts]
+        solved = self.compare(windows, teacher=reader_of(self.teacher, prompts))
         real = torch.zeros(len(starts), dtype=torch.bool)
         logprobs, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
         return Evidence(token_loss, logprobs, mask, windows, solved, real)
 
-    def compare(self, windows: Windows, *, position_weight: float | None = None) -> Transport:
+    def compare(
+        self,
+        windows: Windows,
+        *,
+        position_weight: float | None = None,
+        teacher: Engine | None = None,
+    ) -> Transport:
         """Optimal transport between paired windows, with the cost and solver of ``args``.
 
         Of a teacher's window that is longer than the student's only as much is compared as the
         student has: its last token would else be compared with all that the teacher continues to
-        write. ``position_weight`` replaces that of ``args``.
+        write. ``position_weight`` replaces that of ``args``; ``teacher`` is
+        the windows' own, where there are several.
         """
         eta = self.args.position_weight if position_weight is None else position_weight
         length = windows.student_mask.sum(-1, keepdim=True)
         both = windows.teacher_mask & (torch.arange(windows.teacher_mask.shape[1]) < length)
         with self.phases.phase("transport"):
-            reader = self.teacher if self.args.embedding == "teacher" else self.student
+            own = teacher or self.teacher
+            reader = own if self.args.embedding == "teacher" else self.student
             cost = transport.ground_cost(
                 reader.embed(windows.student_tokens),
                 reader.embed(windows.teacher_tokens),

@@ -8,13 +8,14 @@ assumed in all layers, so models with other caches take less.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel
 
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.engines.hf import WINDOWS_AT_ONCE
+from topd.inputs.teachers import TeacherSet
 from topd.types import Prompt
 
 GIB = 1 << 30
@@ -69,6 +70,13 @@ def size_of(model: PreTrainedModel, *, trained: bool = False) -> ModelSize:
         vocab=config.vocab_size,
         normed=any(name.endswith("q_norm") for name, _ in model.named_modules()),
     )
+
+
+def size_of_all(teacher: PreTrainedModel | TeacherSet) -> ModelSize:
+    """A teacher's; of several the largest one's, with the bytes of all."""
+    models = teacher.models if isinstance(teacher, TeacherSet) else [teacher]
+    sizes = [size_of(model) for model in models]
+    return replace(max(sizes, key=lambda s: s.stored), stored=sum(s.stored for s in sizes))
 
 
 @dataclass(frozen=True)
@@ -188,11 +196,14 @@ def warning(peak: float, capacity: float) -> str | None:
 
 
 def memory_warning(
-    student: PreTrainedModel, teacher: PreTrainedModel, args: TOPDConfig, prompts: Sequence[Prompt]
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | TeacherSet,
+    args: TOPDConfig,
+    prompts: Sequence[Prompt],
 ) -> str | None:
     """A warning where an update is predicted not to fit on this process's GPU; else None."""
     if args.device.type != "cuda" or not prompts:
         return None
     capacity = torch.cuda.get_device_properties(args.device).total_memory
-    sizes = size_of(student, trained=True), size_of(teacher)
+    sizes = size_of(student, trained=True), size_of_all(teacher)
     return warning(max(peaks(*sizes, work_of(args, prompts)).values()), capacity)

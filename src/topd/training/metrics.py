@@ -86,6 +86,23 @@ def measure_experience(means: Means, experience: Experience) -> None:
     means.add("topd/window_positions", sum(e.positions for e in efforts), len(efforts))
     means.add("topd/window_forwards", sum(e.forwards for e in efforts), len(efforts))
     _count_tokens(means, experience)
+    _by_teacher(means, experience)
+
+
+def _by_teacher(means: Means, experience: Experience) -> None:
+    """Of each of several teachers: reverse KL (k1) a token; forks and window tokens a rollout."""
+    parts = (experience.rollouts, experience.teacher_logprobs, experience.forks)
+    for rollout, scores, forks in zip(*parts, strict=True):
+        name = rollout.prompt.teacher_name
+        if name is None:
+            continue
+        ratio = sum(rollout.logprobs) - float(scores.sum())
+        sampled = len(rollout.logprobs)
+        means.add(f"teacher/{name}/reverse_kl_sampled", ratio if sampled else 0.0, sampled)
+        means.add(f"teacher/{name}/candidates", len(forks), 1)
+        means.add(f"teacher/{name}/real_divergent_points", sum(f.real is True for f in forks), 1)
+        written = sum(len(fork.teacher_tokens) for fork in forks)
+        means.add(f"teacher/{name}/teacher_tokens", written, 1)
 
 
 def _count_tokens(means: Means, experience: Experience) -> None:

@@ -45,7 +45,7 @@ class RecordedTrainer(Trainer):
 
     Args:
         student: the model that is trained.
-        teacher: the model that is not.
+        teacher: the model that is not, or several as one module.
         args: a :class:`~topd.TOPDConfig`; its ``output_dir`` is the run folder.
         tokenizer: the student's.
         **rest: data, callbacks and optimizers, as in Trainer.
@@ -64,7 +64,7 @@ class RecordedTrainer(Trainer):
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | nn.Module,
         args: TOPDConfig,
         tokenizer: PreTrainedTokenizerBase,
         **rest: Any,

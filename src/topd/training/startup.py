@@ -17,8 +17,9 @@ from topd.engines.server_checks import check_servers
 from topd.errors import TOPDError
 from topd.inputs.adapters import check_apart, check_trainable, try_adapter, with_adapter
 from topd.inputs.models import ModelSource, check_context, config_of, source_of
-from topd.inputs.pairs import load_pair, with_tokenizer_of
+from topd.inputs.pairs import load_pair, tokenizers_of, with_tokenizer_of
 from topd.inputs.prompts import PromptEncoder
+from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
 from topd.training.inherited import check_inherited
 from topd.training.overlap import check_overlap
 from topd.training.preflight import (
@@ -32,16 +33,43 @@ from topd.types import Prompt
 logger = logging.get_logger(__name__)
 
 Rows: TypeAlias = datasets.Dataset | Sequence[dict[str, Any]]
-Sources: TypeAlias = tuple[ModelSource, ModelSource]
-Tokenizers: TypeAlias = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
+Sources: TypeAlias = tuple[ModelSource, ...]  # the student's, then those of its teachers
+Tokenizers: TypeAlias = tuple[PreTrainedTokenizerBase, ...]  # likewise
 
 
 def sources_of(
-    student: ModelSource | Mapping[str, Any], teacher: ModelSource | Mapping[str, Any]
+    student: ModelSource | Mapping[str, Any], teacher: ModelSource | Mapping[str, Any] | Teachers
 ) -> Sources:
-    """Where student and teacher come from. Raises TOPDError for what is no source."""
-    ours, theirs = source_of("model", student), source_of("teacher_model", teacher)
+    """Where student and teachers come from. Raises TOPDError for what is no source."""
+    ours = source_of("model", student)
+    if isinstance(teacher, Teachers):
+        return ours, *teacher.distinct
+    theirs = source_of("teacher_model", teacher)
     return with_tokenizer_of(ours, theirs), theirs
+
+
+def routes_of(teacher: object, args: TOPDConfig) -> Routes:
+    """Which teacher reads which row. Raises TOPDError where a setting of several has no effect."""
+    if isinstance(teacher, Teachers):
+        return Routes(teacher.places, args.teachers_mix, args.teacher_column)
+    for name in ("teachers_mix", "teacher_column"):
+        if getattr(args, name) != getattr(TOPDConfig, name):
+            raise TOPDError(f"{name}: has no effect with one teacher. Leave it out.")
+    return NO_ROUTES
+
+
+def tokenizers_of_all(
+    sources: Sources,
+    student: PreTrainedTokenizerBase | None = None,
+    teacher: PreTrainedTokenizerBase | None = None,
+) -> Tokenizers:
+    """The tokenizers of a student and its teachers, after the checks of each pair.
+
+    Raises TOPDError as :func:`~topd.inputs.models.tokenizers_of`.
+    """
+    ours, *theirs = sources
+    pairs = [tokenizers_of(ours, source, student, teacher) for source in theirs]
+    return pairs[0][0], *(own for _, own in pairs)
 
 
 def check_arguments(args: Any, sources: Sources, train: Any, evaluation: Any) -> None:
@@ -65,7 +93,8 @@ def check_arguments(args: Any, sources: Sources, train: Any, evaluation: Any) ->
     if args.eval_strategy != "no" and evaluation is None:
         raise TOPDError("eval_strategy: needs data: give eval_dataset (eval_data in a recipe).")
     if args.overlap:
-        check_overlap(*sources, args)
+        for teacher in sources[1:]:
+            check_overlap(sources[0], teacher, args)
     if args.n_gpu > 1:
         logger.warning(
             f"{args.n_gpu} GPUs are visible; a process uses one. For all: accelerate launch."
@@ -78,14 +107,18 @@ def rows_of(data: Any) -> Any:
     return data.to_dict("records") if hasattr(data, "to_dict") and hasattr(data, "iloc") else data
 
 
-def encoder_of(tokenizers: Tokenizers, args: TOPDConfig) -> PromptEncoder:
-    """Encodes a pair's prompts with the templates and limits of ``args``."""
+def encoder_of(
+    tokenizers: Tokenizers, args: TOPDConfig, routes: Routes = NO_ROUTES
+) -> PromptEncoder:
+    """Encodes prompts for a student and its teachers with the templates and limits of ``args``."""
     return PromptEncoder(
-        *tokenizers,
+        tokenizers[0],
+        tokenizers[1:],
         args.teacher_prompt,
         args.max_prompt_length,
         args.drop_long_prompts,
         cast(dict[str, Any], args.chat_template_kwargs or {}),
+        routes,
     )
 
 
@@ -98,9 +131,10 @@ def check_sources(
     teacher = response + max((len(prompt.teacher) for prompt in prompts), default=0)
     ahead = window if args.guidance_method().looks_ahead else 0
     check_context("student", sources[0], student)
-    check_context("teacher", sources[1], teacher + ahead)
     check_servers("student", sources[0], tokenizers[0], student)
-    check_servers("teacher", sources[1], tokenizers[1], teacher + window)
+    for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
+        check_context("teacher", source, teacher + ahead)
+        check_servers("teacher", source, tokenizer, teacher + window)
 
 
 def check_training(
@@ -113,8 +147,8 @@ def check_training(
 
 def load_models(
     sources: Sources, args: TOPDConfig, lora: PeftConfig | None, *, trained: bool
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Student, with its adapter if it gets one, and teacher; checked as far as they can be alone.
+) -> tuple[PreTrainedModel, ...]:
+    """Student, with its adapter if it gets one, and teachers; checked as far as they can be alone.
 
     Raises:
         TOPDError: an adapter that does not fit, models that cannot be loaded or share weights, or
@@ -122,18 +156,20 @@ def load_models(
     """
     if lora is not None:
         try_adapter(config_of(sources[0]), lora, sources[0])
-    student, teacher = load_pair(*sources)
+    student, teacher = load_pair(*sources[:2])
+    teachers = [teacher, *(load_pair(student, source)[1] for source in sources[2:])]
     if lora is not None:
         set_seed(args.seed)  # of the adapter's first weights
         student = with_adapter(student, lora)
-    check_apart(student, teacher)
+    for teacher in teachers:
+        check_apart(student, teacher)
     if trained:
         check_trainable(student)
         check_router(student)
         _warn_of_coarse_weights(student)
     if args.disable_dropout:
         without_dropout(student)
-    return student, teacher
+    return student, *teachers
 
 
 def _warn_of_coarse_weights(student: PreTrainedModel) -> None:

@@ -18,11 +18,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere
 from topd.engines.factory import open_engines
+from topd.engines.several import one_teacher
 from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
 from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSource, generation_config_of
-from topd.inputs.pairs import tokenizers_of
+from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
 from topd.seeds import Stream
@@ -52,8 +53,10 @@ from topd.training.startup import (
     check_training,
     encoder_of,
     load_models,
+    routes_of,
     rows_of,
     sources_of,
+    tokenizers_of_all,
 )
 from topd.training.stop_rules import Watch
 from topd.types import Prompt
@@ -70,7 +73,8 @@ class TOPDTrainer(RecordedTrainer):
         model: the student, or where to load it from (float32): a path or hub name, a
             :class:`~topd.inputs.models.ModelSpec`, or its fields as a mapping.
         teacher_model: the teacher, or where to load it from, e.g.
-            ``{"path": ..., "dtype": "bfloat16"}``. It is frozen.
+            ``{"path": ..., "dtype": "bfloat16"}``. It is frozen. Several:
+            :class:`~topd.inputs.teachers.Teachers`.
         args: a :class:`~topd.TOPDConfig`.
         train_dataset: rows with ``prompt`` (string or messages) or ``messages``; other columns
             are for ``args.teacher_prompt``.
@@ -90,7 +94,7 @@ class TOPDTrainer(RecordedTrainer):
     def __init__(
         self,
         model: ModelSource | Mapping[str, Any],
-        teacher_model: ModelSource | Mapping[str, Any],
+        teacher_model: ModelSource | Mapping[str, Any] | Teachers,
         args: TOPDConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -103,9 +107,10 @@ class TOPDTrainer(RecordedTrainer):
         args = TOPDConfig() if args is None else args
         sources = sources_of(model, teacher_model)
         check_arguments(args, sources, train_dataset, eval_dataset)
+        routes = routes_of(teacher_model, args)
         agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
-        tokenizers = tokenizers_of(*sources, processing_class, teacher_processing_class)
-        self.encoder = encoder_of(tokenizers, args)
+        tokenizers = tokenizers_of_all(sources, processing_class, teacher_processing_class)
+        self.encoder = encoder_of(tokenizers, args, routes)
         rows, eval_rows = rows_of(train_dataset), rows_of(eval_dataset)
         train = None if rows is None else self._encode_training(rows, args)
         evaluation = None if eval_rows is None else self.encoder.encode(eval_rows)
@@ -113,10 +118,12 @@ class TOPDTrainer(RecordedTrainer):
         check_launch()
         if train is not None:
             check_training(sources, tokenizers, args, optimizers)
-        student, teacher = load_models(sources, args, peft_config, trained=train is not None)
+        models = load_models(sources, args, peft_config, trained=train is not None)
         super().__init__(
-            student,
-            teacher,
+            models[0],
+            TeacherSet(teacher_model, models[1:])
+            if isinstance(teacher_model, Teachers)
+            else models[1],
             args,
             tokenizers[0],
             train_dataset=train,
@@ -126,7 +133,7 @@ class TOPDTrainer(RecordedTrainer):
         )
         self.loss_is_scaled_for_ga = True  # over the whole update: no division by accumulation
         self.compute_loss_func = update_loss  # says the same to transformers before 5.19
-        self._observe_with(sources, (student, teacher), tokenizers)
+        self._observe_with(sources, models, tokenizers, routes)
         self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
@@ -137,25 +144,28 @@ class TOPDTrainer(RecordedTrainer):
     def _observe_with(
         self,
         sources: Sources,
-        models: tuple[PreTrainedModel, PreTrainedModel],
+        models: tuple[PreTrainedModel, ...],
         tokenizers: Tokenizers,
+        routes: Routes,
     ) -> None:
-        """Open the engines of a pair, and have it observed with them. Raises TOPDError."""
+        """Open the engines, and have the student observed with them. Raises TOPDError."""
         check_head("student", models[0])
-        check_head("teacher", models[1])
+        for teacher in models[1:]:
+            check_head("teacher", teacher)
         if self.args.disable_dropout:
             check_forward(models[0])
         mend(generation_config_of(models[0]))
-        engines = open_engines(
+        student, teachers = open_engines(
             sources, models, tokenizers, self.args.temperature, self.accelerator.autocast
         )
-        if isinstance(engines[0], ServedStudent) and (self.copy or self.args.world_size > 1):
+        if isinstance(student, ServedStudent) and (self.copy or self.args.world_size > 1):
             raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
         if self.copy:
-            engines[0].model = self.copy.model
-        self.shares_rows = engines[0].shares
-        self.observer = Observer(*engines, self.args, self.phases)
-        self.evaluator = Observer(*engines, self.args, Phases())
+            student.model = self.copy.model
+        self.shares_rows = student.shares
+        pair = student, one_teacher(teachers, routes)
+        self.observer = Observer(*pair, self.args, self.phases)
+        self.evaluator = Observer(*pair, self.args, Phases())
         self.overlap = Overlap(self.observer) if self.args.overlap else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -164,7 +174,9 @@ class TOPDTrainer(RecordedTrainer):
             return super().train(resume_from_checkpoint, **kwargs)
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
-        return self.encoder.encode(rows)
+        prompts = self.encoder.encode(rows)
+        self.encoder.routes.check_named([prompt.teacher_name for prompt in prompts])
+        return prompts
 
     # The step. Experience (see Observer.observe): prompts -> rollouts -> token losses -> candidates
     # -> windows -> transport -> guidance. Learning (see training.learning): -> loss -> step.

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from topd.config import TOPDConfig, _field
+from topd.engines.several import reader_of
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint
 from topd.runs.files import read_lines, trim
@@ -152,7 +153,7 @@ class WarmstartTrainer(TOPDTrainer):
         """Token ids of the teacher's answers; empty for one that did not end."""
         seeds = sampling_seeds(self.args.seed, Stream.ANSWERS, len(prompts), first=first)
         with self.phases.phase("answers", self.args.max_completion_length) as tick:
-            written = self.observer.teacher.generate(
+            written = reader_of(self.observer.teacher, prompts).generate(
                 [prompt.teacher for prompt in prompts], self.args.sampling, seeds, tick=tick
             )
         tokens = self.answered.tokens + sum(len(answer.tokens) for answer in written)

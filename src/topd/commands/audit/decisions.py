@@ -77,6 +77,8 @@ def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> 
             record["teacher_prompt_ids"],
         ]:
             yield f"{place}: its tokens are not those of prompt {record['prompt']}"
+        elif prompt.teacher_name != record.get("teacher"):
+            yield f"{place}: its teacher is not that of prompt {record['prompt']}"
         if args.learns_from_answers:
             continue
         if record["finished"] != (bool(response) and response[-1] in ends):
@@ -136,7 +138,10 @@ def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
                 f"models know {vocab_size}."
             )
     prompt = Prompt(
-        record["prompt"], tuple(record["prompt_ids"]), tuple(record["teacher_prompt_ids"])
+        record["prompt"],
+        tuple(record["prompt_ids"]),
+        tuple(record["teacher_prompt_ids"]),
+        teacher_name=record.get("teacher"),
     )
     return Rollout(
         prompt, tuple(record["response_ids"]), tuple(record["logprobs"]), record["finished"]

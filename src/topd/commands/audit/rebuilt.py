@@ -23,6 +23,7 @@ from topd.config import TOPDConfig
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
+from topd.inputs.teachers import Teachers
 from topd.named import is_outside
 from topd.runs.records import check_format
 from topd.training.trainer import TOPDTrainer
@@ -116,10 +117,10 @@ def _allowed(
     Raises:
         TOPDError: models or a method that run code, or a served teacher, without leave.
     """
-    student, teacher = dict(sources["student"]), dict(sources["teacher"])
-    if (student.get("trust_remote_code") or teacher.get("trust_remote_code")) and (
-        not trust.remote_code
-    ):
+    student, several = dict(sources["student"]), sources.get("teachers")
+    teachers = several if several else {"": sources["teacher"]}
+    coded = any(spec.get("trust_remote_code") for spec in (student, *teachers.values()))
+    if coded and not trust.remote_code:
         raise TOPDError(
             f"{folder}: its models ran code of their repositories. To run it again, say "
             "--trust-remote-code."
@@ -131,6 +132,9 @@ def _allowed(
             "--trust-remote-code."
         )
     student["served"] = None  # its weights are here
+    if several:
+        return {"student": student, "teachers": _unserved(folder, several)}
+    teacher = dict(sources["teacher"])
     served = teacher.get("served")
     if served is None:
         return {"student": student, "teacher": teacher}
@@ -149,6 +153,17 @@ def _allowed(
         "weights": None,
     }
     return {"student": student, "teacher": teacher}
+
+
+def _unserved(folder: Path, teachers: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Several teachers, if none was served. Raises TOPDError."""
+    served = [name for name, spec in teachers.items() if spec.get("served")]
+    if served:
+        raise TOPDError(
+            f"{folder}: its teacher {served[0]} was served, beside others. An audit connects to "
+            "servers of one teacher only: audit it with --updates 0."
+        )
+    return teachers
 
 
 @contextmanager
@@ -187,7 +202,7 @@ def _recipe(
     settings = {key: value for key, value in config.items() if key in known} | ALONE
     return Recipe(
         student=ModelSpec(**sources["student"]),
-        teacher=ModelSpec(**sources["teacher"]),
+        teacher=_teacher_of(sources),
         data=_data_of(sources["data"]),
         eval_data=None,
         evaluation=None,
@@ -195,6 +210,12 @@ def _recipe(
         lora=LoraConfig(**sources["lora"]) if sources["lora"] else None,
         args=kind(**{**settings, "output_dir": str(output)}),
     )
+
+
+def _teacher_of(sources: Mapping[str, Any]) -> ModelSpec | Teachers:
+    if "teachers" not in sources:
+        return ModelSpec(**sources["teacher"])
+    return Teachers({name: ModelSpec(**spec) for name, spec in sources["teachers"].items()})
 
 
 def _data_of(stored: Mapping[str, Any]) -> DataSpec:

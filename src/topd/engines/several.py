@@ -1,0 +1,347 @@
+"""Several teachers as one engine: each text is read by its own, or by all, as their mean.
+
+Last hidden states of different models differ in width and meaning. So a state here is that of one
+teacher, padded, with the teacher's number in the last column; with the mean it is those of all side
+by side. :class:`SeveralHeads` maps them to logits, so that nothing after it needs to know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
+
+from topd.engines import Engine, Scores, Tick, no_tick
+from topd.engines.draws import Noise, draw
+from topd.inputs.teachers import Routes
+from topd.losses import linear_logprobs
+from topd.types import Generation, Head, Ids, Prompt, Sampling
+
+
+@dataclass(frozen=True)
+class SeveralHeads(Head):
+    """The heads of several teachers over one vocabulary.
+
+    Without ``shares`` a state's last column is the number of its head. With them a state has those
+    of all heads side by side, and its logits are the log of the mean distribution,
+
+        log sum_k share_k softmax(logits_k)
+    """
+
+    heads: tuple[Head, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, heads: Sequence[Head], shares: Sequence[float] = ()) -> SeveralHeads:
+        """From heads of one vocabulary; ``weight`` only says how wide a state is."""
+        widths = [head.weight.shape[1] for head in heads]
+        dtype = heads[0].weight.dtype
+        for head in heads:
+            dtype = torch.promote_types(dtype, head.weight.dtype)
+        width = sum(widths) if shares else max(widths) + 1
+        weight = heads[0].weight.new_zeros(1, dtype=dtype).expand(heads[0].vocab_size, width)
+        bars = any(head.bias is not None for head in heads)
+        barred = heads[0].barred
+        if bars and barred is None:  # a bias may be -inf
+            barred = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
+        return cls(weight, barred=barred, heads=tuple(heads), shares=tuple(shares))
+
+    def narrowed(self, vocab_size: int) -> SeveralHeads:
+        """The same heads on the first ``vocab_size`` tokens."""
+        if vocab_size == self.vocab_size:
+            return self
+        return SeveralHeads.of([head.narrowed(vocab_size) for head in self.heads], self.shares)
+
+    def raw(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """See :meth:`topd.types.Head.raw`; scale and soft-cap are already in it."""
+        return lambda states: self._mixed(states).to(dtype)
+
+    def logits(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        """Logits in at least float32."""
+        flat = self._mixed(hidden.flatten(0, -2)).reshape(*hidden.shape[:-1], self.vocab_size)
+        return flat if self.barred is None else flat.masked_fill(self.barred, -math.inf)
+
+    def _mixed(self, states: Float[Tensor, "P D"]) -> Float[Tensor, "P V"]:
+        if self.shares:
+            parts = states.split([head.weight.shape[1] for head in self.heads], -1)
+            known = [
+                head.logits(part.to(head.weight.dtype)).log_softmax(-1) + math.log(share)
+                for head, part, share in zip(self.heads, parts, self.shares, strict=True)
+            ]
+            return torch.stack(known).logsumexp(0)
+        number = states[:, -1].round().long()
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        found = states.new_empty(len(states), self.vocab_size, dtype=wide)
+        for k, head in enumerate(self.heads):
+            rows = (number == k).nonzero()[:, 0]
+            own = states[rows, : head.weight.shape[1]].to(head.weight.dtype)
+            found[rows] = head.logits(own).to(found.dtype)
+        return found
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A scoring by several teachers: of each the rows that it read, and its own scores."""
+
+    rows: tuple[tuple[int, ...], ...]
+    scores: tuple[Scores | None, ...]
+    texts: tuple[tuple[Ids, Ids], ...]
+
+
+class SeveralTeachers:
+    """Teachers that each read their own texts. Use what :meth:`of` returns, as an Engine.
+
+    Args:
+        engines: one a teacher, over one vocabulary.
+        places: name of a teacher to its place among the engines.
+        shares: weights of a mean of all distributions; none: each text has one reader.
+    """
+
+    def __init__(
+        self, engines: Sequence[Engine], places: dict[str, int], shares: Sequence[float] = ()
+    ) -> None:
+        self.engines, self.places, self.shares = tuple(engines), dict(places), tuple(shares)
+
+    @property
+    def head(self) -> Head:
+        """The map from the states of any of them, or of all, to logits."""
+        return SeveralHeads.of([engine.head for engine in self.engines], self.shares)
+
+    def ends(self, tokens: Ids) -> bool:
+        """Whether a text ends with an end-of-sequence token."""
+        return self.engines[0].ends(tokens)
+
+    def of(self, prompts: Sequence[Prompt]) -> Engine:
+        """The engine for texts after these prompts, in this order."""
+        if self.shares:
+            return cast(Engine, _Mean(self))
+        names = [prompt.teacher_name for prompt in prompts]
+        return cast(Engine, _Routed(self, [self.places[name or ""] for name in names]))
+
+    def continue_from(
+        self,
+        scores: Scores,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        rejoin: int = 0,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """See :class:`~topd.engines.Engine`: each window by the teacher that scored its text."""
+        parts = scores.prefix
+        assert isinstance(parts, _Parts)
+        if self.shares:
+            prefixes = [parts.texts[b][0] + parts.texts[b][1][:t] for b, t in starts]
+            return _Mean(self).generate(prefixes, sampling, seeds, tick=tick, keep=True)
+        found: dict[int, Generation] = {}
+        for k, (rows, own) in enumerate(zip(parts.rows, parts.scores, strict=True)):
+            asked = [i for i, (b, _) in enumerate(starts) if b in rows]
+            if own is None or not asked:
+                continue
+            written = self.engines[k].continue_from(
+                own,
+                [(rows.index(starts[i][0]), starts[i][1]) for i in asked],
+                sampling,
+                [seeds[i] for i in asked],
+                rejoin=rejoin,
+                tick=tick,
+            )
+            found.update(zip(asked, (self._marked(w, k) for w in written), strict=True))
+        return [found[i] for i in range(len(starts))]
+
+    def _marked(self, written: Generation, k: int) -> Generation:
+        if written.hidden is None:
+            return written
+        return replace(written, hidden=self.marked(written.hidden, k))
+
+    def marked(self, hidden: Float[Tensor, "... D"], k: int) -> Float[Tensor, "... W"]:
+        """States of teacher ``k``, padded, with its number in the last column."""
+        weight = self.head.weight
+        wide = pad(hidden.to(weight.dtype), (0, weight.shape[1] - hidden.shape[-1]))
+        wide[..., -1] = k
+        return wide
+
+
+class _Routed(SeveralTeachers):
+    """Texts in an order in which it is known whose each is: ``owners``, places of engines."""
+
+    def __init__(self, several: SeveralTeachers, owners: Sequence[int]) -> None:
+        super().__init__(several.engines, several.places)
+        self.owners = tuple(owners)
+
+    def _rows(self, k: int) -> tuple[int, ...]:
+        return tuple(row for row, owner in enumerate(self.owners) if owner == k)
+
+    def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
+        """Input embeddings of each row's teacher, padded with zeros to the widest."""
+        parts = [(rows, e.embed(tokens[list(rows)])) for e, rows in self._shared()]
+        width = max(part.shape[-1] for _, part in parts)
+        wide = parts[0][1].new_zeros(*tokens.shape, width)
+        for rows, part in parts:
+            wide[list(rows), :, : part.shape[-1]] = part.to(wide.dtype)
+        return wide
+
+    def _shared(self) -> list[tuple[Engine, tuple[int, ...]]]:
+        return [(engine, self._rows(k)) for k, engine in enumerate(self.engines)]
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """See :class:`~topd.engines.Engine`."""
+        found: dict[int, Generation] = {}
+        for engine, rows in self._shared():
+            if rows:
+                some = [prompts[row] for row in rows]
+                own = engine.generate(some, sampling, [seeds[row] for row in rows], tick=tick)
+                found.update(zip(rows, own, strict=True))
+        return [found[row] for row in range(len(prompts))]
+
+    def score(
+        self,
+        prompts: Sequence[Ids],
+        responses: Sequence[Ids],
+        *,
+        temperature: float = 1.0,
+        keep: bool = True,
+    ) -> Scores:
+        """See :class:`~topd.engines.Engine`."""
+        width = max(len(response) for response in responses)
+        weight = self.head.weight
+        hidden = weight.new_zeros(len(prompts), width, weight.shape[1])
+        logprobs = torch.zeros(len(prompts), width, device=weight.device)
+        likeliest = torch.zeros(len(prompts), width, dtype=torch.long, device=weight.device)
+        parts: list[Scores | None] = []
+        for k, (engine, rows) in enumerate(self._shared()):
+            parts.append(None)
+            if not rows:
+                continue
+            some, own = [prompts[row] for row in rows], [responses[row] for row in rows]
+            scores = parts[k] = engine.score(some, own, temperature=temperature, keep=keep)
+            long = scores.hidden.shape[1]
+            hidden[list(rows), :long] = self.marked(scores.hidden, k)
+            logprobs[list(rows), :long] = scores.logprobs.to(logprobs)
+            likeliest[list(rows), :long] = scores.likeliest.to(likeliest)
+        owned = tuple(rows for _, rows in self._shared())
+        texts = tuple(zip(prompts, responses, strict=True))
+        return Scores(hidden, logprobs, likeliest, _Parts(owned, tuple(parts), texts))
+
+
+class _Mean(SeveralTeachers):
+    """All teachers read every text, and their mean distribution scores and writes.
+
+    It writes without a cache: every teacher reads the whole text again for each token.
+    """
+
+    def __init__(self, several: SeveralTeachers) -> None:
+        super().__init__(several.engines, several.places, several.shares)
+
+    def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
+        """Input embeddings of all teachers side by side."""
+        return torch.cat([engine.embed(tokens).float() for engine in self.engines], -1)
+
+    def _states(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Float[Tensor, "B T D"]:
+        parts = [engine.score(prompts, responses, keep=False).hidden for engine in self.engines]
+        return torch.cat([part.to(self.head.weight.dtype) for part in parts], -1)
+
+    def score(
+        self,
+        prompts: Sequence[Ids],
+        responses: Sequence[Ids],
+        *,
+        temperature: float = 1.0,
+        keep: bool = True,
+    ) -> Scores:
+        """See :class:`~topd.engines.Engine`; nothing is kept but the texts."""
+        with torch.no_grad():
+            return self._scored(prompts, responses, temperature)
+
+    def _scored(
+        self, prompts: Sequence[Ids], responses: Sequence[Ids], temperature: float
+    ) -> Scores:
+        hidden = self._states(prompts, responses)
+        width = hidden.shape[1]
+        tokens = torch.tensor(
+            [list(r) + [0] * (width - len(r)) for r in responses], device=hidden.device
+        )
+        found = linear_logprobs(
+            hidden.flatten(0, 1), self.head, tokens.flatten(), temperature=temperature
+        )
+        logprobs, likeliest = (values.reshape(tokens.shape) for values in found)
+        length = torch.tensor([len(r) for r in responses], device=hidden.device)
+        outside = torch.arange(width, device=hidden.device) >= length[:, None]
+        texts = tuple(zip(prompts, responses, strict=True))
+        return Scores(hidden, logprobs.masked_fill(outside, 0.0), likeliest, _Parts((), (), texts))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+        keep: bool = False,
+    ) -> list[Generation]:
+        """See :class:`~topd.engines.Engine`; ``keep`` the states of what is written."""
+        head = self.head
+        greedy = sampling.temperature == 0
+        noise = Noise(
+            seeds, sampling.max_new_tokens, head.vocab_size, head.weight.device, greedy=greedy
+        )
+        tokens: list[list[int]] = [[] for _ in prompts]
+        said: list[list[float]] = [[] for _ in prompts]
+        states: list[list[Tensor]] = [[] for _ in prompts]
+        for step in range(sampling.max_new_tokens):
+            going = [row for row, text in enumerate(tokens) if not self.ends(tuple(text))]
+            if not going:
+                break
+            read = [(*prompts[row], *tokens[row]) for row in going]
+            hidden = self._states(read, [(0,)] * len(going))[:, 0]
+            at = torch.tensor(going, device=hidden.device)
+            drawn, logprobs = draw(head.logits(hidden), noise.at(at, step, step), sampling)
+            for i, row in enumerate(going):
+                tokens[row].append(int(drawn[i]))
+                said[row].append(float(logprobs[i]))
+                states[row].append(hidden[i])
+            tick()
+        return [
+            Generation(
+                tuple(text),
+                tuple(own),
+                self.ends(tuple(text)),
+                torch.stack(kept) if keep and kept else None,
+            )
+            for text, own, kept in zip(tokens, said, states, strict=True)
+        ]
+
+
+def reader_of(teacher: Engine, prompts: Sequence[Prompt]) -> Engine:
+    """The teacher for texts after these prompts, in this order: itself, where there is one."""
+    return teacher.of(prompts) if isinstance(teacher, SeveralTeachers) else teacher
+
+
+def owners_of(teacher: Engine, prompts: Sequence[Prompt]) -> list[int]:
+    """Whose each prompt is, by the teachers' places; all 0 where one reads them all."""
+    if not isinstance(teacher, SeveralTeachers) or teacher.shares:
+        return [0] * len(prompts)
+    return [teacher.places[prompt.teacher_name or ""] for prompt in prompts]
+
+
+def one_teacher(engines: Sequence[Engine], routes: Routes) -> Engine:
+    """What reads every text: the only engine, or several as ``routes`` say."""
+    if len(engines) == 1:
+        return engines[0]
+    shares = routes.shares if routes.mix == "mean" else ()
+    return cast(Engine, SeveralTeachers(engines, dict(routes.places), shares))

@@ -1,0 +1,147 @@
+"""Several teachers: which there are, and which of them a row of the data asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from topd.errors import TOPDError
+from topd.inputs.models import LOADED, ModelSource, ModelSpec, source_of
+
+Mix: TypeAlias = Literal["column", "mean"]
+MOST = 256  # numbers of teachers that bfloat16 tells apart
+
+
+class Teachers:
+    """Several teachers by name, for ``teacher_model``.
+
+    >>> Teachers({"math": "model-a", "code": {"path": "model-b", "dtype": "bfloat16"}}).names
+    ('math', 'code')
+
+    Args:
+        sources: name to path, :class:`~topd.inputs.models.ModelSpec`, its fields, or a model.
+            Names with the same source share one model.
+
+    Raises:
+        TOPDError: fewer than two names, a name that is empty, or a source that is none.
+    """
+
+    def __init__(self, sources: Mapping[str, ModelSource | Mapping[str, Any]]) -> None:
+        if not isinstance(sources, Mapping) or not 2 <= len(sources) <= MOST:
+            raise TOPDError(
+                "teachers: give 2 to 256 by name, e.g. {math: PATH, code: PATH}. A single one is "
+                "a teacher."
+            )
+        if not all(isinstance(name, str) and name.strip() for name in sources):
+            raise TOPDError("teachers: a name is a word such as math.")
+        self.sources = {name: _spec(name, source) for name, source in sources.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order given."""
+        return tuple(self.sources)
+
+    @property
+    def distinct(self) -> tuple[ModelSource, ...]:
+        """The sources, each once: what is loaded."""
+        found: list[ModelSource] = []
+        for source in self.sources.values():
+            if not any(_same(source, other) for other in found):
+                found.append(source)
+        return tuple(found)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Name to place among the distinct ones."""
+        distinct = self.distinct
+        return {
+            name: next(k for k, other in enumerate(distinct) if _same(source, other))
+            for name, source in self.sources.items()
+        }
+
+    @property
+    def path(self) -> str:
+        """All of them in a few words, for messages and pages."""
+        return ", ".join(
+            f"{name}: {getattr(source, 'path', type(source).__name__)}"
+            for name, source in self.sources.items()
+        )
+
+    def model_dump(self) -> dict[str, Any]:
+        """Name to fields, for run.json."""
+        return {
+            name: source.model_dump() if isinstance(source, ModelSpec) else str(source)
+            for name, source in self.sources.items()
+        }
+
+
+def _spec(name: str, source: ModelSource | Mapping[str, Any]) -> ModelSource:
+    found = source_of(f"teachers.{name}", source)
+    return found if isinstance(found, (ModelSpec, *LOADED)) else ModelSpec(path=str(found))
+
+
+def _same(one: ModelSource, other: ModelSource) -> bool:
+    return one is other or (isinstance(one, ModelSpec) and one == other)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which teacher reads which row: that of its ``column``, or all, by the mean.
+
+    ``places`` are names and their places among the loaded teachers. None of them: a single teacher.
+    """
+
+    places: Mapping[str, int]
+    mix: Mix = "column"
+    column: str = "teacher"
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of every loaded teacher the share of the names that are its own; they sum to 1."""
+        own = list(self.places.values())
+        return tuple(own.count(k) / len(own) for k in range(max(own) + 1))
+
+    def name_of(self, index: int, row: Mapping[str, Any]) -> str | None:
+        """The teacher that a row asks for; None with the mean. Raises TOPDError, with the row."""
+        if self.mix == "mean":
+            return None
+        name = row.get(self.column)
+        if not isinstance(name, str) or name not in self.places:
+            has = ", ".join(sorted(map(str, row)))
+            given = f"is {name!r}" if self.column in row else f"is missing: it has {has}"
+            raise TOPDError(
+                f"data row {index}: column {self.column!r} {given}. It must name one of the "
+                f"teachers {', '.join(self.places)}. Correct the row, or set teacher_column."
+            )
+        return name
+
+    def check_named(self, named: Sequence[str | None]) -> None:
+        """Refuse a teacher that no row asks for. Raises TOPDError."""
+        idle = [name for name in self.places if name not in named]
+        if idle and self.mix == "column":
+            raise TOPDError(
+                f"teachers: {', '.join(idle)} is named by no row of the data (column "
+                f"{self.column!r}). Leave it out, or give it rows."
+            )
+
+
+NO_ROUTES = Routes({})  # one teacher
+
+
+class TeacherSet(nn.Module):
+    """The loaded teachers as one module: one fingerprint, one move to the device.
+
+    Args:
+        teachers: names and sources.
+        models: the distinct ones, loaded.
+    """
+
+    def __init__(self, teachers: Teachers, models: Sequence[PreTrainedModel]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.config = SimpleNamespace(_name_or_path=teachers.path)
