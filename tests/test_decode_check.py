@@ -167,7 +167,7 @@ def test_rope_that_depends_on_the_longest_row_is_refused_where_it_changes(tmp_pa
         lambda: engine.score([(5, 6), (7,)], [(9,), tuple(range(8, 48))]),
         lambda: engine.generate([(5, 6)], Sampling(max_new_tokens=40), [0]),
     ):
-        with pytest.raises(TOPDError, match="teacher: 41 tokens, and behind 40 its RoPE"):
+        with pytest.raises(TOPDError, match="teacher: 41 tokens; beyond 40 its RoPE"):
             ask()
 
 

@@ -69,12 +69,12 @@ def test_sizes_are_those_of_the_model_and_its_adapter():
     model = tiny_model("llama")
     count = sum(p.numel() for p in model.parameters())
     size = size_of(model, trained=True)
-    assert (size.weights, size.trained, size.stored) == (count, count, 4 * count)
+    assert (size.weights, size.trained, size.bytes) == (count, count, 4 * count)
     assert (size.layers, size.width, size.queries, size.keys) == (2, 32, 32, 16)
     assert not size.normed
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert size_of(adapted, trained=True).trained == 2 * 2 * (32 + 32)
-    assert size_of(tiny_model("qwen3").bfloat16()).stored == 2 * size_of(tiny_model()).weights
+    assert size_of(tiny_model("qwen3").bfloat16()).bytes == 2 * size_of(tiny_model()).weights
 
 
 SIZE = ModelSize(4_000, 1_000, 1_000, 2, 8, 16, 8, 4, 100, False)

@@ -174,7 +174,7 @@ def test_a_redirect_is_not_followed(start):
 def test_what_is_no_json_is_refused(start):
     fake = start()
     fake.answer = lambda *_: b"<html>"  # type: ignore[method-assign]
-    with pytest.raises(TOPDError, match=r"no JSON. Give the URL of a vLLM server"):
+    with pytest.raises(TOPDError, match=r"not JSON. Give the URL of a vLLM server"):
         servers(fake.url).get("/v1/models")
 
 
@@ -771,7 +771,7 @@ class Hostile(BaseHTTPRequestHandler):
     ("path", "said"),
     [
         ("/bomb", "of which 0 MiB were sent"),
-        ("/deep", "which is no JSON"),
+        ("/deep", "which is not JSON"),
         ("/drip", r"no answer within its time limit, served\.timeout 1 s"),
     ],
 )

@@ -292,3 +292,9 @@ class Guidance:
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest float of a device: float64, or float32 on Apple's, which lack it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The precision of the autocast that is on; None if none is."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None

@@ -19,8 +19,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from topd.engines.cast import autocast_dtype
 from topd.engines.fused import FAULTS
+from topd.types import autocast_dtype
 
 logger = logging.get_logger(__name__)
 

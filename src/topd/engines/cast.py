@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from topd.types import Head
+from topd.types import Head, autocast_dtype
 
 HEAD = 0  # the key of the head's copy: no object has this id
 
@@ -60,9 +60,3 @@ class CastWeights:
             known = self._copies[key] = torch.empty_like(weight, dtype=dtype, requires_grad=False)
         known.copy_(weight.detach())
         return known
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The precision of the autocast that is on; None if none is."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else None

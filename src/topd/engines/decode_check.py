@@ -2,7 +2,7 @@
 
 A model may read rightly and decode wrongly: its cache loses rows or is passed by, its attention
 counts places where texts leave gaps, its padding is seen. So a few tokens are written as in use:
-rows of several lengths, of which one ends early, in two batches, and windows behind a draft that
+rows of several lengths, of which one ends early, in two batches, and windows after a draft that
 holds and then does not.
 """
 
@@ -154,7 +154,7 @@ def decoding_gap(engine: HFEngine) -> tuple[float, float]:
 def _prompts(engine: HFEngine) -> list[Ids]:
     """Three texts of different lengths, random but fixed; none where positions do not suffice.
 
-    One of one token is behind another: a model that keeps a state of its own must forget it.
+    One of one token comes after another: a model that keeps a state of its own must forget it.
     """
     config = engine.model.config.get_text_config()
     limits = (getattr(config, "max_position_embeddings", None), engine.switch)

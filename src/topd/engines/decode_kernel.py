@@ -12,26 +12,20 @@ Importing this needs Triton.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels on the CPU
-OLDEST = (8, 0)  # compute capability: earlier cards have no bfloat16
+from topd.losses.kernels import runs_on
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LEAST = 16  # entries that a product of the kernel has along each axis
 
 
 def serves(keys: Tensor) -> bool:
     """Whether the kernel does this device and precision."""
-    if keys.dtype not in DTYPES:
-        return False
-    if keys.device.type == "cuda":
-        return torch.cuda.get_device_capability(keys.device) >= OLDEST
-    return INTERPRETED
+    return keys.dtype in DTYPES and runs_on(keys.device)
 
 
 def attend(

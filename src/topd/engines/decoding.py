@@ -295,18 +295,9 @@ class WindowBatch:
         self._read = blocks(going, FREE.get(self._device.type, FREE_ELSEWHERE))
         for window, block in zip(going, self._read, strict=True):
             window.read, window.forwards = window.read + len(block), window.forwards + 1
-        single = len({window.row for window in going}) == sum(map(len, self._read))
-        self._layout = self._one_each(going) if single else self._packed(going)
+        self._layout = self._packed(going)
         self._place = self._places()
         return self._layout
-
-    def _one_each(self, going: Sequence[Window]) -> Layout:
-        """The same as ``_packed``, sooner, for one token in every row."""
-        cells = [[w.tokens[-1], w.known + len(w.tokens) - 1, w.row] for w in going]
-        ids, positions, row = torch.tensor(cells, device=self._device).unbind(-1)
-        owner = torch.tensor(self._going, device=self._device)
-        mask = torch.nn.functional.pad(self._seen[owner], (0, 1), value=True)[:, None, None]
-        return Layout(ids[:, None], positions[:, None], row, torch.zeros_like(row), mask)
 
     def _packed(self, going: Sequence[Window]) -> Layout:
         cells: list[list[tuple[int, int, int, bool]]] = [[] for _ in {w.row for w in going}]

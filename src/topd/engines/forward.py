@@ -104,7 +104,7 @@ class ForwardEngine(BaseEngine):
         """No batch stands on both sides of where RoPE changes. Raises TOPDError if one would."""
         if self.switch is not None and longest > self.switch:
             raise TOPDError(
-                f"{self.name}: {longest} tokens, and behind {self.switch} its RoPE (longrope or "
+                f"{self.name}: {longest} tokens; beyond {self.switch} its RoPE (longrope or "
                 "dynamic) has other frequencies, for all rows of a batch. Ask for shorter texts."
             )
 

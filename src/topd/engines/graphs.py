@@ -25,11 +25,11 @@ from transformers.utils import logging
 
 from topd.engines.base import Wanted
 from topd.engines.buffers import SLACK, Buffers, UncapturedError, entry_bytes, rounded
-from topd.engines.cast import CastWeights, autocast_dtype
+from topd.engines.cast import CastWeights
 from topd.engines.draws import draw, row_words, step_keys, token_words
 from topd.engines.fused import Fused
 from topd.inputs.positions import rope_switch
-from topd.types import Head, Sampling
+from topd.types import Head, Sampling, autocast_dtype
 
 logger = logging.get_logger(__name__)
 

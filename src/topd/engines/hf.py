@@ -107,7 +107,7 @@ class HFEngine(ForwardEngine):
         cache = DynamicCache(config=self.model.config) if keep and self.shares else None
         width = max(len(response) for response in responses)
         with self.evaluating():
-            # Padding stands on the right, where a causal model cannot see it: no mask is needed.
+            # Padding is on the right, where a causal model cannot see it: no mask is needed.
             states = self.forward(self.padded(ids), cache=cache)
             place = self.tensor([len(p) - 1 for p in prompts])[:, None]
             place = place + torch.arange(width, device=states.device)

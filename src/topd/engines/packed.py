@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from topd.types import Head
+from topd.types import Head, autocast_dtype
 
 LEAST = 2**16  # entries of a weight: of smaller ones the call costs more than the product
 LEAST_MODEL = 2**22  # entries of all: fewer lie in the processor's cache
@@ -75,8 +75,8 @@ def packable(weight: Tensor) -> bool:
 
 def _computed(weight: Tensor) -> torch.dtype:
     """The precision that a product with a weight has, under autocast too."""
-    on = torch.is_autocast_enabled("cpu") and weight.dtype.is_floating_point
-    return torch.get_autocast_dtype("cpu") if on else weight.dtype
+    dtype = autocast_dtype(weight.device) if weight.dtype.is_floating_point else None
+    return dtype or weight.dtype
 
 
 def _supported(dtype: torch.dtype) -> bool:

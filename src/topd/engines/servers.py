@@ -91,7 +91,7 @@ class Servers:
             return json.loads(answer)
         except (ValueError, RecursionError) as error:
             raise TOPDError(
-                f"{self.name}: {', '.join(self.urls)} answer {answer[:80]!r}, which is no JSON. "
+                f"{self.name}: {', '.join(self.urls)} answer {answer[:80]!r}, which is not JSON. "
                 f"{OTHER}"
             ) from error
 

@@ -131,9 +131,9 @@ class Completions:
                     f"{self.servers.name}: wrote token {max(tokens)} of a vocabulary of "
                     f"{self.vocab_size}. It serves another model."
                 )
-            logprobs, behind = choice["logprobs"]["token_logprobs"], len(tokens) - 1
+            logprobs, read = choice["logprobs"]["token_logprobs"], len(tokens) - 1
             ended = tokens[-1] in self.ends
-            yield Generation(tuple(tokens), tuple(logprobs), ended, effort=Effort(behind, behind))
+            yield Generation(tuple(tokens), tuple(logprobs), ended, effort=Effort(read, read))
 
 
 def _top_scores(places: Sequence[Any], text: Ids, k: int) -> TopScores:

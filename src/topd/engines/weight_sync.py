@@ -64,17 +64,17 @@ class ServedStudent(HFEngine):
         """
         check_seeds(seeds, prompts)
         if not self.held:
-            self.bring_up_to_date()
+            self.sync()
         return self.completions.write_each(prompts, sampling, seeds)
 
-    def bring_up_to_date(self) -> None:
+    def sync(self) -> None:
         """Give the servers the current weights, if they have others. Raises as ``generate``."""
         digest = trained_digest(self.model)
         if digest != self._served_digest:
-            self._hand_over(digest)
+            self._send(digest)
             self._served_digest = digest
 
-    def _hand_over(self, digest: str) -> None:
+    def _send(self, digest: str) -> None:
         """Give the servers the current weights. On an error they stay paused: nobody is misled."""
         servers = self.completions.servers
         place = Path(servers.served.weights or "").absolute() / digest[:16]

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from topd.losses.terms import LEAST, Kind, Task, TokenTerms, Upstream
-from topd.types import Head
+from topd.types import Head, autocast_dtype
 
 try:
     from topd.losses import kernels
@@ -331,8 +331,7 @@ def _slices(count: int, step: int) -> Iterator[slice]:
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return autocast_dtype(hidden.device) or hidden.dtype
 
 
 def _without_autocast(hidden: Tensor) -> torch.autocast:

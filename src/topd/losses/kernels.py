@@ -47,8 +47,13 @@ def serves(logits: Tensor, task: Task) -> bool:
     biased = task.student.bias is not None or task.teacher.bias is not None
     if biased or logits.dtype == torch.float64:
         return False
-    if logits.device.type == "cuda":
-        return torch.cuda.get_device_capability(logits.device) >= OLDEST
+    return runs_on(logits.device)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device: GPUs that have bfloat16, or interpreted."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= OLDEST
     return INTERPRETED
 
 

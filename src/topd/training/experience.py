@@ -1,5 +1,5 @@
 """The experience phase: prompts -> rollouts -> token losses -> candidates -> windows -> transport
--> guidance. No gradients, engines only; the result can be printed, stored and learned from.
+-> guidance. No gradients, engines only; the result can be printed, saved and learned from.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ MOMENTS = 8  # bytes a trained weight: AdamW's two, in float32
 class ModelSize:
     """What a model's memory depends on.
 
-    ``stored`` are the bytes of its weights; ``normed``: queries and keys have norms of their own.
+    ``bytes`` are those of its weights; ``normed``: queries and keys have norms of their own.
     """
 
-    stored: int
+    bytes: int
     weights: int
     trained: int
     layers: int
@@ -44,7 +44,7 @@ class ModelSize:
     @property
     def wide(self) -> bool:
         """Whether autocast makes a second copy of the weights, in 16 bits."""
-        return self.stored > 3 * self.weights
+        return self.bytes > 3 * self.weights
 
     @property
     def cached(self) -> int:
@@ -59,7 +59,7 @@ def size_of(model: PreTrainedModel, *, trained: bool = False) -> ModelSize:
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelSize(
-        stored=sum(p.numel() * p.element_size() for p in parameters),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
         weights=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad) if trained else 0,
         layers=config.num_hidden_layers,
@@ -125,7 +125,7 @@ def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float
     The buffers that graphs write in stay from one update to the next.
     """
     byte = 2 if work.half else 4
-    always = student.stored + teacher.stored + MOMENTS * student.trained + BESIDE
+    always = student.bytes + teacher.bytes + MOMENTS * student.trained + BESIDE
     copied = student.weights * byte if work.half and student.wide else 0
     states = work.rollouts * work.response * teacher.width * byte  # the teacher's, of all rollouts
     buffers = work.rollouts * work.longest * student.cached * byte

@@ -31,7 +31,7 @@ from topd.losses import (
 )
 from topd.training.experience import Experience
 from topd.training.layout import Layout, lay_out, learned_part, sent, support_of
-from topd.types import BranchLoss, Guidance, Head, Rollout
+from topd.types import BranchLoss, Guidance, Head, Rollout, autocast_dtype
 
 T = TypeVar("T")
 ALIGNED = 16  # columns: attention kernels would copy a mask of other widths, in every layer
@@ -226,9 +226,7 @@ def _added(visible: Bool[Tensor, "B 1 L L"], dtype: torch.dtype) -> Float[Tensor
 
     In the precision that attention computes in, so that none casts it either.
     """
-    kind = visible.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(visible.device) or dtype
     added = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return added.masked_fill_(~visible, torch.finfo(dtype).min)
 

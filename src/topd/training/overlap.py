@@ -34,8 +34,8 @@ class Overlap:
         self._found: Future[Experience] | None = None
 
     def begin(self, prompts: Sequence[Prompt], *, step: int) -> None:
-        """Hand over the current weights, and observe update ``step`` with them from now on."""
-        self._student.bring_up_to_date()
+        """Sync the current weights, and observe update ``step`` with them from now on."""
+        self._student.sync()
         self._student.held = True
         looks = self._observer.args.looks_ahead(step)
         self._found = self._pool.submit(

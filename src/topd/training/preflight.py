@@ -171,10 +171,10 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        stored = type(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True).eval()
+        saved = type(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True).eval()
     finally:
         logging.set_verbosity(verbosity)
-    theirs = stored(input_ids=ids, use_cache=False).logits
+    theirs = saved(input_ids=ids, use_cache=False).logits
     kl = _kl(ours.cpu(), theirs)
     if kl > MOST_KL:
         raise TOPDError(

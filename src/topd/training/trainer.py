@@ -244,7 +244,7 @@ class TOPDTrainer(RecordedTrainer):
         ]
 
     def _experience(self, prompts: Sequence[Prompt], numbers: Sequence[int]) -> Experience:
-        """That of this update: gathered beside the one before, or now."""
+        """That of this update: gathered during the one before, or now."""
         if self.overlap:
             with self.phases.phase("waiting"):
                 ready = self.overlap.take()

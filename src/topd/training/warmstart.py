@@ -130,7 +130,7 @@ class WarmstartTrainer(TOPDTrainer):
             "sampling": repr(self.args.sampling),
             "seed": self.args.seed,
         }
-        done, began = _stored_answers(path, header), _clocks()
+        done, began = _answers_in(path, header), _clocks()
         size = self.args.answer_batch_size
         with open(path, "a", encoding="utf-8") as file:
             for first in range(len(done), len(prompts), size):
@@ -189,7 +189,7 @@ def _learned_again(prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
     return _with_answers(prompts, answers)
 
 
-def _stored_answers(path: Path, header: dict[str, Any]) -> list[list[int]]:
+def _answers_in(path: Path, header: dict[str, Any]) -> list[list[int]]:
     """Answers that an earlier run in this folder has to the same prompts, sampled the same way.
 
     Starts the file if there is none; a last line that was cut off is dropped.
