@@ -255,6 +255,16 @@ def test_a_moved_score_passes_a_threshold_in_as_many_rollouts_at_one_token(move)
     assert torch.equal(found.sum(-1), loud.long())
 
 
+def test_a_moved_score_worked_by_hand():
+    score = torch.tensor([[1.0, 3.0, 2.0, 99.0], [-1.0, -4.0, 99.0, 99.0], [2.0, 9.0, 9.0, 9.0]])
+    mask = torch.arange(4) < torch.tensor([[3], [2], [1]])
+    expected = torch.tensor([[3.0, 0.0, 0.0, 0.0], [-1.0, -5.0, 0.0, 0.0], [2.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(moved_to_start(score, mask), expected)
+    for token in range(8):  # a rollout of one token has one place
+        found = moved_to_random(score[2:], mask[2:], torch.full((1, 4), token))
+        assert torch.equal(found, expected[2:])
+
+
 def test_a_random_place_is_the_rollouts_own_and_even():
     """The same in any batch, and of 3,000 rollouts of three tokens each place has 1,000 +- 130."""
     tokens = torch.arange(9000).reshape(3000, 3)

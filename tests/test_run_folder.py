@@ -26,7 +26,7 @@ from topd.runs.folder import (
     manifest,
     rollout_record,
 )
-from topd.runs.records import Fork
+from topd.runs.records import FORMAT, Fork
 from topd.types import Branch, Guidance, Prompt, Rollout, SoftTarget
 
 ROLLOUT = Rollout(Prompt(3, (1, 2), (1,)), (7, 8), (-0.5, -1.25), finished=True)
@@ -80,6 +80,15 @@ def test_a_file_is_written_whole_and_replaced_whole(tmp_path):
         book.write("config.json", record)
         assert json.loads((book.folder / "config.json").read_text()) == record
     assert [file.name for file in book.folder.iterdir()] == ["config.json"]
+
+
+def test_a_run_says_its_format_first_and_other_files_do_not(tmp_path):
+    book = RunFolder(tmp_path)
+    for name in ("run.json", "config.json"):
+        book.write(name, {"seed": 1})
+    assert list(json.loads((tmp_path / "run.json").read_text())) == ["format", "seed"]
+    assert json.loads((tmp_path / "run.json").read_text())["format"] == FORMAT
+    assert list(json.loads((tmp_path / "config.json").read_text())) == ["seed"]
 
 
 def test_a_file_is_readable_and_what_json_does_not_know_is_text(tmp_path):
@@ -150,6 +159,11 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(TOPDError, match=r"^output_dir: .* \(.+\)\. Choose another folder\.$"):
             check_run_folder(folder)
+    said = r"cannot be written \(Not a directory\)\. Choose"
+    with pytest.raises(TOPDError, match=said):  # the system's words, without number and path
+        check_run_folder(tmp_path / "file" / "run")
+    with pytest.raises(TOPDError, match=r"\(.*null byte.*\)\. Choose"):
+        check_run_folder(tmp_path / "a\0b")
 
 
 def test_the_check_leaves_nothing(tmp_path):
