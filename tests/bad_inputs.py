@@ -340,9 +340,9 @@ CASES: tuple[Case, ...] = (
         stage=1,
     ),
     prompt(
-        "a wrong argument of the chat template",
-        "chat template fails",
-        "student",
+        "an argument that the chat template does not read",
+        "tokenize is not read by the chat template",
+        "row 0",
         "chat_template_kwargs",
         changes={"chat_template_kwargs": {"tokenize": False}},
     ),

@@ -112,6 +112,19 @@ def test_an_inherited_argument_without_effect_is_refused(tmp_path, unread, folde
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"load_best_model_at_end": True}, "has no effect without evaluations"),
+        ({"metric_for_best_model": "accuracy"}, "gives eval_loss, not 'accuracy'"),
+        ({"greater_is_better": True}, "the largest is the worst"),
+    ],
+)
+def test_the_best_model_is_known_by_the_figure_that_there_is(tmp_path, options, said):
+    with pytest.raises(TOPDError, match=said):
+        make(tmp_path, **options)
+
+
 def test_defaults_are_accepted_and_a_warm_start_may_have_noise(tmp_path):
     check_inherited(arguments(tmp_path))
     noisy = WarmstartConfig(output_dir=str(tmp_path), use_cpu=USE_CPU, neftune_noise_alpha=5.0)

@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+import numpy as np
 import pytest
 import yaml
 from peft import LoraConfig
@@ -365,8 +366,24 @@ def test_no_means_no_where_text_is_wanted(write, key):
 
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "seed": [-1, 1 << 32],
-    "max_steps": [0],
-    "num_train_epochs": [0.0, -1.0],
+    "max_steps": [0, -2],
+    "num_train_epochs": [0.0, -1.0, float("inf")],
+    "weight_decay": [-1.0, float("nan"), float("inf")],
+    "adam_beta1": [1.0, -0.1, float("nan")],
+    "adam_beta2": [1.5],
+    "adam_epsilon": [-1.0, float("inf")],
+    "max_grad_norm": [-1.0, float("nan")],
+    "warmup_steps": [-1.0, 1.5, float("inf")],
+    "logging_steps": [0, -1, 1.5, float("nan")],
+    "save_steps": [0, -3],
+    "eval_steps": [0],
+    "eval_delay": [-1.0, float("nan")],
+    "save_total_limit": [0],
+    "torch_empty_cache_steps": [0],
+    "dataloader_num_workers": [-1],
+    "dataloader_prefetch_factor": [0],
+    "ddp_timeout": [0],
+    "ddp_bucket_cap_mb": [-1],
     "beta": [-0.1, 1.1, float("nan")],
     "kd_ratio": [-0.1, 1.1],
     "false_alarm_share": [-0.1, 1.1],
@@ -421,8 +438,43 @@ def test_every_rule_of_the_configuration_is_tested_here():
 def test_a_value_out_of_range_is_refused_with_its_key_in_a_recipe_and_in_python(write, key, value):
     path = write(**{key: value})
     says(refusal(path), f"RECIPE: {key}:", repr(value))
-    with pytest.raises(TOPDError, match=rf"^{key}: .*(must be|is not one of|is unknown)"):
+    with pytest.raises(TOPDError, match=rf"^{key}: .*(must be|should be|is unknown)"):
         TOPDConfig(output_dir="unused", use_cpu=True, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"learning_rate": "abc"}, "learning_rate: Input should be a valid number"),
+        ({"top_k": 1.5}, "top_k: Input should be a valid integer"),
+        ({"bf16": "yes please"}, "bf16: Input should be a valid boolean"),
+        ({"max_grad_norm": None}, "max_grad_norm: Input should be a valid number"),
+        ({"lr_scheduler_kwargs": {"num_cycles": float("nan")}}, "lr_scheduler_kwargs: nan must be"),
+        ({"method_options": [1]}, "method_options: "),
+        ({"tf32": True}, r"tf32.*Correct it, or leave it out\."),
+        ({"bf16": True, "fp16": True}, r"not both\. Correct it, or leave it out\."),
+        ({"accelerator_config": {"split_batchs": True}}, "split_batchs"),
+        ({"optim": "nonsense"}, "nonsense is not a valid"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor can only be set"),
+        ({"method": "kl_top", "method_options": {"share": "x"}}, "share: 'x' is not of the type"),
+        ({"method": "kl_top", "method_options": {"share": 7}}, "share: 7 must be in"),
+        ({"method": "kl_top", "method_options": '{"share": 7}'}, "share: 7 must be in"),
+        ({"method": "relay", "method_options": {"tokens": 2.5}}, "tokens: 2.5 is not of the type"),
+    ],
+)
+def test_values_of_wrong_types_are_refused_in_python_as_in_recipes(options, said):
+    with pytest.raises(TOPDError, match=said):
+        TOPDConfig(output_dir="unused", use_cpu=True, **options)
+
+
+def test_values_are_taken_as_the_types_of_their_fields(tmp_path):
+    made = TOPDConfig(
+        output_dir=tmp_path, use_cpu=True, learning_rate="1e-3", seed=np.int64(3),
+        temperature=np.float32(0.5), max_grad_norm=float("inf"), log_rollouts="no",
+    )  # fmt: skip
+    assert (made.output_dir, made.learning_rate, made.seed) == (str(tmp_path), 1e-3, 3)
+    assert (type(made.seed), made.temperature, made.log_rollouts) == (int, 0.5, False)
 
 
 def test_an_unknown_method_is_refused_with_those_there_are(write):

@@ -1,7 +1,10 @@
-"""What goes wrong, in words, and what a command ends with. Imports nothing."""
+"""What goes wrong, in words, and what a command ends with. Imports nothing of ours."""
 
 from __future__ import annotations
 
+from typing import Any
+
+SHOWN = 200  # characters of a value in a message
 NONFINITE, COLLAPSED, DISK, UNREACHABLE, TERMINATED = 3, 4, 5, 6, 75
 
 
@@ -27,3 +30,9 @@ class StoppedError(TOPDError):
 
     def __reduce__(self) -> tuple[type[StoppedError], tuple[str, int]]:
         return StoppedError, (str(self), self.exit_code)  # to another process
+
+
+def shown(value: Any) -> str:
+    """A value or an error as text for a message, cut where it is long."""
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -15,6 +15,7 @@ my_module:function`` (docs/how-to/own-method.md shows a whole one).
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -301,13 +302,25 @@ def method_named(name: str) -> Method:
     return row_named("method", name, METHODS, Method)
 
 
+_RANGES = {"share": (1e-9, 1), "after": (0, math.inf), "gamma": (0, math.inf), "tokens": (1, 1e9)}
+
+
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises TOPDError for a method or an option that does not exist."""
-    known = [*inspect.signature(method_named(method).guide).parameters][1:]
-    for name in options:
+    """Raises TOPDError for a method or an option that does not exist, or a value out of range."""
+    guide = method_named(method).guide
+    known = [*inspect.signature(guide).parameters][1:]
+    for name, value in options.items():
         if name not in known:
             has = ", ".join(known) or "none"
             raise TOPDError(f"method_options: {method} has no option {name!r}. It has: {has}.")
+        kind = inspect.signature(guide).parameters[name].annotation
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = {"float": number, "int": type(value) is int, "bool": type(value) is bool}
+        least, most = _RANGES.get(name, (-math.inf, math.inf))
+        if not fits.get(getattr(kind, "__name__", kind), True):
+            raise TOPDError(f"method_options: {name}: {value!r} is not of the type {kind}.")
+        if method in METHODS and number and not least <= value <= most:
+            raise TOPDError(f"method_options: {name}: {value} must be in [{least}, {most}].")
 
 
 def _statistics(evidence: Evidence) -> TokenStatistics:

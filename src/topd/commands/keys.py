@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from topd.commands.yaml_text import LONGEST, parse_yaml, shown
-from topd.errors import TOPDError
+from topd.commands.yaml_text import LONGEST, parse_yaml
+from topd.errors import TOPDError, shown
 
 PARTS = ("student", "teacher", "teachers", "data", "eval_data", "evaluation", "lora", "compare")
 

@@ -9,16 +9,14 @@ shared unless it names its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar, get_type_hints
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from peft import LoraConfig
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from topd.commands.keys import (
     PARTS,
@@ -29,9 +27,8 @@ from topd.commands.keys import (
     read_mapping,
     refuse_unknown,
 )
-from topd.commands.yaml_text import shown
 from topd.config import CHECKPOINTING, TOPDConfig
-from topd.errors import TOPDError
+from topd.errors import TOPDError, shown
 from topd.evaluate.spec import TrainingEvaluation
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
@@ -221,35 +218,10 @@ def parse_spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
 
 
 def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> TOPDConfig:
-    hints = get_type_hints(kind)
-    values = {}
-    for key, value in settings.items():
-        if isinstance(value, float) and math.isnan(value):
-            raise TOPDError(
-                f"{path}: {key}: .nan is not a number. Write one, or leave the key out."
-            )
-        adapter = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True))
-        try:
-            values[key] = _validated(adapter, value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            given = "not shown" if "token" in key else shown(value)
-            raise TOPDError(f"{path}: {key}: {first['msg']} (given: {given}).") from error
     try:
-        return kind(**values)
-    except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
-        raise TOPDError(f"{path}: {error}") from error  # of transformers' own checks
-
-
-def _validated(adapter: TypeAdapter[Any], value: Any) -> Any:
-    """The value as its type; false, as YAML reads a bare no, is the word where text is wanted."""
-    try:
-        return adapter.validate_python(value)
-    except ValueError:  # older pydantics let an enum's own through
-        if value is False:
-            with suppress(ValueError):
-                return adapter.validate_python("no")
-        raise
+        return kind(**settings)
+    except TOPDError as error:
+        raise TOPDError(f"{path}: {error}") from error
 
 
 def _first(error: ValidationError) -> str:

@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 
 import yaml
 
-from topd.errors import TOPDError
+from topd.errors import TOPDError, shown
 
 LONGEST = 1_000_000  # characters of a file
 MOST = 20_000  # values, with aliases written out
 DEEPEST = 50  # lists and mappings inside each other
-SHOWN = 200  # characters of a value in a message
 _OTHER = ("timestamp", "set", "omap", "pairs", "binary")
 _NUMBERS = {
     "int": r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)",
@@ -119,9 +118,3 @@ def _check_size(place: str, text: str) -> None:
             )
         if len(within) > DEEPEST:
             raise TOPDError(f"{place}: is nested more than {DEEPEST} deep. Make it flatter.")
-
-
-def shown(value: Any) -> str:
-    """A value or an error as text for a message, cut where it is long."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

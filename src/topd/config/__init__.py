@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 from transformers import TrainingArguments
 
 from topd.config.rules import check_values
+from topd.config.values import typed
 from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
 from topd.errors import TOPDError
@@ -180,6 +181,8 @@ class TOPDConfig(TrainingArguments):
         return made
 
     def __post_init__(self) -> None:
+        for name in self._given:
+            setattr(self, name, typed(type(self), name, getattr(self, name)))
         named = bool(self.output_dir)
         if not named:
             self.output_dir = f"runs/topd-{datetime.now():%Y%m%d-%H%M%S}"
@@ -189,7 +192,11 @@ class TOPDConfig(TrainingArguments):
             if value is not None and value >= 1 and value == int(value):
                 setattr(self, name, int(value))
         self._check()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
+            raise TOPDError(f"{str(error).rstrip('.')}. Correct it, or leave it out.") from error
+        check_options(self.method, self._method_options())  # which may have been JSON
         if not named:  # each rank looked at its own clock
             self.output_dir = everywhere(self.output_dir)[0]
         if self.world_size > 1:
@@ -206,7 +213,7 @@ class TOPDConfig(TrainingArguments):
                 )
         brought = {name: value for name, value in settings.items() if name not in self._given}
         for name, value in brought.items():
-            setattr(self, name, value)
+            setattr(self, name, typed(type(self), name, value))
         return brought
 
     def settings_of_method(self) -> str:

@@ -83,3 +83,26 @@ def check_inherited(args: TOPDConfig) -> None:
         if name == "neftune_noise_alpha" and args.learns_from_answers:
             continue
         raise TOPDError(f"{name}: {value!r} has no effect here: {reason}. Leave it out.")
+    _check_best(args)
+
+
+def _check_best(args: TOPDConfig) -> None:
+    """What the best model is known by: an evaluation's mean divergence, the only figure it gives.
+
+    Raises TOPDError.
+    """
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise TOPDError(
+            "load_best_model_at_end: has no effect without evaluations. Set eval_strategy and "
+            "eval_data."
+        )
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise TOPDError(
+            f"metric_for_best_model: an evaluation gives eval_loss, not "
+            f"{args.metric_for_best_model!r}. Leave it out."
+        )
+    if args.greater_is_better:
+        raise TOPDError(
+            "greater_is_better: the figure is a divergence, so the largest is the worst. Leave it "
+            "out."
+        )

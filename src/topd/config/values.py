@@ -1,0 +1,73 @@
+"""Values of a configuration as the types of their fields; a number is a number."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from topd.errors import TOPDError, shown
+
+INFINITE = ("max_grad_norm",)  # gradients are measured then, and not clipped
+_OBJECTS = ("accelerator_config",)  # may be an object of transformers
+
+
+def typed(kind: type, name: str, value: Any) -> Any:
+    """A value as the type of its field: ``"1e-5"`` as a float, a path as text.
+
+    Raises:
+        TOPDError: it has another type, or is or has a number that is not finite.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        value = value.item()
+    if name in _OBJECTS and not isinstance(value, dict | str | None):
+        return value
+    try:
+        found = _as(_adapter(kind, name), value)
+    except ValidationError as error:
+        given = "not shown" if "token" in name else shown(value)
+        raise TOPDError(f"{name}: {error.errors()[0]['msg']} (given: {given}).") from error
+    _check_finite(name, found)
+    return found
+
+
+@cache
+def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(_hints(kind)[name], config=ConfigDict(arbitrary_types_allowed=True))
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _as(adapter: TypeAdapter[Any], value: Any) -> Any:
+    """The value as its type; false, as YAML reads a bare no, is the word where text is wanted."""
+    try:
+        return adapter.validate_python(value)
+    except ValueError:  # older pydantics let an enum's own through
+        if value is False:
+            with suppress(ValueError):
+                return adapter.validate_python("no")
+        raise
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Every number in a value, whatever it is in. Raises TOPDError."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            _check_finite(name, inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_finite(name, inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        if value == math.inf and name in INFINITE:
+            return
+        raise TOPDError(f"{name}: {value} must be a finite number. Write one, or leave it out.")
