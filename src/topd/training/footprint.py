@@ -76,7 +76,7 @@ def size_of_all(teacher: PreTrainedModel | TeacherSet) -> ModelSize:
     """A teacher's; of several the largest one's, with the bytes of all."""
     models = teacher.models if isinstance(teacher, TeacherSet) else [teacher]
     sizes = [size_of(model) for model in models]
-    return replace(max(sizes, key=lambda s: s.stored), stored=sum(s.stored for s in sizes))
+    return replace(max(sizes, key=lambda s: s.bytes), bytes=sum(s.bytes for s in sizes))
 
 
 @dataclass(frozen=True)
