@@ -1,6 +1,7 @@
 """A GGUF file is parsed once a process: transformers parses it again for each thing in it.
 
-Parsing takes seconds, for a vocabulary is read string by string. What is read stays a memory map.
+Parsing takes seconds, for a vocabulary is read string by string. What is read stays memory-mapped,
+as plain arrays: each slice of numpy's own memory map costs several times as much.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Key = tuple[str, int, int]
 
@@ -44,12 +47,28 @@ def parsed_once() -> Iterator[None]:
         given.GGUFReader, given.get_tensor_name_map = kept
 
 
+def _plain(reader: Any) -> Any:
+    """A reader whose file is a plain array over the memory map."""
+
+    class Plain(reader):
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = mapped.view(np.ndarray)
+
+    return Plain
+
+
 @cache
 def _kept(
     reader: Callable[..., Any], names: Callable[..., Any]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The two, each of which remembers what it made."""
     read: dict[Key, Any] = {}
+    reader = _plain(reader)
 
     def once(path: Any, mode: str = "r") -> Any:
         if mode != "r":

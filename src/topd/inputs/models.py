@@ -310,8 +310,10 @@ def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:
     config = type(model.config).from_dict(
         {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     )
-    fresh = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    fresh.load_state_dict(model.state_dict())
+    fresh = type(model).from_pretrained(  # no weight is drawn at random first
+        None, config=config, state_dict=model.state_dict(), dtype=model.dtype
+    )
+    fresh.config._name_or_path = fresh.name_or_path = model.name_or_path
     fresh.generation_config = model.generation_config
     return fresh
 
