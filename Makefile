@@ -4,7 +4,7 @@
 # make test-gpu   set up, then the tests of what runs on a GPU, on one; they are skipped where there is none
 # make test-vllm   set up vLLM in an environment of its own, then the tests of the served engine
 # make docs   set up, then build the docs site into site/, strictly and without a network
-# make package   wheel and sdist, checked, installed in a fresh environment, and topd quickstart from there
+# make package   wheel and sdist, checked, installed in a fresh environment; README's way and topd quickstart from there
 # make mutants   set up, then mutation testing of the core, at least 85 % killed; some 20 minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -51,6 +51,8 @@ package: $(VENV)/test.done
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv $(VENV)-package
 	$(VENV)-package/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	$(VENV)-package/bin/python -m pip install --quiet --constraint constraints.txt "pytest>=8.3"
+	$(VENV)-package/bin/python -m pytest tests/test_newcomer.py  # README's way, with what is installed
 	cd dist && ../$(VENV)-package/bin/topd quickstart
 
 mutants: $(VENV)/test.done  # a mutant may ask for memory without end

@@ -17,7 +17,8 @@ from topd.cli import app
 from topd.commands.recipe import read_recipe
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-SIZES = "--max_steps 1 --max_completion_length 8 --per_device_train_batch_size 2 --use_cpu true"
+SIZES = "--max_completion_length 8 --per_device_train_batch_size 2 --use_cpu true".split()  # noqa: SIM905
+FOLDER = ["--output_dir", "runs/NAME"]  # by default it has the date in its name
 
 
 def blocks(language: str) -> list[str]:
@@ -26,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def own(tmp_path, monkeypatch) -> Path:
-    """Two folders of weights and a file of problems, in a folder of one's own."""
+    """Two folders of weights and two files of problems, in a folder of one's own."""
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("student", "teacher")):
         tiny_model(seed=seed).save_pretrained(Path("path/to") / name)
@@ -37,27 +38,54 @@ def own(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def command(start: str) -> list[str]:
-    """The words of README's command that starts so."""
+def command(start: str, **changes: str) -> list[str]:
+    """The words of README's command that starts so, with other values of its options."""
     (line,) = [x for block in blocks("sh") for x in block.splitlines() if x.startswith(start)]
-    return line.partition("#")[0].split()[1:]
+    words = line.partition("#")[0].split()[1:]
+    for name, value in changes.items():
+        words[words.index(f"--{name}") + 1] = value
+    return words
 
 
-def ran(words: list[str]) -> str:
-    done = CliRunner().invoke(app, words)
+def ran(words: list[str], *more: str) -> str:
+    done = CliRunner().invoke(app, [*words, *more])
     assert done.exit_code == 0, done.output
     return done.output
 
 
 def test_from_own_weights_to_a_page_and_an_evaluation(own: Path) -> None:
-    words = [w for w in command("topd train --student") if w not in ("--bf16", "true")]
-    words[words.index("--max_steps") : words.index("--max_steps") + 2] = SIZES.split()
-    ran([*words, "--data.chat", "false", "--output_dir", "runs/NAME"])
+    ran(command("topd train --student", max_steps="1", bf16="false"), *SIZES, *FOLDER)
     assert Path("runs/NAME/report.html").is_file()
     assert Path("runs/NAME/student/model.safetensors").is_file()
+    Path("runs/NAME/report.html").unlink()
     ran(command("topd report"))
-    tail = "--max-tokens 8 --samples 1 --no-chat --columns prompt=prompt,answer=answer"
-    assert "results: " in ran([*command("topd eval"), *tail.split()])
+    assert Path("runs/NAME/report.html").is_file()
+    assert "results: " in ran(command("topd eval"), "--max-tokens", "8", "--samples", "1")
+
+
+def test_the_commands_on_a_recipe_run_in_the_order_of_readme(own: Path) -> None:
+    (text,) = blocks("yaml")
+    for theirs, ours in (
+        ("Qwen/Qwen3-0.6B ", "path/to/student"),
+        ("Qwen/Qwen3-4B", "path/to/teacher"),
+        ("gsm8k_train.jsonl", "train.jsonl"),
+        ("{prompt: question, solution: answer}", "{solution: answer}"),
+        ("max_completion_length: 512", "max_completion_length: 8"),
+        ("bf16: true", "bf16: false"),  # a CPU may lack bfloat16
+    ):
+        assert theirs in text
+        text = text.replace(theirs, ours)
+    Path("recipe.yaml").write_text(text)
+    Path("suite.yaml").write_text("problems: {path: test.jsonl, samples: 1, max_tokens: 8}\n")
+    one = [*SIZES, "--max_steps", "1"]
+    ran(command("topd warmstart"), *one, "--answers", "data", "--output_dir", "runs/STAGE1")
+    ran(command("topd probe"), *SIZES, "--rollouts", "4", "--window_length", "2")
+    ran(command("topd train recipe"), *one, *FOLDER)
+    ran(command("topd report"))
+    ran(command("topd eval"), "--max-tokens", "8", "--samples", "1")
+    gate = CliRunner().invoke(app, command("topd gate"))
+    assert gate.exit_code in (0, 1)  # a student of one update may be worse
+    assert "verdict" in gate.output
 
 
 def test_the_recipe_is_a_recipe(tmp_path: Path) -> None:
