@@ -370,6 +370,15 @@ def test_the_change_is_a_mean_with_a_t_interval_by_hand(shown):
     ]
 
 
+def test_the_change_of_a_warm_start_on_cross_entropy_alone_is_that_of_the_loss(shown):
+    """It has no divergence: ``kd_ratio: 0`` asks no teacher."""
+    show_change(Console(width=200), [{"step": i, "loss": 1.0 if i < 5 else 0.5} for i in range(10)])
+    assert shown().splitlines() == [
+        "loss, first 2 updates: 1.0000 +- 0.0000 nats a token",
+        "loss, last 2 updates: 0.5000 +- 0.0000 nats a token",
+    ]
+
+
 def test_no_change_is_claimed_from_fewer_than_ten_updates(shown):
     show_change(Console(width=200), [log(i) for i in range(9)])
     assert shown() == ""

@@ -30,13 +30,14 @@ def show_run(console: Console, folder: Path) -> None:
 def show_change(console: Console, logs: Sequence[Log]) -> None:
     """Print the divergence of the first and the last fifth of the updates, with intervals.
 
+    The loss instead, where only cross-entropy is learned (``kd_ratio: 0``).
     The intervals are 95 % t-intervals over updates. Each update has prompts of its own, so this
     shows the trend in training; it is no evaluation.
     """
     count = len(logs) // 5
     if count < 2:
         return
-    name = next(key for key in ("reverse_kl", "forward_kl", "jsd") if key in logs[0])
+    name = next(key for key in ("reverse_kl", "forward_kl", "jsd", "loss") if key in logs[0])
     for label, part in (("first", logs[:count]), ("last", logs[-count:])):
         values = [entry[name] for entry in part]
         mean, half = sum(values) / count, t_reach(values)
