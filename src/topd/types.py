@@ -20,7 +20,7 @@ Rows are always the student, columns the teacher. Losses are in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,6 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Ids = tuple[int, ...]
+Texts = Sequence[Ids]  # one a row
+Starts = Sequence[tuple[int, int]]  # rows and response tokens that windows begin at
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Protocol
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from topd.types import Generation, Head, Ids, Sampling
+from topd.types import Generation, Head, Ids, Sampling, Starts, Texts
 
 Tick = Callable[[], None]
 
@@ -51,18 +51,13 @@ class Engine(Protocol):
         ...
 
     def generate(
-        self, prompts: Sequence[Ids], sampling: Sampling, seeds: Sequence[int], *, tick: Tick = ...
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = ...
     ) -> list[Generation]:
         """Sample one response a prompt; a response depends on its prompt and its seed alone."""
         ...
 
     def score(
-        self,
-        prompts: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        temperature: float = 1.0,
-        keep: bool = True,
+        self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
     ) -> Scores:
         """Log-probs and last hidden states of given responses, from one forward.
 
@@ -73,7 +68,7 @@ class Engine(Protocol):
     def continue_from(
         self,
         scores: Scores,
-        starts: Sequence[tuple[int, int]],
+        starts: Starts,
         sampling: Sampling,
         seeds: Sequence[int],
         *,

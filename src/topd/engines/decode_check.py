@@ -21,7 +21,7 @@ from transformers.utils import logging
 from topd.engines.forward import WAYS, Way
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.types import Generation, Ids, Sampling, wide_dtype
+from topd.types import Generation, Ids, Sampling, Texts, wide_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -182,7 +182,7 @@ def _ending(engine: HFEngine, ends: Ids) -> HFEngine:
     return other
 
 
-def _apart(engine: HFEngine, prefixes: Sequence[Ids], found: Sequence[Generation]) -> Tensor:
+def _apart(engine: HFEngine, prefixes: Texts, found: Sequence[Generation]) -> Tensor:
     """|difference| of the log-probs of all tokens from those of single rows, end to end."""
     parts = []
     for prefix, one in zip(prefixes, found, strict=True):
@@ -197,7 +197,7 @@ def _alone(engine: HFEngine, prefix: Ids, tokens: Ids) -> Tensor:
     return _logprobs(engine, [text])[0][len(text) - len(tokens) - 1 :]
 
 
-def _noise(engine: HFEngine, prompts: Sequence[Ids]) -> float:
+def _noise(engine: HFEngine, prompts: Texts) -> float:
     """What rounding alone does: rows padded on the right against single ones, nats."""
     together = _logprobs(engine, prompts)
     single = [_logprobs(engine, [prompt])[0] for prompt in prompts]
@@ -205,7 +205,7 @@ def _noise(engine: HFEngine, prompts: Sequence[Ids]) -> float:
     return float(torch.cat(apart).max())
 
 
-def _logprobs(engine: HFEngine, texts: Sequence[Ids]) -> list[Tensor]:
+def _logprobs(engine: HFEngine, texts: Texts) -> list[Tensor]:
     """[L - 1] log-probs of all tokens of each text but its first, from one forward."""
     with engine.evaluating():
         ids = engine.padded(texts)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from topd.engines import Scores
 from topd.engines.draws import Noise
-from topd.types import Ids
+from topd.types import Ids, Starts, Texts
 
 MOST_AHEAD = 8  # draft tokens of a window in one forward
 FREE = {"cpu": 16}  # tokens that a forward reads for little more than the price of one
@@ -147,12 +147,7 @@ class Window:
 
 
 def open_windows(
-    starts: Sequence[tuple[int, int]],
-    prompts: Sequence[Ids],
-    responses: Sequence[Ids],
-    *,
-    limit: int,
-    width: int,
+    starts: Starts, prompts: Texts, responses: Texts, *, limit: int, width: int
 ) -> tuple[list[Window], list[int]]:
     """Windows from (row, token) pairs, and of which response each row of their cache is.
 
@@ -251,10 +246,7 @@ class WindowBatch:
         return window, token
 
     def take(
-        self,
-        hidden: Float[Tensor, "F D"],
-        token: Int[Tensor, " F"],
-        logprob: Float[Tensor, " F"],
+        self, hidden: Float[Tensor, "F D"], token: Int[Tensor, " F"], logprob: Float[Tensor, " F"]
     ) -> None:
         """Write what was drawn from the states after each token read."""
         self.states[self._place] = hidden
@@ -270,7 +262,7 @@ class WindowBatch:
             self._seen = torch.cat([self._seen, new], dim=1)
         self._going = [k for k in self._going if self.windows[k].going]
 
-    def rejoin(self, scores: Scores, starts: Sequence[tuple[int, int]]) -> None:
+    def rejoin(self, scores: Scores, starts: Starts) -> None:
         """Windows whose last ``rejoin`` tokens are the draft's take their rest from it."""
         for k in self._going:
             window, (b, t) = self.windows[k], starts[k]

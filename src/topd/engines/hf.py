@@ -25,7 +25,7 @@ from topd.engines.packed import packed
 from topd.engines.rollouts import CachedRows, RereadRows, write, write_in_graphs
 from topd.engines.windows import write_windows, write_windows_in_graphs
 from topd.errors import TOPDError
-from topd.types import Generation, Ids, Sampling
+from topd.types import Generation, Sampling, Starts, Texts
 
 WINDOWS_AT_ONCE = 64
 ROLLOUTS_SHARE, WINDOWS_SHARE = 1 / 3, 1 / 16  # of a GPU's memory, for buffers of graphs
@@ -41,12 +41,7 @@ class HFEngine(ForwardEngine):
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: Sequence[Ids],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
         check_seeds(seeds, prompts)
@@ -94,12 +89,7 @@ class HFEngine(ForwardEngine):
 
     @torch.no_grad()
     def score(
-        self,
-        prompts: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        temperature: float = 1.0,
-        keep: bool = True,
+        self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
     ) -> Scores:
         """Log-probs and last hidden states of responses. See :class:`~topd.engines.Engine`."""
         ids = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
@@ -120,7 +110,7 @@ class HFEngine(ForwardEngine):
     def continue_from(
         self,
         scores: Scores,
-        starts: Sequence[tuple[int, int]],
+        starts: Starts,
         sampling: Sampling,
         seeds: Sequence[int],
         *,
@@ -155,16 +145,14 @@ class HFEngine(ForwardEngine):
                 WINDOWS_AT_ONCE,
             )
 
-    def _continue_afresh(
-        self, prefix: Prefix, starts: Sequence[tuple[int, int]], wanted: Wanted
-    ) -> list[Generation]:
+    def _continue_afresh(self, prefix: Prefix, starts: Starts, wanted: Wanted) -> list[Generation]:
         """Continue by reading every prefix again: for caches that cannot be shared."""
         cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
         longest = max(map(len, cut), default=1) + wanted.steps
         at_once = max(1, min(WINDOWS_AT_ONCE, TOKENS_AT_ONCE // longest))
         return in_chunks(lambda some: self._afresh(cut[some], wanted.of(some)), len(cut), at_once)
 
-    def _afresh(self, cut: Sequence[Ids], wanted: Wanted) -> list[Generation]:
+    def _afresh(self, cut: Texts, wanted: Wanted) -> list[Generation]:
         written = self.generate(cut, wanted.sampling, wanted.seeds, tick=wanted.tick)
         hidden = self.score(cut, [w.tokens for w in written], keep=False).hidden
         return [replace(w, hidden=h[: len(w.tokens)]) for w, h in zip(written, hidden, strict=True)]

@@ -14,7 +14,7 @@ from topd.engines.decoding import growing_cache, select_rows
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
 from topd.engines.graphs import Graphs
-from topd.types import Generation, Head, Ids
+from topd.types import Generation, Head, Texts
 
 ROOM = 256  # entries that a cache holds at first; then it grows by half
 
@@ -38,7 +38,7 @@ class CachedRows:
     next token.
     """
 
-    def __init__(self, engine: ForwardEngine, prompts: Sequence[Ids], steps: int) -> None:
+    def __init__(self, engine: ForwardEngine, prompts: Texts, steps: int) -> None:
         self._engine = engine
         width = max(len(prompt) for prompt in prompts)
         self._ids = engine.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
@@ -66,7 +66,7 @@ class CachedRows:
 class RereadRows:
     """Rows without a cache: a text is read from its beginning for each token."""
 
-    def __init__(self, engine: ForwardEngine, prompts: Sequence[Ids]) -> None:
+    def __init__(self, engine: ForwardEngine, prompts: Texts) -> None:
         self._engine, self._texts = engine, [*prompts]
 
     def start(self) -> Float[Tensor, "N D"]:
@@ -104,7 +104,7 @@ def write(engine: ForwardEngine, head: Head, rows: Rows, wanted: Wanted) -> list
 
 
 def write_in_graphs(
-    engine: ForwardEngine, graphs: Graphs, prompts: Sequence[Ids], wanted: Wanted
+    engine: ForwardEngine, graphs: Graphs, prompts: Texts, wanted: Wanted
 ) -> list[Generation]:
     """The same in graphs; prompts are padded on the right."""
     lengths = [len(prompt) for prompt in prompts]

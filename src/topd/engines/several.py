@@ -21,7 +21,7 @@ from topd.engines import Engine, Scores, Tick, no_tick
 from topd.engines.draws import Noise, draw
 from topd.inputs.teachers import Routes
 from topd.losses import linear_logprobs
-from topd.types import Generation, Head, Ids, Prompt, Sampling
+from topd.types import Generation, Head, Ids, Prompt, Sampling, Starts, Texts
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class SeveralTeachers:
     def continue_from(
         self,
         scores: Scores,
-        starts: Sequence[tuple[int, int]],
+        starts: Starts,
         sampling: Sampling,
         seeds: Sequence[int],
         *,
@@ -192,12 +192,7 @@ class _Routed(SeveralTeachers):
         return [(engine, self._rows(k)) for k, engine in enumerate(self.engines)]
 
     def generate(
-        self,
-        prompts: Sequence[Ids],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """See :class:`~topd.engines.Engine`."""
         found: dict[int, Generation] = {}
@@ -209,12 +204,7 @@ class _Routed(SeveralTeachers):
         return [found[row] for row in range(len(prompts))]
 
     def score(
-        self,
-        prompts: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        temperature: float = 1.0,
-        keep: bool = True,
+        self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
     ) -> Scores:
         """See :class:`~topd.engines.Engine`."""
         width = max(len(response) for response in responses)
@@ -251,25 +241,18 @@ class _Mean(SeveralTeachers):
         """Input embeddings of all teachers side by side."""
         return torch.cat([engine.embed(tokens).float() for engine in self.engines], -1)
 
-    def _states(self, prompts: Sequence[Ids], responses: Sequence[Ids]) -> Float[Tensor, "B T D"]:
+    def _states(self, prompts: Texts, responses: Texts) -> Float[Tensor, "B T D"]:
         parts = [engine.score(prompts, responses, keep=False).hidden for engine in self.engines]
         return torch.cat([part.to(self.head.weight.dtype) for part in parts], -1)
 
     def score(
-        self,
-        prompts: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        temperature: float = 1.0,
-        keep: bool = True,
+        self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
     ) -> Scores:
         """See :class:`~topd.engines.Engine`; nothing is kept but the texts."""
         with torch.no_grad():
             return self._scored(prompts, responses, temperature)
 
-    def _scored(
-        self, prompts: Sequence[Ids], responses: Sequence[Ids], temperature: float
-    ) -> Scores:
+    def _scored(self, prompts: Texts, responses: Texts, temperature: float) -> Scores:
         hidden = self._states(prompts, responses)
         width = hidden.shape[1]
         tokens = torch.tensor(
@@ -287,7 +270,7 @@ class _Mean(SeveralTeachers):
     @torch.no_grad()
     def generate(
         self,
-        prompts: Sequence[Ids],
+        prompts: Texts,
         sampling: Sampling,
         seeds: Sequence[int],
         *,

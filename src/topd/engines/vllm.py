@@ -21,7 +21,7 @@ from topd.engines.base import BaseEngine, Options, Prefix, check_seeds
 from topd.engines.servers import Request, Servers
 from topd.errors import TOPDError
 from topd.inputs.served import ServedSpec
-from topd.types import Effort, Generation, Ids, Sampling
+from topd.types import Effort, Generation, Ids, Sampling, Starts, Texts
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
 WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -73,13 +73,13 @@ class Completions:
         return [[next(written) for _ in range(size)] for size in sizes]
 
     def write_each(
-        self, texts: Sequence[Ids], sampling: Sampling, seeds: Sequence[int]
+        self, texts: Texts, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Generation]:
         """What comes after texts that share nothing."""
         body = [self._request([t], sampling, s) for t, s in zip(texts, seeds, strict=True)]
         return [g for answer in self.servers.ask(body) for g in self._generations(answer)]
 
-    def read(self, texts: Sequence[Ids], k: int) -> list[TopScores]:
+    def read(self, texts: Texts, k: int) -> list[TopScores]:
         """The log-probs of given texts and of the ``k`` likeliest tokens at each place."""
         once = Sampling(temperature=0, max_new_tokens=1)
         wanted = [self._request([text], once, 0, prompt_logprobs=k) for text in texts]
@@ -89,12 +89,7 @@ class Completions:
         ]
 
     def _request(
-        self,
-        texts: Sequence[Ids],
-        sampling: Sampling,
-        seed: int,
-        group: int | None = None,
-        **more: Any,
+        self, texts: Texts, sampling: Sampling, seed: int, group: int | None = None, **more: Any
     ) -> Request:
         """Everything is said: no default of a server or of its model counts."""
         body = {
@@ -163,11 +158,7 @@ class VLLMEngine(BaseEngine):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        path: str,
-        served: ServedSpec,
-        **options: Unpack[Options],
+        self, model: PreTrainedModel, path: str, served: ServedSpec, **options: Unpack[Options]
     ) -> None:
         super().__init__(model, **options)
         self.path = path
@@ -179,12 +170,7 @@ class VLLMEngine(BaseEngine):
         self.pooling = Servers(f"{self.name} (pooling)", served.pooling, served)
 
     def generate(
-        self,
-        prompts: Sequence[Ids],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`."""
         check_seeds(seeds, prompts)
@@ -192,12 +178,7 @@ class VLLMEngine(BaseEngine):
 
     @torch.no_grad()
     def score(
-        self,
-        prompts: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        temperature: float = 1.0,
-        keep: bool = True,
+        self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
     ) -> Scores:
         """Log-probs and last hidden states of responses. See :class:`~topd.engines.Engine`.
 
@@ -212,9 +193,7 @@ class VLLMEngine(BaseEngine):
         with self.evaluating():
             return self.scores_of(hidden, Prefix(tuple(prompts), tuple(responses)), temperature)
 
-    def score_top(
-        self, prompts: Sequence[Ids], responses: Sequence[Ids], k: int
-    ) -> list[TopScores]:
+    def score_top(self, prompts: Texts, responses: Texts, k: int) -> list[TopScores]:
         """The responses' log-probs and the ``k`` likeliest tokens, as a completions server says.
 
         A part of the distribution, and more bytes than hidden states for a ``k`` that matters: the
@@ -224,7 +203,7 @@ class VLLMEngine(BaseEngine):
         starts = [len(prompt) - 1 for prompt in prompts]
         return [TopScores(*(x[t:] for x in row)) for row, t in zip(read, starts, strict=True)]
 
-    def states(self, texts: Sequence[Ids], servers: Servers) -> list[Float[Tensor, "L D"]]:
+    def states(self, texts: Texts, servers: Servers) -> list[Float[Tensor, "L D"]]:
         """Last hidden states of whole texts. Raises TOPDError if they do not fit the head."""
         dtype, width = self.head.weight.dtype, self.head.weight.shape[1]
         body = {
@@ -248,7 +227,7 @@ class VLLMEngine(BaseEngine):
     def continue_from(
         self,
         scores: Scores,
-        starts: Sequence[tuple[int, int]],
+        starts: Starts,
         sampling: Sampling,
         seeds: Sequence[int],
         *,

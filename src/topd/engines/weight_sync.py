@@ -20,7 +20,7 @@ from topd.errors import DISK, StoppedError
 from topd.inputs.adapters import merged
 from topd.inputs.fingerprints import trained_digest
 from topd.inputs.served import ServedSpec
-from topd.types import Generation, Ids, Sampling
+from topd.types import Generation, Ids, Sampling, Texts
 
 
 class ServedStudent(HFEngine):
@@ -38,11 +38,7 @@ class ServedStudent(HFEngine):
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        served: ServedSpec,
-        probe: Ids,
-        **options: Unpack[Options],
+        self, model: PreTrainedModel, served: ServedSpec, probe: Ids, **options: Unpack[Options]
     ) -> None:
         super().__init__(model, **options)
         servers = Servers(f"{self.name} (rollouts)", served.completions, served)
@@ -51,12 +47,7 @@ class ServedStudent(HFEngine):
         self.held = False  # write with the weights that the servers have
 
     def generate(
-        self,
-        prompts: Sequence[Ids],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """Sample one response a prompt. See :class:`~topd.engines.Engine`.
 

@@ -14,9 +14,7 @@ from topd.engines.decoding import Window, WindowBatch, growing_cache, open_windo
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
 from topd.engines.graphs import Graphs
-from topd.types import Effort, Generation, Head
-
-Starts = Sequence[tuple[int, int]]
+from topd.types import Effort, Generation, Head, Starts
 
 
 def write_windows(

@@ -147,9 +147,7 @@ def soft_target_kl(
 
 
 def trajectory_loss(
-    student_logprobs: Float[Tensor, "N K V"],
-    targets: Float[Tensor, "N K V"],
-    mask: Tensor,
+    student_logprobs: Float[Tensor, "N K V"], targets: Float[Tensor, "N K V"], mask: Tensor
 ) -> Float[Tensor, ""]:
     """L_traj: the mean over guided positions of KL(y~ || p_S(. | c)).
 

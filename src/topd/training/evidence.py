@@ -11,14 +11,7 @@ from torch import Tensor
 from topd import transport
 from topd.engines import Scores
 from topd.runs.records import Fork
-from topd.types import (
-    Evidence,
-    Generation,
-    Rollout,
-    TokenScores,
-    TokenStatistics,
-    Windows,
-)
+from topd.types import Evidence, Generation, Rollout, Starts, TokenScores, TokenStatistics, Windows
 
 
 @dataclass(frozen=True)
@@ -46,10 +39,7 @@ def token_scores(
 
 
 def pair_windows(
-    rollouts: Sequence[Rollout],
-    starts: Sequence[tuple[int, int]],
-    written: Sequence[Generation],
-    length: int,
+    rollouts: Sequence[Rollout], starts: Starts, written: Sequence[Generation], length: int
 ) -> Windows:
     """Pair what the teacher wrote with the student's own rollout from the same token on.
 

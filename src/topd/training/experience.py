@@ -42,6 +42,7 @@ from topd.types import (
     Guidance,
     Prompt,
     Rollout,
+    Starts,
     Transport,
     Windows,
 )
@@ -293,11 +294,7 @@ class Observer:
         return [(row, t) for row, t in candidates.nonzero().tolist()]
 
     def look_ahead(
-        self,
-        scores: Scores,
-        starts: Sequence[tuple[int, int]],
-        seeds: Sequence[int],
-        length: int,
+        self, scores: Scores, starts: Starts, seeds: Sequence[int], length: int
     ) -> list[Generation]:
         """What the teacher writes next from each (row, token), ``length`` tokens at most.
 
@@ -322,7 +319,7 @@ class Observer:
         self,
         rollouts: Sequence[Rollout],
         losses: Sequence[Tensor],
-        starts: Sequence[tuple[int, int]],
+        starts: Starts,
         written: Sequence[Generation],
         length: int,
     ) -> Evidence:
