@@ -18,18 +18,40 @@ the student of that family does. Scores are greedy and sampled accuracy on test 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from topd.testbed import FAMILIES, Family, problems
+from topd import TOPDConfig, TOPDTrainer
+from topd.engines.hf import HFEngine
+from topd.inputs.models import ModelSpec
+from topd.inputs.teachers import Teachers
+from topd.statistics import seed_problem_interval
+from topd.testbed import FAMILIES, Family, problems, write
 from topd.testbed.models import make
-from topd.testbed.world import State, Step
+from topd.testbed.world import REFERENCE, State, Step
+from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
+from topd.types import Sampling
 
+PAGE = Path("docs/how-to/several-teachers.md")
+MARK = "## One student or two?"
 NAMES = ("arithmetic", "programs")
 WORDS = tuple(dict.fromkeys(word for name in NAMES for word in FAMILIES[name].vocabulary))
+SEEDS, UPDATES, PROMPTS, TESTS, TOKENS = (0, 1, 2), 160, 4000, 300, 64
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "max_completion_length": TOKENS,
+    "learning_rate": 1e-3,
+    "save_strategy": "no",
+    "log_rollouts": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 
 
 class Wider:
@@ -94,12 +116,158 @@ def make_models(folder: Path) -> None:
             make(family, role, folder / name)  # type: ignore[arg-type]
 
 
+def rows_of(name: str, split: str, count: int) -> list[dict[str, str]]:
+    """Problems of a family, each with its teacher's name and a solution in the student's habits."""
+    return [
+        {
+            "prompt": prompt,
+            "teacher": name,
+            "solution": write(FAMILIES[name], prompt, REFERENCE, random.Random(prompt)),
+        }
+        for prompt in problems(name, split, count)
+    ]
+
+
+def mixed(count: int) -> list[dict[str, str]]:
+    """As many rows of each family, in turn."""
+    parts = [rows_of(name, "train", count) for name in NAMES]
+    return [row for pair in zip(*parts, strict=True) for row in pair]
+
+
+def warm_start(models: Path, folder: Path) -> Path:
+    """The student after stage 1 on solutions of both families; made once."""
+    if not (folder / "student" / "README.md").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        args = WarmstartConfig(
+            answers="data", kd_ratio=0.0, max_steps=140, output_dir=str(folder), **COMMON
+        )
+        teacher = str(models / NAMES[0])
+        rows = mixed(2240)
+        WarmstartTrainer(str(models / "student"), teacher, args, train_dataset=rows).train()
+    return folder / "student"
+
+
+def learned(models: Path, start: Path, folder: Path, whose: str, seed: int) -> Path:
+    """A student of both teachers, or of one with half of the updates."""
+    if not (folder / "student" / "README.md").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        both = whose == "both"
+        places = {name: str(models / name) for name in NAMES}
+        TOPDTrainer(
+            str(start),
+            Teachers(places) if both else places[whose],
+            TOPDConfig(
+                max_steps=UPDATES if both else UPDATES // 2,
+                output_dir=str(folder),
+                seed=seed,
+                **COMMON,
+            ),
+            train_dataset=mixed(PROMPTS) if both else rows_of(whose, "train", PROMPTS),
+        ).train()
+    return folder / "student"
+
+
+def solved(student: Path, name: str, temperature: float) -> list[float]:
+    """Of every test problem of a family whether the student's answer is right."""
+    spec = ModelSpec(path=str(student))
+    tokenizer = spec.load_tokenizer()
+    engine = HFEngine(spec.load_model(), eos_ids=(tokenizer.eos_token_id,))
+    asked = problems(name, "test", TESTS)
+    answers = engine.generate(
+        [tuple(tokenizer(prompt)["input_ids"]) for prompt in asked],
+        Sampling(temperature, max_new_tokens=TOKENS),
+        range(len(asked)),
+    )
+    texts = [tokenizer.decode(a.tokens, skip_special_tokens=True) for a in answers]
+    pairs = zip(asked, texts, strict=True)
+    return [float(FAMILIES[name].check(prompt, text)) for prompt, text in pairs]
+
+
+def scored(folder: Path, student: Path) -> dict[str, list[float]]:
+    """Family and way of writing to what was solved; kept in a file."""
+    path = folder / "solved.json"
+    if not path.exists():
+        found = {
+            f"{name}, {way}": solved(student, name, temperature)
+            for name in NAMES
+            for way, temperature in (("greedy", 0.0), ("sampled", 1.0))
+        }
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
+
+
+def summary(folder: Path, start: Path) -> dict[str, Any]:
+    """Scores of all students, and the difference of both teachers and one, with intervals."""
+    runs = {
+        (whose, seed): scored(folder / f"{whose}-{seed}", folder / f"{whose}-{seed}" / "student")
+        for whose in ("both", *NAMES)
+        for seed in SEEDS
+    }
+    before, table = scored(start.parent, start), {}
+    for name in NAMES:
+        for way in ("greedy", "sampled"):
+            key = f"{name}, {way}"
+            both, own = ([runs[whose, s][key] for s in SEEDS] for whose in ("both", name))
+            gap = [
+                [x - y for x, y in zip(*pair, strict=True)] for pair in zip(both, own, strict=True)
+            ]
+            table[key] = {
+                "start": fmean(before[key]),
+                "both": asdict(seed_problem_interval(both, bounds=(0, 1))),
+                "one": asdict(seed_problem_interval(own, bounds=(0, 1))),
+                "difference": asdict(seed_problem_interval(gap)),
+            }
+    settings = {"updates": UPDATES, "rollouts": COMMON["per_device_train_batch_size"]}
+    return {"settings": {**settings, "seeds": SEEDS, "problems": TESTS}, "scores": table}
+
+
+def table_of(found: dict[str, Any]) -> str:
+    """The section of the page."""
+    how = found["settings"]
+    lines = [
+        "| family | start | two students, one teacher each | one student, both teachers | "
+        "difference, points |",
+        "|---|---|---|---|---|",
+    ]
+    for key, row in found["scores"].items():
+        cells = [f"{100 * row[arm]['mean']:.1f}" for arm in ("one", "both")]
+        gap = row["difference"]
+        points = [f"{100 * gap[end]:+.1f}" for end in ("mean", "low", "high")]
+        lines.append(
+            f"| {key} | {100 * row['start']:.1f} | {cells[0]} | {cells[1]} | "
+            f"{points[0]} ({points[1]} to {points[2]}) |"
+        )
+    return "\n".join(
+        [
+            f"{MARK}\n",
+            "Test problems solved, percent: one student with both teachers after "
+            f"{how['updates']} updates, against two students",
+            f"with one teacher each after {how['updates'] // 2}; {how['rollouts']} rollouts an "
+            f"update, `opd`, {len(how['seeds'])} seeds, {how['problems']} problems a family; 95 % "
+            "intervals over",
+            "seeds and problems. Tiny models of the testbed, in one vocabulary "
+            "(`python -m bench.several`, `docs/results/several.json`).\n",
+            *lines,
+            "",
+        ]
+    )
+
+
 def main() -> None:
-    """Models, runs, results."""
+    """Models, runs, results, table; everything that is there already is kept."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, default=Path("runs/several"))
-    asked = parser.parse_args()
-    make_models(asked.folder / "models")
+    folder = parser.parse_args().folder
+    make_models(folder / "models")
+    start = warm_start(folder / "models", folder / "start")
+    for seed in SEEDS:
+        for whose in ("both", *NAMES):
+            learned(folder / "models", start, folder / f"{whose}-{seed}", whose, seed)
+            print(whose, seed, flush=True)
+    found = summary(folder, start)
+    Path("docs/results/several.json").write_text(json.dumps(found, indent=1) + "\n")
+    head = PAGE.read_text(encoding="utf-8").partition(MARK)[0]
+    PAGE.write_text(head + table_of(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
