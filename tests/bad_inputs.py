@@ -105,6 +105,11 @@ def several(given: str, fault: str, place: str, remedy: str, **more: Any) -> Cas
     return Case("Several teachers", given, fault, place, remedy, changes, without, data=data)
 
 
+def own(given: str, fault: str, place: str, remedy: str, **more: Any) -> Case:
+    changes = {"teacher": "self", **more}
+    return Case("A teacher that is the student", given, fault, place, remedy, changes)
+
+
 def folder(given: str, fault: str, place: str, remedy: str, **more: Any) -> Case:
     return Case("Run folders", given, fault, place, remedy, **more)
 
@@ -662,6 +667,22 @@ CASES: tuple[Case, ...] = (
         "teachers_mix",
         "Leave it out",
         {"teachers_mix": "mean"},
+    ),
+    own("its student's prompt", "self reads the same prompts", "teacher", "teacher_prompt"),
+    own(
+        "an average of 1",
+        "Input should be less than 1",
+        "teacher.self",
+        "{self: {ema: 0.99}}",
+        teacher={"self": {"ema": 1}},
+    ),
+    own(
+        "a wrong reference that its prompt does not name",
+        "wrong has no effect",
+        "reference",
+        "Leave it out",
+        teacher_prompt="think: {{ prompt }}",
+        reference="wrong",
     ),
     served(
         "a URL without http",

@@ -57,7 +57,8 @@ def check_early(
     path = Path(given or "topd")
     for part, kind in SPECS.items():
         value = content.get(part)
-        if isinstance(value, Mapping):
+        own = part == "teacher" and isinstance(value, Mapping) and "self" in value
+        if isinstance(value, Mapping) and not own:
             refuse_unknown(path, mapping_at(path, part, value), declared(kind), f"{part}.")
     teachers = content.get("teachers")
     several = dict(teachers) if isinstance(teachers, Mapping) else {}

@@ -32,6 +32,7 @@ from topd.errors import TOPDError, shown
 from topd.evaluate.spec import TrainingEvaluation
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
+from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import Teachers
 from topd.training.warmstart import WarmstartConfig
 
@@ -44,7 +45,7 @@ class Recipe:
     """A checked recipe of one stage."""
 
     student: ModelSpec
-    teacher: ModelSpec | Teachers
+    teacher: ModelSpec | Teachers | SelfTeacher
     data: DataSpec
     eval_data: DataSpec | None
     evaluation: TrainingEvaluation | None
@@ -57,7 +58,9 @@ class Recipe:
         several = isinstance(self.teacher, Teachers)
         return {
             "student": self.student.model_dump(),
-            "teachers" if several else "teacher": self.teacher.model_dump(),
+            "teachers" if several else "teacher": self.teacher.stored()
+            if isinstance(self.teacher, SelfTeacher)
+            else self.teacher.model_dump(),
             "data": self.data.model_dump(),
             "eval_data": self.eval_data.model_dump() if self.eval_data else None,
             "evaluation": self.evaluation.model_dump() if self.evaluation else None,
@@ -185,8 +188,14 @@ def read_recipe(
     )
 
 
-def _teacher(path: Path, content: Mapping[str, Any]) -> ModelSpec | Teachers:
+def _teacher(path: Path, content: Mapping[str, Any]) -> ModelSpec | Teachers | SelfTeacher:
     if "teachers" not in content:
+        try:
+            own = self_teacher_of(content["teacher"])
+        except TOPDError as error:
+            raise TOPDError(f"{path}: {error}") from error
+        if own:
+            return own
         return parse_spec(path, "teacher", ModelSpec, content["teacher"])
     given = mapping_at(path, "teachers", content["teachers"])
     specs = {name: parse_spec(path, f"teachers.{name}", ModelSpec, v) for name, v in given.items()}
@@ -194,11 +203,11 @@ def _teacher(path: Path, content: Mapping[str, Any]) -> ModelSpec | Teachers:
 
 
 def one_teacher(recipe: Recipe) -> ModelSpec:
-    """The teacher of a recipe that has one. Raises TOPDError for one that has several."""
-    if isinstance(recipe.teacher, Teachers):
+    """The teacher of a recipe that has one. Raises TOPDError for several, or the student itself."""
+    if not isinstance(recipe.teacher, ModelSpec):
         raise TOPDError(
-            "teachers: probe and repair look at one teacher. Make a recipe with one of them: "
-            "teacher: PATH."
+            "teacher: probe and repair look at one teacher, which is not the student. Make a "
+            "recipe with one: teacher: PATH."
         )
     return recipe.teacher
 

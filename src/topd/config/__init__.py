@@ -74,6 +74,11 @@ class TOPDConfig(TrainingArguments):
     teacher_prompt: str | None = _field(
         None, "Jinja template of the teacher's own user message; sees the columns of the data."
     )
+    reference: Literal["given", "wrong", "none"] = _field(
+        "given",
+        "The solution or answer that teacher_prompt sees: the row's own, another row's, or none. "
+        "wrong and none are controls.",
+    )
 
     # Several teachers
     teacher_column: str = _field("teacher", "Column of the data with the name of a row's teacher.")

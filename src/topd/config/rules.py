@@ -87,5 +87,9 @@ def check_values(config: TOPDConfig) -> None:
         given = getattr(config, name)
         if isinstance(given, str) and not given.startswith("{"):
             raise TOPDError(f"{name}: {given!r} is not a mapping, e.g. {{a: 1}}.")
+    if config.reference != "given" and config.teacher_prompt is None:
+        raise TOPDError(
+            f"reference: {config.reference} has no effect without teacher_prompt. Leave it out."
+        )
     if config.epsilon != type(config).epsilon and config.solver == "exact":
         raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")

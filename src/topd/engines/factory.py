@@ -27,7 +27,7 @@ def open_engines(
     temperature: float,
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> tuple[HFEngine, list[Engine]]:
-    """The engines of a student and of one or more teachers, in their order, and checked.
+    """The engines of a student and of its teachers, if any, in their order, and checked.
 
     Each is served where its source says so. All sample the ids that all have.
 
@@ -78,4 +78,5 @@ def _teacher(
 def _common_ids(tokenizers: Sequence[PreTrainedTokenizerBase]) -> list[int]:
     """The ids that stand for the same token in all, ascending."""
     student, *teachers = tokenizers
+    teachers = teachers or [student]
     return sorted(set.intersection(*({*shared_ids(student, other)} for other in teachers)))

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.prompt_rows import Messages, Row, last_user, read_row
+from topd.inputs.references import Reference, columns_of, referred
 from topd.inputs.teachers import NO_ROUTES, Routes
 from topd.inputs.templates import BoundedSandbox, fill
 from topd.inputs.vocabulary import shared_ids
@@ -44,6 +45,7 @@ class PromptEncoder:
         drop_long: leave longer prompts out instead of refusing them.
         template_kwargs: given to both chat templates.
         routes: of several teachers, which row is whose.
+        reference: the answer that the teacher's prompt is told; see :mod:`.references`.
     """
 
     student: PreTrainedTokenizerBase
@@ -53,6 +55,7 @@ class PromptEncoder:
     drop_long: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     routes: Routes = NO_ROUTES
+    reference: Reference = "given"
 
     def encode(
         self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
@@ -77,7 +80,12 @@ class PromptEncoder:
         """
         self._warn_of_dates()
         template = self._template()
-        prompts = [self._one(i, row, template, with_response) for i, row in enumerate(rows)]
+        read = [(row, read_row(i, row)) for i, row in enumerate(rows)]
+        told = self._told([{**row, "solution": asked.solution} for row, asked in read])
+        prompts = [
+            self._one(row, asked, template, with_response, other)
+            for (row, asked), other in zip(read, told, strict=True)
+        ]
         longest = [max(len(p.student), len(p.teacher)) for p in prompts]
         for prompt, length in zip(prompts, longest, strict=True):
             if length > self.max_length and not self.drop_long:
@@ -104,17 +112,29 @@ class PromptEncoder:
                     "template takes one, set chat_template_kwargs: {date_string: ...}."
                 )
 
+    def _told(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """For every row what replaces its own reference in the teacher's prompt."""
+        if self.reference == "given":
+            return [{}] * len(rows)
+        columns = columns_of(self.teacher_prompt or "", Environment())  # noqa: S701 - only parsed
+        return referred(rows, columns, self.reference)
+
     def _one(
-        self, index: int, row: Mapping[str, Any], template: Template | None, with_response: bool
+        self,
+        row: Mapping[str, Any],
+        asked: Row,
+        template: Template | None,
+        with_response: bool,
+        told: Mapping[str, Any],
     ) -> Prompt:
-        asked = read_row(index, row)
+        index = asked.index
         prompt, more = asked.prompt, {**self.template_kwargs, **asked.template_kwargs}
         if not isinstance(prompt, str):
             self._check_read(index, more)
         student = self._ids(index, self.student, prompt, more)
         name = self.routes.name_of(index, row) if self.routes.places else None
         if template is not None:
-            text = self._fill(index, template, {**row, "solution": asked.solution}, prompt)
+            text = self._fill(index, template, {**row, "solution": asked.solution, **told}, prompt)
             teacher = self._teachers_ids(index, name, _with_last_user(prompt, text), more)
         else:
             teacher = self._teachers_ids(index, name, prompt, more, student)

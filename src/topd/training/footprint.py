@@ -205,5 +205,6 @@ def memory_warning(
     if args.device.type != "cuda" or not prompts:
         return None
     capacity = torch.cuda.get_device_properties(args.device).total_memory
-    sizes = size_of(student, trained=True), size_of_all(teacher)
+    own, other = size_of(student, trained=True), size_of_all(teacher)
+    sizes = own, replace(other, stored=0) if teacher is student else other
     return warning(max(peaks(*sizes, work_of(args, prompts)).values()), capacity)

@@ -20,6 +20,7 @@ from topd.distributed import agreed, everywhere, on_first
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.adapters import merged
 from topd.inputs.fingerprints import fingerprint, trained_digest
+from topd.inputs.self_teacher import Average
 from topd.runs import checkpoints
 from topd.runs.folder import (
     RunFolder,
@@ -74,6 +75,7 @@ class RecordedTrainer(Trainer):
         self.meter = Means(args.world_size)  # since the latest log
         self.totals = Means(args.world_size)  # since the beginning
         self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
+        self.average: Average | None = None  # of a teacher that is the student's average
         self._apart: str | None = None  # where a checkpoint is being made
         self.run_folder = Path(args.output_dir)
         self.run = RunFolder(args.output_dir, active=False)
@@ -84,7 +86,8 @@ class RecordedTrainer(Trainer):
             model=student, args=args, data_collator=list, processing_class=tokenizer, **rest
         )
         self.copy: WholeCopy | None = whole_copy(student, self.accelerator)
-        self.teacher_model = teacher.requires_grad_(False).eval().to(args.device)
+        frozen = teacher if teacher is student else teacher.requires_grad_(False).eval()
+        self.teacher_model = frozen.to(args.device)
 
     @contextmanager
     def whole_student(self, *, exact: bool = False) -> Iterator[PreTrainedModel]:
@@ -120,6 +123,8 @@ class RecordedTrainer(Trainer):
         self.args.count_updates(self._updates())
         with one_writer(self.run_folder), checkpoints.writing(self.run_folder):
             self._open_folder(checkpoint)
+            if self.average and checkpoint:
+                self.average.load(checkpoint)
             result = super().train(
                 resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
             )
@@ -201,6 +206,8 @@ class RecordedTrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._apart = None
+            if self.average and active:
+                self.average.save(place)
             if self.state.best_model_checkpoint == str(place):
                 self.state.best_model_checkpoint = str(run / place.name)
                 self.state.save_to_json(str(place / "trainer_state.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -16,9 +17,19 @@ from topd.config import TOPDConfig
 from topd.engines.server_checks import check_servers
 from topd.errors import TOPDError
 from topd.inputs.adapters import check_apart, check_trainable, try_adapter, with_adapter
-from topd.inputs.models import ModelSource, check_context, config_of, source_of
+from topd.inputs.models import (
+    LOADED,
+    ModelSource,
+    ModelSpec,
+    as_spec,
+    check_context,
+    config_of,
+    source_of,
+    tokenizer_of,
+)
 from topd.inputs.pairs import load_pair, tokenizers_of, with_tokenizer_of
 from topd.inputs.prompts import PromptEncoder
+from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
 from topd.training.inherited import check_inherited
 from topd.training.overlap import check_overlap
@@ -35,13 +46,16 @@ logger = logging.get_logger(__name__)
 Rows: TypeAlias = datasets.Dataset | Sequence[dict[str, Any]]
 Sources: TypeAlias = tuple[ModelSource, ...]  # the student's, then those of its teachers
 Tokenizers: TypeAlias = tuple[PreTrainedTokenizerBase, ...]  # likewise
+AnyTeacher: TypeAlias = ModelSource | Mapping[str, Any] | Teachers | SelfTeacher
 
 
-def sources_of(
-    student: ModelSource | Mapping[str, Any], teacher: ModelSource | Mapping[str, Any] | Teachers
-) -> Sources:
+def sources_of(student: ModelSource | Mapping[str, Any], teacher: AnyTeacher) -> Sources:
     """Where student and teachers come from. Raises TOPDError for what is no source."""
     ours = source_of("model", student)
+    if self_teacher_of(teacher):
+        if isinstance(ours, ModelSpec) and ours.served:
+            raise TOPDError("teacher: self needs the student here. Leave student.served out.")
+        return ours, ours
     if isinstance(teacher, Teachers):
         return ours, *teacher.distinct
     theirs = source_of("teacher_model", teacher)
@@ -65,9 +79,12 @@ def tokenizers_of_all(
 ) -> Tokenizers:
     """The tokenizers of a student and its teachers, after the checks of each pair.
 
-    Raises TOPDError as :func:`~topd.inputs.models.tokenizers_of`.
+    Raises TOPDError as :func:`~topd.inputs.pairs.tokenizers_of`.
     """
     ours, *theirs = sources
+    if theirs == [ours] and isinstance(ours, LOADED):  # its own teacher
+        known = student or tokenizer_of(ours)
+        return known, teacher or known
     pairs = [tokenizers_of(ours, source, student, teacher) for source in theirs]
     return pairs[0][0], *(own for _, own in pairs)
 
@@ -119,6 +136,7 @@ def encoder_of(
         args.drop_long_prompts,
         cast(dict[str, Any], args.chat_template_kwargs or {}),
         routes,
+        args.reference,
     )
 
 
@@ -146,7 +164,12 @@ def check_training(
 
 
 def load_models(
-    sources: Sources, args: TOPDConfig, lora: PeftConfig | None, *, trained: bool
+    sources: Sources,
+    args: TOPDConfig,
+    lora: PeftConfig | None,
+    *,
+    trained: bool,
+    own: SelfTeacher | None = None,
 ) -> tuple[PreTrainedModel, ...]:
     """Student, with its adapter if it gets one, and teachers; checked as far as they can be alone.
 
@@ -156,8 +179,7 @@ def load_models(
     """
     if lora is not None:
         try_adapter(config_of(sources[0]), lora, sources[0])
-    student, teacher = load_pair(*sources[:2])
-    teachers = [teacher, *(load_pair(student, source)[1] for source in sources[2:])]
+    student, *teachers = _loaded(sources, own)
     if lora is not None:
         set_seed(args.seed)  # of the adapter's first weights
         student = with_adapter(student, lora)
@@ -169,7 +191,18 @@ def load_models(
         _warn_of_coarse_weights(student)
     if args.disable_dropout:
         without_dropout(student)
+    if own:
+        teachers = [student if own.ema is None else copy.deepcopy(student)]
     return student, *teachers
+
+
+def _loaded(sources: Sources, own: SelfTeacher | None) -> tuple[PreTrainedModel, ...]:
+    """Student and teachers; the student alone where it is its own."""
+    if own:
+        first = sources[0]
+        return (first if isinstance(first, LOADED) else as_spec(first).load_model(),)
+    student, teacher = load_pair(*sources[:2])
+    return student, teacher, *(load_pair(student, source)[1] for source in sources[2:])
 
 
 def _warn_of_coarse_weights(student: PreTrainedModel) -> None:

@@ -23,6 +23,7 @@ from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
 from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSource, generation_config_of
+from topd.inputs.self_teacher import Average, check_own_prompts, self_teacher_of
 from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
@@ -45,6 +46,7 @@ from topd.training.recorded import RecordedTrainer
 from topd.training.sampler import GroupSampler
 from topd.training.sharded import check_launch
 from topd.training.startup import (
+    AnyTeacher,
     Rows,
     Sources,
     Tokenizers,
@@ -74,7 +76,8 @@ class TOPDTrainer(RecordedTrainer):
             :class:`~topd.inputs.models.ModelSpec`, or its fields as a mapping.
         teacher_model: the teacher, or where to load it from, e.g.
             ``{"path": ..., "dtype": "bfloat16"}``. It is frozen. Several:
-            :class:`~topd.inputs.teachers.Teachers`.
+            :class:`~topd.inputs.teachers.Teachers`; the student itself: ``"self"``, or
+            ``{"self": {"ema": 0.99}}``.
         args: a :class:`~topd.TOPDConfig`.
         train_dataset: rows with ``prompt`` (string or messages) or ``messages``; other columns
             are for ``args.teacher_prompt``.
@@ -94,7 +97,7 @@ class TOPDTrainer(RecordedTrainer):
     def __init__(
         self,
         model: ModelSource | Mapping[str, Any],
-        teacher_model: ModelSource | Mapping[str, Any] | Teachers,
+        teacher_model: AnyTeacher,
         args: TOPDConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | None = None,
@@ -105,6 +108,7 @@ class TOPDTrainer(RecordedTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = TOPDConfig() if args is None else args
+        self.own = own = self_teacher_of(teacher_model)
         sources = sources_of(model, teacher_model)
         check_arguments(args, sources, train_dataset, eval_dataset)
         routes = routes_of(teacher_model, args)
@@ -114,11 +118,13 @@ class TOPDTrainer(RecordedTrainer):
         rows, eval_rows = rows_of(train_dataset), rows_of(eval_dataset)
         train = None if rows is None else self._encode_training(rows, args)
         evaluation = None if eval_rows is None else self.encoder.encode(eval_rows)
+        if own:
+            check_own_prompts([*(train or ()), *(evaluation or ())])
         check_sources(sources, tokenizers, [*(train or ()), *(evaluation or ())], args)
         check_launch()
         if train is not None:
             check_training(sources, tokenizers, args, optimizers)
-        models = load_models(sources, args, peft_config, trained=train is not None)
+        models = load_models(sources, args, peft_config, trained=train is not None, own=own)
         super().__init__(
             models[0],
             TeacherSet(teacher_model, models[1:])
@@ -134,6 +140,11 @@ class TOPDTrainer(RecordedTrainer):
         self.loss_is_scaled_for_ga = True  # over the whole update: no division by accumulation
         self.compute_loss_func = update_loss  # says the same to transformers before 5.19
         self._observe_with(sources, models, tokenizers, routes)
+        if own and self.copy:
+            raise TOPDError("teacher: self does not go with FSDP. Run DDP, or one process.")
+        if own and own.ema is not None:
+            self.average = Average(models[1], models[0], own.ema)
+            self.add_callback(self.average)
         self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
@@ -155,15 +166,20 @@ class TOPDTrainer(RecordedTrainer):
         if self.args.disable_dropout:
             check_forward(models[0])
         mend(generation_config_of(models[0]))
+        count = 1 if models[1] is models[0] else len(models)  # a student may be its own teacher
         student, teachers = open_engines(
-            sources, models, tokenizers, self.args.temperature, self.accelerator.autocast
+            sources[:count],
+            models[:count],
+            tokenizers[:count],
+            self.args.temperature,
+            self.accelerator.autocast,
         )
         if isinstance(student, ServedStudent) and (self.copy or self.args.world_size > 1):
             raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
         if self.copy:
             student.model = self.copy.model
         self.shares_rows = student.shares
-        pair = student, one_teacher(teachers, routes)
+        pair = student, one_teacher(teachers or [student], routes)
         self.observer = Observer(*pair, self.args, self.phases)
         self.evaluator = Observer(*pair, self.args, Phases())
         self.overlap = Overlap(self.observer) if self.args.overlap else None

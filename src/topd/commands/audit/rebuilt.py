@@ -23,6 +23,7 @@ from topd.config import TOPDConfig
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
+from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import Teachers
 from topd.named import is_outside
 from topd.runs.records import check_format
@@ -212,7 +213,10 @@ def _recipe(
     )
 
 
-def _teacher_of(sources: Mapping[str, Any]) -> ModelSpec | Teachers:
+def _teacher_of(sources: Mapping[str, Any]) -> ModelSpec | Teachers | SelfTeacher:
+    own = self_teacher_of(sources.get("teacher"))
+    if own:
+        return own
     if "teachers" not in sources:
         return ModelSpec(**sources["teacher"])
     return Teachers({name: ModelSpec(**spec) for name, spec in sources["teachers"].items()})
