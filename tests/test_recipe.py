@@ -414,6 +414,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "embedding": ["both"],
     "solver": ["magic"],
     "teachers_mix": ["sum"],
+    "reference": ["right"],
     "trajectory_reduction": ["median"],
     "stop_length": [-0.1],
     "stop_finished": [-0.1],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from topd.commands.train import run_recipe
 from topd.engines.hf import HFEngine
 from topd.engines.several import SeveralHeads, SeveralTeachers, reader_of
 from topd.errors import TOPDError
-from topd.inputs.teachers import Routes, Teachers
+from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.report import write_report
+from topd.training.footprint import size_of, size_of_all
 from topd.training.learning import Totals, collate, learning_terms
 from topd.types import Head, Prompt, Sampling
 
@@ -256,3 +258,11 @@ def test_names_of_one_source_share_a_model() -> None:
     assert len(teachers.distinct) == 2
     assert teachers.places == {"a": 0, "b": 0, "c": 1}
     assert Prompt(0, (1,), (1,)).teacher_name is None
+
+
+def test_memory_of_several_is_that_of_the_largest_and_the_bytes_of_all() -> None:
+    models = [tiny_model(seed=1), tiny_model("llama", seed=2, hidden_size=48)]
+    teachers = TeacherSet(Teachers({"a": models[0], "b": models[1]}), models)
+    small, large = map(size_of, models)
+    assert size_of_all(teachers) == replace(large, bytes=small.bytes + large.bytes)
+    assert size_of_all(models[0]) == small

@@ -206,5 +206,5 @@ def memory_warning(
         return None
     capacity = torch.cuda.get_device_properties(args.device).total_memory
     own, other = size_of(student, trained=True), size_of_all(teacher)
-    sizes = own, replace(other, stored=0) if teacher is student else other
+    sizes = own, replace(other, bytes=0) if teacher is student else other
     return warning(max(peaks(*sizes, work_of(args, prompts)).values()), capacity)
