@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
 
@@ -470,8 +471,37 @@ def test_a_processor_and_a_quantised_teacher_are_refused(tmp_path):
         )
     teacher = tiny_model(seed=1)
     teacher.model.register_module("packed", torch.ao.nn.quantized.dynamic.Linear(2, 2))
-    with pytest.raises(TOPDError, match=r"teacher_model: is quantised"):
+    with pytest.raises(TOPDError, match=r"teacher: is quantised, .* not quantised"):
         make(tmp_path, teacher=teacher)
+    marked = tiny_model(seed=1)
+    marked.is_quantized, marked.quantization_method = True, "bitsandbytes"
+    with pytest.raises(TOPDError, match=r"student: is quantised .*cannot learn\. Give the same"):
+        make(tmp_path, marked)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "hqq", "nonsense"])
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_quantised_folder_is_refused_before_weights_are_read(
+    tmp_path, unread, folder, method, role
+):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    stored = json.loads((other / "config.json").read_text())
+    asked = {"quant_method": method, "bits": 4, "load_in_4bit": True}
+    (other / "config.json").write_text(json.dumps({**stored, "quantization_config": asked}))
+    pair = {"student": str(folder), "teacher": str(folder), role: str(other)}
+    with pytest.raises(TOPDError, match=rf"{role}: is quantised \({method}\).*in bfloat16"):
+        make(tmp_path / "run", **pair)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava", "t5"])
+def test_what_is_no_causal_model_of_text_is_refused_in_a_sentence(tmp_path, unread, folder, kind):
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**stored, "model_type": kind}))
+    with pytest.raises(TOPDError) as caught:
+        make(tmp_path / "run", str(folder), str(folder))
+    assert kind in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(folder))
 
 
 def test_predict_names_what_to_use(tmp_path):

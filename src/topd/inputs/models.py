@@ -105,11 +105,23 @@ class ModelSpec(BaseModel):
     def load_config(self) -> PretrainedConfig:
         """The configuration alone. Raises TOPDError if it cannot be found."""
         if not self.gguf_file:
-            return self._load(AutoConfig, "configuration")
+            config = self._load(AutoConfig, "configuration")
+            self._check_causal(config)
+            return config
         key = (self.model_dump_json(), *unchanged(Path(self.place) / self.gguf_file))
         if key not in _CONFIGS:
             _CONFIGS[key] = self._load(AutoConfig, "configuration")
         return copy.deepcopy(_CONFIGS[key])
+
+    def _check_causal(self, config: PretrainedConfig) -> None:
+        """Refuse what transformers has no causal language model for. Raises TOPDError."""
+        known = type(config) in AutoModelForCausalLM._model_mapping
+        if not known and "AutoModelForCausalLM" not in (getattr(config, "auto_map", None) or {}):
+            raise TOPDError(
+                f"model {self.path}: transformers has no causal language model of text for "
+                f"{config.model_type!r}. Choose a checkpoint that has one: the text-only model of "
+                "the family, if this one reads images or sound."
+            )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, with a padding token. Raises TOPDError if it cannot be found."""

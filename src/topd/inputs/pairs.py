@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
@@ -20,6 +19,7 @@ from topd.inputs.models import (
     generation_config_of,
     tokenizer_of,
 )
+from topd.inputs.quantised import check_quantised
 from topd.inputs.vocabulary import check_tokenizers
 
 
@@ -43,6 +43,8 @@ def tokenizers_of(
                 "processor's own: processor.tokenizer."
             )
     _check_served(student, teacher)
+    check_quantised("student", student, config_of(student), trained=True)
+    check_quantised("teacher", teacher, config_of(teacher), trained=False)
     alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or tokenizer_of(student)
     theirs = teacher_tokenizer or (ours if alike else tokenizer_of(teacher, otherwise=ours))
@@ -63,11 +65,6 @@ def load_pair(
     """
     ours = student if isinstance(student, LOADED) else as_spec(student).load_model()
     if isinstance(teacher, LOADED):
-        if not all(isinstance(part, torch.Tensor) for part in teacher.state_dict().values()):
-            raise TOPDError(
-                "teacher_model: is quantised, by torch.ao for instance: its weights are not "
-                "tensors. Load it in bfloat16."
-            )
         return ours, teacher
     theirs = as_spec(teacher)
     if theirs.served:

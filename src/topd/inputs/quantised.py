@@ -1,0 +1,55 @@
+"""Quantised models: what can be read here is asked of transformers, before weights are."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
+
+from topd.errors import TOPDError
+
+_FAULTS = (ImportError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, OSError)
+_REMEDY = "Give the same model in bfloat16, not quantised."
+
+
+def check_quantised(role: str, model: object, config: PretrainedConfig, *, trained: bool) -> None:
+    """Refuse quantised weights that cannot be used as ``role``.
+
+    Args:
+        role: student or teacher.
+        model: a source, or a model in memory.
+        config: the model's.
+        trained: its weights are to learn, which quantised ones cannot.
+
+    Raises:
+        TOPDError: so, or what reads them is not installed or does not run on this machine.
+    """
+    loaded = isinstance(model, torch.nn.Module)
+    if loaded and not all(isinstance(part, torch.Tensor) for part in model.state_dict().values()):
+        raise TOPDError(
+            f"{role}: is quantised, by torch.ao for instance: its weights are not tensors. "
+            f"{_REMEDY}"
+        )
+    asked = getattr(config, "quantization_config", None)
+    marked = loaded and getattr(model, "is_quantized", False)
+    if not (asked or marked):
+        return
+    kept = asked if isinstance(asked, dict) else getattr(asked, "__dict__", {})
+    method = kept.get("quant_method") or getattr(model, "quantization_method", "it")
+    name = str(getattr(method, "value", method))
+    if name == "gguf":  # a GGUF file is dequantised when it is read
+        return
+    if trained:
+        raise TOPDError(f"{role}: is quantised ({name}), and such weights cannot learn. {_REMEDY}")
+    try:
+        if isinstance(model, PreTrainedModel):
+            model.to(model.device)
+        else:
+            AutoHfQuantizer.from_config(copy.deepcopy(asked)).validate_environment(
+                dtype=torch.float32, device_map=None
+            )
+    except _FAULTS as error:
+        said = str(error).split("\n")[0].rstrip(".")
+        raise TOPDError(f"{role}: is quantised ({name}): {said}. {_REMEDY}") from error
