@@ -26,15 +26,14 @@ def check_quantised(role: str, model: object, config: PretrainedConfig, *, train
     Raises:
         TOPDError: so, or what reads them is not installed or does not run on this machine.
     """
-    loaded = isinstance(model, torch.nn.Module)
-    if loaded and not all(isinstance(part, torch.Tensor) for part in model.state_dict().values()):
+    parts = model.state_dict().values() if isinstance(model, torch.nn.Module) else ()
+    if not all(isinstance(part, torch.Tensor) for part in parts):
         raise TOPDError(
             f"{role}: is quantised, by torch.ao for instance: its weights are not tensors. "
             f"{_REMEDY}"
         )
     asked = getattr(config, "quantization_config", None)
-    marked = loaded and getattr(model, "is_quantized", False)
-    if not (asked or marked):
+    if not (asked or getattr(model, "is_quantized", False)):
         return
     kept = asked if isinstance(asked, dict) else getattr(asked, "__dict__", {})
     method = kept.get("quant_method") or getattr(model, "quantization_method", "it")
