@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import report_folders as make
+from test_report_methods import named, run_of
+from topd.methods import METHODS
 from topd.report import write_report
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
@@ -115,7 +118,7 @@ def page(browser, big) -> Page:
 # What it loads
 
 
-@pytest.mark.parametrize("kind", ["training", "probe", "repair", "compare"])
+@pytest.mark.parametrize("kind", ["training", "probe", "repair", "compare", "evaluation", "gate"])
 def test_a_page_loads_nothing_but_itself_and_has_no_complaint(kind, browser, tmp_path):
     path = write_report(getattr(make, kind)(tmp_path))
     page = Page(browser, path)
@@ -372,6 +375,66 @@ def test_a_narrow_screen_does_not_scroll_sideways(page):
     width = page.run("return document.documentElement.scrollWidth")
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     assert width <= 390
+
+
+# Every method and every kind of run
+
+
+@contextmanager
+def looked_at(driver: Any, width: int, scheme: str) -> Iterator[None]:
+    """In a window of this width, on a system that is light or dark."""
+    sizes = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sizes)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    yield
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def fits(page: Page, *, width: int) -> bool:
+    """Whether no tab of the page is wider than the screen, with a fork chosen if there is one."""
+    found = []
+    for tab in page.all('[role="tab"]'):
+        tab.click()
+        found.append(page.run("return document.documentElement.scrollWidth") <= width)
+    if forks := page.all("#rollout .fork"):
+        page.click("#tab-forks")
+        forks[0].click()
+        found.append(page.run("return document.documentElement.scrollWidth") <= width)
+    return all(found) and bool(found)
+
+
+@pytest.mark.parametrize(
+    "kind", [*METHODS, "warmstart", "probe", "repair", "compare", "eval", "gate"]
+)
+def test_every_page_fits_its_screen_and_says_what_the_records_say(kind, browser, tmp_path):
+    """Wide and narrow, light and dark. Of a method, every sentence that guidance.jsonl asks for."""
+    folder, records = tmp_path / "run", []
+    if kind in METHODS:
+        records = run_of(kind, folder)
+    elif kind == "warmstart":
+        make.training(folder)
+        make.lines(
+            folder / "metrics.jsonl",
+            [{"step": n, "loss": 1.0, "forward_kl": 0.3 / n} for n in (1, 2)],
+        )
+    else:
+        getattr(make, {"eval": "evaluation"}.get(kind, kind))(folder)
+    path = write_report(folder)
+    place = "#/forks/0" if (folder / "rollouts.jsonl").exists() else ""
+    page = Page(browser, path, place)
+    for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+        with looked_at(browser, width, scheme):
+            assert fits(page, width=width), (width, scheme)
+    for number, record in enumerate(records):
+        page = Page(browser, path, f"#/forks/{number}")
+        shown = " ".join(page.text("#rollout").split())
+        for piece in named(record):
+            assert piece in shown.replace("weighted", "count")
+        assert ("Soft targets at" in shown) == bool(record["targets"])
+        assert ("the student learns" in shown) == bool(record["branches"])
+    assert page.complaints() == []
 
 
 # Untrusted text
