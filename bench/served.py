@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import requests
 import torch
@@ -23,7 +23,7 @@ from bench.measure import RESULTS, Found, Table, describe, environment, paired, 
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
 from topd.engines.server_checks import check_logprobs, check_servers
-from topd.engines.vllm import TopScores, VLLMEngine
+from topd.engines.vllm import ONCE, VLLMEngine
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
@@ -123,7 +123,7 @@ def measure(
         "scoring": {
             "embedded": lambda: embedded.score(told, responses),
             "states": lambda: engine.score(told, responses),
-            "top": lambda: engine.score_top(told, responses, k),
+            "top": lambda: top_scores(engine, told, responses, k),
         },
         "windows": {
             "embedded": lambda: embedded.continue_from(ours, starts, greedy, some),
@@ -137,7 +137,7 @@ def measure(
             if name != "embedded":
                 found[phase][name] |= wire.of(case)
     vocabulary = engine.head.vocab_size
-    everything = lambda: engine.score_top(*short, vocabulary)  # noqa: E731
+    everything = lambda: top_scores(engine, *short, vocabulary)  # noqa: E731
     found["scoring"]["full"] = wire.of(everything) | {"tokens": full}
     read = sum(map(len, told)) + sum(map(len, responses)) - len(told)  # the last needs no state
     found["read"] = {"states": read, "top": read, "full": full}
@@ -175,7 +175,7 @@ def divergences(
             .item()
         )
 
-    top = engine.score_top(told, responses, k)
+    top = top_scores(engine, told, responses, k)
     cut = [
         truncated(embedded.head.logits(student.hidden[b, : len(r)]).log_softmax(-1), top[b])
         for b, r in enumerate(responses)
@@ -185,6 +185,35 @@ def divergences(
         "states": full(theirs, engine.head),
         "top": torch.cat(cut).mean().item(),
     }
+
+
+class TopScores(NamedTuple):
+    """Log-probs [L] of a response's tokens, nats, and the likeliest tokens there, [L k] each."""
+
+    logprobs: torch.Tensor
+    tokens: torch.Tensor
+    top: torch.Tensor
+
+
+def top_scores(
+    engine: VLLMEngine, prompts: list[Ids], responses: list[Ids], k: int
+) -> list[TopScores]:
+    """The responses' log-probs and the ``k`` likeliest tokens, as a completions server says."""
+    own, pairs = engine.completions, list(zip(prompts, responses, strict=True))
+    asked = [own.request([p + r], ONCE, 0, prompt_logprobs=k) for p, r in pairs]
+    found = []
+    for answer, (prompt, response) in zip(own.servers.ask(asked), pairs, strict=True):
+        places = answer["choices"][0]["prompt_logprobs"][len(prompt) :]
+        ranked = [sorted(place.items(), key=lambda one: one[1]["rank"])[:k] for place in places]
+        told = zip(places, response, strict=True)
+        found.append(
+            TopScores(
+                torch.tensor([place[str(token)]["logprob"] for place, token in told]),
+                torch.tensor([[int(token) for token, _ in row] for row in ranked]),
+                torch.tensor([[entry["logprob"] for _, entry in row] for row in ranked]),
+            )
+        )
+    return found
 
 
 def truncated(student: torch.Tensor, top: TopScores) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from bench.served import top_scores
 from transformers import TrainerCallback
 from transformers.utils import logging
 from typer.testing import CliRunner
@@ -260,7 +261,7 @@ def test_the_likeliest_tokens_are_those_of_the_whole_distribution(folder, start)
     local = HFEngine(tiny_model(seed=1), eos_ids=[EOS])
     served = engine_of(spec_of(folder, [start()], [start()]))
     scores = local.score(PROMPTS, RESPONSES)
-    for row, found in enumerate(served.score_top(PROMPTS, RESPONSES, 3)):
+    for row, found in enumerate(top_scores(served, PROMPTS, RESPONSES, 3)):
         length = len(RESPONSES[row])
         top = local.head.logits(scores.hidden[row, :length]).log_softmax(-1).topk(3)
         torch.testing.assert_close(found.top, top.values)

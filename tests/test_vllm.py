@@ -228,7 +228,7 @@ def test_reverse_kl_from_states_is_the_local_teachers(local, served, prompts, re
 
 
 def test_top_k_says_what_the_states_say(served, prompts, responses, both):
-    found = served.score_top([prompts[0].teacher], responses[:1], 5)[0]
+    found = served_bench.top_scores(served, [prompts[0].teacher], responses[:1], 5)[0]
     scores, length = both[1], len(responses[0])
     exact = served.head.logits(scores.hidden[0, :length]).log_softmax(-1)
     assert (found.logprobs - scores.logprobs[0, :length]).abs().mean() < 0.1

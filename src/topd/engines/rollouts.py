@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -19,20 +18,8 @@ from topd.types import Generation, Head, Texts
 ROOM = 256  # entries that a cache holds at first; then it grows by half
 
 
-class Rows(Protocol):
-    """Texts on their way, a row each."""
-
-    def start(self) -> Float[Tensor, "N D"]:
-        """Read the prompts: the states that predict the first tokens."""
-        ...
-
-    def read(self, going: Int[Tensor, " n"], token: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
-        """Read a token of each row that is going; the others are left."""
-        ...
-
-
 class CachedRows:
-    """Rows of a cache, whose prompts are padded on the left.
+    """Texts on their way, in rows of a cache; prompts are padded on the left.
 
     ``mask`` [N L] says which entries of the cache a row may see, ``position`` [N] is that of its
     next token.
@@ -47,12 +34,12 @@ class CachedRows:
         self._cache = growing_cache(engine.model, room=min(steps, ROOM))
 
     def start(self) -> Float[Tensor, "N D"]:
-        """See Rows."""
+        """Read the prompts: the states that predict the first tokens."""
         positions = (self.mask.long().cumsum(-1) - 1).clamp(min=0)
         return self._engine.forward(self._ids, self.mask, positions, self._cache)[:, -1]
 
     def read(self, going: Int[Tensor, " n"], token: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
-        """See Rows."""
+        """Read a token of each row that is going; the others are left."""
         if len(going) < len(self.mask):
             select_rows(self._cache, going)
             self.mask, self.position = self.mask[going], self.position[going]
@@ -64,25 +51,27 @@ class CachedRows:
 
 
 class RereadRows:
-    """Rows without a cache: a text is read from its beginning for each token."""
+    """Texts on their way without a cache: one is read from its beginning for each token."""
 
     def __init__(self, engine: ForwardEngine, prompts: Texts) -> None:
         self._engine, self._texts = engine, [*prompts]
 
     def start(self) -> Float[Tensor, "N D"]:
-        """See Rows."""
+        """The states that predict the next tokens."""
         states = self._engine.forward(self._engine.padded(self._texts))
         last = self._engine.tensor([len(text) - 1 for text in self._texts])
         return states[torch.arange(len(last)), last]
 
     def read(self, going: Int[Tensor, " n"], token: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
-        """See Rows."""
+        """As in CachedRows."""
         written = zip(going.tolist(), token.tolist(), strict=True)
         self._texts = [(*self._texts[k], new) for k, new in written]
         return self.start()
 
 
-def write(engine: ForwardEngine, head: Head, rows: Rows, wanted: Wanted) -> list[Generation]:
+def write(
+    engine: ForwardEngine, head: Head, rows: CachedRows | RereadRows, wanted: Wanted
+) -> list[Generation]:
     """Write after prompts. A row leaves the batch when it has ended."""
     steps, noise, hidden = wanted.steps, engine.noise(head, wanted), rows.start()
     alive, ends = torch.arange(len(hidden), device=engine.device), engine.tensor([*engine.end_ids])

@@ -130,7 +130,7 @@ def _told(completions: Completions, probe: Ids) -> tuple[Ids, Tensor]:
     server = completions.servers
     (written,) = completions.write_each([probe], PROBED, [0])
     text = probe + written.tokens
-    told, again = (scores.logprobs for scores in completions.read([text, text], 0))
+    told, again = completions.read([text, text])
     url = server.urls[0]
     agree(server, f"{url} at first", told, "asked again", again, "It must answer alike twice.")
     agree(

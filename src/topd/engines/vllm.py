@@ -9,10 +9,10 @@ loss sees its whole distribution; its decoder is not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,19 +24,8 @@ from topd.inputs.served import ServedSpec
 from topd.types import Effort, Generation, Ids, Sampling, Starts, Texts
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
+ONCE = Sampling(temperature=0, max_new_tokens=1)
 WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-
-
-class TopScores(NamedTuple):
-    """What a model says of a text's tokens but the first, in nats: L - 1 of them.
-
-    ``logprobs`` [L-1] of the tokens that are there; ``tokens`` and ``top`` [L-1 k] of the
-    likeliest there.
-    """
-
-    logprobs: Float[Tensor, " L"]
-    tokens: Int[Tensor, "L k"]
-    top: Float[Tensor, "L k"]
 
 
 class Completions:
@@ -65,10 +54,10 @@ class Completions:
         for number, (texts, own) in enumerate(zip(groups, seeds, strict=True)):
             sizes.append(len(texts))
             if sampling.temperature == 0:
-                wanted.append(self._request(texts, sampling, own[0]))
+                wanted.append(self.request(texts, sampling, own[0]))
                 continue
             for text, seed in zip(texts, own, strict=True):
-                wanted.append(self._request([text], sampling, seed, group=number))
+                wanted.append(self.request([text], sampling, seed, group=number))
         written = iter([g for a in self.servers.ask(wanted) for g in self._generations(a)])
         return [[next(written) for _ in range(size)] for size in sizes]
 
@@ -76,19 +65,18 @@ class Completions:
         self, texts: Texts, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Generation]:
         """What comes after texts that share nothing."""
-        body = [self._request([t], sampling, s) for t, s in zip(texts, seeds, strict=True)]
+        body = [self.request([t], sampling, s) for t, s in zip(texts, seeds, strict=True)]
         return [g for answer in self.servers.ask(body) for g in self._generations(answer)]
 
-    def read(self, texts: Texts, k: int) -> list[TopScores]:
-        """The log-probs of given texts and of the ``k`` likeliest tokens at each place."""
-        once = Sampling(temperature=0, max_new_tokens=1)
-        wanted = [self._request([text], once, 0, prompt_logprobs=k) for text in texts]
+    def read(self, texts: Texts) -> list[Float[Tensor, " L"]]:
+        """The log-probs of given texts' tokens but the first, nats."""
+        wanted = [self.request([text], ONCE, 0, prompt_logprobs=0) for text in texts]
         return [
-            _top_scores(answer["choices"][0]["prompt_logprobs"], text, k)
-            for answer, text in zip(self.servers.ask(wanted), texts, strict=True)
+            _told(answer["choices"][0]["prompt_logprobs"], text)
+            for text, answer in zip(texts, self.servers.ask(wanted), strict=True)
         ]
 
-    def _request(
+    def request(
         self, texts: Texts, sampling: Sampling, seed: int, group: int | None = None, **more: Any
     ) -> Request:
         """Everything is said: no default of a server or of its model counts."""
@@ -131,20 +119,10 @@ class Completions:
             yield Generation(tuple(tokens), tuple(logprobs), ended, effort=Effort(read, read))
 
 
-def _top_scores(places: Sequence[Any], text: Ids, k: int) -> TopScores:
-    """From vLLM's mapping of token to log-prob and rank at each place; the first has none."""
-    logprobs, tokens, top = [], [], []
-    for place, token in zip(places[1:], text[1:], strict=True):
-        ranked = sorted(place.items(), key=lambda entry: entry[1]["rank"])[:k]
-        logprobs.append(place[str(token)]["logprob"])
-        tokens.append([int(t) for t, _ in ranked])
-        top.append([entry["logprob"] for _, entry in ranked])
-    count = len(logprobs)
-    return TopScores(
-        torch.tensor(logprobs),
-        torch.tensor(tokens, dtype=torch.long).reshape(count, -1),
-        torch.tensor(top).reshape(count, -1),
-    )
+def _told(places: Sequence[Any], text: Ids) -> Float[Tensor, " L"]:
+    """From vLLM's mapping of token to log-prob at each place; the first has none."""
+    read = zip(places[1:], text[1:], strict=True)
+    return torch.tensor([place[str(token)]["logprob"] for place, token in read])
 
 
 class VLLMEngine(BaseEngine):
@@ -192,16 +170,6 @@ class VLLMEngine(BaseEngine):
         ).to(self.model.device)
         with self.evaluating():
             return self.scores_of(hidden, Prefix(tuple(prompts), tuple(responses)), temperature)
-
-    def score_top(self, prompts: Texts, responses: Texts, k: int) -> list[TopScores]:
-        """The responses' log-probs and the ``k`` likeliest tokens, as a completions server says.
-
-        A part of the distribution, and more bytes than hidden states for a ``k`` that matters: the
-        check at start-up and the measurement of what is sent use it, no loss does.
-        """
-        read = self.completions.read([p + r for p, r in zip(prompts, responses, strict=True)], k)
-        starts = [len(prompt) - 1 for prompt in prompts]
-        return [TopScores(*(x[t:] for x in row)) for row, t in zip(read, starts, strict=True)]
 
     def states(self, texts: Texts, servers: Servers) -> list[Float[Tensor, "L D"]]:
         """Last hidden states of whole texts. Raises TOPDError if they do not fit the head."""

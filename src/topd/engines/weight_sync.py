@@ -92,11 +92,11 @@ class ServedStudent(HFEngine):
     def _check_weights(self) -> None:
         ours = self.score([self.probe[:1]], [self.probe[1:]]).logprobs[0].cpu()
         for server in self.completions.servers.alone():
-            (theirs,) = Completions(server, self.end_ids, self.vocab_size).read([self.probe], 0)
+            (theirs,) = Completions(server, self.end_ids, self.vocab_size).read([self.probe])
             agree(
                 server,
                 f"{server.urls[0]} with the weights that it was given",
-                theirs.logprobs,
+                theirs,
                 "the student in training",
                 ours,
                 "The servers must load what they are told: start them with topd serve-student, of "
