@@ -19,7 +19,8 @@ gets the comparison and what was tuned; ``python -m bench.evidence`` makes the p
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ ANSWERS = {"few": 320, "many": 4800}
 TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64}
 START_UPDATES, START_RATES = (150, 300, 600, 1200), (1e-3, 2e-3)
 RATES = (2.5e-4, 5e-4, 1e-3)
-LEAST, MOST = 3e-5, 5e-3  # no rate is tried beyond them
+LEAST, MOST = 3e-5, 1e-2  # no rate is tried beyond them
 PLATEAU = 0.02
 UPDATES, NEW_ANSWERS = 160, 800  # answers of about as many tokens as first_fork's windows have
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+PLAN = "docs/analysis-plan.md"
 FORK = {"method": "first_fork"}
 STAGE_1 = {"stage": "warmstart", "max_steps": UPDATES}
 ARMS: dict[str, dict[str, Any]] = {
@@ -66,18 +68,40 @@ def main() -> None:
     rates = setting.tuned_rates(start["chosen"])
     if asked.tune_only:
         return
-    arms = {arm: {**keys, "learning_rate": rates[arm]["chosen"]} for arm, keys in ARMS.items()}
-    found = setting.compared("final", arms, start["chosen"])
     path = Path("docs/results") / f"imitated-{asked.family}-{asked.supply}.json"
-    path.write_text(json.dumps({**found, "start": start, "rates": rates}, indent=1) + "\n")
+    path.write_text(json.dumps(setting.finished(start, rates), indent=1) + "\n")
 
 
+@dataclass
 class Setting:
-    """One family and one supply of answers."""
+    """One family and one supply of answers; arms, their first rates and the seeds of the end.
 
-    def __init__(self, family: str, supply: str, folder: Path, jobs: int) -> None:
-        self.family, self.supply, self.jobs = family, supply, jobs
-        self.folder = folder / f"{family}-{supply}"
+    All arms are compared with ``references``; none: with every other. ``plan`` is the file that
+    says how, written before.
+    """
+
+    family: str
+    supply: str
+    root: Path
+    jobs: int = 1
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: ARMS)
+    rates: Sequence[float] = RATES
+    seeds: Sequence[int] = SEEDS
+    references: Sequence[str] = ()
+    plan: str = PLAN
+
+    @property
+    def folder(self) -> Path:
+        """Where its steps are run."""
+        return self.root / f"{self.family}-{self.supply}"
+
+    def finished(self, start: Found, rates: Mapping[str, Found]) -> Found:
+        """The comparison on test problems, every arm at its own best rate."""
+        arms = {
+            arm: {**keys, "learning_rate": rates[arm]["chosen"]} for arm, keys in self.arms.items()
+        }
+        found = self.compared("final", arms, start["chosen"])
+        return {**found, "start": start, "rates": rates}
 
     def tuned_start(self) -> Found:
         """How long stage 1 is, at which rate, and the scores of all that was tried."""
@@ -100,10 +124,10 @@ class Setting:
 
     def tuned_rates(self, start: Mapping[str, Any]) -> dict[str, Found]:
         """Of every arm the scores by rate, and the best rate."""
-        wanted = {arm: list(RATES) for arm in ARMS}
+        wanted = {arm: sorted({*self.rates, *self.tried(arm)}) for arm in self.arms}
         while True:
             arms = {
-                f"{arm} at {rate:g}": {**ARMS[arm], "learning_rate": rate}
+                f"{arm} at {rate:g}": {**self.arms[arm], "learning_rate": rate}
                 for arm, rates in wanted.items()
                 for rate in rates
             }
@@ -122,6 +146,14 @@ class Setting:
                 }  # fmt: skip
             for arm, rate in more.items():
                 wanted[arm] += [rate] if rate else []
+
+    def tried(self, arm: str) -> list[float]:
+        """The rates that an arm has been run with in this folder."""
+        path = self.folder / "rates" / RESULTS
+        names = [line["arm"] for line in read_lines(path)] if path.exists() else []
+        return [
+            float(name.rpartition(" at ")[2]) for name in names if name.startswith(f"{arm} at ")
+        ]
 
     def scores(self, step: str) -> dict[str, float]:
         """The score of every run of a tuning step."""
@@ -150,7 +182,7 @@ class Setting:
         }
         limit, split = (400, "test") if final else (300, "validation")
         sampling = {"samples": 1, "temperature": 1.0, "top_p": 1.0, "batch_size": 512}
-        references = [name for name in ARMS if name in arms] if final else []
+        references = list(self.references or arms) if final else []
         return {
             "student": f"{world}/student",
             "teacher": f"{world}/teacher",
@@ -172,8 +204,9 @@ class Setting:
             },
             "compare": {
                 **{"warmstart": start is not None, "jobs": self.jobs, "clock": "cpu"},
-                "seeds": list(SEEDS) if final else [TUNING_SEED],
+                "seeds": list(self.seeds) if final else [TUNING_SEED],
                 **{"baseline": next(iter(arms)), "references": references, "arms": dict(arms)},
+                "plan": self.plan if final else None,
             },
         }
 

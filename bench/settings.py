@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -66,12 +67,19 @@ def _table(config: type, chosen: list[Field[Any]]) -> list[str]:
     rows = ["| setting | type | default | meaning | read by |", "|---|---|---|---|---|"]
     for field in chosen:
         meaning = field.metadata.get("help", "").replace("|", "\\|").replace("\n", " ")
-        kind = str(getattr(hints[field.name], "__name__", hints[field.name]))
-        kind = kind if "[" not in str(hints[field.name]) else str(hints[field.name])
-        kind = kind.replace("typing.", "").replace("|", "or")
+        kind = _kind(hints[field.name])
         cells = (f"`{field.name}`", kind, f"`{_default(field)!r}`", meaning, _read_by(field.name))
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _kind(hint: Any) -> str:
+    """A type as it is written, alternatives joined by "or"."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_kind, get_args(hint)))
+    if "[" not in str(hint) and hint is not NoneType:
+        return str(getattr(hint, "__name__", hint))
+    return "None" if hint is NoneType else str(hint).replace("typing.", "").replace("|", "or")
 
 
 def _default(field: Field[Any]) -> Any:

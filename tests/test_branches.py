@@ -24,6 +24,7 @@ METHODS = [
     ("window_kd", {}),
     ("window_kd", {"reverse": True}),
     ("relay", {}),
+    ("eopd", {"threshold": 2.0}),
 ]
 named = pytest.mark.parametrize(("method", "options"), METHODS)
 
@@ -78,6 +79,7 @@ def by_hand(trainer: TOPDTrainer, experience: Experience) -> Tensor:
     """The update's loss, one rollout and one branch at a time."""
     tokens = sum(len(r.response) for r in experience.rollouts)
     guided = sum(g.guided for g in experience.guidance)
+    guided = tokens if trainer.args.trajectory_reduction == "sum" else guided
     plain, trajectory = torch.zeros(()), torch.zeros(())
     for rollout, guide in zip(experience.rollouts, experience.guidance, strict=True):
         own = logprobs(trainer.model, rollout.prompt.student, rollout.response)

@@ -786,6 +786,26 @@ def test_a_divergence_is_by_default_reverse_kl_at_temperature_1_and_the_even_jsd
 # ---- linear_token_statistics --------------------------------------------------------------------
 
 
+def efficiency(p: np.ndarray, q: np.ndarray) -> float:
+    """Signal over noise, from the definition: expectations under p of (c - b)^2 (1 / p - 1)."""
+    c, leverage = np.log(p / q), 1 / p - 1
+    signal = float(p @ (c - p @ c) ** 2)
+    scale = float(p @ leverage)
+    best = float(p @ (c * leverage)) / scale if scale > 1e-8 else float(p @ c)
+    return signal / max(float(p @ ((c - best) ** 2 * leverage)) - signal, 1e-8)
+
+
+def test_the_efficiency_of_two_tokens_by_hand():
+    """p = (1/2, 1/2), c = +-a: signal a^2, leverage 1, b = 0, so the noise is a^2 - a^2 = 0."""
+    assert efficiency(np.array([0.5, 0.5]), np.array([0.2, 0.8])) > 1e6
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.5, 0.125, 0.375])
+    c = np.log(p / q)  # 0, log 2, log 2/3
+    signal = p @ c**2 - (p @ c) ** 2
+    b = (0.75 * c[1] + 0.75 * c[2]) / 2
+    noise = 0.5 * b**2 + 0.75 * (c[1] - b) ** 2 + 0.75 * (c[2] - b) ** 2 - signal
+    assert efficiency(p, q) == pytest.approx(signal / noise)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
 @pytest.mark.parametrize(("candidates", "temperature"), [(1, 1.0), (2, 0.6), (4, 1.7), (100, 0.6)])
 def test_statistics_equal_those_of_one_token_after_another(candidates, temperature, chunk_tokens):
@@ -800,9 +820,11 @@ def test_statistics_equal_those_of_one_token_after_another(candidates, temperatu
         likely = set(np.argsort(-p)[:candidates])
         union = sorted(likely | set(np.argsort(-q)[:candidates]))
         inner = kl(q[union] / q[union].sum(), p[union] / p[union].sum())
-        entropy = -sum(x * math.log(x) for x in p)
-        expected.append([kl(p, q), entropy, inner, sum(q[v] for v in likely)])
-    assert found.shape == (4, P)
+        entropies = [-sum(x * math.log(x) for x in y) for y in (p, q)]
+        mass = sum(q[v] for v in likely)
+        reliable = efficiency(p[union] / p[union].sum(), q[union] / q[union].sum())
+        expected.append([kl(p, q), entropies[0], inner, mass, entropies[1], reliable])
+    assert found.shape == (6, P)
     torch.testing.assert_close(found.mT.double(), torch.tensor(expected, dtype=torch.float64))
 
 

@@ -16,7 +16,17 @@ from topd.errors import TOPDError
 from topd.methods import METHODS, check_options, downweight, opd, topd
 from topd.training.learning import cap_at_medians
 from topd.transport import soft_targets, solve
-from topd.types import Branch, Evidence, Guidance, SoftTarget, TokenStatistics, Transport, Windows
+from topd.types import (
+    Branch,
+    Evidence,
+    Guidance,
+    Prompt,
+    Rollout,
+    SoftTarget,
+    TokenStatistics,
+    Transport,
+    Windows,
+)
 
 INF = math.inf
 
@@ -57,13 +67,20 @@ def evidence(
     )
     cost = torch.rand(count, n, m, generator=generator)
     plans = solve(cost, student_mask, teacher_mask)
+    token_loss = token_loss.masked_fill(~mask, 0.0)
+    own = -torch.rand(mask.shape, generator=generator) * mask
     return Evidence(
-        token_loss.masked_fill(~mask, 0.0),
-        -torch.rand(mask.shape, generator=generator) * mask,
+        token_loss,
+        own,
         mask,
         windows,
         plans,
         torch.tensor(real, dtype=torch.bool),
+        teacher_logprobs=own - token_loss,
+        rollouts=tuple(
+            Rollout(Prompt(b, (1,), (1,)), tuple(range(3, 3 + len(row))), (-1.0,) * len(row), True)
+            for b, row in enumerate(rows)
+        ),
     )
 
 
@@ -83,7 +100,7 @@ def no_windows() -> Evidence:
 def with_statistics(found: Evidence) -> Evidence:
     """The same evidence with random statistics, zero after the mask."""
     generator = torch.Generator().manual_seed(1)
-    values = [torch.rand(found.mask.shape, generator=generator) * found.mask for _ in range(4)]
+    values = [torch.rand(found.mask.shape, generator=generator) * found.mask for _ in range(6)]
     return replace(found, statistics=TokenStatistics(*values))
 
 
@@ -110,7 +127,7 @@ def test_only_methods_that_look_ahead_depend_on_the_windows():
     assert changed == set(LOOKING)
 
 
-@pytest.mark.parametrize("name", ["kl_top", "entropy_top", "teachability"])
+@pytest.mark.parametrize("name", ["kl_top", "entropy_top", "teachability", "ier_opd"])
 def test_selection_keeps_the_highest_scores_at_mean_weight_one(name):
     """Of all 7 tokens a share of 0.4 keeps 3, and one more where a rollout has none."""
     found = with_statistics(evidence(ROWS, STARTS, [True] * 4))
@@ -118,6 +135,7 @@ def test_selection_keeps_the_highest_scores_at_mean_weight_one(name):
         "kl_top": found.statistics.reverse_kl,
         "entropy_top": found.statistics.entropy,
         "teachability": teachability_of(found.statistics, found.mask),
+        "ier_opd": found.statistics.reliability,
     }[name]
     places = [(0, t) for t in range(5)] + [(1, t) for t in range(2)]
     best = set(sorted(places, key=lambda place: -scores[place])[:3])
@@ -137,7 +155,7 @@ def test_teachability_by_hand():
     found = replace(
         evidence([[0.0] * 21], [], []),
         mask=mask,
-        statistics=TokenStatistics(none, none, disagreement, mass),
+        statistics=TokenStatistics(none, none, disagreement, mass, none, none),
     )
     expected = [min(max((d - 1) / 18, 0), 1) * min(max((19 - d) / 18, 0), 1) for d in range(21)]
     torch.testing.assert_close(
@@ -149,6 +167,61 @@ def test_weights_of_iw_opd_by_hand():
     """Losses 1, -2, 1 of a rollout: 1 + 0.5 (1 - 0), 1 + 0.5 (1 - 1/4), 1 + 0.5 (1 - 3/4)."""
     (guide,) = METHODS["iw_opd"].guide(evidence([[1.0, -2.0, 1.0]], [], []))
     assert guide.weights == pytest.approx((1.5, 1.375, 1.125))
+
+
+@pytest.mark.parametrize("loss", ["sampled", "surprise"])
+def test_the_drift_of_iw_opd_does_not_depend_on_the_detector(loss):
+    found = evidence([[1.0, -2.0, 1.0]], [], [])
+    seen = found if loss == "sampled" else replace(found, token_loss=found.token_loss + 7.0)
+    assert METHODS["iw_opd"].guide(seen) == METHODS["iw_opd"].guide(found)
+
+
+def probabilities(student: list[float], teacher: list[float]) -> Evidence:
+    """One rollout whose tokens have these probabilities."""
+    own, theirs = torch.tensor([student]).log(), torch.tensor([teacher]).log()
+    found = evidence([[0.0] * len(student)], [], [])
+    return replace(found, logprobs=own, teacher_logprobs=theirs)
+
+
+def test_dial_opd_prefers_a_gap_of_probabilities_to_a_ratio_of_tiny_ones():
+    """|q - p| is 0.1, 0.0009 and 0.5; the ratios are 2, 10 and 2."""
+    found = probabilities([0.2, 1e-4, 0.5], [0.1, 1e-3, 1.0])
+    (by_gap,) = METHODS["dial_opd"].guide(found, share=0.34)
+    (by_ratio,) = METHODS["dial_opd"].guide(found, share=0.34, beta=0.0)
+    assert by_gap.weights == (0.0, 0.0, 3.0)
+    assert by_ratio.weights == (0.0, 3.0, 0.0)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 1.7])
+def test_the_score_of_dial_opd_is_the_logarithmic_mean_times_the_reward(beta):
+    """L(p, q)^beta |r| with L = (q - p) / (log q - log p), the first form in the paper."""
+    generator = torch.Generator().manual_seed(3)
+    p, q = torch.rand(2, 40, generator=generator).tolist()
+    score = [
+        ((b - a) / (math.log(b) - math.log(a))) ** beta * abs(math.log(b / a))
+        for a, b in zip(p, q, strict=True)
+    ]
+    best = sorted(range(40), key=lambda t: -score[t])[:10]
+    (guide,) = METHODS["dial_opd"].guide(probabilities(p, q), share=0.25, beta=beta)
+    assert [t for t, weight in enumerate(guide.weights) if weight] == sorted(best)
+
+
+def test_dial_opd_on_all_tokens_is_opd():
+    found = evidence(ROWS, STARTS, [True] * 4)
+    assert METHODS["dial_opd"].guide(found, share=1.0) == opd(found)
+
+
+def test_eopd_adds_forward_kl_where_the_teacher_is_in_doubt():
+    """Runs of tokens above the threshold, as parts of the rollout's own text."""
+    found = with_statistics(evidence(ROWS, STARTS, [True] * 4))
+    doubt = torch.tensor([[0.9, 0.1, 1.0, 1.2, 0.1], [0.1, 0.81, 9.0, 9.0, 9.0]])
+    found = replace(found, statistics=replace(found.statistics, teacher_entropy=doubt))
+    first, second = METHODS["eopd"].guide(found)
+    assert first.branches == (Branch(0, (3,), "forward_kl"), Branch(2, (5, 6), "forward_kl"))
+    assert second.branches == (Branch(1, (4,), "forward_kl"),)
+    assert METHODS["eopd"].guide(found, threshold=INF) == opd(found)
+    parts = zip(found.rollouts, (first, second), strict=True)
+    assert all(b.is_part_of(r.response) for r, guide in parts for b in guide.branches)
 
 
 def test_the_negative_control_pushes_the_least_likely_tokens_down():
@@ -193,6 +266,8 @@ def test_the_first_fork_is_learned_and_what_follows_counts_less():
     assert (branch.start, branch.tokens, branch.loss) == (2, tuple(tokens.tolist()), "forward_kl")
     assert first.weights == (1.0, 1.0, 1.0, 0.25, 0.25)
     assert second == Guidance((1.0, 1.0))
+    other, _ = METHODS["first_fork"].guide(found, after=0.25, loss="cross_entropy")
+    assert other == replace(first, branches=(replace(branch, loss="cross_entropy"),))
 
 
 def test_olive_learns_the_teachers_text_behind_one_cut_and_nothing_else():
@@ -222,7 +297,14 @@ def test_the_matched_control_draws_differently_by_seed():
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("topd", {"share": 0.1}), ("kl_top", {"shar": 0.1}), ("tpd", {})]
+    ("method", "options"),
+    [
+        ("topd", {"share": 0.1}),
+        ("kl_top", {"shar": 0.1}),
+        ("tpd", {}),
+        ("kl_top", {"share": "many"}),
+        ("first_fork", {"loss": "forward"}),
+    ],
 )
 def test_unknown_methods_and_options_are_refused(method, options):
     with pytest.raises(TOPDError, match="method"):

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,7 +31,7 @@ from topd.divergence import select_candidates
 from topd.errors import TOPDError
 from topd.named import row_named
 from topd.transport import sparse_soft_targets
-from topd.types import Branch, BranchLoss, Evidence, Guidance, SoftTarget, TokenStatistics
+from topd.types import Branch, BranchLoss, Evidence, Guidance, Ids, SoftTarget, TokenStatistics
 
 
 def opd(evidence: Evidence) -> tuple[Guidance, ...]:
@@ -76,19 +77,19 @@ def window_kd(evidence: Evidence, *, reverse: bool = False) -> tuple[Guidance, .
 
 
 def first_fork(
-    evidence: Evidence, *, after: float = 0.3, reverse: bool = False
+    evidence: Evidence, *, after: float = 0.3, loss: BranchLoss = "forward_kl"
 ) -> tuple[Guidance, ...]:
     """Back to the first real divergent point: the teacher's window there, less of what followed.
 
     At the first real point t of a rollout the student learns the teacher's window in the teacher's
-    own context, by KL(p_T || p_S), or KL(p_S || p_T) if ``reverse``. The token losses after t
+    own context, by ``loss``: KL(p_T || p_S), reverse_kl or cross_entropy. The token losses after t
     count ``after`` times: there the rollout is off the teacher's path, as is the teacher's advice;
     with 0 the student does not even read them.
     It brings settings of its own: candidates by ``surprise``, all of them real. Source: this
     project.
     """
     real = evidence.real & _first(evidence.windows.row, evidence.real)
-    guidance = _branched(replace(evidence, real=real), "reverse_kl" if reverse else "forward_kl")
+    guidance = _branched(replace(evidence, real=real), loss)
     return tuple(
         replace(g, weights=_faded(g.weights, g.branches[0].start + 1, after)) if g.branches else g
         for g in guidance
@@ -212,16 +213,72 @@ def iw_opd(evidence: Evidence, *, gamma: float = 0.5) -> tuple[Guidance, ...]:
     Source: the released code of IW-OPD, arXiv 2606.22600; there they weight the sampled loss, here
     the full-vocabulary one, as in every other method.
     """
-    drift = evidence.token_loss.abs() * evidence.mask
+    drift = _gap(evidence).abs() * evidence.mask
     total = drift.sum(-1, keepdim=True).clamp(min=1e-8)
     before = (drift.cumsum(-1) - drift) / total
     return _weighted(evidence, (1 + gamma * (1 - before)) * evidence.mask)
 
 
+def dial_opd(evidence: Evidence, *, share: float = 0.4, beta: float = 1.0) -> tuple[Guidance, ...]:
+    """Only the ``share`` of every rollout's tokens where both models' probabilities differ most.
+
+        s = |log q - log p|^(1 - beta) |q - p|^beta,   p, q of the token, student's and teacher's
+
+    A large ratio of two tiny probabilities is no reason to learn. Source: DIAL-OPD, arXiv
+    2610.11659; there the kept tokens have the sampled loss, here the full-vocabulary one.
+    """
+    apart = evidence.logprobs.exp() - _teacher(evidence).exp()
+    score = _gap(evidence).abs() ** (1 - beta) * apart.abs() ** beta
+    return _mean_over(evidence, select_candidates(score, evidence.mask, fraction=share))
+
+
+def ier_opd(evidence: Evidence, *, share: float = 0.1) -> tuple[Guidance, ...]:
+    """Only the ``share`` of the batch's tokens whose sampled gradient is the most reliable.
+
+    See :func:`~topd.losses.linear_token_statistics`. Source: the released code of IER-OPD, arXiv
+    2609.24432; there the kept tokens have the sampled loss, here the full-vocabulary one.
+    """
+    return _kept(evidence, _statistics(evidence).reliability, share)
+
+
+def eopd(evidence: Evidence, *, threshold: float = 0.8) -> tuple[Guidance, ...]:
+    """Forward KL as well where the teacher's entropy is above ``threshold`` nats.
+
+        L = sum_t (KL(p_S || p_T) + [H(p_T) > threshold] KL(p_T || p_S)) / T
+
+    with the settings that it brings. Source: EOPD, arXiv 2603.07079 ("augments the reverse KL with
+    forward KL on tokens where the teacher distribution has high entropy"); the threshold is ours.
+    """
+    high = (_statistics(evidence).teacher_entropy > threshold) & evidence.mask
+    parts = zip(opd(evidence), evidence.rollouts, high.tolist(), strict=True)
+    return tuple(replace(g, branches=tuple(_runs(r.response, marks))) for g, r, marks in parts)
+
+
+def _runs(response: Ids, marks: Sequence[bool]) -> Iterator[Branch]:
+    """The response's own text as branches, one a run of marked tokens."""
+    for marked, places in groupby(range(len(response)), key=lambda t: marks[t]):
+        run = [*places]
+        if marked:
+            yield Branch(run[0], response[run[0] : run[-1] + 1], "forward_kl")
+
+
 def _kept(evidence: Evidence, score: Float[Tensor, "B T"], share: float) -> tuple[Guidance, ...]:
+    return _mean_over(evidence, _top(score, evidence.mask, share))
+
+
+def _mean_over(evidence: Evidence, kept: Bool[Tensor, "B T"]) -> tuple[Guidance, ...]:
     """The mean over the kept tokens: weight (all tokens / kept tokens), 0 elsewhere."""
-    kept = _top(score, evidence.mask, share)
     return _weighted(evidence, kept * (evidence.mask.sum() / kept.sum().clamp(min=1)))
+
+
+def _teacher(evidence: Evidence) -> Float[Tensor, "B T"]:
+    assert evidence.teacher_logprobs is not None  # methods are not asked about answers
+    return evidence.teacher_logprobs
+
+
+def _gap(evidence: Evidence) -> Float[Tensor, "B T"]:
+    """log p_T - log p_S of every token, nats."""
+    return _teacher(evidence) - evidence.logprobs
 
 
 def _top(score: Tensor, mask: Bool[Tensor, "B T"], share: float) -> Bool[Tensor, "B T"]:
@@ -279,6 +336,8 @@ FIRST_FORK = {  # as measured in docs/evidence.md
     "look_ahead_until": 0.5,  # of all updates
 }
 
+ALONG_ROLLOUTS = {"trajectory_weight": 1.0, "trajectory_reduction": "sum"}  # a mean over tokens
+
 METHODS: dict[str, Method] = {  # the first is the default; docs/which-method.md says why
     "opd": Method(opd),
     "first_fork": Method(first_fork, looks_ahead=True, first_only=True, settings=FIRST_FORK),
@@ -293,6 +352,9 @@ METHODS: dict[str, Method] = {  # the first is the default; docs/which-method.md
     "entropy_top": Method(entropy_top, statistics=True, whole_update=True),
     "teachability": Method(teachability, statistics=True, whole_update=True),
     "iw_opd": Method(iw_opd),
+    "dial_opd": Method(dial_opd, whole_update=True),
+    "ier_opd": Method(ier_opd, statistics=True, whole_update=True),
+    "eopd": Method(eopd, statistics=True, settings=ALONG_ROLLOUTS),
     "negative": Method(negative, whole_update=True),
 }
 
@@ -302,7 +364,8 @@ def method_named(name: str) -> Method:
     return row_named("method", name, METHODS, Method)
 
 
-_RANGES = {"share": (1e-9, 1), "after": (0, math.inf), "gamma": (0, math.inf), "tokens": (1, 1e9)}
+_RANGES: dict[str, tuple[float, float]] = {"share": (1e-9, 1), "tokens": (1, 1e9)}
+_RANGES |= dict.fromkeys(("after", "gamma", "beta", "threshold"), (0, math.inf))
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
@@ -317,6 +380,9 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits = {"float": number, "int": type(value) is int, "bool": type(value) is bool}
         least, most = _RANGES.get(name, (-math.inf, math.inf))
+        if kind == "BranchLoss" and value not in get_args(BranchLoss):
+            words = ", ".join(get_args(BranchLoss))
+            raise TOPDError(f"method_options: {name}: {value!r} is not one of {words}.")
         if not fits.get(getattr(kind, "__name__", kind), True):
             raise TOPDError(f"method_options: {name}: {value!r} is not of the type {kind}.")
         if method in METHODS and number and not least <= value <= most:

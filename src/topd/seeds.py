@@ -19,6 +19,7 @@ class Stream(IntEnum):
     highest but for the one of an update that is never reached.
     """
 
+    REPLAY = 1 << 18  # which earlier windows are learned again
     RELAY = 1 << 19  # what the student writes after a window
     WINDOWS = 1 << 20  # the teacher's windows
     ANSWERS = 1 << 21  # the teacher's answers for a warm start

@@ -260,3 +260,16 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     if wrong < k:
         return 1.0
     return 1.0 - float(np.prod([(wrong - i) / (samples - i) for i in range(k)]))
+
+
+def stopped_falling(values: Sequence[float], count: int = 10) -> bool:
+    """Whether the mean of ``count`` values in a row was ever no lower than that of those before.
+
+    Source: the rule by which RetireOPD (arXiv 2609.20784) lets its teacher go, "once discrepancy
+    stops shrinking"; the count is ours, its other condition (success) is left out.
+
+    >>> stopped_falling([3.0, 2.0, 1.0], 1), stopped_falling([3.0, 2.0, 2.0, 1.0], 1)
+    (False, True)
+    """
+    sums = [sum(values[i : i + count]) for i in range(len(values) - count + 1)]
+    return any(later >= before for before, later in zip(sums, sums[count:], strict=False))

@@ -186,13 +186,17 @@ class TokenStatistics:
 
     ``reverse_kl`` KL(p_S || p_T) and the student's ``entropy`` in nats; ``disagreement``
     KL(p_T || p_S) on the union of both models' likeliest tokens, renormalised there;
-    ``compatibility`` the teacher's mass on the student's likeliest tokens.
+    ``compatibility`` the teacher's mass on the student's likeliest tokens; ``teacher_entropy`` in
+    nats; ``reliability`` the information-efficiency ratio of a sampled reverse KL
+    (:func:`~topd.losses.linear_token_statistics`).
     """
 
     reverse_kl: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
     disagreement: Float[Tensor, "B T"]
     compatibility: Float[Tensor, "B T"]
+    teacher_entropy: Float[Tensor, "B T"]
+    reliability: Float[Tensor, "B T"]
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,8 @@ class TokenScores:
 
     ``student`` and ``teacher`` are both models' log-probs of the ``tokens`` in nats (the student's
     0 for an answer that it did not sample), ``likeliest`` the tokens that the teacher likes best
-    there. ``statistics`` are there for detectors that need them. 0 outside ``mask``.
+    there. ``statistics`` are there for detectors that need them. 0 outside ``mask``. ``prompts``
+    are the student's, one a rollout.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -210,6 +215,7 @@ class TokenScores:
     teacher: Float[Tensor, "B T"]
     likeliest: Int[Tensor, "B T"]
     statistics: TokenStatistics | None = None
+    prompts: tuple[Ids, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,7 @@ class Evidence:
     ``token_loss`` and the student's ``logprobs`` at sampling [B T] in nats, 0 outside ``mask``
     [B T]. ``real`` [N] is the verdict on each window: real divergent point, or false alarm.
     ``statistics`` are there for methods that need them. ``seed`` is for methods that draw.
+    ``teacher_logprobs`` [B T] are those of the same tokens, in nats, where the teacher was asked.
     """
 
     token_loss: Float[Tensor, "B T"]
@@ -229,6 +236,8 @@ class Evidence:
     real: Bool[Tensor, " N"]
     statistics: TokenStatistics | None = None
     seed: int = 0
+    teacher_logprobs: Float[Tensor, "B T"] | None = None
+    rollouts: tuple[Rollout, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,6 +266,10 @@ class Branch:
     tokens: Ids
     loss: BranchLoss
     go_on: int = 0
+
+    def is_part_of(self, response: Ids) -> bool:
+        """Whether it is what the response itself says there: no text to be read beside it."""
+        return response[self.start : self.start + len(self.tokens)] == self.tokens
 
 
 @dataclass(frozen=True)

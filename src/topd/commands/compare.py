@@ -14,6 +14,9 @@ answers counts. ``answers: start`` learns the answers of the common start again.
 
 An arm's own ``seeds`` replace ``compare.seeds``: screen many arms with one seed, run few with more.
 
+A plan of the analysis (``compare.plan``) is hashed into the folder's ledger whenever the comparison
+begins or continues, with the number of results that were there by then.
+
 A comparison that was stopped continues in its folder: finished runs are kept, others start over.
 """
 
@@ -47,13 +50,14 @@ from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import eos_ids
 from topd.inputs.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
-from topd.runs.files import as_json, read_lines, read_whole, trim
+from topd.runs.files import as_json, file_digest, read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
 from topd.training.progress import say
 from topd.training.warmstart import Answered, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
+NEWER = {name: getattr(TOPDConfig, name) for name in ("teacher_share", "window_replay")}
 
 Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
 
@@ -85,6 +89,8 @@ def _compare(
     run = _open(folder, recipe, spec)
     start = _starting_point(path, spec, overrides, folder, quiet=console is None)
     results = _stored(folder)
+    if spec.plan:
+        run.note("plan", sha256=file_digest(Path(spec.plan)), path=spec.plan, results=len(results))
     tasks = {
         (arm, seed): (
             str(path),
@@ -254,6 +260,10 @@ def _one_thread() -> None:
 def _checked(path: Path, recipe: Recipe, overrides: Mapping[str, Any]) -> CompareSpec:
     if recipe.compare is None:
         raise TOPDError(f"{path}: compare is missing. Name the arms: compare: {{arms: {{...}}}}.")
+    if recipe.compare.plan and not Path(recipe.compare.plan).is_file():
+        raise TOPDError(
+            f"{path}: compare.plan: no such file {recipe.compare.plan}. Write it first."
+        )
     if recipe.evaluation is None:
         raise TOPDError(f"{path}: evaluation is missing. A comparison needs problems to solve.")
     for arm, keys in recipe.compare.all_arms().items():
@@ -282,7 +292,7 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> RunFolder:
     content = as_json({**settings, "compare": spec.model_dump()})
     for changing in ("output_dir", "logging_dir"):
         content["config"].pop(changing, None)
-    for changing in ("jobs", "clock"):
+    for changing in ("jobs", "clock", "plan"):
         content["compare"].pop(changing)
     stored = folder / "run.json"
     done = {result["arm"] for result in _stored(folder)}
@@ -291,22 +301,34 @@ def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> RunFolder:
             f"output_dir: {folder} holds another comparison: arms that have run, or what all arms "
             "share, were different. Choose another folder."
         )
-    run = RunFolder(folder, resume=True)
+    run = RunFolder(folder, resume=True, chained=bool(spec.plan))
     run.write("run.json", content)
     return run
 
 
 def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:
-    """Of run.json what finished runs depend on: all but the other arms, seeds and references."""
+    """Of run.json what finished runs depend on: all but the other arms, seeds and references.
+
+    A folder of a version that had fewer settings has the others at their defaults.
+    """
     try:
         spec = CompareSpec.model_validate(content.get("compare"))
     except ValidationError:
         return content
     arms = spec.all_arms()
     own = {arm: {k: v for k, v in arms.get(arm, {}).items() if k != "seeds"} for arm in done}
-    config = {k: v for k, v in content.get("config", {}).items() if k != "disable_tqdm"}
+    config = {**NEWER, **content.get("config", {})}
+    config.pop("disable_tqdm", None)
     content = {k: v for k, v in content.items() if k != "format"}  # of the records
-    return {**content, "config": config, "compare": {"arms": own, "warmstart": spec.warmstart}}
+    same = {"config": config, "compare": {"arms": own, "warmstart": spec.warmstart}}
+    return {**content, "recipe": _given(content.get("recipe")), **same}
+
+
+def _given(value: Any) -> Any:
+    """A part of a recipe without keys that have nothing, which an older version may lack."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _given(own) for key, own in value.items() if own is not None}
 
 
 def _starting_point(

@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from topd.commands.budgets import FORMULA, at_equal_budgets, mean_curve, spent
+from topd.commands.budgets import FORMULA, at_equal_budgets, mean_curve, solved_at, spent
 from topd.commands.recipe import Clock
-from topd.statistics import SHARES, holm, p_value, seed_problem_interval, t_reach
+from topd.statistics import SHARES, holm, p_value, seed_problem_interval
 
 SCORES = ("greedy", "pass@1")
 SECONDS: dict[Clock, str] = {"wall": "seconds", "cpu": "cpu_seconds"}
@@ -38,7 +38,7 @@ def summarise(
     Returns:
         The content of compare.json. Intervals are over both seeds and problems (95 %). What
         stands under ``at equal time`` is read off an arm's curve when it had run as long as the
-        baseline with the same seed; those intervals are Student's t over seeds. ``equal`` has by
+        baseline with the same seed. ``equal`` has by
         reference and arm :func:`~topd.commands.budgets.at_equal_budgets`, ``against`` the ends of
         both, ``spent`` what arms cost, ``curves`` their means over seeds.
     """
@@ -103,22 +103,11 @@ def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) 
         found[score] = asdict(seed_problem_interval(own, bounds=SHARES))
         gain = [np.subtract(runs[s]["solved"][score], base[s]["solved"][score]) for s in paired]
         found[f"{score}_vs_{name}"] = asdict(seed_problem_interval(gain))
-        early = [_at(runs[s]["curve"], score, time, base[s][time]) for s in paired]
+        early = [
+            solved_at(runs[s]["curve"], score, "seconds", time, base[s]["curve"][-1][time])
+            for s in paired
+        ]
         found[f"{score} at equal time"] = float(np.mean(early))
-        behind = [at - base[s][score] for at, s in zip(early, paired, strict=True)]
-        found[f"{score}_vs_{name} at equal time"] = _over_seeds(behind)
+        behind = [at - base[s]["solved"][score] for at, s in zip(early, paired, strict=True)]
+        found[f"{score}_vs_{name} at equal time"] = asdict(seed_problem_interval(behind))
     return found
-
-
-def _at(curve: Sequence[Mapping[str, float]], score: str, time: str, seconds: float) -> float:
-    """A curve's value at a time, linear between evaluations; its last value after its end."""
-    return float(np.interp(seconds, [p[time] for p in curve], [p[score] for p in curve]))
-
-
-def _over_seeds(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean and its 95 % t-interval, which one seed alone does not have."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return {"mean": mean, "low": None, "high": None}
-    reach = t_reach(values)
-    return {"mean": mean, "low": mean - reach, "high": mean + reach}

@@ -94,7 +94,8 @@ class CompareSpec(BaseModel):
     ``references`` are arms that all others are compared with at equal budgets (none: the baseline).
     ``jobs`` runs go side by side. With ``warmstart`` stage 1 of the recipe is run first, once, and
     every arm starts from its student. ``clock`` says which time is compared: the wall-clock, or the
-    CPU seconds of a run's process, which other work on the same cores leaves alone.
+    CPU seconds of a run's process, which other work on the same cores leaves alone. ``plan`` is a
+    file that says how the results will be analysed, written before them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -107,6 +108,7 @@ class CompareSpec(BaseModel):
     jobs: int = Field(default=1, ge=1)
     warmstart: bool = False
     clock: Clock = "wall"
+    plan: str | None = None
 
     def runs(self) -> list[tuple[str, int, dict[str, Any]]]:
         """Every run as (arm, seed, the arm's keys), seed by seed. Raises as :meth:`all_arms`."""

@@ -290,7 +290,7 @@ def see(
         seed: of what methods draw.
     """
     observer = pair.observer
-    evidence = observer.evidence([fork], [loss], [(0, 0)], [written], args.length)
+    evidence = observer.evidence([fork], [loss], [(0, 0)], [written], args.length, [teacher[1]])
     evidence = replace(evidence, real=torch.tensor([True]), seed=seed)
     if any(args.method_of(name).statistics for name in args.method_names):
         known = observer.statistics([fork], observer.score([fork], keep=False))

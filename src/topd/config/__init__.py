@@ -17,6 +17,7 @@ from topd.distributed import everywhere
 from topd.errors import TOPDError
 from topd.losses import Kind
 from topd.methods import METHODS, Method, check_options, method_named
+from topd.statistics import stopped_falling
 from topd.types import Sampling
 
 CHECKPOINTING = next(  # recomputation of activations, by its name in the installed transformers
@@ -68,6 +69,11 @@ class TOPDConfig(TrainingArguments):
     drop_long_prompts: bool = _field(False, "Leave longer prompts out instead, and say how many.")
     max_completion_length: int = _field(1024, "Longest response, in tokens.")
     num_generations: int = _field(1, "Rollouts a prompt.")
+    teacher_share: float = _field(
+        0.0,
+        "Share of the updates whose responses the teacher writes, for plain distillation on them: "
+        "GKD's mix, 1 - lambda there.",
+    )
     chat_template_kwargs: dict[str, Any] | str | None = _field(
         None, "Given to the chat template, e.g. {enable_thinking: false}."
     )
@@ -108,12 +114,17 @@ class TOPDConfig(TrainingArguments):
     look_ahead_every: int = _field(
         1, "Updates from one that looks ahead to the next; those between are plain OPD."
     )
-    look_ahead_until: float | None = _field(
+    look_ahead_until: float | Literal["auto"] | None = _field(
         None,
         "Updates from this one on are plain OPD; below 1: this share of all updates look ahead; "
-        "none: all do.",
+        "auto: until the divergence stops falling (RetireOPD's rule); none: all do.",
     )
-    window_temperature: float = _field(0.0, "Of the teacher's windows; 0 is greedy.")
+    window_temperature: float = _field(
+        0.0, "Of what the teacher writes, windows and teacher_share; 0 is greedy."
+    )
+    window_replay: int = _field(
+        0, "Windows of earlier updates that each update learns again, drawn from all of them."
+    )
 
     # Transport and verdict
     embedding: Literal["teacher", "student"] = _field(
@@ -194,7 +205,7 @@ class TOPDConfig(TrainingArguments):
         self.brought = self._bring_settings()
         for name in ("window_length", "look_ahead_until"):
             value = getattr(self, name)
-            if value is not None and value >= 1 and value == int(value):
+            if isinstance(value, float) and value >= 1 and value == int(value):
                 setattr(self, name, int(value))
         self._check()
         try:
@@ -229,7 +240,8 @@ class TOPDConfig(TrainingArguments):
             for name in settings
         ]
         looks = method_named(self.method).looks_ahead
-        idle = [name for name in _OF_WINDOWS.split() if name in self._given and not looks]
+        unused = _OF_WINDOWS.split() + ["window_temperature"] * (not self.teacher_share)
+        idle = [name for name in unused if name in self._given and not looks]
         return (
             f"method {self.method}"
             + (f": {', '.join(said)}" if said else "")
@@ -243,6 +255,8 @@ class TOPDConfig(TrainingArguments):
                 f"method: {self.method} chooses among all rollouts of an update, and a rank has "
                 f"only its own. Run one process, with gradient_accumulation_steps."
             )
+        if self.window_replay:
+            raise TOPDError("window_replay: goes with one process only. Leave it out, or run one.")
         size = self.score_batch_size or self.per_device_train_batch_size
         if self.detector.whole_batch and self.per_device_train_batch_size % size:
             raise TOPDError(
@@ -285,7 +299,7 @@ class TOPDConfig(TrainingArguments):
 
     def count_updates(self, updates: int) -> None:
         """Make ``look_ahead_until`` a number, now that a run is known to have so many updates."""
-        if self.look_ahead_until is not None and self.look_ahead_until < 1:
+        if isinstance(self.look_ahead_until, float) and self.look_ahead_until < 1:
             self.look_ahead_until = max(1, round(self.look_ahead_until * updates))
 
     def window_tokens(self, lengths: Sequence[int]) -> int:
@@ -299,13 +313,24 @@ class TOPDConfig(TrainingArguments):
         """The most that K can be."""
         return self.window_tokens([self.max_completion_length])
 
-    def looks_ahead(self, step: int) -> bool:
-        """Whether update ``step`` is guided by the method; else it is plain OPD."""
+    def looks_ahead(self, step: int, divergences: Sequence[float] = ()) -> bool:
+        """Whether update ``step`` is guided by the method; else it is plain OPD.
+
+        ``divergences`` are those logged until then, which ``auto`` goes by.
+        """
+        if self.teacher_writes(step):
+            return False
         if not method_named(self.method).looks_ahead:
             return True
         until = self.look_ahead_until
-        assert until is None or until >= 1  # count_updates was called
+        if until == "auto":
+            until = step if stopped_falling(divergences) else None
+        assert until is None or until >= 1 or step == 0  # count_updates was called
         return step % self.look_ahead_every == 0 and (until is None or step < until)
+
+    def teacher_writes(self, step: int) -> bool:
+        """Whether the responses of update ``step`` are the teacher's: so many in a row of any."""
+        return int((step + 1) * self.teacher_share) > int(step * self.teacher_share)
 
     @property
     def divergence(self) -> Kind:
@@ -341,6 +366,6 @@ class TOPDConfig(TrainingArguments):
 
 _OF_WINDOWS = (  # without effect where a method looks nowhere ahead
     "candidate_fraction candidate_threshold window_length window_rejoin window_gap "
-    "look_ahead_every look_ahead_until window_temperature embedding position_weight solver "
+    "look_ahead_every look_ahead_until window_replay embedding position_weight solver "
     "epsilon false_alarm_share ot_threshold"
 )

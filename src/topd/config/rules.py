@@ -18,7 +18,11 @@ REFUSED = {
     "instead, and revoke this one if it was in a file.",
 }
 RULES: tuple[tuple[str, Any, str], ...] = (  # of what is not None; none is NaN, see values.py
-    ("beta kd_ratio false_alarm_share", lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+    (
+        "beta kd_ratio false_alarm_share teacher_share",
+        lambda x: 0 <= x <= 1,
+        "must be between 0 and 1",
+    ),
     ("top_p candidate_fraction", lambda x: 0 < x <= 1, "must be above 0 and at most 1"),
     ("adam_beta1 adam_beta2", lambda x: 0 <= x < 1, "must be at least 0 and below 1"),
     (
@@ -27,9 +31,9 @@ RULES: tuple[tuple[str, Any, str], ...] = (  # of what is not None; none is NaN,
         "must be finite and above 0",
     ),
     (
-        "trajectory_weight position_weight window_temperature window_rejoin top_k learning_rate "
-        "stop_length stop_finished stop_fresh stop_entropy stop_divergence weight_decay "
-        "adam_epsilon max_grad_norm eval_delay dataloader_num_workers",
+        "trajectory_weight position_weight window_temperature window_rejoin window_replay top_k "
+        "learning_rate stop_length stop_finished stop_fresh stop_entropy stop_divergence "
+        "weight_decay adam_epsilon max_grad_norm eval_delay dataloader_num_workers",
         lambda x: x >= 0,
         "must be finite and at least 0",
     ),
@@ -49,9 +53,14 @@ RULES: tuple[tuple[str, Any, str], ...] = (  # of what is not None; none is NaN,
         "must be a number of updates, or left out: it would train nothing",
     ),
     (
-        "window_length look_ahead_until logging_steps save_steps eval_steps",
+        "window_length logging_steps save_steps eval_steps",
         lambda x: 0 < x < 1 or x == int(x) >= 1,
         "must be at least 1 and whole, or a share above 0 and below 1",
+    ),
+    (
+        "look_ahead_until",
+        lambda x: x == "auto" if isinstance(x, str) else 0 < x < 1 or x == int(x) >= 1,
+        "must be at least 1 and whole, or a share above 0 and below 1, or auto",
     ),
     (
         "warmup_steps",
@@ -79,6 +88,11 @@ def check_values(config: TOPDConfig) -> None:
         raise TOPDError(
             f"num_generations: {config.num_generations} does not divide the {rollouts} rollouts "
             "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
+        )
+    if config.window_replay and config.save_strategy != "no":
+        raise TOPDError(
+            "window_replay: a checkpoint does not hold the windows, so a run that resumes from one "
+            "would be another. Set save_strategy: 'no'."
         )
     for name, why in REFUSED.items():
         if getattr(config, name):

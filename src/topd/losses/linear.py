@@ -126,6 +126,9 @@ def linear_token_divergence(
     return terms.divergence.reshape(shape)
 
 
+_LEAST = 1e-8  # of a noise that is divided by
+
+
 def linear_token_statistics(
     student_hidden: Float[Tensor, "P D"],
     student_head: Head,
@@ -135,7 +138,7 @@ def linear_token_statistics(
     temperature: float = 1.0,
     candidates: int = 16,
     chunk_tokens: int = 1024,
-) -> Float[Tensor, "4 P"]:
+) -> Float[Tensor, "6 P"]:
     """What methods that weigh tokens look at: :class:`topd.types.TokenStatistics`, a row each.
 
     Args:
@@ -148,8 +151,14 @@ def linear_token_statistics(
         chunk_tokens: tokens whose logits are alive at a time.
 
     Returns:
-        [4 P]: KL(p_S || p_T), the student's entropy, KL(p_T || p_S) on the union of the likeliest
-        tokens (all nats), and p_T's mass on the student's. Meant for use without gradients.
+        [6 P]: KL(p_S || p_T), the student's entropy, KL(p_T || p_S) on the union of the likeliest
+        tokens (all nats), p_T's mass on the student's, the teacher's entropy (nats), and the
+        information-efficiency ratio of a sampled reverse KL on that union,
+
+            signal / (sum_v (1 - p_v) (c_v - b)^2 - signal),   signal = Var_p(c)
+
+        with c = log p_S - log p_T and b = sum_v (1 - p_v) c_v / sum_v (1 - p_v), its best baseline
+        (arXiv 2609.24432). Meant for use without gradients.
 
     Raises:
         TOPDError: temperature or chunk_tokens are out of range.
@@ -173,9 +182,28 @@ def _statistics(log_s: Tensor, log_t: Tensor, candidates: int) -> Tensor:
     rest = torch.ones_like(log_s, dtype=torch.bool).scatter(-1, ours, False)
     mass = log_t.masked_fill(rest, -math.inf).logsumexp(-1).exp()
     rest = rest.scatter(-1, theirs, False)
-    on_union = [x.masked_fill(rest, -math.inf).log_softmax(-1) for x in (log_t, log_s)]
-    entropy = torch.special.entr(log_s.exp()).sum(-1)
-    return torch.stack([kl(log_s, log_t), entropy, kl(*on_union), mass])
+    theirs, ours = (x.masked_fill(rest, -math.inf).log_softmax(-1) for x in (log_t, log_s))
+    entropies = [torch.special.entr(x.exp()).sum(-1) for x in (log_s, log_t)]
+    reliable = _efficiency(ours, theirs)
+    return torch.stack(
+        [kl(log_s, log_t), entropies[0], kl(theirs, ours), mass, entropies[1], reliable]
+    )
+
+
+def _efficiency(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Signal over noise of the reverse KL's gradient from one sample of p, with its best baseline.
+
+    Log ratios are held within 30 nats, as in the released code of arXiv 2609.24432.
+    """
+    never, p = log_p == -math.inf, log_p.exp()
+    rest = (1 - p).masked_fill(never, 0.0)
+    ratio = (log_p - log_q).masked_fill(never, 0.0).clamp(-30, 30)
+    mean = (p * ratio).sum(-1, keepdim=True)
+    signal = (p * (ratio - mean) ** 2).sum(-1)
+    total = rest.sum(-1, keepdim=True)
+    best = torch.where(total > _LEAST, (rest * ratio).sum(-1, keepdim=True) / total, mean)
+    noise = (rest * (ratio - best) ** 2).sum(-1) - signal
+    return signal / noise.clamp(min=_LEAST)
 
 
 def linear_logprobs(

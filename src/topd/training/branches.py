@@ -60,9 +60,10 @@ def branch_states(
     rollouts: Sequence[Rollout],
     guidance: Sequence[Guidance],
     written: Mapping[tuple[int, int], Generation],
+    hidden: Sequence[Tensor],
     phases: Phases,
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """The teacher's states along every branch: those of its window, or scored now."""
+    """The teacher's states along every branch: of its window, of the rollout, or scored now."""
     states: dict[tuple[int, int], Tensor] = {}
     unknown: list[tuple[int, int]] = []
     for row, guide in enumerate(guidance):
@@ -70,6 +71,8 @@ def branch_states(
             window, count = written.get((row, branch.start)), len(branch.tokens)
             if window and window.hidden is not None and window.tokens[:count] == branch.tokens:
                 states[row, k] = window.hidden[:count]
+            elif branch.is_part_of(rollouts[row].response):
+                states[row, k] = hidden[row][branch.start : branch.start + count]
             else:
                 unknown.append((row, k))
     if unknown:

@@ -35,7 +35,9 @@ def token_scores(
     tokens, mask = padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
     student, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
     known = None if statistics is None else statistics_of(statistics)
-    return TokenScores(tokens, mask, student, scores.logprobs.cpu(), scores.likeliest.cpu(), known)
+    teacher, likeliest = scores.logprobs.cpu(), scores.likeliest.cpu()
+    prompts = tuple(r.prompt.student for r in rollouts)
+    return TokenScores(tokens, mask, student, teacher, likeliest, known, prompts)
 
 
 def pair_windows(
@@ -83,8 +85,8 @@ def _logprobs(rollout: Rollout) -> Sequence[float]:
 
 
 def statistics_of(rows: Sequence[Tensor]) -> TokenStatistics:
-    """From [4 T] a rollout."""
-    return TokenStatistics(*(padded([row[i] for row in rows])[0] for i in range(4)))
+    """From [6 T] a rollout."""
+    return TokenStatistics(*(padded([row[i] for row in rows])[0] for i in range(6)))
 
 
 def padded(rows: Sequence[Tensor], width: int = 0) -> tuple[Tensor, Tensor]:

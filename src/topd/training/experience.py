@@ -90,6 +90,7 @@ class Observer:
         step: int,
         numbers: Sequence[int] | None = None,
         look_ahead: bool = True,
+        teacher_writes: bool = False,
     ) -> Experience:
         """Roll out and look ahead. A collective where there are several ranks.
 
@@ -98,6 +99,7 @@ class Observer:
             step: number of the update; with the seed it fixes what is sampled.
             numbers: of the rollouts within the update, over all ranks; none: from 0 on.
             look_ahead: False to score only: no windows, and every token counts as it is.
+            teacher_writes: it does the responses, not the student.
 
         Raises:
             TOPDError: here or on another rank.
@@ -105,7 +107,8 @@ class Observer:
         numbers = range(len(prompts)) if numbers is None else numbers
         seeds = [sampling_seeds(self.args.seed, step, 1, first=number)[0] for number in numbers]
         method = self.args.guidance_method(look_ahead=look_ahead)
-        rollouts = agreed(lambda: self.roll_out(prompts, seeds), self._waiting)
+        write = self.answered if teacher_writes else self.roll_out
+        rollouts = agreed(lambda: write(prompts, seeds), self._waiting)
         return self.inspect(rollouts, seeds, method, numbers)
 
     def roll_out(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
@@ -117,6 +120,19 @@ class Observer:
                 [prompt.student for prompt in prompts], self.args.sampling, seeds, tick=tick
             )
         return [make_rollout(p, w) for p, w in zip(prompts, written, strict=True)]
+
+    def answered(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
+        """The teacher's responses, drawn as its windows are; without log-probs."""
+        length = self.args.max_completion_length
+        with self.phases.phase("answers", length) as tick:
+            written = self.teacher.generate(
+                [prompt.teacher for prompt in prompts],
+                self.args.window_sampling(length),
+                seeds,
+                tick=tick,
+            )
+        pairs = zip(prompts, written, strict=True)
+        return [replace(make_rollout(p, w), logprobs=()) for p, w in pairs]
 
     def inspect(
         self,
@@ -172,7 +188,7 @@ class Observer:
                 starts += [(first + row, t) for row, t in found]
                 written += self.look_ahead(scores, found, seeds[first:], length)
             del scores  # and its cache, before the next is made
-        evidence = self.evidence(rollouts, losses, starts, written, length)
+        evidence = self.evidence(rollouts, losses, starts, written, length, logprobs)
         if method.statistics:
             evidence = replace(evidence, statistics=statistics_of(statistics))
         return Seen(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
@@ -220,7 +236,7 @@ class Observer:
             tuple(seen.logprobs),
             forks_of(seen.evidence, len(rollouts)),
             guidance,
-            branch_states(self.teacher, rollouts, guidance, windows, phases),
+            branch_states(self.teacher, rollouts, guidance, windows, seen.hidden, phases),
             tuple(window.effort for window in seen.written),
         )
 
@@ -264,7 +280,7 @@ class Observer:
         return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
 
     def statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
-        """[4 T] a rollout, on the CPU, as in ``linear_token_statistics``; one student forward."""
+        """[6 T] a rollout, on the CPU, as in ``linear_token_statistics``; one student forward."""
         with self.phases.phase("scoring"), torch.no_grad():
             student = self.student.score(
                 [r.prompt.student for r in rollouts], [r.response for r in rollouts], keep=False
@@ -322,15 +338,29 @@ class Observer:
         starts: Starts,
         written: Sequence[Generation],
         length: int,
+        teacher: Sequence[Tensor] | None = None,
     ) -> Evidence:
-        """Windows of ``length`` at most and how far they are apart; no verdict: none is real."""
+        """Windows of ``length`` at most and how far they are apart; no verdict: none is real.
+
+        ``teacher`` are its log-probs, [T] a rollout, where it was asked.
+        """
         token_loss, mask = padded(losses)
         windows = pair_windows(rollouts, starts, written, length)
         prompts = [rollouts[row].prompt for row, _ in starts]
         solved = self.compare(windows, teacher=reader_of(self.teacher, prompts))
         real = torch.zeros(len(starts), dtype=torch.bool)
         logprobs, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
-        return Evidence(token_loss, logprobs, mask, windows, solved, real)
+        theirs = None if teacher is None else padded([row.cpu() for row in teacher])[0]
+        return Evidence(
+            token_loss,
+            logprobs,
+            mask,
+            windows,
+            solved,
+            real,
+            teacher_logprobs=theirs,
+            rollouts=tuple(rollouts),
+        )
 
     def compare(
         self,

@@ -53,7 +53,8 @@ class Layout:
 def lay_out(rollouts: Sequence[Rollout], guidance: Sequence[Guidance], *, packed: bool) -> Layout:
     """One row a rollout; its branches after it, or in rows of their own after all rollouts.
 
-    The last token of a branch predicts nothing and is left out.
+    The last token of a branch predicts nothing and is left out; a branch that is the rollout's own
+    text has no tokens of its own.
     """
     ids = [[*r.prompt.student, *r.response] for r in rollouts]
     places: list[list[tuple[int, int]]] = []
@@ -61,7 +62,9 @@ def lay_out(rollouts: Sequence[Rollout], guidance: Sequence[Guidance], *, packed
     for row, (rollout, guide) in enumerate(zip(rollouts, guidance, strict=True)):
         for branch in guide.branches:
             seen, read = len(rollout.prompt.student) + branch.start, branch.tokens[:-1]
-            if packed:
+            if branch.is_part_of(rollout.response):
+                places.append([(row, seen - 1 + i) for i in range(len(branch.tokens))])
+            elif packed:
                 first = len(ids[row])
                 ids[row].extend(read)
                 spans.append((row, first, seen, len(read)))

@@ -109,7 +109,12 @@ def _count_tokens(means: Means, experience: Experience) -> None:
     """What an update cost in tokens: written and read by either model, learned by the student."""
     rollouts, guidance = experience.rollouts, experience.guidance
     written = sum(len(r.response) for r in rollouts if r.logprobs)
-    branches = sum(len(branch.tokens) for guide in guidance for branch in guide.branches)
+    branches = sum(
+        len(branch.tokens)
+        for rollout, guide in zip(rollouts, guidance, strict=True)
+        for branch in guide.branches
+        if not branch.is_part_of(rollout.response)
+    )
     windows = sum(len(fork.teacher_tokens) for row in experience.forks for fork in row)
     read = sum(
         len(r.prompt.teacher) + len(r.response)
@@ -119,5 +124,6 @@ def _count_tokens(means: Means, experience: Experience) -> None:
     prompts = sum(len(r.prompt.student) for r in rollouts)
     means.add("tokens/student_written", written)
     means.add("tokens/learned", prompts + sum(guide.learned for guide in guidance) + branches)
-    means.add("tokens/teacher_written", windows)
+    answers = sum(len(r.response) for r in rollouts if not (r.logprobs or r.prompt.response))
+    means.add("tokens/teacher_written", windows + answers)
     means.add("tokens/teacher_read", read)

@@ -61,6 +61,11 @@ def check_overlap(student: ModelSource, teacher: ModelSource, args: TOPDConfig) 
     """Make sure that nothing would read the student while it is trained. Raises TOPDError."""
     if not all(isinstance(model, ModelSpec) and model.served for model in (student, teacher)):
         raise TOPDError("overlap: needs student.served and teacher.served, both in a recipe.")
+    if args.teacher_share:
+        raise TOPDError(
+            "overlap: the teacher's own responses (teacher_share) have no log-probs to weigh them "
+            "by. Set overlap: false, or teacher_share: 0."
+        )
     if args.learns_from_answers:
         raise TOPDError("overlap: a warm start has no rollouts to gather. Set overlap: false.")
     method = args.guidance_method()
@@ -69,6 +74,7 @@ def check_overlap(student: ModelSource, teacher: ModelSource, args: TOPDConfig) 
         (args.detector.statistics, f"candidate_loss: {args.candidate_loss} looks"),
         (args.embedding == "student", "embedding: student looks"),
         (args.eval_strategy != "no", "eval_strategy: an evaluation looks"),
+        (args.look_ahead_until == "auto", "look_ahead_until: auto looks"),
     ):
         if holds:
             raise TOPDError(

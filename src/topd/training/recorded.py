@@ -120,6 +120,11 @@ class RecordedTrainer(Trainer):
                 f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
                 "or resume from a checkpoint of this one."
             )
+        if checkpoint and self.args.window_replay:
+            raise TOPDError(
+                f"resume_from_checkpoint: {checkpoint} does not hold the windows of window_replay, "
+                "so the run would be another. Start over in another folder."
+            )
         self.args.count_updates(self._updates())
         with one_writer(self.run_folder), checkpoints.writing(self.run_folder):
             self._open_folder(checkpoint)

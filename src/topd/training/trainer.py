@@ -43,6 +43,7 @@ from topd.training.overlap import Overlap
 from topd.training.preflight import check_forward, mend
 from topd.training.progress import Phases
 from topd.training.recorded import RecordedTrainer
+from topd.training.replay import EarlierWindows
 from topd.training.sampler import GroupSampler
 from topd.training.sharded import check_launch
 from topd.training.startup import (
@@ -149,6 +150,7 @@ class TOPDTrainer(RecordedTrainer):
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
         self.gaps: list[Tensor] = []  # likewise: of log-probs, a sum and its count a micro-batch
+        self.windows = EarlierWindows(self.args.window_replay, self.args.seed)
         self.watch = Watch(self)
         self.add_callback(self.watch)
 
@@ -214,6 +216,9 @@ class TOPDTrainer(RecordedTrainer):
                 self.fetched = self._fetch(epoch_iterator, num_batches, device)
                 self._begin_next(self.overlap)
         self._record(experience, numbers)
+        if self.args.window_replay:
+            experience, learned = self.windows.with_earlier(experience, self.state.global_step)
+            self.meter.add("tokens/learned", learned, 0)  # of the same update
         self.batches = self._collated(experience, [len(batch) for batch in prompts])
         self.update_loss, self.gaps = torch.zeros((), device=device), []
         return self.batches, None
@@ -266,10 +271,16 @@ class TOPDTrainer(RecordedTrainer):
                 ready = self.overlap.take()
             if ready is not None:
                 return ready
-        step = self.state.global_step
-        looks = self.args.looks_ahead(step)
+        step, name = self.state.global_step, self.args.divergence
+        logged = [log[name] for log in self.state.log_history if name in log]
         with self._synced():
-            return self.observer.observe(prompts, step=step, numbers=numbers, look_ahead=looks)
+            return self.observer.observe(
+                prompts,
+                step=step,
+                numbers=numbers,
+                look_ahead=self.args.looks_ahead(step, logged),
+                teacher_writes=self.args.teacher_writes(step),
+            )
 
     @contextmanager
     def _synced(self) -> Iterator[None]:
@@ -292,8 +303,10 @@ class TOPDTrainer(RecordedTrainer):
         """An experience as micro-batches of so many rollouts, on the device."""
         totals, device = self._totals(experience), self.accelerator.device
         packed = self.shares_rows and can_pack(self.accelerator.unwrap_model(self.model))
-        rows = iter(range(sum(sizes)))
+        rows = iter(range(len(experience.rollouts)))
         parts = [list(islice(rows, size)) for size in sizes]
+        for i, earlier in enumerate(rows):
+            parts[i % len(parts)].append(earlier)
         return [collate(experience, part, totals, device, packed=packed) for part in parts]
 
     def _terms(self, model: nn.Module, batch: LearningBatch) -> LearningTerms:
@@ -384,6 +397,9 @@ class TOPDTrainer(RecordedTrainer):
         self.meter.add("entropy", detached.entropy.sum(), count)
         self.meter.add("topd/trajectory_loss", trajectory, batch["guided"])
         if self.args.learns_from_answers:
+            return
+        if self.args.teacher_writes(self.state.global_step):
+            self.gaps.append(detached.logprob.new_zeros(2))
             return
         off = (detached.logprob - batch["sampled"]).abs().sum()
         self.gaps.append(torch.stack([off, torch.full_like(off, count)]))

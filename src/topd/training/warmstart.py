@@ -55,6 +55,8 @@ class WarmstartConfig(TOPDConfig):
         super()._check()
         if self.method != "opd":
             raise TOPDError(f"method: {self.method!r} needs rollouts; a warm start takes opd.")
+        if self.teacher_share:
+            raise TOPDError("teacher_share: the student writes no responses here. Leave it out.")
         if self.num_generations != 1:
             raise TOPDError("num_generations: a warm start has one answer a prompt. Leave it at 1.")
         if self.answer_batch_size < 1:

@@ -51,7 +51,7 @@ def check_decisions(
             found.faults += _door_faults(trainer, rollouts)
         if step and trainer.own:
             continue
-        again, means = _decided(trainer, step, rollouts)
+        again, means = _decided(trainer, step, rollouts, _divergences(folder, step, trainer.args))
         found.faults += _mean_faults(folder, step, means, trainer.args, tolerance)
         known = _known(trainer, guidance, step, otherwise=otherwise)
         for pair, (theirs, ours) in zip(zip(rollouts, guidance, strict=True), again, strict=True):
@@ -84,7 +84,7 @@ def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> 
             yield f"{place}: its tokens are not those of prompt {record['prompt']}"
         elif prompt.teacher_name != record.get("teacher"):
             yield f"{place}: its teacher is not that of prompt {record['prompt']}"
-        if args.learns_from_answers:
+        if args.learns_from_answers or args.teacher_writes(record["step"]):
             continue
         if record["finished"] != (bool(response) and response[-1] in ends):
             yield f"{place}: finished is {record['finished']}, its last token says otherwise"
@@ -97,12 +97,19 @@ def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> 
 
 
 def _decided(
-    trainer: TOPDTrainer, step: int, records: Sequence[Mapping[str, Any]]
+    trainer: TOPDTrainer,
+    step: int,
+    records: Sequence[Mapping[str, Any]],
+    logged: Sequence[float],
 ) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], dict[str, float]]:
-    """The records that the teacher and the method make of stored rollouts, and their means."""
+    """The records that the teacher and the method make of stored rollouts, and their means.
+
+    ``logged`` are the divergences of the updates before.
+    """
     rollouts = [_rollout(record, trainer.observer.teacher.head.vocab_size) for record in records]
     seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
-    look = trainer.args.looks_ahead(step) and (step == 0 or not _needs_student(trainer.args))
+    look = trainer.args.looks_ahead(step, logged)
+    look &= step == 0 or not _needs_student(trainer.args)
     made = trainer.observer.inspect(rollouts, seeds, trainer.args.guidance_method(look_ahead=look))
     decode, means = trainer.processing_class.decode, Means()
     measure_experience(means, made)
@@ -114,6 +121,12 @@ def _decided(
         for i, r in enumerate(made.rollouts)
     ]
     return pairs, means.take()
+
+
+def _divergences(folder: Path, step: int, args: TOPDConfig) -> list[float]:
+    """Those that were logged before an update."""
+    logs = read_records(folder, "metrics.jsonl")
+    return [log[args.divergence] for log in logs if args.divergence in log and log["step"] <= step]
 
 
 def _mean_faults(

@@ -1,0 +1,87 @@
+"""All methods from one student that has imitated: which are worth more seeds and more worlds?
+
+::
+
+    python -m bench.screening [--folder F] [--jobs N]
+
+One world (arithmetic), one start (stage 1 on 320 of the teacher's answers, as ``bench.imitated
+arithmetic few`` tunes it; a finished folder of that command may be copied to ``F``, and its runs
+are kept). Every arm has as many updates, and its learning rate from validation problems with one
+seed: three rates, and one more beyond while the best is the lowest or the highest tried. Then two
+seeds on test problems. ``docs/results/screening-arithmetic-few.json`` gets the comparison after
+every pass, so that what is there can be read while the rest is missing;
+``python -m bench.evidence`` makes the table of it, and says what was left out.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench.imitated import ARMS, FORK, Setting
+
+FAMILY, SUPPLY = "arithmetic", "few"
+RATES, SEEDS = (5e-4, 1e-3, 2e-3), (0, 1)
+AT_A_TIME = 4
+LONGEST = 64  # tokens of a response
+GROUP = {"num_generations": 4, "method": "bench.controls:rl"}
+SCREENED: dict[str, dict[str, Any]] = {
+    **ARMS,
+    "stage 1 continued, new answers, forward KL": {
+        **ARMS["stage 1 continued, new answers, cross-entropy"],
+        "kd_ratio": 1.0,
+    },
+    "start handover": {**FORK, "candidate_loss": "start"},
+    "oracle fork": {**FORK, "candidate_loss": "bench.controls:oracle_arithmetic"},
+    "OLIVE": {
+        **{"method": "olive", "candidate_loss": "random", "candidate_threshold": None},
+        **{"candidate_fraction": 1e-6, "false_alarm_share": 0.0, "window_length": LONGEST},
+        "trajectory_weight": 1.0,
+    },
+    "GKD's mix": {"method": "opd", "teacher_share": 0.5, "window_temperature": 0.6},
+    "opd, forward KL": {"method": "opd", "beta": 0.0},
+    "windows to the end": {**FORK, "window_length": LONGEST, "method_options": {"after": 0.0}},
+    "first_fork, cross-entropy": {**FORK, "method_options": {"loss": "cross_entropy"}},
+    "first_fork, windows again": {**FORK, "window_replay": 16},
+    "opd, JSD": {"method": "opd", "beta": 0.5},
+    "EOPD": {"method": "eopd"},
+    "DIAL-OPD": {"method": "dial_opd"},
+    "opd on prefixes": {"method": "opd", "max_completion_length": 20},
+    "first_fork, until auto": {**FORK, "look_ahead_until": "auto"},
+    "RL": GROUP | {"method_options": {"family": FAMILY}},
+    "RL and opd": GROUP | {"method_options": {"family": FAMILY, "distil": 1.0}},
+    "IER-OPD": {"method": "ier_opd"},
+}
+REFERENCES = ("opd", "stage 1 continued, same answers", *list(ARMS)[-1:])
+LEFT_OUT = {
+    "self-teacher, with no and with a wrong reference": "a teacher of another kind, another start",
+    "iw_opd, kl_top, entropy_top, teachability, downweight": "not above OPD in the older tables",
+    "window_sft, window_kd, relay": "windows at every fork; first_fork stands for them",
+}
+
+
+def main() -> None:
+    """A few arms at a time: rates, then both seeds; the results so far are written after each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, default=Path("runs/screening"))
+    parser.add_argument("--jobs", type=int, default=1)
+    asked = parser.parse_args()
+    arms = list(SCREENED.items())
+    for count in [*range(len(ARMS) + AT_A_TIME, len(arms), AT_A_TIME), len(arms)]:
+        screen(dict(arms[:count]), asked.folder, asked.jobs)
+
+
+def screen(arms: dict[str, Any], folder: Path, jobs: int) -> None:
+    """Tune and compare these arms, and write what was found and what is missing."""
+    setting = Setting(
+        FAMILY, SUPPLY, folder, jobs, arms=arms, rates=RATES, seeds=SEEDS, references=REFERENCES
+    )
+    start = setting.tuned_start()
+    found = setting.finished(start, setting.tuned_rates(start["chosen"]))
+    missing = {arm: "not run" for arm in SCREENED if arm not in arms}
+    path = Path("docs/results") / f"screening-{FAMILY}-{SUPPLY}.json"
+    path.write_text(json.dumps({**found, "left_out": {**LEFT_OUT, **missing}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

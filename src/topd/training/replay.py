@@ -1,0 +1,79 @@
+"""Windows of earlier updates, learned again: a teacher's window is right whoever asks."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from torch import Tensor
+
+from topd.seeds import Stream, sampling_seeds
+from topd.training.experience import Experience
+from topd.types import Branch, Guidance, Rollout
+
+KEPT = 1024  # windows, the latest
+Window: TypeAlias = tuple[Rollout, Branch, Tensor]  # without a response; the teacher's states [K D]
+
+
+@dataclass
+class EarlierWindows:
+    """What the teacher wrote in earlier updates, to be learned once more.
+
+    A window keeps its prefix and the teacher's states along it, so that it costs one student
+    forward and no teacher.
+
+    Args:
+        count: how many each update learns again, drawn evenly from those before it.
+        seed: of the draws.
+    """
+
+    count: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._kept: deque[Window] = deque(maxlen=KEPT)
+
+    def with_earlier(self, experience: Experience, step: int) -> tuple[Experience, int]:
+        """An update with earlier windows after its rollouts, and how many tokens those read.
+
+        They have no response tokens: only L_traj counts them, as windows of this update.
+        """
+        draw = random.Random(sampling_seeds(self.seed, Stream.REPLAY, 1, first=step)[0])
+        drawn = draw.sample(list(self._kept), min(self.count, len(self._kept)))
+        self._kept += _windows(experience)
+        nothing = experience.teacher_hidden[0][:0] if experience.teacher_hidden else None
+        if not drawn or nothing is None:
+            return experience, 0
+        rollouts, branches, states = zip(*drawn, strict=True)
+        read = [
+            len(r.prompt.student) + len(b.tokens) for r, b in zip(rollouts, branches, strict=True)
+        ]
+        return (
+            replace(
+                experience,
+                rollouts=experience.rollouts + rollouts,
+                teacher_hidden=experience.teacher_hidden + (nothing,) * len(drawn),
+                guidance=experience.guidance + tuple(Guidance((), branches=(b,)) for b in branches),
+                branch_hidden=experience.branch_hidden + tuple((s,) for s in states),
+            ),
+            sum(read),
+        )
+
+
+def _windows(experience: Experience) -> list[Window]:
+    """Every branch of an update as a text of its own: its prefix is the prompt."""
+    found = []
+    rows = zip(experience.rollouts, experience.guidance, experience.branch_hidden, strict=True)
+    for rollout, guide, hidden in rows:
+        for branch, states in zip(guide.branches, hidden, strict=True):
+            prefix = rollout.response[: branch.start]
+            prompt = replace(
+                rollout.prompt,
+                student=rollout.prompt.student + prefix,
+                teacher=rollout.prompt.teacher + prefix,
+            )
+            alone = Rollout(prompt, (), (), rollout.finished)
+            found.append((alone, replace(branch, start=0), states))
+    return found
