@@ -125,7 +125,7 @@ class Observer:
         """The teacher's responses, drawn as its windows are; without log-probs."""
         length = self.args.max_completion_length
         with self.phases.phase("answers", length) as tick:
-            written = self.teacher.generate(
+            written = reader_of(self.teacher, prompts).generate(
                 [prompt.teacher for prompt in prompts],
                 self.args.window_sampling(length),
                 seeds,
@@ -351,16 +351,8 @@ class Observer:
         real = torch.zeros(len(starts), dtype=torch.bool)
         logprobs, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
         theirs = None if teacher is None else padded([row.cpu() for row in teacher])[0]
-        return Evidence(
-            token_loss,
-            logprobs,
-            mask,
-            windows,
-            solved,
-            real,
-            teacher_logprobs=theirs,
-            rollouts=tuple(rollouts),
-        )
+        found = Evidence(token_loss, logprobs, mask, windows, solved, real)
+        return replace(found, teacher_logprobs=theirs, rollouts=tuple(rollouts))
 
     def compare(
         self,
