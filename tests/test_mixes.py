@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from bench.controls import SURE, _rl, true_fork
 
+from conftest import rows, tiny_tokenizer, write_pair
 from conftest import torch_on_device as torch
-from conftest import write_pair
 from test_methods import no_windows
-from test_trainer import SMALL, dense_divergence, lines, make, run, updates
-from topd import TOPDConfig
+from test_trainer import SMALL, dense_divergence, lines, make, run, student, updates
+from topd import TOPDConfig, TOPDTrainer
 from topd.commands.audit import audit_run
 from topd.commands.train import run_recipe
 from topd.errors import TOPDError
@@ -22,6 +22,7 @@ from topd.testbed import FAMILIES, problems
 from topd.testbed.arithmetic import value
 from topd.testbed.models import AUTHORS, tokenizer_of
 from topd.testbed.world import labels, write
+from topd.training.metrics import Means
 from topd.training.replay import EarlierWindows
 from topd.types import Prompt, Rollout, TokenScores
 
@@ -88,12 +89,14 @@ def test_a_window_of_before_is_learned_as_if_it_were_new(tmp_path):
     trainer = make(tmp_path, **FORK, window_replay=1000)
     store = EarlierWindows(1000, seed=0)
     seen = trainer.observer.observe(trainer.train_dataset, step=0)
-    first, read = store.with_earlier(seen, 0)
-    assert (first, read) == (seen, 0)
-    again, read = store.with_earlier(seen, 1)
+    means = Means()
+    assert store.with_earlier(seen, 0, means) is seen
+    again = store.with_earlier(seen, 1, means)
     assert sum(g.guided for g in again.guidance) == 2 * sum(g.guided for g in seen.guidance) > 0
     alone = again.rollouts[len(seen.rollouts) :]
-    assert read == sum(len(r.prompt.student) for r in alone) + sum(g.guided for g in seen.guidance)
+    read = sum(len(r.prompt.student) for r in alone) + sum(g.guided for g in seen.guidance)
+    means.add("tokens/learned", 0, 1)
+    assert means.take() == {"tokens/learned": read}
     losses = []
     for experience in (seen, again):
         batches = trainer._collated(experience, [4, 4])
@@ -107,8 +110,8 @@ def test_so_many_are_drawn_of_all_before(tmp_path):
     drawn = []
     for seed in (0, 0, 1):
         store = EarlierWindows(3, seed)
-        store.with_earlier(seen, 0)
-        drawn.append(store.with_earlier(seen, 1)[0].rollouts[len(seen.rollouts) :])
+        store.with_earlier(seen, 0, Means())
+        drawn.append(store.with_earlier(seen, 1, Means()).rollouts[len(seen.rollouts) :])
     assert len(drawn[0]) == 3
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -125,6 +128,22 @@ def test_what_is_read_again_is_counted_and_no_log_prob_is_missed(tmp_path):
 def test_windows_are_not_in_a_checkpoint():
     with pytest.raises(TOPDError, match="window_replay: a checkpoint"):
         TOPDConfig(output_dir="unused", window_replay=4, save_strategy="steps", use_cpu=True)
+
+
+def test_a_teacher_that_changes_has_no_windows_of_before(tmp_path):
+    with pytest.raises(TOPDError, match="window_replay: keeps the states"):
+        TOPDTrainer(
+            student(),
+            "self",
+            TOPDConfig(
+                output_dir=str(tmp_path),
+                **{**SMALL, **FORK},
+                window_replay=4,
+                teacher_prompt="{{ prompt }} a",
+            ),
+            train_dataset=rows(),
+            processing_class=tiny_tokenizer(),
+        )
 
 
 # Until when

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -73,6 +74,19 @@ def lay_out(rollouts: Sequence[Rollout], guidance: Sequence[Guidance], *, packed
                 places.append([(len(ids), seen - 1 + i) for i in range(len(branch.tokens))])
                 ids.append([*ids[row][:seen], *read])
     return Layout(ids, places, spans)
+
+
+def dealt(count: int, sizes: Sequence[int]) -> list[list[int]]:
+    """Rows as micro-batches of so many; those beyond all sizes are dealt to them in turn.
+
+    >>> dealt(7, [2, 2])
+    [[0, 1, 4, 6], [2, 3, 5]]
+    """
+    rows = iter(range(count))
+    parts = [list(islice(rows, size)) for size in sizes]
+    for i, more in enumerate(rows):
+        parts[i % len(parts)].append(more)
+    return parts
 
 
 def can_pack(model: PreTrainedModel) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from topd.seeds import Stream, sampling_seeds
 from topd.training.experience import Experience
+from topd.training.metrics import Means
 from topd.types import Branch, Guidance, Rollout
 
 KEPT = 1024  # windows, the latest
@@ -35,30 +36,28 @@ class EarlierWindows:
     def __post_init__(self) -> None:
         self._kept: deque[Window] = deque(maxlen=KEPT)
 
-    def with_earlier(self, experience: Experience, step: int) -> tuple[Experience, int]:
-        """An update with earlier windows after its rollouts, and how many tokens those read.
+    def with_earlier(self, experience: Experience, step: int, means: Means) -> Experience:
+        """An update with earlier windows after its rollouts; ``means`` count what those read.
 
         They have no response tokens: only L_traj counts them, as windows of this update.
         """
+        if not self.count:
+            return experience
         draw = random.Random(sampling_seeds(self.seed, Stream.REPLAY, 1, first=step)[0])
         drawn = draw.sample(list(self._kept), min(self.count, len(self._kept)))
         self._kept += _windows(experience)
         nothing = experience.teacher_hidden[0][:0] if experience.teacher_hidden else None
         if not drawn or nothing is None:
-            return experience, 0
+            return experience
         rollouts, branches, states = zip(*drawn, strict=True)
-        read = [
-            len(r.prompt.student) + len(b.tokens) for r, b in zip(rollouts, branches, strict=True)
-        ]
-        return (
-            replace(
-                experience,
-                rollouts=experience.rollouts + rollouts,
-                teacher_hidden=experience.teacher_hidden + (nothing,) * len(drawn),
-                guidance=experience.guidance + tuple(Guidance((), branches=(b,)) for b in branches),
-                branch_hidden=experience.branch_hidden + tuple((s,) for s in states),
-            ),
-            sum(read),
+        read = sum(len(r.prompt.student) + len(b.tokens) for r, b, _ in drawn)
+        means.add("tokens/learned", read, 0)  # of the same update
+        return replace(
+            experience,
+            rollouts=experience.rollouts + rollouts,
+            teacher_hidden=experience.teacher_hidden + (nothing,) * len(drawn),
+            guidance=experience.guidance + tuple(Guidance((), branches=(b,)) for b in branches),
+            branch_hidden=experience.branch_hidden + tuple((s,) for s in states),
         )
 
 

@@ -191,6 +191,11 @@ def load_models(
         _warn_of_coarse_weights(student)
     if args.disable_dropout:
         without_dropout(student)
+    if own and args.window_replay:
+        raise TOPDError(
+            "window_replay: keeps the states of a teacher that stays as it is. Leave it out, or "
+            "take another teacher than self."
+        )
     if own:
         teachers = [student if own.ema is None else copy.deepcopy(student)]
     return student, *teachers

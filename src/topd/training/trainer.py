@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
 from topd.seeds import Stream
 from topd.training.experience import Experience, Observer
-from topd.training.layout import can_pack
+from topd.training.layout import can_pack, dealt
 from topd.training.learning import (
     LearningBatch,
     LearningTerms,
@@ -216,9 +215,7 @@ class TOPDTrainer(RecordedTrainer):
                 self.fetched = self._fetch(epoch_iterator, num_batches, device)
                 self._begin_next(self.overlap)
         self._record(experience, numbers)
-        if self.args.window_replay:
-            experience, learned = self.windows.with_earlier(experience, self.state.global_step)
-            self.meter.add("tokens/learned", learned, 0)  # of the same update
+        experience = self.windows.with_earlier(experience, self.state.global_step, self.meter)
         self.batches = self._collated(experience, [len(batch) for batch in prompts])
         self.update_loss, self.gaps = torch.zeros((), device=device), []
         return self.batches, None
@@ -273,13 +270,10 @@ class TOPDTrainer(RecordedTrainer):
                 return ready
         step, name = self.state.global_step, self.args.divergence
         logged = [log[name] for log in self.state.log_history if name in log]
+        looks, writes = self.args.looks_ahead(step, logged), self.args.teacher_writes(step)
         with self._synced():
             return self.observer.observe(
-                prompts,
-                step=step,
-                numbers=numbers,
-                look_ahead=self.args.looks_ahead(step, logged),
-                teacher_writes=self.args.teacher_writes(step),
+                prompts, step=step, numbers=numbers, look_ahead=looks, teacher_writes=writes
             )
 
     @contextmanager
@@ -303,10 +297,7 @@ class TOPDTrainer(RecordedTrainer):
         """An experience as micro-batches of so many rollouts, on the device."""
         totals, device = self._totals(experience), self.accelerator.device
         packed = self.shares_rows and can_pack(self.accelerator.unwrap_model(self.model))
-        rows = iter(range(len(experience.rollouts)))
-        parts = [list(islice(rows, size)) for size in sizes]
-        for i, earlier in enumerate(rows):
-            parts[i % len(parts)].append(earlier)
+        parts = dealt(len(experience.rollouts), sizes)
         return [collate(experience, part, totals, device, packed=packed) for part in parts]
 
     def _terms(self, model: nn.Module, batch: LearningBatch) -> LearningTerms:
@@ -396,10 +387,7 @@ class TOPDTrainer(RecordedTrainer):
             self.meter.add(self.args.divergence, detached.divergence.sum(), count)
         self.meter.add("entropy", detached.entropy.sum(), count)
         self.meter.add("topd/trajectory_loss", trajectory, batch["guided"])
-        if self.args.learns_from_answers:
-            return
-        if self.args.teacher_writes(self.state.global_step):
-            self.gaps.append(detached.logprob.new_zeros(2))
+        if self.args.learns_from_answers or self.args.teacher_writes(self.state.global_step):
             return
         off = (detached.logprob - batch["sampled"]).abs().sum()
         self.gaps.append(torch.stack([off, torch.full_like(off, count)]))
