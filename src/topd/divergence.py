@@ -1,6 +1,6 @@
 """Where does the student leave the teacher?
 
-Candidates are the loud tokens. Their windows say which are real divergent points and which are
+Candidates are the high-loss tokens. Their windows say which are real divergent points and which are
 false alarms. What is done about it is for :mod:`topd.methods`.
 """
 
@@ -68,8 +68,8 @@ def surprise(
         s_t = -log p_T(y_t) (1 - c_t / n_t) (1 - log(1 + c_t) / log(1 + P))
 
     n_t counts the other tokens where the teacher would write the same a, c_t those of them where
-    the student writes the same y. A habit ("next" wherever the teacher says "so") is loud and
-    frequent, a fork is loud and rare. The first factor is small where the student mostly does so,
+    the student writes the same y. A habit ("next" wherever the teacher says "so") has
+    a high loss often, a fork rarely. The first factor is small where the student mostly does so,
     the second where the batch is full of it.
 
     Args:

@@ -62,7 +62,7 @@ def _read(folder: Path) -> Positions:
 def _distances(found: Positions) -> Chart:
     return Chart(
         "distances",
-        "What follows loud, random and quiet tokens",
+        "What follows high-loss, random and low-loss tokens",
         "Optimal-transport distance of the two models' windows from the same prefix, by how the "
         "position was chosen. Vertical lines: medians. Where the high-loss curve lies over the "
         "low-loss one, token loss raises false alarms.",
@@ -85,7 +85,7 @@ def _loss_against_distance(found: Positions) -> Chart:
     )
     return Chart(
         "loss-distance",
-        "Does a loud token mean another path?",
+        "Does a high token loss mean another path?",
         f"Each dot a position (at most {DOTS:,} are drawn); line: means of {len(bins)} bins of "
         "equal count over all positions, with 95 % t-intervals.",
         _scatter(loss, distance, bins),
