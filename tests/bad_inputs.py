@@ -121,6 +121,13 @@ def served(given: str, fault: str, place: str, remedy: str, **servers: Any) -> C
     return Case("Servers", given, fault, place, remedy, changes={role: model})
 
 
+def text(given: str, fault: str, place: str, remedy: str, teacher: Any, **changes: Any) -> Case:
+    """A teacher that gives only text, with settings that go with it but for ``changes``."""
+    both = {"teacher": teacher, **BY_TEXT, **changes}
+    return Case("Teachers by text", given, fault, place, remedy, changes=both)
+
+
+BY_TEXT = {"token_loss": "none", "embedding": "student", "candidate_loss": "entropy"}
 HERE = "http://127.0.0.1:9"  # nobody listens there
 NO_RECIPE, BEGIN = "must be a mapping of keys to values", "Begin with student: PATH"
 FAMILY = "choose a teacher of the same family"
@@ -227,6 +234,27 @@ CASES: tuple[Case, ...] = (
         "cannot be used",
         "Choose another",
         lr_scheduler_type="warmup_stable_decay",
+    ),
+    setting(
+        "no token losses, and nothing else to learn",
+        "leaves opd nothing to learn",
+        "Choose a method with windows",
+        token_loss="none",
+        method="opd",
+    ),
+    setting(
+        "no token losses, and updates that do not look ahead",
+        "learns nothing in updates that do not look ahead",
+        "Set look_ahead_every: 1",
+        token_loss="none",
+        look_ahead_every=2,
+    ),
+    setting(
+        "sampled token losses of a kind",
+        "has no effect with token_loss: sampled",
+        "Leave it out",
+        beta=0.5,
+        token_loss="sampled",
     ),
     setting("LoRA of no rank", "lora.r", "must be a whole number above 0", lora={"r": 0}),
     setting(
@@ -775,6 +803,75 @@ CASES: tuple[Case, ...] = (
         completions=HERE,
         pooling=HERE,
         retries=0,
+    ),
+    text("a teacher of text without a URL", "is missing", "teacher.text.url", "url", {"text": {}}),
+    text(
+        "a server of text that is not there",
+        "Connection refused",
+        f"no server is left. {HERE}",
+        "Start them again",
+        {"text": {"url": HERE, "retries": 0}},
+    ),
+    text(
+        "the key of a server of text that is not in the environment",
+        "NO_SUCH_KEY is not set",
+        "text.api_key_env",
+        "Put the servers' API key there",
+        {"text": {"url": HERE, "api_key_env": "NO_SUCH_KEY"}},
+    ),
+    text(
+        "a password in the URL of a server of text",
+        "only http://HOST:PORT/PATH is wanted",
+        "teacher.text.url",
+        "(given: not shown)",
+        {"text": {"url": "http://me:secret@localhost:8000"}},
+    ),
+    text(
+        "a dtype for a teacher at a URL",
+        "dtype has no effect with text",
+        "teacher",
+        "Leave it out",
+        {"text": {"url": HERE}, "dtype": "bfloat16"},
+    ),
+    text(
+        "a served teacher as text",
+        "as_text is for a model in this process",
+        "teacher",
+        "text: {url: ...}",
+        {"path": "teacher", "as_text": True, "served": {"completions": HERE, "pooling": HERE}},
+    ),
+    text(
+        "a prompt of one's own in extra",
+        "prompt is set by TOPD",
+        "teacher.text.extra",
+        "Leave it out",
+        {"text": {"url": HERE, "extra": {"prompt": "so"}}},
+    ),
+    text(
+        "a student that gives only text",
+        "a student is trained here",
+        "student.text",
+        "Give its path",
+        "teacher",
+        student={"text": {"url": HERE}},
+    ),
+    text(
+        "settings that compare distributions",
+        "gives only text, no distributions: token_loss full",
+        "teacher",
+        "Set token_loss: none, embedding: student, candidate_loss: entropy",
+        {"text": {"url": HERE}},
+        token_loss="full",
+        embedding="teacher",
+        candidate_loss="sampled",
+    ),
+    text(
+        "a method that compares distributions",
+        "method window_kd needs distributions",
+        "teacher",
+        "Set method: topd or window_sft or olive",
+        {"text": {"url": HERE}},
+        method="window_kd",
     ),
     folder(
         "below a file",

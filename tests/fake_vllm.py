@@ -26,7 +26,9 @@ class Fake:
 
     ``statuses`` are answered first, one a request. ``sharpened`` log-probs are those of the
     temperature that a text is written at; ``noise`` is added to those that are read, another time
-    with another sign. With ``loads`` off it only says that it has loaded weights.
+    with another sign. With ``loads`` off it only says that it has loaded weights. To a prompt of
+    text it answers with text, as its ``manner`` says: it continues it, starts ``over``, or
+    ``strips`` white space.
     """
 
     engine: HFEngine
@@ -40,6 +42,7 @@ class Fake:
     noise: float = 0.0
     finish: str = "stop"
     loads: bool = True
+    manner: str = "continues"
     url: str = ""
     seen: Counter[str] = field(default_factory=Counter)
     order: list[str] = field(default_factory=list)
@@ -57,9 +60,42 @@ class Fake:
         if path == "/collective_rpc" and self.loads:
             assert body["method"] == "take_weights"
             self.engine.model.load_state_dict(load_file(f"{body['args'][0]}/model.safetensors"))
+        if path == "/v1/chat/completions":
+            return {"choices": [self.said(body)]}
         if path != "/v1/completions":
             return {}
+        if isinstance(body["prompt"], str):
+            return {"choices": [self.continued(body["prompt"], body)]}
         return {"choices": [self.written(tuple(ids), body) for ids in body["prompt"]]}
+
+    def said(self, body: dict[str, Any]) -> dict[str, Any]:
+        """To messages; a last one of the assistant's is continued where the server is told to."""
+        messages = body["messages"]
+        last = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        text = self.tokenizer.apply_chat_template(
+            messages[:-1] if last else messages, tokenize=False, add_generation_prompt=True
+        )
+        assert not last or body["continue_final_message"]
+        choice = self.continued(text.rstrip() + last, body)
+        return {"message": {"content": choice["text"]}, "finish_reason": choice["finish_reason"]}
+
+    def continued(self, text: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Text after text, without special tokens, by incremental decoding as vLLM has it."""
+        ids = tuple(self.tokenizer(text)["input_ids"])
+        if self.manner == "over":
+            ids = ids[:6]
+        sampling = Sampling(body["temperature"], body["top_p"], 0, body["max_tokens"])
+        with self.lock:
+            (found,) = self.engine.generate([ids], sampling, [body["seed"]])
+        known, whole = (
+            self.tokenizer.decode(row, skip_special_tokens=True)
+            for row in (ids, ids + found.tokens)
+        )
+        new = whole[len(known) :]
+        return {
+            "text": new.strip() if self.manner == "strips" else new,
+            "finish_reason": self.finish if found.finished else "length",
+        }
 
     def states(self, body: dict[str, Any]) -> bytes:
         assert (body["task"], body["use_activation"]) == ("token_embed", False)

@@ -19,7 +19,7 @@ from torch import Tensor
 from topd.divergence import moved_to_random, moved_to_start
 from topd.divergence import surprise as surprise_of
 from topd.named import row_named
-from topd.types import TokenScores, TokenStatistics
+from topd.types import Needs, TokenScores, TokenStatistics
 
 
 def sampled(tokens: TokenScores) -> Float[Tensor, "B T"]:
@@ -37,6 +37,21 @@ def surprise(tokens: TokenScores) -> Float[Tensor, "B T"]:
     mask, loss = tokens.mask, torch.zeros_like(tokens.teacher)
     loss[mask] = surprise_of(tokens.teacher[mask], tokens.likeliest[mask], tokens.tokens[mask])
     return loss
+
+
+def student_nll(tokens: TokenScores) -> Float[Tensor, "B T"]:
+    """The student's own surprise, -log p_S(y) of the token that it wrote."""
+    return -tokens.student
+
+
+def rewritten(tokens: TokenScores) -> Float[Tensor, "B T"]:
+    """The share of the next tokens that the teacher, asked to continue here, writes otherwise.
+
+    A short window from every token: as many as the rollout is long. Of equal shares the earlier
+    token is taken. Source: this project, for teachers that tell no log-probs.
+    """
+    assert tokens.rewritten is not None  # the detector says that it needs it
+    return tokens.rewritten
 
 
 def entropy(tokens: TokenScores) -> Float[Tensor, "B T"]:
@@ -81,20 +96,25 @@ def teachability_of(statistics: TokenStatistics, mask: Bool[Tensor, "B T"]) -> F
 
 class Detector(NamedTuple):
     """A detector and what it needs: statistics (one more student forward), whole_batch (a token's
-    score depends on the other rollouts scored with it). ``title`` names it in the testbed's table.
+    score depends on the other rollouts scored with it), windows (a short one from every token).
+    ``needs`` is what it wants of the teacher. ``title`` names it in the testbed's table.
     """
 
     score: Callable[[TokenScores], Tensor]
     statistics: bool = False
     whole_batch: bool = False
     title: str = ""
+    needs: Needs = "distributions"
+    windows: bool = False
 
 
 DETECTORS: dict[str, Detector] = {
-    "sampled": Detector(sampled, title="token loss"),
-    "teacher_nll": Detector(teacher_nll, title="teacher NLL"),
+    "sampled": Detector(sampled, title="token loss", needs="logprobs"),
+    "teacher_nll": Detector(teacher_nll, title="teacher NLL", needs="logprobs"),
     "surprise": Detector(surprise, whole_batch=True),
-    "entropy": Detector(entropy, statistics=True),
+    "entropy": Detector(entropy, statistics=True, needs="nothing"),
+    "student_nll": Detector(student_nll, title="student NLL", needs="nothing"),
+    "rewritten": Detector(rewritten, needs="windows", windows=True),
     "reverse_kl": Detector(reverse_kl, statistics=True, title="full KL"),
     "teachability": Detector(teachability, statistics=True, whole_batch=True),
     "random": Detector(random, whole_batch=True),

@@ -31,7 +31,16 @@ from topd.divergence import select_candidates
 from topd.errors import TOPDError
 from topd.named import row_named
 from topd.transport import sparse_soft_targets
-from topd.types import Branch, BranchLoss, Evidence, Guidance, Ids, SoftTarget, TokenStatistics
+from topd.types import (
+    Branch,
+    BranchLoss,
+    Evidence,
+    Guidance,
+    Ids,
+    Needs,
+    SoftTarget,
+    TokenStatistics,
+)
 
 
 def opd(evidence: Evidence) -> tuple[Guidance, ...]:
@@ -315,7 +324,9 @@ class Method(NamedTuple):
     forward), of a rollout's real points the first alone, all rollouts of an update together.
 
     ``settings`` are fields of TOPDConfig that the method was measured with: they hold wherever the
-    user gives nothing else.
+    user gives nothing else. ``needs`` is what it wants of the teacher beyond the token losses, or
+    in their place: windows are enough with the options ``by_windows``. ``of_tokens``: it weights
+    token losses and does nothing else.
     """
 
     guide: Callable[..., tuple[Guidance, ...]]
@@ -324,6 +335,9 @@ class Method(NamedTuple):
     first_only: bool = False
     whole_update: bool = False
     settings: Mapping[str, Any] = MappingProxyType({})
+    needs: Needs = "distributions"
+    by_windows: Mapping[str, Any] = MappingProxyType({})
+    of_tokens: bool = False
 
 
 FIRST_FORK = {  # as measured in docs/evidence.md
@@ -339,23 +353,31 @@ FIRST_FORK = {  # as measured in docs/evidence.md
 ALONG_ROLLOUTS = {"trajectory_weight": 1.0, "trajectory_reduction": "sum"}  # a mean over tokens
 
 METHODS: dict[str, Method] = {  # the first is the default; docs/which-method.md says why
-    "opd": Method(opd),
-    "first_fork": Method(first_fork, looks_ahead=True, first_only=True, settings=FIRST_FORK),
-    "topd": Method(topd, looks_ahead=True),
-    "window_sft": Method(window_sft, looks_ahead=True),
+    "opd": Method(opd, needs="logprobs", of_tokens=True),
+    "first_fork": Method(
+        first_fork,
+        looks_ahead=True,
+        first_only=True,
+        settings=FIRST_FORK,
+        by_windows={"loss": "cross_entropy"},
+    ),
+    "topd": Method(topd, looks_ahead=True, needs="windows"),
+    "window_sft": Method(window_sft, looks_ahead=True, needs="windows"),
     "window_kd": Method(window_kd, looks_ahead=True),
-    "olive": Method(olive, looks_ahead=True, first_only=True),
+    "olive": Method(olive, looks_ahead=True, first_only=True, needs="windows"),
     "relay": Method(relay, looks_ahead=True),
-    "downweight": Method(downweight, looks_ahead=True),
-    "downweight_matched": Method(downweight_matched, looks_ahead=True, whole_update=True),
-    "kl_top": Method(kl_top, statistics=True, whole_update=True),
-    "entropy_top": Method(entropy_top, statistics=True, whole_update=True),
-    "teachability": Method(teachability, statistics=True, whole_update=True),
-    "iw_opd": Method(iw_opd),
+    "downweight": Method(downweight, looks_ahead=True, of_tokens=True),
+    "downweight_matched": Method(
+        downweight_matched, looks_ahead=True, whole_update=True, of_tokens=True
+    ),
+    "kl_top": Method(kl_top, statistics=True, whole_update=True, of_tokens=True),
+    "entropy_top": Method(entropy_top, statistics=True, whole_update=True, of_tokens=True),
+    "teachability": Method(teachability, statistics=True, whole_update=True, of_tokens=True),
+    "iw_opd": Method(iw_opd, needs="logprobs", of_tokens=True),
     "dial_opd": Method(dial_opd, whole_update=True),
     "ier_opd": Method(ier_opd, statistics=True, whole_update=True),
     "eopd": Method(eopd, statistics=True, settings=ALONG_ROLLOUTS),
-    "negative": Method(negative, whole_update=True),
+    "negative": Method(negative, whole_update=True, needs="nothing"),
 }
 
 
@@ -387,6 +409,21 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
             raise TOPDError(f"method_options: {name}: {value!r} is not of the type {kind}.")
         if method in METHODS and number and not least <= value <= most:
             raise TOPDError(f"method_options: {name}: {value} must be in [{least}, {most}].")
+
+
+def check_token_loss(name: str, kind: str) -> None:
+    """Refuse a method that is left without effect. Raises TOPDError.
+
+    ``kind`` is ``sampled`` or ``none``: see ``token_loss`` of TOPDConfig.
+    """
+    method = method_named(name)
+    if method.of_tokens and (kind == "none" or method.needs == "distributions"):
+        raise TOPDError(
+            f"token_loss: {kind} leaves {name} nothing to learn: it weights token losses over the "
+            "whole distribution. Set token_loss: full, or choose a method with windows."
+            if kind == "sampled"
+            else f"token_loss: none leaves {name} nothing to learn. Choose a method with windows."
+        )
 
 
 def _statistics(evidence: Evidence) -> TokenStatistics:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,11 @@ from torch import Tensor
 Ids = tuple[int, ...]
 Texts = Sequence[Ids]  # one a row
 Starts = Sequence[tuple[int, int]]  # rows and response tokens that windows begin at
+
+# What is wanted of a teacher, each with all before it: continuations, the log-probs of given
+# tokens, whole next-token distributions.
+Needs = Literal["nothing", "windows", "logprobs", "distributions"]
+NEEDS: tuple[Needs, ...] = get_args(Needs)
 
 
 @dataclass(frozen=True)
@@ -205,8 +210,9 @@ class TokenScores:
 
     ``student`` and ``teacher`` are both models' log-probs of the ``tokens`` in nats (the student's
     0 for an answer that it did not sample), ``likeliest`` the tokens that the teacher likes best
-    there. ``statistics`` are there for detectors that need them. 0 outside ``mask``. ``prompts``
-    are the student's, one a rollout.
+    there. ``statistics`` and ``rewritten``, the share of the next tokens that the teacher writes
+    otherwise (in [0, 1]), are there for detectors that need them. 0 outside ``mask``.
+    ``prompts`` are the student's, one a rollout.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -216,6 +222,7 @@ class TokenScores:
     likeliest: Int[Tensor, "B T"]
     statistics: TokenStatistics | None = None
     prompts: tuple[Ids, ...] = ()
+    rewritten: Float[Tensor, "B T"] | None = None
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,12 @@ def _token_scores(
     observer: Observer, rollouts: Sequence[Rollout], scores: Scores
 ) -> dict[str, np.ndarray]:
     """Detectors that look at one token, [B T] each."""
-    tokens = token_scores(rollouts, scores, observer.statistics(rollouts, scores))
+    tokens = token_scores(
+        rollouts,
+        scores,
+        observer.statistics(rollouts, scores),
+        observer.rewritten(rollouts, scores, range(len(rollouts))),
+    )
     return {row.title or name: row.score(tokens).numpy() for name, row in DETECTORS.items()}
 
 

@@ -26,6 +26,7 @@ HOMES = {  # where each class is written
     "ProbeConfig": "commands/probe.py",
     "RepairConfig": "commands/repair.py",
     "ModelSpec": "inputs/models.py",
+    "ByText": "inputs/text_spec.py",
     "DataSpec": "inputs/rows.py",
     "EvaluationSpec": "evaluate/spec.py",
     "TrainingEvaluation": "evaluate/spec.py",

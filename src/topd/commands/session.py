@@ -148,9 +148,14 @@ def session(
 def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     """Check and load models, tokenizers and prompts. Raises TOPDError as training does."""
     _quiet()
+    source = one_teacher(recipe)
+    if source.by_text:
+        raise TOPDError(
+            "teacher: gives only text, and this analysis compares distributions. Name a teacher "
+            "with path, in this process or served."
+        )
     args, device = recipe.args, recipe.args.device
     rows = recipe.data.load()
-    source = one_teacher(recipe)
     tokenizer, teacher_tokenizer = tokenizers_of(recipe.student, source)
     prompts = encoder_of((tokenizer, teacher_tokenizer), args).encode(rows)
     for name, spec, lengths in (

@@ -56,6 +56,11 @@ class TOPDConfig(TrainingArguments):
     kd_ratio: float = _field(
         1.0, "Share of the divergence in the token loss; the rest is cross-entropy. In [0, 1]."
     )
+    token_loss: Literal["full", "sampled", "none"] = _field(
+        "full",
+        "Over the whole distribution; sampled: log p_T(y) - log p_S(y) of the token as its "
+        "advantage, for teachers that tell no more; none: the method's guidance alone.",
+    )
     trajectory_weight: float = _field(0.1, "lambda, the weight of L_traj.")
     trajectory_reduction: Literal["mean", "sum"] = _field(
         "mean", "L_traj over guided positions: mean, or sum (as printed) over response tokens."
@@ -347,7 +352,9 @@ class TOPDConfig(TrainingArguments):
     @property
     def asks_teacher(self) -> bool:
         """Whether the loss depends on the teacher's distributions."""
-        return not self.learns_from_answers or self.kd_ratio > 0
+        if self.learns_from_answers:
+            return self.kd_ratio > 0
+        return self.token_loss == "full"
 
     @property
     def loss_temperature(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import TOPDError
+from topd.methods import check_token_loss
 
 if TYPE_CHECKING:
     from topd.config import TOPDConfig
@@ -78,6 +79,8 @@ def check_values(config: TOPDConfig) -> None:
             value = getattr(config, name)
             if value is not None and not holds(value):
                 raise TOPDError(f"{name}: {value!r} {rule}.")
+    if config.token_loss != "full":
+        _check_token_loss(config)
     if config.kd_ratio != 1 and not config.learns_from_answers:
         raise TOPDError(
             "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
@@ -107,3 +110,19 @@ def check_values(config: TOPDConfig) -> None:
         )
     if config.epsilon != type(config).epsilon and config.solver == "exact":
         raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
+
+
+def _check_token_loss(config: TOPDConfig) -> None:
+    """What goes with a token loss that is not full. Raises TOPDError."""
+    kind = f"token_loss: {config.token_loss}"
+    if config.learns_from_answers:
+        raise TOPDError(f"{kind} is for rollouts. A warm start has kd_ratio: leave it out.")
+    check_token_loss(config.method, config.token_loss)
+    if config.beta != 1:
+        raise TOPDError(f"beta: has no effect with {kind}. Leave it out.")
+    looks_always = config.look_ahead_until is None and config.look_ahead_every == 1
+    if config.token_loss == "none" and not looks_always:
+        raise TOPDError(
+            f"{kind} learns nothing in updates that do not look ahead. Set look_ahead_every: 1 "
+            "and look_ahead_until: null."
+        )

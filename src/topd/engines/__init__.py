@@ -9,7 +9,7 @@ from typing import Protocol
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from topd.types import Generation, Head, Ids, Sampling, Starts, Texts
+from topd.types import Generation, Head, Ids, Needs, Sampling, Starts, Texts
 
 Tick = Callable[[], None]
 
@@ -35,7 +35,12 @@ class Scores:
 
 
 class Engine(Protocol):
-    """A model that can be sampled from, asked for log-probs, and continued."""
+    """A model that can be sampled from, asked for log-probs, and continued.
+
+    ``gives`` says what a student can learn from it as a teacher.
+    """
+
+    gives: Needs
 
     @property
     def head(self) -> Head:

@@ -16,7 +16,7 @@ from topd.engines import Scores, Tick, no_tick
 from topd.errors import TOPDError
 from topd.inputs.heads import head_of
 from topd.losses import linear_logprobs
-from topd.types import Head, Ids, Sampling
+from topd.types import Head, Ids, Needs, Sampling
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,10 @@ class BaseEngine:
         end_ids: tokens that end a response.
         barred: [V], True where there is no token; None if there are all.
         device: of the model and of all that engines return.
+        gives: what a student can learn from it as a teacher.
     """
+
+    gives: Needs = "distributions"
 
     def __init__(
         self,

@@ -12,11 +12,13 @@ from topd.engines import Engine
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.server_checks import check_logprobs, check_whole, probe_of
+from topd.engines.text_writers import text_engine
 from topd.engines.vllm import VLLMEngine
 from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
 from topd.inputs.heads import head_of
 from topd.inputs.models import ModelSpec, eos_ids
+from topd.inputs.text_models import is_by_text
 from topd.inputs.vocabulary import shared_ids
 
 
@@ -36,10 +38,12 @@ def open_engines(
             or the student's cannot tell the log-probs of ``temperature``.
         StoppedError: a server does not answer.
     """
+    text = any(map(is_by_text, sources))  # one teacher then, of whatever vocabulary
+    exchanged = 1 if text else len(sources)
     options: dict[str, Any] = {
         "eos_ids": eos_ids(models[0], tokenizers[0]),
-        "vocab_size": min(head_of(model).vocab_size for model in models),
-        "allowed": _common_ids(tokenizers),
+        "vocab_size": min(head_of(model).vocab_size for model in models[:exchanged]),
+        "allowed": _common_ids(tokenizers[:exchanged]),
         "autocast": autocast,
     }
     student: HFEngine | None = None
@@ -53,7 +57,11 @@ def open_engines(
         student = ServedStudent(models[0], sources[0].served, probe, name="student", **options)
     teachers = zip(sources[1:], models[1:], tokenizers[1:], strict=True)
     student = student or HFEngine(models[0], name="student", **options)
-    engines = [_teacher(*teacher, options) for teacher in teachers]
+    if text:
+        assert isinstance(sources[1], ModelSpec)
+        engines: list[Engine] = [text_engine(sources[1], models, tokenizers, options)]
+    else:
+        engines = [_teacher(*teacher, options) for teacher in teachers]
     for engine in (student, *engines):
         if type(engine) is HFEngine:  # others are written by servers
             check_decoding(engine)
@@ -77,6 +85,5 @@ def _teacher(
 
 def _common_ids(tokenizers: Sequence[PreTrainedTokenizerBase]) -> list[int]:
     """The ids that stand for the same token in all, ascending."""
-    student, *teachers = tokenizers
-    teachers = teachers or [student]
-    return sorted(set.intersection(*({*shared_ids(student, other)} for other in teachers)))
+    student = tokenizers[0]
+    return sorted(set.intersection(*({*shared_ids(student, other)} for other in tokenizers)))

@@ -13,6 +13,7 @@ from topd.engines.servers import Servers
 from topd.engines.vllm import Completions, VLLMEngine
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
+from topd.inputs.served import ServedSpec
 from topd.inputs.vocabulary import PROBE
 from topd.losses import linear_logprobs
 from topd.types import Ids, Sampling
@@ -153,6 +154,7 @@ def _under_head(engine: VLLMEngine, reader: Servers, text: Ids) -> Tensor:
 
 def agree(server: Servers, one: str, ours: Tensor, other: str, theirs: Tensor, remedy: str) -> None:
     """Raise TOPDError unless the log-probs of the same tokens are alike."""
+    assert isinstance(server.served, ServedSpec)
     gap, most = (ours.float() - theirs.float()).abs().mean().item(), server.served.tolerance
     if not gap <= most:  # a NaN is refused too
         raise TOPDError(

@@ -17,18 +17,15 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from topd.errors import UNREACHABLE, StoppedError, TOPDError
-from topd.inputs.served import ServedSpec
+from topd.inputs.served import ServerSpec
 
 logger = logging.get_logger(__name__)
 
 BUSY = (429, 502, 503, 504)  # answers that another try may better
 CONNECT = 10.0  # seconds
 PIECE = 1 << 16  # bytes read at a time
-LARGEST = 2 << 30  # bytes of an answer
 UNSUSPECTED, UNPACKED = 64 << 20, 50  # beyond so many bytes: at most so many for each that was sent
-OTHER = "Give the URL of a vLLM server, started as topd serve-teacher does."
-KEY = "Put its API key into an environment variable and name that in served.api_key_env."
-REMEDIES = {401: KEY, 403: KEY}
+KEY = "Put its API key into an environment variable and name that in {}.api_key_env."
 
 
 class Request(NamedTuple):
@@ -51,7 +48,7 @@ class Servers:
     where no server is left.
     """
 
-    def __init__(self, name: str, urls: Sequence[str], served: ServedSpec) -> None:
+    def __init__(self, name: str, urls: Sequence[str], served: ServerSpec) -> None:
         self.name, self.urls, self.served = name, tuple(urls), served
         self.session = _session(served)
         self._load = dict.fromkeys(self.urls, 0)  # requests under way at those that have not failed
@@ -92,7 +89,7 @@ class Servers:
         except (ValueError, RecursionError) as error:
             raise TOPDError(
                 f"{self.name}: {', '.join(self.urls)} answer {answer[:80]!r}, which is not JSON. "
-                f"{OTHER}"
+                f"{self.served.other}"
             ) from error
 
     def fetch(self, wanted: Sequence[Request]) -> list[bytes]:
@@ -131,7 +128,8 @@ class Servers:
         text = content[:300].decode(errors="replace")
         said = f"{path} answers {answer.status_code}: {text}"
         if answer.status_code < 500:
-            remedy = REMEDIES.get(answer.status_code, OTHER)
+            unknown = answer.status_code in (401, 403)
+            remedy = KEY.format(self.served.place) if unknown else self.served.other
             raise TOPDError(f"{self.name}: {url}{said}. {remedy}")
         self._leave_out(url, said)
         return None
@@ -148,10 +146,10 @@ class Servers:
             parts.append(part)
             size += len(part)
             packed = answer.raw.tell()  # bytes that came
-            if size > LARGEST or (size > UNSUSPECTED and size > UNPACKED * packed):
+            if size > self.served.largest or (size > UNSUSPECTED and size > UNPACKED * packed):
                 raise TOPDError(
                     f"{self.name}: {url} answers with more than {size >> 20} MiB, of which "
-                    f"{packed >> 20} MiB were sent. {OTHER}"
+                    f"{packed >> 20} MiB were sent. {self.served.other}"
                 )
             if time.monotonic() > end:
                 raise TimeoutError("Read timed out")
@@ -193,11 +191,14 @@ class Servers:
     def _reason(self, error: Exception) -> str:
         cause = getattr(error.args[0], "reason", error) if error.args else error
         if "Read timed out" in str(cause):
-            return f"no answer within its time limit, served.timeout {self.served.timeout:g} s"
+            return (
+                f"no answer within its time limit, {self.served.place}.timeout "
+                f"{self.served.timeout:g} s"
+            )
         return f"{type(cause).__name__}: {cause}"
 
 
-def _session(served: ServedSpec) -> requests.Session:
+def _session(served: ServerSpec) -> requests.Session:
     """Connections that are kept; tries with growing pauses, a read that timed out once more."""
     session = requests.Session()
     again = Retry(

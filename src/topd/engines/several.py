@@ -21,7 +21,7 @@ from topd.engines import Engine, Scores, Tick, no_tick
 from topd.engines.draws import Noise, draw
 from topd.inputs.teachers import Routes
 from topd.losses import linear_logprobs
-from topd.types import Generation, Head, Ids, Prompt, Sampling, Starts, Texts
+from topd.types import Generation, Head, Ids, Needs, Prompt, Sampling, Starts, Texts
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ class SeveralTeachers:
         places: name of a teacher to its place among the engines.
         shares: weights of a mean of all distributions; none: each text has one reader.
     """
+
+    gives: Needs = "distributions"
 
     def __init__(
         self, engines: Sequence[Engine], places: dict[str, int], shares: Sequence[float] = ()

@@ -68,6 +68,7 @@ class ServedStudent(HFEngine):
     def _send(self, digest: str) -> None:
         """Give the servers the current weights. On an error they stay paused: nobody is misled."""
         servers = self.completions.servers
+        assert isinstance(servers.served, ServedSpec)
         place = Path(servers.served.weights or "").absolute() / digest[:16]
         try:
             merged(self.model).save_pretrained(place)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,6 +29,7 @@ from topd.inputs.adapters import refuse_adapter_folder
 from topd.inputs.gguf_files import parsed_once, unchanged
 from topd.inputs.positions import rope_switch
 from topd.inputs.served import ServedSpec
+from topd.inputs.text_spec import ByText
 from topd.inputs.vocabulary import check_vocabulary
 from topd.testbed import SCHEME, weights_of
 
@@ -36,7 +37,7 @@ PACKAGE = "package://"
 _CONFIGS: dict[tuple[Any, ...], PretrainedConfig] = {}  # of GGUF files, which are slow to parse
 
 
-class ModelSpec(BaseModel):
+class ModelSpec(ByText):
     """Where a model comes from.
 
     ``path`` is a folder, a hub name, ``package://NAME`` for the folder of an installed Python
@@ -46,7 +47,7 @@ class ModelSpec(BaseModel):
     ends in ``.jinja``. ``eos_token`` replaces the tokenizer's end-of-sequence token; of several,
     the first does, and all end a response. Weights are read from safetensors or GGUF, never from a
     pickle; code of a model repository runs only with ``trust_remote_code``. ``served`` says where
-    vLLM serves it.
+    vLLM serves it. For ``text`` and ``as_text`` see :class:`~topd.inputs.text_spec.ByText`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

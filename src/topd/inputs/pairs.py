@@ -20,6 +20,7 @@ from topd.inputs.models import (
     tokenizer_of,
 )
 from topd.inputs.quantised import check_quantised
+from topd.inputs.text_models import is_by_text, stand_in, text_tokenizer
 from topd.inputs.vocabulary import check_tokenizers
 
 
@@ -44,9 +45,12 @@ def tokenizers_of(
             )
     _check_served(student, teacher)
     check_quantised("student", student, config_of(student), trained=True)
-    check_quantised("teacher", teacher, config_of(teacher), trained=False)
+    if not (isinstance(teacher, ModelSpec) and teacher.text):  # whose weights are elsewhere
+        check_quantised("teacher", teacher, config_of(teacher), trained=False)
     alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or tokenizer_of(student)
+    if isinstance(teacher, ModelSpec) and teacher.by_text:
+        return ours, _tokenizer_by_text(student, teacher, ours, teacher_tokenizer)
     theirs = teacher_tokenizer or (ours if alike else tokenizer_of(teacher, otherwise=ours))
     check_tokenizers(ours, theirs)
     _compare_ends((student, teacher), (ours, theirs))
@@ -54,6 +58,23 @@ def tokenizers_of(
     if not alike:
         check_embedding_rows("teacher", config_of(teacher), theirs)
     return ours, theirs
+
+
+def _tokenizer_by_text(
+    student: ModelSource,
+    teacher: ModelSpec,
+    ours: PreTrainedTokenizerBase,
+    given: PreTrainedTokenizerBase | None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher by text, which may be another than the student's."""
+    check_embedding_rows("student", config_of(student), ours)
+    if teacher.text is not None:
+        named = teacher.tokenizer
+        lent = given or (as_spec(named).load_tokenizer() if named else None)
+        return text_tokenizer(teacher, ours, lent)
+    theirs = given or teacher.load_tokenizer()
+    check_embedding_rows("teacher", config_of(teacher), theirs)
+    return theirs
 
 
 def load_pair(
@@ -67,6 +88,8 @@ def load_pair(
     if isinstance(teacher, LOADED):
         return ours, teacher
     theirs = as_spec(teacher)
+    if theirs.text is not None:
+        return ours, stand_in(theirs.path, ours.config.get_text_config().vocab_size)
     if theirs.served:
         return ours, theirs.load_frame()
     alike = not isinstance(student, LOADED) and student == teacher
@@ -112,6 +135,8 @@ def _compare_ends(
 
 def _check_served(student: ModelSource, teacher: ModelSource) -> None:
     """What each role needs of its servers. Raises TOPDError."""
+    if is_by_text(student):
+        raise TOPDError("student.text, student.as_text: a student is trained here. Give its path.")
     if isinstance(teacher, ModelSpec) and teacher.served:
         if not teacher.served.pooling:
             raise TOPDError(

@@ -46,6 +46,7 @@ class PromptEncoder:
         template_kwargs: given to both chat templates.
         routes: of several teachers, which row is whose.
         reference: the answer that the teacher's prompt is told; see :mod:`.references`.
+        by_text: the teacher learns of a response as text: its ids need not be the teacher's.
     """
 
     student: PreTrainedTokenizerBase
@@ -56,6 +57,7 @@ class PromptEncoder:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     routes: Routes = NO_ROUTES
     reference: Reference = "given"
+    by_text: bool = False
 
     def encode(
         self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
@@ -255,7 +257,9 @@ class PromptEncoder:
 
     @cached_property
     def _shared(self) -> frozenset[int] | None:
-        """The ids that all have; None where all are one tokenizer."""
+        """The ids that all have; None where all are one tokenizer, or no ids are exchanged."""
+        if self.by_text:
+            return None
         others = [tokenizer for tokenizer in self._teachers if tokenizer is not self.student]
         ids = [frozenset(shared_ids(self.student, tokenizer)) for tokenizer in others]
         return frozenset.intersection(*ids) if ids else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -11,29 +11,54 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from topd.errors import TOPDError
 
 
-class ServedSpec(BaseModel):
+class ServerSpec(BaseModel):
+    """What is said of every kind of server.
+
+    ``model`` is the name to ask for. ``api_key_env`` names the environment variable with the API
+    key. A request may take ``timeout`` seconds and is tried ``retries`` times more where a server
+    is busy or away; ``concurrency`` of them are under way at once.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    place: ClassVar[str] = "served"  # the key in a recipe
+    largest: ClassVar[int] = 2 << 30  # bytes of an answer
+    other: ClassVar[str] = "Give the URL of a vLLM server, started as topd serve-teacher does."
+
+    model: str | None = None
+    api_key_env: str | None = None
+    timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
+    retries: int = Field(default=3, ge=0)
+    concurrency: int = Field(default=64, ge=1)
+
+    @property
+    def api_key(self) -> str | None:
+        """The API key. Raises TOPDError if the environment does not have it."""
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env)
+        if not key:
+            raise TOPDError(
+                f"{self.place}.api_key_env: the environment variable {self.api_key_env} is not "
+                "set. Put the servers' API key there."
+            )
+        return key
+
+
+class ServedSpec(ServerSpec):
     """vLLM servers of a model, as ``topd serve-teacher`` starts them.
 
     ``completions`` are the URLs of servers that write and tell log-probs, ``pooling`` of those that
     give last hidden states; several of a kind share the load. ``model`` is the name to ask for,
     where it is not that of the recipe's path. A student's servers take its weights from the folder
-    ``weights``, which they share with the training. ``api_key_env`` names the environment variable
-    with the API key. A request may take ``timeout`` seconds and is tried ``retries`` times more
-    where a server is busy or away; ``concurrency`` of them are under way at once. Log-probs of a
+    ``weights``, which they share with the training. Log-probs of a
     probe may differ by ``tolerance`` nats a token, in the mean; with ``check_whole`` they are also
-    compared with those of the whole model, which is read once for that.
+    compared with those of the whole model, which is read once for that. See :class:`ServerSpec` for
+    the rest.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     completions: tuple[str, ...]
     pooling: tuple[str, ...] = ()
-    model: str | None = None
     weights: str | None = None
-    api_key_env: str | None = None
-    timeout: float = Field(default=600.0, gt=0, allow_inf_nan=False)
-    retries: int = Field(default=3, ge=0)
-    concurrency: int = Field(default=64, ge=1)
     tolerance: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     check_whole: bool = False
 
@@ -46,9 +71,7 @@ class ServedSpec(BaseModel):
     @field_validator("completions", "pooling")
     @classmethod
     def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        for url in urls:
-            _check_url(url)
-        return tuple(dict.fromkeys(url.rstrip("/").removesuffix("/v1") for url in urls))
+        return tuple(dict.fromkeys(server_url(url) for url in urls))
 
     @field_validator("completions")
     @classmethod
@@ -57,21 +80,9 @@ class ServedSpec(BaseModel):
             raise ValueError("no server. Give its URL, e.g. http://127.0.0.1:8000")
         return urls
 
-    @property
-    def api_key(self) -> str | None:
-        """The API key. Raises TOPDError if the environment does not have it."""
-        if self.api_key_env is None:
-            return None
-        key = os.environ.get(self.api_key_env)
-        if not key:
-            raise TOPDError(
-                f"served.api_key_env: the environment variable {self.api_key_env} is not set. "
-                "Put the servers' API key there."
-            )
-        return key
 
-
-def _check_url(url: str) -> None:
+def server_url(url: str) -> str:
+    """The URL without a last slash and /v1. Raises ValueError for what is not a server's."""
     if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a secret
         raise ValueError(
             "only http://HOST:PORT/PATH is wanted. api_key_env names the variable with a key"
@@ -83,3 +94,4 @@ def _check_url(url: str) -> None:
         good = False
     if not good:
         raise ValueError(f"{url!r} is not the URL of a server. Write http://HOST:PORT")
+    return url.rstrip("/").removesuffix("/v1")

@@ -10,7 +10,10 @@ from topd.errors import TOPDError
 
 PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"
 MARK = re.compile(r"<[^<>\s]+>")  # <think>, <|im_end|>: no text is split into it
-FAMILY = "On-policy distillation needs one vocabulary: choose a teacher of the same family."
+FAMILY = (
+    "Token losses need one vocabulary: choose a teacher of the same family, or have it teach by "
+    "text, with teacher.as_text: true (docs/how-to/text-teacher.md)."
+)
 
 
 def shared_ids(

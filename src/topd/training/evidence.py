@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -11,7 +12,17 @@ from torch import Tensor
 from topd import transport
 from topd.engines import Scores
 from topd.runs.records import Fork
-from topd.types import Evidence, Generation, Rollout, Starts, TokenScores, TokenStatistics, Windows
+from topd.types import (
+    Evidence,
+    Generation,
+    Guidance,
+    Ids,
+    Rollout,
+    Starts,
+    TokenScores,
+    TokenStatistics,
+    Windows,
+)
 
 
 @dataclass(frozen=True)
@@ -29,15 +40,64 @@ class Seen:
 
 
 def token_scores(
-    rollouts: Sequence[Rollout], scores: Scores, statistics: Sequence[Tensor] | None = None
+    rollouts: Sequence[Rollout],
+    scores: Scores,
+    statistics: Sequence[Tensor] | None = None,
+    rewritten: Sequence[Tensor] | None = None,
 ) -> TokenScores:
-    """What detectors look at, on the CPU; ``statistics`` [4 T] a rollout, if there are any."""
+    """What detectors look at, on the CPU; ``statistics`` [4 T] a rollout, if there are any.
+
+    Likewise ``rewritten`` [T].
+    """
     tokens, mask = padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
     student, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
     known = None if statistics is None else statistics_of(statistics)
+    share = None if rewritten is None else padded(rewritten)[0]
     teacher, likeliest = scores.logprobs.cpu(), scores.likeliest.cpu()
     prompts = tuple(r.prompt.student for r in rollouts)
-    return TokenScores(tokens, mask, student, teacher, likeliest, known, prompts)
+    return TokenScores(tokens, mask, student, teacher, likeliest, known, prompts, share)
+
+
+def share_rewritten(rollout: Rollout, start: int, window: Ids, length: int) -> float:
+    """The share of ``length`` tokens from ``start`` on that a window has otherwise, in [0, 1].
+
+    A rollout that was cut off is compared as far as it goes. A window without tokens says nothing.
+    """
+    own = rollout.response[start : start + length]
+    if not window:
+        return 0.0
+    longest = len(own) if not rollout.finished else max(len(own), len(window))
+    pairs = zip_longest(own, window[:longest])
+    return sum(a != b for a, b in pairs) / max(longest, 1)
+
+
+def by_token_loss(
+    kind: str,
+    guidance: Sequence[Guidance],
+    rollouts: Sequence[Rollout],
+    teacher: Sequence[Tensor],
+) -> tuple[Guidance, ...]:
+    """The guidance with its token losses as ``token_loss`` has them.
+
+    For ``sampled`` the divergence of a token is its one-sample estimate, whose gradient is that of
+    an advantage w_t (log p_T(y_t) - log p_S(y_t)), with log p_S at sampling. For ``none`` no token
+    loss counts. ``teacher`` are its log-probs [T] a rollout.
+    """
+    if kind == "full":
+        return tuple(guidance)
+    found = []
+    for guide, rollout, theirs in zip(guidance, rollouts, teacher, strict=True):
+        none = (0.0,) * len(guide.weights)
+        guide, weights = replace(guide, weights=none), guide.weights
+        if kind == "sampled":
+            own, gain = guide.advantages or none, theirs.tolist()
+            advantages = tuple(
+                a + w * (t - s)
+                for a, w, t, s in zip(own, weights, gain, _logprobs(rollout), strict=True)
+            )
+            guide = replace(guide, advantages=advantages)
+        found.append(guide)
+    return tuple(found)
 
 
 def pair_windows(

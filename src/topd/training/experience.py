@@ -28,9 +28,11 @@ from topd.training.branches import branch_states, gone_on
 from topd.training.evidence import (
     Seen,
     _logprobs,
+    by_token_loss,
     forks_of,
     padded,
     pair_windows,
+    share_rewritten,
     statistics_of,
     token_scores,
 )
@@ -40,12 +42,16 @@ from topd.types import (
     Evidence,
     Generation,
     Guidance,
+    Needs,
     Prompt,
     Rollout,
     Starts,
     Transport,
     Windows,
 )
+
+TOLD: tuple[Needs, ...] = ("logprobs", "distributions")  # what tells log-probs of given tokens
+REWRITTEN = 4  # tokens of the windows that a detector has written from every token
 
 
 @dataclass(frozen=True)
@@ -176,17 +182,21 @@ class Observer:
         for first, some in _batches(rollouts, size):
             scores = self.score(some, first, keep=method.looks_ahead)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
-            logprobs += [p[: len(r.response)] for p, r in zip(scores.logprobs, some, strict=True)]
+            told = scores.logprobs if self.teacher.gives in TOLD else scores.logprobs[:, :0]
+            logprobs += [p[: len(r.response)] for p, r in zip(told, some, strict=True)]
             needed = method.statistics or self.args.detector.statistics
             known = self.statistics(some, scores) if needed else None
             statistics += known or []
-            losses += self.token_losses(some, scores, known)
+            losses += self.token_losses(some, scores, known, seeds[first:])
             if method.looks_ahead:
                 found = self.candidates(losses[first:], length)
                 if method.first_only and self.args.all_candidates_are_real:
                     found = sorted({row: (row, t) for row, t in reversed(found)}.values())
-                starts += [(first + row, t) for row, t in found]
-                written += self.look_ahead(scores, found, seeds[first:], length)
+                windows = self.look_ahead(scores, found, seeds[first:], length)
+                for (row, t), window in zip(found, windows, strict=True):
+                    if window.tokens:  # a teacher by text may have none there
+                        starts.append((first + row, t))
+                        written.append(window)
             del scores  # and its cache, before the next is made
         evidence = self.evidence(rollouts, losses, starts, written, length, logprobs)
         if method.statistics:
@@ -228,6 +238,7 @@ class Observer:
     ) -> Experience:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
         asked, phases = method.guide(seen.evidence), self.phases
+        asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs)
         guidance = gone_on(self.student, rollouts, asked, seeds, self.args.sampling, phases)
         windows = dict(zip(seen.starts, seen.written, strict=True))
         return Experience(
@@ -267,16 +278,19 @@ class Observer:
         rollouts: Sequence[Rollout],
         scores: Scores,
         statistics: Sequence[Tensor] | None = None,
+        seeds: Sequence[int] = (),
     ) -> list[Tensor]:
         """What ranks candidates (``candidate_loss``), [T] a rollout, on the CPU.
 
         Some detectors count over these rollouts. ``statistics`` are those of :meth:`statistics`,
-        read now if a detector needs them and they are not given.
+        read now if a detector needs them and they are not given. ``seeds`` are one a rollout, for
+        detectors that look ahead.
         """
         detector = self.args.detector
         if detector.statistics and statistics is None:
             statistics = self.statistics(rollouts, scores)
-        loss = detector.score(token_scores(rollouts, scores, statistics))
+        rewritten = self.rewritten(rollouts, scores, seeds) if detector.windows else None
+        loss = detector.score(token_scores(rollouts, scores, statistics, rewritten))
         return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
 
     def statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:
@@ -295,6 +309,19 @@ class Observer:
             )
             rows = found.reshape(len(found), len(rollouts), -1).transpose(0, 1).cpu()
         return [row[:, : len(r.response)] for row, r in zip(rows, rollouts, strict=True)]
+
+    def rewritten(
+        self, rollouts: Sequence[Rollout], scores: Scores, seeds: Sequence[int]
+    ) -> list[Tensor]:
+        """[T] a rollout: the share of its next tokens that the teacher writes otherwise there."""
+        starts = [(row, t) for row, r in enumerate(rollouts) for t in range(len(r.response))]
+        written = iter(self.look_ahead(scores, starts, seeds or [0] * len(rollouts), REWRITTEN))
+
+        def shares(r: Rollout) -> list[float]:
+            places = range(len(r.response))
+            return [share_rewritten(r, t, next(written).tokens, REWRITTEN) for t in places]
+
+        return [torch.tensor(shares(r)) for r in rollouts]
 
     def candidates(self, losses: Sequence[Tensor], length: int) -> list[tuple[int, int]]:
         """(row, token) of every candidate; losses are [T] nats, one a rollout; ``length`` is K."""

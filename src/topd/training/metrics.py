@@ -71,7 +71,8 @@ def measure_experience(means: Means, experience: Experience) -> None:
     means.add("completions/mean_length", sum(lengths), len(rollouts))
     means.add("completions/clipped_ratio", clipped, len(rollouts))
     means.add("completions/repeated_4gram_share", repeated, len(rollouts))
-    sampled = [r.logprobs for r in rollouts if r.logprobs]
+    told = zip(rollouts, experience.teacher_logprobs, strict=True)
+    sampled = [r.logprobs for r, theirs in told if r.logprobs and len(theirs)]
     ratio = sum(map(sum, sampled)) - sum(float(p.sum()) for p in experience.teacher_logprobs)
     means.add("reverse_kl_sampled", ratio if sampled else 0.0, sum(map(len, sampled)))
     forks = [fork for row in experience.forks for fork in row]

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from topd.config import TOPDConfig
 from topd.engines.server_checks import check_servers
+from topd.engines.text_checks import check_text_teacher
 from topd.errors import TOPDError
 from topd.inputs.adapters import check_apart, check_trainable, try_adapter, with_adapter
 from topd.inputs.models import (
@@ -31,6 +32,7 @@ from topd.inputs.pairs import load_pair, tokenizers_of, with_tokenizer_of
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
+from topd.inputs.text_models import is_by_text
 from topd.training.inherited import check_inherited
 from topd.training.overlap import check_overlap
 from topd.training.preflight import (
@@ -38,6 +40,7 @@ from topd.training.preflight import (
     check_saving,
     without_dropout,
 )
+from topd.training.text_needs import check_gives
 from topd.training.trials import check_settings
 from topd.types import Prompt
 
@@ -107,6 +110,7 @@ def check_arguments(args: Any, sources: Sources, train: Any, evaluation: Any) ->
                 f"{name}: its rows must be mappings such as {{'prompt': 'What is 1 + 2?'}}."
             )
     check_inherited(args)
+    check_gives(sources[1:], args)
     if args.eval_strategy != "no" and evaluation is None:
         raise TOPDError("eval_strategy: needs data: give eval_dataset (eval_data in a recipe).")
     if args.overlap:
@@ -125,7 +129,11 @@ def rows_of(data: Any) -> Any:
 
 
 def encoder_of(
-    tokenizers: Tokenizers, args: TOPDConfig, routes: Routes = NO_ROUTES
+    tokenizers: Tokenizers,
+    args: TOPDConfig,
+    routes: Routes = NO_ROUTES,
+    *,
+    by_text: bool = False,
 ) -> PromptEncoder:
     """Encodes prompts for a student and its teachers with the templates and limits of ``args``."""
     return PromptEncoder(
@@ -137,6 +145,7 @@ def encoder_of(
         cast(dict[str, Any], args.chat_template_kwargs or {}),
         routes,
         args.reference,
+        by_text,
     )
 
 
@@ -151,6 +160,9 @@ def check_sources(
     check_context("student", sources[0], student)
     check_servers("student", sources[0], tokenizers[0], student)
     for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
+        if is_by_text(source):
+            check_text_teacher(source, (tokenizers[0], tokenizer), prompts)
+            continue
         check_context("teacher", source, teacher + ahead)
         check_servers("teacher", source, tokenizer, teacher + window)
 

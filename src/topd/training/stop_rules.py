@@ -83,7 +83,7 @@ def rules(args: TOPDConfig) -> tuple[Rule, ...]:
     if args.learns_from_answers:
         return (divergence,) if args.kd_ratio else ()
     return (
-        divergence,
+        *([divergence] if args.asks_teacher else []),
         Rule("stop_length", "completions/mean_length", "mean response length"),
         Rule("stop_finished", "completions/clipped_ratio", "share of finished responses", True),
         Rule("stop_fresh", "completions/repeated_4gram_share", "share of new 4-grams", True),

@@ -24,6 +24,7 @@ from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSource, generation_config_of
 from topd.inputs.self_teacher import Average, check_own_prompts, self_teacher_of
 from topd.inputs.teachers import Routes, Teachers, TeacherSet
+from topd.inputs.text_models import is_by_text
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
 from topd.seeds import Stream
@@ -114,7 +115,7 @@ class TOPDTrainer(RecordedTrainer):
         routes = routes_of(teacher_model, args)
         agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
         tokenizers = tokenizers_of_all(sources, processing_class, teacher_processing_class)
-        self.encoder = encoder_of(tokenizers, args, routes)
+        self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
         rows, eval_rows = rows_of(train_dataset), rows_of(eval_dataset)
         train = None if rows is None else self._encode_training(rows, args)
         evaluation = None if eval_rows is None else self.encoder.encode(eval_rows)

@@ -1,0 +1,134 @@
+"""Start-up checks of a teacher by text: servers that continue a text, a tokenizer that joins it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from topd.engines.text_writers import TextServers
+from topd.errors import TOPDError
+from topd.inputs.border import Border
+from topd.inputs.text_spec import ByText
+from topd.inputs.vocabulary import PROBE
+from topd.types import Ids, Prompt, Sampling
+
+ASKED = Sampling(temperature=0.0, max_new_tokens=24)
+PROMPTS = 4  # asked until one has an answer to be continued
+OVER = (
+    "Give a server of the completions API, or chat: true where its chat API continues the "
+    "assistant's last message (continue_final_message of vLLM)."
+)
+
+
+def check_text_teacher(
+    spec: ByText,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    prompts: Sequence[Prompt],
+) -> None:
+    """Try a teacher by text as far as it goes without weights.
+
+    The student's tokenizer must join a text at every border as it reads. Every server is asked to
+    answer a prompt, then to continue from the middle of its own answer.
+
+    Raises:
+        TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
+            space or does not know the model, or an API key that is not there.
+        StoppedError: a server does not answer.
+    """
+    check_border("student", tokenizers[0])
+    if spec.as_text:
+        check_border("teacher", tokenizers[1])
+    if spec.text is None:
+        return
+    for url in spec.text.url:
+        one = spec.text.model_copy(update={"url": (url,)})
+        _check_continues(TextServers("teacher", one, tokenizers[1]), prompts[:PROMPTS])
+
+
+def check_border(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Join a text at every border between its tokens. Raises TOPDError if it reads otherwise."""
+    border = Border(tokenizer)
+    known = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    few = set(known) & set(
+        tokenizer.all_special_ids
+    )  # a tokenizer of few words: all others are one
+    ids = border.ids((), " " + (_known_part(tokenizer) if few else PROBE)) or ()
+    whole = border.text(ids) or ""
+    befores = [(ids[:end], border.text(ids[:end])) for end in range(len(ids))]
+    if not whole or any(
+        text is not None and border.ids(before, whole[len(text) :]) is None
+        for before, text in befores
+    ):
+        raise TOPDError(
+            f"{name}: its tokenizer does not read back what it is given (lower case, or other "
+            "white space): a teacher by text needs one that does. Choose another model."
+        )
+
+
+def _known_part(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a tokenizer of few words makes of the probe: itself, where it knows no such words."""
+    vocabulary = tokenizer.get_vocab()
+    specials = set(tokenizer.all_special_tokens)
+    return " ".join([w for w in sorted(vocabulary) if w.isalnum() and w not in specials][:8])
+
+
+def _check_continues(writer: TextServers, prompts: Sequence[Prompt]) -> None:
+    """Have a server continue the middle of its own greedy answer, at two places."""
+    url = writer.spec.url[0]
+    faults: list[str] = []
+    for prompt in prompts:
+        answer = _asked(writer, prompt.teacher, "")
+        cuts = _cuts(answer)
+        faults = []
+        for cut in cuts:
+            fault = _fault(answer, cut, _asked(writer, prompt.teacher, answer[:cut]))
+            if not fault:
+                return
+            faults.append(fault)
+        if faults:
+            break
+    if not faults:
+        raise TOPDError(
+            f"teacher.text: {url} writes next to nothing to the first prompts ({answer!r}). Is "
+            "teacher.tokenizer the one whose chat template the model was trained with?"
+        )
+    raise TOPDError(f"teacher.text: {url} {faults[0]}")
+
+
+def _asked(writer: TextServers, prompt: Ids, text: str) -> str:
+    return writer.write([prompt], [text], ASKED, [0])[0].text
+
+
+def _cuts(answer: str) -> list[int]:
+    """Two places in an answer where a word begins, and the text after does not begin as all of it.
+
+    Else a server that starts its answer over might seem to continue.
+    """
+    spaces = [i for i in range(1, len(answer) - 1) if answer[i] == " " and answer[i - 1] != " "]
+    places = spaces or ([len(answer) // 2] if len(answer) >= 4 else [])
+    telling = [i for i in places if _begin(answer[i:]).split() != _begin(answer).split()]
+    return sorted(telling, key=lambda i: abs(i - len(answer) // 2))[:2]
+
+
+def _begin(text: str, words: int = 3) -> str:
+    """The first words of a text, with the white space before them."""
+    found = re.match(rf"(\s*\S+){{1,{words}}}", text)
+    return found.group() if found else text
+
+
+def _fault(answer: str, cut: int, found: str) -> str:
+    """What is wrong with a continuation of ``answer[:cut]``; empty if nothing is."""
+    due = _begin(answer[cut:])
+    if found.startswith(due):
+        return ""
+    shown = f"asked to continue {answer[:cut]!r}, it wrote {found[:60]!r}"
+    if "".join(found.split()).startswith("".join(due.split())):
+        return (
+            f"rewrites white space: {shown}, where {due!r} was due. Text would not be joined as "
+            "it was written: choose another server, or one that returns text as it is."
+        )
+    over = _begin(found).split() == _begin(answer).split()
+    how = "starts its answer over" if over else "does not continue a text"
+    return f"{how}: {shown}; its own answer went on with {due!r}. {OVER}"

@@ -1,0 +1,192 @@
+"""Writers of text: OpenAI-style servers, or a model in this process whose vocabulary is another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from topd.engines import Tick, no_tick
+from topd.engines.decode_check import check_decoding
+from topd.engines.hf import HFEngine
+from topd.engines.servers import Request, Servers
+from topd.engines.text import TextEngine, Writer, Written
+from topd.errors import TOPDError
+from topd.inputs.border import Border
+from topd.inputs.models import ModelSpec, eos_ids
+from topd.inputs.text_models import stand_in
+from topd.inputs.text_spec import TextSpec
+from topd.inputs.vocabulary import shared_ids
+from topd.types import Ids, Sampling
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+ENDS = {"stop": True, "length": False}
+
+
+class TextServers:
+    """Servers that continue a text.
+
+    Args:
+        name: what messages call them.
+        spec: where they are, and how to ask.
+        tokenizer: of the prompts' ids, the teacher's if it is known.
+    """
+
+    def __init__(self, name: str, spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.spec, self.tokenizer = spec, tokenizer
+        self.servers = Servers(name, spec.url, spec)
+
+    def write(
+        self,
+        prompts: Sequence[Ids],
+        texts: Sequence[str],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Written]:
+        """What comes after prompts and texts. See :class:`~topd.engines.text.Writer`."""
+        wanted = [
+            Request(
+                CHAT if self.spec.chat else COMPLETIONS,
+                {
+                    **self.servers.model,
+                    **self._asked(self.prompt_text(prompt), text),
+                    "max_tokens": sampling.max_new_tokens,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "seed": seed,
+                    **self.spec.extra,
+                },
+            )
+            for prompt, text, seed in zip(prompts, texts, seeds, strict=True)
+        ]
+        return [self._written(answer) for answer in self.servers.ask(wanted)]
+
+    def prompt_text(self, prompt: Ids) -> str:
+        """A prompt's text, without the token that the server's tokenizer puts before any text."""
+        first = list(self.tokenizer("a")["input_ids"][:1])
+        if first == [self.tokenizer.bos_token_id] == list(prompt[:1]):
+            prompt = prompt[1:]
+        return str(
+            self.tokenizer.decode(
+                list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _asked(self, prompt: str, text: str) -> dict[str, Any]:
+        if not self.spec.chat:
+            return {"prompt": prompt + text}
+        messages = messages_of(prompt, self.servers.name)
+        if not text:
+            return {"messages": messages}
+        return {
+            "messages": [*messages, {"role": "assistant", "content": text}],
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        }
+
+    def _written(self, answer: Any) -> Written:
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] if self.spec.chat else choice["text"]
+            return Written(text or "", ENDS[choice["finish_reason"]])
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise TOPDError(
+                f"{self.servers.name}: {', '.join(self.spec.url)} answer {str(answer)[:200]}, "
+                f"which is not a whole answer with text and a finish_reason of stop or length. "
+                f"{self.spec.other}"
+            ) from error
+
+
+def messages_of(prompt: str, name: str) -> list[dict[str, Any]]:
+    """The messages of a prompt that CHAT_TEMPLATE has written; a plain text is the user's."""
+    try:
+        found = json.loads(prompt)
+    except ValueError:
+        return [{"role": "user", "content": prompt}]
+    if isinstance(found, list) and all(isinstance(m, dict) for m in found):
+        return found
+    return [{"role": "user", "content": prompt}]
+
+
+class EmbeddedWriter:
+    """A model in this process that continues texts.
+
+    Args:
+        engine: the model.
+        tokenizer: its own.
+    """
+
+    def __init__(self, engine: HFEngine, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.engine, self.border = engine, Border(tokenizer)
+
+    def write(
+        self,
+        prompts: Sequence[Ids],
+        texts: Sequence[str],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Written]:
+        """What comes after prompts and texts. See :class:`~topd.engines.text.Writer`."""
+        before = [self._ids(text) for text in texts]
+        whole = [p + ids for p, ids in zip(prompts, before, strict=True)]
+        found = self.engine.generate(whole, sampling, seeds, tick=tick)
+        return [
+            self._text(ids, written.tokens, written.finished)
+            for ids, written in zip(before, found, strict=True)
+        ]
+
+    def _ids(self, text: str) -> Ids:
+        found = self.border.ids((), text)
+        if found is None:
+            raise TOPDError(
+                f"teacher.as_text: the teacher's tokenizer has no tokens that read as "
+                f"{text[-40:]!r}. Choose a teacher whose tokenizer reads back what it is given."
+            )
+        return found
+
+    def _text(self, before: Ids, tokens: Ids, finished: bool) -> Written:
+        """The text of new tokens, up to the last whole character."""
+        known = self.border.text(before) or ""
+        tokens = tokens[:-1] if finished else tokens
+        for end in range(len(tokens), -1, -1):
+            text = self.border.text(before + tokens[:end])
+            if text is not None:
+                return Written(text[len(known) :], finished and end == len(tokens))
+        return Written("", False)
+
+
+def text_engine(
+    spec: ModelSpec,
+    models: Sequence[PreTrainedModel],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    options: Mapping[str, Any],
+) -> TextEngine:
+    """The engine of a teacher by text: at a URL, or in this process (``as_text``).
+
+    Args:
+        spec: the teacher's.
+        models: the student, and the teacher or what stands in its place.
+        tokenizers: both.
+        options: of HFEngine, the student's.
+    """
+    if spec.text is not None:
+        writer: Writer = TextServers("teacher (text)", spec.text, tokenizers[1])
+        return TextEngine(models[1], writer, tokenizers[0], name="teacher", **options)
+    own = HFEngine(
+        models[1],
+        name="teacher",
+        eos_ids=eos_ids(models[1], tokenizers[1]),
+        allowed=shared_ids(tokenizers[1], tokenizers[1]),
+        autocast=options["autocast"],
+    )
+    check_decoding(own)
+    rows = models[0].config.get_text_config().vocab_size
+    place = stand_in(spec.path, rows).to(models[0].device)
+    writer = EmbeddedWriter(own, tokenizers[1])
+    return TextEngine(place, writer, tokenizers[0], name="teacher", **options)

@@ -1,0 +1,121 @@
+"""Where text meets token ids: what a student wrote as text, and more text as its tokens.
+
+Only the new tokens are made from text. The ids before them stay as they are, whatever the tokenizer
+would make of the whole; what is joined reads back as what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from topd.inputs.vocabulary import PROBE
+from topd.types import Ids
+
+LEADS = ("\n", "a", ".")  # a text is encoded after one that its first token does not join
+BROKEN = "\ufffd"  # a decoder's sign for bytes that are no whole character
+
+
+class Border:
+    """Joins text to token ids of one tokenizer.
+
+    A text is decoded and encoded after a lead of fixed tokens: many tokenizers treat the first word
+    of a text otherwise than the same word later.
+
+    Args:
+        tokenizer: whose ids they are.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._lead = self._plain("\n") or self._plain(PROBE)[:1]
+        self._lead_text = self._decoded(self._lead)
+        self.marks = sorted(
+            {*tokenizer.all_special_tokens, *_specials(tokenizer)} - {""}, key=len, reverse=True
+        )
+
+    def text(self, ids: Ids) -> str | None:
+        """What ids read as inside a text; None where they end inside a character."""
+        whole = self._decoded(self._lead + ids)
+        if whole.endswith(BROKEN) or not whole.startswith(self._lead_text):
+            return None
+        return whole[len(self._lead_text) :]
+
+    def ids(self, before: Ids, text: str) -> Ids | None:
+        """Ids that read as ``text`` after the ids ``before``; None where there are none.
+
+        First those that the tokenizer itself has for the text there, if it begins a token at the
+        border; else those of the text alone, after some other text, or character by character.
+        """
+        if not text:
+            return ()
+        known = self.text(before)
+        if known is None:
+            return None
+        for found in self._candidates(known, text):
+            if self.text(before + found) == known + text:
+                return found
+        return None
+
+    def cut_at_mark(self, text: str) -> tuple[str, str]:
+        """The text before the first special token's name in it, and that name; else all, ''."""
+        found = [(text.index(mark), -len(mark), mark) for mark in self.marks if mark in text]
+        if not found:
+            return text, ""
+        place, _, mark = min(found)
+        return text[:place], mark
+
+    def places(self, ids: Ids) -> list[int]:
+        """How many characters of :meth:`text` there are after each token.
+
+        Of tokens that end inside a character as many as before it: its last one has it.
+        """
+        found, done, texts = [], 0, 0
+        for end in range(1, len(ids) + 1):
+            first = max(0, done - 4)  # context for decoders that look at the token before
+            before, piece = self.text(ids[first:done]), self.text(ids[first:end])
+            if piece is not None and before is not None:
+                texts, done = texts + len(piece) - len(before), end
+            found.append(texts)
+        return found
+
+    def _candidates(self, known: str, text: str) -> Iterator[Ids]:
+        found = self._after(self._lead_text + known, text)
+        if found:
+            yield found
+        yield self._plain(text)
+        for lead in LEADS:
+            found = self._after(lead, text)
+            if found:
+                yield found
+        yield tuple(token for c in text for token in self._character(c))
+
+    def _character(self, c: str) -> Ids:
+        found = (self._after(lead, c) for lead in LEADS)
+        return next((ids for ids in found if ids and self.text(ids) == c), ())
+
+    def _after(self, before: str, text: str) -> Ids | None:
+        """The tokens of ``before + text`` from the border on, if one begins there."""
+        whole = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = whole["input_ids"], whole["offset_mapping"]
+        border = len(before)
+        first = next((i for i, (start, _) in enumerate(offsets) if start >= border), len(ids))
+        if first and offsets[first - 1][1] > border:
+            return None
+        return tuple(ids[first:])
+
+    def _plain(self, text: str) -> Ids:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decoded(self, ids: Ids) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+def _specials(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Added tokens that are special: no text is meant by them."""
+    return {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}

@@ -1,0 +1,59 @@
+"""What is here of a teacher that gives only text: its tokenizer, and a model in its place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeGuard
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from topd.inputs.text_spec import ByText
+
+CHAT_TEMPLATE = "{{ messages | tojson }}"  # a chat server puts its own template around them
+
+
+def is_by_text(model: object) -> TypeGuard[ByText]:
+    """Whether nothing but text is asked of a model."""
+    return isinstance(model, ByText) and model.by_text
+
+
+def text_tokenizer(
+    spec: Any, student: PreTrainedTokenizerBase, lent: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase:
+    """What writes the prompts of a teacher at a URL: the tokenizer ``lent``, or the student's.
+
+    Its chat template is the one of the teacher's spec; for a chat server the messages themselves.
+    """
+    template = CHAT_TEMPLATE if spec.text.chat else spec.chat_template and spec._template()
+    tokenizer = lent or student
+    if template:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def stand_in(name: str, rows: int) -> PreTrainedModel:
+    """A model of no layers and zeros, in the place of weights that are elsewhere.
+
+    Args:
+        name: what it stands for; part of its fingerprint.
+        rows: tokens of the student's vocabulary.
+    """
+    config = LlamaConfig(
+        vocab_size=rows,
+        hidden_size=2,
+        intermediate_size=2,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+        tie_word_embeddings=True,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config._name_or_path = name
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    model.register_buffer("stands_for", torch.tensor(list(name.encode()), dtype=torch.uint8))
+    return model

@@ -1,0 +1,93 @@
+"""A teacher that gives only text: what a recipe says of it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from topd.inputs.served import ServerSpec, server_url
+
+OF_TEXT = ("path", "text", "tokenizer", "chat_template")
+OURS = ("model", "prompt", "messages", "max_tokens", "temperature", "seed", "stream", "echo", "n")
+
+
+class TextSpec(ServerSpec):
+    """Servers of an OpenAI-style completions API, which continue a text.
+
+    ``url`` is where they are, one or several; ``model`` the name to ask for. ``chat``: ask
+    ``/v1/chat/completions``, with the text so far as the beginning of the assistant's message,
+    which is what a server without completions needs. ``extra`` is sent with every request, e.g.
+    ``{top_k: -1}``. See :class:`~topd.inputs.served.ServerSpec` for the rest.
+    """
+
+    place: ClassVar[str] = "text"
+    other: ClassVar[str] = (
+        "teacher.text wants the URL of an OpenAI-style completions server and the name of a model "
+        "there."
+    )
+    largest: ClassVar[int] = 64 << 20
+
+    url: tuple[str, ...] = Field(min_length=1)
+    chat: bool = False
+    extra: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("url", mode="before")
+    @classmethod
+    def _several(cls, urls: Any) -> Any:
+        """A single URL stands for a list of it."""
+        return (urls,) if isinstance(urls, str) else urls
+
+    @field_validator("url")
+    @classmethod
+    def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(server_url(url) for url in urls))
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for name in OURS:
+            if name in extra:
+                raise ValueError(f"{name} is set by TOPD. Leave it out")
+        return extra
+
+
+class ByText(BaseModel):
+    """The part of a model's spec that says that it is asked for text alone.
+
+    ``text`` says where such a teacher is; no ``path`` is needed then. ``as_text`` has a teacher in
+    this process write text too, so that its vocabulary may be another than the student's.
+    """
+
+    text: TextSpec | None = None
+    as_text: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        """A teacher at a URL is called by its model and place."""
+        text = content.get("text") if isinstance(content, dict) else None
+        if text is None or "path" in content:
+            return content
+        known = text if isinstance(text, dict) else dict(text)
+        url = known.get("url")
+        place = url if isinstance(url, str) or not url else str(next(iter(url)))
+        return {**content, "path": f"{known.get('model') or 'a model'} at {place}"}
+
+    @model_validator(mode="after")
+    def _nothing_else(self) -> ByText:
+        """Of a teacher at a URL no weights are read."""
+        if self.text is not None:
+            for name, field in type(self).model_fields.items():
+                if name not in OF_TEXT and getattr(self, name) != field.default:
+                    raise ValueError(f"{name} has no effect with text. Leave it out")
+        if self.as_text and getattr(self, "served", None) is not None:
+            raise ValueError(
+                "as_text is for a model in this process. Name the servers in text: {url: ...}"
+            )
+        return self
+
+    @property
+    def by_text(self) -> bool:
+        """Whether nothing but text is asked of the model."""
+        return self.text is not None or self.as_text

@@ -1,0 +1,80 @@
+"""What a run asks of a teacher that gives only text, and what it cannot have: said at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from topd.config import TOPDConfig
+from topd.errors import TOPDError
+from topd.inputs.text_models import is_by_text
+from topd.methods import METHODS, method_named
+from topd.types import NEEDS, Needs
+
+
+def gives(teacher: object) -> Needs:
+    """What a source of a teacher gives."""
+    return "windows" if is_by_text(teacher) else "distributions"
+
+
+def check_gives(teachers: Sequence[object], args: TOPDConfig) -> None:
+    """Refuse settings that need more of a teacher than it gives, all of them in one message.
+
+    Raises TOPDError.
+    """
+    given: Needs = min([gives(teacher) for teacher in teachers], key=NEEDS.index, default=NEEDS[-1])
+    if given == "distributions":
+        return
+    if len(teachers) > 1:
+        raise TOPDError(
+            "teachers: one that gives only text does not go with others. Name it alone, in teacher."
+        )
+    found = _of_answers(args) if args.learns_from_answers else _of_rollouts(args, given)
+    if found:
+        why, remedies = zip(*found, strict=True)
+        raise TOPDError(
+            f"teacher: gives only text, no distributions: {'; '.join(why)}. Set "
+            f"{', '.join(remedies)}."
+        )
+
+
+def _of_answers(args: TOPDConfig) -> list[tuple[str, str]]:
+    found = []
+    if args.kd_ratio > 0:
+        found.append(("kd_ratio is a share of a divergence from it", "kd_ratio: 0.0"))
+    if args.top_k:
+        found.append(("top_k is not in its API", "top_k: 0 (and teacher.text.extra)"))
+    return found
+
+
+def _of_rollouts(args: TOPDConfig, given: Needs) -> list[tuple[str, str]]:
+    method, options = method_named(args.method), args.method_options
+    lacks = NEEDS.index(method.needs) > NEEDS.index(given)
+    known: dict[str, Any] = options if isinstance(options, dict) else {}
+    enough = method.by_windows and known.items() >= method.by_windows.items()
+    found: list[tuple[str, str]] = []
+    if lacks and method.by_windows and not enough:
+        shown = ", ".join(f"{k}: {v}" for k, v in method.by_windows.items())
+        found.append((f"method {args.method} compares them", f"method_options: {{{shown}}}"))
+    elif lacks and not enough:
+        fit = [n for n, m in METHODS.items() if NEEDS.index(m.needs) <= NEEDS.index(given)]
+        found.append((f"method {args.method} needs {method.needs}", f"method: {' or '.join(fit)}"))
+    if args.token_loss != "none" and not method.of_tokens and method.needs != "nothing":
+        found.append((f"token_loss {args.token_loss} is taken over them", "token_loss: none"))
+    if method.looks_ahead:
+        if args.embedding == "teacher":
+            found.append(("it has no embeddings for embedding: teacher", "embedding: student"))
+        if NEEDS.index(args.detector.needs) > NEEDS.index(given):
+            found.append(
+                (
+                    f"candidate_loss {args.candidate_loss} needs {args.detector.needs}",
+                    "candidate_loss: entropy, student_nll or rewritten",
+                )
+            )
+        if args.window_rejoin:
+            found.append(("window_rejoin has no effect", "window_rejoin: 0"))
+    if args.eval_strategy != "no":
+        found.append(
+            ("eval_strategy measures a divergence", "eval_strategy: no (evaluation: in a recipe)")
+        )
+    return found

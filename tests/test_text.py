@@ -1,0 +1,336 @@
+"""Teachers that give only text: the border of text and ids, servers, what is learned of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from typer.testing import CliRunner
+
+from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
+from fake_vllm import Fake, another, running
+from topd.cli import app
+from topd.commands.recipe import read_recipe
+from topd.commands.train import make_trainer
+from topd.engines.hf import HFEngine
+from topd.engines.text import TextEngine, Written
+from topd.engines.text_checks import check_border
+from topd.errors import TOPDError
+from topd.inputs.border import Border
+from topd.inputs.models import ModelSpec
+from topd.inputs.text_models import stand_in
+from topd.types import Sampling
+
+CORPUS = [
+    "So the answer is 12, and 3 + 4 = 7.\n\nNext:  x = y * 2\n",
+    "Naïve café — 東京 🙂 \\boxed{7} don't  stop\tthere \U0001d4b3 über",
+    "def f(x):\n    return x + 1  # comment\n",
+]
+ALPHABET = [
+    *"ab 12.\n",
+    "  ",
+    "é",
+    "東",
+    "🙂",
+    "ü",
+    "'s",
+    "\t",
+    "the ",
+    " answer",
+    "x=",
+    "\U0001d4b3",
+    "\n\n",
+]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 tokens: characters beyond ASCII are several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        CORPUS * 4,
+        trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["</s>"]),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+def sentencepiece(prefix: bool = True) -> PreTrainedTokenizerFast:
+    """Like SentencePiece: one word of all, blanks are ▁ and before the first word too; bytes."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if prefix else []),
+        ]
+    )
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    tokenizer.train_from_iterator(
+        [text.replace("🙂", "").replace("\U0001d4b3", "") for text in CORPUS] * 4,
+        trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "</s>", *bytes_]),
+    )
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][:2]  # bytes are no special tokens
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    )
+
+
+TOKENIZERS = {
+    "bytes": byte_level(),
+    "pieces": sentencepiece(),
+    "pieces, no first blank": sentencepiece(prefix=False),
+}
+
+
+def drawn(rng: random.Random) -> str:
+    return "".join(rng.choices([*ALPHABET, *CORPUS[0][:20], *CORPUS[1]], k=rng.randint(1, 14)))
+
+
+# The border
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_what_is_joined_reads_as_what_was_written_at_ten_thousand_borders(name):
+    tokenizer, rng = TOKENIZERS[name], random.Random(name)
+    border, inside = Border(tokenizer), 0
+    for _ in range(10_000 // len(TOKENIZERS) + 1):
+        text = "\n" + drawn(rng)  # of a student's prompt, then what it and the teacher write
+        own = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        before = own[: rng.randint(1, len(own))]
+        known, more = border.text(before), drawn(rng)
+        if known is None:
+            inside += 1
+            assert border.ids(before, more) is None
+            continue
+        found = border.ids(before, more)
+        assert found is not None, (name, known, more)
+        decoded = tokenizer.decode([*border._lead, *before, *found])
+        assert decoded == tokenizer.decode(border._lead) + known + more
+    assert inside > 30  # borders inside a character were among them
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_of_a_text_that_goes_on_as_the_tokenizer_has_it_the_ids_are_its_own(name):
+    tokenizer, rng = TOKENIZERS[name], random.Random(name)
+    border = Border(tokenizer)
+    for _ in range(500):
+        text = drawn(rng)
+        ids = border.ids((), text) or ()
+        canonical = tokenizer(border._lead_text + text, add_special_tokens=False)["input_ids"]
+        if [*border._lead, *ids] != canonical:
+            continue  # the text's first token would be joined with the lead
+        for end in range(len(ids)):
+            known = border.text(ids[:end])
+            if known is not None:
+                assert border.ids(ids[:end], text[len(known) :]) == ids[end:]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_places_count_whole_characters(name):
+    border, rng = Border(TOKENIZERS[name]), random.Random(name)
+    for _ in range(200):
+        ids = border.ids((), drawn(rng)) or ()
+        known = [border.text(ids[: end + 1]) for end in range(len(ids))]
+        for place, text in zip(border.places(ids), known, strict=True):
+            assert text is None or place == len(text)
+
+
+def test_a_special_token_in_a_text_ends_it():
+    border = Border(byte_level())
+    assert border.cut_at_mark("7 .</s> more") == ("7 .", "</s>")
+    assert border.cut_at_mark("7 .") == ("7 .", "")
+
+
+def test_a_tokenizer_that_does_not_read_back_is_refused():
+    folding = byte_level()
+    folding.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(TOPDError, match="student: its tokenizer does not read back"):
+        check_border("student", folding)
+    for tokenizer in (*TOKENIZERS.values(), tiny_tokenizer()):
+        check_border("student", tokenizer)
+
+
+# Servers, and the same teacher in three places
+
+LITTLE: dict[str, Any] = {
+    "student": "testbed://programs/student",
+    "data": {"path": "testbed://programs", "limit": 4},
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 16,
+    "method": "window_sft",
+    "token_loss": "none",
+    "embedding": "student",
+    "candidate_loss": "entropy",
+    "candidate_fraction": 0.15,
+    "window_length": 6,
+    "trajectory_weight": 0.5,
+    "save_strategy": "no",
+    "use_cpu": True,
+}
+TEACHER = "testbed://programs/teacher"
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Servers of the testbed's teacher, or of what they are given, until the tests end."""
+    spec = ModelSpec(path=TEACHER)
+    with ExitStack() as stack:
+        engine = HFEngine(spec.load_model(), eos_ids=[1])
+        one = Fake(engine, spec.load_tokenizer())
+        yield lambda **changes: stack.enter_context(running(another(one, **changes)))
+
+
+class Gradient(TrainerCallback):
+    """Keeps that of the first update."""
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def learned(root: Path, teacher: Any, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The guidance of one update, and its gradient."""
+    (root / "recipe.yaml").write_text(
+        yaml.safe_dump({**LITTLE, "teacher": teacher, "output_dir": str(root / "run"), **changes})
+    )
+    recipe = read_recipe(root / "recipe.yaml")
+    trainer, _ = make_trainer(recipe, recipe.data.load())
+    gradient = Gradient()
+    trainer.add_callback(gradient)
+    trainer.train()
+    lines = (root / "run" / "guidance.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(r["branches"], r["weights"], r["targets"]) for r in records], gradient.found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "window_sft"},
+        {"method": "topd"},
+        {"method": "first_fork", "method_options": {"loss": "cross_entropy"},
+         "look_ahead_until": None, "candidate_threshold": None},
+        {"method": "olive", "candidate_loss": "rewritten"},
+    ],
+    ids=lambda changes: changes["method"],
+)  # fmt: skip
+def test_by_text_by_states_and_embedded_a_teacher_teaches_the_same(tmp_path, start, changes):
+    one = start()
+    places = {
+        "embedded": {"path": TEACHER},
+        "text": {"text": {"url": one.url, "model": "m"}},
+        "as text": {"path": TEACHER, "as_text": True},
+        "states": {
+            "path": TEACHER,
+            "served": {"completions": one.url, "pooling": one.url, "model": "some/teacher"},
+        },
+    }
+    if changes["method"] in ("topd", "olive"):  # two are enough, for time
+        places = {name: places[name] for name in ("embedded", "text")}
+    found = {}
+    for name, teacher in places.items():
+        (tmp_path / name).mkdir()
+        found[name] = learned(tmp_path / name, teacher, **changes)
+    guidance, gradient = found.pop("embedded")
+    assert any(branches or targets for branches, _, targets in guidance)
+    for others, theirs in found.values():
+        assert others == guidance
+        assert gradient.keys() == theirs.keys()
+        for name, values in gradient.items():
+            torch.testing.assert_close(theirs[name], values, rtol=0, atol=1e-6)
+
+
+def test_a_chat_server_continues_the_assistants_message(tmp_path):
+    write_pair(tmp_path)
+    model = tiny_model(seed=1)
+    with torch.no_grad():  # no special tokens: a server leaves them out of its text
+        model.lm_head.weight[[0, 1, 3, 4, 5]] = 0
+    with running(Fake(HFEngine(model, eos_ids=[EOS]), tiny_tokenizer())) as fake:
+        teacher = {"text": {"url": fake.url, "model": "m", "chat": True}}
+        pair = {"student": str(tmp_path / "student"), "data": str(tmp_path / "prompts.jsonl")}
+        guidance, _ = learned(tmp_path, teacher, **pair, candidate_loss="student_nll")
+    assert any(branches for branches, _, _ in guidance)
+    continued = [body for body in fake.bodies if body["messages"][-1]["role"] == "assistant"]
+    assert all(body["messages"][0]["role"] == "user" for body in fake.bodies)
+    assert all(body["add_generation_prompt"] is False for body in continued)
+
+
+def test_a_warm_start_on_a_text_teachers_answers(tmp_path, start):
+    fake = start()
+    stage = {"max_steps": 1, "kd_ratio": 0.0, "max_completion_length": 40, "use_cpu": True,
+             "save_strategy": "no", "output_dir": str(tmp_path / "run")}  # fmt: skip
+    recipe = {
+        **{k: LITTLE[k] for k in ("student", "data")},
+        "teacher": {"text": {"url": fake.url}},
+        "warmstart": stage,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(app, ["warmstart", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    _, *answers = map(json.loads, (tmp_path / "run/answers.jsonl").read_text().splitlines())
+    assert answers
+    assert all(answer[-1] == 1 for answer in answers if answer)
+
+
+# What is refused at the start
+
+
+@pytest.mark.parametrize(
+    ("manner", "said"),
+    [
+        (
+            "over",
+            "starts its answer over: asked to continue .* Give a server of the completions API",
+        ),
+        ("strips", "rewrites white space: asked to continue"),
+    ],
+)
+def test_a_server_that_does_not_continue_as_it_should_is_refused(tmp_path, start, manner, said):
+    fake = start(manner=manner)
+    with pytest.raises(TOPDError, match=said) as caught:
+        learned(tmp_path, {"text": {"url": fake.url}})
+    assert fake.url in str(caught.value)
+
+
+def test_all_that_does_not_go_with_text_is_said_at_once(tmp_path):
+    teacher = {"text": {"url": "http://127.0.0.1:9"}}
+    changes = {"method": "first_fork", "token_loss": "full", "embedding": "teacher",
+               "candidate_loss": "surprise", "eval_strategy": "steps", "eval_steps": 1,
+               "eval_data": LITTLE["data"]}  # fmt: skip
+    with pytest.raises(TOPDError) as caught:
+        learned(tmp_path, teacher, **changes)
+    for remedy in ("method_options: {loss: cross_entropy}", "token_loss: none", "eval_strategy: no",
+                   "embedding: student", "candidate_loss: entropy"):  # fmt: skip
+        assert remedy in str(caught.value)
+
+
+def test_a_window_that_cannot_be_had_is_left_out():
+    tokenizer = byte_level()
+
+    class Silent:
+        def write(self, prompts: Any, texts: Any, *_: Any, **__: Any) -> list[Written]:
+            return [Written(" so", False) for _ in texts]
+
+    engine = TextEngine(stand_in("x", len(tokenizer)), Silent(), tokenizer, eos_ids=[0])
+    ids = tuple(tokenizer("東 a", add_special_tokens=False)["input_ids"])
+    scores = engine.score([(1,)], [ids])
+    starts = [(0, t) for t in range(len(ids))]
+    found = engine.continue_from(scores, starts, Sampling(0.0, max_new_tokens=3), [0] * len(ids))
+    inside = [engine.border.text(ids[:t]) is None for t in range(len(ids))]
+    assert any(inside)
+    assert [not window.tokens for window in found] == inside
