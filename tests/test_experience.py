@@ -22,7 +22,7 @@ from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS, Method
 from topd.training.evidence import pair_windows
-from topd.training.experience import Experience, Observer
+from topd.training.experience import REWRITTEN, Experience, Observer
 from topd.transport import sparse_soft_targets
 from topd.types import Evidence, Generation, Guidance, Prompt, Rollout
 
@@ -92,6 +92,8 @@ def token_loss(rollout: Rollout, kind: str, temperature: float = 1.0) -> Tensor:
     if kind == "entropy":
         return -(own.exp() * own).sum(-1)
     own, theirs = own.gather(-1, token)[:, 0], theirs.gather(-1, token)[:, 0]
+    if kind == "student_nll":
+        return -own
     return own - theirs if kind == "sampled" else -theirs
 
 
@@ -173,8 +175,11 @@ def test_answers_written_beforehand_are_taken_as_they_are(tmp_path):
 # Candidates
 
 
+UNLIKE = {"teachability", "random", "start", "rewritten"}  # tried elsewhere
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("kind", sorted({*DETECTORS} - {"teachability", "random", "start"}))
+@pytest.mark.parametrize("kind", sorted({*DETECTORS} - UNLIKE))
 def test_candidates_are_the_loudest_tokens_by_the_chosen_loss(tmp_path, kind, temperature):
     experience = observed(
         tmp_path,
@@ -190,6 +195,20 @@ def test_candidates_are_the_loudest_tokens_by_the_chosen_loss(tmp_path, kind, te
         assert [f.position for f in found] == sorted(loss.topk(count).indices.tolist())
         for fork in found:
             assert fork.token_loss == pytest.approx(loss[fork.position].item(), abs=1e-4)
+
+
+def test_what_the_teacher_rewrites_is_counted_by_its_own_greedy_words(tmp_path):
+    seen = observer(tmp_path, candidate_loss="rewritten")
+    rollouts = seen.roll_out(PROMPTS, range(len(PROMPTS)))
+    found = seen.rewritten(rollouts, seen.score(rollouts), range(len(PROMPTS)))
+    for rollout, shares in zip(rollouts, found, strict=True):
+        for t, share in enumerate(shares.tolist()):
+            own = rollout.response[t : t + REWRITTEN]
+            ids = rollout.prompt.teacher + rollout.response[:t]
+            window = greedy(TEACHER, ids, REWRITTEN)
+            length = max(len(own), len(window)) if rollout.finished else len(own)
+            other = sum(own[i : i + 1] != window[i : i + 1] for i in range(length))
+            assert share == pytest.approx(other / length)
 
 
 def test_the_losses_choose_differently(tmp_path):
