@@ -416,6 +416,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "teachers_mix": ["sum"],
     "reference": ["right"],
     "trajectory_reduction": ["median"],
+    "token_loss": ["some"],
     "stop_length": [-0.1],
     "stop_finished": [-0.1],
     "stop_fresh": [-0.1],
