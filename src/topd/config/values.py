@@ -32,7 +32,7 @@ def typed(kind: type, name: str, value: Any) -> Any:
     try:
         found = _as(_adapter(kind, name), value)
     except ValidationError as error:
-        given = "not shown" if "token" in name else shown(value)
+        given = "not shown" if name.endswith("token") else shown(value)
         raise TOPDError(f"{name}: {error.errors()[0]['msg']} (given: {given}).") from error
     _check_finite(name, found)
     return found
