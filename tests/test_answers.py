@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from fractions import Fraction
@@ -28,7 +29,7 @@ LOST = {  # right answers that count as wrong: (reference, response)
 
 
 @pytest.fixture(scope="module")
-def verdicts():
+def verdicts() -> Iterator[list[bool]]:
     """The verdict of every pair."""
     verifier = AnswerVerifier()
     yield [verifier(pair["response"], {"answer": pair["reference"]}) for pair in PAIRS]

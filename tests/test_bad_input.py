@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def folders(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def recipe(tmp_path, folders, monkeypatch):
+def recipe(tmp_path, folders, monkeypatch) -> Callable[..., Path]:
     """Write a recipe on the tiny models, beside which we then stand."""
     monkeypatch.chdir(tmp_path)
 
@@ -60,7 +61,7 @@ def test_the_page_has_these_cases_and_no_others():
 
 
 @pytest.fixture
-def run(recipe, tmp_path):
+def run(recipe, tmp_path) -> Callable[..., list[dict[str, float]]]:
     """The logs of a run through the command line."""
 
     def run(**changes: Any) -> list[dict[str, float]]:

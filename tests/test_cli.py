@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
 from io import StringIO
@@ -67,7 +68,7 @@ def folders(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
+def fresh(monkeypatch) -> Iterator[None]:
     """What a command changes in its process is undone: environment, verbosity, bars."""
     monkeypatch.setenv("TQDM_DISABLE", "")
     monkeypatch.delenv("TQDM_DISABLE")
@@ -329,7 +330,7 @@ def log(step: int, **changes: float) -> dict[str, float]:
 
 
 @pytest.fixture
-def shown(capsys):
+def shown(capsys) -> Callable[[], str]:
     """What is printed, in a terminal that is wide enough for all."""
     return lambda: capsys.readouterr().out
 

@@ -115,7 +115,7 @@ def test_a_final_assistant_turn_becomes_the_solution(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def task():
+def task() -> dict[str, Any]:
     pytest.importorskip("reasoning_gym", reason="needs topd[tasks]")
     columns = {"prompt": "question", "solution": "metadata.answer_cot"}
     return {"task": "gsm_symbolic", "size": 5, "columns": columns}

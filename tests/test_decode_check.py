@@ -32,7 +32,7 @@ GREEDY = Sampling(0.0, max_new_tokens=6)
 
 
 @pytest.fixture(autouse=True)
-def afresh(monkeypatch):
+def afresh(monkeypatch) -> None:
     """Nothing is known from other tests."""
     monkeypatch.setattr(decode_check, "_KNOWN", {})
 

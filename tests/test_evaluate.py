@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from math import comb, erf, sqrt
@@ -28,6 +28,7 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import (
     AnswerVerifier,
+    Evaluation,
     EvaluationCallback,
     Evaluator,
     Response,
@@ -178,7 +179,7 @@ def test_pairs_that_do_not_match_and_no_problems_are_refused():
 
 
 @pytest.fixture(scope="module")
-def verifier():
+def verifier() -> Iterator[AnswerVerifier]:
     found = AnswerVerifier()
     yield found
     found.judge.close()
@@ -544,7 +545,7 @@ def engine() -> HFEngine:
 
 
 @pytest.fixture(scope="module")
-def found(engine):
+def found(engine) -> Evaluation:
     return tiny_evaluator()(engine)
 
 
@@ -635,7 +636,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory) -> tuple[TOPDTrainer, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("trained")
     return train(folder, 2), read(folder / "metrics.jsonl")
 
@@ -705,7 +706,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture
-def invoke(root, monkeypatch):
+def invoke(root, monkeypatch) -> Iterator[Callable[..., Result]]:
     """Runs ``topd eval`` in the folder of the models."""
     monkeypatch.chdir(root)
     monkeypatch.setenv("TQDM_DISABLE", "1")
@@ -933,7 +934,7 @@ def test_a_recipe_that_cannot_evaluate_is_refused_before_a_model_loads(
 
 
 @pytest.fixture(scope="module")
-def harness():
+def harness() -> Any:
     """A task manager that knows our tasks only."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra harness)")
     if not SHARED.is_dir():

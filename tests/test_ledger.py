@@ -27,7 +27,7 @@ def entries(folder) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def five(tmp_path_factory):
+def five(tmp_path_factory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return chain_of(tmp_path_factory.mktemp("run"), *({"record": str(n)} for n in range(5)))
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ with one_writer(Path(sys.argv[1])):
 
 
 @pytest.fixture
-def other(tmp_path):
+def other(tmp_path) -> Iterator[subprocess.Popen[str]]:
     """Another process that writes to the folder ``run``."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True

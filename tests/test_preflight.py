@@ -62,7 +62,7 @@ def make(folder: Path, student=None, teacher=None, *, peft_config=None, **option
 
 
 @pytest.fixture
-def unread(monkeypatch):
+def unread(monkeypatch) -> None:
     """No weight may be read."""
 
     def load(*_, **__):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
@@ -25,7 +26,7 @@ ON_CPU = {"use_cpu": True}  # transformers refuses bf16 on a machine without a G
 
 
 @pytest.fixture
-def write(tmp_path):
+def write(tmp_path) -> Callable[..., Path]:
     """Write a recipe: the three parts and the given keys, or a text as it is."""
 
     def write(text: str | bytes | None = None, *, without: str = "", **changes: Any) -> Path:

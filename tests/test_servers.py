@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
@@ -57,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def start():
+def start() -> Iterator[Callable[..., Fake]]:
     """Run fakes like one another until the test ends."""
     with ExitStack() as stack:
         engine = HFEngine(tiny_model(seed=1), eos_ids=[EOS])
@@ -485,7 +486,7 @@ def test_a_run_with_a_served_teacher_passes_its_audit(tmp_path, start):
 
 
 @pytest.fixture
-def rollouts(start):
+def rollouts(start) -> Callable[..., Fake]:
     """Start servers of a student that is not yet the recipe's."""
     return lambda **more: start(
         name="student", engine=HFEngine(tiny_model(seed=5), eos_ids=[EOS]), **more
@@ -594,7 +595,7 @@ def test_another_temperature_is_refused_for_served_rollouts(tmp_path, rollouts):
 
 
 @pytest.fixture
-def overlapping(tmp_path, start, rollouts):
+def overlapping(tmp_path, start, rollouts) -> Callable[..., Path]:
     """A recipe whose student and teacher are both served; 2 updates an epoch."""
 
     def overlapping(run: str, **changes: Any) -> Path:

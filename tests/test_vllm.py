@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 from conftest import tiny_model, tiny_tokenizer, write_pair
 from topd.cli import app
 from topd.commands.train import run_recipe
+from topd.engines import Scores
 from topd.engines.hf import HFEngine
 from topd.engines.serve import command
 from topd.engines.server_checks import check_logprobs
@@ -174,7 +175,7 @@ def responses(local, prompts) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(scope="session")
-def both(local, served, prompts, responses):
+def both(local, served, prompts, responses) -> tuple[Scores, Scores]:
     """The teacher's scores, embedded and served."""
     seen = [prompt.teacher for prompt in prompts]
     return local.score(seen, responses), served.score(seen, responses)

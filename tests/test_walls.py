@@ -53,3 +53,17 @@ def test_there_are_few_files_at_the_top() -> None:
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == (
         set(ROOMS) | {"config", "losses"}
     )
+
+
+def test_every_fixture_says_what_it_gives() -> None:
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.returns is None:
+                assert not any("fixture" in ast.unparse(d) for d in node.decorator_list), (
+                    f"{path.name}: {node.name}"
+                )
+
+
+def test_at_most_two_modules_are_longer_than_400_lines() -> None:
+    long = [str(p) for p in ROOT.rglob("*.py") if len(p.read_text().splitlines()) > 400]
+    assert len(long) <= 2, long

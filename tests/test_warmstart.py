@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -35,7 +36,7 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quick_garbage_collection():
+def _quick_garbage_collection() -> Iterator[None]:
     """Trainer.train collects garbage: spare it all that the imports left behind."""
     gc.collect()
     gc.freeze()
