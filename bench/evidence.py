@@ -18,6 +18,7 @@ def _alone(window: int, until: int, more: str = "") -> str:
 
 RESULTS = Path("docs/results")
 FEW = "topd compare recipes/testbed/imitated-few.yaml"
+SCREENING = "python -m bench.screening"
 FAMILIES = ("arithmetic", "programs", "logic")
 TUNED = tuple(f"{family}-{supply}" for family in FAMILIES for supply in ANSWERS)
 SHOWN = ("topd", "window_sft", "first_fork", "first_fork, K 24", "first_fork, every update")
@@ -37,6 +38,11 @@ def main() -> None:
     parts = [text.strip()]
     for name, found in _read("imitated", TUNED).items():
         parts.append("\n".join([*imitated(found, *_tuned_title(name)), *tuned(found)]))
+    for found in _read("screening", ("arithmetic-few",)).values():
+        title = "arithmetic, 320 answers, a screening of all methods"
+        parts.append(
+            "\n".join([*imitated(found, title, SCREENING), *tuned(found), *missing(found)])
+        )
     for found in _read("imitated", ("few",)).values():
         parts.append("\n".join(imitated(found, "arithmetic, 320 answers, one rate for all", FEW)))
     compared, detected = _read("compare"), _read("detectors")
@@ -83,6 +89,15 @@ def tuned(found: Found) -> Iterator[str]:
     for arm, rates in found["rates"].items():
         chosen = format(rates["chosen"], "g")
         yield f"- {arm}: {_tried(rates['tried'], chosen, found)}"
+
+
+def missing(found: Found) -> Iterator[str]:
+    """What a screening left out, and why."""
+    yield ""
+    yield "Left out:"
+    yield ""
+    for arm, why in found["left_out"].items():
+        yield f"- {arm}: {why}"
 
 
 def _tried(scores: Mapping[str, float], chosen: str, found: Found) -> str:

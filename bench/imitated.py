@@ -29,11 +29,11 @@ import yaml
 from topd.commands.compare import RESULTS, SUMMARY, run_compare
 from topd.runs.files import read_lines
 
-ANSWERS = {"few": 320, "many": 4800}
-TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64}
+ANSWERS = {"few": 320, "many": 4800, "all": 6000}  # all: of every training problem
+TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64, "checks": 160}
 START_UPDATES, START_RATES = (150, 300, 600, 1200), (1e-3, 2e-3)
 RATES = (2.5e-4, 5e-4, 1e-3)
-LEAST, MOST = 3e-5, 1e-2  # no rate is tried beyond them
+LEAST, MOST = 3e-5, 4e-2  # no rate is tried beyond them
 PLATEAU = 0.02
 UPDATES, NEW_ANSWERS = 160, 800  # answers of about as many tokens as first_fork's windows have
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
@@ -89,6 +89,8 @@ class Setting:
     seeds: Sequence[int] = SEEDS
     references: Sequence[str] = ()
     plan: str = PLAN
+    start_updates: Sequence[int] = START_UPDATES
+    kd_ratio: float = 1.0  # of stage 1
 
     @property
     def folder(self) -> Path:
@@ -110,14 +112,14 @@ class Setting:
                 **{"stage": "warmstart", "answers": "teacher", "data.limit": ANSWERS[self.supply]},
                 **{"max_steps": updates, "learning_rate": rate},
             }
-            for updates in START_UPDATES
+            for updates in self.start_updates
             for rate in START_RATES
         }
         self.compared("starts", arms, None)
         scores = self.scores("starts")
         tried = {
             (updates, rate): scores[f"{updates} at {rate:g}"]
-            for updates in START_UPDATES
+            for updates in self.start_updates
             for rate in START_RATES
         }
         return {"tried": scores, "chosen": plateau(tried)}
@@ -197,7 +199,7 @@ class Setting:
             **common,
             "warmstart": {
                 "data": {"path": world, "limit": ANSWERS[self.supply]},
-                **{"answers": "teacher", "answer_batch_size": 32, "kd_ratio": 1.0},
+                **{"answers": "teacher", "answer_batch_size": 32, "kd_ratio": self.kd_ratio},
                 **{"num_train_epochs": 1000, "max_steps": 150, "learning_rate": 1e-3},
                 **(start or {}),
                 **common,

@@ -7,7 +7,7 @@
 One world (arithmetic), one start (stage 1 on 320 of the teacher's answers, as ``bench.imitated
 arithmetic few`` tunes it; a finished folder of that command may be copied to ``F``, and its runs
 are kept). Every arm has as many updates, and its learning rate from validation problems with one
-seed: three rates, and one more beyond while the best is the lowest or the highest tried. Then two
+seed: four rates, and one more beyond while the best is the lowest or the highest tried. Then two
 seeds on test problems. ``docs/results/screening-arithmetic-few.json`` gets the comparison after
 every pass, so that what is there can be read while the rest is missing;
 ``python -m bench.evidence`` makes the table of it, and says what was left out.
@@ -21,7 +21,7 @@ from typing import Any
 from bench.imitated import ARMS, FORK, Setting
 
 FAMILY, SUPPLY = "arithmetic", "few"
-RATES, SEEDS = (5e-4, 1e-3, 2e-3), (0, 1)
+RATES, SEEDS = (5e-4, 1e-3, 2e-3, 4e-3), (0, 1)
 AT_A_TIME = 4
 LONGEST = 64  # tokens of a response
 GROUP = {"num_generations": 4, "method": "bench.controls:rl"}

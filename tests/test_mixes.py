@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from bench.controls import SURE, _rl, true_fork
+from bench.world import verdict
 
 from conftest import rows, tiny_tokenizer, write_pair
 from conftest import torch_on_device as torch
@@ -219,3 +220,18 @@ def test_the_reward_is_what_a_rollout_has_above_the_others_of_its_prompt():
     beside = _rl(seen, family="arithmetic", distil=1.0)
     assert [guide.advantages for guide in beside] == [guide.advantages for guide in guidance]
     assert all(set(guide.weights) == {1.0} for guide in beside)
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "teacher", "enough"),
+    [(0.6, 0.61, 0.9, False), (0.6, 0.7, 0.9, True), (0.8, 0.81, 0.9, True)],
+)
+def test_imitation_is_not_enough_only_at_a_plateau_far_under_the_teacher(
+    short, long, teacher, enough
+):
+    greedy = {"100 at 0.001": short, "100 at 0.002": short - 0.1, "200 at 0.001": long}
+    found = verdict(greedy, [100, 200], {"max_steps": 100}, teacher)
+    assert (found["under"], found["adds"]) == pytest.approx((teacher - short, long - short))
+    assert found["imitation_is_enough"] is enough
+    last = verdict(greedy, [100, 200], {"max_steps": 200}, teacher)
+    assert last["imitation_is_enough"] is None

@@ -355,12 +355,12 @@ def _starts(
     """The student before and after the warm start, evaluated as the arms are."""
     changes = {"base": {}, "warm start": start} if start else {}
     return {
-        name: _evaluated(read_recipe(path, {**overrides, **change}))
+        name: evaluated(read_recipe(path, {**overrides, **change}))
         for name, change in changes.items()
     }
 
 
-def _evaluated(recipe: Recipe) -> Result:
+def evaluated(recipe: Recipe) -> Result:
     """On the device of the runs, in their precision."""
     evaluator, device = make_evaluator(recipe), recipe.args.device
     assert evaluator is not None  # checked before
