@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from conftest import write_pair
 from test_resume import make
+from topd.cli import app
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
 from topd.runs import lock
@@ -73,6 +75,18 @@ def test_a_run_beside_a_living_one_is_refused_before_models_are_read(tmp_path, o
     words = [f"--output_dir={tmp_path / 'run'}"] + ["--resume_from_checkpoint=last"] * resume
     with pytest.raises(TOPDError, match="another run is writing"):
         run_recipe(recipe, words, quiet=True)
+
+
+@pytest.mark.parametrize("command", ["eval", "gate"])
+def test_an_evaluation_and_a_gate_beside_a_living_writer_are_refused(tmp_path, other, command):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("problems: {path: testbed://arithmetic}\n")
+    last = {"eval": ["testbed://arithmetic"], "gate": ["nowhere", "--suite", str(suite)]}[command]
+    words = [command, "nowhere", *last, "--output", str(tmp_path / "run")]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 2
+    assert "another run is writing" in " ".join((found.output + found.stderr).split())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
 def test_a_trainer_in_python_is_refused_beside_a_living_run(tmp_path, other):

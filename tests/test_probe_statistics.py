@@ -236,9 +236,23 @@ def test_a_prompt_is_drawn_with_all_its_positions():
         for members in wholes.values():
             times = {value: int((some["distance"] == value).sum()) for value in members}
             assert len(set(times.values())) == 1
-        return {"prompts": sum((some["distance"] == min(m)).sum() for m in wholes.values())}
+        drawn.add(sum((some["distance"] == min(m)).sum() for m in wholes.values()))
+        return {"prompts": 3.0}
 
-    assert intervals(columns, count, repeats=100, seed=0)["prompts"] == Interval(3.0, 3.0, 3.0)
+    drawn: set[int] = set()
+    assert intervals(columns, count, repeats=100, seed=0)["prompts"] == Interval(3.0, None, None)
+    assert drawn == {3}
+
+
+def test_equal_values_are_not_certainty():
+    """No false alarm at 30 prompts: up to 1 - 0.025^(1/30) may be; a median has no interval."""
+    columns = table(high=[0.5] * 28, low=[0.1, 0.2])
+    found = intervals(columns, measure, repeats=60, seed=0)
+    share, bound = found["false_alarm_share"], 1 - 0.025 ** (1 / 30)
+    assert (share.value, share.low) == (0.0, 0.0)
+    assert share.high == pytest.approx(bound)
+    assert found["median/high"] == Interval(0.5, None, None)
+    assert verdict(share, found["spearman/token_loss/random"]) == "undecided"
 
 
 def test_an_interval_needs_two_prompts_and_half_of_the_resamples():

@@ -31,6 +31,7 @@ from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
 from topd.inputs.vocabulary import shared_ids
 from topd.report import page_line
 from topd.runs.folder import RunFolder, manifest
+from topd.runs.lock import one_writer
 from topd.statistics import Interval
 
 RESULT, RESPONSES = "evaluation.json", "responses.jsonl"
@@ -76,7 +77,17 @@ def run_evaluation(
     if not isinstance(template_kwargs, Mapping):
         raise TOPDError(f"--template-kwargs: {template_kwargs!r} is not a mapping, e.g. {{a: 1}}.")
     model = of_run(model)
-    run = _open(Path(output or _folder(model, spec)))
+    folder = Path(output or _folder(model, spec))
+    with one_writer(folder):
+        found = _evaluate_into(_open(folder), model, spec, template_kwargs, console)
+    show(found, spec, console)
+    console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
+    return folder
+
+
+def _evaluate_into(
+    run: RunFolder, model: ModelSpec, spec: EvaluationSpec, template_kwargs: Any, console: Console
+) -> Evaluation:
     rows = spec.load()
     tokenizer, config = model.load_tokenizer(), model.load_config()
     check_embedding_rows("model", config, tokenizer)
@@ -90,9 +101,7 @@ def run_evaluation(
     }
     run.append(RESPONSES, (response.record() for response in found.responses))
     run.write(RESULT, {**found.record(), "settings": settings, **made_of, "references": references})
-    show(found, spec, console)
-    console.print(page_line(run.folder), soft_wrap=True, markup=False, highlight=False)
-    return run.folder
+    return found
 
 
 def measure(

@@ -39,6 +39,7 @@ from topd.inputs.prompts import repeated_ngram_share
 from topd.inputs.rows import DataSpec
 from topd.report import page_line
 from topd.runs.folder import RunFolder
+from topd.runs.lock import one_writer
 from topd.runs.model_card import replace_section
 
 RESULT, HEADING = "gate.json", "Release gate"
@@ -254,9 +255,21 @@ def run_gate(
     suite = read_suite(suite_file)
     base, candidate = of_run(base), of_run(candidate)
     folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    with one_writer(folder):
+        figures = _gate_into(folder, {"base": base, "candidate": candidate}, suite, console)
+    good = passed(figures, strict=suite.strict)
+    show(figures, suite, good, console)
+    console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
+    return good
+
+
+def _gate_into(
+    folder: Path, specs: Mapping[str, ModelSpec], suite: Suite, console: Console
+) -> list[Figure]:
+    """Evaluate, and write all that a gate leaves behind."""
     if (folder / RESULT).exists():
         raise TOPDError(f"--output: {folder} already holds a gate's result. Choose another folder.")
-    run, specs = RunFolder(folder), {"base": base, "candidate": candidate}
+    run = RunFolder(folder)
     evaluators = {role: _evaluators(spec, suite) for role, spec in specs.items()}
     found, made_of = {}, {}
     for role, spec in specs.items():
@@ -277,12 +290,10 @@ def run_gate(
         **made_of,
     }
     run.write(RESULT, record)
-    card = Path(candidate.place) / "README.md"
+    card = Path(specs["candidate"].place) / "README.md"
     if card.is_file():
-        replace_section(card, HEADING, card_text(base.path, suite, figures, lost, good))
-    show(figures, suite, good, console)
-    console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
-    return good
+        replace_section(card, HEADING, card_text(specs["base"].path, suite, figures, lost, good))
+    return figures
 
 
 def _evaluators(model: ModelSpec, suite: Suite) -> dict[str, Evaluator]:

@@ -26,10 +26,12 @@ from scipy.stats import rankdata
 from topd.commands.session import ROLLOUTS, AnalysisConfig
 from topd.errors import TOPDError
 from topd.runs.files import read_lines
+from topd.statistics import bootstrap
 
 POSITIONS = "positions.jsonl"
 METRICS = "metrics.jsonl"
 GROUPS = ("high", "random", "low")
+SHARES = ("false_alarm_share", "rejoined/")  # names of figures in [0, 1]
 LOSSES = ("token_loss", "reverse_kl", "entropy")
 MOST_POSITIONS = 300_000
 REJOIN_RUN = 4  # tokens in common up to the end of a window that count as having joined again
@@ -128,6 +130,8 @@ def intervals(
     Returns:
         The statistics of ``columns`` and the 2.5 and 97.5 percentiles over the resamples in which
         they are defined; no interval where that is less than half of them, or with one prompt.
+        Equal values are not certainty: a share that no resample changes has the exact interval of
+        so many prompts (:func:`topd.statistics.bootstrap`), and other figures have none.
     """
     columns = columns[columns["prompt"].argsort(kind="stable")]
     _, start, size = np.unique(columns["prompt"], return_index=True, return_counts=True)
@@ -137,10 +141,14 @@ def intervals(
         unit = generator.integers(len(start), size=len(start))
         offset = start[unit] - (size[unit].cumsum() - size[unit])
         drawn.append(measure(columns[offset.repeat(size[unit]) + np.arange(size[unit].sum())]))
-    return {
-        name: Interval(_number(value), *_percentiles([one[name] for one in drawn]))
-        for name, value in values.items()
-    }
+    found = {}
+    for name, value in values.items():
+        low, high = _percentiles([one[name] for one in drawn])
+        if low is not None and low == high:
+            exact = bootstrap([value] * len(start)) if name.startswith(SHARES) else None
+            low, high = (exact.low, exact.high) if exact else (None, None)
+        found[name] = Interval(_number(value), low, high)
+    return found
 
 
 def measure(columns: Array) -> dict[str, float]:

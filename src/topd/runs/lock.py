@@ -28,7 +28,6 @@ from topd.errors import TOPDError
 LOCK = ".lock"
 BEAT = 5.0  # seconds between two touches
 PATIENCE = 60.0  # seconds that a lock from another host is watched: attributes on NFS may be as old
-RECORDED = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl", "answers.jsonl", "results.jsonl")
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _release(folder: Path, made: list[Path]) -> None:
 
 def _discard(folder: Path) -> None:
     """Empty a new folder of a run that was refused before it recorded anything."""
-    if any(path.stat().st_size for name in RECORDED if (path := folder / name).exists()):
+    if any(path.stat().st_size for path in folder.glob("*.jsonl")):
         return
     for path in folder.iterdir():
         if path.name != LOCK:
