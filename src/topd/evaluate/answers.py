@@ -42,6 +42,10 @@ RUN_ON = re.compile(r"\n[ \t*#]*(?:question|problem|q)\s*\d*[ *]*:", re.I)
 FILLER = re.compile(r"(?:therefore|thus|simply|just|indeed|clearly|then|now|hence|so)\b,?\s*", re.I)
 CLAUSE = re.compile(r",?\s+(?:because|since|as|which|so|where|when|for|if|that)\s", re.I)
 FORMULA = re.compile(r"(?:\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$([^$\n]+)\$)", re.S)
+DENIED = re.compile(r"(?:not|never|neither|no longer)\b", re.I)
+EITHER = re.compile(
+    r"\s*([a-z%]*)\s+or\s+(?:maybe\s+|perhaps\s+)?[-+$]*\d[\d.,]*\d?%?\s*([a-z%]*)", re.I
+)
 REFUSED = re.compile(r"\b(?:can(?:no|')t|unable to) (?:answer|solve|determine)", re.I)
 LAST = rf"(?:(?<![\w)])[-+])?(?:{UNSPACED})"
 FIGURE = re.compile(
@@ -228,6 +232,9 @@ def _figure(said: str) -> Claim | None:
         words = (word for word in re.findall(r"[a-z]+", said.lower()) if word in NAMED)
         first = next(words, None)
         return Claim(NAMED[first]) if first else (Claim(said) if "\\" in said else None)
+    either = EITHER.match(said, found.end())
+    if DENIED.match(said) or (either and either[1] in ("", either[2])):
+        return Claim(said)  # no number is claimed, or one of two
     opened, number, percent, closed, scale = found.groups()
     if opened and closed:  # of an accountant a loss, of others not
         return Claim(f"({number})?")

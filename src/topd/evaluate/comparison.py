@@ -27,6 +27,11 @@ DATE = re.compile(
     rf"|(?:\d{{1,2}} )?(?:{'|'.join(MONTHS)})[a-z]*\.? \d{{1,4}}(?:,? \d{{4}})?",
     re.I,
 )
+LABEL = re.compile(  # versions, addresses, formulas of chemistry
+    r"v?\d+(?:\.\d+){2,}|v\d[\w.]*|(?=[^\d]*[A-Z][^\d]*\d)(?:[A-Z][a-z]?\d*)+"
+)
+GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+EMPTY = re.compile(r"\\?\{\s*\\?\}|\\(?:emptyset|varnothing)|∅")
 TIME = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?\s*([ap]\.?\s*m\.?)?", re.I)
 CHOICE = re.compile(r"\(?([A-Z])\)?")
 CHOSEN = re.compile(r"\(?([A-Za-z])[).:]?|\(?([A-Z])[).:]\s+.+|\(([A-Z])\).*")
@@ -52,7 +57,7 @@ def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
     """
     if not gold or not claim or deep > 6:
         return False
-    if _tight(gold) == _tight(claim):
+    if _tight(gold) == _tight(claim) or (EMPTY.fullmatch(gold) and EMPTY.fullmatch(claim)):
         return True
     if ("?" in claim) != ("?" in gold):
         return False
@@ -65,7 +70,8 @@ def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
 
 
 def _tight(text: str) -> str:
-    return re.sub(r"[\s«»]", "", text)
+    """Without spaces; but "1, 234" is a list of two, and "1,234" a number."""
+    return re.sub(r"[\s«»]", "", re.sub(r"(?<=\d),\s+(?=\d{3}(?!\d))", ";", text))
 
 
 def _joined(text: str) -> str:
@@ -100,6 +106,8 @@ def _literals(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
         return all(times) and len({_time(found) for found in times if found}) == 1
     if any(DATE.fullmatch(text) for text in pair):
         return _letters(pair[0]) == _letters(pair[1])
+    if LABEL.fullmatch(pair[0]):
+        return _tight(pair[0]) == _tight(pair[1])
     return None
 
 
@@ -205,6 +213,8 @@ def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
     number = _numbers(gold, claim)
     if number is not None:
         return number
+    if any(GROUPED.fullmatch(text) for text in (gold, claim)) and "," in gold and "," in claim:
+        return False  # a number with thousands, and a list: equal numbers were found before
     gold, claim = (re.sub(rf"^{VARIABLE}\s*\\in\b\s*", "", text) for text in (gold, claim))
     region, other = intervals(gold), intervals(claim)
     if region and (other or "\\cup" in gold or has_relation(gold)):
