@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +11,33 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from topd.config import TOPDConfig
-from topd.distributed import agreed, everywhere
-from topd.engines.factory import open_engines
-from topd.engines.several import one_teacher
-from topd.engines.weight_sync import ServedStudent
+from topd.distributed import agreed
 from topd.errors import TOPDError
-from topd.inputs.heads import check_head
-from topd.inputs.models import ModelSource, generation_config_of
-from topd.inputs.self_teacher import Average, check_own_prompts, self_teacher_of
-from topd.inputs.teachers import Routes, Teachers, TeacherSet
+from topd.inputs.models import ModelSource
+from topd.inputs.self_teacher import check_own_prompts, self_teacher_of
+from topd.inputs.teachers import Teachers, TeacherSet
 from topd.inputs.text_models import is_by_text
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
-from topd.seeds import Stream
-from topd.training.experience import Experience, Observer
+from topd.training.experience import Experience
 from topd.training.layout import can_pack, dealt
 from topd.training.learning import (
     LearningBatch,
-    LearningTerms,
     Totals,
     collate,
-    inside_forward,
-    learning_terms,
     update_loss,
 )
+from topd.training.observed import ObservedTrainer
 from topd.training.overlap import Overlap
-from topd.training.preflight import check_forward, mend
-from topd.training.progress import Phases
-from topd.training.recorded import RecordedTrainer
 from topd.training.replay import EarlierWindows
 from topd.training.sampler import GroupSampler
 from topd.training.sharded import check_launch
 from topd.training.startup import (
     AnyTeacher,
     Rows,
-    Sources,
-    Tokenizers,
     check_arguments,
     check_sources,
     check_training,
@@ -65,7 +52,7 @@ from topd.training.stop_rules import Watch
 from topd.types import Prompt
 
 
-class TOPDTrainer(RecordedTrainer):
+class TOPDTrainer(ObservedTrainer):
     """On-policy distillation that looks ahead, on transformers' Trainer.
 
     An update is an *experience* (the student writes, the teacher scores and looks ahead, a method
@@ -116,11 +103,7 @@ class TOPDTrainer(RecordedTrainer):
         agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
         tokenizers = tokenizers_of_all(sources, processing_class, teacher_processing_class)
         self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
-        rows, eval_rows = rows_of(train_dataset), rows_of(eval_dataset)
-        train = None if rows is None else self._encode_training(rows, args)
-        evaluation = None if eval_rows is None else self.encoder.encode(eval_rows)
-        if own:
-            check_own_prompts([*(train or ()), *(evaluation or ())])
+        train, evaluation = self._encoded(rows_of(train_dataset), rows_of(eval_dataset), args)
         check_sources(sources, tokenizers, [*(train or ()), *(evaluation or ())], args)
         check_launch()
         if train is not None:
@@ -141,11 +124,6 @@ class TOPDTrainer(RecordedTrainer):
         self.loss_is_scaled_for_ga = True  # over the whole update: no division by accumulation
         self.compute_loss_func = update_loss  # says the same to transformers before 5.19
         self._observe_with(sources, models, tokenizers, routes)
-        if own and self.copy:
-            raise TOPDError("teacher: self does not go with FSDP. Run DDP, or one process.")
-        if own and own.ema is not None:
-            self.average = Average(models[1], models[0], own.ema)
-            self.add_callback(self.average)
         self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
@@ -154,42 +132,19 @@ class TOPDTrainer(RecordedTrainer):
         self.watch = Watch(self)
         self.add_callback(self.watch)
 
-    def _observe_with(
-        self,
-        sources: Sources,
-        models: tuple[PreTrainedModel, ...],
-        tokenizers: Tokenizers,
-        routes: Routes,
-    ) -> None:
-        """Open the engines, and have the student observed with them. Raises TOPDError."""
-        check_head("student", models[0])
-        for teacher in models[1:]:
-            check_head("teacher", teacher)
-        if self.args.disable_dropout:
-            check_forward(models[0])
-        mend(generation_config_of(models[0]))
-        count = 1 if models[1] is models[0] else len(models)  # a student may be its own teacher
-        student, teachers = open_engines(
-            sources[:count],
-            models[:count],
-            tokenizers[:count],
-            self.args.temperature,
-            self.accelerator.autocast,
-        )
-        if isinstance(student, ServedStudent) and (self.copy or self.args.world_size > 1):
-            raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
-        if self.copy:
-            student.model = self.copy.model
-        self.shares_rows = student.shares
-        pair = student, one_teacher(teachers or [student], routes)
-        self.observer = Observer(*pair, self.args, self.phases)
-        self.evaluator = Observer(*pair, self.args, Phases())
-        self.overlap = Overlap(self.observer) if self.args.overlap else None
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""
         with closing(self.overlap) if self.overlap else nullcontext():
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def _encoded(
+        self, rows: Rows | None, eval_rows: Rows | None, args: TOPDConfig
+    ) -> tuple[list[Prompt] | None, list[Prompt] | None]:
+        train = None if rows is None else self._encode_training(rows, args)
+        evaluation = None if eval_rows is None else self.encoder.encode(eval_rows)
+        if self.own:
+            check_own_prompts([*(train or ()), *(evaluation or ())])
+        return train, evaluation
 
     def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
         prompts = self.encoder.encode(rows)
@@ -277,17 +232,6 @@ class TOPDTrainer(RecordedTrainer):
                 prompts, step=step, numbers=numbers, look_ahead=looks, teacher_writes=writes
             )
 
-    @contextmanager
-    def _synced(self) -> Iterator[None]:
-        """The student whole for the engines, where it is sharded; how long that takes is timed."""
-        if self.copy is None:
-            yield
-            return
-        with ExitStack() as stack:
-            with self.phases.phase("gathering"):
-                stack.enter_context(self.whole_student())
-            yield
-
     def _begin_next(self, overlap: Overlap) -> None:
         """Have the next update's experience gathered while this one is learned."""
         if self.fetched:  # an epoch's last update has no next one
@@ -301,15 +245,6 @@ class TOPDTrainer(RecordedTrainer):
         parts = dealt(len(experience.rollouts), sizes)
         return [collate(experience, part, totals, device, packed=packed) for part in parts]
 
-    def _terms(self, model: nn.Module, batch: LearningBatch) -> LearningTerms:
-        student = self.accelerator.unwrap_model(model)
-
-        def forward() -> LearningTerms:
-            with self.accelerator.autocast():
-                return learning_terms(student, batch, self.observer.teacher.head, self.args)
-
-        return inside_forward(model, student, forward)
-
     def _totals(self, experience: Experience) -> Totals:
         """One denominator for all micro-batches and ranks."""
         tokens = sum(len(rollout.response) for rollout in experience.rollouts)
@@ -317,55 +252,6 @@ class TOPDTrainer(RecordedTrainer):
         counts = torch.tensor([tokens, guided], device=self.accelerator.device)
         total = self.accelerator.reduce(counts, reduction="sum").tolist()
         return Totals(*total)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any
-    ) -> tuple[Tensor, None, None]:
-        """Mean token divergence of fresh rollouts: the same seeds at every evaluation."""
-        numbers = [prompt.index for prompt in inputs]
-        with self._synced():
-            experience = self.evaluator.observe(
-                inputs, step=Stream.EVALUATION_ROLLOUTS, numbers=numbers, look_ahead=False
-            )
-        rows, device = range(len(inputs)), self.accelerator.device
-        batch = collate(experience, rows, Totals(1, 0), device)
-        with torch.no_grad():
-            divergence = self._terms(model, batch).tokens.divergence
-        parts = divergence.split(batch["lengths"])
-        sums = torch.stack([part.sum() for part in parts]).tolist()  # one wait for the device
-        counted = zip(sums, map(len, parts), strict=True)
-        self.evaluation.update(zip(numbers, counted, strict=True))
-        return divergence.mean(), None, None
-
-    def evaluation_loop(
-        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
-    ) -> EvalLoopOutput:
-        """Trainer's; the loss is the mean over all tokens, however they were batched.
-
-        A prompt that fills up the last batch of a rank counts once.
-        """
-        self.evaluation: dict[int, tuple[float, int]] = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        by_prompt = {n: pair for found in everywhere(self.evaluation) for n, pair in found.items()}
-        divergence, tokens = (sum(column) for column in zip(*by_prompt.values(), strict=True))
-        output.metrics[f"{metric_key_prefix}_loss"] = divergence / tokens
-        return output
-
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean token divergence on fresh rollouts of the prompts, nats; rows or encoded prompts."""
-        if eval_dataset is None and self.eval_dataset is None:
-            raise TOPDError("eval_dataset: none was given. Give evaluate() rows, or the trainer.")
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            rows = list(eval_dataset)
-            eval_dataset = rows if isinstance(rows[0], Prompt) else self.encoder.encode(rows)
-        return super().evaluate(eval_dataset, *args, **kwargs)
-
-    def predict(self, *_: Any, **__: Any) -> Any:
-        """Not here: a student's answers are what ``topd eval`` writes. Raises TOPDError."""
-        raise TOPDError(
-            "predict: is not supported. Use evaluate() for the divergence on fresh rollouts, or "
-            "topd eval (topd.evaluate.Evaluator) for answers."
-        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return GroupSampler(len(self.train_dataset), self.args.num_generations, self.args.seed)
