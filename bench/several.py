@@ -216,18 +216,24 @@ def summary(folder: Path, start: Path) -> dict[str, Any]:
                 "both": asdict(seed_problem_interval(both, bounds=(0, 1))),
                 "one": asdict(seed_problem_interval(own, bounds=(0, 1))),
                 "difference": asdict(seed_problem_interval(gap)),
+                "other": fmean(fmean(runs[_other(name), s][key]) for s in SEEDS),
             }
     settings = {"updates": UPDATES, "rollouts": COMMON["per_device_train_batch_size"]}
     return {"settings": {**settings, "seeds": SEEDS, "problems": TESTS}, "scores": table}
 
 
+def _other(name: str) -> str:
+    return next(other for other in NAMES if other != name)
+
+
 def table_of(found: dict[str, Any]) -> str:
     """The section of the page."""
     how = found["settings"]
+    rows = list(found["scores"].values())
     lines = [
-        "| family | start | two students, one teacher each | one student, both teachers | "
-        "difference, points |",
-        "|---|---|---|---|---|",
+        "| family | start | its own teacher's student | both teachers' student | "
+        "difference, points | the other teacher's student |",
+        "|---|---|---|---|---|---|",
     ]
     for key, row in found["scores"].items():
         cells = [f"{100 * row[arm]['mean']:.1f}" for arm in ("one", "both")]
@@ -235,11 +241,16 @@ def table_of(found: dict[str, Any]) -> str:
         points = [f"{100 * gap[end]:+.1f}" for end in ("mean", "low", "high")]
         lines.append(
             f"| {key} | {100 * row['start']:.1f} | {cells[0]} | {cells[1]} | "
-            f"{points[0]} ({points[1]} to {points[2]}) |"
+            f"{points[0]} ({points[1]} to {points[2]}) | {100 * row['other']:.1f} |"
         )
+    inside = all(r["difference"]["low"] <= 0 <= r["difference"]["high"] for r in rows)
+    answer = "No difference is" if inside else "Not all differences are"
+    place = "outside its interval" if inside else "inside their intervals"
     return "\n".join(
         [
             f"{MARK}\n",
+            f"{answer} {place} between one student of both teachers and the student of the one",
+            "teacher. A student of the other teacher is where forgetting shows.\n",
             "Test problems solved, percent: one student with both teachers after "
             f"{how['updates']} updates, against two students",
             f"with one teacher each after {how['updates'] // 2}; {how['rollouts']} rollouts an "

@@ -45,6 +45,15 @@ def settings(
     verbs.settings(word)
 
 
+@app.command("import", context_settings=EITHER)
+def import_(
+    config: Annotated[Path, typer.Argument(help="YAML, JSON, or the shell script that starts it.")],
+    output: Annotated[Path | None, typer.Option(help="Write the recipe there.")] = None,
+) -> None:
+    """A configuration of TRL or verl as a recipe, key by key, or the reason why not."""
+    verbs.import_config(config, output)
+
+
 @app.command(context_settings=EXTRA, epilog=SETTINGS)
 def train(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Train a student on its own rollouts. Any key of the recipe: --key value, --data.limit 8."""

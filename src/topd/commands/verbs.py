@@ -68,6 +68,27 @@ def settings(word: str) -> None:
             console.print(f"    {words}", markup=False, highlight=False)
 
 
+def import_config(config: Path, output: Path | None) -> None:
+    """Print what becomes of every key, and the recipe; write it if it is wanted."""
+    with faults():
+        from topd.commands.importer import import_file
+        from topd.commands.recipe import read_recipe
+
+        found = import_file(config)
+        for line in found.lines:
+            note = f": {line.note}" if line.note else ""
+            say(f"{line.outcome:<10}  {line.key} = {line.value}{note}")
+        text = found.text()
+        if output is None:
+            say(f"\n{text}")
+            return
+        if output.exists():
+            raise TOPDError(f"--output: {output} exists. Name another file.")
+        output.write_text(text, encoding="utf-8")
+        read_recipe(output)
+        say(f"{output}: read it, then: topd train {output}")
+
+
 def train(recipe: Path, words: list[str], quiet: bool, *, warmstart: bool = False) -> None:
     """Run a recipe; on the first rank print its updates and write its page."""
     with faults():
