@@ -130,7 +130,11 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [  # repository, file, argument
     (
         VERL,
         f"{OPD}qwen3_reverse_kl_fsdp.sh",
-        verl("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", 32, (512, 1024), **loss("reverse_kl_topk", None)),
+        verl(
+            *("Qwen/Qwen3-1.7B", "Qwen/Qwen3-8B", 32, (512, 1024)),
+            **loss("reverse_kl_topk", None),
+            trainer__total_epochs=1,
+        ),
     ),
     (
         VERL,
@@ -139,6 +143,8 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [  # repository, file, argument
             *("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "hbx/JustRL-DeepSeek-1.5B"),
             *(64, (512, 7680)),
             **loss("reverse_kl_topk", None),
+            trainer__total_epochs=1,
+            trainer__save_freq=10,
         ),
     ),
     (
@@ -179,6 +185,8 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [  # repository, file, argument
             *("Qwen/Qwen3.5-2B", "Qwen/Qwen3.5-35B-A3B", 128, (1024, 2048)),
             **loss("k1"),
             **VISION,
+            trainer__total_epochs=30,
+            trainer__save_freq=5,
         ),
     ),
     (VERL, "verl/trainer/config/ppo_trainer.yaml", {f"{LOSS}enabled": False, f"{REF}rollout.n": 1}),

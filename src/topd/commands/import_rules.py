@@ -60,6 +60,8 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key in ("dtype", "torch_dtype") and value in ("bfloat16", "float16"):
         note = "the student stays in float32 and computes in 16 bits"
         return "translated", note, {"bf16" if value == "bfloat16" else "fp16": True}
+    if key in ("dtype", "torch_dtype") and value in ("auto", "float32"):
+        return OUT
     if key in ("model_init_kwargs", "teacher_model_init_kwargs") and isinstance(value, Mapping):
         return _init_kwargs(key, value)
     if key == "trust_remote_code" and value:
