@@ -13,9 +13,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from topd.commands.settings_table import table
-from topd.config import TOPDConfig
+from topd.config import TOPDConfig, rules
 from topd.methods import METHODS
 from topd.runs.settings import TABLE
+from topd.training import inherited
 from topd.training.warmstart import WarmstartConfig
 
 PAGE = Path("docs/settings.md")
@@ -25,7 +26,7 @@ Generated from the configuration by `python -m bench.settings`.
 
 Every setting is a field of `TOPDConfig`: a key of a recipe, `--key value` on the command line,
 or an argument in Python. Besides these, the fields of transformers' `TrainingArguments` work as
-they do there, or are refused.
+they do there, or are refused ([table](#of-transformers)).
 *Read by* says which methods a setting changes; all where it is empty. Methods that look ahead:
 {ahead}. Methods that guide: the same without `downweight` and `downweight_matched`.
 """
@@ -35,9 +36,9 @@ GUIDED = "trajectory_"
 
 def page() -> str:
     """The whole page."""
-    inherited = {f.name for f in fields(TrainingArguments)}
-    own = [f for f in fields(TOPDConfig) if f.name not in inherited]
-    changed = [f for f in fields(TOPDConfig) if f.name in inherited and "help" in f.metadata]
+    theirs = {f.name for f in fields(TrainingArguments)}
+    own = [f for f in fields(TOPDConfig) if f.name not in theirs]
+    changed = [f for f in fields(TOPDConfig) if f.name in theirs and "help" in f.metadata]
     changed = [f for f in changed if _differs(f)]
     known = {f.name: f for f in fields(TOPDConfig)}
     stage1 = [f for f in fields(WarmstartConfig) if known.get(f.name) is not f]
@@ -53,8 +54,31 @@ def page() -> str:
             "",
             *_table(WarmstartConfig, stage1),
             "",
+            *_inherited(),
         ]
     )
+
+
+def _inherited() -> list[str]:
+    """Every argument of transformers' Trainer: it works, or it is refused with a reason."""
+    refused = {**inherited.REFUSED, **rules.REFUSED}
+    works = sorted(f.name for f in fields(TrainingArguments) if f.name in inherited.WORKS)
+    rows = [f"| `{name}` | {reason} |" for name, reason in sorted(refused.items())]
+    return [
+        "## Of transformers",
+        "",
+        f"These {len(works)} arguments of `TrainingArguments` work as they do there "
+        "(of `accelerator_config` only `sync_each_batch`): "
+        + ", ".join(f"`{name}`" for name in works)
+        + ".",
+        "",
+        "Any other value than the default of these is refused, before a model is loaded:",
+        "",
+        "| setting | why |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _differs(field: Field[Any]) -> bool:
