@@ -36,11 +36,16 @@ from topd.engines.hf import HFEngine
 from topd.engines.serve import command
 from topd.engines.server_checks import check_logprobs
 from topd.engines.servers import Servers
+from topd.engines.text import TextEngine
+from topd.engines.text_checks import check_text_teacher
+from topd.engines.text_writers import TextServers
 from topd.engines.vllm import VLLMEngine
 from topd.errors import UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
+from topd.inputs.text_models import stand_in
+from topd.inputs.text_spec import ByText, TextSpec
 from topd.losses import linear_token_divergence
 from topd.types import Prompt, Sampling
 
@@ -247,6 +252,37 @@ def test_windows_behind_one_rollout_read_its_prefix_once(served, prompts, respon
     queries, hits = (counted(n) - b for n, b in zip(("queries", "hits"), before, strict=True))
     assert queries >= tokens * len(starts)
     assert hits / queries > 0.7
+
+
+def test_by_text_windows_are_those_by_ids(spec, served, local, prompts, responses, both):
+    """Of the same server: prefix and window as text, in the student's tokens, or as ids.
+
+    Where the server splits the prefix as the student did, the windows are the same up to ties.
+    """
+    tokenizer = spec.load_tokenizer()
+    (url,) = served.completions.servers.urls
+    text = TextSpec(url=url, model=spec.path)
+    check_text_teacher(ByText.model_validate({"text": text}), (tokenizer, tokenizer), prompts)
+    engine = TextEngine(
+        stand_in("text", served.vocab_size),
+        TextServers("teacher", text, tokenizer),
+        tokenizer,
+        eos_ids=[tokenizer.eos_token_id],
+    )
+    starts = [(b, t) for b, r in enumerate(responses) for t in range(0, len(r), 16)]
+    scores = engine.score([prompt.teacher for prompt in prompts], responses)
+    found = engine.continue_from(scores, starts, GREEDY, range(len(starts)))
+    known = served.continue_from(both[1], starts, GREEDY, range(len(starts)))
+    alike, total, windows = 0, 0, 0
+    for a, b in zip(found, known, strict=True):
+        pairs = enumerate(zip(a.tokens, b.tokens, strict=False))
+        k = next((k for k, (x, y) in pairs if x != y), None)
+        windows += a.tokens == b.tokens
+        alike += len(a.tokens) if k is None else k
+        total += len(a.tokens) if k is None else k + 1
+    print(f"by text: {windows} of {len(starts)} windows, {alike} of {total} choices alike")
+    assert total > 500
+    assert alike / total >= 0.95
 
 
 def test_sampled_windows_are_those_of_their_seeds(served, both):
