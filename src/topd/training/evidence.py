@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from topd import transport
 from topd.engines import Scores
@@ -24,6 +25,12 @@ from topd.types import (
     Windows,
 )
 
+ALIKE = (
+    1e-3  # nats a token; float32 rounding is about 1e-5 (docs/method.md), a pair that differs 0.1
+)
+
+logger = logging.get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -37,6 +44,30 @@ class Seen:
     starts: list[tuple[int, int]]
     written: list[Generation]
     evidence: Evidence
+
+
+def differing(
+    rollouts: Sequence[Rollout], teacher: Tensor, candidates: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The candidates, (row, token), of the rollouts in which student and teacher differ at all.
+
+    They do not where their log-probs of the sampled tokens are less than ``ALIKE`` nats apart in
+    the mean. Every quota finds forks there too, and a student that is its teacher would be trained
+    away from it. ``teacher`` are its log-probs [B T], or [B 0] if it tells none.
+    """
+    alike = set()
+    for row, rollout in enumerate(rollouts):
+        own = torch.tensor(rollout.logprobs, dtype=torch.float64)
+        teachers = teacher[row][: len(rollout.response)].double().cpu()
+        if rollout.logprobs and teachers.numel() and float((own - teachers).abs().mean()) < ALIKE:
+            alike.add(row)
+    if alike and len(alike) == len(rollouts):
+        logger.warning_once(
+            f"Student and teacher agree: their log-probs are less than {ALIKE:g} nats a token "
+            "apart, so there is nothing to look ahead for in such rollouts, and they get no "
+            "candidate. Are they the same model with the same prompt?"
+        )
+    return [(row, t) for row, t in candidates if row not in alike]
 
 
 def token_scores(

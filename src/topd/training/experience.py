@@ -29,6 +29,7 @@ from topd.training.evidence import (
     Seen,
     _logprobs,
     by_token_loss,
+    differing,
     forks_of,
     padded,
     pair_windows,
@@ -190,6 +191,7 @@ class Observer:
             losses += self.token_losses(some, scores, known, seeds[first:])
             if method.looks_ahead:
                 found = self.candidates(losses[first:], length)
+                found = differing(some, told, found)
                 if method.first_only and self.args.all_candidates_are_real:
                     found = sorted({row: (row, t) for row, t in reversed(found)}.values())
                 windows = self.look_ahead(scores, found, seeds[first:], length)
