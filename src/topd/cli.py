@@ -144,9 +144,10 @@ def gate(
 def report(
     run: RunFolder,
     rollouts: Annotated[int, typer.Option(min=1, help="Most rollouts in the page.")] = 1000,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow a run until it ends.")] = False,
 ) -> None:
     """Write RUN/report.html: figures and the fork viewer, one file that needs no network."""
-    verbs.report(run, rollouts=rollouts)
+    (verbs.watch if watch else verbs.report)(run, rollouts=rollouts)
 
 
 @app.command(context_settings=EITHER)

@@ -167,6 +167,18 @@ def report(folder: Path, *, rollouts: int = 1000) -> None:
     say(f"report: {page}")
 
 
+def watch(folder: Path, *, rollouts: int = 1000) -> None:
+    """Have the page of a run follow it until it ends, or until Ctrl-C."""
+    with faults():
+        check_run(folder)
+        from topd.report.follow import follow
+
+        try:
+            follow(folder, rollouts=rollouts, say=say)
+        except KeyboardInterrupt:
+            say("no longer watching; the run goes on. The page stays as it is.")
+
+
 def figures(folder: Path, output: Path | None, form: Literal["svg", "png", "pdf"]) -> None:
     """Write the figures of a run as files and say where they are."""
     with faults():

@@ -97,6 +97,25 @@ def change_words(name: str, values: Sequence[float]) -> str:
     return said[:1].upper() + said[1:]
 
 
+def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
+    """How much nearer each method brings the student's window to the teacher's, and who leads."""
+    found = summary.get("arms")
+    arms = {
+        name: gain
+        for name, arm in (found.items() if isinstance(found, dict) else ())
+        if isinstance(gain := arm.get("reduction_percent"), dict) and gain.get("value") is not None
+    }
+    if not arms:
+        return
+    each = f"{summary.get('updates', 'a few')} updates at each of {summary.get('samples')} forks"
+    yield f"{each} bring the student's continuation nearer to the teacher's window by:"
+    ranked = sorted(arms.items(), key=lambda pair: -pair[1]["value"])
+    for name, gain in ranked:
+        noise = ": the interval holds 0, no change to be seen" * (gain["low"] <= 0 <= gain["high"])
+        ends = f"[{gain['low']:.1f}, {gain['high']:.1f}]"
+        yield f"{plain(name, limit=40)} {gain['value']:.1f} % {ends}{noise}."
+
+
 def training_words(folder: Path) -> Iterator[str]:
     """Who learned from whom, and whether the divergence has changed."""
     logs = [log for log in read_logs(folder) if "loss" in log]

@@ -18,7 +18,13 @@ from topd.report.evaluated import (
 )
 from topd.report.experiments import compare_charts, repair_charts
 from topd.report.folder import Kind
-from topd.report.headline import compare_tables, compare_words, probe_words, training_words
+from topd.report.headline import (
+    compare_tables,
+    compare_words,
+    probe_words,
+    repair_words,
+    training_words,
+)
 from topd.report.probe import probe_charts
 from topd.report.summary import SummaryTable, summary_tables
 from topd.report.training import training_charts, training_facts
@@ -53,7 +59,10 @@ PAGES: dict[Kind, KindOfPage] = {
         lambda _, summary: summary_tables(summary),
     ),
     "repair": KindOfPage(
-        "Local repair", repair_charts, lambda *_: (), lambda _, summary: summary_tables(summary)
+        "Local repair",
+        repair_charts,
+        lambda _, summary: repair_words(summary),
+        lambda _, summary: summary_tables(summary),
     ),
     "compare": KindOfPage(
         "Comparison",

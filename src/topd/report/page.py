@@ -65,13 +65,19 @@ class Page:
     selection: Selection
     rule: Verdict
 
+    @property
+    def forks(self) -> bool:
+        """Whether any rollout has a candidate: a method that looks nowhere ahead has none."""
+        return any(rollout.forks for rollout in self.selection.rollouts)
 
-def write_report(folder: Path, *, rollouts: int = 1000) -> Path:
+
+def write_report(folder: Path, *, rollouts: int = 1000, reload: int | None = None) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     Args:
         folder: of any command of :data:`topd.report.kinds.PAGES`.
         rollouts: at most about so many are put into the page, evenly spaced over the prompts.
+        reload: seconds after which a browser loads the page again; None: never.
 
     Raises:
         TOPDError: the folder holds no run, or one of its files is broken.
@@ -81,7 +87,7 @@ def write_report(folder: Path, *, rollouts: int = 1000) -> Path:
     path = folder / "report.html"
     partial_path = path.with_suffix(".partial")
     try:
-        render(page, tokens, partial_path)
+        render(page, tokens, partial_path, reload)
         partial_path.replace(path)
     except OSError as error:
         raise TOPDError(f"{path}: cannot be written ({error.strerror}).") from error
@@ -123,7 +129,7 @@ def make_page(folder: Path, *, rollouts: int) -> Page:
     )
 
 
-def render(page: Page, tokens: TokenTexts, path: Path) -> None:
+def render(page: Page, tokens: TokenTexts, path: Path, reload: int | None = None) -> None:
     """Write the page, rollout by rollout."""
     environment = Environment(
         loader=PackageLoader("topd.report", "."),
@@ -137,6 +143,7 @@ def render(page: Page, tokens: TokenTexts, path: Path) -> None:
     views = [view(rollout, tokens) for rollout in page.selection.rollouts]
     stream = environment.get_template("page.html.j2").stream(
         page=page,
+        reload=reload,
         scripts=scripts,
         style=style,
         policy=policy(scripts, style),

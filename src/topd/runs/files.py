@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,18 @@ from typing import Any
 from topd.errors import TOPDError
 
 UNREADABLE = (ValueError, RecursionError)  # not UTF-8, not JSON, not the right keys, too deep
+
+
+LOCK = ".lock"  # of the process that writes to a run folder, which touches it (topd.runs.lock)
+PATIENCE = 60.0  # seconds that a lock from another host is watched: attributes on NFS may be as old
+
+
+def is_written_to(folder: Path) -> bool:
+    """Whether a process has touched the folder's lock of late. Takes no lock."""
+    try:
+        return time.time() - (folder / LOCK).stat().st_mtime < PATIENCE
+    except FileNotFoundError:
+        return False
 
 
 def digest(content: bytes) -> str:

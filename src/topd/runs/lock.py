@@ -24,10 +24,9 @@ from threading import Event, Thread
 
 from topd.distributed import agreed, rank, several
 from topd.errors import TOPDError
+from topd.runs.files import LOCK, PATIENCE
 
-LOCK = ".lock"
 BEAT = 5.0  # seconds between two touches
-PATIENCE = 60.0  # seconds that a lock from another host is watched: attributes on NFS may be as old
 
 
 @dataclass(frozen=True)
