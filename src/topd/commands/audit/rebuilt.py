@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -120,18 +120,8 @@ def _allowed(
     """
     student, several = dict(sources["student"]), sources.get("teachers")
     teachers = several if several else {"": sources["teacher"]}
-    coded = any(spec.get("trust_remote_code") for spec in (student, *teachers.values()))
-    if coded and not trust.remote_code:
-        raise TOPDError(
-            f"{folder}: its models ran code of their repositories. To run it again, say "
-            "--trust-remote-code."
-        )
-    own = [key for key in ("method", "candidate_loss") if is_outside(str(config.get(key)))]
-    if own and not trust.remote_code:
-        raise TOPDError(
-            f"{folder}: its {own[0]} {config[own[0]]!r} is code of its own. To run it, say "
-            "--trust-remote-code."
-        )
+    if not trust.remote_code:
+        _refuse_code(folder, (student, *teachers.values()), config)
     student["served"] = None  # its weights are here
     if several:
         return {"student": student, "teachers": _unserved(folder, several)}
@@ -139,6 +129,24 @@ def _allowed(
     served = teacher.get("served")
     if served is None:
         return {"student": student, "teacher": teacher}
+    teacher["served"] = _own_servers(folder, served, trust)
+    return {"student": student, "teacher": teacher}
+
+
+def _refuse_code(
+    folder: Path, specs: Iterable[Mapping[str, Any]], config: Mapping[str, Any]
+) -> None:
+    """Raises TOPDError for models or a method that run code of their own."""
+    said = "To run it, say --trust-remote-code."
+    if any(spec.get("trust_remote_code") for spec in specs):
+        raise TOPDError(f"{folder}: its models ran code of their repositories. {said}")
+    for key in ("method", "candidate_loss"):
+        if is_outside(str(config.get(key))):
+            raise TOPDError(f"{folder}: its {key} {config[key]!r} is code of its own. {said}")
+
+
+def _own_servers(folder: Path, served: Mapping[str, Any], trust: Trust) -> dict[str, Any]:
+    """The auditor's servers in the place of a folder's. Raises TOPDError if none are given."""
     if not trust.completions or (served.get("pooling") and not trust.pooling):
         raise TOPDError(
             f"{folder}: its teacher was served. An audit does not connect to servers that a folder "
@@ -146,14 +154,13 @@ def _allowed(
             "and --served-pooling URL (their API key with --api-key-env), or audit it with "
             "--updates 0."
         )
-    teacher["served"] = {
+    return {
         **served,
         "completions": list(trust.completions),
         "pooling": list(trust.pooling),
         "api_key_env": trust.api_key_env,
         "weights": None,
     }
-    return {"student": student, "teacher": teacher}
 
 
 def _unserved(folder: Path, teachers: Mapping[str, Any]) -> Mapping[str, Any]:
