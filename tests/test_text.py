@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ TEACHER = "testbed://programs/teacher"
 
 
 @pytest.fixture(scope="module")
-def start():
+def start() -> Iterator[Callable[..., Fake]]:
     """Servers of the testbed's teacher, or of what they are given, until the tests end."""
     spec = ModelSpec(path=TEACHER)
     with ExitStack() as stack:
