@@ -30,7 +30,7 @@ from test_trainer import lines, make, student, teacher
 from topd import TOPDTrainer
 from topd.distributed import agreed, end_ranks, everywhere, on_first, rank
 from topd.errors import TOPDError
-from topd.training.experience import Experience
+from topd.training.evidence import Experience
 from topd.training.learning import collate
 
 BATCH, RANKS = 4, 2

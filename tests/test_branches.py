@@ -12,7 +12,7 @@ from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.inputs.heads import head_of
 from topd.losses import token_divergence
-from topd.training.experience import Experience
+from topd.training.evidence import Experience
 from topd.training.layout import Layout, can_pack
 from topd.training.learning import Totals, _added, collate, learning_terms, update_loss
 from topd.types import Branch, Guidance, SoftTarget

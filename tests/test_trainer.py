@@ -32,7 +32,8 @@ from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint
 from topd.inputs.heads import head_of
 from topd.losses import token_divergence, trajectory_loss
-from topd.training.experience import Experience, Observer
+from topd.training.evidence import Experience
+from topd.training.experience import Observer
 from topd.training.learning import Totals, collate, learning_terms
 from topd.training.sampler import GroupSampler
 from topd.types import Rollout

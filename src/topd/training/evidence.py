@@ -14,6 +14,7 @@ from topd import transport
 from topd.engines import Scores
 from topd.runs.records import Fork
 from topd.types import (
+    Effort,
     Evidence,
     Generation,
     Guidance,
@@ -44,6 +45,25 @@ class Seen:
     starts: list[tuple[int, int]]
     written: list[Generation]
     evidence: Evidence
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one update learns from; every tuple has one entry a rollout.
+
+    ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
+    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats; where the loss does without
+    the teacher, zeros and none. ``branch_hidden`` has the
+    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    teacher_hidden: tuple[Tensor, ...]
+    teacher_logprobs: tuple[Tensor, ...]
+    forks: tuple[tuple[Fork, ...], ...]
+    guidance: tuple[Guidance, ...]
+    branch_hidden: tuple[tuple[Tensor, ...], ...]
+    efforts: tuple[Effort, ...] = ()
 
 
 def differing(
@@ -81,7 +101,7 @@ def token_scores(
     Likewise ``rewritten`` [T].
     """
     tokens, mask = padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
-    student, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
+    student, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
     known = None if statistics is None else statistics_of(statistics)
     share = None if rewritten is None else padded(rewritten)[0]
     teacher, likeliest = scores.logprobs.cpu(), scores.likeliest.cpu()
@@ -124,7 +144,7 @@ def by_token_loss(
             own, gain = guide.advantages or none, theirs.tolist()
             advantages = tuple(
                 a + w * (t - s)
-                for a, w, t, s in zip(own, weights, gain, _logprobs(rollout), strict=True)
+                for a, w, t, s in zip(own, weights, gain, logprobs_of(rollout), strict=True)
             )
             guide = replace(guide, advantages=advantages)
         found.append(guide)
@@ -170,7 +190,7 @@ def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     return tuple(tuple(row) for row in forks)
 
 
-def _logprobs(rollout: Rollout) -> Sequence[float]:
+def logprobs_of(rollout: Rollout) -> Sequence[float]:
     """Of an answer that was not sampled: zeros."""
     return rollout.logprobs or (0.0,) * len(rollout.response)
 

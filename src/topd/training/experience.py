@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -22,15 +22,15 @@ from topd.errors import TOPDError
 from topd.inputs.prompts import make_rollout
 from topd.losses import linear_token_statistics
 from topd.methods import Method
-from topd.runs.records import Fork
 from topd.seeds import Stream, sampling_seeds
 from topd.training.branches import branch_states, gone_on
 from topd.training.evidence import (
+    Experience,
     Seen,
-    _logprobs,
     by_token_loss,
     differing,
     forks_of,
+    logprobs_of,
     padded,
     pair_windows,
     share_rewritten,
@@ -39,10 +39,8 @@ from topd.training.evidence import (
 )
 from topd.training.progress import Phases
 from topd.types import (
-    Effort,
     Evidence,
     Generation,
-    Guidance,
     Needs,
     Prompt,
     Rollout,
@@ -53,25 +51,6 @@ from topd.types import (
 
 TOLD: tuple[Needs, ...] = ("logprobs", "distributions")  # what tells log-probs of given tokens
 REWRITTEN = 4  # tokens of the windows that a detector has written from every token
-
-
-@dataclass(frozen=True)
-class Experience:
-    """What one update learns from; every tuple has one entry a rollout.
-
-    ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
-    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats; where the loss does without
-    the teacher, zeros and none. ``branch_hidden`` has the
-    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took.
-    """
-
-    rollouts: tuple[Rollout, ...]
-    teacher_hidden: tuple[Tensor, ...]
-    teacher_logprobs: tuple[Tensor, ...]
-    forks: tuple[tuple[Fork, ...], ...]
-    guidance: tuple[Guidance, ...]
-    branch_hidden: tuple[tuple[Tensor, ...], ...]
-    efforts: tuple[Effort, ...] = ()
 
 
 class Observer:
@@ -378,7 +357,7 @@ class Observer:
         prompts = [rollouts[row].prompt for row, _ in starts]
         solved = self.compare(windows, teacher=reader_of(self.teacher, prompts))
         real = torch.zeros(len(starts), dtype=torch.bool)
-        logprobs, _ = padded([torch.tensor(_logprobs(r)) for r in rollouts])
+        logprobs, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
         theirs = None if teacher is None else padded([row.cpu() for row in teacher])[0]
         found = Evidence(token_loss, logprobs, mask, windows, solved, real)
         return replace(found, teacher_logprobs=theirs, rollouts=tuple(rollouts))

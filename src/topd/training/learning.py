@@ -29,7 +29,7 @@ from topd.losses import (
     linear_token_terms,
     soft_target_kl,
 )
-from topd.training.experience import Experience
+from topd.training.evidence import Experience
 from topd.training.layout import Layout, lay_out, learned_part, sent, support_of
 from topd.types import BranchLoss, Guidance, Head, Rollout, autocast_dtype
 

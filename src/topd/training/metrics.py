@@ -8,7 +8,7 @@ from torch import Tensor
 
 from topd.distributed import everywhere
 from topd.inputs.prompts import repeated_ngram_share
-from topd.training.experience import Experience
+from topd.training.evidence import Experience
 
 
 class Means:

@@ -9,7 +9,8 @@ from topd.config import TOPDConfig
 from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSource, ModelSpec
-from topd.training.experience import Experience, Observer
+from topd.training.evidence import Experience
+from topd.training.experience import Observer
 from topd.training.progress import Phases
 from topd.types import Prompt
 

@@ -33,7 +33,7 @@ from topd.runs.lock import one_writer
 from topd.runs.model_card import write_model_card
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenTexts, TokenWriter
-from topd.training.experience import Experience
+from topd.training.evidence import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.preflight import check_saved
 from topd.training.progress import Phases, say, silence_others

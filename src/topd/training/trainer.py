@@ -22,7 +22,7 @@ from topd.inputs.teachers import Teachers, TeacherSet
 from topd.inputs.text_models import is_by_text
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
-from topd.training.experience import Experience
+from topd.training.evidence import Experience
 from topd.training.layout import can_pack, dealt
 from topd.training.learning import (
     LearningBatch,
