@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import groupby
@@ -159,7 +159,8 @@ class Observer:
         starts: list[tuple[int, int]] = []
         written: list[Generation] = []
         size = self.args.score_batch_size or self.args.per_device_train_batch_size
-        for first, some in _batches(rollouts, size):
+        for first in range(0, len(rollouts), size):
+            some = rollouts[first : first + size]
             scores = self.score(some, first, keep=method.looks_ahead)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             told = scores.logprobs if self.teacher.gives in TOLD else scores.logprobs[:, :0]
@@ -394,8 +395,3 @@ class Observer:
                 method=self.args.solver,
                 epsilon=self.args.epsilon,
             ).cpu()
-
-
-def _batches(rollouts: Sequence[Rollout], size: int) -> Iterator[tuple[int, Sequence[Rollout]]]:
-    for first in range(0, len(rollouts), size):
-        yield first, rollouts[first : first + size]
