@@ -84,4 +84,4 @@ def test_ctrl_c_ends_the_watching_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr("topd.report.follow.follow", interrupted)
     done = CliRunner().invoke(app, ["report", str(make.training(tmp_path)), "--watch"])
     assert done.exit_code == 0
-    assert "the run goes on" in done.output
+    assert "the run continues" in done.output

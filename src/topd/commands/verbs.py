@@ -176,7 +176,7 @@ def watch(folder: Path, *, rollouts: int = 1000) -> None:
         try:
             follow(folder, rollouts=rollouts, say=say)
         except KeyboardInterrupt:
-            say("no longer watching; the run goes on. The page stays as it is.")
+            say("no longer watching; the run continues. The page stays as it is.")
 
 
 def figures(folder: Path, output: Path | None, form: Literal["svg", "png", "pdf"]) -> None:

@@ -1,4 +1,4 @@
-"""The page of a run that goes on: made again as its records grow, until the run has ended."""
+"""The page of a run under way: made again as its records grow, until the run has ended."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def follow(
 ) -> Path:
     """Make the page now and whenever the records have grown; return it once the run has ended.
 
-    While the run goes on, the page in a browser loads itself again, at the same place.
+    During the run the page in a browser loads itself again, at the same place.
 
     Args:
         folder: of a run; it may have just begun.
