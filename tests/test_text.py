@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
 from topd.cli import app
+from topd.commands.audit import rebuilt
+from topd.commands.audit.rebuilt import Trust
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer
 from topd.engines.hf import HFEngine
@@ -335,3 +337,12 @@ def test_a_window_that_cannot_be_had_is_left_out():
     inside = [engine.border.text(ids[:t]) is None for t in range(len(ids))]
     assert any(inside)
     assert [not window.tokens for window in found] == inside
+
+
+def test_an_audit_asks_no_server_of_text_that_a_folder_names(tmp_path):
+    text = {"url": ["http://elsewhere.invalid"], "api_key_env": "THEIRS", "model": "m"}
+    sources = {"student": {"path": "s"}, "teacher": {"path": "m", "text": text}}
+    with pytest.raises(TOPDError, match="does not connect to servers that a folder names"):
+        rebuilt._allowed(tmp_path, sources, {}, Trust())
+    found = rebuilt._allowed(tmp_path, sources, {}, Trust(completions=("http://ours",)))
+    assert found["teacher"]["text"] == {"url": ["http://ours"], "api_key_env": None, "model": "m"}

@@ -126,7 +126,11 @@ def _allowed(
     if several:
         return {"student": student, "teachers": _unserved(folder, several)}
     teacher = dict(sources["teacher"])
-    served = teacher.get("served")
+    served, text = teacher.get("served"), teacher.get("text")
+    if text is not None:
+        own = _own_servers(folder, {}, trust)
+        urls = {"url": own["completions"], "api_key_env": own["api_key_env"]}
+        teacher["text"] = {**text, **urls}
     if served is None:
         return {"student": student, "teacher": teacher}
     teacher["served"] = _own_servers(folder, served, trust)
