@@ -191,7 +191,7 @@ def arguments_of(script: str) -> dict[str, Any]:
     Variables that the script itself sets are filled in; others stay as they are.
 
     >>> arguments_of("LR=${LR:-1e-6}\\nrun --learning_rate $LR \\\\\\n  --bf16")
-    {'learning_rate': '1e-6', 'bf16': True}
+    {'learning_rate': 1e-06, 'bf16': True}
     """
     known: dict[str, str] = {}
     found: dict[str, Any] = {}

@@ -74,7 +74,7 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
     Dashes in a key stand for underscores, but not in the names of a comparison's arms.
 
     >>> parse_overrides(["--data.limit", "8", "--bf16", "--learning-rate=1e-5"])
-    {'data.limit': 8, 'bf16': True, 'learning_rate': '1e-5'}
+    {'data.limit': 8, 'bf16': True, 'learning_rate': 1e-05}
     """
     found: dict[str, Any] = {}
     key = None

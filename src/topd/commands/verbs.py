@@ -37,7 +37,10 @@ def faults() -> Iterator[None]:
     try:
         yield
     except TOPDError as error:
-        errors.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        errors.print(
+            f"error: {error}", style="bold red", markup=False, highlight=False,
+            overflow="ignore", crop=False,  # a long path stays in one piece
+        )  # fmt: skip
         raise typer.Exit(error.exit_code) from error
 
 
