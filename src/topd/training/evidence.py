@@ -75,10 +75,10 @@ def differing(
     the mean. Every quota finds forks there too, and a student that is its teacher would be trained
     away from it. ``teacher`` are its log-probs [B T], or [B 0] if it tells none.
     """
-    alike = set()
+    alike, told = set(), teacher.double().cpu()  # one copy, not one a row
     for row, rollout in enumerate(rollouts):
         own = torch.tensor(rollout.logprobs, dtype=torch.float64)
-        teachers = teacher[row][: len(rollout.response)].double().cpu()
+        teachers = told[row, : len(rollout.response)]
         if rollout.logprobs and teachers.numel() and float((own - teachers).abs().mean()) < ALIKE:
             alike.add(row)
     if alike and len(alike) == len(rollouts):
