@@ -426,13 +426,6 @@ def test_noise_that_cannot_be_turned_off_is_refused():
         check_forward(model)
 
 
-def test_a_load_balancing_loss_that_would_have_no_effect_is_refused(tmp_path):
-    config = copy.deepcopy(NOISY["mixtral"])
-    config.output_router_logits, config.router_aux_loss_coef = True, 0.5
-    with pytest.raises(TOPDError, match=r"load-balancing loss of weight 0\.5.*no effect here"):
-        make(tmp_path, AutoModelForCausalLM.from_config(config))
-
-
 # What a trainer is asked for besides
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from topd.inputs.positions import takes_masks
+from topd.training.router import router_weight
 from topd.types import Guidance, Rollout
 
 
@@ -90,9 +91,13 @@ def dealt(count: int, sizes: Sequence[int]) -> list[list[int]]:
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether branches may share a row: full attention throughout, by a kernel that takes masks."""
+    """Whether branches may share a row: full attention throughout, by a kernel that takes masks.
+
+    A load-balancing loss counts the tokens of plain rows.
+    """
     config = model.config.get_text_config()
-    return takes_masks(model.config) and config._attn_implementation == "sdpa"
+    masks = takes_masks(model.config) and config._attn_implementation == "sdpa"
+    return masks and not router_weight(model)
 
 
 def learned_part(rollout: Rollout, guidance: Guidance) -> tuple[Rollout, Guidance]:

@@ -3,7 +3,8 @@
     L = sum_t w_t D_t / (all response tokens)  +  lambda sum_i G_i / (all guided tokens)
 
 with G_i = KL(y~_i || p_S) at soft targets, and the branch's own loss at the tokens of branches. The
-denominators are those of the whole update, over micro-batches and ranks.
+denominators are those of the whole update, over micro-batches and ranks. A mixture of experts whose
+configuration asks for a load-balancing loss adds its own, the mean over micro-batches by rollouts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from topd.losses import (
 )
 from topd.training.evidence import Experience
 from topd.training.layout import Layout, lay_out, learned_part, sent, support_of
+from topd.training.router import balanced_forward, router_weight
 from topd.types import BranchLoss, Guidance, Head, Rollout, autocast_dtype
 
 T = TypeVar("T")
@@ -39,10 +41,11 @@ ALIGNED = 16  # columns: attention kernels would copy a mask of other widths, in
 
 @dataclass(frozen=True)
 class Totals:
-    """Response tokens and guided tokens of the whole update."""
+    """Response tokens, guided tokens and rollouts of the whole update."""
 
     tokens: float
     guided: float
+    rollouts: float = 1
 
 
 class BranchBatch(TypedDict):
@@ -65,7 +68,8 @@ class LearningBatch(TypedDict):
     ``place`` [P] are flat positions in ``input_ids`` [B L] whose state predicts each token;
     ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
     tokens of L_traj. ``capped`` [P] marks losses to be capped (None: none is); ``lengths`` are the
-    rollouts' numbers of response tokens. ``positions`` [B L] and ``visible`` [B 1 L L] are None
+    rollouts' numbers of response tokens, ``read`` those of each row without padding.
+    ``positions`` [B L] and ``visible`` [B 1 L L] are None
     unless branches are packed after their rollouts.
     """
 
@@ -83,15 +87,21 @@ class LearningBatch(TypedDict):
     capped: Bool[Tensor, " P"] | None
     advantages: Float[Tensor, " P"] | None
     lengths: list[int]
+    read: list[int]
     branches: list[BranchBatch]
     totals: Totals
 
 
 class LearningTerms(NamedTuple):
-    """What one forward yields: the terms of the P response tokens, and the sum of branch losses."""
+    """What one forward yields: the terms of the P response tokens, and the sum of branch losses.
+
+    ``balance`` is the model's own load-balancing loss of its routers, times the weight that its
+    configuration gives it; None where it asks for none.
+    """
 
     tokens: TokenTerms
     branches: Float[Tensor, ""]
+    balance: Float[Tensor, ""] | None = None
 
 
 def collate(
@@ -132,6 +142,7 @@ def collate(
         capped=_capped(guidance, device),
         advantages=_advantages(guidance, device),
         lengths=[len(r.response) for r in rollouts],
+        read=[len(row) for row in layout.ids],
         branches=_branch_batches(experience, rows, layout, width, device),
         totals=totals,
     )
@@ -207,18 +218,30 @@ def learning_terms(
 
     The head's weight is read inside the head's own forward, where FSDP2 has it whole.
     """
+    states, balance = _forward(model, batch)
+    linear = model.get_output_embeddings()
+
+    def head_forward() -> LearningTerms:
+        return _terms(states, head_of(model), batch, teacher_head, args)
+
+    return inside_forward(linear, linear, head_forward)._replace(balance=balance)
+
+
+def _forward(
+    model: PreTrainedModel, batch: LearningBatch
+) -> tuple[Float[Tensor, "N D"], Float[Tensor, ""] | None]:
+    """Last hidden states of all B L places, end to end, and the weighted balance of routers."""
+    weight = router_weight(model)
+    if weight:
+        states, balance = balanced_forward(model, batch["input_ids"], batch["read"])
+        return states.flatten(0, 1), weight * balance
     more: dict[str, Tensor] = {}
     if batch["visible"] is not None:
         more["attention_mask"] = _added(batch["visible"], model.dtype)
     if batch["positions"] is not None:
         more["position_ids"] = batch["positions"]
     output = model.get_decoder()(input_ids=batch["input_ids"], use_cache=False, **more)
-    states, linear = output.last_hidden_state.flatten(0, 1), model.get_output_embeddings()
-
-    def head_forward() -> LearningTerms:
-        return _terms(states, head_of(model), batch, teacher_head, args)
-
-    return inside_forward(linear, linear, head_forward)
+    return output.last_hidden_state.flatten(0, 1), None
 
 
 def _added(visible: Bool[Tensor, "B 1 L L"], dtype: torch.dtype) -> Float[Tensor, "B 1 L L"]:
@@ -324,6 +347,8 @@ def update_loss(
     trajectory = trajectory + learned.branches
     if args.trajectory_weight and totals.guided:
         loss = loss + _trajectory_factor(totals, args) * trajectory
+    if learned.balance is not None:
+        loss = loss + learned.balance * (len(batch["lengths"]) / totals.rollouts)
     return loss, trajectory.detach()
 
 

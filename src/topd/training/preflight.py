@@ -88,21 +88,6 @@ def without_dropout(model: nn.Module) -> None:
         )
 
 
-def check_router(model: PreTrainedModel) -> None:
-    """Refuse a load-balancing loss that a configuration asks for: it is no part of the loss.
-
-    Raises TOPDError.
-    """
-    config = model.config.get_text_config()
-    share = getattr(config, "router_aux_loss_coef", 0) or getattr(config, "aux_loss_alpha", 0)
-    if getattr(config, "output_router_logits", False) and share:
-        raise TOPDError(
-            "student: its configuration has output_router_logits with a load-balancing loss of "
-            f"weight {share:g}, which would have no effect here. Set output_router_logits: false "
-            "in its config.json."
-        )
-
-
 def check_forward(model: PreTrainedModel) -> None:
     """Compare forwards in training and in evaluation: what differs is noise.
 

@@ -35,11 +35,8 @@ from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
 from topd.inputs.text_models import is_by_text
 from topd.training.inherited import check_inherited
 from topd.training.overlap import check_overlap
-from topd.training.preflight import (
-    check_router,
-    check_saving,
-    without_dropout,
-)
+from topd.training.preflight import check_saving, without_dropout
+from topd.training.router import check_router
 from topd.training.text_needs import check_gives
 from topd.training.trials import check_settings
 from topd.types import Prompt

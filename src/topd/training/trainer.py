@@ -26,6 +26,7 @@ from topd.training.evidence import Experience
 from topd.training.layout import can_pack, dealt
 from topd.training.learning import (
     LearningBatch,
+    LearningTerms,
     Totals,
     collate,
     update_loss,
@@ -194,7 +195,7 @@ class TOPDTrainer(ObservedTrainer):
         """The loss of one micro-batch, as its share of the update's."""
         terms = self._terms(model, inputs)
         loss, trajectory = update_loss(terms, inputs, self.args)
-        self._measure(terms.tokens, trajectory, inputs)
+        self._measure(terms, trajectory, inputs)
         self.update_loss = self.update_loss + loss.detach()
         loss = loss * self.accelerator.num_processes  # DDP and FSDP average gradients over ranks
         return (loss, None) if return_outputs else loss
@@ -249,7 +250,8 @@ class TOPDTrainer(ObservedTrainer):
         """One denominator for all micro-batches and ranks."""
         tokens = sum(len(rollout.response) for rollout in experience.rollouts)
         guided = sum(guidance.guided for guidance in experience.guidance)
-        counts = torch.tensor([tokens, guided], device=self.accelerator.device)
+        own = [tokens, guided, len(experience.rollouts)]
+        counts = torch.tensor(own, device=self.accelerator.device)
         total = self.accelerator.reduce(counts, reduction="sum").tolist()
         return Totals(*total)
 
@@ -267,13 +269,17 @@ class TOPDTrainer(ObservedTrainer):
                 "in the same dtype, temperature and weights, without dropout, or raise the limit."
             )
 
-    def _measure(self, terms: TokenTerms, trajectory: Tensor, batch: LearningBatch) -> None:
+    def _measure(self, learned: LearningTerms, trajectory: Tensor, batch: LearningBatch) -> None:
         """Add a micro-batch to the means, without waiting for the device."""
-        count, detached = len(batch["tokens"]), TokenTerms(*(term.detach() for term in terms))
+        count = len(batch["tokens"])
+        detached = TokenTerms(*(term.detach() for term in learned.tokens))
         if self.args.asks_teacher:
             self.meter.add(self.args.divergence, detached.divergence.sum(), count)
         self.meter.add("entropy", detached.entropy.sum(), count)
         self.meter.add("topd/trajectory_loss", trajectory, batch["guided"])
+        if learned.balance is not None:
+            rollouts = len(batch["lengths"])
+            self.meter.add("router_aux_loss", learned.balance.detach() * rollouts, rollouts)
         if self.args.learns_from_answers or self.args.teacher_writes(self.state.global_step):
             return
         off = (detached.logprob - batch["sampled"]).abs().sum()
