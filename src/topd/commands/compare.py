@@ -26,6 +26,7 @@ import json
 import multiprocessing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, EvaluationCallback
-from topd.inputs.models import eos_ids
+from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json, file_digest, read_lines, read_whole, trim
@@ -57,7 +58,8 @@ from topd.training.progress import say
 from topd.training.warmstart import Answered, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
-NEWER = {name: getattr(TOPDConfig, name) for name in ("teacher_share", "window_replay")}
+# settings of ours, which an older version may lack, at their defaults
+OWN = {k: getattr(TOPDConfig, k) for k in TOPDConfig.__annotations__ if hasattr(TOPDConfig, k)}
 
 Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
 
@@ -317,7 +319,7 @@ def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:
         return content
     arms = spec.all_arms()
     own = {arm: {k: v for k, v in arms.get(arm, {}).items() if k != "seeds"} for arm in done}
-    config = {**NEWER, **content.get("config", {})}
+    config = {**as_json(OWN), **content.get("config", {})}
     config.pop("disable_tqdm", None)
     content = {k: v for k, v in content.items() if k != "format"}  # of the records
     same = {"config": config, "compare": {"arms": own, "warmstart": spec.warmstart}}
@@ -325,9 +327,11 @@ def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:
 
 
 def _given(value: Any) -> Any:
-    """A part of a recipe without keys that have nothing, which an older version may lack."""
+    """A part of a recipe without keys at their default, which an older version may lack."""
     if not isinstance(value, dict):
         return value
+    with suppress(ValidationError):  # another part than a model
+        value = ModelSpec.model_validate(value).model_dump(exclude_defaults=True)
     return {key: _given(own) for key, own in value.items() if own is not None}
 
 
