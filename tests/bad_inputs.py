@@ -230,6 +230,12 @@ CASES: tuple[Case, ...] = (
     setting("an optimiser that is not installed", "cannot be used", "install", optim="adamw_8bit"),
     setting("a logger that is unknown", "cannot be used", "Choose another", report_to="nonsense"),
     setting(
+        "completions for no tracker",
+        "report_to names none of tensorboard, trackio, wandb",
+        "Set report_to, or leave it out",
+        log_completions=True,
+    ),
+    setting(
         "a schedule without its numbers",
         "cannot be used",
         "Choose another",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from transformers import TrainingArguments
 
-from topd.config.rules import check_values
+from topd.config.rules import check_trackers, check_values
 from topd.config.values import typed
 from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
@@ -156,6 +156,9 @@ class TOPDConfig(TrainingArguments):
         "stop", "An update whose loss or gradient is not finite: stop the run, or leave it out."
     )
     log_rollouts: bool = _field(True, "Write every rollout and its guidance to the run folder.")
+    log_completions: bool = _field(
+        False, "Send the latest rollouts and forks as tables to the trackers of report_to."
+    )
 
     # Served rollouts
     overlap: bool = _field(
@@ -218,6 +221,7 @@ class TOPDConfig(TrainingArguments):
         except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
             raise TOPDError(f"{str(error).rstrip('.')}. Correct it, or leave it out.") from error
         check_options(self.method, self._method_options())  # which may have been JSON
+        check_trackers(self)
         if not named:  # each rank looked at its own clock
             self.output_dir = everywhere(self.output_dir)[0]
         if self.world_size > 1:

@@ -18,6 +18,7 @@ REFUSED = {
     "hub_token": "a secret would be written into the run folder. Set HF_TOKEN in the environment "
     "instead, and revoke this one if it was in a file.",
 }
+WITH_TABLES = ("tensorboard", "trackio", "wandb")
 RULES: tuple[tuple[str, Any, str], ...] = (  # of what is not None; none is NaN, see values.py
     (
         "beta kd_ratio false_alarm_share teacher_share",
@@ -126,3 +127,16 @@ def _check_token_loss(config: TOPDConfig) -> None:
             f"{kind} learns nothing in updates that do not look ahead. Set look_ahead_every: 1 "
             "and look_ahead_until: null."
         )
+
+
+def check_trackers(config: TOPDConfig) -> None:
+    """Completions can be sent, where they are asked for. Raises TOPDError."""
+    if not config.log_completions:
+        return
+    if not any(name in WITH_TABLES for name in config.report_to or ()):
+        raise TOPDError(
+            f"log_completions: has no effect: report_to names none of {', '.join(WITH_TABLES)}. "
+            "Set report_to, or leave it out: rollouts.jsonl and the page have all rollouts."
+        )
+    if not config.log_rollouts:
+        raise TOPDError("log_completions: needs log_rollouts: true. Leave one of them out.")

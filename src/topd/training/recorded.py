@@ -38,6 +38,7 @@ from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.preflight import check_saved
 from topd.training.progress import Phases, say, silence_others
 from topd.training.sharded import WholeCopy, whole_copy
+from topd.training.trackers import Tables, log_tables, tables_of
 from topd.types import Prompt
 
 
@@ -76,6 +77,7 @@ class RecordedTrainer(Trainer):
         self.totals = Means(args.world_size)  # since the beginning
         self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
         self.average: Average | None = None  # of a teacher that is the student's average
+        self.tables: Tables = {}  # of the latest update, for trackers
         self._apart: str | None = None  # where a checkpoint is being made
         self.run_folder = Path(args.output_dir)
         self.run = RunFolder(args.output_dir, active=False)
@@ -265,6 +267,10 @@ class RecordedTrainer(Trainer):
             logs.update({f"seconds/{name}": spent for name, spent in seconds.items()})
         super().log(logs, start_time)
         self.run.append("metrics.jsonl", [self.state.log_history[-1]])
+        if self.tables:
+            report_to, callbacks = self.args.report_to or (), self.callback_handler.callbacks
+            log_tables(self.tables, self.state.global_step, report_to, callbacks)
+            self.tables = {}
 
     def _record(self, experience: Experience, numbers: Sequence[int]) -> None:
         """Measure an experience; write it and those of the other ranks to the run folder."""
@@ -282,6 +288,8 @@ class RecordedTrainer(Trainer):
         self.run.append(TOKENS, self.token_writer.records(_all_ids(rollouts, guidance)))
         self.run.append("rollouts.jsonl", rollouts)
         self.run.append("guidance.jsonl", guidance)
+        if self.args.log_completions:
+            self.tables = tables_of(rollouts, guidance, self.processing_class)
 
     def _records(
         self, step: int, row: int, number: int, experience: Experience

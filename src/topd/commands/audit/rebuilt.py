@@ -37,6 +37,7 @@ ALONE: dict[str, Any] = {  # a repetition writes nothing but records
     "resume_from_checkpoint": None,
     "hub_token": None,  # transformers writes a placeholder
     "report_to": "none",
+    "log_completions": False,
     "disable_tqdm": True,
     # nor does it tell anybody, or read files that a folder names
     "push_to_hub": False,
