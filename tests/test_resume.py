@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from conftest import USE_CPU, gpu_only, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
@@ -313,6 +313,30 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_half_one(run, tmp_path,
     whole = tmp_path / "whole"
     make(whole, method="opd", max_steps=2).train()
     assert records(run) == records(whole)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_disk_that_is_full_for_the_tokenizer_alone_loses_nothing(tmp_path, monkeypatch, lora):
+    """The library tokenizers says so by a bare Exception; a checkpoint and the end of a run."""
+    real = PreTrainedTokenizerFast.save_pretrained
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        with no_file_above(100):
+            return real(*args, **kwargs)
+
+    options: dict[str, Any] = {"lora": LORA} if lora else {}
+    trainer = make(tmp_path, method="opd", max_steps=2, save_steps=2, **options)
+    apart = make(tmp_path / "end", method="opd", max_steps=2, save_strategy="no", **options)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(StoppedError, match=r"checkpoint-2 could not be.*File too large") as found:
+        trainer.train()
+    assert found.value.exit_code == DISK
+    with pytest.raises(StoppedError, match=r"File too large.*Free some space") as found:
+        apart.train()
+    assert found.value.exit_code == DISK
+    assert len((tmp_path / "end" / "metrics.jsonl").read_text().splitlines()) >= 2
+    with pytest.raises(TOPDError, match=r"cannot be saved.*Free some space"):
+        make(tmp_path / "late", method="opd", **options)
 
 
 @pytest.mark.parametrize("size", [2000, 12_000])  # run.json, rollouts.jsonl

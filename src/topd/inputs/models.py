@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.adapters import refuse_adapter_folder
+from topd.inputs.bare import named_faults
 from topd.inputs.gguf_files import parsed_once, unchanged
 from topd.inputs.positions import rope_switch
 from topd.inputs.served import ServedSpec
@@ -34,6 +35,10 @@ from topd.inputs.vocabulary import check_vocabulary
 from topd.testbed import SCHEME, weights_of
 
 PACKAGE = "package://"
+_UNREADABLE = (  # how libraries say that what is in a folder is not a model, or not a tokenizer
+    *(OSError, ValueError, ImportError, LookupError, RuntimeError, SafetensorError),
+    *(AttributeError, TypeError),
+)
 _CONFIGS: dict[tuple[Any, ...], PretrainedConfig] = {}  # of GGUF files, which are slow to parse
 
 
@@ -95,9 +100,9 @@ class ModelSpec(ByText):
         place = self.place
         refuse_adapter_folder(self.path, place)
         try:
-            with parsed_once() if self.gguf_file else nullcontext():
+            with parsed_once() if self.gguf_file else nullcontext(), named_faults():
                 return auto.from_pretrained(place, **self._source(), **options)
-        except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        except _UNREADABLE as error:
             raise TOPDError(
                 f"model {self.path}: its {what} cannot be loaded. Check the path, or the network "
                 f"for a hub name. {type(error).__name__}: {error}"
@@ -142,6 +147,14 @@ class ModelSpec(ByText):
         tokenizer = self._load(AutoTokenizer, "tokenizer")
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up for want of files
             raise TOPDError(f"model {self.path}: its tokenizer cannot be loaded: no files there.")
+        try:
+            with named_faults():
+                tokenizer("")
+        except _UNREADABLE as error:
+            raise TOPDError(
+                f"model {self.path}: its tokenizer cannot be used ({type(error).__name__}: "
+                f"{error}). Correct its tokenizer_config.json."
+            ) from error
         return tokenizer
 
     def _lent_tokenizer(self) -> PreTrainedTokenizerBase:

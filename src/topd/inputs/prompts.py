@@ -7,7 +7,8 @@ of the row. The response is the same token ids for both; only the prefixes diffe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.bare import named_faults
 from topd.inputs.prompt_rows import Messages, Row, last_user, read_row
 from topd.inputs.references import Reference, columns_of, referred
 from topd.inputs.teachers import NO_ROUTES, Routes
@@ -215,7 +217,8 @@ class PromptEncoder:
                 f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
                 "text. Give it as messages, or leave them out."
             )
-        return _text_ids(tokenizer, prompt)
+        with _tokenised(index):
+            return _text_ids(tokenizer, prompt)
 
     def _response(self, asked: Row, prompt: Ids, more: Mapping[str, Any]) -> Ids:
         """The answer's ids: what the template writes from the end of the prompt on, and an end."""
@@ -223,7 +226,8 @@ class PromptEncoder:
         if asked.answer is None or not (asked.solution or asked.answer.get("tool_calls")):
             raise TOPDError(f"data row {index}: no solution to learn from. Map a solution column.")
         if isinstance(asked.prompt, str):
-            ids = tokenizer(asked.solution, add_special_tokens=False)["input_ids"]
+            with _tokenised(index):
+                ids = tokenizer(asked.solution, add_special_tokens=False)["input_ids"]
             return self._known(index, (*ids, tokenizer.eos_token_id))
         whole = [*asked.prompt, asked.answer]
         before, after = (
@@ -293,6 +297,19 @@ def _said(error: Exception) -> str:
     return str(error).rstrip(".") or type(error).__name__
 
 
+@contextmanager
+def _tokenised(index: int) -> Iterator[None]:
+    """Say which row a tokenizer has no tokens for. Raises TOPDError."""
+    try:
+        with named_faults():
+            yield
+    except ValueError as error:
+        raise TOPDError(
+            f"data row {index}: the tokenizer cannot read it: {_said(error)}. Change the text, or "
+            "use a tokenizer that knows its characters."
+        ) from error
+
+
 def _rendered(
     index: int,
     tokenizer: PreTrainedTokenizerBase,
@@ -314,13 +331,14 @@ def _rendered(
             "spec, or use an instruction model."
         )
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=asks,
-            tokenize=tokenize,
-            return_dict=tokenize,
-            **more,
-        )
+        with named_faults():
+            return tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=asks,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                **more,
+            )
     except _TEMPLATE_FAULTS as error:
         raise TOPDError(
             f"{name}: its chat template fails at data row {index}: {_said(error)}. Check the "

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.bare import named_faults
 from topd.inputs.models import LOADED, ModelSource, generation_config_of
 
 logger = logging.get_logger(__name__)
@@ -36,13 +37,20 @@ def check_saving(student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> No
             if config is not None:
                 mend(config)
                 config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            with named_faults():
+                tokenizer.save_pretrained(folder)
             if isinstance(student, LOADED):
                 student.config.save_pretrained(folder)
         except (ValueError, TypeError, OSError) as error:
+            full = isinstance(error, OSError) and error.errno is not None
             raise TOPDError(
                 "student: what belongs to it cannot be saved, so a run would be lost at its end: "
-                f"{error} Correct its generation_config.json, config.json or tokenizer."
+                f"{str(error).rstrip('.')}. "
+                + (
+                    f"Free some space in {tempfile.gettempdir()}, or set TMPDIR."
+                    if full
+                    else "Correct its generation_config.json, config.json or tokenizer."
+                )
             ) from error
 
 

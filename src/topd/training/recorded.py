@@ -19,6 +19,7 @@ from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere, on_first
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.adapters import merged
+from topd.inputs.bare import named_faults
 from topd.inputs.fingerprints import fingerprint, trained_digest
 from topd.inputs.self_teacher import Average
 from topd.runs import checkpoints
@@ -229,7 +230,8 @@ class RecordedTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Trainer's, without the pickled arguments: run.json has them as text."""
-        super()._save(output_dir, state_dict)
+        with named_faults():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink()
 
@@ -241,7 +243,8 @@ class RecordedTrainer(Trainer):
             with self.whole_student(exact=True) as model:
                 if self.args.should_save:
                     merged(model).save_pretrained(folder)
-                    self.processing_class.save_pretrained(folder)
+                    with named_faults():
+                        self.processing_class.save_pretrained(folder)
         else:
             self.save_model(str(folder))
         with self.whole_student(exact=True) as model:

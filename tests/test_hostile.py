@@ -1,0 +1,75 @@
+"""Files that say what they should not: a clear error, in bounded time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import tiny_model, tiny_tokenizer
+from topd.errors import TOPDError
+from topd.inputs.models import as_spec
+from topd.inputs.prompts import PromptEncoder
+
+Change = Callable[[dict[str, Any]], Any]
+SPLIT = {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}
+TOKENIZERS: dict[str, Change] = {  # of tokenizer.json
+    "no model": lambda file: file.pop("model"),
+    "a model of no type": lambda file: file["model"].update(type="Nothing"),
+    "a pattern that does not end": lambda file: file.update(pre_tokenizer=SPLIT),
+    "no vocabulary": lambda file: file["model"].update(vocab=[1, 2]),
+}
+SETTINGS: dict[str, Change] = {  # of tokenizer_config.json
+    "an end that is a number": lambda file: file.update(eos_token=3),
+    "an end that is a mapping": lambda file: file.update(eos_token={"content": 5}),
+    "a length that is a word": lambda file: file.update(model_max_length="many"),
+    "a side that is none": lambda file: file.update(padding_side="middle"),
+}
+WHOLE = {"cut off": b'{"model": {"vo', "empty": b"", "null": b"null", "binary": bytes(range(256)),
+         "deep": b"[" * 100_000 + b"]" * 100_000}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile") / "model"
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def changed(folder: Path, to: Path, name: str, change: Change | bytes) -> str:
+    """A copy of a model's folder with one file changed."""
+    to.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    if isinstance(change, bytes):
+        (to / name).write_bytes(change)
+        return str(to)
+    content = json.loads((to / name).read_text())
+    change(content)
+    (to / name).write_text(json.dumps(content))
+    return str(to)
+
+
+@pytest.mark.parametrize("kind", [*TOKENIZERS, *SETTINGS, *WHOLE])
+def test_a_broken_tokenizer_is_named(model, tmp_path, kind):
+    change = {**TOKENIZERS, **SETTINGS, **WHOLE}[kind]
+    name = "tokenizer_config.json" if kind in SETTINGS else "tokenizer.json"
+    folder = changed(model, tmp_path / "broken", name, change)
+    with pytest.raises(TOPDError, match=r"model .*broken: its tokenizer cannot be (loaded|used)"):
+        as_spec(folder).load_tokenizer()
+
+
+@pytest.mark.parametrize("row", [{"prompt": "so zebra"}, {"prompt": "so", "solution": "zebra"}])
+def test_a_word_that_a_tokenizer_has_no_token_for_is_named_by_its_row(model, tmp_path, row):
+    def closed(file: dict[str, Any]) -> None:
+        file["model"]["unk_token"] = "<no such token>"
+
+    folder = changed(model, tmp_path / "closed", "tokenizer.json", closed)
+    tokenizer = as_spec(folder).load_tokenizer()
+    rows = [{"prompt": "so", "solution": "so"}, row]
+    with pytest.raises(TOPDError, match=r"data row 1: the tokenizer cannot read it.*Missing \[UNK"):
+        PromptEncoder(tokenizer, tokenizer).encode(rows, with_response="solution" in row)
