@@ -26,6 +26,7 @@ class Stream(IntEnum):
     EVALUATION_SAMPLES = 1 << 22
     REPAIR_RESAMPLES = 1 << 23
     PROBE_POSITIONS = 1 << 24
+    OUTCOMES = 1 << 25  # continuations that verify a fork
     EVALUATION_ROLLOUTS = (1 << 31) - 1
 
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from topd import transport
+from topd.commands.outcomes import Verified, verify_forks
 from topd.config import TOPDConfig
 from topd.detectors import DETECTORS
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
 from topd.evaluate import Interval
 from topd.seeds import sampling_seeds
-from topd.testbed.world import Family, labels
+from topd.testbed.world import END, Family, labels
 from topd.training.evidence import pair_windows, token_scores
 from topd.training.experience import Observer
-from topd.types import Generation, Prompt, Rollout
+from topd.types import Generation, Ids, Prompt, Rollout
 
 LOUD = 1.0  # nats: tokens of at least this loss are the loud ones
 POSITION_WEIGHT = 1.0
@@ -34,12 +35,14 @@ POSITION_WEIGHT = 1.0
 class Labelled:
     """Scores of all tokens of some rollouts and what they are.
 
-    ``scores`` by detector and ``fork`` and ``rollout`` have one entry a token.
+    ``scores`` by detector and ``fork`` and ``rollout`` have one entry a token. ``verified`` are
+    the outcomes at every token, where they were asked for.
     """
 
     scores: Mapping[str, np.ndarray]
     fork: np.ndarray
     rollout: np.ndarray
+    verified: Verified | None = None
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float:
@@ -114,6 +117,8 @@ def label_rollouts(
     prompts: Sequence[Prompt],
     texts: Sequence[str],
     decode: Sequence[str],
+    *,
+    samples: int = 0,
 ) -> Labelled:
     """Roll out, look ahead from every token up to the first fork, and score.
 
@@ -123,6 +128,8 @@ def label_rollouts(
         prompts: token ids of the problems.
         texts: their words.
         decode: the word of every token id.
+        samples: continuations to the end by either model from every token, for the detectors by
+            outcome; 0: none.
     """
     rollouts = observer.roll_out(prompts, sampling_seeds(observer.args.seed, 0, len(prompts)))
     marks = [
@@ -135,11 +142,22 @@ def label_rollouts(
     scores = observer.score(rollouts)
     found = _token_scores(observer, rollouts, scores)
     found |= _window_scores(observer, rollouts, scores, keep)
+    verified = None
+    if samples:
+
+        def right(prompt: Prompt, response: Ids) -> bool:
+            words = (decode[token] for token in response)
+            return family.check(texts[prompt.index], " ".join(w for w in words if w != END))
+
+        verified = verify_forks(observer, rollouts, keep, right, samples=samples)
+        found["outcome, drop"] = np.array([outcome.drop for outcome in verified.outcomes])
+        found["outcome, gain"] = np.array([outcome.gain for outcome in verified.outcomes])
     at = tuple(np.array(keep).T)
     return Labelled(
         {name: v[at] if v.ndim == 2 else v for name, v in found.items()},
         np.array([marks[row][t] == "fork" for row, t in keep]),
         np.array([row for row, _ in keep]),
+        verified,
     )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from topd.commands.outcomes import Check, Verified, checker_of, verify_forks
 from topd.commands.probe_statistics import METRICS, POSITIONS, rejoin, summarise
 from topd.commands.session import (
     ROLLOUTS,
@@ -50,7 +51,7 @@ from topd.seeds import Stream, sampling_seeds
 from topd.training.evidence import pair_windows
 from topd.training.progress import Phases
 from topd.transport import sparse_plans
-from topd.types import Rollout, Transport, Windows
+from topd.types import Ids, Prompt, Rollout, Transport, Windows
 
 
 @dataclass
@@ -64,11 +65,18 @@ class ProbeConfig(AnalysisConfig):
     low_share: float = _field(
         0.5, "Low-loss positions are drawn from this share of a rollout's tokens: least |loss|."
     )
+    verify: int = _field(
+        0,
+        "Continuations to the end that check a candidate: the teacher's from before and after its "
+        "token, the student's from before. 1: greedy; more: sampled; 0: none.",
+    )
 
     def _check(self) -> None:
         super()._check()
         for name in ("rollouts", "group_size"):
             self._at_least_1(name)
+        if self.verify < 0:
+            raise TOPDError(f"verify: {self.verify} must be at least 0.")
         if not 0 < self.low_share <= 1:
             raise TOPDError(f"low_share: {self.low_share} must be above 0 and at most 1.")
 
@@ -78,7 +86,8 @@ class Look:
     """One batch of rollouts as the probe sees it. Tensors are on the CPU.
 
     ``loss`` [B T] is the token loss that ranks candidates, ``terms`` [B T] the other quantities;
-    ``groups`` has the group of each of the N windows.
+    ``groups`` has the group of each of the N windows; ``verified`` the outcomes of the high ones,
+    which come first in their rollout, if they were asked for.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -89,6 +98,7 @@ class Look:
     windows: Windows
     transport: Transport
     decoded: int
+    verified: Verified | None = None
 
 
 def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
@@ -106,13 +116,16 @@ def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None 
         TOPDError: bad input, or another run in the folder.
     """
     recipe = read_analysis("probe", path, words, ProbeConfig)
+    check = checker_of(recipe.data) if recipe.args.verify else None
     with session("probe", recipe, console) as (pair, run, phases):
-        _probe(recipe.args, pair, run, phases)
+        _probe(recipe.args, pair, run, phases, check)
         run.write("probe.json", summarise(run.folder, recipe.args, pair.tokenizer.decode))
     return run.folder
 
 
-def _probe(args: ProbeConfig, pair: Pair, run: RunFolder, phases: Phases) -> None:
+def _probe(
+    args: ProbeConfig, pair: Pair, run: RunFolder, phases: Phases, check: Check | None
+) -> None:
     """Look at batch after batch; what is done is on disk."""
     size = args.rollout_batch_size
     first = resume_at(run.folder, args.rollouts, size)
@@ -123,6 +136,7 @@ def _probe(args: ProbeConfig, pair: Pair, run: RunFolder, phases: Phases) -> Non
         seeds = sampling_seeds(args.seed, 0, len(prompts), first=number)
         with torch.no_grad():
             look = look_at(pair, pair.observer.roll_out(prompts, seeds), seeds, number)
+            look = _verified(look, pair, check, number) if check else look
         positions = list(position_records(look, number))
         run.append(TOKENS, texts.records(_all_ids(look, positions)))
         run.append(POSITIONS, positions)
@@ -192,6 +206,23 @@ def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], numbe
     )
 
 
+def _verified(look: Look, pair: Pair, check: Check, number: int) -> Look:
+    """With the outcomes of its candidates."""
+    windows, args = look.windows, pair.observer.args
+    assert isinstance(args, ProbeConfig)
+    starts = zip(windows.row.tolist(), windows.start.tolist(), look.groups, strict=True)
+    high = [(row, t) for row, t, group in starts if group == "high"]
+
+    def right(prompt: Prompt, response: Ids) -> bool:
+        text = pair.tokenizer.decode(list(response), skip_special_tokens=True)
+        return check(prompt.index, str(text))
+
+    found = verify_forks(
+        pair.observer, look.rollouts, high, right, samples=args.verify, number=number
+    )
+    return replace(look, verified=found)
+
+
 def choose(
     loss: Tensor, high: Sequence[int], args: ProbeConfig, number: int
 ) -> dict[str, list[int]]:
@@ -227,6 +258,7 @@ def position_records(look: Look, number: int) -> Iterator[dict[str, Any]]:
     """Lines of positions.jsonl; ``real`` is decided once all positions are known."""
     windows, transport = look.windows, look.transport
     plans = sparse_plans(transport.plan)
+    outcomes = iter(look.verified.outcomes if look.verified else ())
     starts = zip(windows.row.tolist(), windows.start.tolist(), look.groups, strict=True)
     for k, (row, t, group) in enumerate(starts):
         student = windows.student_tokens[k][windows.student_mask[k]].tolist()
@@ -245,6 +277,7 @@ def position_records(look: Look, number: int) -> Iterator[dict[str, Any]]:
             "student_tokens": student,
             "teacher_tokens": teacher,
             "plan": plans[k],
+            **({"outcome": asdict(next(outcomes))} if group == "high" and look.verified else {}),
         }
 
 
@@ -279,6 +312,7 @@ def _tokens(look: Look) -> dict[str, int]:
         "student_scored": responses + sum(len(r.prompt.student) for r in look.rollouts),
         "teacher_scored": responses + sum(len(r.prompt.teacher) for r in look.rollouts),
         "teacher_decoded": look.decoded,
+        **({f"{k}_verifying": n for k, n in look.verified.tokens.items()} if look.verified else {}),
     }
 
 

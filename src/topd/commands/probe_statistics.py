@@ -4,7 +4,7 @@ Intervals are percentiles of a bootstrap that draws prompts with replacement, ea
 positions: those of one rollout are not independent. Every statistic is recomputed on each
 resample, quantiles and ranks too.
 
-Memory is bounded: a file is read a line at a time, and only ten numbers of a position are kept, of
+Memory is bounded: a file is read a line at a time, and only 13 numbers of a position are kept, of
 at most about ``MOST_POSITIONS`` positions. Beyond that a random sample of the prompts stands for
 all.
 """
@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.stats import rankdata
 
+from topd.commands.outcomes import HALF
 from topd.commands.session import ROLLOUTS, AnalysisConfig
 from topd.errors import TOPDError
 from topd.runs.files import read_lines
@@ -31,8 +32,9 @@ from topd.statistics import bootstrap
 POSITIONS = "positions.jsonl"
 METRICS = "metrics.jsonl"
 GROUPS = ("high", "random", "low")
-SHARES = ("false_alarm_share", "rejoined/")  # names of figures in [0, 1]
+SHARES = ("false_alarm_share", "rejoined/", "verified/", "right/")  # names of figures in [0, 1]
 LOSSES = ("token_loss", "reverse_kl", "entropy")
+OUTCOMES = ("before", "after", "alone")  # shares of right answers, where they were asked for
 MOST_POSITIONS = 300_000
 REJOIN_RUN = 4  # tokens in common up to the end of a window that count as having joined again
 MOST_FALSE_ALARMS = 0.25
@@ -47,7 +49,7 @@ RULE = (
 Array: TypeAlias = np.ndarray
 COLUMNS = np.dtype(
     [(name, "i8") for name in ("prompt", "group", "student", "teacher", "length")]
-    + [(name, "f8") for name in (*LOSSES, "distance", "rejoin")]
+    + [(name, "f8") for name in (*LOSSES, "distance", "rejoin", *OUTCOMES)]
 )
 
 
@@ -143,7 +145,7 @@ def intervals(
         drawn.append(measure(columns[offset.repeat(size[unit]) + np.arange(size[unit].sum())]))
     found = {}
     for name, value in values.items():
-        low, high = _percentiles([one[name] for one in drawn])
+        low, high = _percentiles([one.get(name, math.nan) for one in drawn])
         if low is not None and low == high:
             exact = bootstrap([value] * len(start)) if name.startswith(SHARES) else None
             low, high = (exact.low, exact.high) if exact else (None, None)
@@ -171,7 +173,22 @@ def measure(columns: Array) -> dict[str, float]:
             found[f"pearson/{loss}/{name}"] = pearson(some[loss], some["distance"])
             ranks = (rankdata(some[loss]), rankdata(some["distance"]))
             found[f"spearman/{loss}/{name}"] = pearson(*ranks)
-    return found
+    return found | _outcomes(groups["high"], threshold)
+
+
+def _outcomes(high: Array, threshold: float) -> dict[str, float]:
+    """What came of the candidates that were verified; empty where none was."""
+    high = high[np.isfinite(high["before"])]
+    if not len(high):
+        return {}
+    drop, far = high["before"] - high["after"], high["distance"] >= threshold
+    forks = drop >= HALF
+    return {
+        **{f"right/{name}": _mean(high[name]) for name in OUTCOMES},
+        "verified/all": _mean(forks),
+        "verified/real": _mean(forks[far]),
+        "verified/false_alarms": _mean(forks[~far]),
+    }
 
 
 def pearson(x: Array, y: Array) -> float:
@@ -284,6 +301,11 @@ def _statistics(found: dict[str, Interval]) -> dict[str, Any]:
             kind: {loss: _nested(found, f"{kind}/{loss}") for loss in LOSSES}
             for kind in ("pearson", "spearman")
         },
+        **(
+            {"outcomes": {part: _nested(found, part) for part in ("right", "verified")}}
+            if "verified/all" in found
+            else {}
+        ),
     }
 
 
@@ -307,6 +329,7 @@ def _row(record: dict[str, Any]) -> tuple[Any, ...]:
         *(record[name] for name in LOSSES),
         record["distance"],
         math.inf if meets is None else meets,
+        *((record.get("outcome") or {}).get(name, math.nan) for name in OUTCOMES),
     )
 
 

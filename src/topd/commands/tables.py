@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,26 @@ def show_probe(console: Console, summary: Summary) -> None:
         f"and {tokens['teacher_decoded']:,} written by the teacher, {seconds:,.0f} s",
         f"token loss as a guide: {summary['verdict']} ({summary['rule']})",
     )
-    for line in (*lines, *probe_words(summary)):
+    for line in (*lines, *_outcomes(summary), *probe_words(summary)):
         console.print(line, markup=False, highlight=False)
+
+
+def _outcomes(summary: Summary) -> Iterator[str]:
+    """What verified candidates came to, in two lines; nothing where none was."""
+    if "outcomes" not in summary:
+        return
+    right, forks = summary["outcomes"]["right"], summary["outcomes"]["verified"]
+    tokens = summary["cost"]["tokens"]
+    yield (
+        f"right answers: {percent(right['before'])} if the teacher takes over at a candidate, "
+        f"{percent(right['after'])} if after it, {percent(right['alone'])} by the student"
+    )
+    yield (
+        f"verified forks: {percent(forks['all'])} of the candidates, {percent(forks['real'])} of "
+        f"those real by OT, {percent(forks['false_alarms'])} of the false alarms; for "
+        f"{tokens['teacher_verifying']:,} tokens of the teacher and "
+        f"{tokens['student_verifying']:,} of the student"
+    )
 
 
 def show_repair(console: Console, summary: Summary) -> None:

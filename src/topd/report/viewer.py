@@ -176,6 +176,15 @@ def _facts(fork: ForkRecord) -> Iterator[tuple[str, str, str]]:
         yield "agree again", f"after {fork.rejoin} token{'s' * (fork.rejoin != 1)}", ""
     if fork.group:
         yield "chosen as", plain(fork.group, limit=20), ""
+    if fork.outcome:
+        shares = (fork.outcome.before, fork.outcome.after, fork.outcome.alone)
+        before, after, own = (f"{share:.0%}" for share in shares)
+        yield (
+            "right answers",
+            f"{before} if the teacher takes over here, {after} if after this token, "
+            f"{own} by the student",
+            "how often the answer is right when it is continued to its end",
+        )
     if fork.converged is False:
         yield "plan", "did not converge", "its mass does not fit both windows: an estimate"
 

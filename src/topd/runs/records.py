@@ -88,17 +88,27 @@ class Fork(Record):
     converged: bool | None = None
 
 
+class OutcomeRecord(Record):
+    """Shares of right answers at a token: the teacher takes over before or after it, or the
+    student resumes ``alone`` from before it."""
+
+    before: float
+    after: float
+    alone: float
+
+
 class ForkRecord(Fork):
     """A fork with what a reader adds: a probe's group and rejoin, and both windows' tokens.
 
     ``rejoin``: tokens until the windows agree again; None if they never do, or if not measured.
-    ``after``: the same prefix in a repair.
+    ``after``: the same prefix in a repair. ``outcome``: where a probe has verified it.
     """
 
     group: str | None = None
     rejoin: int | None = None
     student_tokens: tuple[int, ...] = ()
     after: tuple[SampleRecord, ...] = ()
+    outcome: OutcomeRecord | None = None
 
 
 class GuidanceRecord(Record):
