@@ -58,10 +58,7 @@ def main(
         return
     found["settings"]["samples"] = samples
     _write(RESULTS / f"outcomes-{family}-{samples}.json", {**found, "outcomes": outcomes(labelled)})
-    before, after = MARKS
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(before)
-    tail = rest.partition(after)[2]
-    PAGE.write_text(f"{head}{before}{outcome_table()}{after}{tail}", encoding="utf-8")
+    write_page()
 
 
 def outcomes(found: Labelled) -> dict[str, Any]:
@@ -91,6 +88,14 @@ def _share(values: np.ndarray, inside: np.ndarray, rollout: np.ndarray) -> dict[
     return vars(Interval(float(sums[0].sum() / sums[1].sum()), low, high, len(names)))
 
 
+def write_page() -> None:
+    """Put the table into docs/probe.md."""
+    before, after = MARKS
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(before)
+    tail = rest.partition(after)[2]
+    PAGE.write_text(f"{head}{before}{outcome_table()}{after}{tail}", encoding="utf-8")
+
+
 def outcome_table() -> str:
     """The table of docs/probe.md, from docs/results."""
     return "".join(f"{line}\n" for line in _lines())
@@ -99,7 +104,8 @@ def outcome_table() -> str:
 def _lines() -> Iterator[str]:
     yield (
         "| family | answers | forks, tokens | verified that are forks | forks that are verified "
-        "| AUC of the drop | AUC of the gain | AUC of `surprise` | right after a fork "
+        "| AUC of the drop | AUC of the gain | AUC of `surprise` "
+        "| right before a fork, after it "
         "| tokens a place |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|"
@@ -117,7 +123,7 @@ def _lines() -> Iterator[str]:
             f"{whole['forks']}, {whole['tokens']:,}",
             *(_interval(seen[name], "{:.0%}") for name in ("precision", "recall")),
             *areas,
-            _interval(seen["after at forks"], "{:.0%}"),
+            f"{seen['before at forks']['mean']:.0%}, {seen['after at forks']['mean']:.0%}",
             f"{(spent['teacher'] + spent['student']) / spent['places']:.0f}",
         ]
         yield f"| {' | '.join(cells)} |"

@@ -107,7 +107,8 @@ def moved_to_random(
     for row, own in zip(tokens, mask, strict=True):
         digest = zlib.crc32(",".join(map(str, row[own].tolist())).encode())
         draw = torch.Generator().manual_seed(digest)
-        places.append(int(torch.randint(max(1, int(own.sum())), (1,), generator=draw)))
+        drawn = int(torch.randint(max(1, int(own.sum())), (1,), generator=draw))
+        places.append(int(own.nonzero()[drawn]) if own.any() else 0)
     return _moved(score, mask, torch.tensor(places, dtype=torch.long, device=score.device))
 
 

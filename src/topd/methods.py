@@ -432,4 +432,6 @@ def _statistics(evidence: Evidence) -> TokenStatistics:
 
 
 def _lengths(evidence: Evidence) -> Sequence[int]:
-    return evidence.mask.sum(-1).tolist()
+    """Up to each rollout's last token, which is the student's."""
+    counted = torch.arange(1, evidence.mask.shape[1] + 1, device=evidence.mask.device)
+    return (evidence.mask * counted).amax(-1).tolist() if len(counted) else [0] * len(evidence.mask)

@@ -17,7 +17,7 @@ FAULTS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, Lookup
 
 def is_outside(name: str) -> bool:
     """Whether a name stands for code outside this package."""
-    return ":" in name
+    return ":" in name and "://" not in name
 
 
 def row_named(key: str, name: str, table: Mapping[str, Row], kind: Callable[[Any], Row]) -> Row:

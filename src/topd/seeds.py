@@ -27,6 +27,7 @@ class Stream(IntEnum):
     REPAIR_RESAMPLES = 1 << 23
     PROBE_POSITIONS = 1 << 24
     OUTCOMES = 1 << 25  # continuations that verify a fork
+    TURNS = 1 << 26  # the student's turns after the first
     EVALUATION_ROLLOUTS = (1 << 31) - 1
 
 

@@ -20,9 +20,9 @@ Rows are always the student, columns the teacher. Losses are in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,6 +31,7 @@ from torch import Tensor
 Ids = tuple[int, ...]
 Texts = Sequence[Ids]  # one a row
 Starts = Sequence[tuple[int, int]]  # rows and response tokens that windows begin at
+Spans = tuple[tuple[int, int], ...]  # from token, to token (not included)
 
 # What is wanted of a teacher, each with all before it: continuations, the log-probs of given
 # tokens, whole next-token distributions.
@@ -44,7 +45,8 @@ class Prompt:
 
     ``student`` and ``teacher`` differ only where the teacher has its own prompt. ``response`` is
     an answer written beforehand (warm start); None when the student is to write it.
-    ``teacher_name`` is the teacher that the row asks for, where there are several.
+    ``teacher_name`` is the teacher that the row asks for, where there are several; ``row`` the
+    columns of the data, where an environment is asked with them.
     """
 
     index: int
@@ -52,6 +54,7 @@ class Prompt:
     teacher: Ids
     response: Ids | None = None
     teacher_name: str | None = None
+    row: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,38 @@ class Generation:
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response to a prompt. ``logprobs`` is empty when the response was not sampled."""
+    """A response to a prompt. ``logprobs`` is empty when the response was not sampled.
+
+    ``replies`` are the spans that an environment wrote between turns of the student: they have
+    log-prob 0 here and are learned nowhere. The last token is always the student's.
+    """
 
     prompt: Prompt
     response: Ids
     logprobs: tuple[float, ...]
     finished: bool
+    replies: Spans = ()
+
+    @property
+    def own(self) -> tuple[bool, ...]:
+        """Which tokens are the student's."""
+        places = range(len(self.response))
+        return tuple(not any(first <= t < end for first, end in self.replies) for t in places)
+
+    @property
+    def turns(self) -> tuple[Ids, ...]:
+        """What the student wrote, a turn each."""
+        firsts = (0, *(end for _, end in self.replies))
+        return tuple(self.response[first : self.turn_end(first)] for first in firsts)
+
+    @property
+    def written(self) -> Ids:
+        """All that the student wrote."""
+        return tuple(token for turn in self.turns for token in turn)
+
+    def turn_end(self, t: int) -> int:
+        """One after the last token of the turn that token ``t`` is in."""
+        return next((first for first, _ in self.replies if first > t), len(self.response))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Verified forks: does the answer become right when the teacher takes over here?
 
-    gain = V_T(y_<t) - V_S(y_<t)        the teacher takes over before token t, the student goes on
+    gain = V_T(y_<t) - V_S(y_<t)        the teacher takes over before token t, the student resumes
     drop = V_T(y_<t) - V_T(y_<=t)       the teacher takes over before token t, and after it
 
 V(prefix) is the share of right answers among a model's continuations of a prefix to the end. The

@@ -63,6 +63,11 @@ class AnalysisConfig(TOPDConfig):
         super()._check()
         for name in ("rollout_batch_size", "bootstrap"):
             self._at_least_1(name)
+        if self.environment is not None:
+            raise TOPDError(
+                "environment: an analysis looks at rollouts of one turn. Leave it out "
+                "(--environment null)."
+            )
         if self.window_length < 1:
             raise TOPDError(
                 f"window_length: {self.window_length} of a rollout: an analysis compares windows "

@@ -133,6 +133,11 @@ def make_evaluator(recipe: Recipe) -> Evaluator | None:
     """What a recipe asks to be evaluated on during training, ready before a model loads."""
     if recipe.evaluation is None:
         return None
+    if recipe.args.environment is not None:
+        raise TOPDError(
+            "evaluation: asks for one turn, without the environment. Leave it out, or leave "
+            "environment out."
+        )
     kwargs = recipe.args.chat_template_kwargs
     return recipe.evaluation.evaluator(
         recipe.evaluation.load(),

@@ -74,6 +74,12 @@ class TOPDConfig(TrainingArguments):
     drop_long_prompts: bool = _field(False, "Leave longer prompts out instead, and say how many.")
     max_completion_length: int = _field(1024, "Longest response, in tokens.")
     num_generations: int = _field(1, "Rollouts a prompt.")
+    environment: str | None = _field(
+        None,
+        "Who replies to the student between its turns: calculator, testbed://FAMILY, or "
+        "my_module:function; none: rollouts have one turn.",
+    )
+    max_turns: int = _field(4, "Turns of the student in a rollout, where there is an environment.")
     teacher_share: float = _field(
         0.0,
         "Share of the updates whose responses the teacher writes, for plain distillation on them: "
@@ -264,6 +270,8 @@ class TOPDConfig(TrainingArguments):
                 f"method: {self.method} chooses among all rollouts of an update, and a rank has "
                 f"only its own. Run one process, with gradient_accumulation_steps."
             )
+        if self.environment is not None:
+            raise TOPDError("environment: goes with one process only. Leave it out, or run one.")
         if self.window_replay:
             raise TOPDError("window_replay: goes with one process only. Leave it out, or run one.")
         size = self.score_batch_size or self.per_device_train_batch_size

@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, Any, str], ...] = (  # of what is not None; none is NaN,
     ("max_importance", lambda x: x >= 1, "must be finite and at least 1"),
     (
         "max_prompt_length max_completion_length num_generations window_gap look_ahead_every "
+        "max_turns "
         "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
         "gradient_accumulation_steps stop_patience save_total_limit torch_empty_cache_steps "
         "dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb",
@@ -109,8 +110,29 @@ def check_values(config: TOPDConfig) -> None:
         raise TOPDError(
             f"reference: {config.reference} has no effect without teacher_prompt. Leave it out."
         )
+    _check_environment(config)
     if config.epsilon != type(config).epsilon and config.solver == "exact":
         raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
+
+
+def _check_environment(config: TOPDConfig) -> None:
+    """What does not go with turns, or has no effect without them. Raises TOPDError."""
+    if config.environment is None:
+        if config.max_turns != type(config).max_turns:
+            raise TOPDError("max_turns: has no effect without environment. Leave it out.")
+        return
+    if config.max_turns < 2:
+        raise TOPDError(
+            "max_turns: 1 leaves the environment nothing to reply to. Raise it, or leave out "
+            "environment."
+        )
+    if config.learns_from_answers:
+        raise TOPDError(
+            "environment: answers written beforehand have one turn. Leave it out of a warm start."
+        )
+    for name in ("teacher_share", "overlap", "window_rejoin", "window_replay"):
+        if getattr(config, name):
+            raise TOPDError(f"{name}: does not go with environment. Leave one of them out.")
 
 
 def _check_token_loss(config: TOPDConfig) -> None:

@@ -49,6 +49,7 @@ class PromptEncoder:
         routes: of several teachers, which row is whose.
         reference: the answer that the teacher's prompt is told; see :mod:`.references`.
         by_text: the teacher learns of a response as text: its ids need not be the teacher's.
+        with_rows: prompts keep their row, for an environment.
     """
 
     student: PreTrainedTokenizerBase
@@ -60,6 +61,7 @@ class PromptEncoder:
     routes: Routes = NO_ROUTES
     reference: Reference = "given"
     by_text: bool = False
+    with_rows: bool = False
 
     def encode(
         self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
@@ -143,7 +145,7 @@ class PromptEncoder:
         else:
             teacher = self._teachers_ids(index, name, prompt, more, student)
         response = self._response(asked, student, more) if with_response else None
-        return Prompt(index, student, teacher, response, name)
+        return Prompt(index, student, teacher, response, name, row if self.with_rows else None)
 
     @property
     def _teachers(self) -> Sequence[PreTrainedTokenizerBase]:
@@ -211,7 +213,7 @@ class PromptEncoder:
         more: Mapping[str, Any],
     ) -> Ids:
         if not isinstance(prompt, str):
-            return tuple(_rendered(index, tokenizer, prompt, more, tokenize=True)["input_ids"])
+            return tuple(rendered(index, tokenizer, prompt, more, tokenize=True)["input_ids"])
         if more:
             raise TOPDError(
                 f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
@@ -231,7 +233,7 @@ class PromptEncoder:
             return self._known(index, (*ids, tokenizer.eos_token_id))
         whole = [*asked.prompt, asked.answer]
         before, after = (
-            _rendered(index, tokenizer, messages, more, tokenize=False, asks=asks)
+            rendered(index, tokenizer, messages, more, tokenize=False, asks=asks)
             for messages, asks in ((asked.prompt, True), (whole, False))
         )
         if not after.startswith(before):
@@ -240,9 +242,7 @@ class PromptEncoder:
                 f"which ends with {before[-40:]!r}. Give the part that it wants (reasoning_content "
                 "in the last message), or chat_template_kwargs such as {enable_thinking: false}."
             )
-        ids = tuple(
-            _rendered(index, tokenizer, whole, more, tokenize=True, asks=False)["input_ids"]
-        )
+        ids = tuple(rendered(index, tokenizer, whole, more, tokenize=True, asks=False)["input_ids"])
         if ids[: len(prompt)] == prompt:
             ids = ids[len(prompt) :]
         else:  # the first token of the answer would join the last of the prompt
@@ -310,7 +310,7 @@ def _tokenised(index: int) -> Iterator[None]:
         ) from error
 
 
-def _rendered(
+def rendered(
     index: int,
     tokenizer: PreTrainedTokenizerBase,
     messages: Messages,

@@ -24,7 +24,12 @@ function weightAt(rollout, position) {
   return valueAt(rollout.weights, position) ?? 1;
 }
 
+function isReply(rollout, position) {
+  return rollout.replies.some(([from, to]) => from <= position && position < to);
+}
+
 function tokenTip(rollout, position) {
+  if (isReply(rollout, position)) return `token ${position} of ${rollout.texts.length}, id ${rollout.ids[position]}\nwritten by the environment: not learned`;
   const loss = lossAt(rollout, position);
   const parts = [`token ${position} of ${rollout.texts.length}, id ${rollout.ids[position]}`];
   if (loss === null) return `${parts[0]}\nno log-probs of both models`;
@@ -39,6 +44,7 @@ function tokenTip(rollout, position) {
 
 function token(rollout, position, number, fork, less) {
   const text = rollout.texts[position];
+  if (isReply(rollout, position)) return h("span", { class: "t reply", "data-at": position }, text);
   const kind = `t ${shade(lossAt(rollout, position))}${less.has(position) ? " less" : ""}`;
   if (!fork) return h("span", { class: kind, "data-at": position }, text);
   const label = `Candidate ${number}, ${NAMES[fork.verdict]}, OT distance ${fixed(fork.distance, 3)}, `
@@ -97,7 +103,7 @@ function drawRollout(index, words) {
   const alarms = rollout.forks.filter((fork) => fork.verdict === "alarm").length;
   const real = rollout.forks.filter((fork) => fork.verdict === "real").length;
   const parts = [
-    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}, ${end} · ${real} real, ${counted(alarms, "false alarm")}`)),
+    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}${rollout.replies.length ? ` in ${rollout.replies.length + 1} turns` : ""}, ${end} · ${real} real, ${counted(alarms, "false alarm")}`)),
     rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
     rollout.student.length ? null : h("p", { class: "note" }, "The student's log-probs were not recorded: no shading by loss."),
     rollout.asked.length ? h("ul", { class: "asked", "aria-label": "What the method asks of this rollout" }, ...rollout.asked.map((words) => h("li", {}, words))) : null,

@@ -49,11 +49,16 @@ def rollout_text(seen: RolloutView, index: int, rule: Verdict) -> RenderableType
     """
     end = "ended by itself" if seen.finished else "cut by the length limit"
     heading = Text(f"rollout {index}: prompt {seen.prompt}, update {seen.step}, ", style="bold")
-    heading.append(f"{len(seen.texts)} tokens, {end}")
+    turns = f" in {len(seen.replies) + 1} turns" if seen.replies else ""
+    heading.append(f"{len(seen.texts)} tokens{turns}, {end}")
     legend = Text(f"◆ {rule.real}  ○ {rule.alarm}  underlined: token loss over 1 nat", "dim")
+    legend.append("  italic: the environment" if seen.replies else "")
     less = {t for t, weight in seen.weights if weight is not None and weight < 1}
     body, forks = Text(), {fork.position: (n, fork) for n, fork in enumerate(seen.forks, 1)}
     for position, text in enumerate(seen.texts):
+        if any(first <= position < end for first, end in seen.replies):
+            body.append(text, "italic cyan")
+            continue
         number, fork = forks.get(position, (0, None))
         if fork:
             body.append(f"[{SIGNS[fork.verdict]}{number}]", STYLES[fork.verdict])

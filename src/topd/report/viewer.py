@@ -86,6 +86,7 @@ class RolloutView:
     advantages: tuple[tuple[int, float | None], ...]
     forks: tuple[ForkView, ...]
     whose: str = ""  # the teacher's name, where there are several
+    replies: tuple[tuple[int, int], ...] = ()  # of an environment: from token, to token
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,16 @@ def view(rollout: RolloutRecord, tokens: TokenTexts) -> RolloutView:
         prompt_text=join_visible(tokens.texts(rollout.prompt_ids)),
         texts=_texts(rollout.response_ids, tokens),
         ids=rollout.response_ids,
-        student=tuple(_rounded(x) for x in rollout.logprobs),
+        student=tuple(
+            None if rollout.is_reply(t) else _rounded(x) for t, x in enumerate(rollout.logprobs)
+        ),
         teacher=tuple(_rounded(x) for x in rollout.teacher_logprobs),
         asked=asked_of(rollout) if rollout.guided else (),
         weights=tuple((t, _rounded(w)) for t, w in sorted(rollout.weights.items())),
         advantages=tuple((t, _rounded(a)) for t, a in enumerate(rollout.advantages) if a),
         forks=tuple(_fork(rollout, fork, tokens) for fork in rollout.forks),
         whose=plain(rollout.teacher or "", limit=40),
+        replies=rollout.replies,
     )
 
 

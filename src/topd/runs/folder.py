@@ -195,6 +195,7 @@ def rollout_record(
         "teacher_logprobs": teacher_logprobs,
         "finished": rollout.finished,
         **({"teacher": rollout.prompt.teacher_name} if rollout.prompt.teacher_name else {}),
+        **({"replies": rollout.replies} if rollout.replies else {}),
         "text": text,
     }
 

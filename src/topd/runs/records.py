@@ -9,6 +9,7 @@ of a later format than this is refused in words.
 2     ``format``; forks say whether their plan ``converged``
 3     the records are those of 2; tokens are drawn by Gumbel-max
 4     a rollout has its ``teacher``'s name, where there are several
+5     a rollout has the spans of its ``replies``, where there is an environment
 ====  ==================================================
 """
 
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from topd.errors import TOPDError
 from topd.runs.files import numbered_lines, read_whole
 
-FORMAT = 4
+FORMAT = 5
 DRAWN = 3  # from here on tokens are drawn with the numbers of today
 LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
 Id = Annotated[int, Field(ge=0)]
@@ -143,6 +144,7 @@ class RolloutRecord(Record):
     teacher_logprobs: tuple[float, ...] = ()
     finished: bool = True
     teacher: str | None = None
+    replies: tuple[tuple[Id, Id], ...] = ()
     forks: tuple[ForkRecord, ...] = ()
     targets: tuple[SoftTargetRecord, ...] = ()
     capped: tuple[int, ...] = ()
@@ -150,6 +152,10 @@ class RolloutRecord(Record):
     branches: tuple[BranchRecord, ...] = ()
     advantages: tuple[float, ...] = ()
     guided: bool = False
+
+    def is_reply(self, t: int) -> bool:
+        """Whether an environment wrote token ``t``."""
+        return any(first <= t < end for first, end in self.replies)
 
 
 class CurvePoint(Record):

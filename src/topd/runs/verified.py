@@ -8,6 +8,7 @@ besides is kept as it is.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,9 @@ class _RolloutLine(RolloutRecord):
     def _one_each(self) -> _RolloutLine:
         if len(self.logprobs) not in (0, len(self.response_ids)):
             raise ValueError("logprobs and response_ids differ in length")
+        borders = [0, *(place for span in self.replies for place in span), len(self.response_ids)]
+        if self.replies and not all(a < b for a, b in pairwise(borders)):
+            raise ValueError("replies are not inside the response, one after the other")
         return self
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers.utils import logging
 
 from topd import transport
+from topd.config import TOPDConfig
+from topd.divergence import select_candidates, thin_candidates
 from topd.engines import Scores
 from topd.runs.records import Fork
 from topd.types import (
@@ -66,6 +68,25 @@ class Experience:
     efforts: tuple[Effort, ...] = ()
 
 
+def candidates_of(
+    losses: Sequence[Tensor], mask: Tensor, args: TOPDConfig, length: int
+) -> list[tuple[int, int]]:
+    """(row, token) of every candidate.
+
+    Losses are [T] nats, one a rollout; ``mask`` [B T] is True at the student's tokens; ``length``
+    is K.
+    """
+    threshold = args.candidate_threshold
+    candidates = select_candidates(
+        padded(losses)[0],
+        mask,
+        fraction=args.candidate_fraction,
+        threshold=-torch.inf if threshold is None else threshold,
+    )
+    candidates = thin_candidates(candidates, gap=args.window_gap or length)
+    return [(row, t) for row, t in candidates.nonzero().tolist()]
+
+
 def differing(
     rollouts: Sequence[Rollout], teacher: Tensor, candidates: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
@@ -79,7 +100,9 @@ def differing(
     for row, rollout in enumerate(rollouts):
         own = torch.tensor(rollout.logprobs, dtype=torch.float64)
         teachers = told[row, : len(rollout.response)]
-        if rollout.logprobs and teachers.numel() and float((own - teachers).abs().mean()) < ALIKE:
+        if not (rollout.logprobs and teachers.numel()):
+            continue
+        if float(own_only(rollout, (own - teachers).abs()).mean()) < ALIKE:
             alike.add(row)
     if alike and len(alike) == len(rollouts):
         logger.warning_once(
@@ -100,7 +123,8 @@ def token_scores(
 
     Likewise ``rewritten`` [T].
     """
-    tokens, mask = padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
+    tokens, _ = padded([torch.tensor(r.response, dtype=torch.long) for r in rollouts])
+    mask = own_mask(rollouts)
     student, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
     known = None if statistics is None else statistics_of(statistics)
     share = None if rewritten is None else padded(rewritten)[0]
@@ -114,10 +138,12 @@ def share_rewritten(rollout: Rollout, start: int, window: Ids, length: int) -> f
 
     A rollout that was cut off is compared as far as it goes. A window without tokens says nothing.
     """
-    own = rollout.response[start : start + length]
+    end = rollout.turn_end(start)
+    own = rollout.response[start : min(start + length, end)]
     if not window:
         return 0.0
-    longest = len(own) if not rollout.finished else max(len(own), len(window))
+    cut = not rollout.finished and end == len(rollout.response)
+    longest = len(own) if cut else max(len(own), len(window))
     pairs = zip_longest(own, window[:longest])
     return sum(a != b for a, b in pairs) / max(longest, 1)
 
@@ -156,12 +182,18 @@ def pair_windows(
 ) -> Windows:
     """Pair what the teacher wrote with the student's own rollout from the same token on.
 
-    Every window is padded to ``length``: the position cost does not depend on the batch.
+    A window ends with its turn. All are padded to ``length``: the position cost does not depend on
+    the batch.
     """
-    own = [torch.tensor(rollouts[row].response[t : t + length]) for row, t in starts]
+    ends = [rollouts[row].turn_end(t) for row, t in starts]
+    own = [
+        torch.tensor(rollouts[row].response[t : min(t + length, end)])
+        for (row, t), end in zip(starts, ends, strict=True)
+    ]
     theirs = [torch.tensor(window.tokens) for window in written]
-    for k, (b, _) in enumerate(starts):
-        if not rollouts[b].finished:  # cut by the length limit, not ended: compare what both have
+    for k, ((b, _), end) in enumerate(zip(starts, ends, strict=True)):
+        # cut by the length limit, not ended: compare what both have
+        if not rollouts[b].finished and end == len(rollouts[b].response):
             theirs[k] = theirs[k][: len(own[k])]
     student_tokens, student_mask = padded(own, length)
     teacher_tokens, teacher_mask = padded(theirs, length)
@@ -188,6 +220,32 @@ def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
             )
         )
     return tuple(tuple(row) for row in forks)
+
+
+def of_own_tokens(
+    guidance: Sequence[Guidance], rollouts: Sequence[Rollout]
+) -> tuple[Guidance, ...]:
+    """The guidance without weights and advantages of tokens that an environment wrote."""
+    return tuple(
+        replace(
+            guide,
+            weights=tuple(w * own for w, own in zip(guide.weights, r.own, strict=True)),
+            advantages=tuple(a * own for a, own in zip(guide.advantages, r.own, strict=False)),
+        )
+        if r.replies
+        else guide
+        for guide, r in zip(guidance, rollouts, strict=True)
+    )
+
+
+def own_only(rollout: Rollout, values: Tensor) -> Tensor:
+    """Of values [T] of a rollout those at the student's tokens."""
+    return values[torch.tensor(rollout.own)] if rollout.replies else values
+
+
+def own_mask(rollouts: Sequence[Rollout]) -> Tensor:
+    """[B T] bool, True at the student's tokens."""
+    return padded([torch.tensor(r.own, dtype=torch.bool) for r in rollouts])[0].bool()
 
 
 def logprobs_of(rollout: Rollout) -> Sequence[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from topd import transport
 from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere
-from topd.divergence import real_divergent_points, select_candidates, thin_candidates
+from topd.divergence import real_divergent_points
 from topd.engines import Engine, Scores, Tick
 from topd.engines.several import owners_of, reader_of
 from topd.errors import TOPDError
@@ -28,9 +28,12 @@ from topd.training.evidence import (
     Experience,
     Seen,
     by_token_loss,
+    candidates_of,
     differing,
     forks_of,
     logprobs_of,
+    of_own_tokens,
+    own_mask,
     padded,
     pair_windows,
     share_rewritten,
@@ -38,6 +41,7 @@ from topd.training.evidence import (
     token_scores,
 )
 from topd.training.progress import Phases
+from topd.training.turns import Turns
 from topd.types import (
     Evidence,
     Generation,
@@ -61,13 +65,19 @@ class Observer:
         teacher: the engine that scores and continues.
         args: what to look for.
         phases: where the seconds are counted.
+        turns: an environment that replies to the student; none: rollouts have one turn.
     """
 
     def __init__(
-        self, student: Engine, teacher: Engine, args: TOPDConfig, phases: Phases | None = None
+        self,
+        student: Engine,
+        teacher: Engine,
+        args: TOPDConfig,
+        phases: Phases | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.student, self.teacher, self.args = student, teacher, args
-        self.phases = phases or Phases()
+        self.phases, self.turns = phases or Phases(), turns
 
     def observe(
         self,
@@ -91,7 +101,7 @@ class Observer:
             TOPDError: here or on another rank.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
-        seeds = [sampling_seeds(self.args.seed, step, 1, first=number)[0] for number in numbers]
+        seeds = [sampling_seeds(self.args.seed, step, 1, first=n)[0] for n in numbers]
         method = self.args.guidance_method(look_ahead=look_ahead)
         write = self.answered if teacher_writes else self.roll_out
         rollouts = agreed(lambda: write(prompts, seeds), self._waiting)
@@ -105,7 +115,8 @@ class Observer:
             written = self.student.generate(
                 [prompt.student for prompt in prompts], self.args.sampling, seeds, tick=tick
             )
-        return [make_rollout(p, w) for p, w in zip(prompts, written, strict=True)]
+            found = [make_rollout(p, w) for p, w in zip(prompts, written, strict=True)]
+            return self.turns.resumed(found, self.student, seeds, tick) if self.turns else found
 
     def answered(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
         """The teacher's responses, drawn as its windows are; without log-probs."""
@@ -141,7 +152,7 @@ class Observer:
 
     def _window_length(self, rollouts: Sequence[Rollout]) -> int:
         """K; a share is one of the mean length over all ranks."""
-        own = [len(rollout.response) for rollout in rollouts]
+        own = [len(rollout.written) for rollout in rollouts]
         if self.args.window_length >= 1:
             return self.args.window_tokens(own)
         return self.args.window_tokens([n for lengths in everywhere(own) for n in lengths])
@@ -170,7 +181,7 @@ class Observer:
             statistics += known or []
             losses += self.token_losses(some, scores, known, seeds[first:])
             if method.looks_ahead:
-                found = self.candidates(losses[first:], length)
+                found = self.candidates(losses[first:], length, own_mask(some))
                 found = differing(some, told, found)
                 if method.first_only and self.args.all_candidates_are_real:
                     found = sorted({row: (row, t) for row, t in reversed(found)}.values())
@@ -219,7 +230,7 @@ class Observer:
         self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, seen: Seen
     ) -> Experience:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
-        asked, phases = method.guide(seen.evidence), self.phases
+        asked, phases = of_own_tokens(method.guide(seen.evidence), rollouts), self.phases
         asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs)
         guidance = gone_on(self.student, rollouts, asked, seeds, self.args.sampling, phases)
         windows = dict(zip(seen.starts, seen.written, strict=True))
@@ -305,18 +316,11 @@ class Observer:
 
         return [torch.tensor(shares(r)) for r in rollouts]
 
-    def candidates(self, losses: Sequence[Tensor], length: int) -> list[tuple[int, int]]:
-        """(row, token) of every candidate; losses are [T] nats, one a rollout; ``length`` is K."""
-        token_loss, mask = padded(losses)
-        threshold = self.args.candidate_threshold
-        candidates = select_candidates(
-            token_loss,
-            mask,
-            fraction=self.args.candidate_fraction,
-            threshold=-torch.inf if threshold is None else threshold,
-        )
-        candidates = thin_candidates(candidates, gap=self.args.window_gap or length)
-        return [(row, t) for row, t in candidates.nonzero().tolist()]
+    def candidates(
+        self, losses: Sequence[Tensor], length: int, own: Tensor | None = None
+    ) -> list[tuple[int, int]]:
+        """(row, token) of every candidate; ``own`` [B T] are the student's tokens, none: all."""
+        return candidates_of(losses, padded(losses)[1] if own is None else own, self.args, length)
 
     def look_ahead(
         self, scores: Scores, starts: Starts, seeds: Sequence[int], length: int
@@ -353,7 +357,7 @@ class Observer:
 
         ``teacher`` are its log-probs, [T] a rollout, where it was asked.
         """
-        token_loss, mask = padded(losses)
+        token_loss, mask = padded(losses)[0], own_mask(rollouts)
         windows = pair_windows(rollouts, starts, written, length)
         prompts = [rollouts[row].prompt for row, _ in starts]
         solved = self.compare(windows, teacher=reader_of(self.teacher, prompts))
@@ -373,9 +377,8 @@ class Observer:
         """Optimal transport between paired windows, with the cost and solver of ``args``.
 
         Of a teacher's window that is longer than the student's only as much is compared as the
-        student has: its last token would else be compared with all that the teacher continues to
-        write. ``position_weight`` replaces that of ``args``; ``teacher`` is
-        the windows' own, where there are several.
+        student has: its last token would else be compared with all that the teacher writes on.
+        ``position_weight`` replaces that of ``args``; of several teachers ``teacher`` is their own.
         """
         eta = self.args.position_weight if position_weight is None else position_weight
         length = windows.student_mask.sum(-1, keepdim=True)

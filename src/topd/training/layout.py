@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -15,6 +15,11 @@ from transformers import PreTrainedModel
 from topd.inputs.positions import takes_masks
 from topd.training.router import router_weight
 from topd.types import Guidance, Rollout
+
+PER_TOKEN = (
+    *("place", "tokens", "weights", "sampled", "teacher_hidden", "target_tokens"),
+    *("target_probabilities", "capped", "advantages"),
+)
 
 
 def sent(values: Any, dtype: torch.dtype = torch.long, *, device: torch.device) -> Tensor:
@@ -107,6 +112,16 @@ def learned_part(rollout: Rollout, guidance: Guidance) -> tuple[Rollout, Guidanc
         replace(rollout, response=rollout.response[:end], logprobs=rollout.logprobs[:end]),
         replace(guidance, weights=guidance.weights[:end], advantages=guidance.advantages[:end]),
     )
+
+
+def own_parts(batch: Mapping[str, Any], rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """What of a batch has an entry a token, without the tokens that an environment wrote.
+
+    They are read by the student, and no more.
+    """
+    own = sent([own for r in rollouts for own in r.own], torch.bool, device=batch["tokens"].device)
+    kept = {key: batch[key][own] for key in PER_TOKEN if batch[key] is not None}
+    return {**kept, "lengths": [sum(r.own) for r in rollouts]}
 
 
 def support_of(guidance: Sequence[Guidance]) -> list[tuple[list[int], list[float]]]:

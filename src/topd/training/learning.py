@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, TypedDict, TypeVar
+from typing import NamedTuple, TypedDict, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,7 +31,7 @@ from topd.losses import (
     soft_target_kl,
 )
 from topd.training.evidence import Experience
-from topd.training.layout import Layout, lay_out, learned_part, sent, support_of
+from topd.training.layout import Layout, lay_out, learned_part, own_parts, sent, support_of
 from topd.training.router import balanced_forward, router_weight
 from topd.types import BranchLoss, Guidance, Head, Rollout, autocast_dtype
 
@@ -127,7 +127,7 @@ def collate(
     target_tokens, target_probabilities = _targets(guidance, device)
     tokens = partial(_end_to_end, device=device)
     numbers = partial(_end_to_end, device=device, dtype=torch.float32)
-    return LearningBatch(
+    batch = LearningBatch(
         input_ids=sent([row + [0] * (width - len(row)) for row in layout.ids], device=device),
         positions=layout.positions(width, device) if layout.spans else None,
         visible=layout.visible(width, device) if layout.spans else None,
@@ -146,6 +146,9 @@ def collate(
         branches=_branch_batches(experience, rows, layout, width, device),
         totals=totals,
     )
+    if any(r.replies for r in rollouts):
+        batch.update(cast(LearningBatch, own_parts(batch, rollouts)))
+    return batch
 
 
 def _end_to_end(

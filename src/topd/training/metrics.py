@@ -8,7 +8,8 @@ from torch import Tensor
 
 from topd.distributed import everywhere
 from topd.inputs.prompts import repeated_ngram_share
-from topd.training.evidence import Experience
+from topd.training.evidence import Experience, own_only
+from topd.types import Rollout
 
 
 class Means:
@@ -64,17 +65,21 @@ def mean_seconds(by_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def measure_experience(means: Means, experience: Experience) -> None:
     """Lengths, repetition, the sampled reverse KL (k1), and what was found at the forks."""
     rollouts = experience.rollouts
-    lengths = [len(rollout.response) for rollout in rollouts]
+    lengths = [len(rollout.written) for rollout in rollouts]
     clipped = sum(not rollout.finished for rollout in rollouts)
-    repeated = sum(repeated_ngram_share(rollout.response) for rollout in rollouts)
+    repeated = sum(repeated_ngram_share(rollout.written) for rollout in rollouts)
     means.add("tokens_per_second", sum(lengths), 0)  # the seconds are counted at the log
     means.add("completions/mean_length", sum(lengths), len(rollouts))
     means.add("completions/clipped_ratio", clipped, len(rollouts))
     means.add("completions/repeated_4gram_share", repeated, len(rollouts))
     told = zip(rollouts, experience.teacher_logprobs, strict=True)
-    sampled = [r.logprobs for r, theirs in told if r.logprobs and len(theirs)]
-    ratio = sum(map(sum, sampled)) - sum(float(p.sum()) for p in experience.teacher_logprobs)
-    means.add("reverse_kl_sampled", ratio if sampled else 0.0, sum(map(len, sampled)))
+    sampled = [r for r, theirs in told if r.logprobs and len(theirs)]
+    told = zip(rollouts, experience.teacher_logprobs, strict=True)
+    ratio = sum(sum(r.logprobs) for r in sampled) - sum(_total(r, p) for r, p in told)
+    count = sum(len(r.written) for r in sampled)
+    means.add("reverse_kl_sampled", ratio if sampled else 0.0, count)
+    if any(r.replies for r in rollouts):
+        means.add("completions/mean_turns", sum(len(r.turns) for r in rollouts), len(rollouts))
     forks = [fork for row in experience.forks for fork in row]
     real = sum(fork.real is True for fork in forks)
     means.add("topd/candidates", len(forks))
@@ -97,8 +102,8 @@ def _by_teacher(means: Means, experience: Experience) -> None:
         name = rollout.prompt.teacher_name
         if name is None:
             continue
-        ratio = sum(rollout.logprobs) - float(scores.sum())
-        sampled = len(rollout.logprobs)
+        ratio = sum(rollout.logprobs) - _total(rollout, scores)
+        sampled = len(rollout.written) if rollout.logprobs else 0
         means.add(f"teacher/{name}/reverse_kl_sampled", ratio if sampled else 0.0, sampled)
         means.add(f"teacher/{name}/candidates", len(forks), 1)
         means.add(f"teacher/{name}/real_divergent_points", sum(f.real is True for f in forks), 1)
@@ -106,10 +111,15 @@ def _by_teacher(means: Means, experience: Experience) -> None:
         means.add(f"teacher/{name}/teacher_tokens", written, 1)
 
 
+def _total(rollout: Rollout, logprobs: Tensor) -> float:
+    """The sum of log-probs [T] over the student's tokens; 0 of none."""
+    return float((own_only(rollout, logprobs) if len(logprobs) else logprobs).sum())
+
+
 def _count_tokens(means: Means, experience: Experience) -> None:
     """What an update cost in tokens: written and read by either model, learned by the student."""
     rollouts, guidance = experience.rollouts, experience.guidance
-    written = sum(len(r.response) for r in rollouts if r.logprobs)
+    written = sum(len(r.written) for r in rollouts if r.logprobs)
     branches = sum(
         len(branch.tokens)
         for rollout, guide in zip(rollouts, guidance, strict=True)

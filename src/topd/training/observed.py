@@ -36,6 +36,7 @@ from topd.training.preflight import check_forward, mend
 from topd.training.progress import Phases
 from topd.training.recorded import RecordedTrainer
 from topd.training.startup import Sources, Tokenizers
+from topd.training.turns import Turns
 from topd.types import Prompt
 
 
@@ -45,6 +46,7 @@ class ObservedTrainer(RecordedTrainer):
     Attributes:
         own: how the student is its own teacher; None if it is not.
         encoder: makes prompts of rows.
+        turns: an environment between turns of the student; None for rollouts of one turn.
         observer: gathers what an update learns from.
         evaluator: the same for an evaluation, whose seconds are not counted.
         overlap: gathers the next update's experience meanwhile; None if none is.
@@ -52,6 +54,7 @@ class ObservedTrainer(RecordedTrainer):
 
     own: SelfTeacher | None
     encoder: PromptEncoder
+    turns: Turns | None
 
     def _observe_with(
         self,
@@ -86,8 +89,8 @@ class ObservedTrainer(RecordedTrainer):
             student.model = self.copy.model
         self.shares_rows = student.shares
         pair = student, one_teacher(teachers or [student], routes)
-        self.observer = Observer(*pair, self.args, self.phases)
-        self.evaluator = Observer(*pair, self.args, Phases())
+        self.observer = Observer(*pair, self.args, self.phases, self.turns)
+        self.evaluator = Observer(*pair, self.args, Phases(), self.turns)
         self.overlap = Overlap(self.observer) if self.args.overlap else None
 
     @contextmanager

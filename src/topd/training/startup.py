@@ -143,6 +143,7 @@ def encoder_of(
         routes,
         args.reference,
         by_text,
+        args.environment is not None,
     )
 
 

@@ -50,6 +50,7 @@ from topd.training.startup import (
     tokenizers_of_all,
 )
 from topd.training.stop_rules import Watch
+from topd.training.turns import turns_of
 from topd.types import Prompt
 
 
@@ -104,8 +105,12 @@ class TOPDTrainer(ObservedTrainer):
         agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
         tokenizers = tokenizers_of_all(sources, processing_class, teacher_processing_class)
         self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
+        self.turns = turns_of(args, sources, tokenizers[0])
         train, evaluation = self._encoded(rows_of(train_dataset), rows_of(eval_dataset), args)
-        check_sources(sources, tokenizers, [*(train or ()), *(evaluation or ())], args)
+        prompts = [*(train or ()), *(evaluation or ())]
+        check_sources(sources, tokenizers, prompts, args)
+        if self.turns:
+            self.turns.check(prompts)
         check_launch()
         if train is not None:
             check_training(sources, tokenizers, args, optimizers)
@@ -248,7 +253,7 @@ class TOPDTrainer(ObservedTrainer):
 
     def _totals(self, experience: Experience) -> Totals:
         """One denominator for all micro-batches and ranks."""
-        tokens = sum(len(rollout.response) for rollout in experience.rollouts)
+        tokens = sum(len(rollout.written) for rollout in experience.rollouts)
         guided = sum(guidance.guided for guidance in experience.guidance)
         own = [tokens, guided, len(experience.rollouts)]
         counts = torch.tensor(own, device=self.accelerator.device)

@@ -94,6 +94,10 @@ def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> 
             yield f"{place}: has {len(response)} tokens, the limit is {args.max_completion_length}"
         if len(record["logprobs"]) != len(response):
             yield f"{place}: logprobs are missing"
+        replies = tuple((first, end) for first, end in record.get("replies", ()))
+        told = trainer.turns.spans(prompt, tuple(response)) if trainer.turns and prompt else ()
+        if replies != told:
+            yield f"{place}: its replies are not those of the environment"
 
 
 def _decided(
@@ -162,7 +166,11 @@ def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
         teacher_name=record.get("teacher"),
     )
     return Rollout(
-        prompt, tuple(record["response_ids"]), tuple(record["logprobs"]), record["finished"]
+        prompt,
+        tuple(record["response_ids"]),
+        tuple(record["logprobs"]),
+        record["finished"],
+        tuple((first, end) for first, end in record.get("replies", ())),
     )
 
 

@@ -145,7 +145,7 @@ def _refuse_code(
     said = "To run it, say --trust-remote-code."
     if any(spec.get("trust_remote_code") for spec in specs):
         raise TOPDError(f"{folder}: its models ran code of their repositories. {said}")
-    for key in ("method", "candidate_loss"):
+    for key in ("method", "candidate_loss", "environment"):
         if is_outside(str(config.get(key))):
             raise TOPDError(f"{folder}: its {key} {config[key]!r} is code of its own. {said}")
 

@@ -1,0 +1,168 @@
+"""Environments: what answers a student between its turns, and how the answer is written.
+
+    environment(row, turns: Sequence[str]) -> str | None
+
+``row`` is the row of the data, ``turns`` are the student's so far, as text without special tokens;
+None: the conversation is over. A call is text, ``<calc>3 * (4 + 5)</calc>``: every tokenizer can
+write it and every model can learn it, where the call formats of chat templates differ by family and
+have no common parser. One of your own needs no row here: ``environment: my_module:function``.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedTokenizerBase
+
+from topd.errors import TOPDError
+from topd.inputs.prompts import rendered
+from topd.named import row_named
+from topd.testbed import SCHEME, verify
+from topd.types import Ids
+
+Row: TypeAlias = Mapping[str, Any]
+Environment: TypeAlias = Callable[[Row, Sequence[str]], str | None]
+
+CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
+LONGEST = 200  # characters of an expression
+LARGEST = 10.0**15  # of any value on the way: below it, whole numbers are exact
+OPERATORS: Mapping[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
+
+
+def calculator(row: Row, turns: Sequence[str]) -> str | None:
+    """The value of the last ``<calc>...</calc>`` of the last turn; None where there is no call.
+
+    >>> calculator({}, ["That is <calc>3 * (4 + 5)</calc>"]), calculator({}, ["27."])
+    ('27', None)
+    """
+    calls = CALL.findall(turns[-1])
+    return calculated(calls[-1]) if calls else None
+
+
+def calculated(expression: str) -> str:
+    """The value of an expression of numbers, + - * / // % ** and brackets, or "error".
+
+    Nothing is executed: the syntax tree is walked, and no value on the way may pass ``LARGEST``.
+
+    >>> calculated("2 ** 10 - 24"), calculated("7 / 2"), calculated("1 / 0"), calculated("open()")
+    ('1000', '3.5', 'error', 'error')
+    """
+    try:
+        if len(expression) > LONGEST:
+            raise ValueError("too long")
+        value = _value(ast.parse(expression.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
+        return "error"
+    return str(value) if isinstance(value, int) else f"{value:.10g}"
+
+
+def _value(node: ast.expr) -> int | float:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value: Any = node.value
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = _value(node.left), _value(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > 64:
+            raise ValueError("too large")
+        value = OPERATORS[type(node.op)](left, right)
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](_value(node.operand))
+    else:
+        raise ValueError("not arithmetic")
+    if isinstance(value, complex) or not abs(value) <= LARGEST:  # NaN too
+        raise ValueError("too large")
+    return value
+
+
+def second_try(right: Callable[[str, Row], bool], row: Row, turns: Sequence[str]) -> str | None:
+    """The testbed's evaluator: the problem once more where the last answer is not right."""
+    return None if right(turns[-1], row) else str(row["prompt"])
+
+
+ENVIRONMENTS: dict[str, Environment] = {"calculator": calculator}
+
+
+def environment_named(name: str) -> Environment:
+    """By its name in ``ENVIRONMENTS``, ``testbed://FAMILY``, or ``module:function``.
+
+    Raises TOPDError if there is none.
+    """
+    if name.startswith(SCHEME):
+        return partial(second_try, verify(name))
+    return row_named("environment", name, ENVIRONMENTS, _function)
+
+
+def _function(found: Environment) -> Environment:
+    return found
+
+
+ASKED = ({"role": "user", "content": "Please."}, {"role": "assistant", "content": "Done."})
+PROBE = "a reply of the environment"
+ROLES = ("tool", "user")  # the first that the chat template writes
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Writes an environment's replies as the tokens between two turns of the student.
+
+    In a conversation they are what the chat template writes from the end of the assistant's message
+    on: the reply as a message of its own, and the beginning of the next one. After a prompt that is
+    plain text they are the reply's tokens. What the student wrote stays as it is.
+
+    Args:
+        tokenizer: the student's.
+        ends: tokens that end a turn.
+        template_kwargs: given to the chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse a chat template that writes no message after the assistant's. Raises TOPDError."""
+        self._between(PROBE)
+
+    def ids(self, text: str, *, chat: bool) -> Ids:
+        """The tokens of a reply. Raises TOPDError where there is none to be had."""
+        if chat:
+            return self._between(text)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _between(self, text: str) -> Ids:
+        before = self._rendered(asks=False)
+        kept = max((i + 1 for i, token in enumerate(before) if token in self.ends), default=0)
+        for role in ROLES if kept else ():
+            try:
+                after = self._rendered({"role": role, "content": text}, asks=True)
+            except TOPDError:  # a template may know no tools
+                continue
+            found = after[kept:]
+            if after[:kept] == before[:kept] and text in self.tokenizer.decode(list(found)):
+                return found
+        raise TOPDError(
+            f"environment: {self.tokenizer.name_or_path or 'the tokenizer'}: its chat template "
+            "writes no message of a tool or a user after the assistant's. Choose another "
+            "chat_template, or give prompts as strings (data.chat: false)."
+        )
+
+    def _rendered(self, *more: Mapping[str, Any], asks: bool) -> Ids:
+        found = rendered(
+            0, self.tokenizer, [*ASKED, *more], self.template_kwargs, tokenize=True, asks=asks
+        )
+        return tuple(found["input_ids"])
