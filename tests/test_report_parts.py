@@ -353,15 +353,17 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
 
 
 def test_a_repair_is_told_by_method_the_best_first():
-    def arm(*gain: float) -> dict[str, Any]:
+    def arm(*gain: float | None) -> dict[str, Any]:
         return {"reduction_percent": dict(zip(("value", "low", "high"), gain, strict=True))}
 
     arms = {"before": {"median": 1.0}, "opd": arm(1.0, -2.0, 4.0), "topd": arm(9.04, 3.0, 13.0)}
+    arms["olive"] = arm(0.0, None, None)
     assert list(repair_words({"samples": 4, "updates": 5, "arms": arms})) == [
         "5 updates at each of 4 forks bring the student's continuation nearer to the teacher's "
         "window by:",
         "topd 9.0 % [3.0, 13.0].",
         "opd 1.0 % [-2.0, 4.0]: the interval holds 0, no change to be seen.",
+        "olive 0.0 %: too few forks for an interval.",
     ]
 
 

@@ -111,9 +111,16 @@ def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"{each} bring the student's continuation nearer to the teacher's window by:"
     ranked = sorted(arms.items(), key=lambda pair: -pair[1]["value"])
     for name, gain in ranked:
-        noise = ": the interval holds 0, no change to be seen" * (gain["low"] <= 0 <= gain["high"])
-        ends = f"[{gain['low']:.1f}, {gain['high']:.1f}]"
-        yield f"{plain(name, limit=40)} {gain['value']:.1f} % {ends}{noise}."
+        said, low, high = (
+            f"{plain(name, limit=40)} {gain['value']:.1f} %",
+            gain["low"],
+            gain["high"],
+        )
+        if low is None or high is None:
+            yield f"{said}: too few forks for an interval."
+            continue
+        noise = ": the interval holds 0, no change to be seen" * (low <= 0 <= high)
+        yield f"{said} [{low:.1f}, {high:.1f}]{noise}."
 
 
 def training_words(folder: Path) -> Iterator[str]:
