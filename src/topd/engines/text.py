@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import BaseEngine, Prefix, check_seeds
+from topd.engines.text_logprobs import Pieces, logprobs_of_tokens, whole_text
 from topd.inputs.border import BROKEN, Border
 from topd.types import Generation, Ids, Needs, Sampling
 
@@ -43,6 +44,10 @@ class Writer(Protocol):
         """What comes after every prompt (ids of the teacher's tokenizer) and text."""
         ...
 
+    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
+        """Of every prompt and text the writer's own tokens, and their log-probs."""
+        ...
+
 
 class TextEngine(BaseEngine):
     """A teacher by text. Scores have no states: its head makes every token as likely as any other.
@@ -51,6 +56,7 @@ class TextEngine(BaseEngine):
         model: see :func:`~topd.inputs.text_models.stand_in`.
         writer: what writes.
         tokenizer: the student's.
+        tells: whether the writer can ``read``: log-probs of the student's tokens.
         eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine, the student's.
     """
 
@@ -61,9 +67,12 @@ class TextEngine(BaseEngine):
         model: PreTrainedModel,
         writer: Writer,
         tokenizer: PreTrainedTokenizerBase,
+        *,
+        tells: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
+        self.gives = "logprobs" if tells else "windows"
         self.writer, self.border = writer, Border(tokenizer)
         self.end = int(tokenizer.eos_token_id)
         self._ends = {str(t) for t in tokenizer.convert_ids_to_tokens(sorted(self.end_ids))}
@@ -87,13 +96,23 @@ class TextEngine(BaseEngine):
         temperature: float = 1.0,
         keep: bool = True,
     ) -> Scores:
-        """Nothing but what ``continue_from`` needs: states and log-probs are zeros."""
+        """States of zeros; log-probs, zeros as well unless the writer tells them.
+
+        They are NaN where the writer does not tell one, see :func:`logprobs_of_tokens`.
+        """
         shape = len(responses), max(map(len, responses))
         weight = self.head.weight
         hidden = weight.new_zeros(*shape, weight.shape[1])
         ids = torch.zeros(shape, dtype=torch.long, device=self.device)
         prefix = Prefix(tuple(prompts), tuple(responses))
-        return Scores(hidden, hidden.new_zeros(shape), ids, prefix)
+        logprobs = hidden.new_zeros(shape, dtype=torch.float32)
+        if self.gives == "logprobs":
+            texts = [whole_text(self.border, response) for response in responses]
+            pieces = self.writer.read(prompts, texts)
+            for row, (response, told) in enumerate(zip(responses, pieces, strict=True)):
+                found = logprobs_of_tokens(self.border, response, told)
+                logprobs[row, : len(found)] = torch.tensor(found)
+        return Scores(hidden, logprobs, ids, prefix)
 
     def continue_from(
         self,

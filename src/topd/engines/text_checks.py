@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from topd.engines.text_logprobs import logprobs_of_tokens
 from topd.engines.text_writers import TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border
@@ -15,6 +17,7 @@ from topd.inputs.vocabulary import PROBE
 from topd.types import Ids, Prompt, Sampling
 
 ASKED = Sampling(temperature=0.0, max_new_tokens=24)
+TOLD = 0.9  # of the student's tokens, where log-probs are wanted
 PROMPTS = 4  # asked until one has an answer to be continued
 OVER = (
     "Give a server of the completions API, or chat: true where its chat API continues the "
@@ -44,7 +47,10 @@ def check_text_teacher(
         return
     for url in spec.text.url:
         one = spec.text.model_copy(update={"url": (url,)})
-        _check_continues(TextServers("teacher", one, tokenizers[1]), prompts[:PROMPTS])
+        writer = TextServers("teacher", one, tokenizers[1])
+        _check_continues(writer, prompts[:PROMPTS])
+        if spec.text.logprobs:
+            _check_tells(writer, prompts[:PROMPTS], Border(tokenizers[0]))
 
 
 def check_border(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -91,10 +97,28 @@ def _check_continues(writer: TextServers, prompts: Sequence[Prompt]) -> None:
             break
     if not faults:
         raise TOPDError(
-            f"teacher.text: {url} writes next to nothing to the first prompts ({answer!r}). Is "
-            "teacher.tokenizer the one whose chat template the model was trained with?"
+            f"teacher.text: {url} writes next to nothing, or one word, to the first prompts "
+            f"({answer!r}). Is teacher.tokenizer the one whose chat template the model was trained "
+            "with?"
         )
     raise TOPDError(f"teacher.text: {url} {faults[0]}")
+
+
+def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border) -> None:
+    """Have a server tell the log-probs of its own answers' tokens, as the student splits them."""
+    answers = [_asked(writer, prompt.teacher, "") for prompt in prompts]
+    rows = [border.ids((), answer) or () for answer in answers]
+    read = writer.read([prompt.teacher for prompt in prompts], answers)
+    pairs = zip(rows, read, strict=True)
+    told = [x for ids, pieces in pairs for x in logprobs_of_tokens(border, ids, pieces)]
+    known = sum(not math.isnan(x) for x in told)
+    if known < TOLD * len(told):
+        raise TOPDError(
+            f"teacher.text.logprobs: {writer.spec.url[0]} splits text otherwise than the student's "
+            f"tokenizer: of {len(told)} tokens of the student's it tells {known}. Log-probs of "
+            "single tokens want tokenizers that are alike: leave text.logprobs out, and set "
+            "token_loss: none."
+        )
 
 
 def _asked(writer: TextServers, prompt: Ids, text: str) -> str:
@@ -108,7 +132,9 @@ def _cuts(answer: str) -> list[int]:
     """
     spaces = [i for i in range(1, len(answer) - 1) if answer[i] == " " and answer[i - 1] != " "]
     places = spaces or ([len(answer) // 2] if len(answer) >= 4 else [])
-    telling = [i for i in places if _begin(answer[i:]).split() != _begin(answer).split()]
+    first = answer.split()
+    due = {i: _begin(answer[i:]).split() for i in places}
+    telling = [i for i in places if due[i] != first[: len(due[i])]]
     return sorted(telling, key=lambda i: abs(i - len(answer) // 2))[:2]
 
 

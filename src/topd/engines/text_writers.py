@@ -13,6 +13,7 @@ from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Request, Servers
 from topd.engines.text import TextEngine, Writer, Written
+from topd.engines.text_logprobs import Pieces
 from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec, eos_ids
@@ -64,6 +65,34 @@ class TextServers:
             for prompt, text, seed in zip(prompts, texts, seeds, strict=True)
         ]
         return [self._written(answer) for answer in self.servers.ask(wanted)]
+
+    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
+        """See :class:`~topd.engines.text.Writer`. Raises TOPDError where a server tells none."""
+        asked = {"max_tokens": 0, "temperature": 1.0, "echo": True, "logprobs": 1}
+        wanted = [
+            Request(
+                COMPLETIONS,
+                {
+                    **self.servers.model,
+                    "prompt": self.prompt_text(prompt) + text,
+                    **asked,
+                    **self.spec.extra,
+                },
+            )
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return [self._pieces(answer) for answer in self.servers.ask(wanted)]
+
+    def _pieces(self, answer: Any) -> Pieces:
+        try:
+            told = answer["choices"][0]["logprobs"]
+            return list(zip(told["tokens"], told["token_logprobs"], strict=True))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise TOPDError(
+                f"teacher.text.logprobs: {', '.join(self.spec.url)} does not tell those of a "
+                f"prompt's tokens (echo with logprobs); it answers {str(answer)[:200]}. Leave "
+                "text.logprobs out, and set token_loss: none."
+            ) from error
 
     def prompt_text(self, prompt: Ids) -> str:
         """A prompt's text, without the token that the server's tokenizer puts before any text."""
@@ -141,6 +170,10 @@ class EmbeddedWriter:
             for ids, written in zip(before, found, strict=True)
         ]
 
+    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
+        """Not asked of a model in this process."""
+        raise NotImplementedError
+
     def _ids(self, text: str) -> Ids:
         found = self.border.ids((), text)
         if found is None:
@@ -177,7 +210,8 @@ def text_engine(
     """
     if spec.text is not None:
         writer: Writer = TextServers("teacher (text)", spec.text, tokenizers[1])
-        return TextEngine(models[1], writer, tokenizers[0], name="teacher", **options)
+        tells = spec.text.logprobs
+        return TextEngine(models[1], writer, tokenizers[0], name="teacher", tells=tells, **options)
     own = HFEngine(
         models[1],
         name="teacher",

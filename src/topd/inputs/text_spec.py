@@ -9,7 +9,18 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from topd.inputs.served import ServerSpec, server_url
 
 OF_TEXT = ("path", "text", "tokenizer", "chat_template")
-OURS = ("model", "prompt", "messages", "max_tokens", "temperature", "seed", "stream", "echo", "n")
+OURS = (
+    "model",
+    "prompt",
+    "messages",
+    "max_tokens",
+    "temperature",
+    "seed",
+    "stream",
+    "echo",
+    "n",
+    "logprobs",
+)
 
 
 class TextSpec(ServerSpec):
@@ -18,7 +29,8 @@ class TextSpec(ServerSpec):
     ``url`` is where they are, one or several; ``model`` the name to ask for. ``chat``: ask
     ``/v1/chat/completions``, with the text so far as the beginning of the assistant's message,
     which is what a server without completions needs. ``extra`` is sent with every request, e.g.
-    ``{top_k: -1}``. See :class:`~topd.inputs.served.ServerSpec` for the rest.
+    ``{top_k: -1}``. ``logprobs``: it tells those of a prompt's tokens (``echo``), and splits a text
+    as the student's tokenizer does. See :class:`~topd.inputs.served.ServerSpec` for the rest.
     """
 
     place: ClassVar[str] = "text"
@@ -30,6 +42,7 @@ class TextSpec(ServerSpec):
 
     url: tuple[str, ...] = Field(min_length=1)
     chat: bool = False
+    logprobs: bool = False
     extra: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("url", mode="before")
@@ -42,6 +55,14 @@ class TextSpec(ServerSpec):
     @classmethod
     def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(server_url(url) for url in urls))
+
+    @model_validator(mode="after")
+    def _no_chat(self) -> TextSpec:
+        if self.chat and self.logprobs:
+            raise ValueError(
+                "logprobs: no chat API tells those of a prompt. Leave chat out, or logprobs"
+            )
+        return self
 
     @field_validator("extra")
     @classmethod

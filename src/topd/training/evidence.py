@@ -133,6 +133,16 @@ def token_scores(
     return TokenScores(tokens, mask, student, teacher, likeliest, known, prompts, share)
 
 
+def where_told(scores: Scores, rollouts: Sequence[Rollout]) -> Scores:
+    """Scores with the student's own log-prob where the teacher's is not told (NaN): no difference.
+
+    Only of a teacher by text, whose server may split a text otherwise.
+    """
+    own, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
+    own = own.to(scores.logprobs)
+    return replace(scores, logprobs=scores.logprobs.where(~scores.logprobs.isnan(), own))
+
+
 def share_rewritten(rollout: Rollout, start: int, window: Ids, length: int) -> float:
     """The share of ``length`` tokens from ``start`` on that a window has otherwise, in [0, 1].
 

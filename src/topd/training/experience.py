@@ -39,6 +39,7 @@ from topd.training.evidence import (
     share_rewritten,
     statistics_of,
     token_scores,
+    where_told,
 )
 from topd.training.progress import Phases
 from topd.training.turns import Turns
@@ -256,6 +257,8 @@ class Observer:
                 temperature=self.args.loss_temperature,
                 keep=keep,
             )
+            if self.teacher.gives == "logprobs":
+                scores = where_told(scores, rollouts)
             broken = scores.logprobs.isnan().nonzero().tolist()
         if broken:
             row, t = broken[0]

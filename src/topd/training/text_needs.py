@@ -14,7 +14,9 @@ from topd.types import NEEDS, Needs
 
 def gives(teacher: object) -> Needs:
     """What a source of a teacher gives."""
-    return "windows" if is_by_text(teacher) else "distributions"
+    if not is_by_text(teacher):
+        return "distributions"
+    return "logprobs" if teacher.text and teacher.text.logprobs else "windows"
 
 
 def check_gives(teachers: Sequence[object], args: TOPDConfig) -> None:
@@ -59,8 +61,13 @@ def _of_rollouts(args: TOPDConfig, given: Needs) -> list[tuple[str, str]]:
     elif lacks and not enough:
         fit = [n for n, m in METHODS.items() if NEEDS.index(m.needs) <= NEEDS.index(given)]
         found.append((f"method {args.method} needs {method.needs}", f"method: {' or '.join(fit)}"))
-    if args.token_loss != "none" and not method.of_tokens and method.needs != "nothing":
-        found.append((f"token_loss {args.token_loss} is taken over them", "token_loss: none"))
+    tells = given == "logprobs"
+    counts = method.needs != "nothing" and not (method.of_tokens and lacks)
+    if counts and args.token_loss != "none" and not (tells and args.token_loss == "sampled"):
+        instead = "token_loss: sampled or none" if tells else "token_loss: none"
+        found.append((f"token_loss {args.token_loss} is taken over them", instead))
+    if tells and args.loss_temperature != 1:
+        found.append(("log-probs come at temperature 1", "temperature: 1"))
     if method.looks_ahead:
         if args.embedding == "teacher":
             found.append(("it has no embeddings for embedding: teacher", "embedding: student"))
