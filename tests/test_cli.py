@@ -422,9 +422,18 @@ def command(*words: str) -> Any:
 def test_every_method_is_listed_with_its_first_sentence():
     listed = " ".join(command("methods").output.split())
     for name, method in METHODS.items():
-        first = " ".join((method.guide.__doc__ or "").split("\n\n")[0].split())
+        first = " ".join((method.guide.__doc__ or "").split("\n\n")[0].replace("``", "").split())
         assert name in listed
         assert first in listed
+
+
+@pytest.mark.parametrize(
+    ("verb", "own"), [("probe", "rollouts"), ("repair", "samples"), ("warmstart", "answers")]
+)
+def test_the_help_of_a_command_begins_with_the_settings_that_it_alone_has(verb, own):
+    shown = " ".join(command(verb, "--help").output.split())
+    assert f"Settings of this command: {own}, " in shown
+    assert "Settings, each --NAME VALUE: method, " in shown
 
 
 def test_settings_are_found_by_a_word_of_their_name_or_their_explanation():

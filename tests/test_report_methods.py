@@ -62,15 +62,25 @@ def in_terminal(folder: Path, index: int) -> str:
 
 
 def named(record: dict[str, Any]) -> list[str]:
-    """What must be said of a line of guidance: a piece of text for everything it holds."""
+    """What must be said of a line of guidance: a piece of text for everything it holds.
+
+    A branch where the teacher wrote a window is that window, any other the rollout's own text.
+    """
     weights, advantages = record["weights"], [a for a in record["advantages"] if a]
+    places = {fork["position"] for fork in record["forks"]}
+    windows = [b for b in record["branches"] if b["start"] in places]
+    own = [b for b in record["branches"] if b["start"] not in places]
     pieces = [
         f"At token {b['start']} the student learns the teacher's window"
         f"{', continued by the student,' if b['go_on'] else ''} in that window's own context, by "
         f"{LOSSES[b['loss']]} {'with' if b['loss'] == 'cross_entropy' else 'along'} it: "
         f"{len(b['tokens'])} token"
-        for b in record["branches"]
+        for b in windows
     ]
+    if own:
+        (loss,) = {LOSSES[b["loss"]] for b in own}
+        at = ", ".join(str(b["start"] + i) for b in own for i in range(len(b["tokens"])))
+        pieces.append(f"{loss} as well, on the rollout's own token {at}.")
     if record["targets"]:
         pieces.append(f"Soft targets at {len(record['targets'])} token")
     if record["capped"]:
@@ -136,6 +146,7 @@ CAPTIONS = {
     "window_kd": "KL(p_T || p_S) along the teacher's window, in that window's own context.",
     "first_fork": "KL(p_T || p_S) along the teacher's window, in that window's own context.",
     "relay": "KL(p_S || p_T) along the teacher's window and what the student wrote after it",
+    "eopd": "KL(p_T || p_S) on tokens that the method chose.",
 }
 
 
@@ -180,6 +191,56 @@ def test_a_verdict_is_told_with_its_rule(settings, reason, tmp_path):
     quota = settings == {"false_alarm_share": 0.3}
     assert ("a quota, not a finding" in text) == quota
     assert "another word on the same path" not in text
+
+
+def test_where_no_candidate_can_be_a_false_alarm_none_is_spoken_of(tmp_path):
+    run_of("first_fork", tmp_path, false_alarm_share=0.0)
+    lines = (tmp_path / "guidance.jsonl").read_text().replace('"real": false', '"real": true')
+    (tmp_path / "guidance.jsonl").write_text(lines)
+    assert "false alarm" not in page(tmp_path).text.lower()
+    assert "false alarm" not in in_terminal(tmp_path, 0)
+    run_of("topd", tmp_path)
+    assert "False alarms among the candidates" in page(tmp_path).text
+
+
+def test_a_method_that_looks_nowhere_ahead_has_rollouts_and_no_forks(tmp_path):
+    run_of("opd", tmp_path)
+    text = page(tmp_path).text
+    assert "Rollouts" in text
+    assert "Forks" not in text
+    assert "○" not in in_terminal(tmp_path, 0)
+
+
+# Runs whose responses are not all the student's
+
+
+def test_a_warm_start_is_told_as_one(tmp_path):
+    """Answers that were imitated: no teacher was followed, no rollout sampled, no collapse seen."""
+    run_of("opd", tmp_path, answers="data", kd_ratio=0.0)
+    logs = [{"step": n, "loss": 2.0 if n < 6 else 1.0, "entropy": 1.0} for n in range(1, 11)]
+    make.lines(tmp_path / "metrics.jsonl", logs)
+    text = page(tmp_path).text
+    assert "Warm start" in text
+    assert "imitated the answers of its data (stage 1)." in text
+    assert "Loss 2 to 1 over 10 updates: a fall outside the 95 % interval." in text
+    assert "by opd" not in text
+    assert "own rollouts" not in text
+    assert "Signs of collapse" not in text
+    assert "no divergence was computed" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"teacher_share": 0.25}, "In 25 % of the updates the teacher wrote the responses."),
+        ({"window_replay": 4}, "Every update learned up to 4 windows of earlier updates again."),
+    ],
+)
+def test_what_an_update_learns_besides_its_rollouts_is_said(settings, said, tmp_path):
+    run_of("first_fork", tmp_path, **settings)
+    assert said in page(tmp_path).text
+    run_of("first_fork", tmp_path / "other")
+    assert said not in page(tmp_path / "other").text
 
 
 def test_a_run_without_settings_gives_no_reason_that_it_does_not_know():

@@ -20,10 +20,17 @@ app = typer.Typer(
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 # dashes and underscores alike, as in the keys of a recipe
 EITHER = {"token_normalize_func": lambda name: name.replace("_", "-")}
-SETTINGS = (
-    f"Settings, each --NAME VALUE: {', '.join(own_settings())}; and those of transformers' "
-    "Trainer. topd settings WORD explains those with a word in them, topd methods the methods."
-)
+
+
+def _settings(*classes: str) -> str:
+    """What the help says of a command's settings, those of its own first."""
+    known = own_settings("TOPDConfig")
+    own = [name for name in own_settings(*classes) if name not in known]
+    first = f"Settings of this command: {', '.join(own)}. " if own else ""
+    return (
+        f"{first}Settings, each --NAME VALUE: {', '.join(known)}; and those of transformers' "
+        "Trainer. topd settings WORD explains those with a word in them, topd methods the methods."
+    )
 
 
 @app.callback()
@@ -54,31 +61,31 @@ def import_(
     verbs.import_config(config, output)
 
 
-@app.command(context_settings=EXTRA, epilog=SETTINGS)
+@app.command(context_settings=EXTRA, epilog=_settings())
 def train(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Train a student on its own rollouts. Any key of the recipe: --key value, --data.limit 8."""
     verbs.train(recipe, context.args, quiet)
 
 
-@app.command(context_settings=EXTRA, epilog=SETTINGS)
+@app.command(context_settings=EXTRA, epilog=_settings("WarmstartConfig"))
 def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Stage 1: the student learns from the teacher's answers, or from those of the data."""
     verbs.train(recipe, context.args, quiet, warmstart=True)
 
 
-@app.command(context_settings=EXTRA, epilog=SETTINGS)
+@app.command(context_settings=EXTRA, epilog=_settings("ProbeConfig", "AnalysisConfig"))
 def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Where do student and teacher part, and does the token loss say so? No training."""
     verbs.probe(recipe, context.args, quiet)
 
 
-@app.command(context_settings=EXTRA, epilog=SETTINGS)
+@app.command(context_settings=EXTRA, epilog=_settings("RepairConfig", "AnalysisConfig"))
 def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Correct the student at single forks with each loss, and measure what comes back."""
     verbs.repair(recipe, context.args, quiet)
 
 
-@app.command(context_settings=EXTRA, epilog=SETTINGS)
+@app.command(context_settings=EXTRA, epilog=_settings())
 def compare(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
     """Arms x seeds of one recipe, with paired intervals. Resumes where it was stopped."""
     verbs.compare(recipe, context.args, quiet)

@@ -113,9 +113,9 @@ def declared(name: str) -> set[str]:
     return set(_fields_of(HERE / HOMES[name], name))
 
 
-def own_settings() -> list[str]:
-    """The settings that TOPDConfig adds to transformers', in its order."""
-    return list(_own_fields(_classes(HERE / HOMES["TOPDConfig"])["TOPDConfig"]))
+def own_settings(*names: str) -> list[str]:
+    """The settings that classes add to those that they inherit, in their order."""
+    return [key for name in names for key in _own_fields(_classes(HERE / HOMES[name])[name])]
 
 
 def _fields_of(file: Path, name: str) -> Iterator[str]:

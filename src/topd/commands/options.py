@@ -36,7 +36,10 @@ Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat templa
 TemplateKwargs = Annotated[
     str, typer.Option(help="Of the chat template, e.g. '{enable_thinking: false}'.")
 ]
-Output = Annotated[str, typer.Option(help="Folder of the results; by default below runs/.")]
+Output = Annotated[
+    str,
+    typer.Option("--output", "--output-dir", help="Folder of the results; by default below runs/."),
+]
 Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may differ.")]
 TrustCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code of the run's models and method.")

@@ -36,7 +36,7 @@ def methods() -> Iterator[tuple[str, str, str]]:
     """Name, what it needs, and its first sentence, for every method."""
     for name, method in METHODS.items():
         first = (inspect.getdoc(method.guide) or "").split("\n\n")[0]
-        yield name, _needs(method), " ".join(first.split())
+        yield name, _needs(method), " ".join(first.replace("``", "").split())
 
 
 def settings() -> list[Setting]:

@@ -58,7 +58,12 @@ def show_table(console: Console, logs: Sequence[Log], *, lines: int = 12) -> Non
         ("mean OT", "topd/mean_ot", "{:.3f}"),
         ("length", "completions/mean_length", "{:.0f}"),
     ]
-    shown = [column for column in columns if any(column[1] in entry for entry in logs)]
+    looked = any(entry.get("topd/candidates", 1) for entry in logs)
+    shown = [
+        column
+        for column in columns
+        if any(column[1] in entry for entry in logs) and (looked or column[0] != "forks found")
+    ]
     for title, _, _ in shown:
         table.add_column(title, justify="right")
     for i in sorted(spaced):

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
 
 from topd.commands.early import check_data, check_early, check_model, check_run
 from topd.errors import TOPDError
@@ -56,8 +58,9 @@ def methods() -> None:
 
         console.print(RECOMMENDED, highlight=False)
         for name, needs, words in method_rows():
-            console.print(f"[bold]{name}[/bold]  {needs}", highlight=False)
-            console.print(f"    {words}", markup=False, highlight=False)
+            console.print(f"[bold]{name}[/bold]", highlight=False)
+            _indented(words)
+            _indented(needs)
 
 
 def settings(word: str) -> None:
@@ -68,7 +71,13 @@ def settings(word: str) -> None:
         for name, default, words, _ in setting_rows(word):
             line = f"[bold]{escape(name)}[/bold] = {escape(default)}"
             console.print(line, highlight=False, soft_wrap=True)
-            console.print(f"    {words}", markup=False, highlight=False)
+            _indented(words)
+
+
+def _indented(words: str) -> None:
+    """A paragraph below a heading; nothing, if there is none."""
+    if words:
+        console.print(Padding(Text(words), (0, 0, 0, 4), expand=False))
 
 
 def import_config(config: Path, output: Path | None) -> None:

@@ -144,7 +144,8 @@ def histogram(
             axes.stairs(share, edges, color=colours[name], ls=dash, label=name, lw=1.4)
             axes.axvline(float(np.median(values)), color=colours[name], ls=dash, lw=1)
         axes.set(xlabel=unit, ylabel="share of the group", xlim=(0, edges[-1]))
-        axes.legend()
+        if sum(len(values) > 0 for values in groups.values()) > 1:
+            axes.legend()
 
     return draw
 

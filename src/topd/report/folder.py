@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from topd.errors import TOPDError
-from topd.runs.files import read_lines
+from topd.runs.files import read_lines, read_whole
 from topd.runs.records import check_format
 
 Kind = Literal["training", "probe", "repair", "compare", "evaluation", "gate"]
@@ -30,6 +31,17 @@ def kind_of(folder: Path) -> Kind:
             return kind
     known = ", ".join(name for _, names in MARKS for name in names)
     raise TOPDError(f"run folder {folder}: holds no run. It has none of {known}.")
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """The settings in a run's run.json; empty where there are none."""
+    found = read_whole(folder / "run.json").get("config")
+    return found if isinstance(found, dict) else {}
+
+
+def is_stage1(settings: Mapping[str, Any]) -> bool:
+    """Whether a run's settings are those of a warm start."""
+    return "answers" in settings
 
 
 def read_logs(folder: Path) -> list[dict[str, float]]:

@@ -87,6 +87,6 @@ function drawFork(index, number) {
 }
 
 function drawNoFork(rollout) {
-  const words = rollout.forks.length ? "Choose a numbered token to see both models' windows." : "This rollout has no candidate.";
+  const words = rollout.forks.length ? "Choose a numbered token to see both models' windows." : entries.some((entry) => entry.forks.length) ? "This rollout has no candidate." : "No rollout here has a candidate, so there are no windows to compare.";
   byId("fork").replaceChildren(h("p", { class: "empty" }, words));
 }

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topd.report.folder import Kind, kind_of
+from topd.report.folder import Kind, kind_of, settings_of
 from topd.runs.files import read_whole
 from topd.runs.records import BranchRecord, ForkRecord, GuidanceRecord, RolloutRecord
 
@@ -23,6 +23,7 @@ LOSSES = {
 }
 NOTHING = "Every token loss counts once; the method asks nothing more of this rollout."
 PLACES = 8  # that are named one by one
+Guided = GuidanceRecord | RolloutRecord
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,9 @@ class Verdict:
 def rule_of(folder: Path) -> Verdict:
     """How the run of a folder decides which candidates are real. Raises TOPDError: no run."""
     kind = kind_of(folder)
-    settings = read_whole(folder / "run.json").get("config")
     found = read_whole(folder / "probe.json").get("threshold") if kind == "probe" else None
     value = found.get("value") if isinstance(found, dict) else None
-    return verdict_rule(kind, settings if isinstance(settings, dict) else {}, value)
+    return verdict_rule(kind, settings_of(folder), value)
 
 
 def verdict_rule(kind: Kind, settings: Mapping[str, Any], threshold: float | None) -> Verdict:
@@ -88,7 +88,7 @@ def _threshold(limit: float | None, source: str) -> Verdict:
 def _quota(share: float, of: str) -> Verdict:
     if share == 0:
         all_ = "Every candidate of this run is taken as real, whatever its distance."
-        return Verdict("taken as real", why_real=all_)
+        return Verdict("taken as real", why_real=all_, why_alarm="")  # there are none
     nearest = f"the {100 * share:.4g} % of this {of}'s candidates with the smallest OT distance"
     return Verdict(
         "real divergent point by quota",
@@ -105,7 +105,8 @@ def asked_of(record: RolloutRecord) -> tuple[str, ...]:
         *_advantages(record.advantages),
         *_capped(record.capped),
         *_targets(record),
-        *map(branch_words, record.branches),
+        *_own_tokens(record),
+        *(branch_words(b, record) for b in record.branches if not _is_own(b, record)),
     ]
     return tuple(said) or (NOTHING,)
 
@@ -114,7 +115,8 @@ def asked_at(record: RolloutRecord, fork: ForkRecord) -> str:
     """What the method asks at one candidate."""
     window = range(fork.position, fork.position + max(len(fork.student_tokens), 1))
     targets = sum(target.position in window for target in record.targets)
-    said = [branch_words(b) for b in record.branches if b.start == fork.position]
+    at = [b for b in record.branches if b.start == fork.position]
+    said = [branch_words(b, record) for b in at if not _is_own(b, record)]
     if targets:
         said.append(
             f"Soft targets at {targets} of the {len(window)} tokens of the student's window: the "
@@ -131,11 +133,11 @@ def asked_at(record: RolloutRecord, fork: ForkRecord) -> str:
     return " ".join(said) or "The method asks nothing more here than the token loss."
 
 
-def branch_words(branch: BranchRecord) -> str:
+def branch_words(branch: BranchRecord, record: Guided) -> str:
     """A branch in a sentence: what is learned, where, and by which loss."""
     loss = LOSSES.get(branch.loss, branch.loss)
     by = f"{loss} with it" if branch.loss == "cross_entropy" else f"{loss} along it"
-    whose = "the teacher's window"
+    whose = "the teacher's window" if _is_window(branch, record) else "a text of the method's own"
     if branch.go_on:
         whose += ", continued by the student,"
     return (
@@ -150,6 +152,30 @@ def trajectory_caption(records: Iterable[GuidanceRecord]) -> str:
     return f"L_traj, mean over guided tokens: {'; '.join(ways)}." if ways else ""
 
 
+def _is_window(branch: BranchRecord, record: Guided) -> bool:
+    """Whether a branch begins with what the teacher wrote at its place."""
+    windows = (fork.teacher_tokens for fork in record.forks if fork.position == branch.start)
+    return any(
+        window[: len(branch.tokens)] == branch.tokens[: len(window)] for window in windows if window
+    )
+
+
+def _is_own(branch: BranchRecord, record: RolloutRecord) -> bool:
+    """Whether a branch is what the rollout itself says there, and no window."""
+    end = branch.start + len(branch.tokens)
+    own = record.response_ids[branch.start : end] == branch.tokens
+    return own and not _is_window(branch, record)
+
+
+def _own_tokens(record: RolloutRecord) -> Iterator[str]:
+    """Branches along the rollout's own tokens, one sentence a loss."""
+    own = [branch for branch in record.branches if _is_own(branch, record)]
+    for loss in dict.fromkeys(branch.loss for branch in own):
+        parts = [branch for branch in own if branch.loss == loss]
+        places = [b.start + i for b in parts for i in range(len(b.tokens))]
+        yield f"{LOSSES.get(loss, loss)} as well, on the rollout's own {_places(places)}."
+
+
 def _ways(record: GuidanceRecord) -> Iterator[str]:
     if record.targets:
         yield "KL from the soft targets to the student, along the student's own window"
@@ -157,7 +183,11 @@ def _ways(record: GuidanceRecord) -> Iterator[str]:
         along = "the teacher's window and what the student wrote after it" if branch.go_on else (
             "the teacher's window"
         )  # fmt: skip
-        yield f"{LOSSES.get(branch.loss, branch.loss)} along {along}, in that window's own context"
+        loss = LOSSES.get(branch.loss, branch.loss)
+        if _is_window(branch, record):
+            yield f"{loss} along {along}, in that window's own context"
+        else:
+            yield f"{loss} on tokens that the method chose"
 
 
 def _weighed(weights: Mapping[int, float], length: int) -> Iterator[str]:
@@ -197,9 +227,17 @@ def _advantages(advantages: Sequence[float]) -> Iterator[str]:
 
 def _capped(capped: Sequence[int]) -> Iterator[str]:
     if capped:
-        named = ", ".join(map(str, sorted(capped)[:PLACES]))
-        more = f" and {len(capped) - PLACES} more" if len(capped) > PLACES else ""
-        yield f"The token loss is held down to the rollout's median at token {named}{more}."
+        yield f"The token loss is held down to the rollout's median at {_places(capped)}."
+
+
+def _places(places: Sequence[int]) -> str:
+    """The first of them one by one, the others as a number.
+
+    >>> _places([5, 3])
+    'token 3, 5'
+    """
+    named = ", ".join(map(str, sorted(places)[:PLACES]))
+    return f"token {named}" + (f" and {len(places) - PLACES} more" * (len(places) > PLACES))
 
 
 def _targets(record: RolloutRecord) -> Iterator[str]:

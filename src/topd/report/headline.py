@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 
 from topd.report.charts import number
-from topd.report.folder import read_logs
+from topd.report.folder import is_stage1, read_logs, settings_of
 from topd.report.summary import SummaryTable
 from topd.report.text import plain
 from topd.runs.files import read_whole
 from topd.statistics import t_reach
 
 DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "generalised JSD"}
+OUTCOMES = {  # the first of these that was logged
+    **DIVERGENCES,
+    "reverse_kl_sampled": "sampled reverse KL",
+    "loss": "loss",
+}
 LEAST = 4  # updates that a change can be told from
 SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
 WEAK = (
@@ -126,23 +131,38 @@ def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
 def training_words(folder: Path) -> Iterator[str]:
     """Who learned from whom, and whether the divergence has changed."""
     logs = [log for log in read_logs(folder) if "loss" in log]
-    settings = read_whole(folder / "run.json").get("config")
-    names = model_names(folder)
-    method = settings.get("method") if isinstance(settings, dict) else None
+    settings, names = settings_of(folder), model_names(folder)
     if logs and len(names) == 2:
-        how = f" by {plain(str(method), limit=40)}" if method else ""
-        own = isinstance(settings, dict) and bool(settings.get("teacher_prompt"))
-        prompt = ", which has a prompt of its own" if own else ""
-        yield (
-            f"{plain(names['student'], limit=80)} learned from "
-            f"{plain(names['teacher'], limit=80)}{prompt}{how}."
-        )
-    for key, name in DIVERGENCES.items():
+        yield _learned({side: plain(name, limit=80) for side, name in names.items()}, settings)
+        yield from _also(settings)
+    for key, name in OUTCOMES.items():
         values = [log[key] for log in logs if math.isfinite(log.get(key, math.nan))]
         if values:
             yield change_words(name, values)
-            if max(abs(value) for value in values[: max(LEAST, 1)]) < NOTHING_TO_LEARN:
+            if key in DIVERGENCES and max(map(abs, values[:LEAST])) < NOTHING_TO_LEARN:
                 yield ALIKE
+            return
+
+
+def _learned(names: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """Who learned from whom, and how."""
+    if is_stage1(settings):
+        own = f"{names['teacher']}'s answers"
+        whose = {"teacher": own, "data": "the answers of its data"}
+        source = whose.get(settings["answers"], "the answers of an earlier warm start")
+        return f"{names['student']} imitated {source} (stage 1)."
+    method = settings.get("method")
+    how = f" by {plain(str(method), limit=40)}" if method else ""
+    prompt = ", which has a prompt of its own" if settings.get("teacher_prompt") else ""
+    return f"{names['student']} learned from {names['teacher']}{prompt}{how}."
+
+
+def _also(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What an update learns besides its own rollouts."""
+    if share := settings.get("teacher_share"):
+        yield f"In {100 * share:.3g} % of the updates the teacher wrote the responses."
+    if count := settings.get("window_replay"):
+        yield f"Every update learned up to {count:g} windows of earlier updates again."
 
 
 NOTHING_TO_LEARN = 1e-3  # nats a token

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from topd.errors import TOPDError
 from topd.report.charts import Chart, Fact, figure_of
-from topd.report.folder import Kind, kind_of
+from topd.report.folder import Kind, is_stage1, kind_of, settings_of
 from topd.report.guided import Verdict, rule_of
 from topd.report.headline import model_names
 from topd.report.kinds import PAGES
@@ -53,6 +53,7 @@ class Page:
     kind: Kind
     title: str
     heading: str
+    stage1: bool
     subtitle: str
     headline: tuple[str, ...]
     verdict: tuple[str, str]
@@ -108,13 +109,14 @@ def page_line(folder: Path) -> str:
 def make_page(folder: Path, *, rollouts: int) -> Page:
     """Read everything that the page of a run folder shows. Raises TOPDError."""
     kind = kind_of(folder)
-    shown = PAGES[kind]
+    shown, stage1 = PAGES[kind], kind == "training" and is_stage1(settings_of(folder))
     summary = {} if kind == "training" else read_whole(folder / f"{kind}.json")
     selection = select_rollouts(folder, limit=rollouts)
     return Page(
         kind=kind,
         title=plain(folder.resolve().name, limit=80),
-        heading=shown.title,
+        heading="Warm start" if stage1 else shown.title,
+        stage1=stage1,
         subtitle=_subtitle(folder),
         headline=tuple(shown.words(folder, summary)),
         verdict=verdict_in(summary),
@@ -206,8 +208,8 @@ def _drawing(chart: Chart) -> Drawing:
 def _subtitle(folder: Path) -> str:
     """Student, teacher and method, as far as the folder names them."""
     names = model_names(folder)
-    training = kind_of(folder) == "training"
-    method = read_whole(folder / "run.json").get("config", {}).get("method") if training else None
+    settings = settings_of(folder) if kind_of(folder) == "training" else {}
+    method = None if is_stage1(settings) else settings.get("method")
     parts = [f"{side} {name}" for side, name in names.items()]
     return plain(", ".join([*parts, *([f"method {method}"] if method else [])]), limit=200)
 

@@ -51,7 +51,8 @@ def rollout_text(seen: RolloutView, index: int, rule: Verdict) -> RenderableType
     heading = Text(f"rollout {index}: prompt {seen.prompt}, update {seen.step}, ", style="bold")
     turns = f" in {len(seen.replies) + 1} turns" if seen.replies else ""
     heading.append(f"{len(seen.texts)} tokens{turns}, {end}")
-    legend = Text(f"◆ {rule.real}  ○ {rule.alarm}  underlined: token loss over 1 nat", "dim")
+    signs = f"◆ {rule.real}  " + f"○ {rule.alarm}  " * bool(rule.why_alarm)
+    legend = Text(f"{signs if seen.forks else ''}underlined: token loss over 1 nat", "dim")
     legend.append("  italic: the environment" if seen.replies else "")
     less = {t for t, weight in seen.weights if weight is not None and weight < 1}
     body, forks = Text(), {fork.position: (n, fork) for n, fork in enumerate(seen.forks, 1)}

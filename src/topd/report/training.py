@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ from topd.report.charts import (
     series,
     spaced,
 )
-from topd.report.folder import read_logs
+from topd.report.folder import is_stage1, read_logs, settings_of
 from topd.report.guided import Verdict, rule_of, trajectory_caption
 from topd.report.headline import DIVERGENCES, change
 from topd.report.svg import ALARM, PALETTE, REAL, hint
@@ -44,6 +45,13 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
             ("reverse_kl_sampled", "sampled reverse KL"),
             ("eval_loss", "held out"),
         ),
+    ),
+    (
+        "loss",
+        "Loss",
+        "What an update minimises, mean over response tokens; no divergence was computed.",
+        "nats a token",
+        (("loss", "loss"),),
     ),
     (
         "trajectory",
@@ -106,11 +114,22 @@ class Found:
 def training_charts(folder: Path) -> list[Chart]:
     """The figures of a training run; those that it has no numbers for are left out."""
     logs, found, rule = read_logs(folder), _found(folder), rule_of(folder)
-    captions = {"trajectory": found.trajectory, "alarms": f"{rule.why_real} {rule.why_alarm}"}
+    settings = settings_of(folder)
+    captions = {
+        **_captions(settings),
+        "trajectory": found.trajectory,
+        "alarms": f"{rule.why_real} {rule.why_alarm}",
+    }
+    left_out = {"alarms"} if not rule.why_alarm else set()
+    if is_stage1(settings):
+        left_out.add("health")  # of answers that the student did not write
+    if any(key in log for log in logs for key in DIVERGENCES):
+        left_out.add("loss")
     charts = [
         chart
         for name, title, caption, unit, keys in CURVES
-        if (chart := _curve_chart(logs, name, title, captions.get(name) or caption, unit, keys))
+        if name not in left_out
+        and (chart := _curve_chart(logs, name, title, captions.get(name) or caption, unit, keys))
     ]
     if teachers := _by_teacher(logs):
         charts.insert(1, teachers)
@@ -118,6 +137,22 @@ def training_charts(folder: Path) -> list[Chart]:
         charts.insert(2, _fork_chart(found, rule))
     times = _phase_seconds(logs)
     return [*charts, _time_chart(logs, times)] if times else charts
+
+
+def _captions(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What is said otherwise where the responses are not all the student's."""
+    if is_stage1(settings):
+        return {
+            "divergence": "Mean over the tokens of the answers of the token divergence.",
+            "length": "Mean length of the answers that the student learns from.",
+        }
+    if settings.get("teacher_share"):
+        both = "the student's rollouts, or what the teacher wrote in their place"
+        return {
+            "divergence": f"Mean over response tokens of the token divergence, on {both}.",
+            "length": f"Mean length of {both}.",
+        }
+    return {}
 
 
 def training_facts(folder: Path) -> list[Fact]:
@@ -232,8 +267,9 @@ def _time_chart(logs: Logs, times: Mapping[str, float]) -> Chart:
     return Chart(
         "time",
         "Where the time goes",
-        f"Seconds by phase of an update; {duration(total)} in all. Transport is the optimal-"
-        "transport solver, windows the teacher's look ahead.",
+        f"Seconds by phase of an update; {duration(total)} in all."
+        + " Transport is the optimal-transport solver, windows the teacher's look ahead."
+        * ("windows" in times),
         _time_bars(logs, tuple(times)),
         ("phase", "seconds", "share"),
         rows,

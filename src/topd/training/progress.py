@@ -110,8 +110,15 @@ def log_line(log: Mapping[str, float], step: int, steps: int, seconds: float, le
 
     >>> log_line({"loss": 4.3215, "reverse_kl": 3.9}, 12, 400, 1.84, 713.9)
     'update 12/400  loss 4.322  reverse KL 3.9  1.8 s  eta 12 min'
+    >>> log_line({"topd/candidates": 0, "topd/real_divergent_points": 0}, 2, 2, 1.84, 0)
+    'update 2/2  1.8 s'
     """
-    shown = [f"{name} {form.format(log[key])}".strip() for name, key, form in SHOWN if key in log]
+    hidden = () if log.get("topd/candidates", 1) else ("forks",)  # nothing was looked at
+    shown = [
+        f"{name} {form.format(log[key])}".strip()
+        for name, key, form in SHOWN
+        if key in log and name not in hidden
+    ]
     eta = [f"eta {span(left)}"] if step < steps else []
     return "  ".join([f"update {step:,}/{steps:,}", *shown, span(seconds), *eta])
 
