@@ -25,6 +25,7 @@ PAIRS = [
 LOST = {  # right answers that count as wrong: (reference, response)
     # the last number of a text that states nothing, as documented
     ("x\n#### 18", "So, 18 eggs.\n\nLet me know if you want 2 more examples!"),
+    ("1234567", "The answer is 12,34,567."),  # India's groups; or a list of three numbers
 }
 
 

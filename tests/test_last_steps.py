@@ -180,3 +180,19 @@ def test_a_comparison_with_an_evaluation(root, kind):
     path, folder = recipe(root, kind, "compare", **small, **more)
     fine("compare", path, "--quiet")
     fine("report", str(folder))
+
+
+@pytest.mark.parametrize("held", ["gate.json", "base_problems.jsonl", "evaluation.json"])
+def test_a_folder_with_a_gate_or_an_evaluation_gets_no_other_records(root, tmp_path, held):
+    """Nor those of a second gate after one that was stopped between its models."""
+    (tmp_path / held).write_text("{}\n")
+    path, _ = recipe(root, "strings", "held", **SMALL)
+    data, model = data_of(root, "strings")["path"], str(root / "student")
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"problems": {"path": data}}))
+    for words in (
+        ["train", path, "--output-dir"], ["eval", model, data, "--output"],
+        ["gate", model, model, "--suite", str(suite), "--output"],
+    ):  # fmt: skip
+        assert "Choose another" in fine(*words, str(tmp_path), code=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([held, "suite.yaml"])

@@ -49,7 +49,7 @@ EITHER = re.compile(
 REFUSED = re.compile(r"\b(?:can(?:no|')t|unable to) (?:answer|solve|determine)", re.I)
 LAST = rf"(?:(?<![\w)])[-+])?(?:{UNSPACED})"
 FIGURE = re.compile(
-    r"(?<![\w.])(\()?([-+]?\s?\$?\s?[-+]?(?:\d|\.\d)[\d.,]*(?: \d{3}(?![\d.,]*\d))*"
+    r"(?<![\w.])(\()?([-+]?\s?[$€£¥]?\s?[-+]?(?:\d|\.\d)[\d.,]*(?: \d{3}(?![\d.,]*\d))*"
     r"(?:\s?(?:[/:^*-]|\bto\b)\s?\{?-?[\d.,]*\d\}?)*)(\s?%)?(\))?"
     rf"(?:\s({'|'.join(SCALES)})s?\b)?"
 )

@@ -18,6 +18,7 @@ NUMBER = f"(?:{SPACED}{UNSPACED})"
 TOKEN = re.compile(
     rf"\s*(?:({NUMBER}(?:[eE][-+]?\d{{1,4}}(?!\w))?)|(\\[a-zA-Z]+)|([-+*/^!(){{}}]))"
 )
+REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d{0,30})\\overline\{(\d{1,30})\}")
 MIXED = re.compile(r"([-+]?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)")
 TIMES = ("\\cdot", "\\times", "*")
 OVER = ("\\div", "/")
@@ -37,6 +38,12 @@ def exact(text: str) -> Fraction | None:
     if mixed:
         sign, whole, over, under = mixed.groups()
         text = f"{sign}{whole}\\frac{{{over}}}{{{under}}}"
+    again = REPEATING.fullmatch(text)
+    if again:
+        sign, whole, once, period = again.groups()
+        nines = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(once)
+        value = Fraction(int(whole + once or "0"), 10 ** len(once)) + nines
+        return -value if sign == "-" else value
     try:
         return _Reader(text).value()
     except (NotExactError, ZeroDivisionError, OverflowError):

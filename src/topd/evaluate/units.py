@@ -22,6 +22,9 @@ _UNITS: dict[str, tuple[str, dict[str, str]]] = {
         "second": "s sec", "minute": "min", "hour": "h hr", "day": "", "week": ""}),
     "mass": ("g 1 kg 1000 mg 0.001", {"g": "gram", "kg": "kilogram", "mg": "milligram"}),
     "money": ("dollar 100 cent 1", {"dollar": "$ usd", "cent": "¢"}),
+    "euro": ("euro 1", {"euro": "€ eur"}),
+    "sterling": ("sterling 1", {"sterling": "£ gbp"}),
+    "yen": ("yen 1", {"yen": "¥ jpy"}),
     "volume": ("l 1000 ml 1", {"l": "liter litre", "ml": "milliliter millilitre"}),
     "degree": ("° 1", {"°": "deg degree"}),
     "radian": ("radian 1", {"radian": "rad"}),
@@ -67,12 +70,13 @@ def quantity(text: str) -> Quantity:
     (Quantity(core='5', scale=1, unit='cm'), Quantity(core='18', scale=1, unit='dollar'), \
 Quantity(core='3', scale=1000000, unit=''))
     """
-    money = re.match(r"([-+]?)\s*\$\s*", text)
+    money = re.match(r"([-+]?)\s*([$€£¥])\s*", text)
+    currency = UNITS[money.group(2)][0] if money else ""
     core = money.group(1) + text[money.end() :] if money else text
     found = SUFFIX.fullmatch(core)
     if found is None or found["unit"].startswith(("^", "/", "\\cdot", "·")):
-        return Quantity(core, 1, "dollar" if money else "")
-    words = re.findall(r"[A-Za-z$%°¢]+|\^\{?-?\d\}?|/", found["unit"].replace("\\frac", ""))
+        return Quantity(core, 1, currency)
+    words = re.findall(r"[A-Za-z$€£¥%°¢]+|\^\{?-?\d\}?|/", found["unit"].replace("\\frac", ""))
     if "\\frac" in found["unit"] and len(words) == 2:
         words.insert(1, "/")
     words = [word.lower() if len(word) > 1 else word for word in words]
@@ -82,9 +86,9 @@ Quantity(core='3', scale=1000000, unit=''))
     for word in words:
         scale *= SCALES.get(word.removesuffix("s"), 1)
     rest = [word for word in words if word.removesuffix("s") not in SCALES and word != "of"]
-    unit = " ".join(["dollar"] * bool(money) + [_one(word) for word in rest])
-    if unit in ("dollar dollar", "dollar usd"):
-        unit = "dollar"
+    unit = " ".join([currency] * bool(money) + [_one(word) for word in rest])
+    if money and unit == f"{currency} {currency}":
+        unit = currency
     return Quantity(found["core"].strip(), scale, _squared(unit))
 
 

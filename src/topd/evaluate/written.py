@@ -23,6 +23,9 @@ CHARACTERS = {
     ord("°"): "°", ord("％"): "%", ord("＝"): "=", ord("，"): ",", ord("（"): "(", ord("）"): ")",
 }  # fmt: skip
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+GROUPS = re.compile(  # of thousands, as written where a comma or a stop is no decimal mark
+    r"(?<![\d.,'’_])\d{1,3}(?:(?:['’]\d{3})+|(?:_\d{3})+|(?:\.\d{3}){2,})(?![\d.'’_])"
+)
 TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol)"
     r"\s*\{([^{}]*)\}"
@@ -61,6 +64,7 @@ def plain(answer: str) -> str:
         ">=", "\\ge "
     )  # fmt: skip
     text = PREFIX.sub("", _fractions(text).strip())
+    text = GROUPS.sub(lambda found: re.sub(r"\D", "", found.group()), text)
     if text.count("«") != text.count("»"):
         text = re.sub("[«»]", "", text)
     return re.sub(r"\s+", " ", text).strip(" \n*").rstrip(".,;").strip()

@@ -42,6 +42,7 @@ from topd.runs.records import FORMAT, Fork
 from topd.types import Guidance, Rollout
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
+RESULTS = ("evaluation.json", "gate.json", "responses.jsonl", "base_problems.jsonl")
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl")
 
 
@@ -140,6 +141,11 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
             f"output_dir: {folder} cannot be written ({why}). Choose another folder."
         ) from error
     refuse_if_busy(folder)
+    if any((folder / name).exists() for name in RESULTS):
+        raise TOPDError(
+            f"output_dir: {folder} holds an evaluation or a gate, whole or stopped. Choose another "
+            "folder."
+        )
     if any((folder / name).exists() for name in RECORDS) and not resume:
         raise TOPDError(
             f"output_dir: {folder} already holds a run. Choose another folder, or resume from a "
