@@ -28,6 +28,7 @@ from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
 from topd.inputs.adapters import merged
+from topd.report.training import training_charts
 from topd.training.inherited import ELSEWHERE, REFUSED, WORKS, check_inherited
 from topd.training.preflight import check_forward, check_saved, without_dropout
 from topd.training.warmstart import WarmstartConfig
@@ -506,9 +507,36 @@ def test_data_that_is_no_rows_is_refused_and_a_frame_is_taken(tmp_path):
     pandas = pytest.importorskip("pandas")
     pair = tiny_model(), tiny_model(seed=1)
     args, tokenizer = arguments(tmp_path), tiny_tokenizer()
-    for data, said in ((["what is 1 + 2 ?"], "must be mappings"), ("x.jsonl", "is a path")):
+    for data, said in (([*rows(1), "what is 1 + 2 ?"], "must be texts"), ("x.jsonl", "is a path")):
         with pytest.raises(TOPDError, match=f"train_dataset: .*{said}"):
             TOPDTrainer(*pair, args, data, processing_class=tokenizer)
     frame = pandas.DataFrame(rows(4))
     trainer = TOPDTrainer(*pair, args, frame, processing_class=tokenizer)
     assert len(trainer.train_dataset) == 4
+
+
+def test_texts_are_prompts_and_an_evaluation_may_have_several_sets(tmp_path):
+    """The same prompts as rows, and each set's figure is that of the set alone."""
+    texts, pair = [row["prompt"] for row in rows(4)], (tiny_model(), tiny_model(seed=1))
+    options = {"max_completion_length": 6, "eval_strategy": "steps", "eval_steps": 1}
+    args = arguments(tmp_path, method="opd", max_steps=1, **options)
+    sets = {"easy": texts[:2], "hard": rows(4)[2:]}
+    trainer = TOPDTrainer(*pair, args, texts, sets, processing_class=tiny_tokenizer())
+    alone = {name: trainer.evaluate(data)["eval_loss"] for name, data in sets.items()}
+    found = trainer.evaluate()
+    assert {name: found[f"eval_{name}_loss"] for name in sets} == pytest.approx(alone)
+    assert [p.student for p in trainer.train_dataset] == [
+        p.student for p in trainer.encoder.encode(rows(4))
+    ]
+    trainer.train()
+    charts = {chart.name: chart for chart in training_charts(tmp_path)}
+    assert {"held out, easy", "held out, hard"} <= set(charts["divergence"].columns)
+    best = arguments(
+        tmp_path / "best",
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        save_steps=1,
+        **options,
+    )
+    with pytest.raises(TOPDError, match="several evaluation sets"):
+        TOPDTrainer(*pair, best, texts, sets, processing_class=tiny_tokenizer())

@@ -28,6 +28,7 @@ from topd.report.folder import is_stage1, read_logs, settings_of
 from topd.report.guided import Verdict, rule_of, trajectory_caption
 from topd.report.headline import DIVERGENCES, change
 from topd.report.svg import ALARM, PALETTE, REAL, hint
+from topd.report.text import plain
 from topd.runs.records import GuidanceRecord, read_records
 
 Logs = Sequence[Mapping[str, float]]
@@ -127,7 +128,7 @@ def training_charts(folder: Path) -> list[Chart]:
         left_out.add("loss")
     charts = [
         chart
-        for name, title, caption, unit, keys in CURVES
+        for name, title, caption, unit, keys in _with_sets(logs)
         if name not in left_out
         and (chart := _curve_chart(logs, name, title, captions.get(name) or caption, unit, keys))
     ]
@@ -137,6 +138,15 @@ def training_charts(folder: Path) -> list[Chart]:
         charts.insert(2, _fork_chart(found, rule))
     times = _phase_seconds(logs)
     return [*charts, _time_chart(logs, times)] if times else charts
+
+
+def _with_sets(logs: Logs) -> Iterator[tuple[str, str, str, str, tuple[tuple[str, str], ...]]]:
+    """``CURVES``, with a curve of each of several evaluation sets: ``eval_NAME_loss``."""
+    found = dict.fromkeys(key for log in logs for key in log)
+    named = (key[5:-5] for key in found if key.startswith("eval_") and key.endswith("_loss"))
+    sets = tuple((f"eval_{name}_loss", f"held out, {plain(name, limit=30)}") for name in named)
+    for name, title, caption, unit, keys in CURVES:
+        yield name, title, caption, unit, (*keys, *sets) if name == "divergence" else keys
 
 
 def _captions(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -35,7 +35,7 @@ from topd.training.overlap import Overlap
 from topd.training.preflight import check_forward, mend
 from topd.training.progress import Phases
 from topd.training.recorded import RecordedTrainer
-from topd.training.startup import Sources, Tokenizers
+from topd.training.startup import Sources, Tokenizers, rows_of
 from topd.training.turns import Turns
 from topd.types import Prompt
 
@@ -147,11 +147,14 @@ class ObservedTrainer(RecordedTrainer):
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean token divergence on fresh rollouts of the prompts, nats; rows or encoded prompts."""
+        """Mean token divergence on fresh rollouts of the prompts, nats.
+
+        ``eval_dataset``: rows, encoded prompts, or sets of either by name.
+        """
         if eval_dataset is None and self.eval_dataset is None:
             raise TOPDError("eval_dataset: none was given. Give evaluate() rows, or the trainer.")
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
-            rows = list(eval_dataset)
+        if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
+            rows = list(rows_of(eval_dataset))
             eval_dataset = rows if isinstance(rows[0], Prompt) else self.encoder.encode(rows)
         return super().evaluate(eval_dataset, *args, **kwargs)
 

@@ -43,7 +43,8 @@ from topd.types import Prompt
 
 logger = logging.get_logger(__name__)
 
-Rows: TypeAlias = datasets.Dataset | Sequence[dict[str, Any]]
+DataRows: TypeAlias = datasets.Dataset | Sequence[dict[str, Any]]
+Rows: TypeAlias = DataRows | Sequence[str]
 Sources: TypeAlias = tuple[ModelSource, ...]  # the student's, then those of its teachers
 Tokenizers: TypeAlias = tuple[PreTrainedTokenizerBase, ...]  # likewise
 AnyTeacher: TypeAlias = ModelSource | Mapping[str, Any] | Teachers | SelfTeacher
@@ -93,19 +94,14 @@ def check_arguments(args: Any, sources: Sources, train: Any, evaluation: Any) ->
     """What can be said before anything is read. Raises TOPDError."""
     if not isinstance(args, TOPDConfig):
         raise TOPDError(f"args: must be a TOPDConfig, not {type(args).__name__}.")
-    for name, rows in (("train_dataset", train), ("eval_dataset", evaluation)):
-        if isinstance(rows, datasets.IterableDataset):
-            raise TOPDError(f"{name}: streaming is not supported. Load it, or take a part of it.")
-        if isinstance(rows, dict):
-            raise TOPDError(f"{name}: has splits {', '.join(map(str, rows))}. Choose one of them.")
-        if isinstance(rows, str | Path):
-            raise TOPDError(
-                f"{name}: is a path. Load it: topd.inputs.rows.DataSpec(path={str(rows)!r}).load()."
-            )
-        if isinstance(rows, Sequence) and not all(isinstance(row, Mapping) for row in rows):
-            raise TOPDError(
-                f"{name}: its rows must be mappings such as {{'prompt': 'What is 1 + 2?'}}."
-            )
+    sets = {f"eval_dataset {key!r}": rows for key, rows in sets_of(evaluation).items() if key}
+    for name, rows in {"train_dataset": train, **(sets or {"eval_dataset": evaluation})}.items():
+        _check_rows(name, rows)
+    if sets and args.load_best_model_at_end:
+        raise TOPDError(
+            "load_best_model_at_end: with several evaluation sets there is no one figure to be "
+            "best at. Give eval_dataset one set."
+        )
     check_inherited(args)
     check_gives(sources[1:], args)
     if args.eval_strategy != "no" and evaluation is None:
@@ -120,9 +116,46 @@ def check_arguments(args: Any, sources: Sources, train: Any, evaluation: Any) ->
         args._n_gpu = 1  # else Trainer would run DataParallel, over other rollouts than asked for
 
 
+def _check_rows(name: str, rows: Any) -> None:
+    """What is no set of rows. Raises TOPDError."""
+    if isinstance(rows, datasets.IterableDataset):
+        raise TOPDError(f"{name}: streaming is not supported. Load it, or take a part of it.")
+    if isinstance(rows, dict):
+        raise TOPDError(f"{name}: has splits {', '.join(map(str, rows))}. Choose one of them.")
+    if isinstance(rows, str | Path):
+        raise TOPDError(
+            f"{name}: is a path. Load it: topd.inputs.rows.DataSpec(path={str(rows)!r}).load()."
+        )
+    if isinstance(rows, Sequence) and not (_are_texts(rows) or _are(rows, Mapping)):
+        raise TOPDError(
+            f"{name}: its rows must be texts, or mappings such as {{'prompt': 'What is 1 + 2?'}}."
+        )
+
+
+def _are(rows: Sequence[Any], kind: Any) -> bool:
+    return all(isinstance(row, kind) for row in rows)
+
+
+def _are_texts(rows: Any) -> bool:
+    return isinstance(rows, list | tuple) and _are(rows, str)
+
+
 def rows_of(data: Any) -> Any:
-    """The rows of a pandas DataFrame; other data as it is."""
+    """The rows of a pandas DataFrame or of a list of texts; other data as it is.
+
+    >>> rows_of(["What is 1 + 2?"])
+    [{'prompt': 'What is 1 + 2?'}]
+    """
+    if _are_texts(data):
+        return [{"prompt": text} for text in data]
     return data.to_dict("records") if hasattr(data, "to_dict") and hasattr(data, "iloc") else data
+
+
+def sets_of(evaluation: Any) -> dict[str, Any]:
+    """Sets of rows by name; a single one under the empty name, none at all as no set."""
+    if isinstance(evaluation, dict):
+        return evaluation
+    return {} if evaluation is None else {"": evaluation}
 
 
 def encoder_of(

@@ -38,6 +38,7 @@ from topd.training.sampler import GroupSampler
 from topd.training.sharded import check_launch
 from topd.training.startup import (
     AnyTeacher,
+    DataRows,
     Rows,
     check_arguments,
     check_sources,
@@ -46,6 +47,7 @@ from topd.training.startup import (
     load_models,
     routes_of,
     rows_of,
+    sets_of,
     sources_of,
     tokenizers_of_all,
 )
@@ -71,7 +73,8 @@ class TOPDTrainer(ObservedTrainer):
         args: a :class:`~topd.TOPDConfig`.
         train_dataset: rows with ``prompt`` (string or messages) or ``messages``; other columns
             are for ``args.teacher_prompt``.
-        eval_dataset: the same; ``evaluate`` gives the mean token divergence of fresh rollouts.
+        eval_dataset: the same, or several sets by name; ``evaluate`` gives the mean token
+            divergence of fresh rollouts, of each set as ``eval_NAME_loss``.
         processing_class: the tokenizer; by default that of ``model``.
         callbacks: as in Trainer.
         optimizers: as in Trainer.
@@ -90,7 +93,7 @@ class TOPDTrainer(ObservedTrainer):
         teacher_model: AnyTeacher,
         args: TOPDConfig | None = None,
         train_dataset: Rows | None = None,
-        eval_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -106,8 +109,7 @@ class TOPDTrainer(ObservedTrainer):
         tokenizers = tokenizers_of_all(sources, processing_class, teacher_processing_class)
         self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
         self.turns = turns_of(args, sources, tokenizers[0])
-        train, evaluation = self._encoded(rows_of(train_dataset), rows_of(eval_dataset), args)
-        prompts = [*(train or ()), *(evaluation or ())]
+        train, evaluation, prompts = self._encoded(train_dataset, eval_dataset, args)
         check_sources(sources, tokenizers, prompts, args)
         if self.turns:
             self.turns.check(prompts)
@@ -144,15 +146,17 @@ class TOPDTrainer(ObservedTrainer):
             return super().train(resume_from_checkpoint, **kwargs)
 
     def _encoded(
-        self, rows: Rows | None, eval_rows: Rows | None, args: TOPDConfig
-    ) -> tuple[list[Prompt] | None, list[Prompt] | None]:
-        train = None if rows is None else self._encode_training(rows, args)
-        evaluation = None if eval_rows is None else self.encoder.encode(eval_rows)
+        self, rows: Any, evaluation: Any, args: TOPDConfig
+    ) -> tuple[list[Prompt] | None, Any, list[Prompt]]:
+        """The prompts of the training, those of the evaluation by set, and all together."""
+        train = None if rows is None else self._encode_training(rows_of(rows), args)
+        sets = {name: self.encoder.encode(rows_of(x)) for name, x in sets_of(evaluation).items()}
+        prompts = [*(train or ()), *(prompt for held_out in sets.values() for prompt in held_out)]
         if self.own:
-            check_own_prompts([*(train or ()), *(evaluation or ())])
-        return train, evaluation
+            check_own_prompts(prompts)
+        return train, sets if isinstance(evaluation, dict) else sets.get(""), prompts
 
-    def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
+    def _encode_training(self, rows: DataRows, args: TOPDConfig) -> list[Prompt]:
         prompts = self.encoder.encode(rows)
         self.encoder.routes.check_named([prompt.teacher_name for prompt in prompts])
         return prompts

@@ -26,7 +26,7 @@ from topd.runs.files import read_lines, trim
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
 from topd.seeds import Stream, sampling_seeds
-from topd.training.startup import Rows
+from topd.training.startup import DataRows
 from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt
 
@@ -95,7 +95,7 @@ class WarmstartTrainer(TOPDTrainer):
 
     args: WarmstartConfig
 
-    def _encode_training(self, rows: Rows, args: TOPDConfig) -> list[Prompt]:
+    def _encode_training(self, rows: DataRows, args: TOPDConfig) -> list[Prompt]:
         assert isinstance(args, WarmstartConfig)
         self.answered = Answered()
         if args.answers == "teacher":
