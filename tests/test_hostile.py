@@ -13,6 +13,7 @@ from conftest import tiny_model, tiny_tokenizer
 from topd.errors import TOPDError
 from topd.inputs.models import as_spec
 from topd.inputs.prompts import PromptEncoder
+from topd.inputs.rows import DataSpec
 
 Change = Callable[[dict[str, Any]], Any]
 SPLIT = {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}
@@ -73,3 +74,23 @@ def test_a_word_that_a_tokenizer_has_no_token_for_is_named_by_its_row(model, tmp
     rows = [{"prompt": "so", "solution": "so"}, row]
     with pytest.raises(TOPDError, match=r"data row 1: the tokenizer cannot read it.*Missing \[UNK"):
         PromptEncoder(tokenizer, tokenizer).encode(rows, with_response="solution" in row)
+
+
+ROWS = {
+    "a quote that does not end": (".csv", 'prompt,solution\n"3 + 4,7\n', "unexpected end of data"),
+    "a value too many": (".csv", "prompt,solution\n3,7,8\n", "line 2 has more values"),
+    "a value too few": (".tsv", "prompt\tsolution\n3\t7\n3\n", "line 3 has fewer values"),
+    "a key twice": (".jsonl", '{"prompt": "3", "prompt": "4"}\n', "a key is there twice"),
+    "a key twice inside": (".jsonl", '{"prompt": "3", "m": {"a": 1, "a": 2}}\n', "there twice"),
+    "6,000 digits": (".jsonl", '{"prompt": "3", "n": ' + "9" * 6000 + "}\n", "4300 digits"),
+    "5,000 lists": (".jsonl", '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}\n", "recursion"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_that_say_two_things_or_too_much_are_refused(tmp_path, kind):
+    suffix, text, said = ROWS[kind]
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(text)
+    with pytest.raises(TOPDError, match=said):
+        DataSpec(path=str(path)).load()

@@ -178,7 +178,7 @@ def _read(place: str, name: str | None, split: str) -> Any:
 def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
     """Rows whose values are what was written: no dates, no rounding, no columns filled in."""
     if kind in (".csv", ".tsv"):
-        return list(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t"))
+        return _table(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t", strict=True))
     if kind == ".json":
         text = file.read()
         try:
@@ -195,13 +195,37 @@ def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
     return _lines(file)
 
 
+def _table(reader: csv.DictReader[str]) -> list[dict[str, Any]]:
+    """Rows that have a value in every column of the first line, and no more."""
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            more = "more" if None in row else "fewer"
+            raise ValueError(
+                f"line {reader.line_num} has {more} values than there are columns (a comma or a "
+                "quote too many?)"
+            )
+        rows.append(row)
+    return rows
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON that names each key once: of two, nobody knows which one counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
 def _lines(lines: Iterable[str]) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            rows.append(_mapping(number, json.loads(line, parse_float=Written)))
+            rows.append(
+                _mapping(number, json.loads(line, parse_float=Written, object_pairs_hook=_once))
+            )
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} is not a row of JSON: {error}") from None
     return rows
