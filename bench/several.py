@@ -313,6 +313,7 @@ def table_of(found: dict[str, Any]) -> str:
         if low > -margin
         else "It is not shown that one student of both teachers is as good as two of one each"
     )
+    edge = all(tuning["chosen"] == RATES[-1] for tuning in found["rates"].values())
     rates = ", ".join(f"{whose} {tuning['chosen']:g}" for whose, tuning in found["rates"].items())
     return "\n".join(
         [
@@ -327,8 +328,8 @@ def table_of(found: dict[str, Any]) -> str:
             f"{how['rollouts']} rollouts an update, `opd`, {len(how['seeds'])} seeds,",
             f"{how['problems']} problems a family; 95 % intervals over seeds and problems. Rates "
             "by validation problems, two tried for",
-            f"each student: {rates}. Tiny models of the testbed, in one vocabulary",
-            "(`python -m bench.several`, `docs/results/several.json`).\n",
+            f"each student: {rates}{' (the higher one: all may want more)' * edge}.",
+            "Tiny models of the testbed, in one vocabulary (`python -m bench.several`, `docs/results/several.json`).\n",
             *lines,
             "",
         ]
