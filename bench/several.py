@@ -329,7 +329,8 @@ def table_of(found: dict[str, Any]) -> str:
             f"{how['problems']} problems a family; 95 % intervals over seeds and problems. Rates "
             "by validation problems, two tried for",
             f"each student: {rates}{' (the higher one: all may want more)' * edge}.",
-            "Tiny models of the testbed, in one vocabulary (`python -m bench.several`, `docs/results/several.json`).\n",
+            "Tiny models of the testbed, in one vocabulary (`python -m bench.several`, "
+            "`docs/results/several.json`).\n",
             *lines,
             "",
         ]
