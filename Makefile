@@ -1,4 +1,4 @@
-# make demo   set up and train SmolLM2-135M on word problems, six updates
+# make demo   set up and train a small student by its teacher; held-out accuracy before and after
 # make quickstart   set up, then stage 1, and OPD, stage 1 continued and first_fork from there, on tiny models
 # make test   set up and pass every check; coverage of lines and branches at least 90 %
 # make test-gpu   set up, then the tests of what runs on a GPU, on one; they are skipped where there is none
@@ -22,7 +22,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .PHONY: demo quickstart test test-gpu test-vllm docs package mutants clean
 
 demo: $(VENV)/demo.done
-	$(BIN)/topd train recipes/smollm2_gsm8k.yaml
+	$(BIN)/topd train recipes/demo.yaml
 
 quickstart: $(VENV)/demo.done
 	$(BIN)/topd quickstart

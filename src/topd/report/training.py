@@ -55,6 +55,14 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
         (("loss", "loss"),),
     ),
     (
+        "held_out",
+        "Held-out problems",
+        "Share of the problems of the recipe's evaluation that the student solves, greedily and by "
+        "a sample; update 0 is the student as it came.",
+        "share of the problems",
+        (("eval/greedy", "greedy"), ("eval/pass@1", "sampled")),
+    ),
+    (
         "trajectory",
         "Trajectory loss",
         "L_traj, mean over guided tokens.",
