@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.bare import named_faults
+from topd.inputs.many import mapped
 from topd.inputs.prompt_rows import Messages, Row, last_user, read_row
 from topd.inputs.references import Reference, columns_of, referred
 from topd.inputs.teachers import NO_ROUTES, Routes
@@ -86,12 +87,14 @@ class PromptEncoder:
         """
         self._warn_of_dates()
         template = self._template()
-        read = [(row, read_row(i, row)) for i, row in enumerate(rows)]
-        told = self._told([{**row, "solution": asked.solution} for row, asked in read])
-        prompts = [
-            self._one(row, asked, template, with_response, other)
-            for (row, asked), other in zip(read, told, strict=True)
-        ]
+        given = list(rows)
+        told = self._told(given)
+
+        def prompt_of(index: int) -> Prompt:
+            row = given[index]
+            return self._one(row, read_row(index, row), template, with_response, told[index])
+
+        prompts = mapped(prompt_of, range(len(given)), "prompts")
         longest = [max(len(p.student), len(p.teacher)) for p in prompts]
         for prompt, length in zip(prompts, longest, strict=True):
             if length > self.max_length and not self.drop_long:
@@ -123,7 +126,8 @@ class PromptEncoder:
         if self.reference == "given":
             return [{}] * len(rows)
         columns = columns_of(self.teacher_prompt or "", Environment())  # noqa: S701 - only parsed
-        return referred(rows, columns, self.reference)
+        solved = [{**row, "solution": read_row(i, row).solution} for i, row in enumerate(rows)]
+        return referred(solved, columns, self.reference)
 
     def _one(
         self,
