@@ -463,6 +463,18 @@ FORGERIES: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "run.json's settings give",
     ),
+    "text changed": (
+        only_in("rollouts.jsonl", lambda r: r.update(text=r["text"] + " 7")),
+        "text: ",
+    ),
+    "method": (
+        lambda: replace("run.json", '"method": "topd"', '"method": "window_kd"'),
+        "branches: recorded [], re-derived",
+    ),
+    "window's length": (
+        lambda: replace("run.json", '"window_length": 4', '"window_length": 5'),
+        "forks: recorded",
+    ),
     "seed": (
         lambda: [replace(n, '"seed": 3', '"seed": 4') for n in ("run.json", "manifest.json")],
         "where seed 4 has",

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import tiny_model, tiny_tokenizer, write_pair
+from topd.commands.train import run_recipe
 from topd.errors import TOPDError
 from topd.inputs.models import as_spec
 from topd.inputs.prompts import PromptEncoder
@@ -62,6 +63,22 @@ def test_a_broken_tokenizer_is_named(model, tmp_path, kind):
     folder = changed(model, tmp_path / "broken", name, change)
     with pytest.raises(TOPDError, match=r"model .*broken: its tokenizer cannot be (loaded|used)"):
         as_spec(folder).load_tokenizer()
+
+
+CONFIGS: dict[str, Change] = {  # of config.json
+    "a pad token that is not there": lambda file: file.update(pad_token_id=99_999),
+    "other layers than it lists": lambda file: file.update(num_hidden_layers=9),
+    "a width that is a word": lambda file: file.update(hidden_size="wide"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_broken_configuration_is_named(model, tmp_path, kind):
+    folder = changed(model, tmp_path / "broken", "config.json", CONFIGS[kind])
+    with pytest.raises(TOPDError, match=r"model .*broken: its \w+ cannot be loaded"):
+        as_spec(folder).load_model()
+    with pytest.raises(TOPDError, match=r"model .*broken: its \w+ cannot be loaded"):
+        run_recipe(write_pair(tmp_path, student=folder, max_completion_length=6))
 
 
 @pytest.mark.parametrize("row", [{"prompt": "so zebra"}, {"prompt": "so", "solution": "zebra"}])

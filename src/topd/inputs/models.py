@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from pydantic import ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -37,7 +38,7 @@ from topd.testbed import SCHEME, weights_of
 PACKAGE = "package://"
 _UNREADABLE = (  # how libraries say that what is in a folder is not a model, or not a tokenizer
     *(OSError, ValueError, ImportError, LookupError, RuntimeError, SafetensorError),
-    *(AttributeError, TypeError),
+    *(AttributeError, TypeError, AssertionError, StrictDataclassError),
 )
 _CONFIGS: dict[tuple[Any, ...], PretrainedConfig] = {}  # of GGUF files, which are slow to parse
 
