@@ -21,6 +21,7 @@ from topd.types import (
     Generation,
     Guidance,
     Ids,
+    Needs,
     Rollout,
     Starts,
     TokenScores,
@@ -33,6 +34,8 @@ ALIKE = (
 )
 
 logger = logging.get_logger(__name__)
+
+TOLD: tuple[Needs, ...] = ("logprobs", "distributions")  # what tells log-probs of given tokens
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,13 @@ def token_scores(
     return TokenScores(tokens, mask, student, teacher, likeliest, known, prompts, share)
 
 
-def where_told(scores: Scores, rollouts: Sequence[Rollout]) -> Scores:
+def where_told(scores: Scores, rollouts: Sequence[Rollout], gives: Needs) -> Scores:
     """Scores with the student's own log-prob where the teacher's is not told (NaN): no difference.
 
-    Only of a teacher by text, whose server may split a text otherwise.
+    Only of a teacher by text that ``gives`` logprobs, whose server may split a text otherwise.
     """
+    if gives != "logprobs":
+        return scores
     own, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
     own = own.to(scores.logprobs)
     return replace(scores, logprobs=scores.logprobs.where(~scores.logprobs.isnan(), own))

@@ -25,6 +25,7 @@ from topd.methods import Method
 from topd.seeds import Stream, sampling_seeds
 from topd.training.branches import branch_states, gone_on
 from topd.training.evidence import (
+    TOLD,
     Experience,
     Seen,
     by_token_loss,
@@ -46,7 +47,6 @@ from topd.training.turns import Turns
 from topd.types import (
     Evidence,
     Generation,
-    Needs,
     Prompt,
     Rollout,
     Starts,
@@ -54,7 +54,6 @@ from topd.types import (
     Windows,
 )
 
-TOLD: tuple[Needs, ...] = ("logprobs", "distributions")  # what tells log-probs of given tokens
 REWRITTEN = 4  # tokens of the windows that a detector has written from every token
 
 
@@ -257,8 +256,7 @@ class Observer:
                 temperature=self.args.loss_temperature,
                 keep=keep,
             )
-            if self.teacher.gives == "logprobs":
-                scores = where_told(scores, rollouts)
+            scores = where_told(scores, rollouts, self.teacher.gives)
             broken = scores.logprobs.isnan().nonzero().tolist()
         if broken:
             row, t = broken[0]
@@ -387,8 +385,7 @@ class Observer:
         length = windows.student_mask.sum(-1, keepdim=True)
         both = windows.teacher_mask & (torch.arange(windows.teacher_mask.shape[1]) < length)
         with self.phases.phase("transport"):
-            own = teacher or self.teacher
-            reader = own if self.args.embedding == "teacher" else self.student
+            reader = (teacher or self.teacher) if self.args.embedding == "teacher" else self.student
             cost = transport.ground_cost(
                 reader.embed(windows.student_tokens),
                 reader.embed(windows.teacher_tokens),
