@@ -33,9 +33,16 @@ tokenizer = PreTrainedTokenizerFast(
 for seed, (name, width) in enumerate({"student": 32, "teacher": 64}.items()):
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=len(words), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, max_position_embeddings=128, eos_token_id=14, pad_token_id=13,
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        eos_token_id=14,
+        pad_token_id=13,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(name)
     tokenizer.save_pretrained(name)
