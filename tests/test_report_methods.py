@@ -229,6 +229,14 @@ def test_a_warm_start_is_told_as_one(tmp_path):
     assert "no divergence was computed" in text
 
 
+def test_all_of_several_teachers_are_named(tmp_path):
+    run_of("opd", tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["recipe"] = {"teachers": {"math": {"path": "a"}, "code": {"path": "b"}}}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert "student-of-test learned from math and code by opd." in page(tmp_path).text
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

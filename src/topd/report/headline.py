@@ -59,6 +59,10 @@ def model_names(folder: Path) -> dict[str, str]:
         for side in ("student", "teacher")
         if isinstance(models.get(side), dict)
     }
+    recipe = read_whole(folder / "run.json").get("recipe")
+    several = recipe.get("teachers") if isinstance(recipe, dict) else None
+    if isinstance(several, dict) and several:
+        found["teacher"] = " and ".join(map(str, several))
     return {side: name for side, name in found.items() if name}
 
 
@@ -182,7 +186,8 @@ def _learned(names: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     method = settings.get("method")
     how = f" by {plain(str(method), limit=40)}" if method else ""
     prompt = ", which has a prompt of its own" if settings.get("teacher_prompt") else ""
-    return f"{names['student']} learned from {names['teacher']}{prompt}{how}."
+    whom = "itself" if names["student"] == names["teacher"] and prompt else names["teacher"]
+    return f"{names['student']} learned from {whom}{prompt}{how}."
 
 
 def _also(settings: Mapping[str, Any]) -> Iterator[str]:
