@@ -402,6 +402,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "max_prompt_length": [0],
     "max_completion_length": [0],
     "num_generations": [0],
+    "max_turns": [0],
     "window_length": [0],
     "window_gap": [0],
     "look_ahead_every": [0],
