@@ -1,4 +1,4 @@
-# make demo   set up and train a small student by its teacher; held-out accuracy before and after
+# make demo   set up and train a small student by its teacher; held-out accuracy before and after; a page of its forks
 # make quickstart   set up, then stage 1, and OPD, stage 1 continued and first_fork from there, on tiny models
 # make test   set up and pass every check; coverage of lines and branches at least 90 %
 # make test-gpu   set up, then the tests of what runs on a GPU, on one; they are skipped where there is none
@@ -23,6 +23,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 demo: $(VENV)/demo.done
 	$(BIN)/topd train recipes/demo.yaml
+	$(BIN)/topd probe recipes/demo.yaml  # its page shows where the untrained student leaves its teacher
 
 quickstart: $(VENV)/demo.done
 	$(BIN)/topd quickstart

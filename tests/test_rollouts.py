@@ -325,6 +325,19 @@ def test_the_limit_itself_is_allowed():
         encoder(max_length=3).encode([row])
 
 
+@pytest.mark.parametrize("prompt", ["a" * 9001, [{"role": "user", "content": "a" * 9001}]])
+def test_a_prompt_that_no_limit_can_hold_is_not_tokenised(prompt, monkeypatch):
+    data = [{"prompt": prompt}, {"prompt": "we so"}]
+    read = []
+    one = PromptEncoder._one
+    monkeypatch.setattr(PromptEncoder, "_one", lambda *a: read.append(a[1]) or one(*a))
+    with pytest.raises(TOPDError, match="data row 0: the prompt has 9,001 characters, more than 9"):
+        encoder(max_length=9).encode(data)
+    kept = encoder(max_length=9, drop_long=True).encode(data)
+    assert [p.index for p in kept] == [1]
+    assert read == [data[1]]
+
+
 def test_dropped_rows_leave_the_numbers_of_the_others():
     data = [{"prompt": "so so so"}, {"prompt": "so"}, {"prompt": "so so so"}, {"prompt": "we"}]
     kept = encoder(max_length=2, drop_long=True).encode(data)

@@ -29,6 +29,8 @@ from topd.types import Generation, Ids, Prompt, Rollout
 
 logger = logging.get_logger(__name__)
 
+LONGEST_TOKEN = 1000  # characters; no token of a known vocabulary has as many
+
 _TEMPLATE_FAULTS = (
     *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError, TimeoutError),
@@ -90,11 +92,14 @@ class PromptEncoder:
         given = list(rows)
         told = self._told(given)
 
-        def prompt_of(index: int) -> Prompt:
-            row = given[index]
-            return self._one(row, read_row(index, row), template, with_response, told[index])
+        def prompt_of(index: int) -> Prompt | None:
+            asked = read_row(index, given[index])
+            if self._is_huge(asked):
+                return None
+            return self._one(given[index], asked, template, with_response, told[index])
 
-        prompts = mapped(prompt_of, range(len(given)), "prompts")
+        found = mapped(prompt_of, range(len(given)), "prompts")
+        prompts = [prompt for prompt in found if prompt is not None]
         longest = [max(len(p.student), len(p.teacher)) for p in prompts]
         for prompt, length in zip(prompts, longest, strict=True):
             if length > self.max_length and not self.drop_long:
@@ -103,14 +108,30 @@ class PromptEncoder:
                     f"{self.max_length}. Raise max_prompt_length, or set drop_long_prompts: true."
                 )
         kept = [p for p, n in zip(prompts, longest, strict=True) if n <= self.max_length]
-        if len(kept) < len(prompts):
+        if len(kept) < len(given):
             logger.warning(
-                f"data: {len(prompts) - len(kept)} of {len(prompts)} prompts are longer than "
+                f"data: {len(given) - len(kept)} of {len(given)} prompts are longer than "
                 f"{self.max_length} tokens and left out"
             )
         if not kept:
             raise TOPDError("data: no prompt is left. Check the data and max_prompt_length.")
         return kept
+
+    def _is_huge(self, asked: Row) -> bool:
+        """Whether a prompt is too long whatever its tokens are: it is not tokenised then.
+
+        Raises:
+            TOPDError: it is, and long prompts are not left out.
+        """
+        texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        size = sum(len(t if isinstance(t, str) else str(t.get("content") or "")) for t in texts)
+        if size > LONGEST_TOKEN * self.max_length and not self.drop_long:
+            raise TOPDError(
+                f"data row {asked.index}: the prompt has {size:,} characters, more than "
+                f"{self.max_length} tokens hold. Raise max_prompt_length, or set "
+                "drop_long_prompts: true."
+            )
+        return size > LONGEST_TOKEN * self.max_length
 
     def _warn_of_dates(self) -> None:
         for tokenizer in {id(t): t for t in (self.student, *self._teachers)}.values():
