@@ -14,6 +14,7 @@ from peft import LoraConfig
 
 from topd import TOPDConfig
 from topd.commands.recipe import parse_overrides, read_mapping, read_recipe
+from topd.config import CHECKPOINTING
 from topd.config.rules import RULES
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
@@ -578,3 +579,18 @@ def test_every_field_of_ours_has_help():
     own = {name for kind in (TOPDConfig, WarmstartConfig) for name in kind.__annotations__}
     documented = {f.name for f in fields(WarmstartConfig) if f.metadata.get("help", "").strip()}
     assert own <= documented
+
+
+def test_recomputation_has_both_names_and_no_warning(recwarn):
+    more = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    new = {key.replace("gradient", "activation"): value for key, value in more.items()}
+    args = [
+        read_recipe(None, PARTS | ON_CPU | keys | {"output_dir": "unused"}).args
+        for keys in (more, new)
+    ]
+    assert getattr(args[0], CHECKPOINTING) is True
+    assert args[0].to_dict() == args[1].to_dict()
+    assert not [w for w in recwarn if "checkpointing" in str(w.message)]

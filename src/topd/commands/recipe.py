@@ -165,8 +165,10 @@ def read_recipe(
     path = Path(path or "topd")
     config = WarmstartConfig if warmstart else config
     known = _fields(config)
-    if "activation_checkpointing" in content:
-        content[CHECKPOINTING] = content.pop("activation_checkpointing")
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # old and new are one
+        for end in ("", "_kwargs"):
+            if name + end in content:
+                content[CHECKPOINTING + end] = content.pop(name + end)
     settings = {key: value for key, value in content.items() if key in known}
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")

@@ -37,7 +37,7 @@ from topd.runs.lock import one_writer
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenWriter
 from topd.training.experience import Observer
-from topd.training.progress import Phases
+from topd.training.progress import Phases, say
 from topd.training.sampler import GroupSampler
 from topd.training.startup import encoder_of
 from topd.types import Prompt
@@ -140,6 +140,8 @@ def session(
     """
     with one_writer(Path(recipe.args.output_dir)):
         phases = Phases()
+        if console:
+            say(console, f"loading {recipe.student.path} and {one_teacher(recipe).path}")
         pair = open_pair(recipe, phases)
         run = open_folder(command, recipe, pair)
         if console:
