@@ -919,6 +919,22 @@ CASES: tuple[Case, ...] = (
         {"text": {"url": HERE}},
         method="window_kd",
     ),
+    Case(
+        "Teachers by text",
+        "token losses by spans, of a teacher that is not read by text",
+        "token_loss: spans is for a teacher in this process",
+        "teacher",
+        "set token_loss: full, sampled or none",
+        changes={"token_loss": "spans"},
+    ),
+    text(
+        "token losses by spans, of a server",
+        "token_loss: spans is for a teacher in this process",
+        "as_text: true",
+        "set token_loss: full, sampled or none",
+        {"text": {"url": HERE, "logprobs": True}},
+        token_loss="spans",
+    ),
     folder(
         "below a file",
         "cannot be written",

@@ -414,14 +414,14 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
 def check_token_loss(name: str, kind: str) -> None:
     """Refuse a method that is left without effect. Raises TOPDError.
 
-    ``kind`` is ``sampled`` or ``none``: see ``token_loss`` of TOPDConfig.
+    ``kind`` is ``sampled``, ``spans`` or ``none``: see ``token_loss`` of TOPDConfig.
     """
     method = method_named(name)
     if method.of_tokens and (kind == "none" or method.needs == "distributions"):
         raise TOPDError(
             f"token_loss: {kind} leaves {name} nothing to learn: it weights token losses over the "
             "whole distribution. Set token_loss: full, or choose a method with windows."
-            if kind == "sampled"
+            if kind != "none"
             else f"token_loss: none leaves {name} nothing to learn. Choose a method with windows."
         )
 

@@ -56,10 +56,11 @@ class TOPDConfig(TrainingArguments):
     kd_ratio: float = _field(
         1.0, "Share of the divergence in the token loss; the rest is cross-entropy. In [0, 1]."
     )
-    token_loss: Literal["full", "sampled", "none"] = _field(
+    token_loss: Literal["full", "sampled", "spans", "none"] = _field(
         "full",
         "Over the whole distribution; sampled: log p_T(y) - log p_S(y) of the token as its "
-        "advantage, for teachers that tell no more; none: the method's guidance alone.",
+        "advantage, for teachers that tell no more; spans: the same by the shortest spans of text "
+        "that both tokenizers have, for teacher.as_text; none: the method's guidance alone.",
     )
     trajectory_weight: float = _field(0.1, "lambda, the weight of L_traj.")
     trajectory_reduction: Literal["mean", "sum"] = _field(

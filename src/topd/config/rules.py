@@ -141,6 +141,8 @@ def _check_token_loss(config: TOPDConfig) -> None:
     if config.learns_from_answers:
         raise TOPDError(f"{kind} is for rollouts. A warm start has kd_ratio: leave it out.")
     check_token_loss(config.method, config.token_loss)
+    if config.token_loss == "spans" and config.environment is not None:
+        raise TOPDError(f"{kind} does not go with environment. Leave one of them out.")
     if config.beta != 1:
         raise TOPDError(f"beta: has no effect with {kind}. Leave it out.")
     looks_always = config.look_ahead_until is None and config.look_ahead_every == 1

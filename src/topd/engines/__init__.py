@@ -9,7 +9,7 @@ from typing import Protocol
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from topd.types import Generation, Head, Ids, Needs, Sampling, Starts, Texts
+from topd.types import Generation, Head, Ids, Needs, Sampling, Spans, Starts, Texts
 
 Tick = Callable[[], None]
 
@@ -25,13 +25,15 @@ class Scores:
     ``hidden`` [B T D] are the last hidden states that predict each response token, ``logprobs``
     [B T] the log-probs of those tokens in nats (0 on padding), ``likeliest`` [B T] the tokens that
     the model itself likes best there. ``prefix`` belongs to the engine: from it ``continue_from``
-    continues without reading the prompt again.
+    continues without reading the prompt again. ``spans``: of every response, where the teacher's
+    tokenizer is another, the tokens [first, end) of each span that it told a log-prob of.
     """
 
     hidden: Float[Tensor, "B T D"]
     logprobs: Float[Tensor, "B T"]
     likeliest: Int[Tensor, "B T"]
     prefix: object
+    spans: tuple[Spans, ...] = ()
 
 
 class Engine(Protocol):

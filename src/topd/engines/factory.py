@@ -28,10 +28,13 @@ def open_engines(
     tokenizers: Sequence[PreTrainedTokenizerBase],
     temperature: float,
     autocast: Callable[[], AbstractContextManager[None]],
+    *,
+    spans: bool = False,
 ) -> tuple[HFEngine, list[Engine]]:
     """The engines of a student and of its teachers, if any, in their order, and checked.
 
-    Each is served where its source says so. All sample the ids that all have.
+    Each is served where its source says so. All sample the ids that all have. With ``spans`` a
+    teacher by text in this process tells the log-probs of spans of the student's text.
 
     Raises:
         TOPDError: a model does not write what its forwards say, servers of the teacher disagree,
@@ -59,7 +62,7 @@ def open_engines(
     student = student or HFEngine(models[0], name="student", **options)
     if text:
         assert isinstance(sources[1], ModelSpec)
-        engines: list[Engine] = [text_engine(sources[1], models, tokenizers, options)]
+        engines: list[Engine] = [text_engine(sources[1], models, tokenizers, options, spans)]
     else:
         engines = [_teacher(*teacher, options) for teacher in teachers]
     for engine in (student, *engines):

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import BaseEngine, Prefix, check_seeds
+from topd.engines.spans import SpanReader
 from topd.engines.text_logprobs import Pieces, logprobs_of_tokens, whole_text
 from topd.inputs.border import BROKEN, Border
 from topd.types import Generation, Ids, Needs, Sampling
@@ -30,7 +31,9 @@ class Written(NamedTuple):
 
 
 class Writer(Protocol):
-    """A model that continues texts."""
+    """A model that continues texts; its ``tokenizer`` is that of the prompts."""
+
+    tokenizer: PreTrainedTokenizerBase
 
     def write(
         self,
@@ -57,6 +60,7 @@ class TextEngine(BaseEngine):
         writer: what writes.
         tokenizer: the student's.
         tells: whether the writer can ``read``: log-probs of the student's tokens.
+        spans: what tells log-probs of spans of them, if anything does.
         eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine, the student's.
     """
 
@@ -69,11 +73,12 @@ class TextEngine(BaseEngine):
         tokenizer: PreTrainedTokenizerBase,
         *,
         tells: bool = False,
+        spans: SpanReader | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.gives = "logprobs" if tells else "windows"
-        self.writer, self.border = writer, Border(tokenizer)
+        self.gives = "logprobs" if tells or spans else "windows"
+        self.writer, self.border, self.spans = writer, Border(tokenizer), spans
         self.end = int(tokenizer.eos_token_id)
         self._ends = {str(t) for t in tokenizer.convert_ids_to_tokens(sorted(self.end_ids))}
 
@@ -98,7 +103,8 @@ class TextEngine(BaseEngine):
     ) -> Scores:
         """States of zeros; log-probs, zeros as well unless the writer tells them.
 
-        They are NaN where the writer does not tell one, see :func:`logprobs_of_tokens`.
+        They are NaN where the writer does not tell one, see :func:`logprobs_of_tokens`, and outside
+        of spans; the tokens of a span share its log-prob.
         """
         shape = len(responses), max(map(len, responses))
         weight = self.head.weight
@@ -106,6 +112,8 @@ class TextEngine(BaseEngine):
         ids = torch.zeros(shape, dtype=torch.long, device=self.device)
         prefix = Prefix(tuple(prompts), tuple(responses))
         logprobs = hidden.new_zeros(shape, dtype=torch.float32)
+        if self.spans is not None:
+            return self._by_spans(self.spans, Scores(hidden, logprobs, ids, prefix))
         if self.gives == "logprobs":
             texts = [whole_text(self.border, response) for response in responses]
             pieces = self.writer.read(prompts, texts)
@@ -113,6 +121,16 @@ class TextEngine(BaseEngine):
                 found = logprobs_of_tokens(self.border, response, told)
                 logprobs[row, : len(found)] = torch.tensor(found)
         return Scores(hidden, logprobs, ids, prefix)
+
+    def _by_spans(self, reader: SpanReader, scores: Scores) -> Scores:
+        prefix = scores.prefix
+        assert isinstance(prefix, Prefix)
+        read = reader.read(prefix.prompts, prefix.responses)
+        for row, (spans, told) in enumerate(read):
+            scores.logprobs[row, : len(prefix.responses[row])] = torch.nan
+            for (a, b), logprob in zip(spans, told, strict=True):
+                scores.logprobs[row, a:b] = logprob / (b - a)
+        return replace(scores, spans=tuple(spans for spans, _ in read))
 
     def continue_from(
         self,

@@ -12,6 +12,7 @@ from topd.engines import Tick, no_tick
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Request, Servers
+from topd.engines.spans import SpanReader
 from topd.engines.text import TextEngine, Writer, Written
 from topd.engines.text_logprobs import Pieces
 from topd.errors import TOPDError
@@ -150,7 +151,7 @@ class EmbeddedWriter:
     """
 
     def __init__(self, engine: HFEngine, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.engine, self.border = engine, Border(tokenizer)
+        self.engine, self.tokenizer, self.border = engine, tokenizer, Border(tokenizer)
 
     def write(
         self,
@@ -199,6 +200,7 @@ def text_engine(
     models: Sequence[PreTrainedModel],
     tokenizers: Sequence[PreTrainedTokenizerBase],
     options: Mapping[str, Any],
+    spans: bool = False,
 ) -> TextEngine:
     """The engine of a teacher by text: at a URL, or in this process (``as_text``).
 
@@ -207,6 +209,7 @@ def text_engine(
         models: the student, and the teacher or what stands in its place.
         tokenizers: both.
         options: of HFEngine, the student's.
+        spans: whether one in this process tells the log-probs of spans.
     """
     if spec.text is not None:
         writer: Writer = TextServers("teacher (text)", spec.text, tokenizers[1])
@@ -223,4 +226,6 @@ def text_engine(
     rows = models[0].config.get_text_config().vocab_size
     place = stand_in(spec.path, rows).to(models[0].device)
     writer = EmbeddedWriter(own, tokenizers[1])
-    return TextEngine(place, writer, tokenizers[0], name="teacher", **options)
+    ends = frozenset(options["eos_ids"])
+    reader = SpanReader(own, tokenizers, ends) if spans else None
+    return TextEngine(place, writer, tokenizers[0], spans=reader, name="teacher", **options)

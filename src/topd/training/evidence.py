@@ -14,6 +14,7 @@ from topd import transport
 from topd.config import TOPDConfig
 from topd.divergence import select_candidates, thin_candidates
 from topd.engines import Scores
+from topd.engines.spans import share_evenly
 from topd.runs.records import Fork
 from topd.types import (
     Effort,
@@ -23,6 +24,7 @@ from topd.types import (
     Ids,
     Needs,
     Rollout,
+    Spans,
     Starts,
     TokenScores,
     TokenStatistics,
@@ -42,7 +44,8 @@ TOLD: tuple[Needs, ...] = ("logprobs", "distributions")  # what tells log-probs 
 class Seen:
     """What a rank has seen of its rollouts; ``starts`` (row, token) and ``written`` by window.
 
-    ``hidden`` [T D] and ``logprobs`` [T] nats are the teacher's, one entry a rollout.
+    ``hidden`` [T D] and ``logprobs`` [T] nats are the teacher's, one entry a rollout; ``spans`` are
+    those that it told log-probs of, where its tokenizer is another.
     """
 
     hidden: list[Tensor]
@@ -50,6 +53,7 @@ class Seen:
     starts: list[tuple[int, int]]
     written: list[Generation]
     evidence: Evidence
+    spans: Sequence[Spans] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Experience:
     ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
     and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats; where the loss does without
     the teacher, zeros and none. ``branch_hidden`` has the
-    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took.
+    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took;
+    ``spans`` as in :class:`Seen`.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -69,6 +74,7 @@ class Experience:
     guidance: tuple[Guidance, ...]
     branch_hidden: tuple[tuple[Tensor, ...], ...]
     efforts: tuple[Effort, ...] = ()
+    spans: tuple[Spans, ...] = ()
 
 
 def candidates_of(
@@ -139,13 +145,15 @@ def token_scores(
 def where_told(scores: Scores, rollouts: Sequence[Rollout], gives: Needs) -> Scores:
     """Scores with the student's own log-prob where the teacher's is not told (NaN): no difference.
 
-    Only of a teacher by text that ``gives`` logprobs, whose server may split a text otherwise.
+    Only of a teacher by text that ``gives`` logprobs, whose server may split a text otherwise. All
+    tokens of a span differ by as much.
     """
     if gives != "logprobs":
         return scores
     own, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
     own = own.to(scores.logprobs)
-    return replace(scores, logprobs=scores.logprobs.where(~scores.logprobs.isnan(), own))
+    told = share_evenly(scores.logprobs, own, scores.spans)
+    return replace(scores, logprobs=told.where(~told.isnan(), own))
 
 
 def share_rewritten(rollout: Rollout, start: int, window: Ids, length: int) -> float:
@@ -168,25 +176,28 @@ def by_token_loss(
     guidance: Sequence[Guidance],
     rollouts: Sequence[Rollout],
     teacher: Sequence[Tensor],
+    spans: Sequence[Spans] = (),
 ) -> tuple[Guidance, ...]:
     """The guidance with its token losses as ``token_loss`` has them.
 
     For ``sampled`` the divergence of a token is its one-sample estimate, whose gradient is that of
-    an advantage w_t (log p_T(y_t) - log p_S(y_t)), with log p_S at sampling. For ``none`` no token
-    loss counts. ``teacher`` are its log-probs [T] a rollout.
+    an advantage w_t (log p_T(y_t) - log p_S(y_t)), with log p_S at sampling. For ``spans`` every
+    token of a span has the difference of the whole span, and tokens of no span have none. For
+    ``none`` no token loss counts. ``teacher`` are its log-probs [T] a rollout.
     """
     if kind == "full":
         return tuple(guidance)
     found = []
-    for guide, rollout, theirs in zip(guidance, rollouts, teacher, strict=True):
+    rows = zip(guidance, rollouts, teacher, strict=True)
+    for row, (guide, rollout, theirs) in enumerate(rows):
         none = (0.0,) * len(guide.weights)
         guide, weights = replace(guide, weights=none), guide.weights
-        if kind == "sampled":
+        if kind != "none":
             own, gain = guide.advantages or none, theirs.tolist()
-            advantages = tuple(
-                a + w * (t - s)
-                for a, w, t, s in zip(own, weights, gain, logprobs_of(rollout), strict=True)
-            )
+            gaps = [t - s for t, s in zip(gain, logprobs_of(rollout), strict=True)]
+            for first, end in spans[row] if kind == "spans" else ():
+                gaps[first:end] = [sum(gaps[first:end])] * (end - first)
+            advantages = tuple(a + w * g for a, w, g in zip(own, weights, gaps, strict=True))
             guide = replace(guide, advantages=advantages)
         found.append(guide)
     return tuple(found)

@@ -44,15 +44,7 @@ from topd.training.evidence import (
 )
 from topd.training.progress import Phases
 from topd.training.turns import Turns
-from topd.types import (
-    Evidence,
-    Generation,
-    Prompt,
-    Rollout,
-    Starts,
-    Transport,
-    Windows,
-)
+from topd.types import Evidence, Generation, Prompt, Rollout, Spans, Starts, Transport, Windows
 
 REWRITTEN = 4  # tokens of the windows that a detector has written from every token
 
@@ -167,6 +159,7 @@ class Observer:
         logprobs: list[Tensor] = []
         losses: list[Tensor] = []
         statistics: list[Tensor] = []
+        spans: list[Spans] = []
         starts: list[tuple[int, int]] = []
         written: list[Generation] = []
         size = self.args.score_batch_size or self.args.per_device_train_batch_size
@@ -176,6 +169,7 @@ class Observer:
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             told = scores.logprobs if self.teacher.gives in TOLD else scores.logprobs[:, :0]
             logprobs += [p[: len(r.response)] for p, r in zip(told, some, strict=True)]
+            spans += scores.spans
             needed = method.statistics or self.args.detector.statistics
             known = self.statistics(some, scores) if needed else None
             statistics += known or []
@@ -194,7 +188,7 @@ class Observer:
         evidence = self.evidence(rollouts, losses, starts, written, length, logprobs)
         if method.statistics:
             evidence = replace(evidence, statistics=statistics_of(statistics))
-        return Seen(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]))
+        return Seen(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]), spans)
 
     def _unscored(self, rollouts: Sequence[Rollout]) -> Seen:
         """Answers that are learned without the teacher: zeros for its states, no log-probs."""
@@ -231,7 +225,7 @@ class Observer:
     ) -> Experience:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
         asked, phases = of_own_tokens(method.guide(seen.evidence), rollouts), self.phases
-        asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs)
+        asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs, seen.spans)
         guidance = gone_on(self.student, rollouts, asked, seeds, self.args.sampling, phases)
         windows = dict(zip(seen.starts, seen.written, strict=True))
         return Experience(
@@ -242,6 +236,7 @@ class Observer:
             guidance,
             branch_states(self.teacher, rollouts, guidance, windows, seen.hidden, phases),
             tuple(window.effort for window in seen.written),
+            tuple(seen.spans),
         )
 
     def score(self, rollouts: Sequence[Rollout], first: int = 0, *, keep: bool = True) -> Scores:

@@ -78,6 +78,9 @@ def measure_experience(means: Means, experience: Experience) -> None:
     ratio = sum(sum(r.logprobs) for r in sampled) - sum(_total(r, p) for r, p in told)
     count = sum(len(r.written) for r in sampled)
     means.add("reverse_kl_sampled", ratio if sampled else 0.0, count)
+    if experience.spans:
+        spanned = sum(b - a for row in experience.spans for a, b in row)
+        means.add("completions/share_in_spans", spanned, sum(lengths))
     if any(r.replies for r in rollouts):
         means.add("completions/mean_turns", sum(len(r.turns) for r in rollouts), len(rollouts))
     forks = [fork for row in experience.forks for fork in row]

@@ -82,6 +82,7 @@ class ObservedTrainer(RecordedTrainer):
             tokenizers[:count],
             self.args.temperature,
             self.accelerator.autocast,
+            spans=self.args.token_loss == "spans",
         )
         if isinstance(student, ServedStudent) and (self.copy or self.args.world_size > 1):
             raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")

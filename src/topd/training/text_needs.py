@@ -11,11 +11,15 @@ from topd.inputs.text_models import is_by_text
 from topd.methods import METHODS, method_named
 from topd.types import NEEDS, Needs
 
+BY_LOGPROBS = ("sampled", "spans")
 
-def gives(teacher: object) -> Needs:
-    """What a source of a teacher gives."""
+
+def gives(teacher: object, args: TOPDConfig) -> Needs:
+    """What a source of a teacher gives: one in this process log-probs, if asked, by spans."""
     if not is_by_text(teacher):
         return "distributions"
+    if teacher.as_text and args.token_loss == "spans":
+        return "logprobs"
     return "logprobs" if teacher.text and teacher.text.logprobs else "windows"
 
 
@@ -24,7 +28,15 @@ def check_gives(teachers: Sequence[object], args: TOPDConfig) -> None:
 
     Raises TOPDError.
     """
-    given: Needs = min([gives(teacher) for teacher in teachers], key=NEEDS.index, default=NEEDS[-1])
+    if args.token_loss == "spans" and not all(getattr(t, "as_text", False) for t in teachers):
+        raise TOPDError(
+            "token_loss: spans is for a teacher in this process that is read by text (as_text: "
+            "true), as one with another tokenizer is. Of other teachers, served or not, every "
+            "token's log-prob is its own: set token_loss: full, sampled or none."
+        )
+    given: Needs = min(
+        [gives(teacher, args) for teacher in teachers], key=NEEDS.index, default=NEEDS[-1]
+    )
     if given == "distributions":
         return
     if len(teachers) > 1:
@@ -63,7 +75,7 @@ def _of_rollouts(args: TOPDConfig, given: Needs) -> list[tuple[str, str]]:
         found.append((f"method {args.method} needs {method.needs}", f"method: {' or '.join(fit)}"))
     tells = given == "logprobs"
     counts = method.needs != "nothing" and not (method.of_tokens and lacks)
-    if counts and args.token_loss != "none" and not (tells and args.token_loss == "sampled"):
+    if counts and args.token_loss != "none" and not (tells and args.token_loss in BY_LOGPROBS):
         instead = "token_loss: sampled or none" if tells else "token_loss: none"
         found.append((f"token_loss {args.token_loss} is taken over them", instead))
     if tells and args.loss_temperature != 1:

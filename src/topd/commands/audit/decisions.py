@@ -16,6 +16,8 @@ from topd.commands.audit.result import (
     shortened,
 )
 from topd.config import TOPDConfig
+from topd.engines import Engine
+from topd.engines.text import TextEngine
 from topd.errors import TOPDError
 from topd.inputs.models import eos_ids
 from topd.runs.folder import guidance_record, rollout_record
@@ -110,7 +112,7 @@ def _decided(
 
     ``logged`` are the divergences of the updates before.
     """
-    rollouts = [_rollout(record, trainer.observer.teacher.head.vocab_size) for record in records]
+    rollouts = [_rollout(record, trainer.observer.teacher) for record in records]
     seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
     look = trainer.args.looks_ahead(step, logged)
     look &= step == 0 or not _needs_student(trainer.args)
@@ -152,8 +154,11 @@ def _mean_faults(
             )
 
 
-def _rollout(record: Mapping[str, Any], vocab_size: int) -> Rollout:
-    for key in ("prompt_ids", "teacher_prompt_ids", "response_ids"):
+def _rollout(record: Mapping[str, Any], teacher: Engine) -> Rollout:
+    own = teacher.head.vocab_size
+    theirs = len(teacher.writer.tokenizer) if isinstance(teacher, TextEngine) else own
+    sizes = {"prompt_ids": own, "teacher_prompt_ids": theirs, "response_ids": own}
+    for key, vocab_size in sizes.items():
         if max(record[key], default=0) >= vocab_size:
             raise TOPDError(
                 f"rollouts.jsonl, {place_of(record)}: {key} has the token {max(record[key])}, the "
