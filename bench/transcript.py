@@ -2,7 +2,8 @@
 
     python -m bench.transcript
 
-The lines are run in an empty folder, with the package as it is installed here.
+The lines are run in a folder that has a clone of this repository and nothing else, in a new
+environment, for which pip needs a package index.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import typer
 MAKE = """\
 import json
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, logging
 import torch
+
+logging.disable_progress_bar()
 
 words = [*"0123456789+=?", "<pad>", "<eos>", "<unk>"]
 known = {word: i for i, word in enumerate(words)}
@@ -58,7 +61,9 @@ TRAIN = (
     "--max_steps 10 --max_completion_length 8 --learning_rate 1e-2 --output_dir runs/mine"
 )
 LINES = (
-    "python make.py",
+    "python3 -m venv env",
+    "env/bin/pip install -qq --constraint topd/constraints.txt ./topd",
+    ". env/bin/activate && python make.py",
     TRAIN,
     "topd show runs/mine --rollout 3",
     "topd report runs/mine",
@@ -69,8 +74,9 @@ HEAD = """# A transcript
 
 Two models of your own, a file of prompts, and what every command prints, in 80 columns. The
 models have random weights, so nothing worth having is learned; what you see is the way that a
-pair of yours takes. It starts after the install (`pip install .`). Everything below this
-introduction is written by `python -m bench.transcript`, on two cores with the load that it names.
+pair of yours takes. It starts beside a clone of the repository, `topd`. Everything below this
+introduction is written by `python -m bench.transcript`, on two cores with the load that it names;
+the time of the install is also that of the package index.
 
 """
 
@@ -81,6 +87,8 @@ def main(path: Path = Path("docs/transcript.md")) -> None:
     parts.append(f"```python\n{MAKE}```\n")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "make.py").write_text(MAKE, encoding="utf-8")
+        here, clone = str(Path(__file__).parents[1]), str(Path(folder) / "topd")
+        subprocess.run(["git", "clone", "--quiet", here, clone], check=True)  # noqa: S603, S607
         parts += [_shown(line, folder) for line in LINES]
     path.write_text("".join(parts), encoding="utf-8")
 
@@ -96,12 +104,18 @@ def _shown(line: str, folder: str) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env={**os.environ, "COLUMNS": "80"},
+        env=_own_environment(folder),
     )
     wall, cpu = time.perf_counter() - begun, _children() - before
     text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).replace(folder, "~").rstrip()
     text = "\n".join(row.rstrip() for row in text.splitlines())
     return f"\n## {cpu:.1f} CPU s, {wall:.1f} s\n\n```console\n$ {line}\n{text}\n```\n"
+
+
+def _own_environment(folder: str) -> dict[str, str]:
+    """Of a terminal of 80 columns, where the new environment comes first."""
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**given, "COLUMNS": "80", "PATH": f"{folder}/env/bin{os.pathsep}{given['PATH']}"}
 
 
 def _children() -> float:
