@@ -192,6 +192,173 @@ def both(local, served, prompts, responses) -> tuple[Scores, Scores]:
     return local.score(seen, responses), served.score(seen, responses)
 
 
+# By text, in float32; first, and ended, as all servers at once take more than 16 GiB
+
+
+@pytest.fixture(scope="class")
+def exact(folder, tmp_path_factory) -> Iterator[dict[str, Any]]:
+    """The teacher of a recipe whose servers compute in float32, where there are no ties."""
+    log = tmp_path_factory.mktemp("logs") / "exact.log"
+    words = [sys.executable, "-m", "topd", "serve-teacher", str(folder), "--python", PYTHON]
+    words += ["--port", str(free_port(2)), *EXTRA, "--dtype", "float32"]
+    with started(words, log) as process:
+        yield {**printed(process, log)["teacher"], "dtype": "float32"}
+
+
+@pytest.fixture(scope="class")
+def exact_local(exact) -> HFEngine:
+    """The same model in this process."""
+    spec = ModelSpec(path=exact["path"], dtype="float32")
+    return HFEngine(spec.load_model(), eos_ids=[spec.load_tokenizer().eos_token_id])
+
+
+def by_text(teacher: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "text": {"url": teacher["served"]["completions"], "model": str(teacher["path"]), **more}
+    }
+
+
+def text_engine(teacher: dict[str, Any], **more: Any) -> tuple[TextEngine, list[Prompt]]:
+    """A teacher by text that has passed its checks, and the prompts that it is asked."""
+    ours, spec = ModelSpec(path=teacher["path"]).load_tokenizer(), by_text(teacher, **more)
+    theirs = text_tokenizer(ModelSpec.model_validate(spec), ours, None)
+    rows = DataSpec.model_validate(DATA).load()
+    asked = PromptEncoder(ours, theirs, TEACHER_PROMPT, 640, False, {}).encode(rows)
+    check_text_teacher(ByText.model_validate({"text": spec["text"]}), (ours, theirs), asked)
+    engine = TextEngine(
+        stand_in("text", 49152),
+        TextServers("teacher", TextSpec.model_validate(spec["text"]), theirs),
+        ours,
+        tells=bool(more.get("logprobs")),
+        eos_ids=[ours.eos_token_id],
+    )
+    return engine, asked
+
+
+def split(engine: TextEngine, prompt: tuple[int, ...], own: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that the server reads in the text of a prompt and some tokens of the student."""
+    writer = engine.writer
+    whole = writer.prompt_text(prompt) + (engine.border.text(own) or "")
+    body = {"prompt": whole, "add_special_tokens": False, **writer.servers.model}
+    return tuple(writer.servers.post("/tokenize", body)["tokens"])
+
+
+def learned(root: Path, teacher: dict[str, Any], student: str) -> tuple[Any, dict[str, Any]]:
+    """The guidance of one update of cross-entropy on windows, and its gradient."""
+    path = write_recipe(
+        root,
+        teacher,
+        student={"path": student, "dtype": "float32"},
+        max_steps=1,
+        method="window_sft",
+        token_loss="none",
+        embedding="student",
+        candidate_loss="student_nll",
+        candidate_fraction=0.2,
+        max_completion_length=64,
+        window_length=8,
+        false_alarm_share=0.0,
+    )
+    recipe = read_recipe(path)
+    trainer, _ = make_trainer(recipe, recipe.data.load())
+    gradient = Gradient()
+    trainer.add_callback(gradient)
+    trainer.train()
+    found = records(root / "run", "guidance.jsonl")
+    return [(r["branches"], r["weights"]) for r in found], gradient.found
+
+
+class TestByText:
+    def test_by_text_log_probs_are_the_embedded_engines(self, exact, exact_local):
+        """Those that the server's echo tells of the student's tokens, where both split alike."""
+        engine, asked = text_engine(exact, logprobs=True)
+        sampling = Sampling(1.0, max_new_tokens=48)
+        written = exact_local.generate([p.student for p in asked], sampling, range(len(asked)))
+        responses, seen = [w.tokens for w in written], [prompt.teacher for prompt in asked]
+        told, known = (e.score(seen, responses).logprobs for e in (engine, exact_local))
+        there = torch.arange(known.shape[1]) < torch.tensor([[len(r)] for r in responses])
+        gaps = (told - known).abs().masked_fill(~there, float("nan"))
+        alike = int((gaps < CLOSE).sum())
+        print(
+            f"of {int(there.sum())} log-probs {int((gaps >= 0).sum())} told, {alike} within {CLOSE}"
+        )
+        same = [
+            split(engine, seen[b], response) == seen[b] + response
+            for b, response in enumerate(responses)
+        ]
+        print(f"{sum(same)} of {len(same)} texts are split by the server as by the student")
+        assert sum(same) >= 3
+        ours = there & torch.tensor(same)[:, None]
+        assert bool((gaps[ours] < CLOSE).all())  # told, and the same: NaN is not below
+
+    def test_embedded_by_states_and_by_text_one_gradient(self, exact, tmp_path):
+        """The same real teacher in four places: the same windows, and a gradient equal to 1e-6."""
+        places = {
+            "embedded": {"path": exact["path"], "dtype": "float32"},
+            "states": exact,
+            "text": by_text(exact),
+            "as text": {"path": exact["path"], "dtype": "float32", "as_text": True},
+        }
+        found: dict[str, Any] = {}
+        for name, teacher in places.items():
+            (tmp_path / name).mkdir()
+            found[name] = learned(tmp_path / name, teacher, exact["path"])
+        guidance, gradient = found.pop("embedded")
+        windows = [tokens for branches, _ in guidance for tokens in branches]
+        print(f"{len(windows)} windows of {sum(len(w['tokens']) for w in windows)} tokens")
+        assert len(windows) >= 4
+        for name, (others, theirs) in found.items():
+            assert others == guidance, name
+            assert theirs.keys() == gradient.keys()
+            gaps = [float((theirs[key] - values).abs().max()) for key, values in gradient.items()]
+            print(f"{name}: gradients differ by {max(gaps):.1e} at most")
+            assert max(gaps) <= 1e-6
+
+    def test_by_text_windows_are_those_by_ids(self, exact, exact_local):
+        """In float32 a window by text is that by ids, its prefix was split otherwise, or a tie.
+
+        Completions, and the chat API that continues the assistant's message: the same windows.
+        """
+        local = exact_local
+        engine, asked = text_engine(exact)
+        seen = [prompt.teacher for prompt in asked]
+        sampling = Sampling(1.0, max_new_tokens=64)
+        written = local.generate([prompt.student for prompt in asked], sampling, range(len(asked)))
+        responses = [w.tokens for w in written]
+        starts = [(b, t) for b, r in enumerate(responses) for t in range(0, len(r), 16)]
+        found = {}
+        for chat in (False, True):
+            engine, asked = text_engine(exact, chat=chat)
+            scores = engine.score([prompt.teacher for prompt in asked], responses)
+            found[chat] = engine.continue_from(scores, starts, GREEDY, range(len(starts)))
+        known = local.continue_from(
+            local.score(seen, responses), starts, GREEDY, range(len(starts))
+        )
+        counts = dict.fromkeys(("alike", "other tokens", "prefix split otherwise", "near tie"), 0)
+        for (b, t), ours, theirs in zip(starts, known, found[False], strict=True):
+            before = responses[b][:t]
+            read = split(engine, seen[b], before)
+            texts = [engine.border.text(before + window.tokens) or "" for window in (ours, theirs)]
+            pairs = enumerate(zip(ours.tokens, theirs.tokens, strict=False))
+            k = next((k for k, (x, y) in pairs if x != y), None)
+            if k is None:
+                counts["alike"] += 1
+            elif read != seen[b] + before:
+                counts["prefix split otherwise"] += 1
+            elif texts[0].startswith(texts[1]) or texts[1].startswith(texts[0]):
+                counts["other tokens"] += 1  # of the same text: the teacher wrote not as it reads
+            else:
+                counts["near tie"] += 1
+                logprobs = local.head.logits(ours.hidden[k]).detach().log_softmax(-1)
+                gap = float(logprobs[ours.tokens[k]] - logprobs[theirs.tokens[k]])
+                assert gap < CLOSE, (gap, texts)
+        print(f"by text: of {len(starts)} windows {counts}")
+        assert counts["alike"] >= 0.8 * len(starts)
+        by_chat = sum(x.tokens == y.tokens for x, y in zip(found[False], found[True], strict=True))
+        print(f"by chat: {by_chat} of {len(starts)} windows are those by completions")
+        assert by_chat == len(starts)
+
+
 # The engine
 
 
@@ -258,158 +425,6 @@ def test_windows_behind_one_rollout_read_its_prefix_once(served, prompts, respon
     queries, hits = (counted(n) - b for n, b in zip(("queries", "hits"), before, strict=True))
     assert queries >= tokens * len(starts)
     assert hits / queries > 0.7
-
-
-@pytest.fixture(scope="session")
-def exact(folder, tmp_path_factory) -> Iterator[dict[str, Any]]:
-    """The teacher of a recipe whose servers compute in float32, where there are no ties."""
-    log = tmp_path_factory.mktemp("logs") / "exact.log"
-    words = [sys.executable, "-m", "topd", "serve-teacher", str(folder), "--python", PYTHON]
-    words += ["--port", str(free_port(2)), *EXTRA, "--dtype", "float32"]
-    with started(words, log) as process:
-        yield {**printed(process, log)["teacher"], "dtype": "float32"}
-
-
-@pytest.fixture(scope="session")
-def exact_local(exact) -> HFEngine:
-    """The same model in this process."""
-    spec = ModelSpec(path=exact["path"], dtype="float32")
-    return HFEngine(spec.load_model(), eos_ids=[spec.load_tokenizer().eos_token_id])
-
-
-def by_text(teacher: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {
-        "text": {"url": teacher["served"]["completions"], "model": str(teacher["path"]), **more}
-    }
-
-
-def text_engine(teacher: dict[str, Any], **more: Any) -> tuple[TextEngine, list[Prompt]]:
-    """A teacher by text that has passed its checks, and the prompts that it is asked."""
-    ours, spec = ModelSpec(path=teacher["path"]).load_tokenizer(), by_text(teacher, **more)
-    theirs = text_tokenizer(ModelSpec.model_validate(spec), ours, None)
-    rows = DataSpec.model_validate(DATA).load()
-    asked = PromptEncoder(ours, theirs, TEACHER_PROMPT, 640, False, {}).encode(rows)
-    check_text_teacher(ByText.model_validate({"text": spec["text"]}), (ours, theirs), asked)
-    engine = TextEngine(
-        stand_in("text", 49152),
-        TextServers("teacher", TextSpec.model_validate(spec["text"]), theirs),
-        ours,
-        tells=bool(more.get("logprobs")),
-        eos_ids=[ours.eos_token_id],
-    )
-    return engine, asked
-
-
-def test_by_text_log_probs_are_the_embedded_engines(exact, exact_local):
-    """Those that the server's echo tells of the student's own tokens, where both split alike."""
-    engine, asked = text_engine(exact, logprobs=True)
-    sampling = Sampling(1.0, max_new_tokens=48)
-    written = exact_local.generate([p.student for p in asked], sampling, range(len(asked)))
-    responses, seen = [w.tokens for w in written], [prompt.teacher for prompt in asked]
-    told, known = (e.score(seen, responses).logprobs for e in (engine, exact_local))
-    there = torch.arange(known.shape[1]) < torch.tensor([[len(r)] for r in responses])
-    gaps = (told - known)[there & ~told.isnan()].abs()
-    alike = int((gaps < CLOSE).sum())
-    print(f"of {int(there.sum())} log-probs {len(gaps)} told, {alike} within {CLOSE} nats")
-    assert len(gaps) >= 0.9 * int(there.sum())
-    assert alike >= 0.9 * len(
-        gaps
-    )  # after a token that is split otherwise they are of another text
-    assert float(gaps.median()) < 1e-4
-
-
-def test_embedded_by_states_and_by_text_one_gradient(exact, tmp_path):
-    """The same real teacher in four places: the same windows, and a gradient equal to 1e-6."""
-    places = {
-        "embedded": {"path": exact["path"], "dtype": "float32"},
-        "states": exact,
-        "text": by_text(exact),
-        "as text": {"path": exact["path"], "dtype": "float32", "as_text": True},
-    }
-    found: dict[str, Any] = {}
-    for name, teacher in places.items():
-        (tmp_path / name).mkdir()
-        found[name] = learned(tmp_path / name, teacher, exact["path"])
-    guidance, gradient = found.pop("embedded")
-    windows = [tokens for branches, _ in guidance for tokens in branches]
-    print(f"{len(windows)} windows of {sum(len(w['tokens']) for w in windows)} tokens")
-    assert len(windows) >= 4
-    for name, (others, theirs) in found.items():
-        assert others == guidance, name
-        assert theirs.keys() == gradient.keys()
-        gaps = [float((theirs[key] - values).abs().max()) for key, values in gradient.items()]
-        print(f"{name}: gradients differ by {max(gaps):.1e} at most")
-        assert max(gaps) <= 1e-6
-
-
-def test_by_text_windows_are_those_by_ids(exact, exact_local):
-    """In float32 a window by text is that by ids, or its prefix was split otherwise, or a near tie.
-
-    Completions, and the chat API that continues the assistant's message: the same windows.
-    """
-    local = exact_local
-    engine, asked = text_engine(exact)
-    writer, seen = engine.writer, [prompt.teacher for prompt in asked]
-    sampling = Sampling(1.0, max_new_tokens=64)
-    written = local.generate([prompt.student for prompt in asked], sampling, range(len(asked)))
-    responses = [w.tokens for w in written]
-    starts = [(b, t) for b, r in enumerate(responses) for t in range(0, len(r), 16)]
-    found = {}
-    for chat in (False, True):
-        engine, asked = text_engine(exact, chat=chat)
-        scores = engine.score([prompt.teacher for prompt in asked], responses)
-        found[chat] = engine.continue_from(scores, starts, GREEDY, range(len(starts)))
-    known = local.continue_from(local.score(seen, responses), starts, GREEDY, range(len(starts)))
-    counts = dict.fromkeys(("alike", "other tokens", "prefix split otherwise", "near tie"), 0)
-    for (b, t), ours, theirs in zip(starts, known, found[False], strict=True):
-        before = responses[b][:t]
-        whole = writer.prompt_text(seen[b]) + (engine.border.text(before) or "")
-        body = {"prompt": whole, "add_special_tokens": False, **writer.servers.model}
-        read = tuple(writer.servers.post("/tokenize", body)["tokens"])
-        texts = [engine.border.text(before + window.tokens) or "" for window in (ours, theirs)]
-        pairs = enumerate(zip(ours.tokens, theirs.tokens, strict=False))
-        k = next((k for k, (x, y) in pairs if x != y), None)
-        if k is None:
-            counts["alike"] += 1
-        elif read != seen[b] + before:
-            counts["prefix split otherwise"] += 1
-        elif texts[0].startswith(texts[1]) or texts[1].startswith(texts[0]):
-            counts["other tokens"] += 1  # of the same text: the teacher wrote not as it reads
-        else:
-            counts["near tie"] += 1
-            logprobs = local.head.logits(ours.hidden[k]).detach().log_softmax(-1)
-            gap = float(logprobs[ours.tokens[k]] - logprobs[theirs.tokens[k]])
-            assert gap < CLOSE, (gap, texts)
-    print(f"by text: of {len(starts)} windows {counts}")
-    assert counts["alike"] >= 0.8 * len(starts)
-    by_chat = sum(x.tokens == y.tokens for x, y in zip(found[False], found[True], strict=True))
-    print(f"by chat: {by_chat} of {len(starts)} windows are those by completions")
-    assert by_chat == len(starts)
-
-
-def learned(root: Path, teacher: dict[str, Any], student: str) -> tuple[Any, dict[str, Any]]:
-    """The guidance of one update of cross-entropy on windows, and its gradient."""
-    path = write_recipe(
-        root,
-        teacher,
-        student={"path": student, "dtype": "float32"},
-        max_steps=1,
-        method="window_sft",
-        token_loss="none",
-        embedding="student",
-        candidate_loss="student_nll",
-        candidate_fraction=0.2,
-        max_completion_length=64,
-        window_length=8,
-        false_alarm_share=0.0,
-    )
-    recipe = read_recipe(path)
-    trainer, _ = make_trainer(recipe, recipe.data.load())
-    gradient = Gradient()
-    trainer.add_callback(gradient)
-    trainer.train()
-    found = records(root / "run", "guidance.jsonl")
-    return [(r["branches"], r["weights"]) for r in found], gradient.found
 
 
 def test_sampled_windows_are_those_of_their_seeds(served, both):
