@@ -1,4 +1,4 @@
-"""The word problems of the demo, made again: ``python -m bench.sums``.
+"""The word problems of recipes/smollm2_sums.yaml, made again: ``python -m bench.sums``.
 
 Eight kinds of sentences with one step each. No problem of the test file is in the training file.
 """
