@@ -67,8 +67,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     asked = parser.parse_args()
     arms = list(SCREENED.items())
+    tried = Setting(FAMILY, SUPPLY, asked.folder).tried
+    begun = max((n for n, (arm, _) in enumerate(arms, 1) if tried(arm)), default=0)
     for count in [*range(len(ARMS) + AT_A_TIME, len(arms), AT_A_TIME), len(arms)]:
-        screen(dict(arms[:count]), asked.folder, asked.jobs)
+        if count >= begun:  # a pass with fewer arms is behind us
+            screen(dict(arms[:count]), asked.folder, asked.jobs)
 
 
 def screen(arms: dict[str, Any], folder: Path, jobs: int) -> None:
