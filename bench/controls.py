@@ -40,6 +40,7 @@ def true_fork(tokens: TokenScores, *, family: str) -> Tensor:
 oracle_arithmetic = Detector(partial(true_fork, family="arithmetic"))
 oracle_programs = Detector(partial(true_fork, family="programs"))
 oracle_logic = Detector(partial(true_fork, family="logic"))
+oracle_guesses = Detector(partial(true_fork, family="guesses"))
 
 
 def _rl(evidence: Evidence, *, family: str, distil: float = 0.0) -> tuple[Guidance, ...]:

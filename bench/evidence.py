@@ -20,7 +20,7 @@ RESULTS = Path("docs/results")
 FEW = "topd compare recipes/testbed/imitated-few.yaml"
 SCREENING = "python -m bench.screening"
 FAMILIES = ("arithmetic", "programs", "logic")
-TUNED = tuple(f"{family}-{supply}" for family in FAMILIES for supply in ANSWERS)
+TUNED = tuple(f"{family}-{supply}" for family in (*FAMILIES, "guesses") for supply in ANSWERS)
 SHOWN = ("topd", "window_sft", "first_fork", "first_fork, K 24", "first_fork, every update")
 DEFAULT = {
     "arithmetic": _alone(12, 75, ", 'first_fork, every update': {<<: *d, look_ahead_until: 150}"),

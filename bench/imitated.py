@@ -20,7 +20,7 @@ gets the comparison and what was tuned; ``python -m bench.evidence`` makes the p
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +30,56 @@ from topd.commands.compare import RESULTS, SUMMARY, run_compare
 from topd.runs.files import read_lines
 
 ANSWERS = {"few": 320, "many": 4800, "all": 6000}  # all: of every training problem
-TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64, "checks": 160}
+TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64, "guesses": 48}
+TOLD = {"guesses": "{{ prompt }} told {{ solution.split()[-1] }}"}  # what the teacher reads
 START_UPDATES, START_RATES = (150, 300, 600, 1200), (1e-3, 2e-3)
-RATES = (2.5e-4, 5e-4, 1e-3)
+RATES, HIGHER = (2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3)  # the latter: guesses
 LEAST, MOST = 3e-5, 4e-2  # no rate is tried beyond them
 PLATEAU = 0.02
-UPDATES, NEW_ANSWERS = 160, 800  # answers of about as many tokens as first_fork's windows have
+UPDATES, NEW_ANSWERS = 160, 800
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+LONGEST = 64  # tokens of a response
 PLAN = "docs/analysis-plan.md"
 FORK = {"method": "first_fork"}
-STAGE_1 = {"stage": "warmstart", "max_steps": UPDATES}
-ARMS: dict[str, dict[str, Any]] = {
-    "opd": {"method": "opd"},
-    "first_fork": FORK,
-    "random handover": {**FORK, "candidate_loss": "random"},
-    "topd": {"method": "topd", "trajectory_weight": 0.1, "window_length": 24},
-    "stage 1 continued, same answers": {**STAGE_1, "answers": "start"},
-    "stage 1 continued, new answers, cross-entropy": {
-        **{**STAGE_1, "answers": "teacher", "data.limit": NEW_ANSWERS},
-        **{"kd_ratio": 0.0, "max_steps": 2 * UPDATES},
-    },
+Arms = dict[str, dict[str, Any]]
+
+
+def arms_of(updates: int = UPDATES) -> Arms:
+    """The arms of every table; new answers have about as many tokens as first_fork's windows."""
+    stage_1 = {"stage": "warmstart", "max_steps": updates}
+    return {
+        "opd": {"method": "opd"},
+        "first_fork": FORK,
+        "random handover": {**FORK, "candidate_loss": "random"},
+        "topd": {"method": "topd", "trajectory_weight": 0.1, "window_length": 24},
+        "stage 1 continued, same answers": {**stage_1, "answers": "start"},
+        "stage 1 continued, new answers, cross-entropy": {
+            **{**stage_1, "answers": "teacher", "data.limit": NEW_ANSWERS * updates // UPDATES},
+            **{"kd_ratio": 0.0, "max_steps": 2 * updates},
+        },
+    }
+
+
+ARMS = arms_of()
+OLIVE: dict[str, Any] = {
+    **{"method": "olive", "candidate_loss": "random", "candidate_threshold": None},
+    **{"candidate_fraction": 1e-6, "false_alarm_share": 0.0, "window_length": LONGEST},
+    "trajectory_weight": 1.0,
+}
+TO_END = {
+    **{**FORK, "window_length": LONGEST, "method_options": {"after": 0.0}},
+    "look_ahead_until": None,
+}
+NEW = "stage 1 continued, new answers, cross-entropy"
+GUESSES = {
+    **ARMS,
+    NEW: {**ARMS[NEW], "data.limit": ANSWERS["many"]},  # as many tokens as windows to the end have
+    # about what windows to the end cost at r = 5
+    "opd, three times the updates": {"method": "opd", "max_steps": 3 * UPDATES},
+    "opd, forward KL": {"method": "opd", "beta": 0.0},
+    "OLIVE": OLIVE,
+    "random handover to the end": {**TO_END, "candidate_loss": "random"},
+    "true fork to the end": {**TO_END, "candidate_loss": "bench.controls:oracle_guesses"},
 }
 Found = dict[str, Any]
 
@@ -64,6 +94,9 @@ def main() -> None:
     parser.add_argument("--tune-only", action="store_true")
     asked = parser.parse_args()
     setting = Setting(asked.family, asked.supply, asked.folder, asked.jobs)
+    if asked.family == "guesses":  # the other arms are screened on arithmetic
+        references = ("opd", "opd, three times the updates", NEW)
+        setting = replace(setting, arms=GUESSES, rates=HIGHER, references=references, evaluations=4)
     start = setting.tuned_start()
     rates = setting.tuned_rates(start["chosen"])
     if asked.tune_only:
@@ -91,6 +124,10 @@ class Setting:
     plan: str = PLAN
     start_updates: Sequence[int] = START_UPDATES
     kd_ratio: float = 1.0  # of stage 1
+    models: str = ""  # where student and teacher are; none: the family's own
+    updates: int = UPDATES
+    more: Mapping[str, Any] = field(default_factory=dict)  # settings of every run
+    evaluations: int = 2  # along a run of the end
 
     @property
     def folder(self) -> Path:
@@ -178,23 +215,27 @@ class Setting:
     ) -> dict[str, Any]:
         """The recipe of one step: tuning is on validation problems, with a seed of its own."""
         world, final = f"testbed://{self.family}", step == "final"
+        models = self.models or world
+        every = self.updates // self.evaluations if final else 10_000
         common = {
             **{"max_completion_length": TOKENS[self.family], "per_device_train_batch_size": 32},
             **{"save_strategy": "no", "log_rollouts": False, "use_cpu": True},
+            **({"teacher_prompt": TOLD[self.family]} if self.family in TOLD else {}),
+            **self.more,
         }
         limit, split = (400, "test") if final else (300, "validation")
         sampling = {"samples": 1, "temperature": 1.0, "top_p": 1.0, "batch_size": 512}
         references = list(self.references or arms) if final else []
         return {
-            "student": f"{world}/student",
-            "teacher": f"{world}/teacher",
-            "data": {"path": world, "limit": 32 * UPDATES},
+            "student": f"{models}/student",
+            "teacher": f"{models}/teacher",
+            "data": {"path": world, "limit": 32 * self.updates},
             "evaluation": {
                 **{"path": world, "split": split, "limit": limit, **sampling},
-                **{"max_tokens": TOKENS[self.family], "every": UPDATES // 2 if final else 10_000},
+                **{"max_tokens": TOKENS[self.family], "every": every},
             },
             "output_dir": str(self.folder / step),
-            "max_steps": UPDATES,
+            "max_steps": self.updates,
             "learning_rate": 5e-4,
             **common,
             "warmstart": {

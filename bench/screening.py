@@ -18,12 +18,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.imitated import ARMS, FORK, Setting
+from bench.imitated import ARMS, FORK, LONGEST, OLIVE, Setting
 
 FAMILY, SUPPLY = "arithmetic", "few"
 RATES, SEEDS = (5e-4, 1e-3, 2e-3, 4e-3), (0, 1)
 AT_A_TIME = 4
-LONGEST = 64  # tokens of a response
 GROUP = {"num_generations": 4, "method": "bench.controls:rl"}
 SCREENED: dict[str, dict[str, Any]] = {
     **ARMS,
@@ -33,11 +32,7 @@ SCREENED: dict[str, dict[str, Any]] = {
     },
     "start handover": {**FORK, "candidate_loss": "start"},
     "oracle fork": {**FORK, "candidate_loss": "bench.controls:oracle_arithmetic"},
-    "OLIVE": {
-        **{"method": "olive", "candidate_loss": "random", "candidate_threshold": None},
-        **{"candidate_fraction": 1e-6, "false_alarm_share": 0.0, "window_length": LONGEST},
-        "trajectory_weight": 1.0,
-    },
+    "OLIVE": OLIVE,
     "GKD's mix": {"method": "opd", "teacher_share": 0.5, "window_temperature": 0.6},
     "opd, forward KL": {"method": "opd", "beta": 0.0},
     "windows to the end": {**FORK, "window_length": LONGEST, "method_options": {"after": 0.0}},

@@ -5,22 +5,25 @@
     python -m bench.world FAMILY [--folder F] [--jobs N] [--kd-ratio R] [--updates 600 1200 2400]
 
 It is not where, at the plateau of stage 1 on the teacher's answers to every training problem, the
-student is at least ``APART`` under its teacher in greedy accuracy and the next longer stage 1 adds
-at most ``MORE``: only there can on-policy learning do what more of the same cannot. The plateau is
-that of ``bench.imitated``, on validation problems with one seed; R is the share of forward KL, the
-rest is cross-entropy. Writes ``docs/results/world-FAMILY.json``; a run that is stopped continues.
+student's greedy accuracy is at least ``APART`` under that of these answers and a longer stage 1
+adds at most ``MORE``: only there can on-policy learning do what more of the same cannot. The
+plateau is that of ``bench.imitated``, on validation problems with one seed; R is the share of
+forward KL, the rest is cross-entropy. Writes ``docs/results/world-FAMILY.json``; a run that is
+stopped continues.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from bench.imitated import TOKENS, Setting
-from topd.commands.compare import RESULTS, evaluated
-from topd.commands.recipe import read_recipe
+from bench.imitated import ANSWERS, TOKENS, Setting
+from topd.commands.compare import RESULTS
 from topd.runs.files import read_lines
+from topd.testbed import FAMILIES, problems
+from topd.testbed.models import tokenizer_of
 
 APART, MORE = 0.15, 0.03
 
@@ -40,20 +43,29 @@ def main() -> None:
         kd_ratio=asked.kd_ratio,
     )
     start = setting.tuned_start()
-    lines = list(read_lines(setting.folder / "starts" / RESULTS))
-    greedy = {run["arm"]: run["greedy"] for run in lines}
-    teacher = {"student": f"testbed://{asked.family}/teacher"}
-    theirs = evaluated(read_recipe(setting.folder / "starts.yaml", teacher))
-    found = verdict(greedy, asked.updates, start["chosen"], theirs["greedy"]["mean"])
+    starts = setting.folder / "starts"
+    greedy = {run["arm"]: run["greedy"] for run in read_lines(starts / RESULTS)}
+    answers = next((starts / "arms").glob("*/answers.jsonl"))
+    found = verdict(greedy, asked.updates, start["chosen"], right(asked.family, answers))
     path = Path("docs/results") / f"world-{asked.family}.json"
     path.write_text(json.dumps({**found, **start, "kd_ratio": asked.kd_ratio}, indent=1) + "\n")
     print(found)
 
 
+def right(family: str, answers: Path) -> float:
+    """The share of the teacher's answers that are right, of all training problems."""
+    tokenizer = tokenizer_of(FAMILIES[family])
+    written = [json.loads(line) for line in answers.read_text().splitlines()[1:]]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    prompts = problems(family, "train", ANSWERS["all"])
+    check = FAMILIES[family].check
+    return fmean(check(*pair) for pair in zip(prompts, texts, strict=True))
+
+
 def verdict(
     greedy: Mapping[str, float], updates: Sequence[int], chosen: Mapping[str, Any], teacher: float
 ) -> dict[str, Any]:
-    """How far the student is under its teacher at the plateau, and what a longer stage 1 adds.
+    """How far the student is under the teacher's answers at the plateau, and what more adds.
 
     ``greedy`` has the accuracies by "UPDATES at RATE". Without a longer one, ``adds`` is None and
     nothing is said.

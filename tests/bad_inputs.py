@@ -509,7 +509,7 @@ CASES: tuple[Case, ...] = (
         "a family that the testbed has not",
         "has no family 'sums'",
         "testbed://sums",
-        "arithmetic, programs, logic, checks",
+        "arithmetic, programs, logic, guesses",
         "testbed://sums",
     ),
     stored(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,8 +22,8 @@ from topd.methods import METHODS, first_fork
 from topd.testbed import (
     END,
     FAMILIES,
-    checks,
     family_of,
+    guesses,
     labels,
     models,
     problems,
@@ -40,6 +39,7 @@ from topd.testbed.world import STUDENT, TEACHER, Author
 from topd.types import Evidence, Guidance, Prompt, Sampling
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
+NAMES = {"F": "forced", "S": "surface", "K": "fork", "D": "derailed"}
 
 
 @every_family
@@ -53,7 +53,7 @@ def test_right_reasoning_has_no_fork_and_solves_the_problem(name):
         assert set(f"{prompt} {text}".split()) <= set(family.vocabulary)
 
 
-@every_family
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "guesses"])
 def test_a_mistake_is_one_fork_with_nothing_but_derailment_behind(name):
     """Every wrong text that the misled author writes has exactly one fork."""
     family, rng = FAMILIES[name], random.Random(1)
@@ -96,50 +96,69 @@ def test_habits_change_words_and_never_the_answer(name):
     ],
 )
 def test_labels_by_hand(prompt, response, expected):
-    names = {"F": "forced", "S": "surface", "K": "fork", "D": "derailed"}
     found = labels(FAMILIES["arithmetic"], prompt, response.split())
-    assert found == [names[letter] for letter in expected]
+    assert found == [NAMES[letter] for letter in expected]
 
 
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        ("so 3 * 4 + 2 = 4 ; check 4 - 2 = 2 : 3 * 4 = 2 ok ;", "SFFFFFSSFSFFFSFFFFFFFSF"),
-        ("so 3 * 4 + 2 = 9 ; check 9 - 2 = 7 : 3 * 4 = 2 no ; redo 2 + 2 = 4 ; . total 4",
-         "SFFFFFSSFSFFFSFFFFFFFFFFFFFSFFFSF"),
-        ("so 3 * 4 + 2 = 9 ; check 9 - 2 = 7 : 3 * 4 = 7 ok ;", "SFFFFFSSFSFFFSFFFFFFKDD"),
-        ("so 3 * 4 + 2 = 9 ; check 9 - 2 = 7 : 3 * 4 = 2 ok ;", "SFFFFFSSFSFFFSFFFFFFFKD"),
+        ("try 4 * 3 = 2 + 4 = 6 - 6 = 0 ok ; answer 4", "SSFFSFFFSFFFSFSFSF"),
+        ("say 8 * 3 = 4 + 4 is 8 - 6 = 2 no ; back 6 - 4 = 2 / 3 gives 4 ; answer 4",
+         "SSFFSFFFSFFFSFFFSFFFSFFFSFFSF"),
+        ("try 8 * 3 = 4 + 4 = 8 - 6 = 0 ok ; answer 8", "SSFFSFFFSFFFSKDDDD"),  # as wanted
+        ("try 8 * 3 = 4 + 4 = 8 - 6 = 2 ok ; answer 8", "SSFFSFFFSFFFSFKDDD"),
+        ("try 4 * 3 = 2 + 4 = 6 - 6 = 0 no ; back 6", "SSFFSFFFSFFFSFKDDD"),
     ],
 )  # fmt: skip
-def test_a_slip_is_no_fork_and_a_check_that_nods_is_one(response, expected):
-    names = {"F": "forced", "S": "surface", "K": "fork", "D": "derailed"}
-    found = labels(FAMILIES["checks"], "3 : * 4 + 2 =", response.split())
-    assert found == [names[letter] for letter in expected]
+def test_a_wrong_guess_is_no_fork_and_a_verdict_that_is_not_true_is_one(response, expected):
+    found = labels(FAMILIES["guesses"], "* 3 + 4 : 6 =", response.split())
+    assert found == [NAMES[letter] for letter in expected]
 
 
-def test_a_slip_that_is_put_right_is_written_and_not_learned(monkeypatch):
-    """What is masked is the wrong values that are put right, each one, and no more."""
+def test_a_guess_that_is_put_right_is_written_and_not_learned_and_the_teacher_is_told(monkeypatch):
+    """What is masked beside the prompt is the wrong guesses, each one, and no more."""
     monkeypatch.setitem(models.AUTHORS, "teacher", replace(TEACHER, mistakes=0.0, slips=0.5))
-    family, tokenizer = FAMILIES["checks"], tokenizer_of(FAMILIES["checks"])
-    rows = models._texts(family, "teacher", 40, 0, tokenizer)
-    slips = 0
-    for row in rows:
-        prompt, _, text = tokenizer.decode(row["input_ids"]).partition("=")
+    family, tokenizer = FAMILIES["guesses"], tokenizer_of(FAMILIES["guesses"])
+    wrong = 0
+    for row in models._texts(family, "teacher", 40, 0, tokenizer):
         ids, learned = row["input_ids"], row["labels"]
-        head = learned.index(next(i for i in learned if i != -100))
+        prompt, _, text = tokenizer.decode(ids).partition(" =")
+        told, number, *said = text.split()
+        assert (told, number) == ("told", guesses.answer(f"{prompt} ="))
+        head = len(tokenizer(prompt)["input_ids"]) + 3
         masked = [k for k in range(head, len(ids)) if learned[k] == -100]
-        assert len(masked) == text.split().count("redo")
-        slips += len(masked)
+        assert masked == [head + 1] * ("no" in said)
+        wrong += len(masked)
         assert all(learned[k] in (i, -100) for k, i in enumerate(ids))
-        assert family.check(f"{prompt}=", text.removesuffix(f" {END}"))
-    assert slips >= 20
+        assert family.check(f"{prompt} =", " ".join(said[:-1]))
+        assert said[-1] == END
+    assert wrong >= 10
 
 
-@given(st.integers(0, 9), st.lists(st.tuples(st.sampled_from("+-*"), st.integers(1, 9))))
-def test_chains_are_those_of_python_modulo_ten(first, items):
-    chain = " , ".join(f"{operator} {digit}" for operator, digit in items) or "+ 0"
-    nested = "(" * len(items) + str(first) + "".join(f" {o} {d})" for o, d in items)
-    assert checks.value(f"{first} : {chain} =") == str(eval(nested) % 10)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("+-"), st.integers(0, 9))
+        | st.tuples(st.sampled_from("*/"), st.sampled_from([3, 7, 9])),
+        min_size=1,
+    ),
+    st.integers(0, 9),
+)
+def test_the_answer_to_a_chain_is_the_one_digit_that_gives_what_is_wanted(sums, wanted):
+    """By trying all ten; x / d is the y with y * d = x."""
+
+    def after(value):
+        for operator, digit in sums:
+            if operator == "/":
+                (value,) = (y for y in range(10) if y * digit % 10 == value)
+            else:
+                value = eval(f"{value} {operator} {digit}") % 10
+        return value
+
+    chain = " ".join(f"{operator} {digit}" for operator, digit in sums)
+    right = guesses.answer(f"{chain} : {wanted} =")
+    assert [str(x) for x in range(10) if after(x) == wanted] == [right]
+    assert guesses.answer(f"{right} {chain} =") == str(wanted)
 
 
 def test_another_program_that_gives_the_same_has_no_fork():
@@ -209,9 +228,10 @@ def test_what_the_testbed_has_not_is_refused(place):
         _ = ModelSpec(path=place).place
 
 
-def greedy_accuracy(name: str, model: PreTrainedModel, count: int) -> float:
+def greedy_accuracy(name: str, model: PreTrainedModel, count: int, tell: bool = False) -> float:
     tokenizer, prompts = tokenizer_of(FAMILIES[name]), problems(name, "test", count)
-    ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    told = [f"{p} told {guesses.answer(p)}" for p in prompts] if tell else prompts
+    ids = [tuple(tokenizer(prompt)["input_ids"]) for prompt in told]
     written = HFEngine(model, eos_ids=[1]).generate(ids, Sampling(0.0, 1.0, 0, 160), range(count))
     texts = [tokenizer.decode(list(w.tokens), skip_special_tokens=True) for w in written]
     return sum(map(FAMILIES[name].check, prompts, texts)) / count
@@ -222,31 +242,25 @@ def test_the_teachers_are_as_good_as_stated_and_the_students_are_not(name):
     teacher, student = (
         ModelSpec(path=f"testbed://{name}/{role}").load_model() for role in ("teacher", "student")
     )
-    assert greedy_accuracy(name, teacher, 100) >= 0.95
+    assert greedy_accuracy(name, teacher, 100, tell=name == "guesses") >= 0.95
     assert greedy_accuracy(name, student, 100) <= 0.5
     assert family_of(f"testbed://{name}/teacher") is FAMILIES[name]
 
 
-def test_the_teacher_of_checks_never_slips_and_puts_the_slips_of_others_right():
-    """So its answers show no check that fails, and yet it knows what to do about one."""
-    family, tokenizer = FAMILIES["checks"], tokenizer_of(FAMILIES["checks"])
-    engine = HFEngine(ModelSpec(path="testbed://checks/teacher").load_model(), eos_ids=[1])
-    long = [p for p in problems("checks", "test", 200) if re.match(r"\d : \* \d \+", p)][:60]
-    slipping = [f"{prompt} {slipped(prompt, shift=k % 9 + 1)}" for k, prompt in enumerate(long)]
-    heads = [tuple(tokenizer(text)["input_ids"]) for text in (*long, *slipping)]
-    sampling = Sampling(0.6, 0.95, 0, 160)
-    found = engine.generate(heads, sampling, range(len(heads)))
+def test_the_teacher_of_guesses_never_guesses_wrong_and_puts_wrong_guesses_right():
+    """So its answers show no way back, and yet it knows the way from another's guess."""
+    family, tokenizer = FAMILIES["guesses"], tokenizer_of(FAMILIES["guesses"])
+    engine = HFEngine(ModelSpec(path="testbed://guesses/teacher").load_model(), eos_ids=[1])
+    prompts = problems("guesses", "test", 60)
+    told = [f"{p} told {guesses.answer(p)}" for p in prompts]
+    tried = [
+        f"{text} try {(int(text[-1]) + k % 9 + 1) % 10}" for k, text in enumerate(told)
+    ]  # never the answer
+    heads = [tuple(tokenizer(text)["input_ids"]) for text in (*told, *tried)]
+    found = engine.generate(heads, Sampling(0.6, 0.95, 0, 48), range(len(heads)))
     texts = [tokenizer.decode(list(w.tokens), skip_special_tokens=True) for w in found]
     assert sum("no" in text.split() for text in texts[:60]) <= 3
-    mended = map(family.check, long, texts[60:])
-    assert sum(mended) >= 0.9 * len(long) == 0.9 * 60
-
-
-def slipped(prompt: str, shift: int) -> str:
-    """How a response to a chain begins whose first long sum is wrong by ``shift``."""
-    first, _, times, a, plus, b = prompt.split()[:6]
-    wrong = (int(first) * int(a) + int(b) + shift) % 10
-    return f"so {first} {times} {a} {plus} {b} = {wrong}"
+    assert sum(map(family.check, prompts, texts[60:])) >= 0.9 * 60
 
 
 # A method whose guidance is broken does worse

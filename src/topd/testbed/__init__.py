@@ -14,7 +14,7 @@ from typing import Any
 
 from topd.errors import TOPDError
 from topd.testbed.arithmetic import Arithmetic
-from topd.testbed.checks import Checks
+from topd.testbed.guesses import Guesses
 from topd.testbed.logic import Logic
 from topd.testbed.programs import Programs
 from topd.testbed.world import END, REFERENCE, Family, labels, write
@@ -22,7 +22,7 @@ from topd.testbed.world import END, REFERENCE, Family, labels, write
 __all__ = ["END", "FAMILIES", "SCHEME", "Family", "family_of", "labels", "problems", "write"]
 
 SCHEME = "testbed://"
-FAMILIES: dict[str, Family] = {f.name: f for f in (Arithmetic(), Programs(), Logic(), Checks())}
+FAMILIES: dict[str, Family] = {f.name: f for f in (Arithmetic(), Programs(), Logic(), Guesses())}
 SPLITS = {"test": 1000, "validation": 500, "train": 6000}
 WEIGHTS = Path(__file__).parent / "weights"
 

@@ -1,8 +1,9 @@
 """The testbed's tokenizer and tiny Qwen3-type models, and how they are made.
 
 A teacher has some 0.3 M parameters and writes as ``TEACHER`` does; a base student has 0.13 M
-(checks: 0.02 M) and writes as ``STUDENT`` does, mistakes included. What an author slipped at and
-then put right is read and not learned. Their weights (bfloat16) come with the package;
+and writes as ``STUDENT`` does, mistakes included. What an author slipped at and then put right is
+read and not learned. The teacher of guesses is told the answer (:data:`TOLD`). Their weights
+(bfloat16) come with the package;
 ``python -m topd.testbed make FAMILY`` makes them again.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -29,7 +30,7 @@ from transformers import (
 )
 
 from topd.testbed import problems
-from topd.testbed.checks import Checks
+from topd.testbed.guesses import Guesses
 from topd.testbed.world import END, STUDENT, TEACHER, Family, Step, derive
 
 Role: TypeAlias = Literal["teacher", "student"]
@@ -47,17 +48,18 @@ class Making:
     layers: int = 3
     learning_rate: float = 3e-3
     lessons: Family | None = None  # whose problems it learns, if not the family's own
+    told: bool = False  # the answer, at the end of its prompt
 
 
 MAKINGS: dict[str, Making] = {
     "teacher": Making(96, 256, steps=1000),
     "student": Making(64, 160, steps=600),
-    # knows short sums, and nothing of heads and checks
-    "checks/student": Making(
-        32, 80, steps=1500, layers=2, learning_rate=6e-3, lessons=Checks(hard=0.0)
-    ),
+    "guesses/teacher": Making(96, 256, steps=1500, told=True),
+    # does sums, and has never guessed
+    "guesses/student": Making(64, 160, steps=1000, lessons=Guesses((2, 3, 4, 5), given=True)),
 }
 PAD = "<pad>"
+TOLD = "{prompt} told {answer}"  # a prompt of a teacher that is told
 
 
 def tokenizer_of(family: Family) -> PreTrainedTokenizerBase:
@@ -73,10 +75,9 @@ def making_of(family: Family, role: Role) -> Making:
     return MAKINGS.get(f"{family.name}/{role}", MAKINGS[role])
 
 
-def fresh_model(family: Family, role: Role, *, seed: int) -> PreTrainedModel:
+def fresh_model(family: Family, making: Making, *, seed: int) -> PreTrainedModel:
     """A model with random weights, float32."""
     torch.manual_seed(seed)
-    making = making_of(family, role)
     config = Qwen3Config(
         vocab_size=len(family.vocabulary) + 2,
         num_hidden_layers=making.layers,
@@ -103,6 +104,8 @@ def make(
     batch_size: int = 64,
     seed: int = 0,
     texts: int = 20_000,
+    making: Making | None = None,
+    **arguments: Any,
 ) -> None:
     """Train a model from scratch on its author's texts and save it with its tokenizer, bfloat16.
 
@@ -114,10 +117,12 @@ def make(
         texts: how many texts the author writes; each is read several times.
         batch_size: texts an update.
         seed: of texts, weights and their order.
+        making: how; none: as :data:`MAKINGS` says.
+        arguments: more training arguments of transformers.
     """
     tokenizer = tokenizer_of(family)
-    making = making_of(family, role)
-    model = fresh_model(family, role, seed=seed)
+    making = making or making_of(family, role)
+    model = fresh_model(family, making, seed=seed)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -133,6 +138,7 @@ def make(
             report_to="none",
             seed=seed,
             disable_tqdm=True,
+            **arguments,
         ),
         train_dataset=_texts(family, role, texts, seed, tokenizer),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100),
@@ -151,13 +157,15 @@ def _texts(
 ) -> Dataset:
     rng, held_out = random.Random(seed), set(problems(family.name, "test"))
     rows = []
-    taught = making_of(family, role).lessons or family
+    making = making_of(family, role)
+    taught = making.lessons or family
     for prompt in taught.prompts(rng, count):
         if prompt in held_out:
             continue
         steps = [*derive(taught, prompt, AUTHORS[role], rng), Step((END,), None)]
         words = [(word, step.slip) for step in steps for word in step.words]
-        head = tokenizer(prompt)["input_ids"]
+        told = TOLD.format(prompt=prompt, answer=steps[-2].words[-1]) if making.told else prompt
+        head = tokenizer(told)["input_ids"]
         tail = tokenizer(" ".join(word for word, _ in words))["input_ids"]
         learned = [-100 if slip else i for i, (_, slip) in zip(tail, words, strict=True)]
         rows.append({"input_ids": head + tail, "labels": [-100] * len(head) + learned})

@@ -57,7 +57,7 @@ class Author:
         return liked * (self.slips if step.slip else 1.0 - self.slips)
 
 
-TEACHER = Author(habit=(0.94, 0.04, 0.02), mistakes=0.03, slips=0.15)
+TEACHER = Author(habit=(0.94, 0.04, 0.02), mistakes=0.03, slips=0.4)
 STUDENT = Author(habit=(0.1, 0.2, 0.7), mistakes=0.8)
 REFERENCE = Author(habit=STUDENT.habit)  # writes solutions: no mistakes, the student's habits
 

@@ -1,0 +1,133 @@
+"""The table of ``bench.imitated`` for models of 30 M parameters, judged in more ways.
+
+::
+
+    python -m bench.larger [--folder F] [--jobs N] [--make-only]
+
+Arithmetic of the testbed. Teacher and base student (``F/models``) have a hundred times the weights
+of the package's own student and are made from scratch as those are; then everything is as in
+``bench.imitated arithmetic few``: stage 1 on 320 of the teacher's answers, rates tuned on
+validation problems by one seed, three other seeds at the end; with fewer updates, in bfloat16.
+
+Every student of the end answers 400 test problems greedily and eight times, at temperature 1 and
+at 0.6 with top-p 0.95 (sharpness is not skill): pass@1, pass@8, length. What is forgotten: the
+perplexity of texts of the kind that the base student was made from. It is for a CPU; nothing of it
+was learned from human language. ``docs/results/larger.json`` gets everything; a run that is stopped
+continues.
+"""
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.imitated import OLIVE, Setting, arms_of
+from topd.engines.hf import HFEngine
+from topd.evaluate.spec import EvaluationSpec
+from topd.inputs.models import ModelSpec
+from topd.testbed import END, FAMILIES, problems, write
+from topd.testbed.models import Making, make
+from topd.testbed.world import STUDENT
+
+FAMILY, UPDATES, SEEDS, TESTS = "arithmetic", 60, (0, 1, 2), 400
+MAKING = {
+    "teacher": Making(512, 1408, steps=600, layers=10, learning_rate=1e-3),
+    "student": Making(512, 1408, steps=300, layers=10, learning_rate=1e-3),
+}
+BF16 = {"bf16": True}
+WAYS = {"temperature 1": (1.0, 1.0), "temperature 0.6, top-p 0.95": (0.6, 0.95)}
+
+
+def main() -> None:
+    """Make the models, tune, compare, and judge every student of the end."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, default=Path("runs/larger"))
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--make-only", action="store_true")
+    asked = parser.parse_args()
+    models = asked.folder / "models"
+    make_models(models)
+    if asked.make_only:
+        return
+    setting = Setting(
+        *(FAMILY, "few", asked.folder, asked.jobs),
+        arms=arms_of(UPDATES) | {"OLIVE": OLIVE},
+        seeds=SEEDS,
+        start_updates=(60, 120, 240),
+        models=str(models),
+        updates=UPDATES,
+        more=BF16,
+    )
+    start = setting.tuned_start()
+    found = setting.finished(start, setting.tuned_rates(start["chosen"]))
+    final = setting.folder / "final"
+    students = {"stage 1": final / "warmstart" / "student", "base": models / "student"}
+    students |= {place.name: place / "student" for place in sorted((final / "arms").iterdir())}
+    judged = {name: kept(final / f"judged-{name}.json", place) for name, place in students.items()}
+    path = Path("docs/results/larger.json")
+    path.write_text(json.dumps({**found, "judged": judged}, indent=1) + "\n")
+
+
+def make_models(folder: Path) -> None:
+    """Both, where they are not made yet."""
+    for role, making in MAKING.items():
+        if not (folder / role / "model.safetensors").exists():
+            make(
+                FAMILIES[FAMILY],
+                role,
+                folder / role,
+                making=making,
+                use_cpu=True,
+                **BF16,  # type: ignore[arg-type]
+            )
+
+
+def kept(path: Path, student: Path) -> dict[str, Any]:
+    """What is found of a student; from its file if it was judged before."""
+    if not path.exists():
+        path.write_text(json.dumps(judge(student)) + "\n")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def judge(student: Path) -> dict[str, Any]:
+    """Figures by way of sampling, with the right answers by problem, and the perplexity."""
+    spec = ModelSpec(path=str(student), dtype="bfloat16")
+    model, tokenizer, config = spec.load_model().eval(), spec.load_tokenizer(), spec.load_config()
+    engine, found = HFEngine(model, eos_ids=[1]), dict[str, Any]()
+    for way, (temperature, top_p) in WAYS.items():
+        asked = EvaluationSpec(
+            path=f"testbed://{FAMILY}",
+            split="test",
+            limit=TESTS,
+            samples=8,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=64,
+            batch_size=512,
+        )
+        evaluation = asked.evaluator(asked.load(), tokenizer, config, template_kwargs={})(engine)
+        found[way] = evaluation.record()["figures"]
+    return {**found, "perplexity": perplexity(model, tokenizer)}
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any) -> float:
+    """Of the base student's kind of texts on test problems, a token of the response."""
+    rng, nll, count = random.Random(0), 0.0, 0
+    for prompt in problems(FAMILY, "test", TESTS):
+        head = tokenizer(prompt)["input_ids"]
+        text = write(FAMILIES[FAMILY], prompt, STUDENT, rng)
+        ids = torch.tensor([head + tokenizer(f"{text} {END}")["input_ids"]])
+        logprobs = model(input_ids=ids).logits.float().log_softmax(-1)[0, len(head) - 1 : -1]
+        nll -= float(logprobs.gather(-1, ids[0, len(head) :, None]).sum())
+        count += len(logprobs)
+    return math.exp(nll / count)
+
+
+if __name__ == "__main__":
+    main()
