@@ -31,7 +31,7 @@ Sum = tuple[str, str]  # operator and digit
 
 @dataclass(frozen=True)
 class Reasoning:
-    """The sums ahead, the value they go on from, and what was guessed before them.
+    """The sums ahead, the value that the next one begins with, and what was guessed before them.
 
     ``sums`` are those of the prompt and ``wanted`` is what they should give; None: only they are
     done. ``back`` is the way back from it.
