@@ -1,6 +1,7 @@
 """Detectors against the labelled forks: ``python -m bench.detectors FAMILY STUDENT``.
 
-STUDENT is a warm-started student, e.g. runs/compare-programs/warmstart/student. Writes
+STUDENT is a warm-started student, e.g. runs/compare-programs/warmstart/student or, of guesses,
+runs/imitated/guesses-many/final/warmstart/student. Writes
 docs/results/detectors-FAMILY.json. With ``--samples N`` both models also continue every prefix to
 the end, N times, to see what comes of it (:mod:`topd.commands.outcomes`): that writes
 docs/results/outcomes-FAMILY-N.json and the table in docs/probe.md.
@@ -20,10 +21,11 @@ from topd.engines.hf import HFEngine
 from topd.inputs.models import ModelSpec
 from topd.statistics import Interval
 from topd.testbed import FAMILIES, SCHEME, problems
-from topd.testbed.models import tokenizer_of
+from topd.testbed.guesses import answer
+from topd.testbed.models import TOLD, tokenizer_of
 from topd.types import Prompt
 
-LENGTHS = {"arithmetic": 64, "programs": 48, "logic": 112}
+LENGTHS = {"arithmetic": 64, "programs": 48, "logic": 112, "guesses": 48}
 RESULTS, PAGE = Path("docs/results"), Path("docs/probe.md")
 MARKS = ("<!-- outcomes -->\n", "<!-- end of outcomes -->\n")
 RESAMPLES = 1000
@@ -48,7 +50,11 @@ def main(
     observer = observer_of(
         *engines, window_length=window_length, max_tokens=LENGTHS[family], seed=seed
     )
-    prompts = [Prompt(i, row, row) for i, row in enumerate(ids)]
+    read = ids
+    if family == "guesses":  # whose teacher is told
+        told = [TOLD.format(prompt=text, answer=answer(text)) for text in texts]
+        read = [tuple(tokenizer(text)["input_ids"]) for text in told]
+    prompts = [Prompt(i, *rows) for i, rows in enumerate(zip(ids, read, strict=True))]
     words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     labelled = label_rollouts(FAMILIES[family], observer, prompts, texts, words, samples=samples)
     found = {"rollouts": rollouts, "window_length": window_length, "seed": seed}

@@ -45,7 +45,7 @@ def main() -> None:
         )
     for found in _read("imitated", ("few",)).values():
         parts.append("\n".join(imitated(found, "arithmetic, 320 answers, one rate for all", FEW)))
-    compared, detected = _read("compare"), _read("detectors")
+    compared, detected = _read("compare"), _read("detectors", (*FAMILIES, "guesses"))
     parts.append("\n".join(overview([*compared.items(), *_read("default").items()])))
     for family, found in compared.items():
         parts.append(
@@ -207,7 +207,8 @@ def detectors(family: str, found: Found) -> Iterator[str]:
     count, length = settings["rollouts"], settings["window_length"]
     yield f"## Detectors on {family}: {count} rollouts, K = {length}"
     yield ""
-    yield f"`python -m bench.detectors {family} runs/compare-{family}/warmstart/student`"
+    folder = "imitated/guesses-many/final" if family == "guesses" else f"compare-{family}"
+    yield f"`python -m bench.detectors {family} runs/{folder}/warmstart/student`"
     yield ""
     yield "| detector | AUC, all tokens | AUC, loud tokens | precision, all | precision, loud |"
     yield "|---|---|---|---|---|"

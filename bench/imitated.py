@@ -77,6 +77,10 @@ GUESSES = {
     # about what windows to the end cost at r = 5
     "opd, three times the updates": {"method": "opd", "max_steps": 3 * UPDATES},
     "opd, forward KL": {"method": "opd", "beta": 0.0},
+    "first_fork, by token loss and OT": {
+        **{**FORK, "candidate_loss": "sampled"},
+        "false_alarm_share": 0.5,
+    },
     "OLIVE": OLIVE,
     "random handover to the end": {**TO_END, "candidate_loss": "random"},
     "true fork to the end": {**TO_END, "candidate_loss": "bench.controls:oracle_guesses"},
