@@ -30,11 +30,11 @@ from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec
 from topd.testbed import END, FAMILIES, problems, write
-from topd.testbed.models import Making, make
+from topd.testbed.models import Making, Role, make
 from topd.testbed.world import STUDENT
 
 FAMILY, UPDATES, SEEDS, TESTS = "arithmetic", 60, (0, 1, 2), 400
-MAKING = {
+MAKING: dict[Role, Making] = {
     "teacher": Making(512, 1408, steps=600, layers=10, learning_rate=1e-3),
     "student": Making(512, 1408, steps=300, layers=10, learning_rate=1e-3),
 }
@@ -76,14 +76,7 @@ def make_models(folder: Path) -> None:
     """Both, where they are not made yet."""
     for role, making in MAKING.items():
         if not (folder / role / "model.safetensors").exists():
-            make(
-                FAMILIES[FAMILY],
-                role,
-                folder / role,
-                making=making,
-                use_cpu=True,
-                **BF16,  # type: ignore[arg-type]
-            )
+            make(FAMILIES[FAMILY], role, folder / role, making=making, use_cpu=True, **BF16)
 
 
 def kept(path: Path, student: Path) -> dict[str, Any]:
@@ -95,7 +88,7 @@ def kept(path: Path, student: Path) -> dict[str, Any]:
 
 
 def judge(student: Path) -> dict[str, Any]:
-    """Figures by way of sampling, with the right answers by problem, and the perplexity."""
+    """Figures by way of sampling, and the perplexity."""
     spec = ModelSpec(path=str(student), dtype="bfloat16")
     model, tokenizer, config = spec.load_model().eval(), spec.load_tokenizer(), spec.load_config()
     engine, found = HFEngine(model, eos_ids=[1]), dict[str, Any]()
