@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -17,6 +21,7 @@ from topd.commands.compare_summary import summarise
 from topd.commands.tables import show_compare
 from topd.errors import TOPDError
 from topd.runs.files import as_json, digest
+from topd.runs.lock import one_writer
 from topd.runs.verified import read_entries
 
 RECIPE = """
@@ -178,6 +183,32 @@ def test_a_comparison_goes_on_where_it_stopped_with_the_same_results(recipe, tmp
     assert whole[0]["solved"] != whole[2]["solved"] or whole[0]["curve"] != whole[2]["curve"]
 
 
+def test_a_run_that_fails_loses_no_other(recipe, tmp_path):
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--compare.jobs=2"]
+    held = tmp_path / "run" / "arms" / "opd-0"
+    held.mkdir(parents=True)
+    with one_writer(held), pytest.raises(TOPDError, match="opd-0"):
+        run_compare(recipe, words)
+    (kept,) = results(tmp_path / "run")
+    assert kept["arm"] == "topd, sharp"
+    assert results(run_compare(recipe, words))[0] == kept
+
+
+def test_workers_end_with_a_comparison_that_is_killed(recipe, tmp_path):
+    """Else they would go on writing where it is to be continued."""
+    folder = tmp_path / "run"
+    words = ["compare", str(recipe), f"--output_dir={folder}", "--compare.jobs=2"]
+    with subprocess.Popen([sys.executable, "-m", "topd", *words], stdout=subprocess.DEVNULL) as run:
+        for _ in range(1200):
+            if [*folder.glob("arms/*/run.json")]:
+                break
+            time.sleep(0.1)
+        workers = psutil.Process(run.pid).children(recursive=True)
+        run.kill()
+    assert workers
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+
+
 def test_arms_share_prompts_and_sampling_seeds(recipe, tmp_path):
     """With lambda 0 the guided arm is the baseline, rollout by rollout."""
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[3]"]
@@ -224,6 +255,10 @@ def test_stage_1_is_an_arm_like_any_other_and_its_answers_cost(recipe, tmp_path)
     assert not (folder / "arms" / "again-0" / "answers.jsonl").exists()
     content = json.loads((folder / "compare.json").read_text())
     assert set(content["equal"]["new"]) == {"opd", "again"}
+    stored = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(stored[:2]))  # stopped in the third
+    run_compare(recipe, [*words, STAGED, "--compare.references=[opd, new]"])
+    assert results(folder)[2]["curve"][-1]["teacher_written"] == written[2]  # its answers too
 
 
 def test_another_comparison_is_not_mixed_in(recipe, tmp_path):

@@ -24,8 +24,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -246,17 +248,34 @@ def _run_all(
             yield {"arm": arm, "seed": seed, **run_arm(task, console)}
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_one_thread) as pool:
-        runs: dict[Future[Result], tuple[str, int]] = {
-            pool.submit(run_arm, task): key for key, task in tasks.items()
-        }
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin_worker) as pool:
+        runs = {pool.submit(run_arm, task): key for key, task in tasks.items()}
+        faults: list[BaseException] = []
         for done in as_completed(runs):
+            if done.cancelled():
+                continue
+            if fault := done.exception():  # what is under way is kept, what is not is left
+                faults.append(fault)
+                for run in runs:
+                    run.cancel()
+                continue
             arm, seed = runs[done]
             yield {"arm": arm, "seed": seed, **done.result()}
+        if faults:
+            raise faults[0]
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
+    """One thread for the work; the process ends with its parent, however that ended."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
 
 
 def _checked(path: Path, recipe: Recipe, overrides: Mapping[str, Any]) -> CompareSpec:
@@ -393,4 +412,5 @@ def _place(folder: Path, arm: str, seed: int) -> str:
     name = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
     place = folder / "arms" / f"{name}-{seed}"
     begin_anew(place)
+    (place / "answers.jsonl").unlink(missing_ok=True)  # what they cost is the arm's
     return str(place)
