@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bench.controls import SURE, _rl, true_fork
-from bench.world import verdict
+from bench.larger import perplexity
+from bench.world import right, verdict
 
 from conftest import rows, tiny_tokenizer, write_pair
 from conftest import torch_on_device as torch
@@ -21,6 +24,7 @@ from topd.errors import TOPDError
 from topd.statistics import stopped_falling
 from topd.testbed import FAMILIES, problems
 from topd.testbed.arithmetic import value
+from topd.testbed.guesses import answer
 from topd.testbed.models import AUTHORS, tokenizer_of
 from topd.testbed.world import labels, write
 from topd.training.metrics import Means
@@ -235,3 +239,23 @@ def test_imitation_is_not_enough_only_at_a_plateau_far_under_the_teacher(
     assert found["imitation_is_enough"] is enough
     last = verdict(greedy, [100, 200], {"max_steps": 200}, teacher)
     assert last["imitation_is_enough"] is None
+
+
+def test_the_share_of_right_answers_of_a_teacher_that_is_told(tmp_path):
+    """A third of them, each to the prompt in its place."""
+    tokenizer, prompts = tokenizer_of(FAMILIES["guesses"]), problems("guesses", "train", 6000)
+    texts = [f"; answer {answer(p) if n % 3 == 0 else 9}" for n, p in enumerate(prompts)]
+    ids = [tokenizer(f"{text} </s>")["input_ids"] for text in texts]
+    lines = "\n".join(json.dumps(line) for line in [{}, *ids])
+    (tmp_path / "answers.jsonl").write_text(lines)
+    lucky = sum(answer(p) == "9" for n, p in enumerate(prompts) if n % 3)
+    found = right("guesses", tmp_path / "answers.jsonl")
+    assert found == pytest.approx((2000 + lucky) / 6000)
+
+
+def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
+    class Knows:
+        def __call__(self, input_ids):
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 50))
+
+    assert perplexity(Knows(), tokenizer_of(FAMILIES["arithmetic"])) == pytest.approx(50)
