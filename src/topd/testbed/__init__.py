@@ -1,4 +1,4 @@
-"""A world whose forks are known: three families of problems, tiny models, a label a token.
+"""A world whose forks are known: four families of problems, tiny models, a label a token.
 
 Recipes name its parts as ``testbed://FAMILY`` (data, with the splits ``train``,
 ``validation`` and ``test``) and
