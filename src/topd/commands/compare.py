@@ -23,18 +23,13 @@ A comparison that was stopped continues in its folder: finished runs are kept, o
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
@@ -45,6 +40,7 @@ from topd.commands.compare_summary import SCORES, SECONDS, Result, summarise
 from topd.commands.recipe import CompareSpec, Recipe, parse_overrides, read_recipe
 from topd.commands.session import autocast_of
 from topd.commands.train import make_evaluator, make_trainer, run_recipe, watch_steps
+from topd.commands.workers import in_workers
 from topd.config import TOPDConfig
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
@@ -247,35 +243,8 @@ def _run_all(
                 say(console, f"run {number} of {len(tasks)}: {arm}, seed {seed}")
             yield {"arm": arm, "seed": seed, **run_arm(task, console)}
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin_worker) as pool:
-        runs = {pool.submit(run_arm, task): key for key, task in tasks.items()}
-        faults: list[BaseException] = []
-        for done in as_completed(runs):
-            if done.cancelled():
-                continue
-            if fault := done.exception():  # what is under way is kept, what is not is left
-                faults.append(fault)
-                for run in runs:
-                    run.cancel()
-                continue
-            arm, seed = runs[done]
-            yield {"arm": arm, "seed": seed, **done.result()}
-        if faults:
-            raise faults[0]
-
-
-def _begin_worker() -> None:
-    """One thread for the work; the process ends with its parent, however that ended."""
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os._exit(1)
+    for (arm, seed), result in in_workers(run_arm, tasks, jobs):
+        yield {"arm": arm, "seed": seed, **result}
 
 
 def _checked(path: Path, recipe: Recipe, overrides: Mapping[str, Any]) -> CompareSpec:
