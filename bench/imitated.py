@@ -28,10 +28,12 @@ import yaml
 
 from topd.commands.compare import RESULTS, SUMMARY, run_compare
 from topd.runs.files import read_lines
+from topd.testbed.models import TOLD
 
 ANSWERS = {"few": 320, "many": 4800, "all": 6000}  # all: of every training problem
 TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64, "guesses": 48}
-TOLD = {"guesses": "{{ prompt }} told {{ solution.split()[-1] }}"}  # what the teacher reads
+ANSWER = "{{ solution.split()[-1] }}"
+READ = {"guesses": TOLD.format(prompt="{{ prompt }}", answer=ANSWER)}  # by the teacher
 START_UPDATES, START_RATES = (150, 300, 600, 1200), (1e-3, 2e-3)
 RATES, HIGHER = (2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3)  # the latter: guesses
 LEAST, MOST = 3e-5, 4e-2  # no rate is tried beyond them
@@ -41,6 +43,7 @@ TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 LONGEST = 64  # tokens of a response
 PLAN = "docs/analysis-plan.md"
 FORK = {"method": "first_fork"}
+NEW = "stage 1 continued, new answers, cross-entropy"
 Arms = dict[str, dict[str, Any]]
 
 
@@ -53,7 +56,7 @@ def arms_of(updates: int = UPDATES) -> Arms:
         "random handover": {**FORK, "candidate_loss": "random"},
         "topd": {"method": "topd", "trajectory_weight": 0.1, "window_length": 24},
         "stage 1 continued, same answers": {**stage_1, "answers": "start"},
-        "stage 1 continued, new answers, cross-entropy": {
+        NEW: {
             **{**stage_1, "answers": "teacher", "data.limit": NEW_ANSWERS * updates // UPDATES},
             **{"kd_ratio": 0.0, "max_steps": 2 * updates},
         },
@@ -70,7 +73,6 @@ TO_END = {
     **{**FORK, "window_length": LONGEST, "method_options": {"after": 0.0}},
     "look_ahead_until": None,
 }
-NEW = "stage 1 continued, new answers, cross-entropy"
 GUESSES = {
     **ARMS,
     NEW: {**ARMS[NEW], "data.limit": ANSWERS["many"]},  # as many tokens as windows to the end have
@@ -224,7 +226,7 @@ class Setting:
         common = {
             **{"max_completion_length": TOKENS[self.family], "per_device_train_batch_size": 32},
             **{"save_strategy": "no", "log_rollouts": False, "use_cpu": True},
-            **({"teacher_prompt": TOLD[self.family]} if self.family in TOLD else {}),
+            **({"teacher_prompt": READ[self.family]} if self.family in READ else {}),
             **self.more,
         }
         limit, split = (400, "test") if final else (300, "validation")
