@@ -26,15 +26,23 @@ from topd import TOPDConfig, TOPDTrainer
 from topd.commands import verbs
 from topd.commands.train import run_recipe
 from topd.errors import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
+from topd.methods import Method
 from topd.training.progress import Phases, silence_others
 from topd.training.stop_rules import Rule, rules
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
+from topd.types import Evidence, Guidance
 
 # Stop rules
 
 LENGTH = Rule("stop_length", "length", "mean length")
 REST = replace(LENGTH, rest=True)
 ABOVE = replace(LENGTH, above=True, floor=0.5)
+
+
+@Method
+def silent(evidence: Evidence) -> tuple[Guidance, ...]:
+    """A method of which no token counts."""
+    return tuple(Guidance((0.0,) * len(rollout.response)) for rollout in evidence.rollouts)
 
 
 def args(**changes) -> TOPDConfig:
@@ -63,6 +71,14 @@ def args(**changes) -> TOPDConfig:
 def test_a_rule_compares_the_last_logs_with_the_first(rule, values, fires):
     found = rule.broken([{"length": value} for value in values], args())
     assert bool(found) is fires
+
+
+def test_an_update_of_which_nothing_counts_is_passed_over(tmp_path):
+    logs = [{"length": value} for value in (12, 8, 3, 4)]
+    assert LENGTH.broken([{}, logs[0], {}, *logs[1:], {}], args()) == LENGTH.broken(logs, args())
+    trainer = make(tmp_path, method="test_watch:silent", stop_patience=1, max_steps=2)
+    trainer.train()
+    assert all("reverse_kl" not in log for log in trainer.state.log_history)
 
 
 def test_a_rule_says_what_was_seen_and_what_the_limit_is():

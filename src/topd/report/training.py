@@ -179,7 +179,7 @@ def training_facts(folder: Path) -> list[Fact]:
     if not logs:
         return [Fact("updates", "0", "no update was logged yet")]
     facts = [Fact("updates", number(logs[-1].get("step")))]
-    divergence = next((key for key in DIVERGENCES if key in logs[0]), None)
+    divergence = next((key for key in DIVERGENCES if any(key in log for log in logs)), None)
     if divergence:
         facts.append(_change(logs, divergence))
     found, rule = _found(folder), rule_of(folder)

@@ -57,9 +57,13 @@ class Rule:
     floor: float = 0.0
 
     def broken(self, logs: Sequence[Mapping[str, float]], args: TOPDConfig) -> str:
-        """What was seen and what the limit is; empty if the rule holds."""
+        """What was seen and what the limit is; empty if the rule holds.
+
+        An update of which no token counts has no such figure, and is passed over.
+        """
         share, count = getattr(args, self.limit), args.stop_patience
-        values = [1 - log[self.figure] if self.rest else log[self.figure] for log in logs]
+        seen = [log[self.figure] for log in logs if self.figure in log]
+        values = [1 - value if self.rest else value for value in seen]
         if not share or not count or len(values) < 2 * count:
             return ""
         start = min(values[:count]) if self.above else max(values[:count])
