@@ -44,6 +44,7 @@ LONGEST = 64  # tokens of a response
 PLAN = "docs/analysis-plan.md"
 FORK = {"method": "first_fork"}
 SAME = "stage 1 continued, same answers"
+FORK_BY_CE = "first_fork, cross-entropy"
 NEW = "stage 1 continued, new answers, cross-entropy"
 Arms = dict[str, dict[str, Any]]
 
@@ -61,6 +62,7 @@ def arms_of(updates: int = UPDATES) -> Arms:
             **{**stage_1, "answers": "teacher", "data.limit": NEW_ANSWERS * updates // UPDATES},
             **{"kd_ratio": 0.0, "max_steps": 2 * updates},
         },
+        FORK_BY_CE: {**FORK, "method_options": {"loss": "cross_entropy"}},
     }
 
 

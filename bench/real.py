@@ -38,7 +38,7 @@ from typing import Any
 import torch
 import yaml
 
-from bench.imitated import NEW, OLIVE, SAME, TUNING_SEED, Found, Setting, arms_of
+from bench.imitated import FORK_BY_CE, NEW, OLIVE, SAME, TUNING_SEED, Found, Setting, arms_of
 from bench.larger import by_way, kept, loaded, logprobs_of
 from topd.commands.train import run_recipe
 from topd.commands.workers import in_workers
@@ -65,7 +65,9 @@ COMMON = {"bf16": True, "save_strategy": "no", "log_rollouts": False}
 
 def arms() -> dict[str, dict[str, Any]]:
     """Those of the other tables; new answers have about as many tokens as first_fork's windows."""
-    found = arms_of(UPDATES) | {"OLIVE": {**OLIVE, "window_length": TOKENS}}
+    found = arms_of(UPDATES)
+    del found[FORK_BY_CE]  # minutes are few
+    found |= {"OLIVE": {**OLIVE, "window_length": TOKENS}}
     return {**found, NEW: {**found[NEW], "data.limit": 640}}
 
 

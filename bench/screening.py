@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.imitated import ARMS, FORK, LONGEST, OLIVE, Setting
+from bench.imitated import ARMS, FORK, LONGEST, NEW, OLIVE, SAME, Setting
 
 FAMILY, SUPPLY = "arithmetic", "few"
 RATES, SEEDS = (5e-4, 1e-3, 2e-3, 4e-3), (0, 1)
@@ -27,7 +27,7 @@ GROUP = {"num_generations": 4, "method": "bench.controls:rl"}
 SCREENED: dict[str, dict[str, Any]] = {
     **ARMS,
     "stage 1 continued, new answers, forward KL": {
-        **ARMS["stage 1 continued, new answers, cross-entropy"],
+        **ARMS[NEW],
         "kd_ratio": 1.0,
     },
     "start handover": {**FORK, "candidate_loss": "start"},
@@ -36,7 +36,6 @@ SCREENED: dict[str, dict[str, Any]] = {
     "GKD's mix": {"method": "opd", "teacher_share": 0.5, "window_temperature": 0.6},
     "opd, forward KL": {"method": "opd", "beta": 0.0},
     "windows to the end": {**FORK, "window_length": LONGEST, "method_options": {"after": 0.0}},
-    "first_fork, cross-entropy": {**FORK, "method_options": {"loss": "cross_entropy"}},
     "first_fork, windows again": {**FORK, "window_replay": 16},
     "opd, JSD": {"method": "opd", "beta": 0.5},
     "EOPD": {"method": "eopd"},
@@ -47,7 +46,7 @@ SCREENED: dict[str, dict[str, Any]] = {
     "RL and opd": GROUP | {"method_options": {"family": FAMILY, "distil": 1.0}},
     "IER-OPD": {"method": "ier_opd"},
 }
-REFERENCES = ("opd", "stage 1 continued, same answers", *list(ARMS)[-1:])
+REFERENCES = ("opd", SAME, NEW)
 LEFT_OUT = {
     "self-teacher, with no and with a wrong reference": "a teacher of another kind, another start",
     "iw_opd, kl_top, entropy_top, teachability, downweight": "not above OPD in the older tables",
