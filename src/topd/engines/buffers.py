@@ -271,3 +271,11 @@ def entry_bytes(model: PreTrainedModel) -> int:
     groups = getattr(text, "num_key_value_heads", None) or heads
     dtype = autocast_dtype(model.device) or model.dtype
     return 2 * text.num_hidden_layers * groups * width * dtype.itemsize
+
+
+def scored_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a token takes in a scoring forward: its entry, and what one layer computes."""
+    text = model.config.get_text_config()
+    dtype = autocast_dtype(model.device) or model.dtype
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return entry_bytes(model) + (6 * text.hidden_size + 3 * inner) * dtype.itemsize
