@@ -80,10 +80,13 @@ class _InGraphs:
             window = self.windows[row]
             read = count if written else count - 1
             window.read, window.forwards = window.read + read, window.forwards + read
+            if not self._rejoin:
+                window.write(tokens, logprobs, self._engine.end_ids)
+                continue
             for token, logprob in zip(tokens, logprobs, strict=True):
                 if window.going:
                     window.take((token,), (logprob,), self._engine.end_ids, self._rejoin)
-                if self._rejoin and window.going and window.agreed >= self._rejoin:
+                if window.going and window.agreed >= self._rejoin:
                     self._take_rest(row, window)
         self._written += count
         return [row for row in rows if self.windows[row].going]

@@ -241,20 +241,25 @@ def pair_windows(
 
 def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     forks: list[list[Fork]] = [[] for _ in range(count)]
-    windows, plans = evidence.windows, transport.sparse_plans(evidence.transport.plan)
-    for k, (row, start) in enumerate(
-        zip(windows.row.tolist(), windows.start.tolist(), strict=True)
-    ):
+    windows, solved = evidence.windows, evidence.transport
+    rows = windows.row.tolist()
+    loss = evidence.token_loss[windows.row, windows.start].tolist()
+    distance, real, converged = (
+        x.tolist() for x in (solved.distance, evidence.real, solved.converged)
+    )
+    plans, start = transport.sparse_plans(solved.plan), windows.start.tolist()
+    own, theirs = (m.sum(-1).tolist() for m in (windows.student_mask, windows.teacher_mask))
+    for k, (row, tokens) in enumerate(zip(rows, windows.teacher_tokens.tolist(), strict=True)):
         forks[row].append(
             Fork(
-                position=start,
-                token_loss=float(evidence.token_loss[row, start]),
-                distance=float(evidence.transport.distance[k]),
-                real=bool(evidence.real[k]),
-                teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
-                student_length=int(windows.student_mask[k].sum()),
+                position=start[k],
+                token_loss=loss[k],
+                distance=distance[k],
+                real=real[k],
+                teacher_tokens=tuple(tokens[: theirs[k]]),
+                student_length=own[k],
                 plan=plans[k],
-                converged=bool(evidence.transport.converged[k]),
+                converged=converged[k],
             )
         )
     return tuple(tuple(row) for row in forks)
