@@ -13,7 +13,7 @@ WORKERS ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 CORE := tests/test_losses.py tests/test_transport.py tests/test_divergence.py
-ON_GPU := $(patsubst %,tests/test_%.py,graphs engine draws decode_check losses kernels learning transport \
+ON_GPU := $(patsubst %,tests/test_%.py,graphs attention engine draws decode_check losses kernels learning transport \
 	trainer branches experience rollouts resume warmstart trl preflight own evaluate compare probe repair audit gate)
 SHAPES := --jaxtyping-packages=topd.losses,topd.transport,topd.divergence,topd.types,beartype.beartype
 export HF_HUB_OFFLINE ?= 1

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from bench.gpu_models import SHAPES, device, forget, make, peak, random_ids, restart_peak, settle
-from topd.engines import buffers
+from topd.engines import attention
 from topd.engines.graphs import Graphs
 from topd.engines.hf import HFEngine
 from topd.types import Generation, Ids, Sampling
@@ -57,8 +57,9 @@ def kernel() -> Row:
     found: Row = {}
     for dtype in (torch.float32, torch.bfloat16):
         for shape, windowed in (((9, 3, 64), False), ((32, 8, 128), False), ((4, 1, 256), True)):
-            used = buffers._tried(shape, dtype, dtype, device(), windowed)
-            found[f"{dtype} {shape}"] = used is not None
+            for continuing in (False, True):
+                used = attention._tried(shape, dtype, dtype, device(), windowed, continuing)
+                found[f"{dtype} {shape} {continuing=}"] = used is not None
     return found
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -24,12 +27,14 @@ from transformers import (
 
 from conftest import DEVICE, EOS, VOCAB
 from conftest import torch_on_device as torch
-from topd.engines import buffers, decode_check
+from topd.engines import attention, buffers, decode_check, graphs
+from topd.engines.base import Prefix
 from topd.engines.buffers import entry_bytes, rounded
 from topd.engines.cast import CastWeights
 from topd.engines.decode_check import check_decoding
 from topd.engines.graphs import BUCKETS, bucket, graphable
-from topd.engines.hf import HFEngine
+from topd.engines.hf import ROLLOUTS_SHARE, WINDOWS_SHARE, HFEngine
+from topd.engines.windows import entries_of
 from topd.types import Generation, Ids, Sampling
 
 PROMPTS: list[Ids] = [(1, 9, 23, 41, 5), (1, 8), (1, 30, 31, 32, 33, 34, 35, 36, 7), (1,)]
@@ -177,6 +182,81 @@ def test_one_token_and_one_row():
         assert len(found[0].tokens) == steps
 
 
+def test_what_windows_continue_lies_there_once():
+    """A row has room for what it writes alone, and what is before it is copied once a text."""
+    plain, ours = pair(model_of("qwen3"), eos=())
+    scores = plain.score(PROMPTS, RESPONSES)
+    starts = [(2, 0), (1, 3), (1, 6), (2, 0)]
+    ours.continue_from(scores, starts, WARM, SEEDS[:4])
+    assert_same(
+        ours.continue_from(scores, starts, WARM, SEEDS[:4]),
+        plain.continue_from(scores, starts, WARM, SEEDS[:4]),
+    )
+    held = ours.graphs.buffers
+    assert held.first[:4].tolist() == [0, 9, 9, 0]
+    assert held.known[:4].tolist() == [9, 5, 8, 9]
+    for layer, read in zip(held.layers, scores.prefix.cache.layers, strict=True):
+        assert layer.own.pair[0].numel() == 4 * 2 * 80 * 8  # 70 tokens, and two that are tried
+        assert layer.shared.pair[0].numel() == 1024 * 2 * 8
+        for mine, theirs in zip(layer.shared.pair, (read.keys, read.values), strict=True):
+            lies = mine.view(1024, 2, 8).transpose(0, 1)
+            assert (lies[:, :9] == theirs[2, :, :9]).all()
+            assert (lies[:, 9:17] == theirs[1, :, :8]).all()
+            assert (lies[:, 17:] == 0).all()
+
+
+def test_rollouts_and_windows_take_turns_in_the_same_memory(monkeypatch):
+    """After a first turn of each, no memory is taken, and no graph is dropped."""
+    plain, ours = pair(model_of("qwen3"))
+    dropped: list[int] = []
+    drop = ours.graphs.drop
+    monkeypatch.setattr(ours.graphs, "drop", lambda: dropped.append(1) or drop())
+
+    def memory() -> list[int]:
+        held = [(one.own.pair, one.shared.pair) for one in ours.graphs.buffers.layers]
+        return [cells.data_ptr() for pairs in held for one in pairs for cells in one]
+
+    scores, kept = plain.score(PROMPTS, RESPONSES), []
+    for turn, (rows, count) in enumerate([(3, 15), (4, 12), (2, 5), (4, 15)]):
+        seeds = range(turn, turn + rows)
+        written = ours.generate(PROMPTS[:rows], WARM, seeds)
+        assert_same(written, plain.generate(PROMPTS[:rows], WARM, seeds))
+        asked = STARTS[-count:], WARM, SEEDS[-count:]
+        found = ours.continue_from(scores, *asked)
+        assert_same(found, plain.continue_from(scores, *asked))
+        kept.append((memory(), len(dropped)))
+    assert kept[0][1] == 3  # memory of rollouts, of windows, and of their states
+    assert all(later == kept[0] for later in kept[1:])
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8])
+def test_windows_that_go_in_turns_are_those_that_go_together(monkeypatch, rows):
+    plain, ours = pair(model_of("llama"))
+    scores = plain.score(PROMPTS, RESPONSES)
+    monkeypatch.setattr(ours.graphs, "at_once", lambda *_: rows)
+    found = ours.continue_from(scores, STARTS, WARM, SEEDS)
+    assert_same(found, plain.continue_from(scores, STARTS, WARM, SEEDS))
+
+
+@pytest.mark.parametrize(
+    ("gb", "windows", "rollouts"), [(139, 512, 512), (80, 384, 256), (24, 96, 64), (0.1, 2, 2)]
+)
+def test_how_many_rows_go_together_depends_on_memory(monkeypatch, gb, windows, rollouts):
+    """Of 32 texts of 64 + 512 tokens, 368 windows of 50, by the entries of Qwen3-1.7B."""
+    plain, ours = pair(model_of("llama"))
+    monkeypatch.setattr(graphs, "entry_bytes", lambda _: 2 * 28 * 8 * 128 * 2)
+    monkeypatch.setattr(ours.graphs, "_device", torch.device("cuda"))
+    card = SimpleNamespace(total_memory=gb * 1e9)
+    monkeypatch.setattr(graphs.torch.cuda, "get_device_properties", lambda _: card)
+    texts = Prefix(((1,) * 64,) * 32, ((2,) * 512,) * 32, DynamicCache())
+    scores = replace(plain.score(PROMPTS, RESPONSES), prefix=texts)
+    starts = [(b, t) for b in range(32) for t in range(0, 511, 45)][:368]
+    need = entries_of(scores, starts, 50)
+    assert ours.graphs.at_once(need, WINDOWS_SHARE) == windows
+    assert ours.graphs.at_once(lambda n: n * rounded(64 + 512), ROLLOUTS_SHARE) == rollouts
+    assert ours.graphs.at_once(entries_of(scores, [], 50), WINDOWS_SHARE) >= windows  # of none
+
+
 def test_new_weights_are_used(model):
     """In place, as an optimiser changes them, and as other tensors."""
     plain, ours = pair(model)
@@ -297,13 +377,13 @@ def test_a_wrong_attention_is_found_at_the_start(monkeypatch, caplog):
     """And the model then writes as it would without graphs."""
     monkeypatch.setattr(decode_check, "_KNOWN", {})
     model = model_of("llama")
-    right = buffers._plain
+    right = attention._plain
 
     def wrong(query, new, cache, place, **options):
         return right(query, new, cache, place.clamp(max=4), **options)
 
-    monkeypatch.setattr(buffers, "_plain", wrong)
-    monkeypatch.setattr(buffers, "_kernel", lambda *_, **__: None)
+    monkeypatch.setattr(attention, "_plain", wrong)
+    monkeypatch.setattr(attention, "_kernel", lambda *_, **__: None)
     plain, ours = pair(model)
     check_decoding(ours)
     assert "log-probs differ" in ours.graphs.broken
@@ -354,7 +434,7 @@ def test_a_tokens_entry_is_as_large_as_the_buffers_are(model):
     cells = sum(
         cell.numel() * cell.element_size()
         for one in ours.graphs.buffers.layers
-        for cell in one._cells
+        for cell in one.own.pair
     )
     assert cells == entry_bytes(model) * bucket(4) * rounded(9 + 20)
 

@@ -3,29 +3,29 @@
 Row r has its entries from 0 to its own length, so nothing is masked that would be read. While
 prompts are read, transformers' own attention runs and the buffers note what it sees. In a step,
 between :func:`stepping`'s two ends, attention is :func:`one_token`: no mask is made for it.
+
+Windows of one text share its entries: these are copied once, end to end, and a row has only what it
+writes itself (:class:`~topd.engines.attention.Prefixes`).
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
 
-from topd.engines.fused import FAULTS
+from topd.engines.attention import Prefixes, attend
 from topd.types import autocast_dtype
-
-logger = logging.get_logger(__name__)
 
 NAME = "topd_one_token"  # of the attention; transformers makes no mask for a name it has none for
 SLACK = 2  # entries after the last token, for steps that are tried
+OWN_UNIT, SHARED_UNIT = 16, 1024  # of entries where rows continue prefixes
 HARMLESS = frozenset(
     ("position_ids", "is_causal", "output_attentions", "output_hidden_states", "use_cache")
     + ("cache_position", "position_embeddings", "return_dict", "output_router_logits")
@@ -36,8 +36,27 @@ class UncapturedError(RuntimeError):
     """A model, or what it was asked for, does not suit graphs."""
 
 
+class Cells:
+    """Memory for keys and for values that is kept and only grows."""
+
+    def __init__(self, buffers: Buffers) -> None:
+        self.pair = (torch.empty(0), torch.empty(0))
+        self._buffers = buffers
+
+    def of(self, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a shape, as autocast would have them."""
+        dtype, size = autocast_dtype(like.device) or like.dtype, math.prod(shape)
+        have = self.pair[0]
+        if have.numel() < size or have.dtype != dtype or have.device != like.device:
+            del have
+            self.pair = (torch.empty(0), torch.empty(0))  # frees before it takes
+            self.pair = (like.new_zeros(size, dtype=dtype), like.new_zeros(size, dtype=dtype))
+            self._buffers.moved = True
+        return self.pair[0][:size].view(shape), self.pair[1][:size].view(shape)
+
+
 class FixedLayer(DynamicLayer):
-    """The keys and values of one layer: [R G L D] in memory that is kept and only grows.
+    """The keys and values of one layer: [R G L D], and [E G D] before them, in fixed memory.
 
     While prompts are read it notes them; while tokens are written it hands out all it has, and
     keeps the new key and value for :func:`one_token`, which puts them into their place.
@@ -48,8 +67,8 @@ class FixedLayer(DynamicLayer):
         self.window = window
         self.fresh: tuple[Tensor, Tensor] | None = None
         self._buffers = buffers
-        self._cells = (torch.empty(0), torch.empty(0))
-        self._whole = self._cells
+        self.own, self.shared = Cells(buffers), Cells(buffers)
+        self._whole = self.own.pair
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -64,20 +83,32 @@ class FixedLayer(DynamicLayer):
 
     def note(self, keys: Tensor, values: Tensor) -> None:
         """Have these entries [N G n D] at the beginning of the first N rows."""
-        if keys.shape != values.shape:
-            raise UncapturedError("keys and values of different widths")
-        dtype = autocast_dtype(keys.device) or keys.dtype
-        rows, length = self._buffers.rows, self._buffers.length
-        shape = (rows, keys.shape[1], length, keys.shape[3])
-        size = shape[0] * shape[1] * shape[2] * shape[3]
-        cells = self._cells[0]
-        if cells.numel() < size or cells.dtype != dtype or cells.device != keys.device:
-            self._cells = self._whole = (torch.empty(0), torch.empty(0))  # frees before it takes
-            self._cells = (keys.new_zeros(size, dtype=dtype), keys.new_zeros(size, dtype=dtype))
-            self._buffers.moved = True
-        self._whole = (self._cells[0][:size].view(shape), self._cells[1][:size].view(shape))
+        self._make(keys, values)
         for whole, new in zip(self._whole, (keys, values), strict=True):
             whole[: len(new), :, : new.shape[2]] = new
+
+    def share(self, keys: Tensor, values: Tensor, row: Tensor, entry: Tensor) -> None:
+        """Have the entries (row, entry) [N] of keys and values [B G n D] before all rows' own."""
+        self._make(keys, values)
+        shape = (rounded(len(row), SHARED_UNIT), keys.shape[1], keys.shape[3])
+        for cells, old in zip(self.shared.of(shape, keys), (keys, values), strict=True):
+            cells[: len(row)] = old.transpose(1, 2)[row, entry]
+
+    def _make(self, keys: Tensor, values: Tensor) -> None:
+        """Have memory for the rows' own entries, of the kind of these."""
+        if keys.shape != values.shape:
+            raise UncapturedError("keys and values of different widths")
+        shape = (self._buffers.rows, keys.shape[1], self._buffers.length, keys.shape[3])
+        self._whole = self.keys, self.values = torch.empty(0), torch.empty(0)  # frees views
+        self._whole = self.own.of(shape, keys)
+
+    def prefixes(self, rows: int) -> Prefixes | None:
+        """What the first rows have before their own entries; None where all are their own."""
+        if not self._buffers.continuing:
+            return None
+        groups, width = self._whole[0].shape[1], self._whole[0].shape[3]
+        keys, values = (cells.view(-1, groups, width) for cells in self.shared.pair)
+        return Prefixes(keys, values, self._buffers.first[:rows], self._buffers.known[:rows])
 
     def narrow(self, rows: int) -> None:
         """Hand out the first rows from now on."""
@@ -99,6 +130,8 @@ class Buffers:
     Attributes:
         cache: what the model's forward takes.
         place: [R], where each row's new token stands; set by who steps.
+        first, known: [R], of the shared entries those that are before each row's own.
+        continuing: whether there are any.
         rows, length: how large the buffers are for what is read next.
         reading: whether prefixes are read.
         pending: the layer whose new key and value wait for their attention.
@@ -107,8 +140,9 @@ class Buffers:
 
     def __init__(self, model: PreTrainedModel, place: Tensor) -> None:
         self.cache, self.place = DynamicCache(config=model.config), place
+        self.first, self.known = torch.zeros(2, len(place), dtype=torch.long, device=place.device)
         self.rows = self.length = 0
-        self.reading = self.moved = False
+        self.reading = self.moved = self.continuing = False
         self.pending: FixedLayer | None = None
         self._config = model.config.get_text_config()
         self.layers = [
@@ -120,6 +154,11 @@ class Buffers:
         ]
         self.cache.layers = [*self.layers]
 
+    @property
+    def key(self) -> tuple[int, bool]:
+        """What a captured step depends on: how far apart rows are, not how many there are."""
+        return self.length, self.continuing
+
     @contextmanager
     def noting(self) -> Iterator[DynamicCache]:
         """Inside, what is read into the cache that this yields is noted from entry 0 on."""
@@ -129,13 +168,34 @@ class Buffers:
         finally:
             self.reading = False
 
-    def copy(self, cache: DynamicCache, rows: Tensor, length: int) -> None:
-        """Have the first ``length`` entries of some rows of another cache."""
+    def open(self, rows: int, length: int, *, continuing: bool = False) -> None:
+        """Have so many rows of so many entries of their own, for what is read or shared next."""
+        self.rows, self.length, self.continuing = rows, length, continuing
+        self.first.zero_()
+        self.known.zero_()
+
+    def share(self, cache: DynamicCache, rows: Sequence[int], known: Sequence[int]) -> None:
+        """Have the first ``known`` entries of some rows of another cache before this one's rows.
+
+        A row that several have is copied once, as far as one of them needs it.
+        """
+        longest: dict[int, int] = {}
+        for row, length in zip(rows, known, strict=True):
+            longest[row] = max(length, longest.get(row, 0))
+        lengths, device = torch.tensor([*longest.values()]), self.place.device
+        begin = lengths.cumsum(0) - lengths
+        source = torch.tensor([*longest]).repeat_interleave(lengths)
+        entry = torch.arange(len(source)) - begin.repeat_interleave(lengths)
         for layer, old in zip(self.layers, cache.layers, strict=True):
-            layer.note(*(x[:, :, :length].index_select(0, rows) for x in (old.keys, old.values)))
+            layer.share(old.keys, old.values, source.to(device), entry.to(device))
+        begins = dict(zip(longest, begin.tolist(), strict=True))
+        self.first[: len(rows)] = torch.tensor([begins[row] for row in rows], device=device)
+        self.known[: len(rows)] = torch.tensor(known, device=device)
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copy rows to others, up to a length."""
+        """Copy rows to others, up to a length of their own entries."""
+        for state in (self.first, self.known):
+            state[target] = state[source]
         for layer in self.layers:
             layer.move(source, target, length)
 
@@ -189,89 +249,17 @@ def one_token(
     assert layer.fresh is not None
     scale = scaling if scaling is not None else float(query.shape[-1]) ** -0.5
     fresh, layer.fresh = layer.fresh, None
-    place = _stepping.place[: len(query)]
-    kernel = _kernel(query, key, windowed=layer.window is not None)
-    attend = _plain if kernel is None else kernel.attend
-    return attend(query, fresh, (key, value), place, scale=scale, window=layer.window), None
-
-
-def _plain(
-    query: Tensor,
-    new: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
-    place: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """The same as :func:`topd.engines.decode_kernel.attend` in torch's own operations."""
-    row = torch.arange(len(query), device=query.device)
-    for cells, one in zip(cache, new, strict=True):
-        cells[row, :, place] = one[:, :, 0].to(cells.dtype)
-    key, value = cache
-    entry, at = torch.arange(key.shape[2], device=key.device), place[:, None]
-    seen = entry <= at
-    if window is not None:
-        seen &= entry > at - window
-    mask, query = seen[:, None, None], query.to(key.dtype)
-    found = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
-    )
-    return found.transpose(1, 2)
+    place, prefixes = _stepping.place[: len(query)], layer.prefixes(len(query))
+    cache, window = (key, value), layer.window
+    return attend(query, fresh, cache, place, scale=scale, window=window, prefixes=prefixes), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, one_token)
 
 
-def _kernel(query: Tensor, keys: Tensor, *, windowed: bool) -> Any:
-    """The module of the Triton kernel where it serves; None elsewhere."""
-    shape = (query.shape[1], keys.shape[1], keys.shape[3])
-    return _tried(shape, query.dtype, keys.dtype, keys.device, windowed)
-
-
-@functools.cache
-def _tried(
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    kept: torch.dtype,
-    device: torch.device,
-    windowed: bool,
-) -> Any:
-    """The kernel's module, if it gives what attention without it gives on a small example."""
-    try:
-        from topd.engines import decode_kernel
-    except ImportError:  # no Triton
-        return None
-    heads, groups, width = shape
-    if not decode_kernel.serves(torch.empty(0, dtype=kept, device=device)):
-        return None
-    some = torch.Generator().manual_seed(0)
-
-    def made(*sizes: int) -> Tensor:
-        return torch.randn(*sizes, generator=some).to(device, dtype)
-
-    rows, length = 4, 160
-    place = torch.tensor([0, 5, 130, 159], device=device)
-    query, fresh = made(rows, heads, 1, width), (made(rows, groups, 1, width),) * 2
-    cells = made(rows, groups, length, width).to(kept)
-    options: dict[str, Any] = {"scale": width**-0.5, "window": 40 if windowed else None}
-    try:
-        found = decode_kernel.attend(query, fresh, (cells.clone(), cells.clone()), place, **options)
-        expected = _plain(query, fresh, (cells, cells.clone()), place, **options)
-        gap = float((found.float() - expected.float()).abs().max())
-    except FAULTS as fault:
-        said = str(fault).strip().partition("\n")[0][:100]
-        logger.warning(f"no kernel for attention ({type(fault).__name__}: {said}): slower.")
-        return None
-    if gap > (1e-4 if torch.float32 in (dtype, kept) and dtype == kept else 0.05):
-        logger.warning(f"no kernel for attention: it is off by {gap:.2g}. Writing is slower.")
-        return None
-    return decode_kernel
-
-
-def rounded(tokens: int) -> int:
+def rounded(tokens: int, unit: int = 0) -> int:
     """How many entries a row of the buffers has, so that few numbers of them are captured."""
-    unit = 128 if tokens + SLACK <= 512 else 256
+    unit = unit or (128 if tokens + SLACK <= 512 else 256)
     return -(-(tokens + SLACK) // unit) * unit
 
 
@@ -283,3 +271,11 @@ def entry_bytes(model: PreTrainedModel) -> int:
     groups = getattr(text, "num_key_value_heads", None) or heads
     dtype = autocast_dtype(model.device) or model.dtype
     return 2 * text.num_hidden_layers * groups * width * dtype.itemsize
+
+
+def scored_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a token takes in a scoring forward: its entry, and what one layer computes."""
+    text = model.config.get_text_config()
+    dtype = autocast_dtype(model.device) or model.dtype
+    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    return entry_bytes(model) + (6 * text.hidden_size + 3 * inner) * dtype.itemsize

@@ -137,6 +137,13 @@ class Window:
                 return count
         return len(drawn)
 
+    def write(self, drawn: Sequence[int], logprobs: Sequence[float], ends: Container[int]) -> None:
+        """Write what was drawn one after the other, up to an end, whatever the draft is."""
+        count = next((k + 1 for k, token in enumerate(drawn) if token in ends), len(drawn))
+        self.tokens += drawn[:count]
+        self.logprobs += logprobs[:count]
+        self.ended = self.tokens[-1] in ends
+
     def rejoin(self, rest: Sequence[float], ends: Container[int]) -> slice:
         """Take the rest of the draft, whose tokens have these log-probs. Returns which of it."""
         taken = slice(len(self.tokens), min(self.limit, len(self.draft)))

@@ -1,9 +1,10 @@
 """Writing with one CUDA graph a token: what a GPU waits for otherwise is Python.
 
-Keys and values lie in fixed buffers, a row's entries from 0 to its own length. A step reads one
-token of every row, draws the next and notes it, all on the device; it is captured once for a number
-of rows and replayed. Every few tokens the host reads what was drawn: rows that have ended leave
-when the rest fits into the next smaller captured number.
+Keys and values lie in fixed buffers, a row's entries from 0 to its own length; what windows of one
+text have before these lies there once. A step reads one token of every row, draws the next and
+notes it, all on the device; it is captured once for a number of rows and replayed. Every few tokens
+the host reads what was drawn: rows that have ended leave when the rest fits into the next smaller
+captured number.
 
 The step is the model's own forward. Inside it, and only there, attention is that of one token over
 its row (:mod:`topd.engines.buffers`), and its element-wise parts are compiled
@@ -24,7 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from topd.engines.base import Wanted
-from topd.engines.buffers import SLACK, Buffers, UncapturedError, entry_bytes, rounded
+from topd.engines.buffers import SLACK, Buffers, UncapturedError, entry_bytes
 from topd.engines.cast import CastWeights
 from topd.engines.draws import draw, row_words, step_keys, token_words
 from topd.engines.fused import Fused
@@ -108,18 +109,24 @@ class Graphs:
                 self.drop()
             yield head
 
-    def at_once(self, longest: int, steps: int, share: float) -> int:
-        """How many rows may be written together: their buffers take a share of the GPU at most."""
+    def at_once(self, entries: Callable[[int], int], share: float) -> int:
+        """How many rows may be written together: their buffers take a share of the GPU at most.
+
+        ``entries`` says how many the buffers have for a number of rows.
+        """
         if self._device.type != "cuda":
             return BUCKETS[-1]
         whole = torch.cuda.get_device_properties(self._device).total_memory
-        most = share * whole / (entry_bytes(self._model) * rounded(longest + steps))
-        return max((rows for rows in BUCKETS if rows <= most), default=BUCKETS[0])
+        most = share * whole / entry_bytes(self._model)
+        return max((rows for rows in BUCKETS if entries(rows) <= most), default=BUCKETS[0])
 
-    def open(self, rows: int, longest: int, steps: int) -> None:
-        """Have buffers for so many rows whose prefixes have ``longest`` tokens at most."""
+    def open(self, rows: int, length: int, *, continuing: bool = False) -> None:
+        """Have buffers for so many rows, of ``length`` entries each.
+
+        ``continuing`` rows have what comes before these from :meth:`share`.
+        """
         self._check_weights()
-        self.buffers.rows, self.buffers.length = bucket(rows), rounded(longest + steps)
+        self.buffers.open(bucket(rows), length, continuing=continuing)
 
     def read(self, ids: Tensor, lengths: Tensor) -> Tensor:
         """Read prefixes [N n], padded on the right. Returns the states [N D] after each."""
@@ -127,9 +134,9 @@ class Graphs:
             states = self._forward(ids, None, None, cache)
         return states[torch.arange(len(ids), device=ids.device), lengths - 1]
 
-    def copy(self, cache: DynamicCache, rows: Tensor, length: int) -> None:
-        """Have the first ``length`` entries of some rows of another cache."""
-        self.buffers.copy(cache, rows, length)
+    def share(self, cache: DynamicCache, rows: Sequence[int], known: Sequence[int]) -> None:
+        """Have the first ``known`` entries of some rows of another cache before those here."""
+        self.buffers.share(cache, rows, known)
 
     # Writing
 
@@ -156,6 +163,7 @@ class Graphs:
         """
         slots: list[int | None] = self._begin(states, known, wanted.seeds, keep=keep)
         rows, steps, sampling = len(slots), wanted.steps, wanted.sampling
+        read = 0 if self.buffers.continuing else max(known)
         every = EVERY if steps > 4 * EVERY else EVERY // 2
         filled = states.new_zeros(rows, states.shape[1])
         filled[: len(states)] = states
@@ -176,7 +184,7 @@ class Graphs:
                 return
             held = 0
             self._slot.zero_()
-            slots = self._left(slots, going, max(known) + written)
+            slots = self._left(slots, going, read + written)
             rows = len(slots)
 
     def _begin(
@@ -253,7 +261,8 @@ class Graphs:
         slots = slots[:rows]
         over = [slot for slot, row in enumerate(slots) if row is None]
         if over:  # they write on, from their beginning, and nobody reads it
-            self._place[torch.tensor(over, device=self._device)] = 0
+            for state in (self._place, self.buffers.known):
+                state[torch.tensor(over, device=self._device)] = 0
         return slots
 
     # One step, as it is or as a graph
@@ -272,7 +281,7 @@ class Graphs:
 
             return plain
         how = (sampling.temperature, sampling.top_k, sampling.top_p, keep, head.vocab_size)
-        key = (rows, self.buffers.rows, self.buffers.length, how, autocast_dtype(self._device))
+        key = (rows, self.buffers.key, how, autocast_dtype(self._device))
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 self._graphs.clear()

@@ -17,13 +17,14 @@ from transformers import DynamicCache
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import Prefix, Wanted, check_seeds
+from topd.engines.buffers import rounded, scored_bytes
 from topd.engines.forward import ForwardEngine
 from topd.engines.fused import FAULTS
 from topd.engines.graphs import Graphs
 from topd.engines.memory import in_chunks
 from topd.engines.packed import packed
 from topd.engines.rollouts import CachedRows, RereadRows, write, write_in_graphs
-from topd.engines.windows import write_windows, write_windows_in_graphs
+from topd.engines.windows import entries_of, write_windows, write_windows_in_graphs
 from topd.errors import TOPDError
 from topd.types import Generation, Sampling, Starts, Texts
 
@@ -52,7 +53,8 @@ class HFEngine(ForwardEngine):
         found = self._in_graphs(
             lambda graphs, some: write_in_graphs(self, graphs, prompts[some], wanted.of(some)),
             len(prompts),
-            (longest, wanted.steps, ROLLOUTS_SHARE),
+            lambda rows: rows * rounded(longest + wanted.steps),
+            ROLLOUTS_SHARE,
         )
         if found is not None:
             return found
@@ -69,23 +71,35 @@ class HFEngine(ForwardEngine):
         self,
         write: Callable[[Graphs, slice], list[Generation]],
         count: int,
-        size: tuple[int, int, float],
+        entries: Callable[[int], int],
+        share: float,
     ) -> list[Generation] | None:
         """What is written in graphs; None, said once, where that is not possible.
 
-        ``size`` is the longest prefix, the tokens written, and the share of memory for both.
+        ``entries`` are those of buffers for a number of rows, ``share`` that of memory for them.
         """
         graphs = self.graphs
         if graphs is None or graphs.broken:
             return None
         try:
             with self.evaluating():
-                return in_chunks(lambda some: write(graphs, some), count, graphs.at_once(*size))
+                return in_chunks(
+                    lambda some: write(graphs, some), count, graphs.at_once(entries, share)
+                )
         except FAULTS as fault:
             if isinstance(fault, TOPDError):
                 raise
             graphs.give_up(self.name, fault)
             return None
+
+    def room(self, longest: int) -> int:
+        """What takes as much of the GPU's memory as the buffers of windows may."""
+        if self.device.type != "cuda":
+            return 0
+        whole = torch.cuda.get_device_properties(self.device).total_memory
+        with self.autocast():
+            text = longest * scored_bytes(self.model)
+        return int(WINDOWS_SHARE * whole / text)
 
     @torch.no_grad()
     def score(
@@ -128,13 +142,13 @@ class HFEngine(ForwardEngine):
         check_seeds(seeds, starts)
         if prefix.cache is None or not self.shares:
             return self._continue_afresh(prefix, starts, wanted)
-        longest = max((len(prefix.prompts[b]) + t for b, t in starts), default=0)
         found = self._in_graphs(
             lambda graphs, some: write_windows_in_graphs(
                 self, graphs, scores, starts[some], wanted.of(some)
             ),
             len(starts),
-            (longest, wanted.steps, WINDOWS_SHARE),
+            entries_of(scores, starts, wanted.steps),
+            WINDOWS_SHARE,
         )
         if found is not None:
             return found

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topd.engines.base import Wanted
+from topd.engines.buffers import rounded
 from topd.engines.decoding import growing_cache, select_rows
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
@@ -112,7 +113,7 @@ def write_in_graphs(
         return going
 
     with graphs.casting(engine.head) as head:
-        graphs.open(len(prompts), max(lengths), wanted.steps)
+        graphs.open(len(prompts), rounded(max(lengths) + wanted.steps))
         hidden = graphs.read(engine.padded(prompts), engine.tensor(lengths))
         graphs.write(head, hidden, lengths, wanted, take, keep=False)
     return _generations(engine, written)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from topd.engines import Scores
 from topd.engines.base import Prefix, Wanted
+from topd.engines.buffers import OWN_UNIT, SHARED_UNIT, rounded
 from topd.engines.decoding import Window, WindowBatch, growing_cache, open_windows, select_rows
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
@@ -79,10 +80,13 @@ class _InGraphs:
             window = self.windows[row]
             read = count if written else count - 1
             window.read, window.forwards = window.read + read, window.forwards + read
+            if not self._rejoin:
+                window.write(tokens, logprobs, self._engine.end_ids)
+                continue
             for token, logprob in zip(tokens, logprobs, strict=True):
                 if window.going:
                     window.take((token,), (logprob,), self._engine.end_ids, self._rejoin)
-                if self._rejoin and window.going and window.agreed >= self._rejoin:
+                if window.going and window.agreed >= self._rejoin:
                     self._take_rest(row, window)
         self._written += count
         return [row for row in rows if self.windows[row].going]
@@ -99,17 +103,32 @@ def write_windows_in_graphs(
 ) -> list[Generation]:
     """The same in graphs."""
     _, cache = _prefix_of(scores)
-    found, (row, token) = (
-        _InGraphs(engine, scores, starts, wanted),
-        engine.tensor(starts).unbind(-1),
-    )
-    lengths = [window.known for window in found.windows]
+    found = _InGraphs(engine, scores, starts, wanted)
+    known = [window.known for window in found.windows]
     with graphs.casting(engine.head) as head:
-        graphs.open(len(starts), max(lengths), wanted.steps)
-        graphs.copy(cache, row, max(lengths))
-        hidden = scores.hidden[row, token]
-        graphs.write(head, hidden, lengths, wanted, found.take, keep=True)
+        graphs.open(len(starts), rounded(wanted.steps, OWN_UNIT), continuing=True)
+        graphs.share(cache, [b for b, _ in starts], known)
+        hidden = scores.hidden[tuple(engine.tensor(starts).unbind(-1))]
+        graphs.write(head, hidden, known, wanted, found.take, keep=True)
     return _generations(engine, found.windows, found.states)
+
+
+def entries_of(scores: Scores, starts: Starts, steps: int) -> Callable[[int], int]:
+    """How many entries graphs have for so many of these windows: of their texts, and their own."""
+    prompts = _prefix_of(scores)[0].prompts
+
+    def read(some: Starts) -> int:
+        ends = {b: 0 for b, _ in some}
+        for b, t in some:
+            ends[b] = max(ends[b], len(prompts[b]) + t)
+        return sum(ends.values())
+
+    def entries(rows: int) -> int:
+        parts = [starts[k : k + rows] for k in range(0, len(starts), rows)]
+        most = max(map(read, parts), default=0)
+        return rounded(most, SHARED_UNIT) + rows * rounded(steps, OWN_UNIT)
+
+    return entries
 
 
 def _prefix_of(scores: Scores) -> tuple[Prefix, DynamicCache]:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from topd import transport
 from topd.config import TOPDConfig
 from topd.divergence import select_candidates, thin_candidates
-from topd.engines import Scores
+from topd.engines import Engine, Scores
 from topd.engines.spans import share_evenly
 from topd.runs.records import Fork
 from topd.types import (
@@ -75,6 +75,18 @@ class Experience:
     branch_hidden: tuple[tuple[Tensor, ...], ...]
     efforts: tuple[Effort, ...] = ()
     spans: tuple[Spans, ...] = ()
+
+
+def scored_together(rollouts: Sequence[Rollout], args: TOPDConfig, teacher: Engine) -> int:
+    """How many rollouts a scoring forward reads: what windows after it are written together for.
+
+    As many as the teacher has room for, unless a detector counts over them.
+    """
+    micro = args.score_batch_size or args.per_device_train_batch_size
+    if args.score_batch_size or args.detector.whole_batch:
+        return micro
+    longest = max((len(r.prompt.teacher) + len(r.response) for r in rollouts), default=1)
+    return max(micro, teacher.room(longest))
 
 
 def candidates_of(
@@ -229,20 +241,25 @@ def pair_windows(
 
 def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     forks: list[list[Fork]] = [[] for _ in range(count)]
-    windows, plans = evidence.windows, transport.sparse_plans(evidence.transport.plan)
-    for k, (row, start) in enumerate(
-        zip(windows.row.tolist(), windows.start.tolist(), strict=True)
-    ):
+    windows, solved = evidence.windows, evidence.transport
+    rows = windows.row.tolist()
+    loss = evidence.token_loss[windows.row, windows.start].tolist()
+    distance, real, converged = (
+        x.tolist() for x in (solved.distance, evidence.real, solved.converged)
+    )
+    plans, start = transport.sparse_plans(solved.plan), windows.start.tolist()
+    own, theirs = (m.sum(-1).tolist() for m in (windows.student_mask, windows.teacher_mask))
+    for k, (row, tokens) in enumerate(zip(rows, windows.teacher_tokens.tolist(), strict=True)):
         forks[row].append(
             Fork(
-                position=start,
-                token_loss=float(evidence.token_loss[row, start]),
-                distance=float(evidence.transport.distance[k]),
-                real=bool(evidence.real[k]),
-                teacher_tokens=tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()),
-                student_length=int(windows.student_mask[k].sum()),
+                position=start[k],
+                token_loss=loss[k],
+                distance=distance[k],
+                real=real[k],
+                teacher_tokens=tuple(tokens[: theirs[k]]),
+                student_length=own[k],
                 plan=plans[k],
-                converged=bool(evidence.transport.converged[k]),
+                converged=converged[k],
             )
         )
     return tuple(tuple(row) for row in forks)

@@ -37,6 +37,7 @@ from topd.training.evidence import (
     own_mask,
     padded,
     pair_windows,
+    scored_together,
     share_rewritten,
     statistics_of,
     token_scores,
@@ -162,7 +163,7 @@ class Observer:
         spans: list[Spans] = []
         starts: list[tuple[int, int]] = []
         written: list[Generation] = []
-        size = self.args.score_batch_size or self.args.per_device_train_batch_size
+        size = scored_together(rollouts, self.args, self.teacher)
         for first in range(0, len(rollouts), size):
             some = rollouts[first : first + size]
             scores = self.score(some, first, keep=method.looks_ahead)

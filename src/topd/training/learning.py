@@ -168,13 +168,12 @@ def _targets(
 ) -> tuple[Int[Tensor, "P M"], Float[Tensor, "P M"]]:
     """Tokens and probabilities of the soft targets at each token, filled up with zeros."""
     support = support_of(guidance)
-    shape = len(support), max((len(tokens) for tokens, _ in support), default=0)
-    ids = [tokens + [0] * (shape[1] - len(tokens)) for tokens, _ in support]
-    mass = [own + [0.0] * (shape[1] - len(own)) for _, own in support]
-    return (
-        sent(ids, device=device).reshape(shape),
-        sent(mass, torch.float32, device=device).reshape(shape),
-    )
+    counts = torch.tensor([len(tokens) for tokens, _ in support], dtype=torch.long)
+    filled = torch.arange(max(counts.tolist(), default=0)) < counts[:, None]
+    ids, mass = torch.zeros(filled.shape, dtype=torch.long), torch.zeros(filled.shape)
+    ids[filled] = torch.tensor([k for tokens, _ in support for k in tokens], dtype=torch.long)
+    mass[filled] = torch.tensor([p for _, own in support for p in own], dtype=torch.float32)
+    return sent(ids, device=device), sent(mass, torch.float32, device=device)
 
 
 def _advantages(guidance: Sequence[Guidance], device: torch.device) -> Float[Tensor, " P"] | None:
