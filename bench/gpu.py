@@ -1,4 +1,4 @@
-"""What one GPU does: ``python -m bench.gpu [PARTS]``, six minutes at most, without a network.
+"""What one GPU does: ``python -m bench.gpu [PARTS]``, eight minutes at most, without a network.
 
 Each part runs in a process of its own, most important first, and prints a line as soon as a figure
 is known: what is over its time limit, or fails, keeps the figures that it had, and its fault is
@@ -16,11 +16,12 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 from unittest.mock import patch
 
@@ -46,7 +47,7 @@ from topd.config import CHECKPOINTING
 from topd.engines.hf import HFEngine
 from topd.types import Ids, Sampling
 
-MOST = 360.0  # seconds for all parts
+MOST = 480.0  # seconds for all parts
 ROW = "ROW "
 PROMPT = 64  # tokens
 WINDOW = 50
@@ -286,22 +287,36 @@ class Update:
 
 
 TINY_UPDATE = Update("tiny", "tiny", 4, 2, 16, 4)
-ARMS = ("opd", "topd", "first_fork")
+ARMS = ("topd", "first_fork")
+EVERY_SECOND = {"look_ahead_every": 2, "look_ahead_until": None}
 
 
 def step(tiny: bool) -> Iterator[Row]:
-    """A whole step of ours: each method, with its activations recomputed and kept."""
-    size, steps = (TINY_UPDATE, 2) if tiny else (Update(), 3)
+    """A whole step of ours: in turns one that looks ahead and one of opd, of one trainer."""
+    size, pairs = (TINY_UPDATE, 1) if tiny else (Update(), 4)
     for arm in ARMS:
-        yield measured(arm, size, steps, our_trainer)
+        yield from in_turns(arm, size, pairs)
     kept = Update(**{**vars(size), "recomputed": False})
     yield measured("opd", kept, 2, our_trainer)
+
+
+def in_turns(arm: str, size: Update, pairs: int) -> Iterator[Row]:
+    """Steps of a method and of opd, and the quotients of neighbours, after a first one of each."""
+    clock = timed(partial(our_trainer, **EVERY_SECOND), arm, size, 2 + 2 * pairs)
+    ahead, plain = clock.found[2::2], clock.found[3::2]
+    yield figures("opd", size, clock, plain)
+    quotients = sorted(a["seconds"] / b["seconds"] for a, b in zip(ahead, plain, strict=True))
+    over = f"{median(quotients):.2f} [{quotients[0]:.2f}, {quotients[-1]:.2f}]"
+    yield {**figures(arm, size, clock, ahead), "over opd": over}
 
 
 def step_trl(tiny: bool) -> Iterator[Row]:
     """The same step of TRL's DistillationTrainer: lambda 1 and reverse KL are its defaults."""
     size = TINY_UPDATE if tiny else Update()
-    yield measured("DistillationTrainer", size, 2, trl_trainer)
+    ours_ = measured("opd", size, 3, our_trainer)
+    yield ours_
+    theirs = measured("DistillationTrainer", size, 2, trl_trainer)
+    yield {**theirs, "over opd": f"{theirs['s a step'] / ours_['s a step']:.2f}"}
 
 
 SMALL = Update("SmolLM2-135M", "SmolLM2-135M", 64, 32, 128, recomputed=False)
@@ -323,14 +338,24 @@ def sharing(tiny: bool) -> Iterator[Row]:
 
 
 def measured(arm: str, size: Update, steps: int, build: Callable[..., Any]) -> Row:
-    """The last steps of a run, after a first one: medians of few, so the least."""
+    """The last steps of a run, after a first one."""
+    clock = timed(build, arm, size, steps)
+    return figures(arm, size, clock, clock.found[1:])
+
+
+def timed(build: Callable[..., Any], arm: str, size: Update, steps: int) -> Clock:
+    """The clock of a run."""
     forget()
     trainer, take = build(arm, size)
     clock = Clock(steps, take)
     trainer.add_callback(clock)
     with contextlib.suppress(FinishedError), patch("time.perf_counter", settled_clock):
         trainer.train()
-    kept = clock.found[1:]
+    return clock
+
+
+def figures(arm: str, size: Update, clock: Clock, kept: Sequence[Row]) -> Row:
+    """Some steps in a row of a table: medians of few, so the least."""
     best = min(kept, key=lambda one: one["seconds"])
     phases = {f"{name} s": round(spent, 2) for name, spent in best["phases"].items()}
     return {
@@ -358,7 +383,9 @@ def pair(size: Update) -> tuple[Any, Any, Any]:
     return student, make(size.teacher, seed=1), words(SHAPES[size.student].vocab)
 
 
-def our_trainer(arm: str, size: Update) -> tuple[Any, Callable[[], dict[str, float]]]:
+def our_trainer(
+    arm: str, size: Update, **changes: Any
+) -> tuple[Any, Callable[[], dict[str, float]]]:
     """Ours; nearly flat random models need no limit of the gap in bfloat16."""
     trainer = ours(
         pair(size),
@@ -366,6 +393,7 @@ def our_trainer(arm: str, size: Update) -> tuple[Any, Callable[[], dict[str, flo
         window_length=size.window,
         max_logprob_gap=10.0,
         stop_patience=None,
+        **changes,
         **size.arguments(),
     )
     return trainer, trainer.phases.take
@@ -426,8 +454,8 @@ class Part:
 
 PARTS = {
     "rollouts": Part(rollouts, 110, "Rollouts, prompts of 64 tokens, bfloat16"),
-    "step": Part(step, 100, "A whole step, bfloat16 over float32 weights"),
-    "step-trl": Part(step_trl, 62, "A whole step of TRL"),
+    "step": Part(step, 150, "A whole step, bfloat16 over float32 weights"),
+    "step-trl": Part(step_trl, 130, "A whole step, TRL's beside ours"),
     "loss": Part(loss, 60, "Reverse KL, forward and backward, 8,192 tokens"),
     "windows": Part(windows, 60, "Scoring, and windows of 50 tokens"),
     "sharing": Part(sharing, 60, "Several runs on one GPU, SmolLM2-135M's shape, 64 x 128 tokens"),
