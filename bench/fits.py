@@ -24,12 +24,14 @@ from scipy.optimize import nnls
 from bench import cost, gpu
 from bench.gpu_models import GIB, make
 from bench.measure import RESULTS, Table
-from topd.training.footprint import ModelSize, Work, peaks, size_of
+from topd.config import TOPDConfig
+from topd.training.footprint import ModelSize, Work, peaks, size_of, together, with_windows
 
 PAGE = Path("docs/hardware.md")
 ROLLOUTS, PROMPT, RESPONSE, WINDOW = 32, 128, 512, 50
 PROMPTS = 26  # tokens of a prompt of bench.gpu's steps
 WINDOWS = 10  # a rollout
+FRACTION = TOPDConfig.candidate_fraction  # of tokens that begin a window
 META = torch.device("meta")
 
 
@@ -86,11 +88,17 @@ def sizes(name: str, *, trained: bool, lora: bool = False) -> ModelSize:
     return size_of(model, trained=trained)
 
 
-def peak(pair: Pair, micro: int, recomputed: bool) -> float:
-    """GiB at the highest of an update."""
+def peak(pair: Pair, micro: int, recomputed: bool, card: Card) -> float:
+    """GiB at the highest of an update on a card."""
     work = Work(ROLLOUTS, micro, micro, PROMPT, RESPONSE, WINDOW, True, recomputed)
     student = sizes(pair.student, trained=True, lora=pair.lora)
-    return max(peaks(student, sizes(pair.teacher, trained=False), work).values()) / GIB
+    return highest(student, sizes(pair.teacher, trained=False), work, card)
+
+
+def highest(student: ModelSize, teacher: ModelSize, work: Work, card: Card) -> float:
+    """GiB at the highest, windows written as together as the card allows."""
+    work = with_windows(together(work, teacher, card.gib * GIB), FRACTION)
+    return max(peaks(student, teacher, work).values()) / GIB
 
 
 # Time
@@ -136,11 +144,9 @@ def fitted(rows: Sequence[cost.Cost], seconds: Sequence[float]) -> cost.Rates:
 
 
 def speed(found: Mapping[str, Any]) -> Speed | None:
-    """Fitted to the rollouts and the steps of bench.gpu; None where no step was measured."""
-    if not steps(found):
+    """Fitted to the rollouts and the steps of bench.gpu; None where only one pair was measured."""
+    if len({row["pair"] for row in steps(found)}) < 2:
         return None
-    name = found["environment"]["cpu"]
-    card = CARDS["141 GB (H200)" if "H200" in name else "80 GB (H100)"]
     wrote = [row for row in measured(found, "rollouts") if row["way"] == "ours"]
     writes = [cost.decode(shape(r["model"]), r["rows"], r["tokens"], gpu.PROMPT) for r in wrote]
     seconds = [r["rows"] * r["tokens"] / r["tokens/s"] for r in wrote]
@@ -149,7 +155,12 @@ def speed(found: Mapping[str, Any]) -> Speed | None:
         for phase in ("scoring", "learning"):
             reads.append(update_costs(row)[phase])
             spent.append(row[f"{phase} s"])
-    return Speed(fitted(writes, seconds), fitted(reads, spent), card)
+    return Speed(fitted(writes, seconds), fitted(reads, spent), card_of(found))
+
+
+def card_of(found: Mapping[str, Any]) -> Card:
+    """The one that was measured."""
+    return CARDS["141 GB (H200)" if "H200" in found["environment"]["cpu"] else "80 GB (H100)"]
 
 
 def measured(found: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
@@ -159,8 +170,8 @@ def measured(found: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
 
 
 def steps(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps of ours."""
-    return measured(found, "step")
+    """The steps of ours whose memory is their own."""
+    return [row for row in measured(found, "step") if "peak GiB" in row]
 
 
 def update_costs(row: Mapping[str, Any]) -> dict[str, cost.Cost]:
@@ -194,7 +205,9 @@ def seconds_of(parts: Mapping[str, cost.Cost], rates: Speed) -> dict[str, float]
 def fitting(pair: Pair, rates: Speed | None) -> list[str]:
     """A row of the table: for each card the seconds with the fastest settings that fit."""
     cells = [pair.student, "LoRA" if pair.lora else "full", pair.teacher]
-    cells.append(" / ".join(f"{peak(pair, *setting):.0f}" for setting in (SETTINGS[0], (4, True))))
+    largest = [*CARDS.values()][-1]
+    ends = (SETTINGS[0], (4, True))
+    cells.append(" / ".join(f"{peak(pair, *setting, largest):.0f}" for setting in ends))
     for card in CARDS.values():
         cells.append(_cell(pair, card, rates and rates.on(card)))
     return cells
@@ -202,7 +215,7 @@ def fitting(pair: Pair, rates: Speed | None) -> list[str]:
 
 def _cell(pair: Pair, card: Card, rates: Speed | None) -> str:
     for micro, recomputed in SETTINGS:
-        if peak(pair, micro, recomputed) <= card.gib:
+        if peak(pair, micro, recomputed, card) <= card.gib:
             how = f"{micro}{', recomputed' if recomputed else ''}"
             if rates is None:
                 return how
@@ -218,25 +231,26 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
         f"An update of {ROLLOUTS} rollouts of {RESPONSE} tokens with method topd",
         ["student", "trained", "teacher", "GiB", *CARDS],
         [fitting(pair, rates) for pair in PAIRS],
-        "Predicted. GiB: at the highest, 8 rollouts a micro-batch with activations kept / 4 with "
-        "activations recomputed. Cells: the fastest settings that fit, rollouts a micro-batch, "
-        "with seconds an update where they are known. Teachers in bfloat16, students in float32 "
-        "under bf16, with LoRA in bfloat16. Cards that were not measured are scaled by their "
-        "makers' figures.",
+        "Predicted. GiB: at the highest on the largest card, where most is written together, 8 "
+        "rollouts a micro-batch with activations kept / 4 with activations recomputed. Cells: the "
+        "fastest settings that fit, rollouts a micro-batch, with seconds an update where they are "
+        "known. Teachers in bfloat16, students in float32 under bf16, with LoRA in bfloat16. Cards "
+        "that were not measured are scaled by their makers' figures.",
     )
-    if rates is None:
+    if not steps(found):
         return
+    columns = ["step", "activations", "GiB predicted", "GiB measured", "s measured"]
     yield Table(
         "Predicted and measured",
-        ["step", "activations", "GiB predicted", "GiB measured", "s predicted", "s measured"],
-        [list(compared(row, rates)) for row in steps(found)],
+        columns + ["s predicted"] * (rates is not None),
+        [list(compared(row, card_of(found), rates)) for row in steps(found)],
         "Measured GiB are those of tensors; predictions have 1 GiB for the context on top.",
     )
 
 
-def compared(row: Mapping[str, Any], rates: Speed) -> Iterator[str]:
+def compared(row: Mapping[str, Any], card: Card, rates: Speed | None) -> Iterator[str]:
     """One measured step beside its prediction."""
-    size, looks = gpu.Update(), row["trainer"] != "opd"
+    size = gpu.Update()
     student, teacher = row["pair"].split(" <- ")
     recomputed = row["activations"] == "recomputed"
     looks = row["trainer"] != "opd"
@@ -251,15 +265,14 @@ def compared(row: Mapping[str, Any], rates: Speed) -> Iterator[str]:
         recomputed,
     )
     pair = sizes(student, trained=True), sizes(teacher, trained=False)
-    parts = update_costs(row)
-    if not looks:
-        parts = {name: part for name, part in parts.items() if name != "windows"}
     yield f"{row['trainer']}, {row['pair']}"
     yield row["activations"]
-    yield f"{max(peaks(*pair, work).values()) / GIB:.1f}"
+    yield f"{highest(*pair, work, card):.1f}"
     yield f"{row['peak GiB']:.1f}"
-    yield f"{sum(seconds_of(parts, rates).values()):.1f}"
     yield f"{row['s a step']:.1f}"
+    if rates is not None:
+        seconds = seconds_of(update_costs(row), rates)
+        yield f"{sum(spent for name, spent in seconds.items() if looks or name != 'windows'):.1f}"
 
 
 def everything(results: Path) -> dict[str, Any]:

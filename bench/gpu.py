@@ -304,7 +304,9 @@ def in_turns(arm: str, size: Update, pairs: int) -> Iterator[Row]:
     """Steps of a method and of opd, and the quotients of neighbours, after a first one of each."""
     clock = timed(partial(our_trainer, **EVERY_SECOND), arm, size, 2 + 2 * pairs)
     ahead, plain = clock.found[2::2], clock.found[3::2]
-    yield figures("opd", size, clock, plain)
+    opd = figures("opd", size, clock, plain)
+    del opd["peak GiB"]  # buffers of windows are kept
+    yield opd
     quotients = sorted(a["seconds"] / b["seconds"] for a, b in zip(ahead, plain, strict=True))
     over = f"{median(quotients):.2f} [{quotients[0]:.2f}, {quotients[-1]:.2f}]"
     yield {**figures(arm, size, clock, ahead), "over opd": over}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 from bench.families import V, examine, tiny
@@ -14,7 +16,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from conftest import EOS, USE_CPU, WORDS, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, EOS, USE_CPU, WORDS, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.engines import decode_check
@@ -135,12 +137,34 @@ def test_weights_that_are_nan_are_for_others_to_report():
 
 def test_the_check_is_made_once_for_models_of_one_configuration(monkeypatch):
     made, gap = [], decode_check.decoding_gap
-    monkeypatch.setattr(decode_check, "decoding_gap", lambda e: (made.append(e), gap(e))[1])
+    monkeypatch.setattr(
+        decode_check, "decoding_gap", lambda e, **how: (made.append(e), gap(e, **how))[1]
+    )
     for seed in (0, 1):
         check_decoding(HFEngine(tiny_model(seed=seed), eos_ids=[EOS]))
     engine = HFEngine(tiny_model(num_hidden_layers=3), eos_ids=[EOS])
     check_decoding(engine)
     assert len(made) == 2 * (1 if engine.graphs is None else 2)  # in graphs, and without
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_graphs_are_tried_in_the_precision_of_their_use(half, monkeypatch):
+    """Then all else with weights as they are; another precision is another try."""
+    seen, gap = [], decode_check.decoding_gap
+
+    def noted(engine, **how):
+        seen.append((engine.graphs is not None, how["as_used"]))
+        return gap(engine, **how)
+
+    monkeypatch.setattr(decode_check, "decoding_gap", noted)
+    for autocast in (nullcontext, partial(torch.autocast, DEVICE.type, torch.bfloat16)):
+        model = tiny_model(num_hidden_layers=1, intermediate_size=48)
+        model = model.bfloat16() if half else model
+        engine = HFEngine(model, eos_ids=[EOS], graphs=True, autocast=autocast)
+        check_decoding(engine)
+        assert not engine.graphs.broken
+    again = 1 if half else 2  # autocast changes nothing of weights in half precision
+    assert seen == [(True, True), (False, False)] * again
 
 
 def test_rows_read_in_one_forward_are_bounded_where_prefixes_are_read_anew():

@@ -249,7 +249,7 @@ def test_a_seed_below_0_and_runs_of_no_update_are_refused(tmp_path, options):
 
 def test_several_visible_gpus_without_a_launcher_are_one(tmp_path):
     args = arguments(tmp_path)
-    assert args.device.type == "cpu"
+    assert args.device.type == DEVICE.type
     args._n_gpu = 2
     trainer = TOPDTrainer(
         tiny_model(), tiny_model(seed=1), args, rows(4), processing_class=tiny_tokenizer()

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from topd.engines.forward import WAYS, Way
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.types import Generation, Ids, Sampling, Texts, wide_dtype
+from topd.types import Generation, Ids, Sampling, Texts, autocast_dtype, wide_dtype
 
 logger = logging.get_logger(__name__)
 
@@ -40,9 +40,9 @@ SLOW = {
 def check_decoding(engine: HFEngine) -> None:
     """Have an engine write in the fastest way that is exact for its model.
 
-    Some forty forwards of a few tokens, without autocast, once in a process for models of one
-    configuration. Weights that are NaN are for others to report, and a model of fewer than eight
-    positions is not tried.
+    Some forty forwards of a few tokens, once in a process for models of one configuration: in
+    graphs as they will be used, else with weights as they are. Weights that are NaN are for others
+    to report, and a model of fewer than eight positions is not tried.
 
     Raises:
         TOPDError: no way is exact; with what differs.
@@ -55,7 +55,7 @@ def check_decoding(engine: HFEngine) -> None:
         return
     graphs = engine.graphs
     if graphs is not None:
-        fault = _fault(engine)
+        fault = _fault(engine, as_used=True)
         if fault is not None and not graphs.broken:
             graphs.give_up(engine.name, fault)
     engine.graphs = None
@@ -94,14 +94,14 @@ def _kind(engine: HFEngine) -> str:
     model = engine.model
     parts = (type(model), model.dtype, model.device, model.config._attn_implementation)
     config = {k: v for k, v in model.config.to_dict().items() if k != "use_cache"}  # always said
-    ways = f"{engine.way} {engine.graphs is None}"
+    ways = f"{engine.way} {engine.graphs and _dtype(engine)}"
     return f"{parts} {ways} {json.dumps(config, default=str, sort_keys=True)}"
 
 
-def _fault(engine: HFEngine) -> str | None:
+def _fault(engine: HFEngine, *, as_used: bool = False) -> str | None:
     """What is wrong with how an engine writes; None if nothing is."""
     try:
-        gap, allowed = decoding_gap(engine)
+        gap, allowed = decoding_gap(engine, as_used=as_used)
     except FAULTS as error:
         if should_reduce_batch_size(error):
             raise
@@ -110,8 +110,11 @@ def _fault(engine: HFEngine) -> str | None:
 
 
 @torch.no_grad()
-def decoding_gap(engine: HFEngine) -> tuple[float, float]:
+def decoding_gap(engine: HFEngine, *, as_used: bool = False) -> tuple[float, float]:
     """How far what an engine writes and scores is from forwards of single rows without a cache.
+
+    All are without autocast, as rounding hides least then, unless ``as_used``: graphs and their
+    kernels are compiled for a precision, and another would say nothing of them.
 
     Returns:
         The largest difference of log-probs over what was written together, beside a row that
@@ -123,11 +126,12 @@ def decoding_gap(engine: HFEngine) -> tuple[float, float]:
         return 0.0, 0.0
     steps = min(steps, len(prompts[2]))
     plain = copy.copy(engine)
-    plain.autocast = nullcontext  # weights as they are: rounding hides least
+    if not as_used:
+        plain.autocast = nullcontext
     if not all(_alone(plain, p, p[-1:]).isfinite().all() for p in prompts):
         return 0.0, 0.0
     plain = _ending(plain, ())
-    greedy, half = Sampling(0.0, max_new_tokens=steps), engine.model.dtype not in NEAR
+    greedy, dtype = Sampling(0.0, max_new_tokens=steps), _dtype(plain)
     written = plain.generate(prompts, greedy, [0] * 3)
     early = _ending(plain, written[0].tokens[1:2])
     order = [prompts[2], prompts[0], prompts[1]]
@@ -146,9 +150,15 @@ def decoding_gap(engine: HFEngine) -> tuple[float, float]:
     told = zip(drafts, scores.logprobs.tolist(), strict=True)
     scored = [Generation(draft, tuple(logprobs), finished=True) for draft, logprobs in told]
     parts.append(_apart(plain, prompts, scored))
-    gaps = [float(part.median() if half else part.max()) for part in parts]
-    near = NEAR.get(engine.model.dtype, NEAR_ELSEWHERE)
+    gaps = [float(part.max() if dtype in NEAR else part.median()) for part in parts]
+    near = NEAR.get(dtype, NEAR_ELSEWHERE)
     return max(gaps), min(max(near, 8 * _noise(plain, prompts)), 10 * near)  # more is no rounding
+
+
+def _dtype(engine: HFEngine) -> torch.dtype:
+    """What an engine computes in."""
+    with engine.autocast():
+        return autocast_dtype(engine.device) or engine.model.dtype
 
 
 def _prompts(engine: HFEngine) -> list[Ids]:

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from topd.config import CHECKPOINTING, TOPDConfig
-from topd.engines.hf import WINDOWS_AT_ONCE
+from topd.engines.graphs import BUCKETS
+from topd.engines.hf import WINDOWS_SHARE
 from topd.inputs.teachers import TeacherSet
 from topd.types import Prompt
 
@@ -83,7 +84,8 @@ def size_of_all(teacher: PreTrainedModel | TeacherSet) -> ModelSize:
 class Work:
     """An update on one GPU. Lengths are in tokens, the longest that may come.
 
-    ``rollouts`` in all, ``micro`` of them a forward and backward, ``scored`` a scoring forward.
+    ``rollouts`` in all, ``micro`` of them a forward and backward, ``scored`` a scoring forward,
+    after which ``windows`` are written together, of ``window`` tokens.
     ``half``: products in 16 bits; ``recomputed``: activations are not kept.
     """
 
@@ -96,17 +98,20 @@ class Work:
     half: bool = True
     recomputed: bool = False
     chunk: int = 1024
+    windows: int = 64
 
     @property
     def longest(self) -> int:
         return self.prompt + self.response
 
 
-def work_of(args: TOPDConfig, prompts: Sequence[Prompt]) -> Work:
-    """The update of a configuration on these prompts."""
+def work_of(
+    args: TOPDConfig, prompts: Sequence[Prompt], teacher: ModelSize, capacity: float
+) -> Work:
+    """The update of a configuration on these prompts, on a GPU of ``capacity`` bytes."""
     micro = args.per_device_train_batch_size
     written = [len(p.response) for p in prompts if p.response is not None]
-    return Work(
+    work = Work(
         rollouts=micro * args.gradient_accumulation_steps,
         micro=micro,
         scored=args.score_batch_size or micro,
@@ -117,6 +122,22 @@ def work_of(args: TOPDConfig, prompts: Sequence[Prompt]) -> Work:
         recomputed=bool(getattr(args, CHECKPOINTING)),
         chunk=args.chunk_tokens,
     )
+    if not (args.score_batch_size or args.detector.whole_batch):
+        work = together(work, teacher, capacity)
+    return with_windows(work, args.candidate_fraction)
+
+
+def together(work: Work, teacher: ModelSize, capacity: float) -> Work:
+    """As many rollouts a scoring forward as a GPU has room for (:meth:`Engine.room`)."""
+    byte = 2 if work.half else 4
+    text = work.longest * byte * (teacher.cached + 6 * teacher.width + 3 * teacher.inner)
+    room = int(WINDOWS_SHARE * capacity / text)
+    return replace(work, scored=max(work.scored, min(room, work.rollouts)))
+
+
+def with_windows(work: Work, fraction: float) -> Work:
+    """With as many windows as candidates of a scoring forward, that share of its tokens."""
+    return replace(work, windows=min(BUCKETS[-1], 1 + int(work.scored * work.response * fraction)))
 
 
 def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float]:
@@ -130,7 +151,8 @@ def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float
     states = work.rollouts * work.response * teacher.width * byte  # the teacher's, of all rollouts
     buffers = work.rollouts * work.longest * student.cached * byte
     if work.window:
-        always += WINDOWS_AT_ONCE * (work.longest + work.window) * teacher.cached * byte
+        entries = work.scored * work.longest + work.windows * work.window
+        always += entries * teacher.cached * byte
     cast = buffers + copied + 4 * student.trained  # while it learns: and gradients
     return {
         "rollouts": always + copied + _written(student, work.rollouts, work.longest, byte),
@@ -145,15 +167,14 @@ def _written(model: ModelSize, rows: int, length: int, byte: int) -> float:
 
 
 def _scored(teacher: ModelSize, work: Work, byte: int) -> float:
-    """A scoring forward; or windows after it, with their copy of its keys and values."""
+    """A scoring forward, and its keys and values; or windows after it."""
     tokens = work.scored * work.longest
     forward = tokens * (4 * teacher.width + 2 * teacher.inner + 2 * teacher.queries) * byte
     forward += 3 * min(work.chunk, tokens) * teacher.vocab * 4
     if not work.window:
         return forward
     cache = tokens * teacher.cached * byte
-    windows = WINDOWS_AT_ONCE * (work.window * teacher.cached * byte + 3 * teacher.vocab * 4)
-    return cache + max(forward, cache + windows)
+    return cache + max(forward, work.windows * 3 * teacher.vocab * 4)
 
 
 def _learned(student: ModelSize, teacher: ModelSize, work: Work, byte: int) -> float:
@@ -207,4 +228,5 @@ def memory_warning(
     capacity = torch.cuda.get_device_properties(args.device).total_memory
     own, other = size_of(student, trained=True), size_of_all(teacher)
     sizes = own, replace(other, bytes=0) if teacher is student else other
-    return warning(max(peaks(*sizes, work_of(args, prompts)).values()), capacity)
+    work = work_of(args, prompts, other, capacity)
+    return warning(max(peaks(*sizes, work).values()), capacity)
