@@ -93,6 +93,16 @@ GUESSES = {
 Found = dict[str, Any]
 
 
+def controls_of(family: str) -> Arms:
+    """Where to hand over: at the start, at the labelled fork; and whole answers from anywhere."""
+    return {
+        "start handover": {**FORK, "candidate_loss": "start"},
+        "oracle fork": {**FORK, "candidate_loss": f"bench.controls:oracle_{family}"},
+        "OLIVE": OLIVE,
+        "GKD's mix": {"method": "opd", "teacher_share": 0.5, "window_temperature": 0.6},
+    }
+
+
 def main() -> None:
     """All four steps for one family and one supply."""
     parser = argparse.ArgumentParser()
@@ -103,9 +113,11 @@ def main() -> None:
     parser.add_argument("--tune-only", action="store_true")
     asked = parser.parse_args()
     setting = Setting(asked.family, asked.supply, asked.folder, asked.jobs)
-    if asked.family == "guesses":  # the other arms are screened on arithmetic
+    if asked.family == "guesses":
         references = ("opd", "opd, three times the updates", NEW)
         setting = replace(setting, arms=GUESSES, rates=HIGHER, references=references, evaluations=4)
+    else:
+        setting = replace(setting, arms={**ARMS, **controls_of(asked.family)})
     start = setting.tuned_start()
     rates = setting.tuned_rates(start["chosen"])
     if asked.tune_only:

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.imitated import ARMS, FORK, LONGEST, NEW, OLIVE, SAME, Setting
+from bench.imitated import ARMS, FORK, LONGEST, NEW, SAME, Setting, controls_of
 
 FAMILY, SUPPLY = "arithmetic", "few"
 RATES, SEEDS = (5e-4, 1e-3, 2e-3, 4e-3), (0, 1)
@@ -30,10 +30,7 @@ SCREENED: dict[str, dict[str, Any]] = {
         **ARMS[NEW],
         "kd_ratio": 1.0,
     },
-    "start handover": {**FORK, "candidate_loss": "start"},
-    "oracle fork": {**FORK, "candidate_loss": "bench.controls:oracle_arithmetic"},
-    "OLIVE": OLIVE,
-    "GKD's mix": {"method": "opd", "teacher_share": 0.5, "window_temperature": 0.6},
+    **controls_of(FAMILY),
     "opd, forward KL": {"method": "opd", "beta": 0.0},
     "windows to the end": {**FORK, "window_length": LONGEST, "method_options": {"after": 0.0}},
     "first_fork, windows again": {**FORK, "window_replay": 16},

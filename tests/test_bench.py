@@ -227,7 +227,9 @@ def test_every_part_for_a_gpu_gives_its_figures_on_tiny_shapes():
     assert [row["way"] for row in found["rollouts"]] == ["ours", "ours, eager", "generate"]
     assert all(row["tokens/s"] > 0 for row in found["rollouts"])
     assert all(row["seconds"] > 0 for row in found["windows"])
-    assert [row["trainer"] for row in found["step"]] == [*gpu.ARMS, "opd"]
+    trainers = [name for arm in gpu.ARMS for name in ("opd", arm)]  # in turns
+    assert [row["trainer"] for row in found["step"]] == [*trainers, "opd"]
+    assert [row["trainer"] for row in found["step"] if "over opd" in row] == [*gpu.ARMS]
     assert {row["activations"] for row in found["step"]} == {"recomputed", "kept"}
     results = {name: {"rows": rows, "seconds": 1.0} for name, rows in found.items()}
     text = "\n".join(map(str, gpu.tables({"results": results})))
