@@ -223,6 +223,19 @@ def test_updates_between_those_that_look_ahead_are_opd(tmp_path):
     assert not any(all(w == 1 for w in row) for row in weights if row)  # never plain OPD
 
 
+def test_what_was_there_is_no_work_for_the_garbage_collector(tmp_path):
+    class Count(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.frozen = gc.get_freeze_count()
+
+    counted = Count()
+    trainer = make(tmp_path)
+    trainer.add_callback(counted)
+    trainer.train()
+    assert counted.frozen > 100_000
+    assert gc.get_freeze_count() == 0
+
+
 def test_guidance_changes_the_update(tmp_path):
     opd = run(tmp_path / "opd", method="opd")
     topd = run(tmp_path / "topd", method="topd")
