@@ -132,7 +132,9 @@ def tuned(found: Found) -> Iterator[str]:
     yield ""
     for arm, rates in found["rates"].items():
         chosen = format(rates["chosen"], "g")
-        yield f"- {arm}: {_tried(rates['tried'], chosen, found)}"
+        ends = {min(map(float, rates["tried"])), max(map(float, rates["tried"]))}
+        open_ = " (not bracketed)" if rates["chosen"] in ends else ""
+        yield f"- {arm}: {_tried(rates['tried'], chosen, found)}{open_}"
 
 
 def judged(found: Found) -> Iterator[str]:

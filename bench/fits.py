@@ -25,7 +25,7 @@ from bench import cost, gpu
 from bench.gpu_models import GIB, make
 from bench.measure import RESULTS, Table
 from topd.config import TOPDConfig
-from topd.training.footprint import ModelSize, Work, peaks, size_of, together, with_windows
+from topd.training.footprint import ModelSize, Work, peaks, size_of, with_windows
 
 PAGE = Path("docs/hardware.md")
 ROLLOUTS, PROMPT, RESPONSE, WINDOW = 32, 128, 512, 50
@@ -88,17 +88,16 @@ def sizes(name: str, *, trained: bool, lora: bool = False) -> ModelSize:
     return size_of(model, trained=trained)
 
 
-def peak(pair: Pair, micro: int, recomputed: bool, card: Card) -> float:
-    """GiB at the highest of an update on a card."""
-    work = Work(ROLLOUTS, micro, micro, PROMPT, RESPONSE, WINDOW, True, recomputed)
+def peak(pair: Pair, micro: int, recomputed: bool) -> float:
+    """GiB at the highest of an update whose windows are written together."""
+    work = Work(ROLLOUTS, micro, ROLLOUTS, PROMPT, RESPONSE, WINDOW, True, recomputed)
     student = sizes(pair.student, trained=True, lora=pair.lora)
-    return highest(student, sizes(pair.teacher, trained=False), work, card)
+    return highest(student, sizes(pair.teacher, trained=False), work)
 
 
-def highest(student: ModelSize, teacher: ModelSize, work: Work, card: Card) -> float:
-    """GiB at the highest, windows written as together as the card allows."""
-    work = with_windows(together(work, teacher, card.gib * GIB), FRACTION)
-    return max(peaks(student, teacher, work).values()) / GIB
+def highest(student: ModelSize, teacher: ModelSize, work: Work) -> float:
+    """GiB at the highest."""
+    return max(peaks(student, teacher, with_windows(work, FRACTION)).values()) / GIB
 
 
 # Time
@@ -205,9 +204,7 @@ def seconds_of(parts: Mapping[str, cost.Cost], rates: Speed) -> dict[str, float]
 def fitting(pair: Pair, rates: Speed | None) -> list[str]:
     """A row of the table: for each card the seconds with the fastest settings that fit."""
     cells = [pair.student, "LoRA" if pair.lora else "full", pair.teacher]
-    largest = [*CARDS.values()][-1]
-    ends = (SETTINGS[0], (4, True))
-    cells.append(" / ".join(f"{peak(pair, *setting, largest):.0f}" for setting in ends))
+    cells.append(" / ".join(f"{peak(pair, *setting):.0f}" for setting in (SETTINGS[0], (4, True))))
     for card in CARDS.values():
         cells.append(_cell(pair, card, rates and rates.on(card)))
     return cells
@@ -215,7 +212,7 @@ def fitting(pair: Pair, rates: Speed | None) -> list[str]:
 
 def _cell(pair: Pair, card: Card, rates: Speed | None) -> str:
     for micro, recomputed in SETTINGS:
-        if peak(pair, micro, recomputed, card) <= card.gib:
+        if peak(pair, micro, recomputed) <= card.gib:
             how = f"{micro}{', recomputed' if recomputed else ''}"
             if rates is None:
                 return how
@@ -231,11 +228,11 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
         f"An update of {ROLLOUTS} rollouts of {RESPONSE} tokens with method topd",
         ["student", "trained", "teacher", "GiB", *CARDS],
         [fitting(pair, rates) for pair in PAIRS],
-        "Predicted. GiB: at the highest on the largest card, where most is written together, 8 "
-        "rollouts a micro-batch with activations kept / 4 with activations recomputed. Cells: the "
-        "fastest settings that fit, rollouts a micro-batch, with seconds an update where they are "
-        "known. Teachers in bfloat16, students in float32 under bf16, with LoRA in bfloat16. Cards "
-        "that were not measured are scaled by their makers' figures.",
+        "Predicted. GiB: at the highest, 8 rollouts a micro-batch with activations kept / 4 with "
+        "activations recomputed; all are scored together. Cells: the fastest settings that fit, "
+        "rollouts a micro-batch, with seconds an update where they are known. Teachers in "
+        "bfloat16, students in float32 under bf16, with LoRA in bfloat16. Cards that were not "
+        "measured are scaled by their makers' figures.",
     )
     if not steps(found):
         return
@@ -243,12 +240,12 @@ def tables(found: Mapping[str, Any]) -> Iterator[Table]:
     yield Table(
         "Predicted and measured",
         columns + ["s predicted"] * (rates is not None),
-        [list(compared(row, card_of(found), rates)) for row in steps(found)],
+        [list(compared(row, rates)) for row in steps(found)],
         "Measured GiB are those of tensors; predictions have 1 GiB for the context on top.",
     )
 
 
-def compared(row: Mapping[str, Any], card: Card, rates: Speed | None) -> Iterator[str]:
+def compared(row: Mapping[str, Any], rates: Speed | None) -> Iterator[str]:
     """One measured step beside its prediction."""
     size = gpu.Update()
     student, teacher = row["pair"].split(" <- ")
@@ -257,7 +254,7 @@ def compared(row: Mapping[str, Any], card: Card, rates: Speed | None) -> Iterato
     work = Work(
         size.batch,
         size.micro,
-        size.micro,
+        size.batch,
         26,
         size.tokens,
         WINDOW if looks else 0,
@@ -267,7 +264,7 @@ def compared(row: Mapping[str, Any], card: Card, rates: Speed | None) -> Iterato
     pair = sizes(student, trained=True), sizes(teacher, trained=False)
     yield f"{row['trainer']}, {row['pair']}"
     yield row["activations"]
-    yield f"{highest(*pair, work, card):.1f}"
+    yield f"{highest(*pair, work):.1f}"
     yield f"{row['peak GiB']:.1f}"
     yield f"{row['s a step']:.1f}"
     if rates is not None:

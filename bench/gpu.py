@@ -395,6 +395,7 @@ def our_trainer(
         window_length=size.window,
         max_logprob_gap=10.0,
         stop_patience=None,
+        score_batch_size=size.batch,  # and all windows together
         **changes,
         **size.arguments(),
     )

@@ -77,7 +77,7 @@ TO_END = {
     "look_ahead_until": None,
 }
 GUESSES = {
-    **ARMS,
+    **{arm: keys for arm, keys in ARMS.items() if arm != FORK_BY_CE},
     NEW: {**ARMS[NEW], "data.limit": ANSWERS["many"]},  # as many tokens as windows to the end have
     # about what windows to the end cost at r = 5
     "opd, three times the updates": {"method": "opd", "max_steps": 3 * UPDATES},

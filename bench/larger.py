@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from bench.imitated import OLIVE, Setting, arms_of
+from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec, eos_ids
@@ -110,6 +111,7 @@ def loaded(student: Path) -> tuple[Any, Any]:
 def by_way(model: Any, tokenizer: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Accuracy, pass@8 and length by way of sampling, 8 samples of each of ``TESTS`` problems."""
     engine, found = HFEngine(model, eos_ids=eos_ids(model, tokenizer)), dict[str, Any]()
+    check_decoding(engine)
     for way, (temperature, top_p) in WAYS.items():
         spec = EvaluationSpec(limit=TESTS, samples=8, temperature=temperature, top_p=top_p, **asked)
         evaluator = spec.evaluator(spec.load(), tokenizer, model.config, template_kwargs={})

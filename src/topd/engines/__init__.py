@@ -72,10 +72,6 @@ class Engine(Protocol):
         """
         ...
 
-    def room(self, longest: int) -> int:
-        """How many texts of ``longest`` tokens it may score together at little cost; 0: unknown."""
-        ...
-
     def continue_from(
         self,
         scores: Scores,

@@ -114,10 +114,6 @@ class BaseEngine:
             return head
         return replace(head, barred=self.barred.to(head.weight.device))
 
-    def room(self, longest: int) -> int:
-        """Unknown. See :class:`~topd.engines.Engine`."""
-        return 0
-
     def ends(self, tokens: Ids) -> bool:
         """Whether a text ends with an end-of-sequence token."""
         return bool(tokens) and tokens[-1] in self.end_ids

@@ -48,9 +48,10 @@ class Cells:
         dtype, size = autocast_dtype(like.device) or like.dtype, math.prod(shape)
         have = self.pair[0]
         if have.numel() < size or have.dtype != dtype or have.device != like.device:
+            taken = size * 5 // 4 if have.numel() else size  # it may grow again
             del have
             self.pair = (torch.empty(0), torch.empty(0))  # frees before it takes
-            self.pair = (like.new_zeros(size, dtype=dtype), like.new_zeros(size, dtype=dtype))
+            self.pair = (like.new_zeros(taken, dtype=dtype), like.new_zeros(taken, dtype=dtype))
             self._buffers.moved = True
         return self.pair[0][:size].view(shape), self.pair[1][:size].view(shape)
 
@@ -68,7 +69,7 @@ class FixedLayer(DynamicLayer):
         self.fresh: tuple[Tensor, Tensor] | None = None
         self._buffers = buffers
         self.own, self.shared = Cells(buffers), Cells(buffers)
-        self._whole = self.own.pair
+        self._whole = self._before = self.own.pair
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -91,7 +92,9 @@ class FixedLayer(DynamicLayer):
         """Have the entries (row, entry) [N] of keys and values [B G n D] before all rows' own."""
         self._make(keys, values)
         shape = (rounded(len(row), SHARED_UNIT), keys.shape[1], keys.shape[3])
-        for cells, old in zip(self.shared.of(shape, keys), (keys, values), strict=True):
+        self._before = (torch.empty(0), torch.empty(0))  # frees views
+        self._before = self.shared.of(shape, keys)
+        for cells, old in zip(self._before, (keys, values), strict=True):
             cells[: len(row)] = old.transpose(1, 2)[row, entry]
 
     def _make(self, keys: Tensor, values: Tensor) -> None:
@@ -106,9 +109,7 @@ class FixedLayer(DynamicLayer):
         """What the first rows have before their own entries; None where all are their own."""
         if not self._buffers.continuing:
             return None
-        groups, width = self._whole[0].shape[1], self._whole[0].shape[3]
-        keys, values = (cells.view(-1, groups, width) for cells in self.shared.pair)
-        return Prefixes(keys, values, self._buffers.first[:rows], self._buffers.known[:rows])
+        return Prefixes(*self._before, self._buffers.first[:rows], self._buffers.known[:rows])
 
     def narrow(self, rows: int) -> None:
         """Hand out the first rows from now on."""
@@ -271,11 +272,3 @@ def entry_bytes(model: PreTrainedModel) -> int:
     groups = getattr(text, "num_key_value_heads", None) or heads
     dtype = autocast_dtype(model.device) or model.dtype
     return 2 * text.num_hidden_layers * groups * width * dtype.itemsize
-
-
-def scored_bytes(model: PreTrainedModel) -> int:
-    """Bytes that a token takes in a scoring forward: its entry, and what one layer computes."""
-    text = model.config.get_text_config()
-    dtype = autocast_dtype(model.device) or model.dtype
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return entry_bytes(model) + (6 * text.hidden_size + 3 * inner) * dtype.itemsize

@@ -119,7 +119,7 @@ def decoding_gap(engine: HFEngine, *, as_used: bool = False) -> tuple[float, flo
     Returns:
         The largest difference of log-probs over what was written together, beside a row that
         ended, in windows, or scored, in nats; and what rounding explains. In half precision the
-        median, which an expert chosen otherwise for one token does not move.
+        largest of the rows' medians, which an expert chosen otherwise for one token does not move.
     """
     prompts, steps = _prompts(engine), 8
     if not prompts:
@@ -145,12 +145,12 @@ def decoding_gap(engine: HFEngine, *, as_used: bool = False) -> tuple[float, flo
     starts = [(0, 0), (2, 1), (0, 1), (1, 0)]
     windows = plain.continue_from(scores, starts, greedy, [0] * len(starts))
     cut = [prompts[b] + drafts[b][:t] for b, t in starts]
-    parts = [_apart(plain, prompts, written), _apart(plain, order, beside)]
-    parts += [_apart(plain, cut, windows)]
+    rows = [*_apart(plain, prompts, written), *_apart(plain, order, beside)]
+    rows += _apart(plain, cut, windows)
     told = zip(drafts, scores.logprobs.tolist(), strict=True)
     scored = [Generation(draft, tuple(logprobs), finished=True) for draft, logprobs in told]
-    parts.append(_apart(plain, prompts, scored))
-    gaps = [float(part.max() if dtype in NEAR else part.median()) for part in parts]
+    rows += _apart(plain, prompts, scored)
+    gaps = [float(row.max() if dtype in NEAR else row.median()) for row in rows if len(row)]
     near = NEAR.get(dtype, NEAR_ELSEWHERE)
     return max(gaps), min(max(near, 8 * _noise(plain, prompts)), 10 * near)  # more is no rounding
 
@@ -192,13 +192,13 @@ def _ending(engine: HFEngine, ends: Ids) -> HFEngine:
     return other
 
 
-def _apart(engine: HFEngine, prefixes: Texts, found: Sequence[Generation]) -> Tensor:
-    """|difference| of the log-probs of all tokens from those of single rows, end to end."""
+def _apart(engine: HFEngine, prefixes: Texts, found: Sequence[Generation]) -> list[Tensor]:
+    """|difference| of the log-probs of each row's tokens from those of single rows."""
     parts = []
     for prefix, one in zip(prefixes, found, strict=True):
         known = _alone(engine, prefix, one.tokens)
         parts.append((torch.tensor(one.logprobs[: len(known)], dtype=known.dtype) - known).abs())
-    return torch.cat(parts).nan_to_num(nan=torch.inf)
+    return [part.nan_to_num(nan=torch.inf) for part in parts]
 
 
 def _alone(engine: HFEngine, prefix: Ids, tokens: Ids) -> Tensor:

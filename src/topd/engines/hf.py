@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import Prefix, Wanted, check_seeds
-from topd.engines.buffers import rounded, scored_bytes
+from topd.engines.buffers import rounded
 from topd.engines.forward import ForwardEngine
 from topd.engines.fused import FAULTS
 from topd.engines.graphs import Graphs
@@ -91,15 +91,6 @@ class HFEngine(ForwardEngine):
                 raise
             graphs.give_up(self.name, fault)
             return None
-
-    def room(self, longest: int) -> int:
-        """What takes as much of the GPU's memory as the buffers of windows may."""
-        if self.device.type != "cuda":
-            return 0
-        whole = torch.cuda.get_device_properties(self.device).total_memory
-        with self.autocast():
-            text = longest * scored_bytes(self.model)
-        return int(WINDOWS_SHARE * whole / text)
 
     @torch.no_grad()
     def score(

@@ -34,6 +34,6 @@ def in_chunks(work: Callable[[slice], list[Result]], count: int, most: int) -> l
         clear_device_cache(garbage_collection=True)
         logger.warning_once(
             f"out of memory in windows: {most} of these at a time; nothing changes but rounding. "
-            "Lower per_device_train_batch_size or window_length to have all at once."
+            "Lower score_batch_size or window_length to have all at once."
         )
     return done

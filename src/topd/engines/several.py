@@ -115,10 +115,6 @@ class SeveralTeachers:
         """The map from the states of any of them, or of all, to logits."""
         return SeveralHeads.of([engine.head for engine in self.engines], self.shares)
 
-    def room(self, longest: int) -> int:
-        """That of the teacher that has least."""
-        return min(engine.room(longest) for engine in self.engines)
-
     def ends(self, tokens: Ids) -> bool:
         """Whether a text ends with an end-of-sequence token."""
         return self.engines[0].ends(tokens)

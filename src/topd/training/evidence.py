@@ -13,7 +13,7 @@ from transformers.utils import logging
 from topd import transport
 from topd.config import TOPDConfig
 from topd.divergence import select_candidates, thin_candidates
-from topd.engines import Engine, Scores
+from topd.engines import Scores
 from topd.engines.spans import share_evenly
 from topd.runs.records import Fork
 from topd.types import (
@@ -75,18 +75,6 @@ class Experience:
     branch_hidden: tuple[tuple[Tensor, ...], ...]
     efforts: tuple[Effort, ...] = ()
     spans: tuple[Spans, ...] = ()
-
-
-def scored_together(rollouts: Sequence[Rollout], args: TOPDConfig, teacher: Engine) -> int:
-    """How many rollouts a scoring forward reads: what windows after it are written together for.
-
-    As many as the teacher has room for, unless a detector counts over them.
-    """
-    micro = args.score_batch_size or args.per_device_train_batch_size
-    if args.score_batch_size or args.detector.whole_batch:
-        return micro
-    longest = max((len(r.prompt.teacher) + len(r.response) for r in rollouts), default=1)
-    return max(micro, teacher.room(longest))
 
 
 def candidates_of(

@@ -37,7 +37,6 @@ from topd.training.evidence import (
     own_mask,
     padded,
     pair_windows,
-    scored_together,
     share_rewritten,
     statistics_of,
     token_scores,
@@ -163,7 +162,7 @@ class Observer:
         spans: list[Spans] = []
         starts: list[tuple[int, int]] = []
         written: list[Generation] = []
-        size = scored_together(rollouts, self.args, self.teacher)
+        size = self.args.score_batch_size or self.args.per_device_train_batch_size
         for first in range(0, len(rollouts), size):
             some = rollouts[first : first + size]
             scores = self.score(some, first, keep=method.looks_ahead)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.engines.graphs import BUCKETS
-from topd.engines.hf import WINDOWS_SHARE
 from topd.inputs.teachers import TeacherSet
 from topd.types import Prompt
 
@@ -105,10 +104,8 @@ class Work:
         return self.prompt + self.response
 
 
-def work_of(
-    args: TOPDConfig, prompts: Sequence[Prompt], teacher: ModelSize, capacity: float
-) -> Work:
-    """The update of a configuration on these prompts, on a GPU of ``capacity`` bytes."""
+def work_of(args: TOPDConfig, prompts: Sequence[Prompt]) -> Work:
+    """The update of a configuration on these prompts."""
     micro = args.per_device_train_batch_size
     written = [len(p.response) for p in prompts if p.response is not None]
     work = Work(
@@ -122,17 +119,7 @@ def work_of(
         recomputed=bool(getattr(args, CHECKPOINTING)),
         chunk=args.chunk_tokens,
     )
-    if not (args.score_batch_size or args.detector.whole_batch):
-        work = together(work, teacher, capacity)
     return with_windows(work, args.candidate_fraction)
-
-
-def together(work: Work, teacher: ModelSize, capacity: float) -> Work:
-    """As many rollouts a scoring forward as a GPU has room for (:meth:`Engine.room`)."""
-    byte = 2 if work.half else 4
-    text = work.longest * byte * (teacher.cached + 6 * teacher.width + 3 * teacher.inner)
-    room = int(WINDOWS_SHARE * capacity / text)
-    return replace(work, scored=max(work.scored, min(room, work.rollouts)))
 
 
 def with_windows(work: Work, fraction: float) -> Work:
@@ -211,8 +198,8 @@ def warning(peak: float, capacity: float) -> str | None:
         return None
     return (
         f"about {peak / GIB:.0f} GiB are needed at the highest, the GPU has {capacity / GIB:.0f}. "
-        f"Lower per_device_train_batch_size, set {CHECKPOINTING}: true, use lora, or serve the "
-        "teacher (docs/hardware.md)."
+        f"Lower per_device_train_batch_size or score_batch_size, set {CHECKPOINTING}: true, use "
+        "lora, or serve the teacher (docs/hardware.md)."
     )
 
 
@@ -228,5 +215,4 @@ def memory_warning(
     capacity = torch.cuda.get_device_properties(args.device).total_memory
     own, other = size_of(student, trained=True), size_of_all(teacher)
     sizes = own, replace(other, bytes=0) if teacher is student else other
-    work = work_of(args, prompts, other, capacity)
-    return warning(max(peaks(*sizes, work).values()), capacity)
+    return warning(max(peaks(*sizes, work_of(args, prompts)).values()), capacity)

@@ -308,6 +308,9 @@ def _what_is_there_kept() -> Iterator[None]:
 
     Of libraries that is half a million objects, 0.3 s a full collection, now and then in an update.
     """
+    if gc.get_freeze_count():  # by the application
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:
