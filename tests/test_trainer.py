@@ -228,6 +228,7 @@ def test_what_was_there_is_no_work_for_the_garbage_collector(tmp_path):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.frozen = gc.get_freeze_count()
 
+    gc.unfreeze()  # what else this process has frozen
     counted = Count()
     trainer = make(tmp_path)
     trainer.add_callback(counted)
