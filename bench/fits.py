@@ -146,6 +146,8 @@ def speed(found: Mapping[str, Any]) -> Speed | None:
     """Fitted to the rollouts and the steps of bench.gpu; None where only one pair was measured."""
     if len({row["pair"] for row in steps(found)}) < 2:
         return None
+    name = found["environment"]["cpu"]
+    card = CARDS["141 GB (H200)" if "H200" in name else "80 GB (H100)"]
     wrote = [row for row in measured(found, "rollouts") if row["way"] == "ours"]
     writes = [cost.decode(shape(r["model"]), r["rows"], r["tokens"], gpu.PROMPT) for r in wrote]
     seconds = [r["rows"] * r["tokens"] / r["tokens/s"] for r in wrote]
@@ -154,12 +156,7 @@ def speed(found: Mapping[str, Any]) -> Speed | None:
         for phase in ("scoring", "learning"):
             reads.append(update_costs(row)[phase])
             spent.append(row[f"{phase} s"])
-    return Speed(fitted(writes, seconds), fitted(reads, spent), card_of(found))
-
-
-def card_of(found: Mapping[str, Any]) -> Card:
-    """The one that was measured."""
-    return CARDS["141 GB (H200)" if "H200" in found["environment"]["cpu"] else "80 GB (H100)"]
+    return Speed(fitted(writes, seconds), fitted(reads, spent), card)
 
 
 def measured(found: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
