@@ -34,6 +34,7 @@ ANSWERS = {"few": 320, "many": 4800, "all": 6000}  # all: of every training prob
 TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64, "guesses": 48}
 ANSWER = "{{ solution.split()[-1] }}"
 READ = {"guesses": TOLD.format(prompt="{{ prompt }}", answer=ANSWER)}  # by the teacher
+ANY = TOLD.format(prompt="{{ prompt }}", answer="{{ (solution.split() or [''])[-1] }}")  # or none
 START_UPDATES, START_RATES = (150, 300, 600, 1200), (1e-3, 2e-3)
 RATES, HIGHER = (2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3)  # the latter: guesses
 LEAST, MOST = 3e-5, 4e-2  # no rate is tried beyond them
@@ -87,6 +88,8 @@ GUESSES = {
         "false_alarm_share": 0.5,
     },
     "OLIVE": OLIVE,
+    "OLIVE, no reference": {**OLIVE, "reference": "none", "teacher_prompt": ANY},
+    "OLIVE, a wrong reference": {**OLIVE, "reference": "wrong"},
     "random handover to the end": {**TO_END, "candidate_loss": "random"},
     "true fork to the end": {**TO_END, "candidate_loss": "bench.controls:oracle_guesses"},
 }
@@ -197,26 +200,37 @@ class Setting:
         """Of every arm the scores by rate, and the best rate."""
         wanted = {arm: sorted({*self.rates, *self.tried(arm)}) for arm in self.arms}
         while True:
-            arms = {
-                f"{arm} at {rate:g}": {**self.arms[arm], "learning_rate": rate}
-                for arm, rates in wanted.items()
-                for rate in rates
-            }
-            self.compared("rates", arms, start)
-            scores = self.scores("rates")
-            tried = {
-                arm: {rate: scores[f"{arm} at {rate:g}"] for rate in rates}
-                for arm, rates in wanted.items()
-            }
+            tried = self.tried_at(wanted, start)
             more = {arm: beyond(found) for arm, found in tried.items()}
             if not any(more.values()):
-                return {
-                    arm: {"tried": {f"{rate:g}": score for rate, score in found.items()},
-                          "chosen": max(found, key=lambda rate: found[rate])}
-                    for arm, found in tried.items()
-                }  # fmt: skip
+                return chosen(tried)
             for arm, rate in more.items():
                 wanted[arm] += [rate] if rate else []
+
+    def few_rates(self, start: Mapping[str, Any]) -> dict[str, Found]:
+        """As tuned_rates, but in half of the updates, and no rate is tried beyond ``rates``."""
+        arms = {
+            arm: {**keys, "max_steps": keys.get("max_steps", self.updates) // 2}
+            for arm, keys in self.arms.items()
+        }
+        wanted = dict.fromkeys(arms, self.rates)
+        return chosen(replace(self, arms=arms).tried_at(wanted, start))
+
+    def tried_at(
+        self, wanted: Mapping[str, Sequence[float]], start: Mapping[str, Any]
+    ) -> dict[str, dict[float, float]]:
+        """The score of every arm with every rate that is wanted of it."""
+        arms = {
+            f"{arm} at {rate:g}": {**self.arms[arm], "learning_rate": rate}
+            for arm, rates in wanted.items()
+            for rate in rates
+        }
+        self.compared("rates", arms, start)
+        scores = self.scores("rates")
+        return {
+            arm: {rate: scores[f"{arm} at {rate:g}"] for rate in rates}
+            for arm, rates in wanted.items()
+        }
 
     def tried(self, arm: str) -> list[float]:
         """The rates that an arm has been run with in this folder."""
@@ -296,6 +310,17 @@ def plateau(tried: Mapping[tuple[int, float], float]) -> Found:
         if longer is None or best[longer][0] - best[shorter][0] < PLATEAU:
             return {"max_steps": shorter, "learning_rate": best[shorter][1]}
     raise AssertionError("there is always a longest one")
+
+
+def chosen(tried: Mapping[str, Mapping[float, float]]) -> dict[str, Found]:
+    """Of every arm the scores by rate, and the best rate."""
+    return {
+        arm: {
+            "tried": {f"{rate:g}": score for rate, score in found.items()},
+            "chosen": max(found, key=lambda rate: found[rate]),
+        }
+        for arm, found in tried.items()
+    }
 
 
 def beyond(tried: Mapping[float, float]) -> float | None:

@@ -6,8 +6,9 @@
 
 Arithmetic of the testbed. Teacher and base student (``F/models``) have a hundred times the weights
 of the package's own student and are made from scratch as those are; then everything is as in
-``bench.imitated arithmetic few``: stage 1 on 320 of the teacher's answers, rates tuned on
-validation problems by one seed, three other seeds at the end; with fewer updates, in bfloat16.
+``bench.imitated arithmetic few``, in bfloat16 and with fewer updates: stage 1 on 320 of the
+teacher's answers; of ``RATES`` the one that is best on validation problems with one seed and half
+of the updates, none beyond them; three other seeds at the end.
 
 Every student of the end answers 400 test problems greedily and eight times, at temperature 1 and
 at 0.6 with top-p 0.95 (sharpness is not skill): pass@1, pass@8, length. What is forgotten: the
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.imitated import OLIVE, Setting, arms_of
+from bench.imitated import FORK_BY_CE, NEW, OLIVE, SAME, Setting, arms_of
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
@@ -36,11 +37,13 @@ from topd.testbed import END, FAMILIES, problems, write
 from topd.testbed.models import Making, Role, make
 from topd.testbed.world import STUDENT
 
-FAMILY, UPDATES, SEEDS, TESTS = "arithmetic", 60, (0, 1, 2), 400
+FAMILY, UPDATES, SEEDS, TESTS = "arithmetic", 40, (0, 1, 2), 400
 MAKING: dict[Role, Making] = {
-    "teacher": Making(512, 1408, steps=600, layers=10, learning_rate=1e-3),
-    "student": Making(512, 1408, steps=300, layers=10, learning_rate=1e-3),
+    "teacher": Making(512, 1408, steps=400, layers=10, learning_rate=1e-3),
+    "student": Making(512, 1408, steps=200, layers=10, learning_rate=1e-3),
 }
+START_UPDATES, START_RATES = (60, 120, 240), (5e-4,)
+RATES = (6e-5, 2e-4, 6e-4)
 BF16 = {"bf16": True}
 WAYS = {"temperature 1": (1.0, 1.0), "temperature 0.6, top-p 0.95": (0.6, 0.95)}
 
@@ -56,17 +59,21 @@ def main() -> None:
     make_models(models)
     if asked.make_only:
         return
+    arms = arms_of(UPDATES) | {"OLIVE": OLIVE}
     setting = Setting(
         *(FAMILY, "few", asked.folder, asked.jobs),
-        arms=arms_of(UPDATES) | {"OLIVE": OLIVE},
+        arms={arm: keys for arm, keys in arms.items() if arm != FORK_BY_CE},
+        rates=RATES,
         seeds=SEEDS,
-        start_updates=(60, 120, 240),
+        references=("opd", SAME, NEW),
+        start_updates=START_UPDATES,
+        start_rates=START_RATES,
         models=str(models),
         updates=UPDATES,
         more=BF16,
     )
     start = setting.tuned_start()
-    found = setting.finished(start, setting.tuned_rates(start["chosen"]))
+    found = setting.finished(start, setting.few_rates(start["chosen"]))
     final = setting.folder / "final"
     students = {"stage 1": final / "warmstart" / "student", "base": models / "student"}
     students |= {place.name: place / "student" for place in sorted((final / "arms").iterdir())}
@@ -82,7 +89,15 @@ def make_models(folder: Path) -> None:
     """Both, where they are not made yet."""
     for role, making in MAKING.items():
         if not (folder / role / "model.safetensors").exists():
-            make(FAMILIES[FAMILY], role, folder / role, making=making, use_cpu=True, **BF16)
+            make(
+                FAMILIES[FAMILY],
+                role,
+                folder / role,
+                making=making,
+                batch_size=32,
+                use_cpu=True,
+                **BF16,
+            )
 
 
 def kept(path: Path, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 import yaml
 
-from bench.imitated import FORK_BY_CE, NEW, OLIVE, SAME, TUNING_SEED, Found, Setting, arms_of
+from bench.imitated import FORK_BY_CE, NEW, OLIVE, SAME, TUNING_SEED, Setting, arms_of
 from bench.larger import by_way, kept, loaded, logprobs_of
 from topd.commands.train import run_recipe
 from topd.commands.workers import in_workers
@@ -117,31 +117,13 @@ class Problems(Setting):
         yield "teacher", make_teacher(self.root)
         start = self.tuned_start()
         yield "starts", start
-        rates = self.chosen_rates(start["chosen"])
+        rates = self.few_rates(start["chosen"])
         yield "rates", rates
         found = self.finished(start, rates)
         judged = self.judged(start["chosen"])
         path = Path("docs/results/real-words.json")
         path.write_text(json.dumps({**found, "judged": judged}, indent=1) + "\n")
         yield "final", str(path)
-
-    def chosen_rates(self, start: Mapping[str, Any]) -> dict[str, Found]:
-        """Of every arm the scores by rate and the best; none is tried beyond ``rates``."""
-        tried = {
-            f"{arm} at {rate:g}": {**halved(keys), "learning_rate": rate}
-            for rate in self.rates
-            for arm, keys in self.arms.items()
-        }
-        self.compared("rates", tried, start)
-        scores = self.scores("rates")
-        found = {
-            arm: {rate: scores[f"{arm} at {rate:g}"] for rate in self.rates} for arm in self.arms
-        }
-        return {
-            arm: {"tried": {f"{rate:g}": score for rate, score in own.items()},
-                  "chosen": max(own, key=lambda rate: own[rate])}
-            for arm, own in found.items()
-        }  # fmt: skip
 
     def recipe(
         self, step: str, arms: Mapping[str, Any], start: Mapping[str, Any] | None
@@ -189,11 +171,6 @@ class Problems(Setting):
             for name, place in students.items()
         }
         return dict(sorted(in_workers(judge, tasks, self.jobs)))
-
-
-def halved(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """An arm with half of its updates, for a first look at its rates."""
-    return {**keys, "max_steps": keys.get("max_steps", UPDATES) // 2}
 
 
 def data_of(root: Path, part: str) -> dict[str, Any]:
