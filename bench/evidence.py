@@ -19,7 +19,18 @@ def _alone(window: int, until: int, more: str = "") -> str:
 RESULTS = Path("docs/results")
 FEW = "topd compare recipes/testbed/imitated-few.yaml"
 SCREENING = "python -m bench.screening"
-REAL = "python -m bench.real"
+JUDGED = {  # of larger models: title, command, whose perplexity tells what is forgotten
+    ("real", "words"): (
+        "SmolLM2-135M, word problems, 768 answers",
+        "python -m bench.real",
+        "English that was not taught here, the documentation strings of Python's library",
+    ),
+    ("larger", "arithmetic"): (
+        "30 M parameters, arithmetic, 320 answers",
+        "python -m bench.larger",
+        "texts of the kind that the base student was made from",
+    ),
+}
 FAMILIES = ("arithmetic", "programs", "logic")
 TUNED = tuple(f"{family}-{supply}" for family in (*FAMILIES, "guesses") for supply in ANSWERS)
 SHOWN = ("topd", "window_sft", "first_fork", "first_fork, K 24", "first_fork, every update")
@@ -35,18 +46,21 @@ Found = Mapping[str, Any]
 
 def main() -> None:
     """Write the page."""
+    Path("docs/evidence.md").write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """Introduction and tables."""
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     tuned_worlds = _read("imitated", TUNED)
     parts = [text.strip(), "\n".join(in_short(tuned_worlds))]
     for name, found in tuned_worlds.items():
         parts.append("\n".join([*imitated(found, *_tuned_title(name)), *tuned(found)]))
-    for found in _read("real", ("words",)).values():
-        title = "SmolLM2-135M, word problems, 768 answers"
-        parts.append(
-            "\n".join(
-                [*imitated(found, title, "python -m bench.real"), *judged(found), *tuned(found)]
+    for (kind, world), (title, command, texts) in JUDGED.items():
+        for found in _read(kind, (world,)).values():
+            parts.append(
+                "\n".join([*imitated(found, title, command), *judged(found, texts), *tuned(found)])
             )
-        )
     for found in _read("screening", ("arithmetic-few",)).values():
         title = "arithmetic, 320 answers, a screening of all methods"
         parts.append(
@@ -67,7 +81,7 @@ def main() -> None:
         command = f"{_command(family)} {DEFAULT[family]}"
         parts.append("\n".join(comparison(title, command, found)))
     parts += ["\n".join(detectors(*found)) for found in detected.items()]
-    Path("docs/evidence.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
 
 
 def in_short(worlds: Mapping[str, Found]) -> Iterator[str]:
@@ -137,7 +151,7 @@ def tuned(found: Found) -> Iterator[str]:
         yield f"- {arm}: {_tried(rates['tried'], chosen, found)}{open_}"
 
 
-def judged(found: Found) -> Iterator[str]:
+def judged(found: Found, texts: str) -> Iterator[str]:
     """Each arm's students by two ways of sampling, their length, and what they forgot."""
     ways = ("temperature 1", "temperature 0.6, top-p 0.95")
     yield ""
@@ -145,8 +159,7 @@ def judged(found: Found) -> Iterator[str]:
     yield ""
     yield (
         "The same students, eight samples of each problem; means over seeds, least to largest in "
-        "brackets. Perplexity: of English that was not taught here, the documentation strings of "
-        "Python's library. Greedy figures are with weights in bfloat16."
+        f"brackets. Perplexity: of {texts}. Greedy figures are with weights in bfloat16."
     )
     yield ""
     each = " | ".join(f"pass@1, {way} | pass@8, {way}" for way in ways)

@@ -13,8 +13,8 @@ of the updates, none beyond them; three other seeds at the end.
 Every student of the end answers 400 test problems greedily and eight times, at temperature 1 and
 at 0.6 with top-p 0.95 (sharpness is not skill): pass@1, pass@8, length. What is forgotten: the
 perplexity of texts of the kind that the base student was made from. It is for a CPU; nothing of it
-was learned from human language. ``docs/results/larger.json`` gets everything; a run that is stopped
-continues.
+was learned from human language. ``docs/results/larger-arithmetic.json`` gets everything; a run
+that is stopped continues.
 """
 
 import argparse
@@ -22,13 +22,13 @@ import json
 import math
 import random
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.imitated import FORK_BY_CE, NEW, OLIVE, SAME, Setting, arms_of
+from topd.commands.workers import in_workers
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
@@ -76,12 +76,11 @@ def main() -> None:
     found = setting.finished(start, setting.few_rates(start["chosen"]))
     final = setting.folder / "final"
     students = {"stage 1": final / "warmstart" / "student", "base": models / "student"}
+    students["teacher"] = models / "teacher"
     students |= {place.name: place / "student" for place in sorted((final / "arms").iterdir())}
-    judged = {
-        name: kept(final / f"judged-{name}.json", partial(judge, place))
-        for name, place in students.items()
-    }
-    path = Path("docs/results/larger.json")
+    tasks = {name: (final / f"judged-{name}.json", place) for name, place in students.items()}
+    judged = dict(sorted(in_workers(judge, tasks, asked.jobs)))
+    path = Path("docs/results/larger-arithmetic.json")
     path.write_text(json.dumps({**found, "judged": judged}, indent=1) + "\n")
 
 
@@ -89,15 +88,8 @@ def make_models(folder: Path) -> None:
     """Both, where they are not made yet."""
     for role, making in MAKING.items():
         if not (folder / role / "model.safetensors").exists():
-            make(
-                FAMILIES[FAMILY],
-                role,
-                folder / role,
-                making=making,
-                batch_size=32,
-                use_cpu=True,
-                **BF16,
-            )
+            more: dict[str, Any] = {"making": making, "batch_size": 32, "use_cpu": True, **BF16}
+            make(FAMILIES[FAMILY], role, folder / role, **more)
 
 
 def kept(path: Path, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -108,12 +100,17 @@ def kept(path: Path, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def judge(student: Path) -> dict[str, Any]:
-    """Figures by way of sampling, and the perplexity."""
-    model, tokenizer = loaded(student)
-    asked = {"path": f"testbed://{FAMILY}", "split": "test", "max_tokens": 64, "batch_size": 512}
-    found = by_way(model, tokenizer, asked)
-    return {**found, "perplexity": perplexity(model, tokenizer)}
+def judge(task: tuple[Path, Path]) -> dict[str, Any]:
+    """Figures of a student by way of sampling, and its perplexity; kept in a file."""
+    path, student = task
+
+    def made() -> dict[str, Any]:
+        model, tokenizer = loaded(student)
+        asked = {"path": f"testbed://{FAMILY}", "split": "test", "max_tokens": 64}
+        found = by_way(model, tokenizer, {**asked, "batch_size": 512})
+        return {**found, "perplexity": perplexity(model, tokenizer)}
+
+    return kept(path, made)
 
 
 def loaded(student: Path) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -11,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from bench import settings
+from bench import evidence, settings
 from transformers import TrainingArguments
 
 import topd.config
@@ -35,6 +36,24 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
 
 def test_settings_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == settings.page()
+
+
+def test_evidence_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8") == evidence.page()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md", "docs/evidence.md"])
+def test_every_gain_is_one_of_a_table(page: str) -> None:
+    """Points with their interval, as [evidence](evidence.md) or a logged command has them."""
+    docs = ROOT / "docs"
+    head = (docs / "results" / "evidence_head.md").read_text(encoding="utf-8")
+    tables = (docs / "evidence.md").read_text(encoding="utf-8").removeprefix(head.strip())
+    measured = f"{tables}{(docs / 'log.md').read_text(encoding='utf-8')}".replace("**", "")
+    said = (ROOT / page).read_text(encoding="utf-8").replace("**", "")
+    gains = re.findall(r"[+-]\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]", said)
+    assert gains
+    assert [gain for gain in gains if gain not in measured] == []
 
 
 def test_every_setting_and_method_is_on_a_page() -> None:
