@@ -4,14 +4,16 @@
 
     python -m bench.imitated FAMILY SUPPLY [--folder F] [--jobs N] [--tune-only]
 
-SUPPLY is ``few`` (320 of the teacher's answers) or ``many`` (4,800). In four steps, each continued
+SUPPLY is ``few`` (320 of the teacher's answers) or ``many`` (4,800). In five steps, each continued
 where it was stopped:
 
 1. stage 1 with every number of updates and rate of ``START_*``, on validation problems, seed 100;
    the start is the shortest one whose next longer one is not ``PLATEAU`` better, at its best rate;
 2. every arm from that start with the rates of ``RATES``, on validation problems, seed 100;
 3. while an arm's best rate is the lowest or the highest tried, one more beyond it;
-4. every arm with its own best rate and five other seeds, on test problems: ``F/final``.
+4. every arm with its own best rate and five other seeds, on test problems: ``F/final``;
+5. those that look ahead (``AT_COST``) once more, with as many updates as cost no more than OPD's
+   at r = 5, the learning rate annealed to that.
 
 A score is the mean of greedy and sampled accuracy. ``docs/results/imitated-FAMILY-SUPPLY.json``
 gets the comparison and what was tuned; ``python -m bench.evidence`` makes the page of it.
@@ -93,6 +95,8 @@ GUESSES = {
     "random handover to the end": {**TO_END, "candidate_loss": "random"},
     "true fork to the end": {**TO_END, "candidate_loss": "bench.controls:oracle_guesses"},
 }
+AT_COST = ("first_fork", FORK_BY_CE, "random handover")
+GUESSES_AT_COST = ("OLIVE", "random handover to the end", "first_fork, by token loss and OT")
 Found = dict[str, Any]
 
 
@@ -107,7 +111,7 @@ def controls_of(family: str) -> Arms:
 
 
 def main() -> None:
-    """All four steps for one family and one supply."""
+    """All five steps for one family and one supply."""
     parser = argparse.ArgumentParser()
     parser.add_argument("family", choices=TOKENS)
     parser.add_argument("supply", choices=ANSWERS)
@@ -119,8 +123,10 @@ def main() -> None:
     if asked.family == "guesses":
         references = ("opd", "opd, three times the updates", NEW)
         setting = replace(setting, arms=GUESSES, rates=HIGHER, references=references, evaluations=4)
+        setting = replace(setting, at_cost=GUESSES_AT_COST)
     else:
-        setting = replace(setting, arms={**ARMS, **controls_of(asked.family)})
+        arms = {**ARMS, **controls_of(asked.family)}
+        setting = replace(setting, arms=arms, at_cost=AT_COST)
     start = setting.tuned_start()
     rates = setting.tuned_rates(start["chosen"])
     if asked.tune_only:
@@ -153,6 +159,7 @@ class Setting:
     updates: int = UPDATES
     more: Mapping[str, Any] = field(default_factory=dict)  # settings of every run
     evaluations: int = 2  # along a run of the end
+    at_cost: Sequence[str] = ()  # arms that run once more, at what OPD costs
 
     @property
     def answers(self) -> int:
@@ -175,6 +182,9 @@ class Setting:
             arm: {**keys, "learning_rate": rates[arm]["chosen"]} for arm, keys in self.arms.items()
         }
         found = self.compared("final", arms, start["chosen"])
+        if self.at_cost:
+            arms |= shorter({arm: arms[arm] for arm in self.at_cost}, found["spent"], self.updates)
+            found = self.compared("final", arms, start["chosen"])
         return {**found, "start": start, "rates": rates}
 
     def tuned_start(self) -> Found:
@@ -298,6 +308,15 @@ class Setting:
                 "plan": self.plan if final else None,
             },
         }
+
+
+def shorter(arms: Mapping[str, Mapping[str, Any]], spent: Found, updates: int) -> Arms:
+    """Arms of as many updates as cost no more than OPD's at r = 5, by what they cost before."""
+    budget = spent["opd"]["cost"]["5"]
+    steps = {arm: int(updates * budget / spent[arm]["cost"]["5"]) for arm in arms}
+    return {
+        f"{arm}, at opd's cost": {**keys, "max_steps": steps[arm]} for arm, keys in arms.items()
+    }
 
 
 def plateau(tried: Mapping[tuple[int, float], float]) -> Found:
