@@ -181,10 +181,10 @@ class Setting:
         arms = {
             arm: {**keys, "learning_rate": rates[arm]["chosen"]} for arm, keys in self.arms.items()
         }
-        found = self.compared("final", arms, start["chosen"])
         if self.at_cost:
-            arms |= shorter({arm: arms[arm] for arm in self.at_cost}, found["spent"], self.updates)
-            found = self.compared("final", arms, start["chosen"])
+            first = replace(self, references=("opd",)).compared("final", arms, start["chosen"])
+            arms |= shorter({arm: arms[arm] for arm in self.at_cost}, first["spent"], self.updates)
+        found = self.compared("final", arms, start["chosen"])
         return {**found, "start": start, "rates": rates}
 
     def tuned_start(self) -> Found:
