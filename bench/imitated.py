@@ -311,7 +311,12 @@ class Setting:
 
 
 def shorter(arms: Mapping[str, Mapping[str, Any]], spent: Found, updates: int) -> Arms:
-    """Arms of as many updates as cost no more than OPD's at r = 5, by what they cost before."""
+    """Arms of as many updates as cost no more than OPD's at r = 5, by what they cost before.
+
+    >>> spent = {"opd": {"cost": {"5": 300.0}}, "olive": {"cost": {"5": 900.0}}}
+    >>> shorter({"olive": {}}, spent, 160)
+    {"olive, at opd's cost": {'max_steps': 53}}
+    """
     budget = spent["opd"]["cost"]["5"]
     steps = {arm: int(updates * budget / spent[arm]["cost"]["5"]) for arm in arms}
     return {
