@@ -48,6 +48,7 @@ PLAN = "docs/analysis-plan.md"
 FORK = {"method": "first_fork"}
 SAME = "stage 1 continued, same answers"
 FORK_BY_CE = "first_fork, cross-entropy"
+SAME_BY_CE = "stage 1 continued, same answers, cross-entropy"
 NEW = "stage 1 continued, new answers, cross-entropy"
 Arms = dict[str, dict[str, Any]]
 
@@ -61,6 +62,7 @@ def arms_of(updates: int = UPDATES) -> Arms:
         "random handover": {**FORK, "candidate_loss": "random"},
         "topd": {"method": "topd", "trajectory_weight": 0.1, "window_length": 24},
         SAME: {**stage_1, "answers": "start"},
+        SAME_BY_CE: {**stage_1, "answers": "start", "kd_ratio": 0.0},
         NEW: {
             **{**stage_1, "answers": "teacher", "data.limit": NEW_ANSWERS * updates // UPDATES},
             **{"kd_ratio": 0.0, "max_steps": 2 * updates},

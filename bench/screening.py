@@ -18,14 +18,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.imitated import ARMS, FORK, LONGEST, NEW, SAME, Setting, controls_of
+from bench.imitated import ARMS, FORK, LONGEST, NEW, SAME, SAME_BY_CE, Setting, controls_of
 
 FAMILY, SUPPLY = "arithmetic", "few"
 RATES, SEEDS = (5e-4, 1e-3, 2e-3, 4e-3), (0, 1)
 AT_A_TIME = 4
 GROUP = {"num_generations": 4, "method": "bench.controls:rl"}
+FIRST = {arm: keys for arm, keys in ARMS.items() if arm != SAME_BY_CE}
 SCREENED: dict[str, dict[str, Any]] = {
-    **ARMS,
+    **FIRST,
     "stage 1 continued, new answers, forward KL": {
         **ARMS[NEW],
         "kd_ratio": 1.0,
@@ -45,6 +46,7 @@ SCREENED: dict[str, dict[str, Any]] = {
 }
 REFERENCES = ("opd", SAME, NEW)
 LEFT_OUT = {
+    SAME_BY_CE: "came later, in the tables of single worlds",
     "self-teacher, with no and with a wrong reference": "a teacher of another kind, another start",
     "iw_opd, kl_top, entropy_top, teachability, downweight": "not above OPD in the older tables",
     "window_sft, window_kd, relay": "windows at every fork; first_fork stands for them",
@@ -60,7 +62,7 @@ def main() -> None:
     arms = list(SCREENED.items())
     tried = Setting(FAMILY, SUPPLY, asked.folder).tried
     begun = max((n for n, (arm, _) in enumerate(arms, 1) if tried(arm)), default=0)
-    for count in [*range(len(ARMS) + AT_A_TIME, len(arms), AT_A_TIME), len(arms)]:
+    for count in [*range(len(FIRST) + AT_A_TIME, len(arms), AT_A_TIME), len(arms)]:
         if count >= begun:  # a pass with fewer arms is behind us
             screen(dict(arms[:count]), asked.folder, asked.jobs)
 
