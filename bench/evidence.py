@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.imitated import ANSWERS, FORK_BY_CE, NEW, SAME
+from bench.imitated import ANSWERS, FORK_BY_CE, NEW, SAME, SAME_BY_CE
+from topd.commands.budgets import RATES, READ, cost
 
 
 def _alone(window: int, until: int, more: str = "") -> str:
@@ -43,10 +44,30 @@ DEFAULT = {
 # Measured when the recipe had fewer updates, of which OPD gained a little less than 10 points.
 SHORTER = {"arithmetic": " --max_steps 120 --data.limit 3840 --evaluation.every 60"}
 Found = Mapping[str, Any]
+LABELS = {  # of arms, in text for readers
+    "opd": "OPD",
+    "opd, forward KL": "OPD, forward KL",
+    "opd, three times the updates": "OPD, three times the updates",
+    "first_fork": "first_fork, forward KL",
+    "random handover": "random place, forward KL",
+    "start handover": "from the start, forward KL",
+    "oracle fork": "labelled fork, forward KL",
+    SAME: "same answers, forward KL",
+    SAME_BY_CE: "same answers, cross-entropy",
+    NEW: "new answers, cross-entropy",
+    "stage 1 continued, new answers, forward KL": "new answers, forward KL",
+    "OLIVE": "olive",
+    "OLIVE, no reference": "olive, told nothing",
+    "OLIVE, a wrong reference": "olive, told a wrong answer",
+    "random handover to the end": "random place, windows to the end",
+    "true fork to the end": "labelled fork, windows to the end",
+}
+AT_COST = ", at opd's cost"
+READ_PRICES = (READ, 0.1, 0.05, 0.02)
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
 # without "over" the accuracy itself
-BEST = ", every arm at its own best rate"
-SHORT = {"NEW": NEW, "SAME": SAME, "CE": FORK_BY_CE}
+BEST = ", every method at its own best rate"
+SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE}
 FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+))?\}")
 
 
@@ -60,6 +81,7 @@ def page() -> str:
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     tuned_worlds = _read("imitated", TUNED)
     parts = [filled(text.strip(), tuned_worlds), "\n".join(in_short(tuned_worlds))]
+    parts.append("\n".join(reading(tuned_worlds)))
     for name, found in tuned_worlds.items():
         parts.append("\n".join([*imitated(found, *_tuned_title(name)), *tuned(found)]))
     for (kind, world), (title, command, texts) in JUDGED.items():
@@ -97,7 +119,8 @@ def filled(text: str, worlds: Mapping[str, Found]) -> str:
     def figure(asked: re.Match[str]) -> str:
         name, arm, reference, budget = asked.groups()
         found, arm, reference = worlds[name], long(arm), long(reference or "")
-        if arm not in found["summary"] | found["starts"]:
+        known = found["summary"] | found["starts"] | {"": None}
+        if arm not in known or reference not in known:
             return "not run"
         if not reference:
             return _pair((found["summary"] | found["starts"])[arm], _percent)
@@ -118,8 +141,8 @@ def in_short(worlds: Mapping[str, Found]) -> Iterator[str]:
     yield "## In short: points over OPD after imitation, greedy / sampled"
     yield ""
     yield (
-        "From a student at the plateau of stage 1, every arm at its own best rate, 5 seeds, 400 "
-        "test problems; bold where zero is below."
+        "From one student after stage 1, every method at its own best rate, 5 seeds, 400 test "
+        "problems; bold: interval above zero, before Holm's correction."
     )
     yield ""
     yield f"| | {' | '.join(names)} |"
@@ -127,12 +150,12 @@ def in_short(worlds: Mapping[str, Found]) -> Iterator[str]:
     begun = [_pair(found["starts"]["warm start"], _percent) for found in worlds.values()]
     ended = [_pair(found["summary"]["opd"], _percent) for found in worlds.values()]
     yield f"| after stage 1, % | {' | '.join(begun)} |"
-    yield f"| opd, % | {' | '.join(ended)} |"
+    yield f"| OPD, % | {' | '.join(ended)} |"
     yield from _over_opd(worlds, "against")
     yield ""
     yield (
-        "At equal cost for a teacher five times as dear (r = 5); dearer arms are read off their "
-        "curves, but for those *at opd's cost*, which are annealed to it:"
+        "At equal cost for a teacher five times as dear (r = 5); a dearer method is read off its "
+        "curve, but for those *at OPD's cost*, which are annealed to it:"
     )
     yield ""
     yield f"| | {' | '.join(names)} |"
@@ -140,11 +163,45 @@ def in_short(worlds: Mapping[str, Found]) -> Iterator[str]:
     yield from _over_opd(worlds, "equal", "cost at r = 5")
 
 
+def reading(worlds: Mapping[str, Found]) -> Iterator[str]:
+    """What methods cost beside OPD, by what a token costs that is read."""
+    yield "## What it costs, by the price of reading"
+    yield ""
+    yield (
+        "What a method cost in all over what OPD cost, for a teacher 1 / 5 / 25 times as dear as "
+        "the student. Columns: what reading a token costs beside writing one. Services charge a "
+        "fifth or so, which is what all other tables take; on a GPU of one's own it is often far "
+        "less, and then what the teacher writes is dearer beside OPD."
+    )
+    yield ""
+    yield f"| world | method | {' | '.join(f'{read:g}' for read in READ_PRICES)} |"
+    yield f"|---|---|{'---|' * len(READ_PRICES)}"
+    for name, found in worlds.items():
+        world = _tuned_title(name)[0].removesuffix(BEST)
+        for arm in filter(found["spent"].get, (NEW, "first_fork", FORK_BY_CE, "topd", "OLIVE")):
+            own, opd = (found["spent"][key] for key in (arm, "opd"))
+            cells = [
+                " / ".join(f"{cost(own, r, read) / cost(opd, r, read):.2f}" for r in RATES)
+                for read in READ_PRICES
+            ]
+            yield f"| {world} | {named(arm)} | {' | '.join(cells)} |"
+
+
+def named(arm: str) -> str:
+    """An arm in words.
+
+    >>> named("random handover, at opd's cost")
+    "random place, forward KL, at OPD's cost"
+    """
+    head, cut, _ = arm.partition(AT_COST)
+    return LABELS.get(head, head) + (", at OPD's cost" if cut else "")
+
+
 def _over_opd(worlds: Mapping[str, Found], kind: str, axis: str = "") -> Iterator[str]:
     arms = dict.fromkeys(arm for found in worlds.values() for arm in found["against"]["opd"])
     for arm in arms:
         cells = [_pair(found[kind]["opd"].get(arm, {}), _gain, axis) for found in worlds.values()]
-        yield f"| {arm} | {' | '.join(cells)} |"
+        yield f"| {named(arm)} | {' | '.join(cells)} |"
 
 
 def _pair(figures: Found, shown: Callable[[Found], str], axis: str = "") -> str:
@@ -182,7 +239,7 @@ def tuned(found: Found) -> Iterator[str]:
         chosen = format(rates["chosen"], "g")
         ends = {min(map(float, rates["tried"])), max(map(float, rates["tried"]))}
         open_ = " (not bracketed)" if rates["chosen"] in ends else ""
-        yield f"- {arm}: {_tried(rates['tried'], chosen, found)}{open_}"
+        yield f"- {named(arm)}: {_tried(rates['tried'], chosen, found)}{open_}"
 
 
 def judged(found: Found, texts: str) -> Iterator[str]:
@@ -196,7 +253,7 @@ def judged(found: Found, texts: str) -> Iterator[str]:
         f"brackets. Perplexity: of {texts}. Greedy figures are with weights in bfloat16."
     )
     yield ""
-    each = " | ".join(f"pass@1, {way} | pass@8, {way}" for way in ways)
+    each = " | ".join(f"sampled, {way} | pass@8, {way}" for way in ways)
     yield f"| | greedy | {each} | tokens an answer | perplexity |"
     yield "|---|---|---|---|---|---|---|---|"
     for name in ("teacher", "base", "stage 1", *found["summary"]):
@@ -207,7 +264,7 @@ def judged(found: Found, texts: str) -> Iterator[str]:
                 cells.append(_spread([100 * run[way][score]["mean"] for run in runs]))
         cells.append(_spread([run[ways[0]]["mean_length"]["mean"] for run in runs]))
         cells.append(_spread([run["perplexity"] for run in runs]))
-        yield f"| {name} | {' | '.join(cells)} |"
+        yield f"| {named(name)} | {' | '.join(cells)} |"
 
 
 def _is_of(place: str, name: str) -> bool:
@@ -242,7 +299,7 @@ def _tried(scores: Mapping[str, float], chosen: str, found: Found) -> str:
 
 
 def imitated(found: Found, title: str, command: str) -> Iterator[str]:
-    """Arms from a student that has already imitated, and what they spent."""
+    """Methods from a student that has already imitated, and what they spent."""
     references = list(found["against"])
     problems = found["summary"][found["baseline"]]["greedy"]["problems"]
     yield f"## From a student that has already imitated: {title}"
@@ -255,25 +312,30 @@ def imitated(found: Found, title: str, command: str) -> Iterator[str]:
 
 
 START = (
-    "Base student / after stage 1, the start of all arms: in the first two rows. CPU s and tokens "
-    "are counted from that start on."
+    "The base student, and after stage 1, from where all methods start: the first two rows. CPU s "
+    "and tokens are counted from that start on."
 )
 SHARED = (
-    "The base student and the start of all arms are in the table of two temperatures. Several runs "
+    "The base student and the start of all are in the table of two temperatures. Several runs "
     "shared a GPU, so seconds are not compared; tokens are counted from the start on."
 )
 
 
 def _ends(found: Found) -> Iterator[str]:
     columns = "updates | CPU s | student wrote | teacher wrote | teacher read"
-    yield f"| arm | seeds | greedy | pass@1 | {columns} |"
+    yield f"| method | seeds | greedy | sampled | {columns} |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for start, figures in found["starts"].items():
         name = {"warm start": "stage 1 on the teacher's answers"}.get(start, start)
         yield f"| {name} | | {_percent(figures['greedy'])} | {_percent(figures['pass@1'])} ||||||"
     for arm, figures in found["summary"].items():
         spent = found["spent"][arm]
-        cells = [arm, len(spent["seeds"]), _percent(figures["greedy"]), _percent(figures["pass@1"])]
+        cells = [
+            named(arm),
+            len(spent["seeds"]),
+            _percent(figures["greedy"]),
+            _percent(figures["pass@1"]),
+        ]
         cells += [f"{spent['updates']:.0f}", f"{spent['cpu_seconds']:.0f}"]
         keys = ("student_written", "teacher_written", "teacher_read")
         cells += [f"{spent[key]:,.0f}" for key in keys]
@@ -285,15 +347,16 @@ def _differences(found: Found, reference: str) -> Iterator[str]:
     axes = ["teacher-written tokens", *(f"cost at r = {rate}" for rate in (1, 5, 25))]
     axes = ["seconds"] * bool(found["starts"]) + axes  # as in SHARED
     yield ""
-    yield f"### Against {reference}"
+    yield f"### Against {named(reference)}"
     yield ""
-    yield f"| arm | score | at the ends | Holm p | equal {' | equal '.join(axes)} |"
+    yield f"| method | score | at the ends | Holm p | equal {' | equal '.join(axes)} |"
     yield f"|---|---|---|---|{'---|' * len(axes)}"
     for arm, ends in found["against"][reference].items():
         equal = found["equal"][reference][arm]
         for score in ("greedy", "pass@1"):
             seeds = f" ({len(ends['seeds'])} seeds)" if len(ends["seeds"]) > 1 else " (1 seed)"
-            cells = [arm + seeds if score == "greedy" else "", score, _gain(ends[score])]
+            shown = {"greedy": named(arm) + seeds}.get(score, "")
+            cells = [shown, score.replace("pass@1", "sampled"), _gain(ends[score])]
             cells.append(f"{ends[score]['holm']:.3f}")
             cells += [_gain(equal[axis][score]) if equal[axis] else "" for axis in axes]
             yield f"| {' | '.join(cells)} |"

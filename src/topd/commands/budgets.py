@@ -31,15 +31,20 @@ FORMULA = (
 Point = Mapping[str, Any]
 
 
-def cost(point: Point, rate: float) -> float:
+def cost(point: Point, rate: float, read: float = READ) -> float:
     """What a run has spent at a point of its curve, in tokens that the student writes.
+
+    Args:
+        point: tokens by kind.
+        rate: r, how many times as dear the teacher is.
+        read: what a token costs that is read, beside one that is written.
 
     >>> spent = {"student_written": 10, "learned": 10, "teacher_written": 1, "teacher_read": 20}
     >>> cost(spent, 5)
     41.0
     """
-    own = point["student_written"] + READ * LEARNED_AS_READ * point["learned"]
-    return float(own + rate * (point["teacher_written"] + READ * point["teacher_read"]))
+    own = point["student_written"] + read * LEARNED_AS_READ * point["learned"]
+    return float(own + rate * (point["teacher_written"] + read * point["teacher_read"]))
 
 
 def axes(point: Point, clock: str) -> dict[str, float]:
