@@ -85,12 +85,22 @@ def test_weights_gradients_and_moments_are_counted_once():
     """float32: 4 bytes stored, 8 of AdamW, 4 of gradients while it learns."""
     found = peaks(SIZE, replace(SIZE, trained=0), WORK)
     always = 4_000 + 4_000 + 8_000 + BESIDE
-    assert found["rollouts"] == always + 4 * (30 * 2 * 2 * 4 * 4 + 3 * 100 * 4)
+    buffers = 4 * 128 * 2 * 2 * 4 * 4  # of graphs: lengths are rounded up
+    prefixes = 4 * 10 * (4 * 8 + 2 * 16 + 2 * 8) * 4  # a layer of the prompts' forward
+    assert found["rollouts"] == always + buffers + prefixes
     states = 4 * 20 * 8 * 4
     layer = 60 * (24 * 8 + 8 * 12 + 16 * 16)
     loss = 60 * 200 * 6 + 100 * 8 * 4
-    buffers = 4 * 30 * 2 * 2 * 4 * 4  # keys and values of the graphs' buffers
     assert found["learning"] == always + states + buffers + 4_000 + 2 * layer + max(loss, layer)
+
+
+def test_rows_between_two_buckets_take_the_larger_one():
+    some, more, most = (
+        peaks(SIZE, SIZE, replace(WORK, rollouts=rows))["learning"] for rows in (32, 33, 64)
+    )
+    states = 20 * 8 * 4
+    assert more - some == pytest.approx(32 * 128 * 2 * 2 * 4 * 4 + states)
+    assert most - more == pytest.approx(31 * states)
 
 
 def test_what_takes_less_memory_is_predicted_to():

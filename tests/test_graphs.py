@@ -229,6 +229,28 @@ def test_rollouts_and_windows_take_turns_in_the_same_memory(monkeypatch):
     assert all(later == kept[0] for later in kept[1:])
 
 
+def test_a_step_sees_as_many_shared_entries_whatever_is_shared(monkeypatch):
+    """A captured step replays with the number that it was captured with."""
+    monkeypatch.setattr(buffers, "SHARED_UNIT", 4)
+    plain, ours = pair(model_of("qwen3"), eos=())
+    scores, seen = plain.score(PROMPTS, RESPONSES), []
+    for starts in (STARTS[:3], STARTS, STARTS[-2:], STARTS[:1], STARTS[3:9], STARTS):
+        asked = starts, GREEDY, SEEDS[: len(starts)]
+        assert_same(ours.continue_from(scores, *asked), plain.continue_from(scores, *asked))
+        keys = ours.graphs.buffers.layers[0].prefixes(1).keys
+        seen.append((keys.data_ptr(), keys.shape))  # the first had less memory
+    assert len(set(seen[1:])) == 1
+
+
+def test_what_writing_took_is_given_back():
+    _, ours = pair(model_of("llama"))
+    ours.generate(PROMPTS, GREEDY, SEEDS[:4])
+    layer = ours.graphs.buffers.layers[0]
+    assert layer.own.pair[0].numel()
+    ours.release()
+    assert not ours.graphs.buffers.layers[0].own.pair[0].numel()
+
+
 @pytest.mark.parametrize("rows", [2, 3, 8])
 def test_windows_that_go_in_turns_are_those_that_go_together(monkeypatch, rows):
     plain, ours = pair(model_of("llama"))

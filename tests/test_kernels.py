@@ -16,6 +16,8 @@ from topd.losses.terms import LEAST, Task
 from topd.types import Head
 
 pytest.importorskip("triton", reason="the kernels need Triton")
+from triton.errors import TritonError
+
 kernels = chunked.kernels
 if not (torch.cuda.is_available() or kernels.INTERPRETED):
     pytest.skip("the kernels need a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
@@ -32,6 +34,7 @@ def calls(monkeypatch) -> list[str]:
     made: list[str] = []
     block = kernels.block
     monkeypatch.setattr(kernels, "block", lambda *a: (made.append("block"), block(*a))[1])
+    monkeypatch.setattr(chunked, "_tried", lambda *_: True)
     return made
 
 
@@ -187,3 +190,30 @@ def test_what_the_kernels_do_not_do_takes_the_eager_path(calls):
         terms = chunked.head_terms(states, head, task)
         assert bool(calls) is asked
         torch.testing.assert_close(terms.divergence, torch.zeros_like(terms.divergence))
+
+
+CURVES = ((1.0, None), (0.5, 3.0))
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_tried_before_they_are_used(kind, dtype):
+    chunked._tried.cache_clear()
+    assert chunked._tried(DEVICE, dtype, kind, 0.7, CURVES)
+
+
+def failing(*_: object) -> None:
+    raise TritonError("no compiler")
+
+
+def wrong(logits: Tensor, *_: object) -> None:
+    logits.zero_()
+
+
+@pytest.mark.parametrize(("block", "why"), [(failing, "no compiler"), (wrong, "they are off by")])
+def test_where_they_fail_or_are_wrong_the_eager_path_is_taken(block, why, monkeypatch, caplog):
+    chunked._tried.cache_clear()
+    monkeypatch.setattr(kernels, "block", block)
+    same(*both(monkeypatch, case(83, 2), kind="reverse_kl", beta=0.5, temperature=1.0))
+    assert why in caplog.text
+    chunked._tried.cache_clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 SHOWN = 200  # characters of a value in a message
@@ -30,6 +31,18 @@ class StoppedError(TOPDError):
 
     def __reduce__(self) -> tuple[type[StoppedError], tuple[str, int]]:
         return StoppedError, (str(self), self.exit_code)  # to another process
+
+
+def compiler_faults() -> tuple[type[Exception], ...]:
+    """What compilers raise, and the kernels that they make; asked for when something was raised."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:  # no Triton, or one before it had this
+        TritonError = RuntimeError  # noqa: N806
+    return (
+        *(RuntimeError, ImportError, OSError, AttributeError, TypeError, ValueError),
+        *(AssertionError, LookupError, subprocess.SubprocessError, TritonError),
+    )
 
 
 def shown(value: Any) -> str:

@@ -22,6 +22,7 @@ A comparison that was stopped continues in its folder: finished runs are kept, o
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -123,6 +124,7 @@ def _compare(
 def run_arm(task: Task, console: Console | None = None) -> Result:
     """One run: an arm of the recipe with a seed, in a process of its own or watched."""
     path, overrides = task
+    gc.collect()  # the models of the run before
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     keys, warmstart = _staged(overrides)
@@ -367,6 +369,7 @@ def evaluated(recipe: Recipe) -> Result:
     )
     check_decoding(engine)
     found = evaluator(engine)
+    engine.release()
     return {score: asdict(found.intervals()[score]) for score in SCORES}
 
 

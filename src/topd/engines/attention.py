@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from topd.engines.fused import FAULTS
+from topd.errors import compiler_faults
 
 logger = logging.get_logger(__name__)
 
@@ -142,7 +142,7 @@ def _tried(
         found = decode_kernel.attend(query, fresh, (cells.clone(), cells.clone()), place, **options)
         expected = _plain(query, fresh, (cells, cells.clone()), place, **options)
         gap = float((found.float() - expected.float()).abs().max())
-    except FAULTS as fault:
+    except compiler_faults() as fault:
         said = str(fault).strip().partition("\n")[0][:100]
         logger.warning(f"no kernel for attention ({type(fault).__name__}: {said}): slower.")
         return None

@@ -55,6 +55,12 @@ class Cells:
             self._buffers.moved = True
         return self.pair[0][:size].view(shape), self.pair[1][:size].view(shape)
 
+    def whole(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """All of them, as entries of a shape."""
+        count = self.pair[0].numel() // math.prod(shape)
+        keys, values = (cells[: count * math.prod(shape)] for cells in self.pair)
+        return keys.view(count, *shape), values.view(count, *shape)
+
 
 class FixedLayer(DynamicLayer):
     """The keys and values of one layer: [R G L D], and [E G D] before them, in fixed memory.
@@ -89,11 +95,16 @@ class FixedLayer(DynamicLayer):
             whole[: len(new), :, : new.shape[2]] = new
 
     def share(self, keys: Tensor, values: Tensor, row: Tensor, entry: Tensor) -> None:
-        """Have the entries (row, entry) [N] of keys and values [B G n D] before all rows' own."""
+        """Have the entries (row, entry) [N] of keys and values [B G n D] before all rows' own.
+
+        All memory there is for them is handed out: a captured step knows how much that is, and
+        replays what it knows until the memory moves.
+        """
         self._make(keys, values)
-        shape = (rounded(len(row), SHARED_UNIT), keys.shape[1], keys.shape[3])
+        shape = keys.shape[1], keys.shape[3]
         self._before = (torch.empty(0), torch.empty(0))  # frees views
-        self._before = self.shared.of(shape, keys)
+        self.shared.of((rounded(len(row), SHARED_UNIT), *shape), keys)
+        self._before = self.shared.whole(shape)
         for cells, old in zip(self._before, (keys, values), strict=True):
             cells[: len(row)] = old.transpose(1, 2)[row, entry]
 

@@ -20,13 +20,11 @@ from transformers.utils import logging
 
 from topd.engines.forward import WAYS, Way
 from topd.engines.hf import HFEngine
-from topd.errors import TOPDError
+from topd.errors import TOPDError, compiler_faults
 from topd.types import Generation, Ids, Sampling, Texts, autocast_dtype, wide_dtype
 
 logger = logging.get_logger(__name__)
 
-# what code of models raises where a cache, a mask or positions do not suit it
-FAULTS = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats
 NEAR_ELSEWHERE = 0.05
 _KNOWN: dict[str, tuple[Way, str | None]] = {}  # the way, and why not in graphs
@@ -102,7 +100,7 @@ def _fault(engine: HFEngine, *, as_used: bool = False) -> str | None:
     """What is wrong with how an engine writes; None if nothing is."""
     try:
         gap, allowed = decoding_gap(engine, as_used=as_used)
-    except FAULTS as error:
+    except compiler_faults() as error:  # of models' code too, where a cache does not suit it
         if should_reduce_batch_size(error):
             raise
         return f"{type(error).__name__}: {str(error)[:100]}"

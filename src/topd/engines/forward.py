@@ -66,6 +66,11 @@ class ForwardEngine(BaseEngine):
         """Whether texts with a common prefix may be in one row."""
         return self.way == "shared"
 
+    def release(self) -> None:
+        """Give back the memory that writing in graphs took: nothing else does so at once."""
+        if self.graphs is not None:
+            self.graphs.release()
+
     def forward(
         self,
         ids: Int[Tensor, "N L"],

@@ -7,7 +7,6 @@ does not compile runs as it is, said once. ``TORCH_COMPILE_DISABLE=1`` leaves al
 from __future__ import annotations
 
 import inspect
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from topd.engines.draws import draw, gumbel
+from topd.errors import compiler_faults
 from topd.types import Sampling
 
 logger = logging.get_logger(__name__)
@@ -30,11 +30,6 @@ LEAST = 1 << 24  # weights of a model: of a smaller one compiling takes longer t
 GATED = "self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))"
 ROTATION = "apply_rotary_pos_emb"
 RECOMPILED = 64  # shapes of one piece
-# what compilers raise; a piece that fails runs uncompiled
-FAULTS = (
-    *(RuntimeError, ImportError, OSError, AttributeError, TypeError, ValueError),
-    *(AssertionError, LookupError, NotImplementedError, subprocess.SubprocessError),
-)
 
 
 class Piece:
@@ -52,10 +47,12 @@ class Piece:
         for tensor in tensors:
             if len(tensor) == len(tensors[0]) > 1:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        config: Any = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
         try:
-            with torch._dynamo.config.patch(recompile_limit=RECOMPILED):
+            with config.patch({limit: RECOMPILED}):
                 return self._compiled(*args, **kwargs)
-        except FAULTS as fault:
+        except compiler_faults() as fault:
             self._compiled = None
             said = str(fault).strip().partition("\n")[0][:100]
             logger.warning(

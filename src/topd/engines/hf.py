@@ -19,13 +19,12 @@ from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import Prefix, Wanted, check_seeds
 from topd.engines.buffers import rounded
 from topd.engines.forward import ForwardEngine
-from topd.engines.fused import FAULTS
 from topd.engines.graphs import Graphs
 from topd.engines.memory import in_chunks
 from topd.engines.packed import packed
 from topd.engines.rollouts import CachedRows, RereadRows, write, write_in_graphs
 from topd.engines.windows import entries_of, write_windows, write_windows_in_graphs
-from topd.errors import TOPDError
+from topd.errors import TOPDError, compiler_faults
 from topd.types import Generation, Sampling, Starts, Texts
 
 WINDOWS_AT_ONCE = 64
@@ -86,7 +85,7 @@ class HFEngine(ForwardEngine):
                 return in_chunks(
                     lambda some: write(graphs, some), count, graphs.at_once(entries, share)
                 )
-        except FAULTS as fault:
+        except compiler_faults() as fault:
             if isinstance(fault, TOPDError):
                 raise
             graphs.give_up(self.name, fault)

@@ -97,8 +97,11 @@ class EvaluationCallback(TrainerCallback):
                 allowed=self.allowed,
                 autocast=accelerator.autocast,
             )
-            check_decoding(engine)
-            self.latest = self.evaluator(engine)
+            try:
+                check_decoding(engine)
+                self.latest = self.evaluator(engine)
+            finally:
+                engine.release()
         times = (began - self._began - self._spent).tolist()
         found = {**logged(self.latest), **changes(self._first, self.latest)}
         self.trainer.log({**found, **dict(zip(TIMES, times, strict=True))})

@@ -13,6 +13,7 @@ are none of float16's zeros, and by how much is known in the backward pass only.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from functools import cache
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from topd.errors import compiler_faults
 from topd.losses.terms import LEAST, Kind, Task, TokenTerms, Upstream
 from topd.types import Head, autocast_dtype
 
@@ -31,6 +33,8 @@ try:
     from topd.losses import kernels
 except ImportError:  # no Triton here
     kernels = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 ROUNDING = 1e-6  # relative: a few roundings of float32
 BLOCK = 1 << 17  # logits a block on the CPU: half a megabyte, a few of which fit into its cache
@@ -165,7 +169,7 @@ def _chunk(
     values: TokenTerms,
 ) -> None:
     """Fill in the values of a chunk; write the derivative of its loss over ``logits`` [c V]."""
-    if kernels is not None and kernels.serves(logits, task):
+    if _kernels_serve(logits, task):
         return kernels.block(logits, teacher, rows, task, upstream, values)
     step = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     for part in _slices(len(logits), step):
@@ -173,6 +177,49 @@ def _chunk(
         slope = _block(logits[part], teacher[part], here, task, upstream, values)
         if slope is not None:
             logits[part] = slope
+
+
+def _kernels_serve(logits: Tensor, task: Task) -> bool:
+    """Whether Triton kernels do this case; before they are used they are tried."""
+    if kernels is None or not kernels.serves(logits, task):
+        return False
+    curves = tuple((head.scale, head.softcap) for head in (task.student, task.teacher))
+    return _tried(logits.device, logits.dtype, task.kind, task.temperature, curves)
+
+
+@cache
+def _tried(
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: Kind,
+    temperature: float,
+    curves: tuple[tuple[float, float | None], ...],
+) -> bool:
+    """Whether the kernels give what the eager path gives on a small example; if not, it is said."""
+    some = torch.Generator().manual_seed(0)
+    rows, vocab = 3, 2100
+    logits, teacher = torch.randn(2, rows, vocab, generator=some).to(device, dtype)
+    heads = [Head(logits.new_empty(vocab, 1), scale=scale, softcap=cap) for scale, cap in curves]
+    tokens, ones = torch.tensor([0, 5, 2099], device=device), logits.new_ones(rows)
+    task = Task(
+        *(*heads, logits[:, :1], tokens, tokens[:, None].clone(), kind, 0.5, temperature, rows)
+    )
+    upstream, here = Upstream(ones, ones, ones[:, None]), slice(0, rows)
+    values, expected = (_empty(task, torch.float32) for _ in range(2))
+    slope = _block(logits, teacher, here, task, upstream, expected)
+    assert slope is not None
+    try:
+        kernels.block(logits, teacher, here, task, upstream, values)
+        gaps = logits - slope, values.divergence - expected.divergence
+        gap = max(float(x.abs().max()) for x in gaps)
+    except compiler_faults() as fault:
+        said = str(fault).strip().partition("\n")[0][:100]
+        logger.warning(f"the loss without kernels ({type(fault).__name__}: {said}): slower.")
+        return False
+    if gap <= (1e-4 if dtype == torch.float32 else 0.05):
+        return True
+    logger.warning(f"the loss without kernels: they are off by {gap:.2g}. It is slower.")
+    return False
 
 
 def _block(

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from topd.config import CHECKPOINTING, TOPDConfig
-from topd.engines.graphs import BUCKETS
+from topd.engines.buffers import OWN_UNIT, SHARED_UNIT, rounded
+from topd.engines.graphs import BUCKETS, bucket
 from topd.inputs.teachers import TeacherSet
 from topd.types import Prompt
 
@@ -136,27 +137,30 @@ def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float
     always = student.bytes + teacher.bytes + MOMENTS * student.trained + BESIDE
     copied = student.weights * byte if work.half and student.wide else 0
     states = work.rollouts * work.response * teacher.width * byte  # the teacher's, of all rollouts
-    buffers = work.rollouts * work.longest * student.cached * byte
+    rows = bucket(work.rollouts)  # that are written together
+    buffers = rows * rounded(work.longest) * student.cached * byte
+    writing = max(3 * rows * student.vocab * 4, _read(student, rows * work.prompt, byte))
     if work.window:
-        entries = work.scored * work.longest + work.windows * work.window
+        entries = rounded(work.scored * work.longest, SHARED_UNIT)
+        entries += bucket(work.windows) * rounded(work.window, OWN_UNIT)
         always += entries * teacher.cached * byte
     cast = buffers + copied + 4 * student.trained  # while it learns: and gradients
     return {
-        "rollouts": always + copied + _written(student, work.rollouts, work.longest, byte),
+        "rollouts": always + copied + buffers + writing,
         "scoring and windows": always + states + buffers + copied + _scored(teacher, work, byte),
         "learning": always + states + cast + _learned(student, teacher, work, byte),
     }
 
 
-def _written(model: ModelSize, rows: int, length: int, byte: int) -> float:
-    """Keys and values of rows that are written together, and their logits in float32."""
-    return rows * (length * model.cached * byte + 3 * model.vocab * 4)
+def _read(model: ModelSize, tokens: int, byte: int) -> float:
+    """What a forward without gradients holds at once, in a layer."""
+    return tokens * (4 * model.width + 2 * model.inner + 2 * model.queries) * byte
 
 
 def _scored(teacher: ModelSize, work: Work, byte: int) -> float:
     """A scoring forward, and its keys and values; or windows after it."""
     tokens = work.scored * work.longest
-    forward = tokens * (4 * teacher.width + 2 * teacher.inner + 2 * teacher.queries) * byte
+    forward = _read(teacher, tokens, byte)
     forward += 3 * min(work.chunk, tokens) * teacher.vocab * 4
     if not work.window:
         return forward

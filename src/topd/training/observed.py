@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import logging
 
 from topd.distributed import everywhere
 from topd.engines.factory import open_engines
@@ -38,6 +39,8 @@ from topd.training.recorded import RecordedTrainer
 from topd.training.startup import Sources, Tokenizers, rows_of
 from topd.training.turns import Turns
 from topd.types import Prompt
+
+logger = logging.get_logger(__name__)
 
 
 class ObservedTrainer(RecordedTrainer):
@@ -88,6 +91,10 @@ class ObservedTrainer(RecordedTrainer):
             raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
         if self.copy:
             student.model = self.copy.model
+            if student.graphs is not None:  # of the sharded model's weights
+                student.release()
+                student.graphs = None
+                logger.warning("student: writes without CUDA graphs under FSDP, which is slower.")
         self.shares_rows = student.shares
         pair = student, one_teacher(teachers or [student], routes)
         self.observer = Observer(*pair, self.args, self.phases, self.turns)

@@ -169,6 +169,7 @@ class TOPDTrainer(ObservedTrainer):
         self, epoch_iterator: Iterator[list[Prompt]], num_batches: int, device: torch.device
     ) -> tuple[list[LearningBatch], None]:
         """An update begins: prompts in, micro-batches to learn from out."""
+        self.batches.clear()  # Trainer has this list too: their memory is for the rollouts
         if 0 < self.state.max_steps <= self.state.global_step:  # resumed where it had ended
             self.control.should_training_stop = True
             return [], None
