@@ -287,21 +287,24 @@ class Update:
 
 
 TINY_UPDATE = Update("tiny", "tiny", 4, 2, 16, 4)
-ARMS = ("topd", "first_fork")
 EVERY_SECOND = {"look_ahead_every": 2, "look_ahead_until": None}
 
 
 def step(tiny: bool) -> Iterator[Row]:
-    """A whole step of ours: in turns one that looks ahead and one of opd, of one trainer."""
-    size, pairs = (TINY_UPDATE, 1) if tiny else (Update(), 4)
-    for arm in ARMS:
-        yield from in_turns(arm, size, pairs)
-    kept = Update(**{**vars(size), "recomputed": False})
-    yield measured("opd", kept, 2, our_trainer)
+    """A whole step of ours: in turns one of topd and one of opd, of one trainer."""
+    yield from in_turns("topd", tiny)
+    size = TINY_UPDATE if tiny else Update()
+    yield measured("opd", Update(**{**vars(size), "recomputed": False}), 2, our_trainer)
 
 
-def in_turns(arm: str, size: Update, pairs: int) -> Iterator[Row]:
+def step_first_fork(tiny: bool) -> Iterator[Row]:
+    """The same of first_fork."""
+    yield from in_turns("first_fork", tiny)
+
+
+def in_turns(arm: str, tiny: bool) -> Iterator[Row]:
     """Steps of a method and of opd, and the quotients of neighbours, after a first one of each."""
+    size, pairs = (TINY_UPDATE, 1) if tiny else (Update(), 4)
     clock = timed(partial(our_trainer, **EVERY_SECOND), arm, size, 2 + 2 * pairs)
     ahead, plain = clock.found[2::2], clock.found[3::2]
     opd = figures("opd", size, clock, plain)
@@ -313,12 +316,12 @@ def in_turns(arm: str, size: Update, pairs: int) -> Iterator[Row]:
 
 
 def step_trl(tiny: bool) -> Iterator[Row]:
-    """The same step of TRL's DistillationTrainer: lambda 1 and reverse KL are its defaults."""
+    """The same step of TRL's DistillationTrainer, whose defaults are lambda 1 and reverse KL."""
     size = TINY_UPDATE if tiny else Update()
-    ours_ = measured("opd", size, 3, our_trainer)
-    yield ours_
     theirs = measured("DistillationTrainer", size, 2, trl_trainer)
-    yield {**theirs, "over opd": f"{theirs['s a step'] / ours_['s a step']:.2f}"}
+    yield theirs
+    ours_ = measured("opd", size, 3, our_trainer)
+    yield {**ours_, "TRL over it": f"{theirs['s a step'] / ours_['s a step']:.2f}"}
 
 
 SMALL = Update("SmolLM2-135M", "SmolLM2-135M", 64, 32, 128, recomputed=False)
@@ -457,8 +460,9 @@ class Part:
 
 PARTS = {
     "rollouts": Part(rollouts, 110, "Rollouts, prompts of 64 tokens, bfloat16"),
-    "step": Part(step, 150, "A whole step, bfloat16 over float32 weights"),
     "step-trl": Part(step_trl, 130, "A whole step, TRL's beside ours"),
+    "step": Part(step, 110, "A whole step, bfloat16 over float32 weights"),
+    "step-first-fork": Part(step_first_fork, 80, "The same, first_fork"),
     "loss": Part(loss, 60, "Reverse KL, forward and backward, 8,192 tokens"),
     "windows": Part(windows, 60, "Scoring, and windows of 50 tokens"),
     "sharing": Part(sharing, 60, "Several runs on one GPU, SmolLM2-135M's shape, 64 x 128 tokens"),
