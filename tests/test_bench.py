@@ -223,17 +223,18 @@ def test_the_rates_that_made_some_seconds_are_found_again():
 
 
 def test_every_part_for_a_gpu_gives_its_figures_on_tiny_shapes():
-    found = {name: list(gpu.PARTS[name].run(True)) for name in ("rollouts", "windows", "step")}
+    names = ("rollouts", "windows", "step", "step-first-fork")
+    found = {name: list(gpu.PARTS[name].run(True)) for name in names}
     assert [row["way"] for row in found["rollouts"]] == ["ours", "ours, eager", "generate"]
     assert all(row["tokens/s"] > 0 for row in found["rollouts"])
     assert all(row["seconds"] > 0 for row in found["windows"])
-    trainers = [name for arm in gpu.ARMS for name in ("opd", arm)]  # in turns
-    assert [row["trainer"] for row in found["step"]] == [*trainers, "opd"]
-    assert [row["trainer"] for row in found["step"] if "over opd" in row] == [*gpu.ARMS]
+    assert [row["trainer"] for row in found["step"]] == ["opd", "topd", "opd"]
+    assert [row["trainer"] for row in found["step-first-fork"]] == ["opd", "first_fork"]
+    assert all("over opd" in found[name][1] for name in names[2:])
     assert {row["activations"] for row in found["step"]} == {"recomputed", "kept"}
     results = {name: {"rows": rows, "seconds": 1.0} for name, rows in found.items()}
     text = "\n".join(map(str, gpu.tables({"results": results})))
-    assert all(f"| {arm} " in text for arm in gpu.ARMS)
+    assert all(f"| {arm} " in text for arm in ("opd", "topd", "first_fork"))
 
 
 def test_a_part_that_fails_or_takes_too_long_is_named_with_its_reason(monkeypatch):
