@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.imitated import ANSWERS, FORK_BY_CE, NEW, SAME, SAME_BY_CE
+from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE
 from topd.commands.budgets import RATES, READ, cost
 
 
@@ -62,7 +62,6 @@ LABELS = {  # of arms, in text for readers
     "random handover to the end": "random place, windows to the end",
     "true fork to the end": "labelled fork, windows to the end",
 }
-AT_COST = ", at opd's cost"
 READ_PRICES = (READ, 0.1, 0.05, 0.02)
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
 # without "over" the accuracy itself
@@ -193,7 +192,7 @@ def named(arm: str) -> str:
     >>> named("random handover, at opd's cost")
     "random place, forward KL, at OPD's cost"
     """
-    head, cut, _ = arm.partition(AT_COST)
+    head, cut, _ = arm.partition(AS_OPD)
     return LABELS.get(head, head) + (", at OPD's cost" if cut else "")
 
 

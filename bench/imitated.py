@@ -97,6 +97,7 @@ GUESSES = {
     "random handover to the end": {**TO_END, "candidate_loss": "random"},
     "true fork to the end": {**TO_END, "candidate_loss": "bench.controls:oracle_guesses"},
 }
+AS_OPD = ", at opd's cost"
 AT_COST = ("first_fork", FORK_BY_CE, "random handover")
 GUESSES_AT_COST = ("OLIVE", "random handover to the end", "first_fork, by token loss and OT")
 Found = dict[str, Any]
@@ -184,10 +185,20 @@ class Setting:
             arm: {**keys, "learning_rate": rates[arm]["chosen"]} for arm, keys in self.arms.items()
         }
         if self.at_cost:
-            first = replace(self, references=("opd",)).compared("final", arms, start["chosen"])
-            arms |= shorter({arm: arms[arm] for arm in self.at_cost}, first["spent"], self.updates)
+            arms |= self.shortened() or self.shorter(arms, start["chosen"])
         found = self.compared("final", arms, start["chosen"])
         return {**found, "start": start, "rates": rates}
+
+    def shortened(self) -> Arms:
+        """The arms at OPD's cost of a comparison that has begun with them."""
+        path = self.folder / "final.yaml"
+        known = yaml.safe_load(path.read_text())["compare"]["arms"] if path.exists() else {}
+        return {arm: keys for arm, keys in known.items() if arm.endswith(AS_OPD)}
+
+    def shorter(self, arms: Arms, start: Mapping[str, Any]) -> Arms:
+        """Those arms, from what the others cost."""
+        first = replace(self, references=("opd",)).compared("final", arms, start)
+        return shorter({arm: arms[arm] for arm in self.at_cost}, first["spent"], self.updates)
 
     def tuned_start(self) -> Found:
         """How long stage 1 is, at which rate, and the scores of all that was tried."""
@@ -321,9 +332,7 @@ def shorter(arms: Mapping[str, Mapping[str, Any]], spent: Found, updates: int) -
     """
     budget = spent["opd"]["cost"]["5"]
     steps = {arm: int(updates * budget / spent[arm]["cost"]["5"]) for arm in arms}
-    return {
-        f"{arm}, at opd's cost": {**keys, "max_steps": steps[arm]} for arm, keys in arms.items()
-    }
+    return {f"{arm}{AS_OPD}": {**keys, "max_steps": steps[arm]} for arm, keys in arms.items()}
 
 
 def plateau(tried: Mapping[tuple[int, float], float]) -> Found:
