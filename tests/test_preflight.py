@@ -30,7 +30,7 @@ from topd.errors import TOPDError
 from topd.inputs.adapters import merged
 from topd.report.training import training_charts
 from topd.training.inherited import ELSEWHERE, REFUSED, WORKS, check_inherited
-from topd.training.preflight import check_forward, check_saved, without_dropout
+from topd.training.preflight import MOST_KL, check_forward, check_saved, kl, without_dropout
 from topd.training.warmstart import WarmstartConfig
 
 IDS = torch.arange(4, 20)[None]
@@ -302,6 +302,27 @@ def test_a_saved_student_is_the_one_in_memory(tmp_path):
     model.save_pretrained(tmp_path)
     assert check_saved(tmp_path, model) < (1e-12 if USE_CPU else 1e-9)  # it is read on a CPU
     model.lm_head.weight.data += 0.05 * torch.randn_like(model.lm_head.weight)
+    with pytest.raises(TOPDError, match="differ by"):
+        check_saved(tmp_path, model)
+
+
+def test_rounding_of_a_narrow_adapter_is_no_other_model(tmp_path):
+    """bfloat16 alone makes two forwards differ by more than another model may."""
+    base = tiny_model(hidden_size=64, initializer_range=0.8, num_hidden_layers=4).bfloat16()
+    model = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    merged(model).save_pretrained(tmp_path)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert check_saved(tmp_path, model) < MOST_KL
+    after = model.state_dict()
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    narrow = type(base).from_pretrained(tmp_path)(ids := torch.arange(16)[None]).logits
+    assert kl(model(ids).logits, narrow) > MOST_KL
+    with torch.no_grad():
+        weight.mul_(2)
     with pytest.raises(TOPDError, match="differ by"):
         check_saved(tmp_path, model)
 
