@@ -124,7 +124,7 @@ def main() -> None:
     asked = parser.parse_args()
     setting = Setting(asked.family, asked.supply, asked.folder, asked.jobs)
     if asked.family == "guesses":
-        references = ("opd", "opd, three times the updates", NEW)
+        references = ("opd", "opd, three times the updates", NEW, "OLIVE")
         setting = replace(setting, arms=GUESSES, rates=HIGHER, references=references, evaluations=4)
         setting = replace(setting, at_cost=GUESSES_AT_COST)
     else:
