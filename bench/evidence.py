@@ -63,10 +63,10 @@ LABELS = {  # of arms, in text for readers
     "true fork to the end": "labelled fork, windows to the end",
 }
 READ_PRICES = (READ, 0.1, 0.05, 0.02)
-# {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
-# without "over" the accuracy itself
 BEST = ", every method at its own best rate"
 SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE}
+# {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
+# without "over" the accuracy itself
 FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+))?\}")
 
 
