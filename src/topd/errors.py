@@ -45,6 +45,11 @@ def compiler_faults() -> tuple[type[Exception], ...]:
     )
 
 
+def first_line(fault: Exception) -> str:
+    """A library's fault with its kind, as far as fits into a message of ours."""
+    return f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0][:100]}"
+
+
 def shown(value: Any) -> str:
     """A value or an error as text for a message, cut where it is long."""
     text = str(value) if isinstance(value, Exception) else repr(value)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from topd.errors import compiler_faults
+from topd.errors import compiler_faults, first_line
 
 logger = logging.get_logger(__name__)
 
@@ -143,8 +143,7 @@ def _tried(
         expected = _plain(query, fresh, (cells, cells.clone()), place, **options)
         gap = float((found.float() - expected.float()).abs().max())
     except compiler_faults() as fault:
-        said = str(fault).strip().partition("\n")[0][:100]
-        logger.warning(f"no kernel for attention ({type(fault).__name__}: {said}): slower.")
+        logger.warning(f"no kernel for attention ({first_line(fault)}): slower.")
         return None
     if gap > (1e-4 if torch.float32 in (dtype, kept) and dtype == kept else 0.05):
         logger.warning(f"no kernel for attention: it is off by {gap:.2g}. Writing is slower.")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from topd.engines.draws import draw, gumbel
-from topd.errors import compiler_faults
+from topd.errors import compiler_faults, first_line
 from topd.types import Sampling
 
 logger = logging.get_logger(__name__)
@@ -54,10 +54,7 @@ class Piece:
                 return self._compiled(*args, **kwargs)
         except compiler_faults() as fault:
             self._compiled = None
-            said = str(fault).strip().partition("\n")[0][:100]
-            logger.warning(
-                f"{self._name}: not compiled ({type(fault).__name__}: {said}); writing is slower."
-            )
+            logger.warning(f"{self._name}: not compiled ({first_line(fault)}); writing is slower.")
             return self._plain(*args, **kwargs)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from topd.errors import compiler_faults
+from topd.errors import compiler_faults, first_line
 from topd.losses.terms import LEAST, Kind, Task, TokenTerms, Upstream
 from topd.types import Head, autocast_dtype
 
@@ -213,8 +213,7 @@ def _tried(
         gaps = logits - slope, values.divergence - expected.divergence
         gap = max(float(x.abs().max()) for x in gaps)
     except compiler_faults() as fault:
-        said = str(fault).strip().partition("\n")[0][:100]
-        logger.warning(f"the loss without kernels ({type(fault).__name__}: {said}): slower.")
+        logger.warning(f"the loss without kernels ({first_line(fault)}): slower.")
         return False
     if gap <= (1e-4 if dtype == torch.float32 else 0.05):
         return True
