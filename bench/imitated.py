@@ -41,7 +41,7 @@ START_UPDATES, START_RATES = (150, 300, 600, 1200), (1e-3, 2e-3)
 RATES, HIGHER = (2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3)  # the latter: guesses
 LEAST, MOST = 3e-5, 4e-2  # no rate is tried beyond them
 PLATEAU = 0.02
-UPDATES, NEW_ANSWERS = 160, 800
+UPDATES, ROLLOUTS, NEW_ANSWERS = 160, 32, 800
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 LONGEST = 64  # tokens of a response
 PLAN = "docs/analysis-plan.md"
@@ -53,9 +53,10 @@ NEW = "stage 1 continued, new answers, cross-entropy"
 Arms = dict[str, dict[str, Any]]
 
 
-def arms_of(updates: int = UPDATES) -> Arms:
+def arms_of(updates: int = UPDATES, rollouts: int = ROLLOUTS) -> Arms:
     """The arms of every table; new answers have about as many tokens as first_fork's windows."""
     stage_1 = {"stage": "warmstart", "max_steps": updates}
+    new = NEW_ANSWERS * updates * rollouts // (UPDATES * ROLLOUTS)
     return {
         "opd": {"method": "opd"},
         "first_fork": FORK,
@@ -64,7 +65,7 @@ def arms_of(updates: int = UPDATES) -> Arms:
         SAME: {**stage_1, "answers": "start"},
         SAME_BY_CE: {**stage_1, "answers": "start", "kd_ratio": 0.0},
         NEW: {
-            **{**stage_1, "answers": "teacher", "data.limit": NEW_ANSWERS * updates // UPDATES},
+            **{**stage_1, "answers": "teacher", "data.limit": new},
             **{"kd_ratio": 0.0, "max_steps": 2 * updates},
         },
         FORK_BY_CE: {**FORK, "method_options": {"loss": "cross_entropy"}},
@@ -287,7 +288,7 @@ class Setting:
         models = self.models or world
         every = self.updates // self.evaluations if final else 10_000
         common = {
-            **{"max_completion_length": self.tokens, "per_device_train_batch_size": 32},
+            **{"max_completion_length": self.tokens, "per_device_train_batch_size": ROLLOUTS},
             **{"save_strategy": "no", "log_rollouts": False, "use_cpu": True},
             **({"teacher_prompt": READ[self.family]} if self.family in READ else {}),
             **self.more,
@@ -298,7 +299,7 @@ class Setting:
         return {
             "student": f"{models}/student",
             "teacher": f"{models}/teacher",
-            "data": {"path": world, "limit": 32 * self.updates},
+            "data": {"path": world, "limit": ROLLOUTS * self.updates},
             "evaluation": {
                 **{"path": world, "split": split, "limit": limit, **sampling},
                 **{"max_tokens": self.tokens, "every": every},

@@ -6,9 +6,9 @@
 
 Arithmetic of the testbed. Teacher and base student (``F/models``) have a hundred times the weights
 of the package's own student and are made from scratch as those are; then everything is as in
-``bench.imitated arithmetic few``, in bfloat16 and with fewer updates: stage 1 on 320 of the
-teacher's answers; of ``RATES`` the one that is best on validation problems with one seed and half
-of the updates, none beyond them; three other seeds at the end.
+``bench.imitated arithmetic few``, in bfloat16, with fewer updates and half as many rollouts in
+each: stage 1 on 320 of the teacher's answers; of ``RATES`` the one that is best on validation
+problems with one seed and half of the updates, none beyond them; three other seeds at the end.
 
 Every student of the end answers 400 test problems greedily and eight times, at temperature 1 and
 at 0.6 with top-p 0.95 (sharpness is not skill): pass@1, pass@8, length. What is forgotten: the
@@ -37,7 +37,7 @@ from topd.testbed import END, FAMILIES, problems, write
 from topd.testbed.models import Making, Role, make
 from topd.testbed.world import STUDENT
 
-FAMILY, UPDATES, SEEDS, TESTS = "arithmetic", 40, (0, 1, 2), 400
+FAMILY, UPDATES, ROLLOUTS, SEEDS, TESTS = "arithmetic", 40, 16, (0, 1, 2), 400
 MAKING: dict[Role, Making] = {
     "teacher": Making(512, 1408, steps=400, layers=10, learning_rate=1e-3),
     "student": Making(512, 1408, steps=200, layers=10, learning_rate=1e-3),
@@ -59,7 +59,7 @@ def main() -> None:
     make_models(models)
     if asked.make_only:
         return
-    arms = arms_of(UPDATES) | {"OLIVE": OLIVE}
+    arms = arms_of(UPDATES, ROLLOUTS) | {"OLIVE": OLIVE}
     setting = Setting(
         *(FAMILY, "few", asked.folder, asked.jobs),
         arms={arm: keys for arm, keys in arms.items() if arm != FORK_BY_CE},
@@ -70,7 +70,7 @@ def main() -> None:
         start_rates=START_RATES,
         models=str(models),
         updates=UPDATES,
-        more=BF16,
+        more={**BF16, "per_device_train_batch_size": ROLLOUTS},
     )
     start = setting.tuned_start()
     found = setting.finished(start, setting.few_rates(start["chosen"]))
