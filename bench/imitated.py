@@ -99,7 +99,7 @@ GUESSES = {
     "true fork to the end": {**TO_END, "candidate_loss": "bench.controls:oracle_guesses"},
 }
 AS_OPD = ", at opd's cost"
-AT_COST = ("first_fork", FORK_BY_CE, "random handover")
+AT_COST = {"few": ("first_fork", FORK_BY_CE, "random handover"), "many": (FORK_BY_CE,), "all": ()}
 GUESSES_AT_COST = ("OLIVE", "random handover to the end", "first_fork, by token loss and OT")
 Found = dict[str, Any]
 
@@ -130,7 +130,7 @@ def main() -> None:
         setting = replace(setting, at_cost=GUESSES_AT_COST)
     else:
         arms = {**ARMS, **controls_of(asked.family)}
-        setting = replace(setting, arms=arms, at_cost=AT_COST)
+        setting = replace(setting, arms=arms, at_cost=AT_COST[asked.supply])
     start = setting.tuned_start()
     rates = setting.tuned_rates(start["chosen"])
     if asked.tune_only:
