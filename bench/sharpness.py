@@ -4,10 +4,11 @@
 
     python -m bench.sharpness [--folder F]
 
-The students of ``bench.imitated`` (``F/FAMILY-SUPPLY/final/arms``) answer its test problems four
-times, at temperature 0.6 with top-p 0.95. Answers that the teacher drew so teach a sharper student,
+The students of ``bench.imitated`` (``F/FAMILY-SUPPLY/final/arms``) answer its test problems twice
+more, at temperature 0.6 with top-p 0.95. Answers that the teacher drew so teach a sharper student,
 which is right more often at temperature 1 without knowing more. ``docs/results/sharpness.json``
-gets every world's accuracies and their differences from OPD, and is added to.
+gets every world's accuracies and differences from OPD and from new answers; worlds that it has
+are left as they are.
 """
 
 import argparse
@@ -19,14 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from bench.imitated import ANSWERS, FORK_BY_CE, NEW, SAME, SAME_BY_CE, SEEDS, TOKENS
+from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE, SEEDS, TOKENS
 from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec, eos_ids
 from topd.statistics import SHARES, seed_problem_interval
 
 ARMS = ("opd", NEW, SAME_BY_CE, SAME, "first_fork", FORK_BY_CE, "topd", "OLIVE")
-PROBLEMS, SAMPLES = 400, 4
+AT_COST = tuple(f"{arm}{AS_OPD}" for arm in ("first_fork", FORK_BY_CE, "OLIVE"))
+PROBLEMS, SAMPLES = 400, 2
 RESULT = Path("docs/results/sharpness.json")
 
 
@@ -44,16 +46,19 @@ def main() -> None:
 
 def served(arms: Path, family: str) -> dict[str, Any]:
     """Accuracy of every arm, and over OPD, with intervals over seeds and problems."""
-    solved = {arm: list(of_seeds(arms, arm, family)) for arm in ARMS}
+    solved = {arm: list(of_seeds(arms, arm, family)) for arm in (*ARMS, *AT_COST)}
     solved = {arm: runs for arm, runs in solved.items() if runs}
     return {
         "accuracy": {
             arm: asdict(seed_problem_interval(runs, bounds=SHARES)) for arm, runs in solved.items()
         },
-        "over opd": {
-            arm: asdict(seed_problem_interval(np.subtract(runs, solved["opd"])))
-            for arm, runs in solved.items()
-            if arm != "opd"
+        "against": {
+            reference: {
+                arm: asdict(seed_problem_interval(np.subtract(runs, solved[reference])))
+                for arm, runs in solved.items()
+                if arm != reference
+            }
+            for reference in ("opd", NEW)
         },
     }
 
