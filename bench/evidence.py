@@ -66,8 +66,8 @@ READ_PRICES = (READ, 0.1, 0.05, 0.02)
 BEST = ", every method at its own best rate"
 SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE}
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
-# without "over" the accuracy itself
-FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+))?\}")
+# without "over" the accuracy itself; "at 0.6": sampled as students are served
+FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+|0\.6))?\}")
 
 
 def main() -> None:
@@ -80,6 +80,7 @@ def page() -> str:
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     tuned_worlds = _read("imitated", TUNED)
     parts = [filled(text.strip(), tuned_worlds), "\n".join(in_short(tuned_worlds))]
+    parts.append("\n".join(served(_sharpness())))
     parts.append("\n".join(reading(tuned_worlds)))
     for name, found in tuned_worlds.items():
         parts.append("\n".join([*imitated(found, *_tuned_title(name)), *tuned(found)]))
@@ -114,6 +115,7 @@ def page() -> str:
 
 def filled(text: str, worlds: Mapping[str, Found]) -> str:
     """The introduction with the figures that it asks for."""
+    sharpness = _sharpness()
 
     def figure(asked: re.Match[str]) -> str:
         name, arm, reference, budget = asked.groups()
@@ -121,6 +123,10 @@ def filled(text: str, worlds: Mapping[str, Found]) -> str:
         known = found["summary"] | found["starts"] | {"": None}
         if arm not in known or reference not in known:
             return "not run"
+        if budget == "0.6":
+            served = sharpness[name]
+            shown = served["against"][reference][arm] if reference else served["accuracy"][arm]
+            return _gain(shown).replace("**", "") if reference else _percent(shown)
         if not reference:
             return _pair((found["summary"] | found["starts"])[arm], _percent)
         if not budget:
@@ -186,6 +192,25 @@ def reading(worlds: Mapping[str, Found]) -> Iterator[str]:
             yield f"| {world} | {named(arm)} | {' | '.join(cells)} |"
 
 
+def served(worlds: Mapping[str, Found]) -> Iterator[str]:
+    """Accuracy where students are sampled less by chance, over OPD and over new answers."""
+    yield "## Served at temperature 0.6"
+    yield ""
+    yield (
+        "The same students, two answers of each of the 400 test problems at temperature 0.6 with "
+        "top-p 0.95 (`python -m bench.sharpness`): described, not tested (plan, point 21)."
+    )
+    yield ""
+    yield "| world | method | accuracy | over OPD | over new answers |"
+    yield "|---|---|---|---|---|"
+    for name, found in worlds.items():
+        for arm, accuracy in found["accuracy"].items():
+            over = [found["against"][reference].get(arm) for reference in ("opd", NEW)]
+            gains = " | ".join(_gain(one) if one else "" for one in over)
+            world = _tuned_title(name)[0].removesuffix(BEST)
+            yield f"| {world} | {named(arm)} | {_percent(accuracy)} | {gains} |"
+
+
 def named(arm: str) -> str:
     """An arm in words.
 
@@ -217,6 +242,11 @@ def _read(kind: str, names: Iterable[str] = FAMILIES) -> dict[str, Found]:
     """What is measured of every family, of those where it is."""
     paths = {name: RESULTS / f"{kind}-{name}.json" for name in names}
     return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
+
+
+def _sharpness() -> dict[str, Found]:
+    """What ``bench.sharpness`` found of every world."""
+    return json.loads((RESULTS / "sharpness.json").read_text())
 
 
 def _tuned_title(name: str) -> tuple[str, str]:

@@ -71,7 +71,6 @@ def main() -> None:
         start_rates=START_RATES,
         models=str(models),
         updates=UPDATES,
-        evaluations=1,
         more={**BF16, "per_device_train_batch_size": ROLLOUTS},
     )
     start = setting.tuned_start()
