@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE
 from topd.commands.budgets import RATES, READ, cost
+from topd.commands.compare import in_files
 
 
 def _alone(window: int, until: int, more: str = "") -> str:
@@ -298,8 +299,7 @@ def judged(found: Found, texts: str) -> Iterator[str]:
 
 def _is_of(place: str, name: str) -> bool:
     """Whether a run folder is an arm's, or a start's own."""
-    arm = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
-    return place == name or place.rpartition("-")[0] == arm
+    return place == name or place.rpartition("-")[0] == in_files(name)
 
 
 def _spread(values: Sequence[float]) -> str:

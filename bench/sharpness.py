@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE, SEEDS, TOKENS
+from topd.commands.compare import in_files
 from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec, eos_ids
@@ -65,9 +66,8 @@ def served(arms: Path, family: str) -> dict[str, Any]:
 
 def of_seeds(arms: Path, arm: str, family: str) -> Iterator[list[float]]:
     """[problems] right answers of every seed of an arm, as far as it has run."""
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
     for seed in SEEDS:
-        if (place := arms / f"{name}-{seed}" / "student").exists():
+        if (place := arms / f"{in_files(arm)}-{seed}" / "student").exists():
             yield solved_by(place, family)
 
 

@@ -379,10 +379,18 @@ def _stored(folder: Path) -> list[Result]:
     return list(read_lines(path)) if trim(path) else []
 
 
+def in_files(arm: str) -> str:
+    """An arm's name in those of files.
+
+    >>> in_files("first_fork, K 24")
+    'first_fork--K-24'
+    """
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
+
+
 def _place(folder: Path, arm: str, seed: int) -> str:
     """The run folder of an arm, emptied if a run there did not finish."""
-    name = "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
-    place = folder / "arms" / f"{name}-{seed}"
+    place = folder / "arms" / f"{in_files(arm)}-{seed}"
     begin_anew(place)
     (place / "answers.jsonl").unlink(missing_ok=True)  # what they cost is the arm's
     return str(place)
