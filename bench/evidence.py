@@ -143,7 +143,7 @@ def filled(text: str, worlds: Mapping[str, Found]) -> str:
 
 def in_short(worlds: Mapping[str, Found]) -> Iterator[str]:
     """Every arm in every world: points over OPD at the ends, and at equal cost for r = 5."""
-    names = [_tuned_title(name)[0].removesuffix(BEST) for name in worlds]
+    names = [_world(name) for name in worlds]
     yield "## In short: points over OPD after imitation, greedy / sampled"
     yield ""
     yield (
@@ -183,14 +183,13 @@ def reading(worlds: Mapping[str, Found]) -> Iterator[str]:
     yield f"| world | method | {' | '.join(f'{read:g}' for read in READ_PRICES)} |"
     yield f"|---|---|{'---|' * len(READ_PRICES)}"
     for name, found in worlds.items():
-        world = _tuned_title(name)[0].removesuffix(BEST)
         for arm in filter(found["spent"].get, (NEW, "first_fork", FORK_BY_CE, "topd", "OLIVE")):
             own, opd = (found["spent"][key] for key in (arm, "opd"))
             cells = [
                 " / ".join(f"{cost(own, r, read) / cost(opd, r, read):.2f}" for r in RATES)
                 for read in READ_PRICES
             ]
-            yield f"| {world} | {named(arm)} | {' | '.join(cells)} |"
+            yield f"| {_world(name)} | {named(arm)} | {' | '.join(cells)} |"
 
 
 def served(worlds: Mapping[str, Found]) -> Iterator[str]:
@@ -208,8 +207,7 @@ def served(worlds: Mapping[str, Found]) -> Iterator[str]:
         for arm, accuracy in found["accuracy"].items():
             over = [found["against"][reference].get(arm) for reference in ("opd", NEW)]
             gains = " | ".join(_gain(one) if one else "" for one in over)
-            world = _tuned_title(name)[0].removesuffix(BEST)
-            yield f"| {world} | {named(arm)} | {_percent(accuracy)} | {gains} |"
+            yield f"| {_world(name)} | {named(arm)} | {_percent(accuracy)} | {gains} |"
 
 
 def named(arm: str) -> str:
@@ -251,9 +249,17 @@ def _sharpness() -> dict[str, Found]:
 
 
 def _tuned_title(name: str) -> tuple[str, str]:
+    return f"{_world(name)}{BEST}", f"python -m bench.imitated {name.replace('-', ' ')}"
+
+
+def _world(name: str) -> str:
+    """In words.
+
+    >>> _world("logic-many")
+    'logic, 4,800 answers'
+    """
     family, supply = name.split("-")
-    answers = f"{family}, {ANSWERS[supply]:,} answers{BEST}"
-    return answers, f"python -m bench.imitated {family} {supply}"
+    return f"{family}, {ANSWERS[supply]:,} answers"
 
 
 def tuned(found: Found) -> Iterator[str]:
@@ -275,11 +281,12 @@ def tuned(found: Found) -> Iterator[str]:
 def judged(found: Found, texts: str) -> Iterator[str]:
     """Each arm's students by two ways of sampling, their length, and what they forgot."""
     ways = ("temperature 1", "temperature 0.6, top-p 0.95")
+    problems = found["judged"]["teacher"][ways[0]]["greedy"]["problems"]
     yield ""
     yield "### Sharpness is not skill"
     yield ""
     yield (
-        "The same students, eight samples of each problem; means over seeds, least to largest in "
+        f"The same students, eight samples of each of {problems} problems; means over seeds, least to largest in "
         f"brackets. Perplexity: of {texts}. Greedy figures are with weights in bfloat16."
     )
     yield ""

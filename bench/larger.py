@@ -4,8 +4,8 @@
 
     python -m bench.larger [--folder F] [--jobs N] [--make-only]
 
-Arithmetic of the testbed. Teacher and base student (``F/models``) have a hundred times the weights
-of the package's own student and are made from scratch as those are; then everything is as in
+Arithmetic of the testbed. Teacher and base student (``F/models``) have 200 times the weights of
+the package's own student and are made from scratch as those are; then everything is as in
 ``bench.imitated arithmetic few``, in bfloat16, with fewer updates and half as many rollouts in
 each: stage 1 on 320 of the teacher's answers; of ``RATES`` the one that is best on validation
 problems with one seed and half of the updates, none beyond them; three other seeds at the end.

@@ -46,9 +46,9 @@ def main() -> None:
 
 
 def served(arms: Path, family: str) -> dict[str, Any]:
-    """Accuracy of every arm, and over OPD, with intervals over seeds and problems."""
+    """Of arms with all seeds: accuracy, and over OPD and new answers, each with its interval."""
     solved = {arm: list(of_seeds(arms, arm, family)) for arm in (*ARMS, *AT_COST)}
-    solved = {arm: runs for arm, runs in solved.items() if runs}
+    solved = {arm: runs for arm, runs in solved.items() if len(runs) == len(SEEDS)}
     return {
         "accuracy": {
             arm: asdict(seed_problem_interval(runs, bounds=SHARES)) for arm, runs in solved.items()
@@ -65,7 +65,7 @@ def served(arms: Path, family: str) -> dict[str, Any]:
 
 
 def of_seeds(arms: Path, arm: str, family: str) -> Iterator[list[float]]:
-    """[problems] right answers of every seed of an arm, as far as it has run."""
+    """[problems] shares of right answers, of every seed of an arm that has run."""
     for seed in SEEDS:
         if (place := arms / f"{in_files(arm)}-{seed}" / "student").exists():
             yield solved_by(place, family)
