@@ -287,7 +287,8 @@ def judged(found: Found, texts: str) -> Iterator[str]:
     yield ""
     yield (
         f"The same students, eight samples of each of {problems} problems; means over seeds, "
-        f"least to largest in brackets. Perplexity: of {texts}. Greedy figures are with weights in bfloat16."
+        f"least to largest in brackets. Perplexity: of {texts}. Greedy figures are with weights in "
+        "bfloat16."
     )
     yield ""
     each = " | ".join(f"sampled, {way} | pass@8, {way}" for way in ways)
