@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import decode, gpu, growth, loss, step, transport, windows
+from bench import before, decode, gpu, growth, loss, step, transport, windows
 from bench.measure import RESULTS, Found, Table, describe
 
 PARTS: dict[str, Callable[[Found], Iterator[Table]]] = {
@@ -14,6 +14,7 @@ PARTS: dict[str, Callable[[Found], Iterator[Table]]] = {
     "step": step.tables,
     "growth": growth.tables,
     "decode": decode.tables,
+    "before": before.tables,
     "gpu": gpu.tables,
 }
 PAGE = Path("docs/performance.md")

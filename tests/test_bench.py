@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("trl", minversion="1.16")
 from bench import (
+    before,
     cost,
     decode,
     gpu,
@@ -88,6 +89,33 @@ def test_the_loss_on_a_gpu_is_measured_in_parts_that_give_figures_or_a_reason(mo
     assert all(f"| {words}" in text for words in ("bare products", "ours, eager", "broken"))
     late = list(loss_gpu.measure(device="cpu", seconds=-1))
     assert all("left out" in x["reason"] for x in late)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        before.Part("transport --windows 20 --length 5", ("topd exact",), call=1, runs=2),
+        before.Part("growth 64x1 --vocab 64 --lengths 8,16", ("8", "16"), runs=1),
+        before.Part("step 64x1 --batch 2 --tokens 12 --arms topd", ("topd",), runs=2),
+    ],
+)
+def test_before_and_now_do_the_same_work_in_turn(part):
+    """Two processes of this one tree."""
+    found = before.beside(part, {"before": before.HERE, "now": before.HERE})
+    assert list(found) == list(part.names)
+    for piece in found.values():
+        assert all(seconds > 0 for seconds in piece["seconds"].values())
+        assert piece["ratio"]["low"] <= piece["ratio"]["median"] <= piece["ratio"]["high"]
+        assert ("memory" in piece) == part.command.startswith("step")
+    result = {"before": "a", "now": "b", "command": part.command, "runs": 2, "pieces": found}
+    (table,) = before.tables({"results": {"part": result}})
+    assert len(table.rows) == len(part.names)
+
+
+def test_before_says_what_a_benchmark_said_when_it_failed():
+    part = before.Part("transport --no-such-option", ("topd exact",))
+    with pytest.raises(SystemExit, match="no-such-option"):
+        before.beside(part, {"before": before.HERE, "now": before.HERE})
 
 
 def test_decode_writes_as_many_tokens_in_every_way(tmp_path):
