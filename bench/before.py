@@ -2,7 +2,8 @@
 
 The benchmarks of an older commit and of this checkout do the same piece of work in
 turn, forwards and backwards, each in a process of its own tree that stays; a first piece of each
-does not count. Quotients are of paired pieces: 1.05 is five per cent slower than it was.
+does not count. Seconds are of CPU time, all threads of the process, which other work on the same
+cores changes little; quotients are of paired pieces: 1.05 is five per cent more than it was.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
@@ -45,13 +47,13 @@ STEP = "step smollm2 --batch"
 PARTS = {
     "loss-151936": Part("loss --shapes 151936x1024 --growth 8", ("chunked",), runs=4),
     "loss-49152": Part("loss --shapes 49152x576 --growth 8", ("chunked",)),
-    "transport": Part("transport", ("topd exact",)),
-    "transport-cut": Part("transport", ("topd exact",), 1),
-    "transport-sinkhorn": Part("transport", ("topd sinkhorn",), 2),
+    "transport": Part("transport", ("topd exact",), runs=60),
+    "transport-cut": Part("transport", ("topd exact",), 1, runs=60),
+    "transport-sinkhorn": Part("transport", ("topd sinkhorn",), 2, runs=60),
     "windows": Part("windows", ("topd",)),
-    "step-testbed-opd": Part("step testbed --arms opd", ("opd",), runs=40),
-    "step-testbed-topd": Part("step testbed --arms topd", ("topd",), runs=40),
-    "step-testbed-first_fork": Part("step testbed --arms first_fork", ("first_fork",), runs=40),
+    "step-testbed-opd": Part("step testbed --arms opd", ("opd",), runs=60),
+    "step-testbed-topd": Part("step testbed --arms topd", ("topd",), runs=60),
+    "step-testbed-first_fork": Part("step testbed --arms first_fork", ("first_fork",), runs=60),
     "step-tiny-opd": Part("step tiny --arms opd", ("opd",)),
     "step-tiny-topd": Part("step tiny --arms topd", ("topd",)),
     "step-opd": Part(f"{STEP} 2 --arms opd", ("opd",), runs=4),
@@ -106,8 +108,8 @@ def obey(pipe: Connection, cases: Mapping[str, Callable[[], object]]) -> None:
 
 
 @contextmanager
-def worker(tree: Path, part: Part) -> Iterator[Connection]:
-    """A process of a tree that waits for its next piece of work."""
+def worker(tree: Path, part: Part) -> Iterator[Callable[[str], Found]]:
+    """A process of a tree that does a piece of work when it is called."""
     paths = os.pathsep.join([str(tree / "src"), str(tree)])
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/said", "w+") as said:
         pipe, end = Pipe()
@@ -124,7 +126,7 @@ def worker(tree: Path, part: Part) -> Iterator[Connection]:
         try:
             if not Path(pipe.recv()).is_relative_to(tree / "src"):
                 raise SystemExit(f"{tree}: another topd is imported there")
-            yield pipe
+            yield partial(piece, pipe, process.pid)
             with suppress(OSError):
                 pipe.send(STOP)
         except (EOFError, ConnectionError):
@@ -135,27 +137,35 @@ def worker(tree: Path, part: Part) -> Iterator[Connection]:
             process.wait()
 
 
-def piece(pipe: Connection, name: str) -> Found:
-    """One piece of work: its seconds, and the process's peak where its benchmark tells it."""
+def piece(pipe: Connection, process: int, name: str) -> Found:
+    """One piece of work: CPU and wall-clock seconds, and the peak where its benchmark tells it."""
+    clock = (~process << 3) | 2  # Linux: the CPU time of a process
+    started = time.clock_gettime(clock)
     pipe.send(name)
-    return pipe.recv()
+    return {**pipe.recv(), "cpu": time.clock_gettime(clock) - started}
 
 
 def beside(part: Part, trees: Mapping[str, Path]) -> Found:
     """Each piece of a part in every tree, in turn: seconds, quotients, and quotients of peaks."""
     found: Found = {}
     with worker(trees["before"], part) as before, worker(trees["now"], part) as now:
-        pipes = {"before": before, "now": now}
+        ways = {"before": before, "now": now}
         for name in part.names:
-            done: dict[str, list[Found]] = {tree: [] for tree in pipes}
-            for pipe in pipes.values():
-                piece(pipe, name)
+            done: dict[str, list[Found]] = {tree: [] for tree in ways}
+            for way in ways.values():
+                way(name)
             for run in range(part.runs):
-                for tree in in_turn(list(pipes), run):
-                    done[tree].append(piece(pipes[tree], name))
-            seconds = {tree: [x["seconds"] for x in own] for tree, own in done.items()}
-            found[name] = {"seconds": {t: statistics.median(x) for t, x in seconds.items()}}
-            found[name]["ratio"] = against(seconds["before"], seconds["now"])
+                for tree in in_turn(list(ways), run):
+                    done[tree].append(ways[tree](name))
+            cpu, wall = (
+                {tree: [x[unit] for x in own] for tree, own in done.items()}
+                for unit in ("cpu", "seconds")
+            )
+            found[name] = {
+                "cpu": {tree: statistics.median(x) for tree, x in cpu.items()},
+                "ratio": against(cpu["before"], cpu["now"]),
+                "wall_ratio": against(wall["before"], wall["now"]),
+            }
             if "peak" in done["now"][-1]:
                 grown = {t: own[-1]["peak"] - own[-1]["base"] for t, own in done.items()}
                 found[name]["memory"] = grown["now"] / grown["before"]
@@ -207,23 +217,34 @@ def main(
 def tables(found: Found) -> Iterator[Table]:
     """What was measured, as a table."""
     yield Table(
-        "Seconds before and now",
-        ["of", "piece", "before", "now", "now / before", "memory", "pieces", "commits"],
+        "CPU seconds before and now",
+        ["of", "piece", "before", "now", "quotient", "in wall time", "memory", "pieces"],
         [
             [
                 x["command"],
                 name,
-                *(f"{seconds:.3g}" for seconds in piece["seconds"].values()),
+                *(f"{seconds:.3g}" for seconds in piece["cpu"].values()),
                 spread(piece["ratio"]),
+                f"{piece['wall_ratio']['median']:.2f}",
                 f"{piece['memory']:.2f}" if "memory" in piece else "",
                 str(x["runs"]),
-                f"{x['before']}, {x['now']}",
             ]
             for x in found["results"].values()
             for name, piece in x["pieces"].items()
         ],
-        "Medians of pieces done in turn. Memory: the quotient of the peaks over the models.",
+        f"Medians of pieces done in turn. {_commits(found)}. "
+        "Memory: the quotient of the peaks over the models.",
     )
+
+
+def _commits(found: Found) -> str:
+    """Of which commits, and of which parts where not all are of the same."""
+    pairs: dict[str, list[str]] = defaultdict(list)
+    for name, x in found["results"].items():
+        pairs[f"{x['before']} before, {x['now']} now"].append(name)
+    if len(pairs) == 1:
+        return next(iter(pairs))
+    return "; ".join(f"{pair}: {', '.join(names)}" for pair, names in pairs.items())
 
 
 if __name__ == "__main__":
