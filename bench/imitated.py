@@ -4,8 +4,8 @@
 
     python -m bench.imitated FAMILY SUPPLY [--folder F] [--jobs N] [--tune-only]
 
-SUPPLY is ``few`` (320 of the teacher's answers) or ``many`` (4,800). In five steps, each continued
-where it was stopped:
+SUPPLY is ``few`` (320 of the teacher's answers) or ``many`` (4,800), learned by forward KL, or
+``few_ce``, by cross-entropy. In five steps, each continued where it was stopped:
 
 1. stage 1 with every number of updates and rate of ``START_*``, on validation problems, seed 100;
    the start is the shortest one whose next longer one is not ``PLATEAU`` better, at its best rate;
@@ -32,7 +32,7 @@ from topd.commands.compare import RESULTS, SUMMARY, run_compare
 from topd.runs.files import read_lines
 from topd.testbed.models import TOLD
 
-ANSWERS = {"few": 320, "many": 4800, "all": 6000}  # all: of every training problem
+ANSWERS = {"few": 320, "few_ce": 320, "many": 4800, "all": 6000}  # all: of each training problem
 TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64, "guesses": 48}
 ANSWER = "{{ solution.split()[-1] }}"
 READ = {"guesses": TOLD.format(prompt="{{ prompt }}", answer=ANSWER)}  # by the teacher
@@ -100,6 +100,7 @@ GUESSES = {
 }
 AS_OPD = ", at opd's cost"
 AT_COST = {"few": ("first_fork", FORK_BY_CE, "random handover"), "many": (FORK_BY_CE,), "all": ()}
+AFTER_CE = ("opd", SAME_BY_CE, NEW, FORK_BY_CE)  # arms after stage 1 by cross-entropy
 GUESSES_AT_COST = ("OLIVE", "random handover to the end", "first_fork, by token loss and OT")
 Found = dict[str, Any]
 
@@ -128,6 +129,8 @@ def main() -> None:
         references = ("opd", "opd, three times the updates", NEW, "OLIVE")
         setting = replace(setting, arms=GUESSES, rates=HIGHER, references=references, evaluations=4)
         setting = replace(setting, at_cost=GUESSES_AT_COST)
+    elif asked.supply == "few_ce":
+        setting = replace(setting, arms={arm: ARMS[arm] for arm in AFTER_CE}, kd_ratio=0.0)
     else:
         arms = {**ARMS, **controls_of(asked.family)}
         setting = replace(setting, arms=arms, at_cost=AT_COST[asked.supply])
