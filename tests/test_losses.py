@@ -241,6 +241,14 @@ def test_jsd_of_disjoint_distributions_is_the_entropy_of_beta(beta):
     assert found.item() == pytest.approx(entropy)
 
 
+@pytest.mark.parametrize(("least", "bars"), [(-1e4, False), (-1e5, True), (-math.inf, True)])
+def test_a_bias_bars_a_token_where_it_is_minus_infinity_in_some_precision(least, bars):
+    weight = torch.zeros(3, 2)
+    assert Head(weight, torch.tensor([0.0, least, 1.0])).bars is bars
+    assert Head(weight, None, barred=torch.tensor([False, True, False])).bars
+    assert not Head(weight).bars
+
+
 def test_reverse_kl_is_infinite_where_the_student_says_the_impossible():
     assert token_divergence(logs(0.5, 0.5), logs(1, 0)).item() == math.inf
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -149,10 +150,16 @@ class Head:
     product: Callable[[Tensor], Tensor] | None = None
     barred: Bool[Tensor, " V"] | None = None
 
-    @property
+    @cached_property
     def bars(self) -> bool:
-        """Whether a token may have probability 0: a row is barred, or a bias may be -inf."""
-        return self.barred is not None or self.bias is not None
+        """Whether a token may have probability 0: a row is barred, or its bias is -inf in float16.
+
+        On a GPU every bias may be so: to look at it would wait for the device.
+        """
+        if self.bias is None or self.barred is not None:
+            return self.barred is not None
+        lowest = torch.finfo(torch.float16).min
+        return self.bias.device.type != "cpu" or bool((self.bias < lowest).any())
 
     @property
     def vocab_size(self) -> int:
