@@ -99,7 +99,12 @@ GUESSES = {
     "true fork to the end": {**TO_END, "candidate_loss": "bench.controls:oracle_guesses"},
 }
 AS_OPD = ", at opd's cost"
-AT_COST = {"few": ("first_fork", FORK_BY_CE, "random handover"), "many": (FORK_BY_CE,), "all": ()}
+AT_COST = {
+    "few": ("first_fork", FORK_BY_CE, "random handover"),
+    "few_ce": (FORK_BY_CE,),
+    "many": (FORK_BY_CE,),
+    "all": (),
+}
 AFTER_CE = ("opd", SAME_BY_CE, NEW, FORK_BY_CE)  # arms after stage 1 by cross-entropy
 GUESSES_AT_COST = ("OLIVE", "random handover to the end", "first_fork, by token loss and OT")
 Found = dict[str, Any]
@@ -130,7 +135,8 @@ def main() -> None:
         setting = replace(setting, arms=GUESSES, rates=HIGHER, references=references, evaluations=4)
         setting = replace(setting, at_cost=GUESSES_AT_COST)
     elif asked.supply == "few_ce":
-        setting = replace(setting, arms={arm: ARMS[arm] for arm in AFTER_CE}, kd_ratio=0.0)
+        arms = {arm: ARMS[arm] for arm in AFTER_CE}
+        setting = replace(setting, arms=arms, at_cost=AT_COST[asked.supply], kd_ratio=0.0)
     else:
         arms = {**ARMS, **controls_of(asked.family)}
         setting = replace(setting, arms=arms, at_cost=AT_COST[asked.supply])
