@@ -19,7 +19,7 @@ from transformers import (
 from conftest import DEVICE, EOS, USE_CPU, WORDS, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
-from topd.engines import decode_check
+from topd.engines import decode_check, forward
 from topd.engines.decode_check import check_decoding, decoding_gap
 from topd.engines.forward import WAYS
 from topd.engines.hf import HFEngine
@@ -114,6 +114,24 @@ def test_a_model_whose_cache_does_not_do_is_read_without(dtype):
     assert gap > allowed
     check_decoding(engine)
     assert engine.way == "whole"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_transformers_own_name_of_the_cache_is_known(kind):
+    """``past_key_values``, ``cache`` from 5.24 on: by another one every text is read anew."""
+    assert HFEngine(tiny_model(kind), eos_ids=[EOS]).way == "shared"
+
+
+def test_a_decoder_whose_cache_has_an_unknown_name_is_said_to_be_slow(monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(forward, "OF_KEYS", ())
+    monkeypatch.setattr(decode_check.logger, "warning", said.append)
+    engine = HFEngine(tiny_model("llama"), eos_ids=[EOS])
+    check_decoding(engine)
+    assert engine.way == "whole"
+    (line,) = said
+    assert "reading every text again" in line
+    assert "no cache that is known here" in line
 
 
 def test_a_model_that_no_way_fits_is_refused_with_the_reason(monkeypatch):

@@ -62,11 +62,12 @@ def check_decoding(engine: HFEngine) -> None:
     finally:
         engine.graphs = graphs
     _KNOWN[kind] = engine.way, None if graphs is None else graphs.broken
-    if faults:
-        logger.warning(
-            f"{engine.name}: {type(engine.model).__name__} {SLOW[engine.way]}, which is slower: "
-            f"in a faster way it differs from its own forwards ({faults[-1]})."
-        )
+    if faults or engine.way == "whole":
+        why = "its decoder takes no cache that is known here"
+        if faults:
+            why = f"in a faster way it differs from its own forwards ({faults[-1]})"
+        slower = f"{type(engine.model).__name__} {SLOW[engine.way]}, which is slower"
+        logger.warning(f"{engine.name}: {slower}: {why}.")
 
 
 def _first_exact(engine: HFEngine) -> list[str]:

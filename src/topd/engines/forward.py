@@ -26,6 +26,7 @@ from topd.types import Generation, Head
 #   whole   together, without a cache: every text is read from its beginning for each token
 Way = Literal["shared", "fresh", "alone", "whole"]
 WAYS: tuple[Way, ...] = get_args(Way)
+OF_KEYS = ("past_key_values", "cache")  # the latter from transformers 5.24 on, also of states
 
 
 class ForwardEngine(BaseEngine):
@@ -58,7 +59,7 @@ class ForwardEngine(BaseEngine):
         self.way: Way = way or _first_way(model, self._cache_name)
         self.switch = rope_switch(model.config)
         wanted = self.device.type == "cuda" and way is None if graphs is None else graphs
-        suits = wanted and self._cache_name == "past_key_values" and graphable(model)
+        suits = wanted and self._cache_name in OF_KEYS and graphable(model)
         self.graphs = Graphs(model, self.forward) if suits else None
 
     @property
@@ -126,12 +127,12 @@ class ForwardEngine(BaseEngine):
 def _cache_name(model: PreTrainedModel) -> str | None:
     """The argument in which a decoder takes its cache; None if it takes none of transformers'."""
     known = inspect.signature(model.get_decoder().forward).parameters
-    return next((name for name in ("past_key_values", "cache_params") if name in known), None)
+    return next((name for name in (*OF_KEYS, "cache_params") if name in known), None)
 
 
 def _first_way(model: PreTrainedModel, cache_name: str | None) -> Way:
     """The fastest way that a configuration promises."""
     if cache_name is None:
         return "whole"
-    masks = cache_name == "past_key_values" and takes_masks(model.config)
+    masks = cache_name in OF_KEYS and takes_masks(model.config)
     return "shared" if masks else "fresh"
