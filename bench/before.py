@@ -1,9 +1,10 @@
 """What our own figures on a CPU have become: ``python -m bench.before COMMIT [PART ...]``.
 
-The benchmarks of an older commit and of this checkout do the same piece of work in
-turn, forwards and backwards, each in a process of its own tree that stays; a first piece of each
-does not count. Seconds are of CPU time, all threads of the process, which other work on the same
-cores changes little; quotients are of paired pieces: 1.05 is five per cent more than it was.
+The benchmarks of an older commit and of this checkout do the same piece of work in turn, forwards
+and backwards, each in a process of its own tree that stays; a first piece of each does not count.
+Seconds are of CPU time, all threads of the process: other work on the same cores changes them less
+than the clock's, but it takes idle cores to tell five per cent. Quotients are of paired pieces:
+1.05 is five per cent more than it was.
 """
 
 from __future__ import annotations

@@ -46,9 +46,8 @@ class SeveralHeads(Head):
             dtype = torch.promote_types(dtype, head.weight.dtype)
         width = sum(widths) if shares else max(widths) + 1
         weight = heads[0].weight.new_zeros(1, dtype=dtype).expand(heads[0].vocab_size, width)
-        bars = any(head.bias is not None for head in heads)
         barred = heads[0].barred
-        if bars and barred is None:  # a bias may be -inf
+        if barred is None and any(head.bars for head in heads):
             barred = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
         return cls(weight, barred=barred, heads=tuple(heads), shares=tuple(shares))
 
