@@ -659,9 +659,9 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(model, sampling):
 
 
 def test_a_token_of_probability_0_is_never_drawn():
-    """All of a row are barred but one or two; the numbers themselves are finite."""
+    """All of a row are barred but two, whose numbers are as late as can be."""
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, 4)
-    numbers = torch.tensor([[22.3, -3.1, -3.0, 22.3], [0, 1, 0, 22.0], [22, -3, -3.1, 22]])
+    numbers = torch.tensor([[2e-10, 17, 16, 2e-10], [1, 0.3, 1, 3e-10], [3e-10, 16, 17, 3e-10]])
     token, logprob = draws.draw(logits, numbers, Sampling())
     assert token.tolist() == [2, 1, 1]
     assert logprob.tolist() == pytest.approx([np.log(0.5)] * 3)

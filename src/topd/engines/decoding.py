@@ -237,7 +237,7 @@ class WindowBatch:
         self._place = self._places()
 
     @property
-    def gumbel(self) -> Float[Tensor, "F V"] | None:
+    def numbers(self) -> Float[Tensor, "F V"] | None:
         """The numbers for what is drawn next."""
         return self._noise.at(*self._place, self._last)
 

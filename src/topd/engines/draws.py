@@ -1,10 +1,12 @@
-"""Sampling by Gumbel-max: one number a token of the vocabulary, from the row's seed and the step.
+"""Sampling by an exponential race: a number for each token, from the row's seed and the step.
 
-The token drawn is the argmax of ``logits / T + G``, where every ``G`` is a standard Gumbel number:
-so it is a sample of the softmax (Gumbel 1954; Maddison et al., 2014, "A* sampling"). ``G`` is a
-function of (seed, step, token) alone. A change of the logits in their last bits, by another batch,
-kernel or device, therefore changes the token only where two tokens nearly tie; a cumulative sum
-over the vocabulary, compared with one uniform number, moves with every bit of every token.
+The token drawn is the argmax of ``p / E``, where ``p`` is the softmax and every ``E`` a standard
+exponential number: the first to ring of clocks with the rates ``p``, so a sample of ``p``. With
+``G = -log E`` it is Gumbel-max, the argmax of ``logits / T + G`` (Maddison et al., 2014,
+"A* sampling"), for a logarithm less a token. ``E`` is a function of (seed, step, token) alone. A
+change of the logits in their last bits, by another batch, kernel or device, therefore changes the
+token only where two tokens nearly tie; a cumulative sum over the vocabulary, compared with one
+uniform number, moves with every bit of every token.
 
 The numbers come from an integer hash that has the same bits on every device: ``lowbias32`` (Chris
 Wellons, 2018, "Prospecting for hash functions") with a key of two 32-bit words. int32 products wrap
@@ -31,27 +33,28 @@ UNIT = -(1 - 2.0**-24) / 2.0**31  # of the numbers 0.5 to 2^31 - 0.5: -u, and u 
 
 
 def draw(
-    logits: Float[Tensor, "N V"], gumbel: Float[Tensor, "N V"] | None, sampling: Sampling
+    logits: Float[Tensor, "N V"], numbers: Float[Tensor, "N V"] | None, sampling: Sampling
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
     """A token a row, and its log-prob in nats before top-k and top-p.
 
     Args:
         logits: of the next tokens; -inf where a token cannot be.
-        gumbel: finite Gumbel numbers; not read at temperature 0.
+        numbers: positive exponential numbers; not read at temperature 0.
         sampling: temperature, top-k and top-p.
     """
     if sampling.temperature == 0:
         token = _largest(logits)
-        return token, logits.gather(-1, token[:, None])[:, 0] - logits.logsumexp(-1)
-    assert gumbel is not None
+        return token, logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    assert numbers is not None
     scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
-    kept = scaled
+    p, kept = scaled.softmax(-1), scaled
     if sampling.top_k:
         kept = TopKLogitsWarper(min(sampling.top_k, kept.shape[-1]))(None, kept)
     if sampling.top_p < 1:
         kept = TopPLogitsWarper(sampling.top_p)(None, kept)
-    token = _largest(kept + gumbel)
-    return token, scaled.gather(-1, token[:, None])[:, 0] - scaled.logsumexp(-1)
+    rates = p if kept is scaled else p.masked_fill(kept == -torch.inf, 0)
+    token = _largest(rates / numbers)
+    return token, p.gather(-1, token[:, None])[:, 0].log()
 
 
 def _largest(values: Float[Tensor, "N V"]) -> Int[Tensor, " N"]:
@@ -62,7 +65,7 @@ def _largest(values: Float[Tensor, "N V"]) -> Int[Tensor, " N"]:
 
 
 class Noise:
-    """The Gumbel numbers of N rows, K steps and V tokens, made when they are asked for.
+    """The exponential numbers of N rows, K steps and V tokens, made when they are asked for.
 
     Those of a few rows and a small vocabulary are made for several steps at once and kept.
 
@@ -91,28 +94,28 @@ class Noise:
         if self._greedy:
             return None
         if not len(self._table):
-            return gumbel(self._keys[0][row, step], self._keys[1][row, step], self._tokens)
+            return exponential(self._keys[0][row, step], self._keys[1][row, step], self._tokens)
         while self._filled <= last:
             some = slice(self._filled, self._filled + self._block)
             first, second = (key[:, some] for key in self._keys)
-            self._table[:, some] = gumbel(first, second, self._tokens)
+            self._table[:, some] = exponential(first, second, self._tokens)
             self._filled += self._block
         return self._table[row, step]
 
 
-def gumbel(
+def exponential(
     first: Int[Tensor, "*N"], second: Int[Tensor, "*N"], tokens: Int[Tensor, " V"]
 ) -> Float[Tensor, "*N V"]:
-    """Standard Gumbel numbers of keys and tokens: -log(-log(1 - u)), u in (0, 1).
+    """Standard exponential numbers of keys and tokens: -log(1 - u), u in (0, 1).
 
-    ``u`` is finest near 0, where the largest numbers come from: 31 bits, so that a token of a
+    ``u`` is finest near 0, where the smallest numbers come from: 31 bits, so that a token of a
     probability of 1e-6 is drawn as often as it should.
     """
     x = first[..., None] ^ tokens
     _fold(x, 16).mul_(FIRST).bitwise_xor_(second[..., None])
     _fold(x, 15).mul_(SECOND)
     x = _fold(x, 16).bitwise_and_(0x7FFFFFFF)
-    return x.float().add_(0.5).mul_(UNIT).log1p_().neg_().log_().neg_()
+    return x.float().add_(0.5).mul_(UNIT).log1p_().neg_()
 
 
 def step_keys(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from topd.engines.draws import draw, gumbel
+from topd.engines.draws import draw, exponential
 from topd.errors import compiler_faults, first_line
 from topd.types import Sampling
 
@@ -122,9 +122,9 @@ class Fused:
     ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
         """A token a row and its log-prob, with the numbers of these keys and tokens."""
         if not self.wanted:
-            return draw(logits, gumbel(*keys, tokens), sampling)
+            return draw(logits, exponential(*keys, tokens), sampling)
         if sampling.top_k or sampling.top_p < 1:
-            made = piece("numbers", gumbel, _numbers)
+            made = piece("numbers", exponential, _numbers)
             return draw(logits, made(logits, *keys, tokens), sampling)
         scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
         return piece("draw", draw, _drawn)(scaled, *keys, tokens)
@@ -147,8 +147,8 @@ def _is_gated(kind: type) -> bool:
 
 
 def _drawn(logits: Tensor, first: Tensor, second: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    return draw(logits, gumbel(first, second, tokens), PLAIN)
+    return draw(logits, exponential(first, second, tokens), PLAIN)
 
 
 def _numbers(logits: Tensor, first: Tensor, second: Tensor, tokens: Tensor) -> Tensor:
-    return gumbel(first, second, tokens)
+    return exponential(first, second, tokens)

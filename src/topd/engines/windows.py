@@ -37,7 +37,7 @@ def write_windows(
     _copy(cache, own, engine.tensor(rows), max(window.known for window in windows))
     while True:
         wanted.tick()
-        batch.take(hidden, *draw(head.logits(hidden), batch.gumbel, wanted.sampling))
+        batch.take(hidden, *draw(head.logits(hidden), batch.numbers, wanted.sampling))
         if rejoin:
             batch.rejoin(scores, starts)
         needed = batch.rows()
