@@ -229,7 +229,7 @@ class Setting:
         }
         return {"tried": scores, "chosen": plateau(tried)}
 
-    def tuned_rates(self, start: Mapping[str, Any]) -> dict[str, Found]:
+    def tuned_rates(self, start: Mapping[str, Any] | None) -> dict[str, Found]:
         """Of every arm the scores by rate, and the best rate."""
         wanted = {arm: sorted({*self.rates, *self.tried(arm)}) for arm in self.arms}
         while True:
@@ -250,7 +250,7 @@ class Setting:
         return chosen(replace(self, arms=arms).tried_at(wanted, start))
 
     def tried_at(
-        self, wanted: Mapping[str, Sequence[float]], start: Mapping[str, Any]
+        self, wanted: Mapping[str, Sequence[float]], start: Mapping[str, Any] | None
     ) -> dict[str, dict[float, float]]:
         """The score of every arm with every rate that is wanted of it."""
         arms = {
