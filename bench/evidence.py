@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE
+from bench.stage_one import CE
 from topd.commands.budgets import RATES, READ, cost
 from topd.commands.compare import in_files
 
@@ -85,6 +86,8 @@ def page() -> str:
     parts = [filled(text.strip(), tuned_worlds), "\n".join(in_short(usual))]
     parts.append("\n".join(served(_sharpness())))
     parts.append("\n".join(reading(tuned_worlds)))
+    first = _read("stage-one", [f"{family}-{n}" for n in ("few", "many") for family in FAMILIES])
+    parts.append("\n".join(stage_one(first)))
     for name, found in tuned_worlds.items():
         parts.append("\n".join([*imitated(found, *_tuned_title(name)), *tuned(found)]))
     for (kind, world), (title, command, texts) in JUDGED.items():
@@ -210,6 +213,32 @@ def served(worlds: Mapping[str, Found]) -> Iterator[str]:
             over = [found["against"][reference].get(arm) for reference in ("opd", NEW)]
             gains = " | ".join(_gain(one) if one else "" for one in over)
             yield f"| {_world(name)} | {named(arm)} | {_percent(accuracy)} | {gains} |"
+
+
+def stage_one(worlds: Mapping[str, Found]) -> Iterator[str]:
+    """Stage 1 by its loss: accuracy, and over cross-entropy, as evaluated and as served."""
+    yield "## By which loss to imitate"
+    yield ""
+    yield (
+        "Stage 1 from the base student (`python -m bench.stage_one FAMILY few|many`): the same "
+        "updates and answers, each loss at its own best rate, five seeds with answers of their "
+        "own, 400 test problems (plan, point 23). Greedy / sampled at temperature 1 / sampled at "
+        "0.6 with top-p 0.95."
+    )
+    yield ""
+    yield "| world | loss | rate | updates | accuracy | over cross-entropy |"
+    yield "|---|---|---|---|---|---|"
+    for name, found in worlds.items():
+        for arm, scores in found["summary"].items():
+            own = found["served"][arm]
+            gains = found["against"][CE].get(arm)
+            cells = [
+                *(_world(name), named(arm), f"{found['rates'][arm]['chosen']:g}"),
+                f"{found['spent'][arm]['updates']:.0f}",
+                f"{_pair(scores, _percent)} / {_percent(own['accuracy'])}",
+                f"{_pair(gains, _gain)} / {_gain(own['over'])}" if gains else "",
+            ]
+            yield f"| {' | '.join(cells)} |"
 
 
 def named(arm: str) -> str:

@@ -31,6 +31,7 @@ PAGE = Path("docs/hardware.md")
 ROLLOUTS, PROMPT, RESPONSE, WINDOW = 32, 128, 512, 50
 PROMPTS = 26  # tokens of a prompt of bench.gpu's steps
 WINDOWS = 10  # a rollout
+METHODS = {"opd": 0, "topd": WINDOW}  # tokens of a window
 FRACTION = TOPDConfig.candidate_fraction  # of tokens that begin a window
 META = torch.device("meta")
 
@@ -62,7 +63,7 @@ class Pair:
 
 
 PAIRS = (
-    Pair("SmolLM2-135M", "Qwen3-1.7B"),
+    Pair("SmolLM2-135M", "SmolLM2-1.7B"),
     Pair("Qwen3-0.6B", "Qwen3-1.7B"),
     Pair("Qwen3-0.6B", "Qwen3-4B"),
     Pair("Qwen3-1.7B", "Qwen3-4B"),
@@ -88,9 +89,9 @@ def sizes(name: str, *, trained: bool, lora: bool = False) -> ModelSize:
     return size_of(model, trained=trained)
 
 
-def peak(pair: Pair, micro: int, recomputed: bool) -> float:
+def peak(pair: Pair, method: str, micro: int, recomputed: bool) -> float:
     """GiB at the highest of an update whose windows are written together."""
-    work = Work(ROLLOUTS, micro, ROLLOUTS, PROMPT, RESPONSE, WINDOW, True, recomputed)
+    work = Work(ROLLOUTS, micro, ROLLOUTS, PROMPT, RESPONSE, METHODS[method], True, recomputed)
     student = sizes(pair.student, trained=True, lora=pair.lora)
     return highest(student, sizes(pair.teacher, trained=False), work)
 
@@ -186,51 +187,54 @@ def costs(
     return cost.costs(shape(pair.student), shape(pair.teacher), work)
 
 
-def seconds_of(parts: Mapping[str, cost.Cost], rates: Speed) -> dict[str, float]:
-    """Seconds of every phase."""
+def seconds_of(parts: Mapping[str, cost.Cost], rates: Speed, method: str) -> float:
+    """Seconds of all phases of a method."""
     writing = ("rollouts", "windows")
-    return {
-        name: part.seconds(rates.write if name in writing else rates.read)
+    return sum(
+        part.seconds(rates.write if name in writing else rates.read)
         for name, part in parts.items()
-    }
+        if METHODS[method] or name != "windows"
+    )
 
 
 # The page
 
 
-def fitting(pair: Pair, rates: Speed | None) -> list[str]:
-    """A row of the table: for each card the seconds with the fastest settings that fit."""
+def fitting(pair: Pair, method: str, rates: Speed | None) -> list[str]:
+    """A row of the table: for each card the fastest settings that fit, with seconds if known."""
     cells = [pair.student, "LoRA" if pair.lora else "full", pair.teacher]
-    cells.append(" / ".join(f"{peak(pair, *setting):.0f}" for setting in (SETTINGS[0], (4, True))))
+    shown = (SETTINGS[0], (4, True))
+    cells.append(" / ".join(f"{peak(pair, method, *setting):.0f}" for setting in shown))
     for card in CARDS.values():
-        cells.append(_cell(pair, card, rates and rates.on(card)))
+        cells.append(_cell(pair, method, card, rates and rates.on(card)))
     return cells
 
 
-def _cell(pair: Pair, card: Card, rates: Speed | None) -> str:
+def _cell(pair: Pair, method: str, card: Card, rates: Speed | None) -> str:
     for micro, recomputed in SETTINGS:
-        if peak(pair, micro, recomputed) <= card.gib:
+        if peak(pair, method, micro, recomputed) <= card.gib:
             how = f"{micro}{', recomputed' if recomputed else ''}"
             if rates is None:
                 return how
             parts = costs(pair, ROLLOUTS, PROMPT, RESPONSE, recomputed)
-            return f"{sum(seconds_of(parts, rates).values()):.1f} s ({how})"
+            return f"{seconds_of(parts, rates, method):.1f} s ({how})"
     return "no"
 
 
 def tables(found: Mapping[str, Any]) -> Iterator[Table]:
     """What fits; then predictions beside what was measured."""
     rates = speed(found)
-    yield Table(
-        f"An update of {ROLLOUTS} rollouts of {RESPONSE} tokens with method topd",
-        ["student", "trained", "teacher", "GiB", *CARDS],
-        [fitting(pair, rates) for pair in PAIRS],
-        "Predicted. GiB: at the highest, 8 rollouts a micro-batch with activations kept / 4 with "
-        "activations recomputed; all are scored together. Cells: the fastest settings that fit, "
-        "rollouts a micro-batch, with seconds an update where they are known. Teachers in "
-        "bfloat16, students in float32 under bf16, with LoRA in bfloat16. Cards that were not "
-        "measured are scaled by their makers' figures.",
-    )
+    told = "" if rates is None else " Seconds are scaled to other cards by their makers' figures."
+    for method in METHODS:
+        yield Table(
+            f"An update of {ROLLOUTS} rollouts of {RESPONSE} tokens with method {method}",
+            ["student", "trained", "teacher", "GiB", *CARDS],
+            [fitting(pair, method, rates) for pair in PAIRS],
+            "Predicted. GiB: at the highest, 8 rollouts a micro-batch with activations kept / 4 "
+            "with activations recomputed; all are scored together. Cells: rollouts a micro-batch "
+            "with the fastest settings that fit. Teachers in bfloat16, students in float32 under "
+            f"bf16, with LoRA in bfloat16.{told}",
+        )
     if not steps(found):
         return
     columns = ["step", "activations", "GiB predicted", "GiB measured", "s measured"]
@@ -247,14 +251,13 @@ def compared(row: Mapping[str, Any], rates: Speed | None) -> Iterator[str]:
     size = gpu.Update()
     student, teacher = row["pair"].split(" <- ")
     recomputed = row["activations"] == "recomputed"
-    looks = row["trainer"] != "opd"
     work = Work(
         size.batch,
         size.micro,
         size.batch,
         26,
         size.tokens,
-        WINDOW if looks else 0,
+        METHODS[row["trainer"]],
         True,
         recomputed,
     )
@@ -265,8 +268,7 @@ def compared(row: Mapping[str, Any], rates: Speed | None) -> Iterator[str]:
     yield f"{row['peak GiB']:.1f}"
     yield f"{row['s a step']:.1f}"
     if rates is not None:
-        seconds = seconds_of(update_costs(row), rates)
-        yield f"{sum(spent for name, spent in seconds.items() if looks or name != 'windows'):.1f}"
+        yield f"{seconds_of(update_costs(row), rates, row['trainer']):.1f}"
 
 
 def everything(results: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from topd.commands.keys import SHARED
 from topd.commands.settings_table import table
 from topd.config import TOPDConfig, rules
 from topd.methods import METHODS
@@ -50,7 +51,10 @@ def page() -> str:
             *("## Defaults that differ from transformers", "", *_table(TOPDConfig, changed), ""),
             "## Of stage 1 (`topd warmstart`)",
             "",
-            "All of the above, and:",
+            "In a recipe they stand under `warmstart:`. Of the rest of the recipe stage 1 shares "
+            "models, data, evaluation and adapter, and, unless it has its own, "
+            f"{', '.join(f'`{key}`' for key in SHARED if 'gradient' not in key)}. "
+            "All settings of the above, and:",
             "",
             *_table(WarmstartConfig, stage1),
             "",

@@ -13,6 +13,7 @@ import yaml
 from peft import LoraConfig
 
 from topd import TOPDConfig
+from topd.commands.keys import SHARED
 from topd.commands.recipe import parse_overrides, read_mapping, read_recipe
 from topd.config import CHECKPOINTING
 from topd.config.rules import RULES
@@ -497,6 +498,37 @@ def test_cross_entropy_on_own_samples_is_refused(write):
     says(refusal(write(kd_ratio=0.5)), "kd_ratio", "no signal", "warm start")
     stage = {"kd_ratio": 0.25, "use_cpu": True}
     assert read_recipe(write(warmstart=stage), warmstart=True).args.kd_ratio == 0.25
+
+
+def test_a_warm_start_shares_prompts_lengths_and_precision_and_has_its_own_rate(write):
+    """Unless it has its own; how long and how fast stage 2 learns is not its business."""
+    more = {
+        **{"max_completion_length": 77, "teacher_prompt": "{{ prompt }}!", "bf16": False},
+        **{"activation_checkpointing": True, "max_prompt_length": 99},
+        **{"learning_rate": 0.5, "max_steps": 3, "temperature": 2.0, "method": "topd"},
+    }
+    first = read_recipe(write(**more, warmstart={"max_prompt_length": 5}), warmstart=True).args
+    assert (first.max_completion_length, first.max_prompt_length) == (77, 5)
+    assert first.teacher_prompt == "{{ prompt }}!"
+    assert getattr(first, CHECKPOINTING) is True
+    assert (first.learning_rate, first.max_steps, first.temperature) == (2e-5, -1, 0.6)
+    assert {*SHARED} <= {f.name for f in fields(WarmstartConfig)} | {
+        *("activation_checkpointing", "activation_checkpointing_kwargs"),
+        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    }
+
+
+def test_a_warm_start_says_what_it_learns_how_long_and_how_fast():
+    def said(**more: Any) -> str:
+        return WarmstartConfig(output_dir="unused", use_cpu=True, **more).settings_of_method()
+
+    assert said(kd_ratio=0, max_steps=7, gradient_accumulation_steps=8) == (
+        "stage 1: cross-entropy on the teacher's answers; 7 updates, 32 answers an update, "
+        "learning rate 2e-05"
+    )
+    assert said(kd_ratio=0.25, answers="data").startswith(
+        "stage 1: 0.25 forward kl, the rest cross-entropy, on the data's solutions; 1 epoch, 4"
+    )
 
 
 def test_guidance_in_a_warm_start_is_refused(write):

@@ -13,7 +13,16 @@ from typing import Any
 from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.errors import TOPDError, shown
 
+# What both stages have unless stage 1 says otherwise: models and data, prompts, lengths, precision
+# and memory. How long and how fast each learns is its own.
 PARTS = ("student", "teacher", "teachers", "data", "eval_data", "evaluation", "lora", "compare")
+SHARED = (
+    *("max_prompt_length", "drop_long_prompts", "max_completion_length", "chat_template_kwargs"),
+    *("teacher_prompt", "reference", "teacher_column", "teachers_mix"),
+    *("use_cpu", "bf16", "fp16", "tf32", "chunk_tokens", "score_batch_size"),
+    *("activation_checkpointing", "gradient_checkpointing"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
 
 
 def from_command_line(recipe: Path, words: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
@@ -50,7 +59,7 @@ def read_content(
     refuse_unknown(path, first, {*stage, *names}, "warmstart.")
     refuse_unknown(path, content, {*fields, *names})
     if warmstart:
-        content = {**{k: v for k, v in content.items() if k in PARTS}, **first}
+        content = {**{k: v for k, v in content.items() if k in (*PARTS, *SHARED)}, **first}
     for key, value in overrides.items():
         _set(path, content, key.split("."), value)
     refuse_unknown(path, content, {*(stage if warmstart else fields), *names})

@@ -34,6 +34,7 @@ ANY = ("rows", "columns", "breadth")  # sizes that are not worth code of their o
 # columns and warps a program: the fastest of bench.loss_gpu's tiles on an H200
 READ_BLOCK, READ_WARPS = 1024, 4
 WRITE_BLOCK, WRITE_WARPS = 2048, 8
+OWN_LEAST = 32  # places a row, a warp: fewer would be compiled apart, and are no faster
 
 # rows of what the first pass finds [7 r]: maxima and log masses over them, values, slope's centre
 TOP_S, MASS_S, TOP_T, MASS_T, VALUE, ENTROPY, CENTRE = range(7)
@@ -147,7 +148,7 @@ def _write(
         num_warps=WRITE_WARPS,
     )
     if own.numel():
-        width = triton.next_power_of_2(breadth)
+        width = max(OWN_LEAST, triton.next_power_of_2(breadth))
         _own_slopes[(rows,)](
             *(logits, at, theirs, places, own, found, divergence, total),
             breadth=breadth,

@@ -51,6 +51,20 @@ class WarmstartConfig(TOPDConfig):
     top_p: float = _field(0.95, "Of the teacher's answers.")
     learning_rate: float = _field(2e-5, "Peak learning rate of AdamW.")
 
+    def settings_of_method(self) -> str:
+        """What is learned, how long and how fast, in a line."""
+        answers = {"teacher": "the teacher's answers", "data": "the data's solutions"}
+        loss = "cross-entropy"
+        if self.kd_ratio > 0:
+            loss = f"{self.kd_ratio:g} {self.divergence.replace('_', ' ')}, the rest {loss},"
+        epochs = f"{self.num_train_epochs:g} epoch{'s' * (self.num_train_epochs != 1)}"
+        long = f"{self.max_steps} updates" if self.max_steps > 0 else epochs
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return (
+            f"stage 1: {loss} on {answers.get(self.answers, self.answers)}; {long}, "
+            f"{batch * self.world_size} answers an update, learning rate {self.learning_rate:g}"
+        )
+
     def _check(self) -> None:
         super()._check()
         if self.method != "opd":
