@@ -500,16 +500,17 @@ def test_cross_entropy_on_own_samples_is_refused(write):
     assert read_recipe(write(warmstart=stage), warmstart=True).args.kd_ratio == 0.25
 
 
-def test_a_warm_start_shares_prompts_lengths_and_precision_and_has_its_own_rate(write):
+def test_a_warm_start_shares_prompts_lengths_precision_and_batches_and_has_its_own_rate(write):
     """Unless it has its own; how long and how fast stage 2 learns is not its business."""
     more = {
         **{"max_completion_length": 77, "teacher_prompt": "{{ prompt }}!", "bf16": False},
         **{"activation_checkpointing": True, "max_prompt_length": 99},
+        "gradient_accumulation_steps": 7,
         **{"learning_rate": 0.5, "max_steps": 3, "temperature": 2.0, "method": "topd"},
     }
     first = read_recipe(write(**more, warmstart={"max_prompt_length": 5}), warmstart=True).args
     assert (first.max_completion_length, first.max_prompt_length) == (77, 5)
-    assert first.teacher_prompt == "{{ prompt }}!"
+    assert (first.teacher_prompt, first.gradient_accumulation_steps) == ("{{ prompt }}!", 7)
     assert getattr(first, CHECKPOINTING) is True
     assert (first.learning_rate, first.max_steps, first.temperature) == (2e-5, -1, 0.6)
     assert {*SHARED} <= {f.name for f in fields(WarmstartConfig)} | {

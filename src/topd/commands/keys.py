@@ -14,12 +14,13 @@ from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.errors import TOPDError, shown
 
 # What both stages have unless stage 1 says otherwise: models and data, prompts, lengths, precision
-# and memory. How long and how fast each learns is its own.
+# and batches. How long and how fast each learns is its own.
 PARTS = ("student", "teacher", "teachers", "data", "eval_data", "evaluation", "lora", "compare")
 SHARED = (
     *("max_prompt_length", "drop_long_prompts", "max_completion_length", "chat_template_kwargs"),
     *("teacher_prompt", "reference", "teacher_column", "teachers_mix"),
     *("use_cpu", "bf16", "fp16", "tf32", "chunk_tokens", "score_batch_size"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),
     *("activation_checkpointing", "gradient_checkpointing"),
     *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
