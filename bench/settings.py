@@ -5,6 +5,7 @@ python -m bench.settings
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -51,16 +52,20 @@ def page() -> str:
             *("## Defaults that differ from transformers", "", *_table(TOPDConfig, changed), ""),
             "## Of stage 1 (`topd warmstart`)",
             "",
-            "In a recipe they stand under `warmstart:`. Of the rest of the recipe stage 1 shares "
-            "models, data, evaluation and adapter, and, unless it has its own, "
-            f"{', '.join(f'`{key}`' for key in SHARED if 'gradient' not in key)}. "
-            "All settings of the above, and:",
+            "In a recipe they stand under `warmstart:`. Of the rest of the recipe stage 1 takes "
+            "what it has not itself of models, data, evaluation and adapter, "
+            f"{', '.join(map(_names, SHARED))} (those side by side together, and no "
+            "`teacher_prompt` where no teacher is asked). All settings of the above, and:",
             "",
             *_table(WarmstartConfig, stage1),
             "",
             *_inherited(),
         ]
     )
+
+
+def _names(group: Sequence[str]) -> str:
+    return " and ".join(f"`{key}`" for key in group if not key.startswith("gradient_check"))
 
 
 def _inherited() -> list[str]:

@@ -301,7 +301,8 @@ def test_evaluation_data_is_evaluated(folders, tmp_path):
 
 def test_a_warm_started_student_goes_on_to_stage_2(folders, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    output = topd(folders, first, "--answers", "data", command="warmstart")
+    how = ("--answers", "data", "--kd_ratio", "0.5")
+    output = topd(folders, first, *how, command="warmstart")
     assert "forward KL" in output
     assert "forks found" not in output or "│ 0 │" in re.sub(" +", " ", output)
     assert config(first)["kd_ratio"] == 0.5

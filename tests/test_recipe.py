@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -500,6 +501,13 @@ def test_cross_entropy_on_own_samples_is_refused(write):
     assert read_recipe(write(warmstart=stage), warmstart=True).args.kd_ratio == 0.25
 
 
+def test_a_divergence_that_is_no_part_of_a_warm_start_is_refused(write):
+    stage = {"beta": 1.0, "use_cpu": True}
+    says(refusal(write(warmstart=stage), warmstart=True), "beta", "no effect", "Set kd_ratio")
+    path = write(warmstart={**stage, "kd_ratio": 0.5})
+    assert read_recipe(path, warmstart=True).args.divergence == "reverse_kl"
+
+
 def test_a_warm_start_shares_prompts_lengths_precision_and_batches_and_has_its_own_rate(write):
     """Unless it has its own; how long and how fast stage 2 learns is not its business."""
     more = {
@@ -513,10 +521,26 @@ def test_a_warm_start_shares_prompts_lengths_precision_and_batches_and_has_its_o
     assert (first.teacher_prompt, first.gradient_accumulation_steps) == ("{{ prompt }}!", 7)
     assert getattr(first, CHECKPOINTING) is True
     assert (first.learning_rate, first.max_steps, first.temperature) == (2e-5, -1, 0.6)
-    assert {*SHARED} <= {f.name for f in fields(WarmstartConfig)} | {
-        *("activation_checkpointing", "activation_checkpointing_kwargs"),
-        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
-    }
+    stage = {"activation_checkpointing": False, "per_device_train_batch_size": 2}
+    own = read_recipe(write(**more, warmstart=stage), warmstart=True).args
+    assert (getattr(own, CHECKPOINTING), own.gradient_accumulation_steps) == (False, 1)
+    given = {"gradient_checkpointing": False, "teacher_prompt": None}
+    own = read_recipe(
+        write(**more), {**given, "per_device_train_batch_size": 2}, warmstart=True
+    ).args
+    assert (getattr(own, CHECKPOINTING), own.teacher_prompt) == (False, None)
+    assert own.gradient_accumulation_steps == 7
+    assert getattr(read_recipe(write(**more), given).args, CHECKPOINTING) is False
+    settings = {key for group in SHARED for key in group}
+    fields_of = {f.name for f in fields(WarmstartConfig)}
+    assert {k for k in settings if not re.match("(activation|gradient)_check", k)} <= fields_of
+
+
+@pytest.mark.parametrize(("kd_ratio", "told"), [(0, None), (0.5, "{{ hint }}")])
+def test_a_prompt_of_a_teacher_that_nobody_asks_is_no_part_of_a_warm_start(write, kd_ratio, told):
+    """Its columns may be those of stage 2 alone."""
+    path = write(teacher_prompt="{{ hint }}", reference="none", warmstart={"answers": "data"})
+    assert read_recipe(path, {"kd_ratio": kd_ratio}, warmstart=True).args.teacher_prompt == told
 
 
 def test_a_warm_start_says_what_it_learns_how_long_and_how_fast():
@@ -524,11 +548,11 @@ def test_a_warm_start_says_what_it_learns_how_long_and_how_fast():
         return WarmstartConfig(output_dir="unused", use_cpu=True, **more).settings_of_method()
 
     assert said(kd_ratio=0, max_steps=7, gradient_accumulation_steps=8) == (
-        "stage 1: cross-entropy on the teacher's answers; 7 updates, 32 answers an update, "
-        "learning rate 2e-05"
+        "stage 1: cross-entropy on the teacher's answers, 32 an update, 7 updates at 2e-05"
     )
-    assert said(kd_ratio=0.25, answers="data").startswith(
-        "stage 1: 0.25 forward kl, the rest cross-entropy, on the data's solutions; 1 epoch, 4"
+    assert said(kd_ratio=0.25, answers="data") == (
+        "stage 1: 0.25 forward kl, the rest cross-entropy, on the data's solutions, 4 an update, "
+        "1 epoch at 2e-05"
     )
 
 
@@ -600,9 +624,9 @@ def test_defaults_are_those_of_the_method(key, value):
     assert getattr(TOPDConfig(output_dir="unused", use_cpu=True, method="topd"), key) == value
 
 
-def test_defaults_of_the_warm_start_are_the_papers():
+def test_defaults_of_the_warm_start_are_the_papers_but_for_cross_entropy():
     args = WarmstartConfig(output_dir="unused", use_cpu=True)
-    assert (args.divergence, args.kd_ratio) == ("forward_kl", 0.5)
+    assert (args.divergence, args.kd_ratio, args.asks_teacher) == ("forward_kl", 0.0, False)
     assert (args.temperature, args.top_p) == (0.6, 0.95)
     assert (args.learning_rate, args.warmup_steps, args.num_train_epochs) == (2e-5, 0.05, 1)
     assert args.loss_temperature == 1.0

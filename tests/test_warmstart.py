@@ -18,7 +18,8 @@ from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.losses import token_divergence
+from topd.losses import TokenTerms, token_divergence
+from topd.training.learning import LearningTerms, Totals, update_loss
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 
 SMALL = {
@@ -109,6 +110,17 @@ def test_cross_entropy_alone_asks_no_teacher(tmp_path, monkeypatch):
     assert all(json.loads(line)["teacher_logprobs"] == [] for line in lines)
     assert trainer.evaluate(rows(2))["eval_loss"] > 0  # on rollouts, which are scored
     assert asked
+
+
+def test_cross_entropy_alone_is_finite_where_the_divergence_is_not(tmp_path):
+    """As it is where the student bars a token that the teacher takes for possible."""
+    divergence, entropy, logprob = torch.tensor([[torch.inf, 1.0], [1.0, 1.0], [-2.0, -4.0]])
+    terms = TokenTerms(divergence, entropy, logprob, torch.zeros(2, 0))
+    given = {"weights": torch.ones(2), "capped": None, "advantages": None, "lengths": [2]}
+    given |= {"target_probabilities": torch.zeros(2, 0), "totals": Totals(2, 0)}
+    args = WarmstartConfig(output_dir=str(tmp_path), use_cpu=USE_CPU)
+    loss, _ = update_loss(LearningTerms(terms, torch.zeros(())), given, args)
+    assert loss.item() == 3.0
 
 
 # Who wrote the answers

@@ -38,6 +38,7 @@ from transformers.utils import logging
 
 from topd.commands.budgets import TOKENS
 from topd.commands.compare_summary import SCORES, SECONDS, Result, summarise
+from topd.commands.keys import packaged, read_mapping, shared_beside
 from topd.commands.recipe import CompareSpec, Recipe, parse_overrides, read_recipe
 from topd.commands.session import autocast_of
 from topd.commands.train import make_evaluator, make_trainer, run_recipe, watch_steps
@@ -334,7 +335,9 @@ def _starting_point(
     place = folder / "warmstart"
     student = place / "student"
     if not (student / "README.md").exists():  # the model card is written last
-        words = [f"--{key}={json.dumps(v)}" for key, v in overrides.items() if key in STAGE_1]
+        own = read_mapping(packaged(path)).get("warmstart") or {}
+        shared = {*STAGE_1, *shared_beside(own)}
+        words = [f"--{key}={json.dumps(v)}" for key, v in overrides.items() if key in shared]
         begin_anew(place)
         run_recipe(path, [*words, f"--output_dir={place}"], quiet=quiet, warmstart=True)
     return {"student": str(student)}

@@ -13,16 +13,16 @@ from typing import Any
 from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.errors import TOPDError, shown
 
-# What both stages have unless stage 1 says otherwise: models and data, prompts, lengths, precision
-# and batches. How long and how fast each learns is its own.
 PARTS = ("student", "teacher", "teachers", "data", "eval_data", "evaluation", "lora", "compare")
+# Settings of prompts, lengths, precision and batches that stage 1 shares, but for groups of which
+# it names one itself. How long and how fast it learns is its own.
+RECOMPUTED = ("activation_checkpointing", "gradient_checkpointing")  # new and old name
 SHARED = (
-    *("max_prompt_length", "drop_long_prompts", "max_completion_length", "chat_template_kwargs"),
-    *("teacher_prompt", "reference", "teacher_column", "teachers_mix"),
-    *("use_cpu", "bf16", "fp16", "tf32", "chunk_tokens", "score_batch_size"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("activation_checkpointing", "gradient_checkpointing"),
-    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+    *(("max_prompt_length",), ("drop_long_prompts",), ("max_completion_length",)),
+    *(("chat_template_kwargs",), ("teacher_prompt",), ("teacher_column", "teachers_mix")),
+    *(("use_cpu",), ("bf16", "fp16"), ("tf32",), ("chunk_tokens",), ("score_batch_size",)),
+    ("per_device_train_batch_size", "gradient_accumulation_steps"),
+    (*RECOMPUTED, *(f"{name}_kwargs" for name in RECOMPUTED)),
 )
 
 
@@ -53,15 +53,17 @@ def read_content(
     Raises:
         TOPDError: the file cannot be read, a key is unknown, or a part is missing.
     """
-    content = read_mapping(_with_packaged(Path(path))) if path else {}
+    content = read_mapping(packaged(path)) if path else {}
     path = Path(path or "topd")
     first = mapping_at(path, "warmstart", content.pop("warmstart", None) or {})
     names = {*PARTS, "activation_checkpointing"}
     refuse_unknown(path, first, {*stage, *names}, "warmstart.")
     refuse_unknown(path, content, {*fields, *names})
     if warmstart:
-        content = {**{k: v for k, v in content.items() if k in (*PARTS, *SHARED)}, **first}
+        content = _of_stage_1(content, first, overrides) | first
     for key, value in overrides.items():
+        for other in RECOMPUTED if key in RECOMPUTED else ():
+            content.pop(other, None)
         _set(path, content, key.split("."), value)
     refuse_unknown(path, content, {*(stage if warmstart else fields), *names})
     if "teacher" in content and "teachers" in content:
@@ -72,10 +74,33 @@ def read_content(
     return content
 
 
-def _with_packaged(path: Path) -> Path:
+def shared_beside(own: Iterable[str]) -> set[str]:
+    """Which settings of the rest of a recipe stage 1 shares, beside its own.
+
+    >>> {"bf16", "tf32"} & shared_beside(["fp16"])
+    {'tf32'}
+    """
+    return {key for group in SHARED for key in group if not {*own} & {*group}}
+
+
+def _of_stage_1(
+    content: Mapping[str, Any], first: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What stage 1 takes from the rest of a recipe, beside what is its own.
+
+    Where nobody asks the teacher, what it is told is left out.
+    """
+    shared, own = shared_beside(first), {**first, **overrides}
+    if own.get("answers") == "data" and not own.get("kd_ratio"):
+        shared.discard("teacher_prompt")
+    return {key: value for key, value in content.items() if key in {*PARTS, *shared}}
+
+
+def packaged(path: str | Path) -> Path:
     """A path, or the recipe of that name in the installed package where there is no such file."""
-    packaged = Path(__file__).parents[1] / path
-    return packaged if not path.exists() and path.parts[0] == "recipes" else path
+    path = Path(path)
+    inside = Path(__file__).parents[1] / path
+    return inside if not path.exists() and path.parts[0] == "recipes" else path
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:

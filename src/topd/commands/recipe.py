@@ -3,8 +3,8 @@
 Top-level keys are ``student``, ``teacher`` (or ``teachers``, several by name), ``data``,
 ``eval_data``, ``evaluation``, ``lora``, ``compare``, ``warmstart`` and every field of
 :class:`~topd.TOPDConfig`. ``warmstart`` holds the keys of stage 1, fields of
-:class:`~topd.training.warmstart.WarmstartConfig`; the other parts are
-shared unless it names its own.
+:class:`~topd.training.warmstart.WarmstartConfig`; the other parts, and settings of prompts,
+lengths, precision and batches, are shared unless it names its own.
 """
 
 from __future__ import annotations

@@ -334,7 +334,9 @@ def update_loss(
     """This batch's share of the update's loss, and the sum of its trajectory divergences, nats."""
     totals, terms = batch["totals"], learned.tokens
     token_loss = terms.divergence
-    if args.kd_ratio < 1:
+    if args.kd_ratio == 0:  # a divergence that nobody asks for may be infinite
+        token_loss = -terms.logprob
+    elif args.kd_ratio < 1:
         token_loss = args.kd_ratio * token_loss - (1 - args.kd_ratio) * terms.logprob
     if batch["capped"] is not None:
         token_loss = cap_at_medians(token_loss, batch["capped"], batch["lengths"])

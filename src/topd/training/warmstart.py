@@ -33,8 +33,10 @@ from topd.types import Prompt
 
 @dataclass
 class WarmstartConfig(TOPDConfig):
-    """Arguments of the warm start: TOPDConfig with the paper's stage-1 defaults.
+    """Arguments of the warm start: TOPDConfig with the paper's stage-1 defaults, but for the loss.
 
+    The paper has ``kd_ratio`` 0.5; cross-entropy alone is the default (docs/evidence.md, "By which
+    loss to imitate"). It asks the teacher for no distributions.
     ``temperature`` and ``top_p`` are those of the teacher's answers; the loss is at temperature 1.
     """
 
@@ -45,8 +47,8 @@ class WarmstartConfig(TOPDConfig):
     )
     answer_batch_size: int = _field(16, "Answers that the teacher writes at a time.")
     method: str = _field("opd", "A warm start has no forks to guide: only opd.")
-    beta: float = _field(0.0, "Forward KL.")
-    kd_ratio: float = _field(0.5, "Share of the divergence; the rest is cross-entropy.")
+    beta: float = _field(0.0, "Forward KL, where kd_ratio is above 0.")
+    kd_ratio: float = _field(0.0, "Share of the divergence; the rest is cross-entropy.")
     temperature: float = _field(0.6, "Of the teacher's answers.")
     top_p: float = _field(0.95, "Of the teacher's answers.")
     learning_rate: float = _field(2e-5, "Peak learning rate of AdamW.")
@@ -54,15 +56,18 @@ class WarmstartConfig(TOPDConfig):
     def settings_of_method(self) -> str:
         """What is learned, how long and how fast, in a line."""
         answers = {"teacher": "the teacher's answers", "data": "the data's solutions"}
-        loss = "cross-entropy"
+        loss, divergence = "cross-entropy", self.divergence.replace("_", " ")
         if self.kd_ratio > 0:
-            loss = f"{self.kd_ratio:g} {self.divergence.replace('_', ' ')}, the rest {loss},"
-        epochs = f"{self.num_train_epochs:g} epoch{'s' * (self.num_train_epochs != 1)}"
-        long = f"{self.max_steps} updates" if self.max_steps > 0 else epochs
+            mixed = f"{self.kd_ratio:g} {divergence}, the rest {loss},"
+            loss = divergence if self.kd_ratio == 1 else mixed
+        length = (
+            ("update", self.max_steps) if self.max_steps > 0 else ("epoch", self.num_train_epochs)
+        )
+        long = f"{length[1]:g} {length[0]}{'s' * (length[1] != 1)}"
         batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return (
-            f"stage 1: {loss} on {answers.get(self.answers, self.answers)}; {long}, "
-            f"{batch * self.world_size} answers an update, learning rate {self.learning_rate:g}"
+            f"stage 1: {loss} on {answers.get(self.answers, self.answers)}, "
+            f"{batch * self.world_size} an update, {long} at {self.learning_rate:g}"
         )
 
     def _check(self) -> None:
@@ -73,6 +78,8 @@ class WarmstartConfig(TOPDConfig):
             raise TOPDError("teacher_share: the student writes no responses here. Leave it out.")
         if self.num_generations != 1:
             raise TOPDError("num_generations: a warm start has one answer a prompt. Leave it at 1.")
+        if self.beta != type(self).beta and not self.kd_ratio:
+            raise TOPDError("beta: has no effect with kd_ratio: 0. Set kd_ratio, or leave it out.")
         if self.answer_batch_size < 1:
             raise TOPDError(f"answer_batch_size: {self.answer_batch_size} must be at least 1.")
         if self.answers not in ("teacher", "data") and not self.answers.endswith(".jsonl"):
