@@ -17,12 +17,14 @@ from topd.training.footprint import (
     ModelSize,
     Work,
     activations,
+    highest,
     memory_warning,
     peaks,
     size_of,
     warning,
     work_of,
 )
+from topd.training.warmstart import WarmstartConfig
 from topd.types import Prompt
 
 SIZES = {
@@ -134,6 +136,14 @@ def test_the_work_is_that_of_the_settings_and_the_longest_prompt():
     assert work_of(args, prompts) == replace(expected, scored=6, windows=5)
     args.method = "opd"
     assert work_of(args, [replace(prompts[0], response=(5,) * 4)]).response == 4
+
+
+@pytest.mark.parametrize(("kd_ratio", "most"), [(0.0, 1), (0.5, 2)])
+def test_stage_1_writes_no_rollouts_and_by_cross_entropy_scores_none(kd_ratio, most):
+    found = {"rollouts": 3, "scoring and windows": 2, "learning": 1}
+    args = WarmstartConfig(output_dir="unused", use_cpu=True, kd_ratio=kd_ratio)
+    assert highest(found, args) == most
+    assert highest(found, TOPDConfig(output_dir="unused", use_cpu=True)) == 3
 
 
 def test_a_run_that_will_not_fit_is_warned_of_with_what_to_do(monkeypatch):

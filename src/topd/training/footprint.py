@@ -7,7 +7,7 @@ assumed in all layers, so models with other caches take less.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -219,4 +219,12 @@ def memory_warning(
     capacity = torch.cuda.get_device_properties(args.device).total_memory
     own, other = size_of(student, trained=True), size_of_all(teacher)
     sizes = own, replace(other, bytes=0) if teacher is student else other
-    return warning(max(peaks(*sizes, work_of(args, prompts)).values()), capacity)
+    return warning(highest(peaks(*sizes, work_of(args, prompts)), args), capacity)
+
+
+def highest(found: Mapping[str, float], args: TOPDConfig) -> float:
+    """Bytes at the highest of the phases that there are; stage 1 writes no rollouts."""
+    none = {"rollouts"} if args.learns_from_answers else set()
+    if args.learns_from_answers and not args.asks_teacher:
+        none.add("scoring and windows")
+    return max(most for phase, most in found.items() if phase not in none)
