@@ -222,7 +222,7 @@ def test_a_warm_start_is_told_as_one(tmp_path):
     text = page(tmp_path).text
     assert "Warm start" in text
     assert "imitated the answers of its data (stage 1)." in text
-    assert "Loss 2 to 1 over 10 updates: a fall outside the 95 % interval." in text
+    assert "Loss 2 to 1 over 10 updates: a fall beyond chance (95 %)." in text
     assert "by opd" not in text
     assert "own rollouts" not in text
     assert "Signs of collapse" not in text

@@ -315,12 +315,14 @@ def test_json_of_the_page_is_what_the_browser_reads(tmp_path):
         ([0.12, 0.05, 0.17, 0.15, 0.1, 0.17], "over 6 updates: no change to be seen."),
         (
             [4.3, 4.31, 4.29, 3.9, 3.91, 3.89],
-            "4.3 to 3.9 over 6 updates: a fall outside",
+            "4.3 to 3.9 over 6 updates: a fall beyond chance (95 %)",
         ),
+        ([9.0, 3.0, 1.0, 0.9, 0.5, 0.4, 0.4, 0.5], "over 8 updates: a fall beyond chance (95 %)"),
+        ([9.0, 3.0, 1.0, 0.5, 0.6, 0.4, 0.4, 0.5], "over 8 updates: no change to be seen."),
         ([1.0, 2.0, 3.0], "over 3 updates: too few to tell a change."),
     ],
 )
-def test_a_change_is_told_only_outside_its_interval(values, words):
+def test_a_change_is_told_only_beyond_chance(values, words):
     assert words in change_words("reverse KL", values)
 
 

@@ -23,6 +23,7 @@ OUTCOMES = {  # the first of these that was logged
     "loss": "loss",
 }
 LEAST = 4  # updates that a change can be told from
+RANKED = 4  # of so many first and last values each, being apart is a case in 35 by chance
 SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
 WEAK = (
     "So: train with method: opd, which needs no windows, after topd warmstart if the teacher may "
@@ -77,14 +78,17 @@ def change(values: Sequence[float]) -> tuple[float, float, int, bool | None]:
     """First and last mean of a series, over how many values each, and whether they differ.
 
     A fifth of the values each, or half of fewer than ten. They differ where the difference is
-    outside its 95 % interval, made of both means' t-intervals; None for too few values to tell.
+    outside its 95 % interval, made of both means' t-intervals, or where all of at least four last
+    values are below, or above, all of as many first ones (a steep fall widens its own interval;
+    by chance that is one case in 35 at most). None for too few values to tell.
     """
     count = len(values) // (5 if len(values) >= 10 else 2)
     if len(values) < LEAST:
         return values[0], values[-1], 1, None
     first, last = values[:count], values[-count:]
     a, b = float(np.mean(first)), float(np.mean(last))
-    return a, b, count, abs(b - a) > math.hypot(t_reach(first), t_reach(last))
+    apart = count >= RANKED and (max(last) < min(first) or min(last) > max(first))
+    return a, b, count, apart or abs(b - a) > math.hypot(t_reach(first), t_reach(last))
 
 
 def change_words(name: str, values: Sequence[float]) -> str:
@@ -98,9 +102,7 @@ def change_words(name: str, values: Sequence[float]) -> str:
     words = {
         None: "too few to tell a change",
         False: "no change to be seen",
-        True: "a fall outside the 95 % interval"
-        if last < first
-        else "a rise outside the 95 % interval",
+        True: f"a {'fall' if last < first else 'rise'} beyond chance (95 %)",
     }[differ]
     said = f"{name} {number(first, 2)} to {number(last, 2)} over {updates}: {words}."
     return said[:1].upper() + said[1:]
