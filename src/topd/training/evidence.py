@@ -62,7 +62,7 @@ class Experience:
 
     ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
     and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats; where the loss does without
-    the teacher, zeros and none. ``branch_hidden`` has the
+    the teacher, no columns and none. ``branch_hidden`` has the
     teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took;
     ``spans`` as in :class:`Seen`.
     """

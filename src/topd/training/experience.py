@@ -191,9 +191,9 @@ class Observer:
         return Seen(hidden, logprobs, starts, written, replace(evidence, seed=seeds[0]), spans)
 
     def _unscored(self, rollouts: Sequence[Rollout]) -> Seen:
-        """Answers that are learned without the teacher: zeros for its states, no log-probs."""
+        """Answers that are learned without the teacher: no columns of its states, no log-probs."""
         weight = self.teacher.head.weight
-        hidden = [weight.new_zeros(len(r.response), weight.shape[1]) for r in rollouts]
+        hidden = [weight.new_zeros(len(r.response), 0) for r in rollouts]
         losses = [torch.zeros(len(r.response)) for r in rollouts]
         evidence = self.evidence(rollouts, losses, [], [], 1)
         return Seen(hidden, [weight.new_zeros(0) for _ in rollouts], [], [], evidence)

@@ -218,8 +218,11 @@ def learning_terms(
 ) -> LearningTerms:
     """One forward of the student without its head, then the chunked head.
 
-    The head's weight is read inside the head's own forward, where FSDP2 has it whole.
+    The head's weight is read inside the head's own forward, where FSDP2 has it whole. Teacher's
+    states without columns are those of a teacher that nobody asks: its logits are 0, for nothing.
     """
+    if not batch["teacher_hidden"].shape[1]:
+        teacher_head = Head(teacher_head.weight[:, :0], barred=teacher_head.barred)
     states, balance = _forward(model, batch)
     linear = model.get_output_embeddings()
 
