@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +81,12 @@ class Rule:
 def rules(args: TOPDConfig) -> tuple[Rule, ...]:
     """The rules of a run. On answers written beforehand only the divergence says something.
 
-    Where it is no part of the loss (``kd_ratio: 0``) it may rise as it likes.
+    Where it is no part of the loss (``kd_ratio: 0``) the cross-entropy stands for it.
     """
     divergence = Rule("stop_divergence", args.divergence, "divergence", above=True, floor=0.5)
     if args.learns_from_answers:
-        return (divergence,) if args.kd_ratio else ()
+        alone = replace(divergence, figure="loss", what="cross-entropy")
+        return (divergence if args.kd_ratio else alone,)
     return (
         *([divergence] if args.asks_teacher else []),
         Rule("stop_length", "completions/mean_length", "mean response length"),
