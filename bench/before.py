@@ -219,9 +219,10 @@ def tables(found: Found) -> Iterator[Table]:
     """What was measured, as a table."""
     yield Table(
         "CPU seconds before and now",
-        ["of", "piece", "before", "now", "quotient", "in wall time", "memory", "pieces"],
+        ["part", "of", "piece", "before", "now", "quotient", "in wall time", "memory", "pieces"],
         [
             [
+                part,
                 x["command"],
                 name,
                 *(f"{seconds:.3g}" for seconds in piece["cpu"].values()),
@@ -230,7 +231,7 @@ def tables(found: Found) -> Iterator[Table]:
                 f"{piece['memory']:.2f}" if "memory" in piece else "",
                 str(x["runs"]),
             ]
-            for x in found["results"].values()
+            for part, x in found["results"].items()
             for name, piece in x["pieces"].items()
         ],
         f"Medians of pieces done in turn. {_commits(found)}. "
