@@ -238,13 +238,13 @@ def stage_one(worlds: Mapping[str, Found]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for name, found in worlds.items():
         for arm, scores in found["summary"].items():
-            own = found["served"][arm]
-            gains = found["against"][CE].get(arm)
+            own = found["served"]["accuracy"][arm]
+            gains, over = (x["against"][CE].get(arm) for x in (found, found["served"]))
             cells = [
                 *(_world(name), named(arm), f"{found['rates'][arm]['chosen']:g}"),
                 f"{found['spent'][arm]['updates']:.0f}",
-                f"{_pair(scores, _percent)} / {_percent(own['accuracy'])}",
-                f"{_pair(gains, _gain)} / {_gain(own['over'])}" if gains else "",
+                f"{_pair(scores, _percent)} / {_percent(own)}",
+                f"{_pair(gains, _gain)} / {_gain(over)}" if gains else "",
             ]
             yield f"| {' | '.join(cells)} |"
 

@@ -13,7 +13,7 @@ are left as they are.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,14 @@ def main() -> None:
             RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def served(arms: Path, family: str) -> dict[str, Any]:
-    """Of arms with all seeds: accuracy, and over OPD and new answers, each with its interval."""
-    solved = {arm: list(of_seeds(arms, arm, family)) for arm in (*ARMS, *AT_COST)}
+def served(
+    arms: Path,
+    family: str,
+    names: Iterable[str] = (*ARMS, *AT_COST),
+    references: Iterable[str] = ("opd", NEW),
+) -> dict[str, Any]:
+    """Of arms with all seeds: accuracy, and over each reference, with its interval."""
+    solved = {arm: list(of_seeds(arms, arm, family)) for arm in names}
     solved = {arm: runs for arm, runs in solved.items() if len(runs) == len(SEEDS)}
     return {
         "accuracy": {
@@ -59,7 +64,7 @@ def served(arms: Path, family: str) -> dict[str, Any]:
                 for arm, runs in solved.items()
                 if arm != reference
             }
-            for reference in ("opd", NEW)
+            for reference in references
         },
     }
 

@@ -12,15 +12,12 @@ at temperature 0.6 with top-p 0.95. ``docs/results/stage-one-FAMILY-SUPPLY.json`
 
 import argparse
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bench.imitated import ANSWERS, HIGHER, SEEDS, TOKENS, Setting
-from bench.sharpness import of_seeds
-from topd.statistics import SHARES, seed_problem_interval
+from bench.imitated import ANSWERS, HIGHER, TOKENS, Setting
+from bench.sharpness import served
 
 UPDATES = 300
 CE = "cross-entropy"
@@ -41,9 +38,10 @@ def main() -> None:
     rates = setting.tuned_rates(None)
     arms = {arm: {**setting.arms[arm], "learning_rate": rates[arm]["chosen"]} for arm in LOSSES}
     found = setting.compared("final", arms, None)
-    served = at_06(setting.folder / "final" / "arms", asked.family)
+    found |= {"rates": rates}
+    found |= {"served": served(setting.folder / "final" / "arms", asked.family, LOSSES, (CE,))}
     path = RESULTS / f"stage-one-{asked.family}-{asked.supply}.json"
-    path.write_text(json.dumps({**found, "rates": rates, "served": served}, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def losses(answers: int) -> dict[str, dict[str, Any]]:
@@ -52,19 +50,6 @@ def losses(answers: int) -> dict[str, dict[str, Any]]:
     return {
         arm: {**shared, "max_steps": UPDATES, "kd_ratio": kd_ratio}
         for arm, kd_ratio in LOSSES.items()
-    }
-
-
-def at_06(arms: Path, family: str) -> dict[str, Any]:
-    """Accuracy at temperature 0.6, and over cross-entropy, by loss."""
-    solved = {arm: list(of_seeds(arms, arm, family)) for arm in LOSSES}
-    assert all(len(runs) == len(SEEDS) for runs in solved.values())
-    return {
-        arm: {
-            "accuracy": asdict(seed_problem_interval(runs, bounds=SHARES)),
-            "over": asdict(seed_problem_interval(np.subtract(runs, solved[CE]))),
-        }
-        for arm, runs in solved.items()
     }
 
 

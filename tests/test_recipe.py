@@ -551,9 +551,11 @@ def test_a_warm_start_says_what_it_learns_how_long_and_how_fast():
         "stage 1: cross-entropy on the teacher's answers, 32 an update, 7 updates at 2e-05"
     )
     assert said(kd_ratio=0.25, answers="data") == (
-        "stage 1: 0.25 forward kl, the rest cross-entropy, on the data's solutions, 4 an update, "
+        "stage 1: 0.25 forward KL, the rest cross-entropy, on the data's solutions, 4 an update, "
         "1 epoch at 2e-05"
     )
+    assert said(kd_ratio=1, max_steps=1).startswith("stage 1: forward KL on the teacher's answers")
+    assert said(kd_ratio=1, max_steps=1).endswith(", 1 update at 2e-05")
 
 
 def test_guidance_in_a_warm_start_is_refused(write):

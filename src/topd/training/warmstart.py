@@ -56,7 +56,7 @@ class WarmstartConfig(TOPDConfig):
     def settings_of_method(self) -> str:
         """What is learned, how long and how fast, in a line."""
         answers = {"teacher": "the teacher's answers", "data": "the data's solutions"}
-        loss, divergence = "cross-entropy", self.divergence.replace("_", " ")
+        loss, divergence = "cross-entropy", self.divergence.replace("_kl", " KL")
         if self.kd_ratio > 0:
             mixed = f"{self.kd_ratio:g} {divergence}, the rest {loss},"
             loss = divergence if self.kd_ratio == 1 else mixed
