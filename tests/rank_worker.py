@@ -27,9 +27,10 @@ from transformers import TrainerCallback
 
 from conftest import rows
 from test_trainer import lines, make, student, teacher
+from test_warmstart import make as stage_1
 from topd import TOPDTrainer
 from topd.distributed import agreed, end_ranks, everywhere, on_first, rank
-from topd.errors import TOPDError
+from topd.errors import StoppedError, TOPDError
 from topd.training.evidence import Experience
 from topd.training.learning import collate
 
@@ -157,6 +158,22 @@ def fsdp_resumed(folder: Path, ranks: int) -> dict[str, Any]:
     """The same under FSDP2."""
     os.environ.update(launched())
     return ddp_resumed(folder, ranks, "fsdp")
+
+
+def answered(folder: Path, ranks: int) -> dict[str, Any]:
+    """Stage 1, whose teacher's answers the ranks write among them; then a stop on one of them."""
+    options = {"gradient_accumulation_steps": 2 // ranks, "answer_batch_size": 3}
+    trainer = stage_1(folder / "whole", data=rows(16), **options)
+    trainer.train()
+    stopped = stage_1(folder / "stopped", data=rows(16), **options)
+    stopped.watch.reason = StoppedError("asked.", 75) if rank() == ranks - 1 else None
+    try:
+        stopped.train()
+    except StoppedError as error:
+        said = str(error)
+    learned = [prompt.response for prompt in trainer.train_dataset]
+    written = (folder / "whole" / "answers.jsonl").read_text()
+    return {"learned": learned, "written": written, "said": said, "cost": trainer.answered.tokens}
 
 
 def faults(folder: Path, ranks: int) -> dict[str, str]:

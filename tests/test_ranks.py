@@ -65,7 +65,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder) -> list[dict[str, Any]]:
     """What each of two ranks found, by case."""
-    cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "fsdp", "fsdp_resumed")
+    cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "answered")
+    cases += ("fsdp", "fsdp_resumed")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
     ranks = [
         environment(**shared, **{f"{kind}WORLD_SIZE": "2" for kind in ("", "LOCAL_")}, **own)
@@ -123,6 +124,16 @@ def test_two_ranks_are_one_process_with_twice_the_accumulation(two, one, kind, c
             for name in ("rollouts", "guidance", "tokens"):
                 same(found[name], whole[name])
             assert [r["rollout"] for r in found["rollouts"]] == [*range(16)] * 2
+
+
+def test_the_teachers_answers_are_written_among_the_ranks(two, tmp_path):
+    whole = rank_worker.answered(tmp_path, 1)
+    for rank in two:
+        found = rank["answered"]
+        assert found["learned"] == whole["learned"]
+        assert found["written"] == whole["written"]
+        assert found["cost"] == whole["cost"] > 0
+        assert found["said"].startswith("asked.")
 
 
 def test_a_checkpoint_of_sharded_ranks_loads_in_one_process(two, folder):

@@ -19,6 +19,7 @@ from topd import TOPDConfig, TOPDTrainer
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.losses import TokenTerms, token_divergence
+from topd.report.headline import training_words
 from topd.training.learning import LearningTerms, Totals, update_loss
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 
@@ -141,7 +142,7 @@ def test_a_solution_longer_than_the_limit_is_refused_with_its_row(tmp_path):
         make(tmp_path, data=data, answers="data")
 
 
-def test_the_teacher_answers_every_prompt_and_unfinished_answers_are_left_out(tmp_path):
+def test_the_teacher_answers_every_prompt_and_unfinished_answers_are_left_out(tmp_path, caplog):
     trainer = make(tmp_path)
     prompts = list(trainer.train_dataset)
     trainer.train()
@@ -155,6 +156,47 @@ def test_the_teacher_answers_every_prompt_and_unfinished_answers_are_left_out(tm
     rollouts = (tmp_path / "rollouts.jsonl").read_text().splitlines()
     seen = sorted(json.loads(line)["response_ids"] for line in rollouts)
     assert seen == sorted(finished)
+    cut = len(stored) - len(finished)
+    said = f"{cut} of the teacher's 8 answers did not end within 24 tokens and are left out."
+    assert said in caplog.text
+    assert trainer.state.log_history[-1]["answers/unfinished"] == cut / 8
+    words = " ".join(training_words(tmp_path))
+    assert f"{100 * cut / 8:.3g} % of the answers did not end in time" in words
+
+
+def test_more_answers_than_are_learned_are_told_beforehand(tmp_path, caplog):
+    for count, told in ((9, 0), (10, 1)):
+        caplog.clear()
+        make(tmp_path / str(count), data=rows(count)).train()
+        assert caplog.text.count("learns 9 at most. With data.limit: 9") == told
+
+
+def test_that_most_answers_are_cut_off_is_told_early(tmp_path, caplog, monkeypatch):
+    trainer = make(tmp_path, max_completion_length=8, answer_batch_size=2, data=rows(8))
+    monkeypatch.setattr("topd.training.warmstart.ENOUGH", 4)
+    written = answers_of(trainer, [[], [], [], [5, EOS], [5, EOS], [5, EOS], [5, EOS], [5, EOS]])
+    trainer.train()
+    assert "3 of the teacher's first 4 answers did not end within 8 tokens" in caplog.text
+    assert "enable_thinking: false" in caplog.text
+    assert len(written) == 4
+
+    trainer = make(tmp_path / "none", answer_batch_size=2, data=rows(8))
+    written = answers_of(trainer, [[]] * 8)
+    with pytest.raises(TOPDError, match="none of the teacher's first 4 answers ended"):
+        trainer.train()
+    assert len(written) == 2  # calls: it stopped half way
+
+
+def answers_of(trainer: WarmstartTrainer, known: list[list[int]]) -> list[int]:
+    """Have the teacher write known answers; returns the sizes of the calls that it gets."""
+    calls: list[int] = []
+
+    def answer(prompts, first):
+        calls.append(len(prompts))
+        return known[first : first + len(prompts)]
+
+    trainer._answer = answer
+    return calls
 
 
 def test_the_teacher_reads_its_own_prompt_to_answer(tmp_path):

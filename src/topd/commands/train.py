@@ -85,6 +85,7 @@ def _watch(trainer: TOPDTrainer, console: Console, *, bars: bool) -> None:
     if bars:
         watch_steps(trainer, console)
     else:
+        trainer.phases.show(console, bars=False)
         trainer.add_callback(_LogLines(console))
 
 

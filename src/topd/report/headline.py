@@ -163,11 +163,14 @@ def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def training_words(folder: Path) -> Iterator[str]:
     """Who learned from whom, and whether the divergence has changed."""
-    logs = [log for log in read_logs(folder) if "loss" in log]
+    every = read_logs(folder)
+    logs = [log for log in every if "loss" in log]
     settings, names = settings_of(folder), model_names(folder)
     if logs and len(names) == 2:
         yield _learned({side: plain(name, limit=80) for side, name in names.items()}, settings)
         yield from _also(settings)
+        if left_out := max(log.get("answers/unfinished", 0) for log in every):
+            yield f"{100 * left_out:.3g} % of the answers did not end in time and were left out."
     for key, name in OUTCOMES.items():
         values = [log[key] for log in logs if math.isfinite(log.get(key, math.nan))]
         if values:
@@ -175,7 +178,7 @@ def training_words(folder: Path) -> Iterator[str]:
             if key in DIVERGENCES and max(map(abs, values[:LEAST])) < NOTHING_TO_LEARN:
                 yield ALIKE
             break
-    yield from held_out_words(read_logs(folder))
+    yield from held_out_words(every)
 
 
 def _learned(names: Mapping[str, str], settings: Mapping[str, Any]) -> str:

@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from topd.engines import Tick, no_tick
 
@@ -34,11 +41,12 @@ class Phases:
     def __init__(self) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
         self._bars: Progress | None = None
+        self._run: TaskID | None = None
         self._lines: Console | None = None
 
-    def show(self, console: Console) -> None:
-        """Draw bars from now on; lines where no one could see a bar move."""
-        if not console.is_terminal:
+    def show(self, console: Console, *, bars: bool = True) -> None:
+        """Draw bars from now on; lines where no one could see a bar move, or without ``bars``."""
+        if not (bars and console.is_terminal):
             self._lines = console
             return
         self._bars = Progress(
@@ -56,11 +64,13 @@ class Phases:
         self._name, self._total = name, steps
         self._begun = self._told = time.perf_counter()
         if self._bars:
+            if self._run is not None:
+                self._bars.remove_task(self._run)
             self._run = self._bars.add_task(name, total=steps)
 
     def step_done(self, step: int) -> None:
         """Move the run's bar to ``step``."""
-        if self._bars:
+        if self._bars and self._run is not None:
             self._bars.update(self._run, completed=step)
         now = time.perf_counter()
         if self._lines and (now - self._told >= EVERY or step == self._total):

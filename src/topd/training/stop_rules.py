@@ -181,10 +181,11 @@ class Watch(TrainerCallback):
         raise self.agreed
 
     def end_if_asked(self, saved: str) -> None:
-        """Raise the StoppedError that is due, if one is: what is on disk by now is ``saved``."""
-        if self.reason is not None:
-            said = f"{self.reason} {saved} {_resume(self.trainer.run_folder)}"
-            raise StoppedError(said, self.reason.exit_code)
+        """Raise the StoppedError that is due, on all ranks: what is on disk by now is ``saved``."""
+        for reason in ranks.everywhere(self.reason):
+            if reason is not None:
+                said = f"{reason} {saved} {_resume(self.trainer.run_folder)}"
+                raise StoppedError(said, reason.exit_code)
 
     @contextmanager
     def until_terminated(self) -> Iterator[None]:

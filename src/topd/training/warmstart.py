@@ -10,14 +10,17 @@ limit. Answers are padded, not packed.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from topd import distributed as ranks
 from topd.config import TOPDConfig, _field
 from topd.engines.several import reader_of
 from topd.errors import TOPDError
@@ -29,6 +32,14 @@ from topd.seeds import Stream, sampling_seeds
 from topd.training.startup import DataRows
 from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt
+
+logger = logging.getLogger(__name__)
+
+ENOUGH = 64  # answers after which it is known whether answers end
+SHORTER = (
+    "Raise max_completion_length, or have shorter ones written; of a model that thinks first by "
+    "chat_template_kwargs: {enable_thinking: false}."
+)
 
 
 @dataclass
@@ -110,8 +121,9 @@ class Answered:
 class WarmstartTrainer(TOPDTrainer):
     """Off-policy distillation. Arguments as for :class:`~topd.TOPDTrainer`.
 
-    The teacher's answers are kept in ``answers.jsonl`` of the run folder and used again if the run
-    continues there. Answers that did not end within ``max_completion_length`` are left out.
+    The teacher's answers, which several ranks share among them, are kept in ``answers.jsonl`` of
+    the run folder and used again if the run continues there. Answers that did not end within
+    ``max_completion_length`` are left out, and it is said how many.
     """
 
     args: WarmstartConfig
@@ -140,9 +152,7 @@ class WarmstartTrainer(TOPDTrainer):
         with one_writer(folder):
             if self.args.answers == "teacher" and self.train_dataset is not None:
                 check_run_folder(folder, resume=bool(resume_from_checkpoint))
-                with self.accelerator.main_process_first():  # the others read what it has written
-                    answers = folder / "answers.jsonl"
-                    self.train_dataset = self._answered(self.questions, answers)
+                self.train_dataset = self._answered(self.questions, folder / "answers.jsonl")
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _answered(self, prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
@@ -153,27 +163,68 @@ class WarmstartTrainer(TOPDTrainer):
             "sampling": repr(self.args.sampling),
             "seed": self.args.seed,
         }
-        done, began = _answers_in(path, header), _clocks()
-        size = self.args.answer_batch_size
-        with open(path, "a", encoding="utf-8") as file:
-            for first in range(len(done), len(prompts), size):
-                self.watch.end_if_asked(f"{path} has {len(done)} answers.")
-                answers = self._answer(prompts[first : first + size], first)
-                file.writelines(json.dumps(answer) + "\n" for answer in answers)
-                file.flush()
-                done += answers
+        first = ranks.rank() == 0
+        found = ranks.agreed(lambda: _answers_in(path, header) if first else [])
+        done, began = ranks.everywhere(found)[0], _clocks()
+        if len(done) < len(prompts):
+            self._write(prompts, done, path)
+        self._check_ends(done)
+        self.totals.add("answers/unfinished", done.count([]), len(done))
         seconds, cpu_seconds = (_clocks() - began).tolist()
         self.answered = replace(self.answered, seconds=seconds, cpu_seconds=cpu_seconds)
-        kept = _with_answers(prompts, done)
-        if not kept:
-            raise TOPDError(
-                f"warm start: none of the teacher's {len(prompts)} answers ended within "
-                f"{self.args.max_completion_length} tokens. Raise max_completion_length."
+        return _with_answers(prompts, done)
+
+    def _write(self, prompts: Sequence[Prompt], done: list[list[int]], path: Path) -> None:
+        """Have the answers written that are not in ``done`` yet, by all ranks; keep them there."""
+        learned = self.args.max_steps * self._rollouts_an_update()
+        if 0 < learned < len(prompts) and ranks.rank() == 0:
+            logger.warning(
+                f"the teacher writes {len(prompts):,} answers, and max_steps: {self.args.max_steps}"
+                f" learns {learned:,} at most. With data.limit: {learned} it writes no more."
             )
-        return kept
+        self.phases.start(len(prompts), "answers")
+        size, own = self.args.answer_batch_size, ranks.rank()
+        while len(done) < len(prompts):
+            self.watch.end_if_asked(f"{path} has {len(done)} answers.")
+            begin = len(done) + own * size
+            mine = ranks.agreed(partial(self._answer, prompts[begin : begin + size], begin))
+            new = [answer for answers in ranks.everywhere(mine) for answer in answers]
+            if own == 0:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(answer) + "\n" for answer in new)
+            early = len(done) < ENOUGH <= len(done) + len(new)
+            done += new
+            self.phases.step_done(len(done))
+            if early and len(done) < len(prompts):
+                self._check_ends(done, "first ")
+        tokens = sum(ranks.everywhere(self.answered.tokens))
+        self.answered = replace(self.answered, tokens=tokens)
+
+    def _rollouts_an_update(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _check_ends(self, answers: Sequence[Sequence[int]], which: str = "") -> None:
+        """Say how many answers did not end; of the ``which`` ones only if they are most.
+
+        Raises TOPDError if none did.
+        """
+        cut, count = sum(not answer for answer in answers), len(answers)
+        within = f"within {self.args.max_completion_length} tokens"
+        if cut == count:
+            none = f"none of the teacher's {which}{count} answers ended {within}"
+            raise TOPDError(f"warm start: {none}. {SHORTER}")
+        most = 2 * cut > count
+        if ranks.rank() == 0 and (most or (cut and not which)):
+            logger.warning(
+                f"{cut:,} of the teacher's {which}{count:,} answers did not end {within} and are "
+                f"left out.{f' {SHORTER}' if most else ''}"
+            )
 
     def _answer(self, prompts: Sequence[Prompt], first: int) -> list[list[int]]:
         """Token ids of the teacher's answers; empty for one that did not end."""
+        if not prompts:
+            return []
         seeds = sampling_seeds(self.args.seed, Stream.ANSWERS, len(prompts), first=first)
         with self.phases.phase("answers", self.args.max_completion_length) as tick:
             written = reader_of(self.observer.teacher, prompts).generate(
