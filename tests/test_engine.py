@@ -658,6 +658,21 @@ def test_padding_rows_of_the_vocabulary_are_never_sampled(model, sampling):
     assert written[0].logprobs == pytest.approx(scored.logprobs[0].tolist(), rel=1e-5, abs=2e-5)
 
 
+def test_where_odd_widths_are_slow_some_padding_rows_stay_and_change_nothing(model, monkeypatch):
+    monkeypatch.setattr("topd.engines.base.WIDTHS", {})
+    plain = HFEngine(model, eos_ids=[EOS], allowed=range(13))
+    monkeypatch.setattr("topd.engines.base.WIDTHS", {DEVICE.type: 8})
+    wide = HFEngine(model, eos_ids=[EOS], allowed=range(13))
+    assert (plain.head.vocab_size, wide.head.vocab_size) == (13, 16)
+    assert wide.barred.tolist() == [False] * 13 + [True] * 3
+    for sampling in (GREEDY, WARM):
+        found, expected = (e.generate(PROMPTS * 5, sampling, range(20)) for e in (wide, plain))
+        assert tokens_of(found) == tokens_of(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert HFEngine(model, eos_ids=[EOS], allowed=range(VOCAB)).head.vocab_size == VOCAB
+
+
 def test_a_token_of_probability_0_is_never_drawn():
     """All of a row are barred but two, whose numbers are as late as can be."""
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]]).expand(3, 4)

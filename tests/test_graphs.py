@@ -35,6 +35,7 @@ from topd.engines.decode_check import check_decoding
 from topd.engines.graphs import BUCKETS, bucket, graphable
 from topd.engines.hf import ROLLOUTS_SHARE, WINDOWS_SHARE, HFEngine
 from topd.engines.windows import entries_of
+from topd.inputs.heads import head_of
 from topd.types import Generation, Ids, Sampling
 
 PROMPTS: list[Ids] = [(1, 9, 23, 41, 5), (1, 8), (1, 30, 31, 32, 33, 34, 35, 36, 7), (1,)]
@@ -336,6 +337,26 @@ def test_under_autocast_weights_are_cast_once_a_call_and_texts_are_near_autocast
             model.lm_head.weight.mul_(1.5)
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_what_several_products_take_is_cast_once():
+    model, casts = model_of("llama"), CastWeights()
+    layer, x = model.model.layers[0].self_attn, torch.randn(3, 1, model.config.hidden_size)
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        expected = [layer.q_proj(x), layer.q_proj(x + 1)]
+        with casts.used(model, head_of(model)):
+            assert torch.equal(layer.q_proj(x), expected[0])
+            first = casts._narrow(x)
+            layer.k_proj(x)
+            assert casts._narrow(x) is first
+            x += 1  # in place
+            assert torch.equal(layer.q_proj(x), expected[1])
+    assert not casts._latest[0].numel()  # nothing is held
+
+
+def test_long_windows_of_like_lengths_have_like_buffers():
+    assert [buffers.own_entries(n) for n in (12, 24, 50, 70)] == [16, 32, 64, 80]
+    assert {buffers.own_entries(n) for n in range(455, 511)} == {512}
 
 
 def test_ticks_are_as_many_as_tokens():

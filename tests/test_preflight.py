@@ -260,6 +260,25 @@ def test_several_visible_gpus_without_a_launcher_are_one(tmp_path):
     assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        ({"": 1}, f"it on {DEVICE.type}:1, and"),
+        ({"model": f"{DEVICE.type}:3", "lm_head": "disk"}, f"it on {DEVICE.type}:3, disk, and"),
+        ({"": DEVICE.type}, None),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_model_on_another_device_is_refused(tmp_path, places, told, place):
+    models = [tiny_model(), tiny_model(seed=1)]
+    models[place].hf_device_map = places
+    if told is None:
+        make(tmp_path, *models)
+        return
+    with pytest.raises(TOPDError, match=f"{('student', 'teacher')[place]}: device_map.*{told}"):
+        make(tmp_path, *models)
+
+
 # Saving
 
 

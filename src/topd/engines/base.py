@@ -18,6 +18,8 @@ from topd.inputs.heads import head_of
 from topd.losses import linear_logprobs
 from topd.types import Head, Ids, Needs, Sampling
 
+WIDTHS = {"cuda": 64}  # of a device: the numbers of rows of a head that suit it, multiples of this
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -99,9 +101,13 @@ class BaseEngine:
         self.end_ids = frozenset(eos_ids)
 
     def _allow(self, ids: Sequence[int]) -> None:
-        """Rows after the last token are sliced off, those between tokens barred."""
+        """Rows after the last token are sliced off, those between tokens barred.
+
+        A GPU multiplies and reads rows of an odd width slowly: there some stay, barred.
+        """
         allowed = torch.tensor([i for i in ids if i < self.vocab_size], device=self.device)
-        self.vocab_size = int(allowed.max()) + 1
+        end, unit = int(allowed.max()) + 1, WIDTHS.get(self.device.type, 1)
+        self.vocab_size = min(end + -end % unit, self.vocab_size)
         if len(allowed) < self.vocab_size:
             self.barred = torch.ones(self.vocab_size, dtype=torch.bool, device=self.device)
             self.barred[allowed] = False

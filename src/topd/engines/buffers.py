@@ -198,8 +198,9 @@ class Buffers:
         begin = lengths.cumsum(0) - lengths
         source = torch.tensor([*longest]).repeat_interleave(lengths)
         entry = torch.arange(len(source)) - begin.repeat_interleave(lengths)
+        source, entry = source.to(device), entry.to(device)
         for layer, old in zip(self.layers, cache.layers, strict=True):
-            layer.share(old.keys, old.values, source.to(device), entry.to(device))
+            layer.share(old.keys, old.values, source, entry)
         begins = dict(zip(longest, begin.tolist(), strict=True))
         self.first[: len(rows)] = torch.tensor([begins[row] for row in rows], device=device)
         self.known[: len(rows)] = torch.tensor(known, device=device)
@@ -273,6 +274,18 @@ def rounded(tokens: int, unit: int = 0) -> int:
     """How many entries a row of the buffers has, so that few numbers of them are captured."""
     unit = unit or (128 if tokens + SLACK <= 512 else 256)
     return -(-(tokens + SLACK) // unit) * unit
+
+
+def own_entries(tokens: int) -> int:
+    """How many entries of its own a row has that continues a prefix.
+
+    Windows whose length is a share of the rollouts' differ from update to update, and every length
+    has graphs of its own: long ones go in coarser steps.
+    """
+    unit = OWN_UNIT
+    while tokens > 8 * unit:
+        unit *= 2
+    return rounded(tokens, unit)
 
 
 def entry_bytes(model: PreTrainedModel) -> int:

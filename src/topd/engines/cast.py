@@ -20,6 +20,11 @@ class CastWeights:
 
     def __init__(self) -> None:
         self._copies: dict[int, Tensor] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        none = torch.empty(0)
+        self._latest = none, none._version, none
 
     @contextmanager
     def used(self, model: PreTrainedModel, head: Head) -> Iterator[tuple[Head, bool]]:
@@ -36,6 +41,7 @@ class CastWeights:
                     vars(layer)["forward"] = self._product(layer.weight, layer.bias)
                     stack.callback(vars(layer).pop, "forward")
             product = self._product(head.weight, head.bias, HEAD)
+            stack.callback(self._forget)
             now = {key: copy.data_ptr() for key, copy in self._copies.items()}
             yield replace(head, product=product), now != before
 
@@ -47,9 +53,18 @@ class CastWeights:
         copies = self._copied(id(weight) if key is None else key, weight), added
 
         def product(x: Tensor) -> Tensor:
-            return nn.functional.linear(x, *copies)
+            return nn.functional.linear(self._narrow(x), *copies)
 
         return product
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """``x`` in autocast's precision, cast once for all products that follow one another."""
+        before, version, cast = self._latest
+        if x is not before or x._version != version:
+            dtype = autocast_dtype(x.device) or x.dtype
+            cast = x.to(dtype)
+            self._latest = x, x._version, cast
+        return cast
 
     def _copied(self, key: int, weight: Tensor) -> Tensor:
         dtype = autocast_dtype(weight.device)

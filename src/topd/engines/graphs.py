@@ -298,13 +298,13 @@ class Graphs:
         before = [state.clone() for state in moved]
         graph = torch.cuda.CUDAGraph()
         with self._decoding(rows):
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 for _ in range(SLACK):
                     one()
                 for state, old in zip(moved, before, strict=True):
                     state.copy_(old)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
             torch.cuda.synchronize(self._device)
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"

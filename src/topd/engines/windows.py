@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from topd.engines import Scores
 from topd.engines.base import Prefix, Wanted
-from topd.engines.buffers import OWN_UNIT, SHARED_UNIT, rounded
+from topd.engines.buffers import SHARED_UNIT, own_entries, rounded
 from topd.engines.decoding import Window, WindowBatch, growing_cache, open_windows, select_rows
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
@@ -106,7 +106,7 @@ def write_windows_in_graphs(
     found = _InGraphs(engine, scores, starts, wanted)
     known = [window.known for window in found.windows]
     with graphs.casting(engine.head) as head:
-        graphs.open(len(starts), rounded(wanted.steps, OWN_UNIT), continuing=True)
+        graphs.open(len(starts), own_entries(wanted.steps), continuing=True)
         graphs.share(cache, [b for b, _ in starts], known)
         hidden = scores.hidden[tuple(engine.tensor(starts).unbind(-1))]
         graphs.write(head, hidden, known, wanted, found.take, keep=True)
@@ -126,7 +126,7 @@ def entries_of(scores: Scores, starts: Starts, steps: int) -> Callable[[int], in
     def entries(rows: int) -> int:
         parts = [starts[k : k + rows] for k in range(0, len(starts), rows)]
         most = max(map(read, parts), default=0)
-        return rounded(most, SHARED_UNIT) + rows * rounded(steps, OWN_UNIT)
+        return rounded(most, SHARED_UNIT) + rows * own_entries(steps)
 
     return entries
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -45,14 +46,28 @@ def trained_digest(model: torch.nn.Module) -> str:
     A collective where the model is sharded; the digest is that of the whole model.
     """
     return _tensor_digest(
-        {
-            name.replace(WRAPPER, ""): whole(parameter).flatten()[
-                :: max(1, parameter.numel() // 64)
-            ]
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        }
+        _fetched(
+            {
+                name.replace(WRAPPER, ""): whole(parameter).flatten()[
+                    :: max(1, parameter.numel() // 64)
+                ]
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+        )
     )
+
+
+def _fetched(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Flat tensors on the CPU; those of one kind come together, as each copy waits for a GPU."""
+    kinds: dict[tuple[torch.dtype, torch.device], dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        kinds[tensor.dtype, tensor.device][name] = tensor
+    found: dict[str, torch.Tensor] = {}
+    for some in kinds.values():
+        parts = torch.cat([*some.values()]).cpu().split([*map(len, some.values())])
+        found.update(zip(some, parts, strict=True))
+    return found
 
 
 def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

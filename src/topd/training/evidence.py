@@ -61,9 +61,9 @@ class Experience:
     """What one update learns from; every tuple has one entry a rollout.
 
     ``teacher_hidden`` [T D] are the teacher's last hidden states that predict each response token
-    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats; where the loss does without
-    the teacher, no columns and none. ``branch_hidden`` has the
-    teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took;
+    and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats, on the CPU; where the loss
+    does without the teacher, no columns and none. ``branch_hidden`` has
+    the teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took;
     ``spans`` as in :class:`Seen`.
     """
 

@@ -168,7 +168,7 @@ class Observer:
             scores = self.score(some, first, keep=method.looks_ahead)
             hidden += [h[: len(r.response)] for h, r in zip(scores.hidden, some, strict=True)]
             told = scores.logprobs if self.teacher.gives in TOLD else scores.logprobs[:, :0]
-            logprobs += [p[: len(r.response)] for p, r in zip(told, some, strict=True)]
+            logprobs += [p[: len(r.response)] for p, r in zip(told.cpu(), some, strict=True)]
             spans += scores.spans
             needed = method.statistics or self.args.detector.statistics
             known = self.statistics(some, scores) if needed else None
@@ -196,7 +196,7 @@ class Observer:
         hidden = [weight.new_zeros(len(r.response), 0) for r in rollouts]
         losses = [torch.zeros(len(r.response)) for r in rollouts]
         evidence = self.evidence(rollouts, losses, [], [], 1)
-        return Seen(hidden, [weight.new_zeros(0) for _ in rollouts], [], [], evidence)
+        return Seen(hidden, [torch.zeros(0) for _ in rollouts], [], [], evidence)
 
     def _verdicts(self, rollouts: Sequence[Rollout], seen: Seen, numbers: Sequence[int]) -> Tensor:
         """[N] bool, which windows are real divergent points: a share is one of all ranks'.
@@ -359,7 +359,7 @@ class Observer:
         solved = self.compare(windows, teacher=reader_of(self.teacher, prompts))
         real = torch.zeros(len(starts), dtype=torch.bool)
         logprobs, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
-        theirs = None if teacher is None else padded([row.cpu() for row in teacher])[0]
+        theirs = None if teacher is None else padded(teacher)[0]
         found = Evidence(token_loss, logprobs, mask, windows, solved, real)
         return replace(found, teacher_logprobs=theirs, rollouts=tuple(rollouts))
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from topd.config import CHECKPOINTING, TOPDConfig
-from topd.engines.buffers import OWN_UNIT, SHARED_UNIT, rounded
+from topd.engines.buffers import SHARED_UNIT, own_entries, rounded
 from topd.engines.graphs import BUCKETS, bucket
 from topd.inputs.teachers import TeacherSet
 from topd.types import Prompt
@@ -142,7 +142,7 @@ def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float
     writing = max(3 * rows * student.vocab * 4, _read(student, rows * work.prompt, byte))
     if work.window:
         entries = rounded(work.scored * work.longest, SHARED_UNIT)
-        entries += bucket(work.windows) * rounded(work.window, OWN_UNIT)
+        entries += bucket(work.windows) * own_entries(work.window)
         always += entries * teacher.cached * byte
     cast = buffers + copied + 4 * student.trained  # while it learns: and gradients
     return {

@@ -217,8 +217,8 @@ def load_models(
     """Student, with its adapter if it gets one, and teachers; checked as far as they can be alone.
 
     Raises:
-        TOPDError: an adapter that does not fit, models that cannot be loaded or share weights, or
-            a student that is to be ``trained`` and cannot be.
+        TOPDError: an adapter that does not fit, models that cannot be loaded, share weights or
+            are on other devices, or a student that is to be ``trained`` and cannot be.
     """
     if lora is not None:
         try_adapter(config_of(sources[0]), lora, sources[0])
@@ -226,7 +226,9 @@ def load_models(
     if lora is not None:
         set_seed(args.seed)  # of the adapter's first weights
         student = with_adapter(student, lora)
+    _check_placed("student", student, args.device)
     for teacher in teachers:
+        _check_placed("teacher", teacher, args.device)
         check_apart(student, teacher)
     if trained:
         check_trainable(student)
@@ -251,6 +253,21 @@ def _loaded(sources: Sources, own: SelfTeacher | None) -> tuple[PreTrainedModel,
         return (first if isinstance(first, LOADED) else as_spec(first).load_model(),)
     student, teacher = load_pair(*sources[:2])
     return student, teacher, *(load_pair(student, source)[1] for source in sources[2:])
+
+
+def _check_placed(name: str, model: PreTrainedModel, device: torch.device) -> None:
+    """Whether Trainer can move a model to where it computes. Raises TOPDError."""
+    given = (getattr(model, "hf_device_map", None) or {}).values()
+    places = {f"{device.type}:{place}" if isinstance(place, int) else str(place) for place in given}
+    here = {str(device), *([device.type] if not device.index else [])}
+    if places <= here or places == {"cpu"}:
+        return
+    where = ", ".join(sorted(places))
+    raise TOPDError(
+        f"{name}: device_map has put it on {where}, and the run is on {device}. "
+        "Load it without device_map. One that is too large can be served "
+        "(docs/how-to/served-teacher.md) or sharded (docs/scaling.md)."
+    )
 
 
 def _warn_of_coarse_weights(student: PreTrainedModel) -> None:
