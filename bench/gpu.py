@@ -384,8 +384,8 @@ def settled_clock(clock: Callable[[], float] = time.perf_counter) -> float:
 
 def pair(size: Update) -> tuple[Any, Any, Any]:
     """Student in float32, teacher in bfloat16, and a tokenizer."""
-    student = make(size.student, seed=0, dtype=torch.float32)
-    return student, make(size.teacher, seed=1), words(SHAPES[size.student].vocab)
+    student, shape = make(size.student, seed=0, dtype=torch.float32), SHAPES[size.student]
+    return student, make(size.teacher, seed=1), words(shape.vocab - shape.padding)
 
 
 def our_trainer(

@@ -28,7 +28,10 @@ EOS = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's size is made of; ``kind`` is the architecture."""
+    """What a model's size is made of; ``kind`` is the architecture.
+
+    ``padding`` are the head's rows that no token has.
+    """
 
     kind: str
     width: int
@@ -39,17 +42,18 @@ class Shape:
     inner: int
     vocab: int
     tied: bool = True
+    padding: int = 0
 
 
 SHAPES = {
     "SmolLM2-135M": Shape("llama", 576, 30, 9, 3, 64, 1536, 49_152),
     "SmolLM2-1.7B": Shape("llama", 2048, 24, 32, 32, 64, 8192, 49_152),
-    "Qwen3-0.6B": Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151_936),
-    "Qwen3-1.7B": Shape("qwen3", 2048, 28, 16, 8, 128, 6144, 151_936),
-    "Qwen3-4B": Shape("qwen3", 2560, 36, 32, 8, 128, 9728, 151_936),
-    "Qwen3-8B": Shape("qwen3", 4096, 36, 32, 8, 128, 12_288, 151_936, tied=False),
-    "Qwen3-14B": Shape("qwen3", 5120, 40, 40, 8, 128, 17_408, 151_936, tied=False),
-    "Qwen3-32B": Shape("qwen3", 5120, 64, 64, 8, 128, 25_600, 151_936, tied=False),
+    "Qwen3-0.6B": Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151_936, padding=267),
+    "Qwen3-1.7B": Shape("qwen3", 2048, 28, 16, 8, 128, 6144, 151_936, padding=267),
+    "Qwen3-4B": Shape("qwen3", 2560, 36, 32, 8, 128, 9728, 151_936, padding=267),
+    "Qwen3-8B": Shape("qwen3", 4096, 36, 32, 8, 128, 12_288, 151_936, tied=False, padding=267),
+    "Qwen3-14B": Shape("qwen3", 5120, 40, 40, 8, 128, 17_408, 151_936, tied=False, padding=267),
+    "Qwen3-32B": Shape("qwen3", 5120, 64, 64, 8, 128, 25_600, 151_936, tied=False, padding=267),
     "tiny": Shape("qwen3", 64, 2, 4, 2, 16, 128, 512),
 }
 
