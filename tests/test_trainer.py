@@ -768,3 +768,9 @@ def test_another_method_is_free_to_differ_only_in_guidance(tmp_path):
     assert runs[0].rollouts == runs[1].rollouts == runs[2].rollouts
     assert [g["forks"] for g in runs[1].guidance] == [g["forks"] for g in runs[2].guidance]
     assert not any(g["forks"] or g["weights"] or g["targets"] for g in runs[0].guidance)
+
+
+@pytest.mark.parametrize(("limit", "told"), [(1, 1), (200, 0)])
+def test_rollouts_that_are_mostly_cut_off_are_told_once(tmp_path, caplog, limit, told):
+    make(tmp_path, max_completion_length=limit, max_steps=2).train()
+    assert caplog.text.count(f"rollouts did not end within {limit} tokens. Raise max_c") == told

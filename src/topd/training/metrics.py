@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -10,6 +11,13 @@ from topd.distributed import everywhere
 from topd.inputs.prompts import repeated_ngram_share
 from topd.training.evidence import Experience, own_only
 from topd.types import Rollout
+
+logger = logging.getLogger(__name__)
+
+SHORTER = (
+    "Raise max_completion_length, or have shorter ones written; of a model that thinks first by "
+    "chat_template_kwargs: {enable_thinking: false}."
+)
 
 
 class Means:
@@ -60,6 +68,16 @@ def mean_seconds(by_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     names = dict.fromkeys(name for seconds in by_rank for name in seconds)
     return {n: sum(seconds.get(n, 0.0) for seconds in by_rank) / len(by_rank) for n in names}
+
+
+def warn_of_cuts(rollouts: Sequence[Rollout], limit: int) -> None:
+    """Say it where most rollouts are cut off: so little is learned of how they end."""
+    cut = sum(not rollout.finished for rollout in rollouts)
+    if 2 * cut > len(rollouts):
+        logger.warning(
+            f"{cut} of the first {len(rollouts)} rollouts did not end within {limit} tokens. "
+            f"{SHORTER}"
+        )
 
 
 def measure_experience(means: Means, experience: Experience) -> None:

@@ -32,6 +32,7 @@ from topd.training.learning import (
     collate,
     update_loss,
 )
+from topd.training.metrics import warn_of_cuts
 from topd.training.observed import ObservedTrainer
 from topd.training.overlap import Overlap
 from topd.training.replay import EarlierWindows
@@ -183,6 +184,8 @@ class TOPDTrainer(ObservedTrainer):
                 self.fetched = self._fetch(epoch_iterator, num_batches, device)
                 self._begin_next(self.overlap)
         self._record(experience, numbers)
+        if self.state.global_step == 0 and self.is_world_process_zero():
+            warn_of_cuts(experience.rollouts, self.args.max_completion_length)
         experience = self.windows.with_earlier(experience, self.state.global_step, self.meter)
         self.batches = self._collated(experience, [len(batch) for batch in prompts])
         self.update_loss, self.gaps = torch.zeros((), device=device), []

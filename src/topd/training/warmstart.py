@@ -29,6 +29,7 @@ from topd.runs.files import read_lines, trim
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
 from topd.seeds import Stream, sampling_seeds
+from topd.training.metrics import SHORTER
 from topd.training.startup import DataRows
 from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt
@@ -36,10 +37,6 @@ from topd.types import Prompt
 logger = logging.getLogger(__name__)
 
 ENOUGH = 64  # answers after which it is known whether answers end
-SHORTER = (
-    "Raise max_completion_length, or have shorter ones written; of a model that thinks first by "
-    "chat_template_kwargs: {enable_thinking: false}."
-)
 
 
 @dataclass
