@@ -119,8 +119,9 @@ def own_parts(batch: Mapping[str, Any], rollouts: Sequence[Rollout]) -> dict[str
 
     They are read by the student, and no more.
     """
-    own = sent([own for r in rollouts for own in r.own], torch.bool, device=batch["tokens"].device)
-    kept = {key: batch[key][own] for key in PER_TOKEN if batch[key] is not None}
+    owned = (own for r in rollouts for own in r.own)
+    place = sent([i for i, own in enumerate(owned) if own], device=batch["tokens"].device)
+    kept = {key: batch[key][place] for key in PER_TOKEN if batch[key] is not None}
     return {**kept, "lengths": [sum(r.own) for r in rollouts]}
 
 
