@@ -184,11 +184,12 @@ def faults(folder: Path, ranks: int) -> dict[str, str]:
         if rank() == ranks - 1:
             raise TOPDError("rank 1: its fault.")
 
-    def broken(trainer: TOPDTrainer, _: int) -> None:
+    def broken(trainer: TOPDTrainer, _: int, step: int = 0) -> None:
         score = trainer.observer.score
 
         def failing(*args: Any, **kwargs: Any) -> Any:
-            one_fails()
+            if trainer.state.global_step == step:
+                one_fails()
             return score(*args, **kwargs)
 
         trainer.observer.score = failing
@@ -205,9 +206,13 @@ def faults(folder: Path, ranks: int) -> dict[str, str]:
 
         trainer.observer.student.generate = wrong
 
-    for name, change in (("observe", broken), ("gap", gap)):
+    later, rare = partial(broken, step=1), {"save_strategy": "steps", "save_steps": 9}
+    for name, change, args in (
+        *(("observe", broken, rare), ("gap", gap, rare)),
+        *(("later", later, rare), ("later, not saved", later, {})),
+    ):
         try:
-            trained(folder / name, ranks, change)
+            trained(folder / name, ranks, change, **args)
         except TOPDError as error:
             found[name] = str(error)
     try:

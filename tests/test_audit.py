@@ -167,8 +167,9 @@ def test_a_finished_run_that_goes_on_from_its_last_checkpoint_has_no_fault(copie
     assert audit_run(RUN, updates=0).faults == []
 
 
-def test_a_loss_that_is_not_finite_is_made_again(tmp_path, monkeypatch):
-    """By the command that its message names."""
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_a_loss_that_is_not_finite_is_made_again(tmp_path, monkeypatch, save_steps):
+    """By the command that its message names; without the fault the run then continues."""
     right = TOPDTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
@@ -178,12 +179,15 @@ def test_a_loss_that_is_not_finite_is_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(TOPDTrainer, "compute_loss", broken)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StoppedError, match="topd replay run --step 2 makes it again"):
-        run_recipe(write_pair(tmp_path, **SMALL), quiet=True)
+        run_recipe(write_pair(tmp_path, **SMALL | {"save_steps": save_steps}), quiet=True)
     assert audit_run(RUN).faults == []
     found = replay_step(RUN, 2)
     assert found.faults == []
     assert found.checked[0] == "replay: update 2, from checkpoint-2"
     assert re.match("stopped: update 3: the loss .* is not finite", found.checked[1])
+    monkeypatch.setattr(TOPDTrainer, "compute_loss", right)
+    run_recipe(Path("recipe.yaml"), ["--resume_from_checkpoint=last"], quiet=True)
+    assert audit_run(RUN).faults == []
 
 
 def test_a_pruned_checkpoint_is_no_fault(copied):

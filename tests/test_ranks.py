@@ -166,11 +166,13 @@ def test_a_student_that_is_sharded_otherwise_learns_the_same(two, tmp_path):
                 torch.testing.assert_close(own, expected, **NEAR)
 
 
-def test_a_fault_on_one_rank_is_raised_on_all(two):
+def test_a_fault_on_one_rank_is_raised_on_all(two, folder):
     first, second = (dict(rank["faults"]) for rank in two)
     assert (first.pop("on_first"), second.pop("on_first")) == ("[0, 1]", "[]")
     assert first == second
-    assert first["observe"] == first["agreed"] == "rank 1: its fault."
+    assert first["observe"] == first["agreed"] == first["later, not saved"] == "rank 1: its fault."
+    assert "checkpoint-1 is saved: 1 of 2 updates" in first["later"]
+    assert (folder / "faults" / "later" / "checkpoint-1" / "seal.json").exists()
     assert "max_logprob_gap" in first["gap"]
     assert first["everywhere"] == "[0, 1]"
 

@@ -53,12 +53,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(folder: Path, *, lora: dict[str, Any] | None = None, **changes) -> TOPDTrainer:
+def make(
+    folder: Path, *, lora: dict[str, Any] | None = None, eval_data: Any = None, **changes
+) -> TOPDTrainer:
     return TOPDTrainer(
         tiny_model("llama", seed=0),
         tiny_model("qwen3", seed=1),
         TOPDConfig(output_dir=str(folder), **{**OPTIONS, **changes}),
         train_dataset=rows(8),
+        eval_dataset=eval_data,
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(**lora) if lora else None,
     )

@@ -20,7 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from conftest import write_pair
+from conftest import rows, write_pair
 from test_resume import lines, make, records
 from topd import TOPDConfig, TOPDTrainer
 from topd.commands import verbs
@@ -183,6 +183,78 @@ def test_after_the_fault_is_mended_the_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.undo()
     make(tmp_path / "run", method="opd", max_steps=4).train(resume_from_checkpoint=True)
     assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def failing(trainer: TOPDTrainer, room: str, fault: Exception) -> TOPDTrainer:
+    """It raises in update 3, while it looks, learns or, after update 2, is evaluated."""
+    if room == "nan":
+        trainer.add_callback(Ruin())
+        return trainer
+    place, name, when = {
+        "looks": (trainer.observer, "score", 2),
+        "learns": (trainer, "compute_loss", 2),
+        "is evaluated": (trainer.evaluator, "score", 2),
+    }[room]
+    right = getattr(place, name)
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == when:
+            raise fault
+        return right(*args, **kwargs)
+
+    setattr(place, name, wrong)
+    return trainer
+
+
+class Ruin(TrainerCallback):
+    """A weight becomes NaN, in the third update."""
+
+    def on_step_begin(self, args, state, control, model=None, **_) -> None:
+        if state.global_step == 2:
+            next(iter(model.parameters())).data.fill_(math.nan)
+
+
+RARE: dict[str, Any] = {"method": "opd", "max_steps": 4, "save_steps": 100, "logging_steps": 3}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+@pytest.mark.parametrize("room", ["looks", "learns", "is evaluated"])
+@pytest.mark.parametrize("kind", [TOPDError, RuntimeError])
+def test_a_fault_keeps_the_updates_that_are_done(tmp_path, room, kind):
+    """Of the update under way the run has its records once, as if the fault had not been."""
+    options = RARE | ({"eval_data": rows(4), **EVALUATED} if room == "is evaluated" else {})
+    make(tmp_path / "whole", **options).train()
+    run = tmp_path / "run"
+    with pytest.raises(kind, match="content_filter") as found:
+        failing(make(run, **options), room, kind("content_filter")).train()
+    said = " ".join([str(found.value), *getattr(found.value, "__notes__", ())])
+    assert f"{run}/checkpoint-2 is saved: 2 of 4 updates. Resume with" in said
+    assert getattr(found.value, "exit_code", 2) == 2
+    make(run, **options).train(resume_from_checkpoint=True)
+    ours, theirs = (
+        {k: trained(v) for k, v in records(tmp_path / r).items()} for r in ("run", "whole")
+    )
+    assert ours == theirs
+
+
+def trained(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All but the evaluation that failed, which is not made again."""
+    return [log for log in logs if "eval_loss" not in log or log["step"] != 2]
+
+
+@pytest.mark.parametrize(
+    ("room", "changes", "kept", "said"),
+    [
+        ("looks", {"save_strategy": "no"}, [], "^content_filter$"),
+        ("looks", {"save_total_limit": 1, "save_steps": 1}, ["checkpoint-2"], "checkpoint-2 is"),
+        ("nan", {}, [], "not finite, so no"),
+    ],
+)
+def test_what_is_not_kept_at_a_fault(tmp_path, room, changes, kept, said):
+    """Nothing where nothing is saved; and no weights that would take the place of better ones."""
+    with pytest.raises(TOPDError, match=said):
+        failing(make(tmp_path, **RARE | changes), room, TOPDError("content_filter")).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == kept
 
 
 @pytest.mark.parametrize("fault", FAULTS)

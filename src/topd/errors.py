@@ -22,7 +22,8 @@ class StoppedError(TOPDError):
     """A run that had to stop before its end, with the reason and how to continue.
 
     The exit code is 3 for a loss or gradient that is not finite, 4 for a stop rule, 5 for a disk
-    that takes no more, 6 for servers that do not answer, 75 for SIGTERM.
+    that takes no more, 6 for servers that do not answer, 75 for SIGTERM; 2 for another fault, in
+    whose place it says that what is done was saved.
     """
 
     def __init__(self, message: str, exit_code: int) -> None:

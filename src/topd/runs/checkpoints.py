@@ -67,7 +67,13 @@ class Seal:
 
 @contextmanager
 def making(
-    run: Path, step: int, means: Any, note: Callable[[Path], None], *, active: bool = True
+    run: Path,
+    step: int,
+    means: Any,
+    note: Callable[[Path], None],
+    *,
+    active: bool = True,
+    records: Mapping[str, int] | None = None,
 ) -> Iterator[Path]:
     """Yield a folder to write ``checkpoint-STEP`` in; then seal it, read it back and name it.
 
@@ -77,6 +83,7 @@ def making(
         means: running means, for the seal.
         note: told where the seal is, just before the checkpoint has its name.
         active: False on ranks that only write into the folder.
+        records: where the record files ended after ``step`` updates; none: where they end now.
 
     Raises:
         StoppedError: it could not be written (the disk is full, for instance). Nothing of it stays.
@@ -88,7 +95,8 @@ def making(
             partial.mkdir(parents=True)
         yield partial
         if active:
-            _seal(partial, Seal(step, {}, positions(run), means))
+            now = positions(run)
+            _seal(partial, Seal(step, {}, now if records is None else dict(records), means))
             if isinstance(fault := examined(partial), str):
                 raise OSError(f"read back, {fault}")
             note(partial / SEAL)
@@ -214,7 +222,20 @@ def positions(run: Path) -> dict[str, int]:
     """Length in bytes of every JSONL file of a run folder, the ledger apart; all synced to disk."""
     for path in run.glob("*.jsonl"):
         sync(path)
+    return sizes(run)
+
+
+def sizes(run: Path) -> dict[str, int]:
+    """Length in bytes of every JSONL file of a run folder, the ledger apart."""
     return {path.name: path.stat().st_size for path in _record_files(run)}
+
+
+def how_to_resume(run: Path) -> str:
+    """What to type, in words."""
+    return (
+        f"Resume with the same command and --output_dir {run} --resume_from_checkpoint last (in "
+        "Python: trainer.train(resume_from_checkpoint=True))."
+    )
 
 
 def cut_back(run: Path, found: Seal) -> None:

@@ -59,6 +59,12 @@ class Means:
         self._sums.clear()
         return {name: total / count for name, (total, count) in sorted(table.items()) if count}
 
+    def copy(self) -> Means:
+        """These means, to which nothing is added any more. No collective."""
+        found = Means()
+        found._sums, found._share = dict(self._sums), self._share
+        return found
+
 
 def mean_seconds(by_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Seconds by phase, the mean over ranks; a phase that a rank had not took it no time.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi
 from peft import PeftModel
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from topd.config import TOPDConfig
-from topd.distributed import agreed, everywhere, on_first
+from topd.distributed import agreed, everywhere, on_first, several
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.adapters import merged
 from topd.inputs.bare import named_faults
@@ -39,8 +39,18 @@ from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.preflight import check_saved
 from topd.training.progress import Phases, say, silence_others
 from topd.training.sharded import WholeCopy, whole_copy
+from topd.training.stop_rules import save_done
 from topd.training.trackers import Tables, log_tables, tables_of
 from topd.types import Prompt
+
+
+class Begun(NamedTuple):
+    """How a run stood before the records of update ``step``: what a checkpoint has without it."""
+
+    step: int
+    meter: Means
+    totals: Means
+    records: dict[str, int]
 
 
 class RecordedTrainer(Trainer):
@@ -79,6 +89,7 @@ class RecordedTrainer(Trainer):
         self.examined: dict[Path, checkpoints.Seal] = {}  # before training: not hashed again
         self.average: Average | None = None  # of a teacher that is the student's average
         self.tables: Tables = {}  # of the latest update, for trackers
+        self._begun: Begun | None = None  # the latest update
         self._apart: str | None = None  # where a checkpoint is being made
         self.run_folder = Path(args.output_dir)
         self.run = RunFolder(args.output_dir, active=False)
@@ -155,6 +166,7 @@ class RecordedTrainer(Trainer):
             seed=self.args.seed,
             device=self.accelerator.device,
         )
+        self._begun = None
         settings = {"recipe": self.recipe, "config": self.args.to_dict()}
         if checkpoint:
             settings["resumed"] = self._go_back(checkpoint, settings)
@@ -201,13 +213,24 @@ class RecordedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Trainer's, atomically (see :mod:`topd.runs.checkpoints`)."""
+        self.make_checkpoint(model, trial)
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            checkpoints.prune(self.run_folder, self.args.save_total_limit, best)
+
+    def make_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """One of the updates that are done: of one under way it has no record."""
         run, step = self.run_folder, self.state.global_step
         if everywhere((run / f"checkpoint-{step}").exists())[0]:
             return  # an epoch may end where a step was saved
-        means = {"meter": self.meter.state(), "totals": self.totals.state()}
+        meter, totals, records = self.meter, self.totals, None
+        if self._begun and self._begun.step == step:
+            _, meter, totals, records = self._begun
+        means = {"meter": meter.state(), "totals": totals.state()}
         note = partial(self.run.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
         active = self.args.should_save
-        with checkpoints.making(run, step, means, note, active=active) as place:
+        making = checkpoints.making(run, step, means, note, active=active, records=records)
+        with making as place:
             self.accelerator.wait_for_everyone()
             self._apart = str(place.parent)
             try:
@@ -221,8 +244,6 @@ class RecordedTrainer(Trainer):
                 self.state.save_to_json(str(place / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()  # it has its name
-        if self.args.should_save:
-            checkpoints.prune(run, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         """Trainer's; while a checkpoint is being made, the folder apart that it is made in."""
@@ -277,6 +298,8 @@ class RecordedTrainer(Trainer):
 
     def _record(self, experience: Experience, numbers: Sequence[int]) -> None:
         """Measure an experience; write it and those of the other ranks to the run folder."""
+        begun = self.meter.copy(), self.totals.copy(), checkpoints.sizes(self.run_folder)
+        self._begun = Begun(self.state.global_step, *begun)
         measure_experience(self.meter, experience)
         if not self.args.log_rollouts:
             return
@@ -309,17 +332,30 @@ class RecordedTrainer(Trainer):
     # What is kept elsewhere
 
     @contextmanager
-    def _saved_if_stopped(self) -> Iterator[None]:
-        """Keep what was learned when an experience cannot be had, as when its servers are gone.
+    def saved_if_stopped(self) -> Iterator[None]:
+        """Keep the updates that are done where something stops the run and no weight has changed.
 
-        All ranks stop then: see :func:`~topd.distributed.agreed`.
+        So it is until the optimiser's step. Of several ranks all raise a TOPDError (see
+        :func:`~topd.distributed.agreed`); what one of them alone raises lets none of them save.
+
+        Raises:
+            StoppedError: in place of a TOPDError, with where the checkpoint is and how to continue.
         """
         try:
             yield
-        except StoppedError:
-            if self.args.save_strategy != "no" and self.state.global_step > 0:
-                self._save_checkpoint(self.model, None)
+        except TOPDError as fault:
+            if saved := save_done(self):
+                raise StoppedError(f"{fault} {saved}", fault.exit_code) from fault
             raise
+        except Exception as fault:
+            if not several() and (saved := save_done(self)):
+                fault.add_note(saved)
+            raise
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, in training: after an update, before its checkpoint."""
+        with self.saved_if_stopped():
+            return super()._evaluate(*args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload ``student/`` and nothing else of the run folder, to ``hub_model_id``.

@@ -25,9 +25,11 @@ from topd import distributed as ranks
 from topd.config import TOPDConfig
 from topd.distributed import whole
 from topd.errors import COLLAPSED, NONFINITE, TERMINATED, StoppedError
+from topd.runs.checkpoints import how_to_resume
 
 if TYPE_CHECKING:
     from topd.training.learning import LearningBatch
+    from topd.training.recorded import RecordedTrainer
     from topd.training.trainer import TOPDTrainer
 
 logger = logging.get_logger(__name__)
@@ -124,14 +126,15 @@ class Watch(TrainerCallback):
             trainer.model.zero_grad(set_to_none=True)  # an optimiser passes over what has none
             logger.warning(f"{fault}finite. It is left out; {folder} has its batch.")
             return
-        trainer.save_model(str(folder))
-        raise StoppedError(
-            f"{fault}finite. {folder} has its batch and the weights; topd replay "
-            f"{trainer.run_folder} --step {state.global_step} makes it again. Lower learning_rate "
-            "or max_grad_norm, or leave such updates out with nonfinite: skip; then continue with "
-            "resume_from_checkpoint: last.",
-            NONFINITE,
-        )
+        with trainer.saved_if_stopped():
+            trainer.save_model(str(folder))
+            raise StoppedError(
+                f"{fault}finite. {folder} has its batch and the weights; topd replay "
+                f"{trainer.run_folder} --step {state.global_step} makes it again. Lower "
+                "learning_rate or max_grad_norm, or leave such updates out with nonfinite: skip; "
+                "then continue with resume_from_checkpoint: last.",
+                NONFINITE,
+            )
 
     def _finite(self, loss: Tensor) -> bool:
         accelerator = self.trainer.accelerator
@@ -175,7 +178,7 @@ class Watch(TrainerCallback):
             done, folder = state.global_step, self.trainer.run_folder
             raise StoppedError(
                 f"{self.agreed} The update under way is finished, and {folder}/checkpoint-{done} "
-                f"is saved: {done} of {state.max_steps} updates. {_resume(folder)}",
+                f"is saved: {done} of {state.max_steps} updates. {how_to_resume(folder)}",
                 TERMINATED,
             )
         raise self.agreed
@@ -184,7 +187,7 @@ class Watch(TrainerCallback):
         """Raise the StoppedError that is due, on all ranks: what is on disk by now is ``saved``."""
         for reason in ranks.everywhere(self.reason):
             if reason is not None:
-                said = f"{reason} {saved} {_resume(self.trainer.run_folder)}"
+                said = f"{reason} {saved} {how_to_resume(self.trainer.run_folder)}"
                 raise StoppedError(said, reason.exit_code)
 
     @contextmanager
@@ -217,11 +220,23 @@ class Watch(TrainerCallback):
                 signal.signal(number, handler)
 
 
-def _resume(folder: Path) -> str:
-    return (
-        f"Resume with the same command and --output_dir {folder} --resume_from_checkpoint last "
-        "(in Python: trainer.train(resume_from_checkpoint=True))."
-    )
+def save_done(trainer: RecordedTrainer) -> str:
+    """Save a checkpoint of the updates that are done, if any are; what to say of it.
+
+    A collective. No other checkpoint is removed for it. Weights that are not finite are not saved:
+    an earlier checkpoint is to be resumed from.
+    """
+    done, run = trainer.state.global_step, trainer.run_folder
+    if done == 0 or trainer.args.save_strategy == "no":
+        return ""
+    try:
+        if not all(whole(p).isfinite().all() for p in trainer.model.parameters()):
+            return "The student's weights are not finite, so no checkpoint of them is saved."
+        trainer.make_checkpoint(trainer.model, None)
+    except (RuntimeError, StoppedError) as error:
+        return f"No checkpoint could be saved: {error}"
+    updates = f"{done} of {trainer.state.max_steps} updates"
+    return f"{run}/checkpoint-{done} is saved: {updates}. {how_to_resume(run)}"
 
 
 def save_batches(batches: Sequence[LearningBatch], folder: Path, rank: int = 0) -> None:

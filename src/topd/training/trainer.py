@@ -178,7 +178,7 @@ class TOPDTrainer(ObservedTrainer):
         if not prompts:
             return [], None
         numbers = self._numbers([len(batch) for batch in prompts])
-        with self._saved_if_stopped():
+        with self.saved_if_stopped():
             experience = self._experience([p for batch in prompts for p in batch], numbers)
             if self.overlap and self.state.global_step + 1 < self.state.max_steps:
                 self.fetched = self._fetch(epoch_iterator, num_batches, device)
@@ -193,7 +193,7 @@ class TOPDTrainer(ObservedTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one micro-batch: Trainer's, timed."""
-        with self.phases.phase("learning"):
+        with self.saved_if_stopped(), self.phases.phase("learning"):
             loss = super().training_step(*args, **kwargs)
             if len(self.gaps) == len(self.batches):
                 self._check_gaps()
