@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +29,7 @@ class Fake:
     with another sign. With ``loads`` off it only says that it has loaded weights. To a prompt of
     text it answers with text, as its ``manner`` says: it continues it, starts ``over``,
     answers ``anew`` (chat), or ``strips`` white
-    space.
+    space. What it ``refuses`` it answers with a status, or ends with such a finish_reason.
     """
 
     engine: HFEngine
@@ -45,6 +45,7 @@ class Fake:
     loads: bool = True
     manner: str = "continues"
     tells: bool = True
+    refuses: Callable[[dict[str, Any]], int | str | None] = lambda body: None
     url: str = ""
     seen: Counter[str] = field(default_factory=Counter)
     order: list[str] = field(default_factory=list)
@@ -169,7 +170,10 @@ def running(fake: Fake) -> Iterator[Fake]:
             time.sleep(fake.delay)
             if fake.key and self.headers.get("Authorization") != f"Bearer {fake.key}":
                 return self.reply(401, b"who are you?")
-            status = fake.statuses.pop(0) if fake.statuses else 200
+            status = fake.statuses.pop(0) if fake.statuses else fake.refuses(body) or 200
+            if isinstance(status, str):
+                refused = {"text": None, "message": {}, "finish_reason": status}
+                return self.reply(200, json.dumps({"choices": [refused]}).encode())
             if status != 200:
                 return self.reply(status, b"not now")
             answer = fake.answer(self.path, body)

@@ -18,6 +18,7 @@ import yaml
 from bench.border import counted
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 from conftest import EOS, Gradient, tiny_model, tiny_tokenizer, write_pair
@@ -31,10 +32,12 @@ from topd.engines.hf import HFEngine
 from topd.engines.text import TextEngine, Written
 from topd.engines.text_checks import _cuts, check_border
 from topd.engines.text_logprobs import logprobs_of_tokens
+from topd.engines.text_writers import TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
 from topd.inputs.text_models import stand_in
+from topd.inputs.text_spec import ByText
 from topd.types import Sampling
 
 CORPUS = [
@@ -306,7 +309,132 @@ def test_a_warm_start_on_a_text_teachers_answers(tmp_path, start):
     assert all(answer[-1] == 1 for answer in answers if answer)
 
 
+# A prompt that a server refuses
+
+
+class Refuses:
+    """The first prompt that it is asked, whatever is written after it."""
+
+    def __init__(self, by: int | str) -> None:
+        self.by, self.first = by, ""
+
+    def __call__(self, body: dict[str, Any]) -> int | str | None:
+        self.first = self.first or body["prompt"]
+        return self.by if body["prompt"].startswith(self.first) else None
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    found: list[str] = []
+    logger = logging.get_logger("topd.engines.text_writers")
+    monkeypatch.setattr(logger, "error", found.append)
+    return found
+
+
+@pytest.mark.parametrize("by", [400, 403, "content_filter"])
+def test_windows_of_a_prompt_that_is_refused_are_left_out(tmp_path, start, said, by):
+    found = []
+    for name, fake in (("whole", start()), ("refused", start(refuses=Refuses(by)))):
+        (tmp_path / name).mkdir()
+        learned(tmp_path / name, {"text": {"url": fake.url}})
+        lines = (tmp_path / name / "run" / "guidance.jsonl").read_text().splitlines()
+        rows = map(json.loads, lines)
+        found.append({r["prompt"]: [f["teacher_tokens"] for f in r["forks"]] for r in rows})
+    whole, left = found
+    assert whole[0]
+    assert left == {**whole, 0: []}
+    assert "1 requests so far" in said[0]
+    assert str(by) in said[0]
+    assert len(said) <= 2  # of more than 9 once more
+
+
+def test_an_answer_that_is_refused_is_one_that_did_not_end(tmp_path, start, said):
+    """In stage 1, and where the teacher writes in training."""
+    fake = start(refuses=Refuses("content_filter"))
+    recipe = {**{k: LITTLE[k] for k in ("student", "data")}, "teacher": {"text": {"url": fake.url}}}
+    stage = {"max_steps": 1, "kd_ratio": 0.0, "max_completion_length": 40, "use_cpu": True,
+             "save_strategy": "no", "output_dir": str(tmp_path / "run")}  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "warmstart": stage}))
+    result = CliRunner().invoke(app, ["warmstart", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    _, *answers = map(json.loads, (tmp_path / "run/answers.jsonl").read_text().splitlines())
+    assert answers[0] == []
+    assert any(answers)
+    (tmp_path / "shared").mkdir()
+    learned(tmp_path / "shared", recipe["teacher"], teacher_share=1.0)
+    lines = (tmp_path / "shared" / "run" / "rollouts.jsonl").read_text().splitlines()
+    empty = [r["prompt"] for r in map(json.loads, lines) if not r["response_ids"]]
+    assert empty == [0]
+
+
+def test_log_probs_that_are_refused_count_as_the_students_own(tmp_path, start, said):
+    text = {"url": start(refuses=Refuses(400)).url, "logprobs": True}
+    learned(tmp_path, {"text": text}, **OPD)
+    lines = (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    for r in map(json.loads, lines):
+        assert (r["teacher_logprobs"] == pytest.approx(r["logprobs"])) == (r["prompt"] == 0)
+
+
+def test_a_server_that_refuses_all_prompts_stops_the_run(start, said):
+    """Many windows of one prompt are one, and an answer between them makes it another row."""
+    fake = start(refuses=lambda body: 422 if "no" in body["prompt"] else None)
+    spec = ByText.model_validate({"text": {"url": fake.url, "retries": 0}}).text
+    tokenizer = ModelSpec(path=TEACHER).load_tokenizer()
+    texts = {True: "yes", False: "no"}
+
+    class Server(TextServers):
+        def prompt_text(self, prompt: Any) -> str:
+            return texts[prompt[1]]
+
+    def write(*answered: bool, first: int = 0) -> list[bool]:
+        prompts = [(first + k, good) for k, good in enumerate(answered)]
+        asked = Sampling(0.0, max_new_tokens=2)
+        found = server.write(prompts, [""] * len(prompts), asked, [0] * len(prompts))
+        return [bool(one.text) for one in found]
+
+    server = Server("teacher", spec, tokenizer, skips=True)
+    assert write(*[False] * 15, True, *[False] * 15) == [False] * 15 + [True] + [False] * 15
+    for _ in range(20):
+        write(True)
+        write(*[False] * 15, first=100)
+    write(False, first=114)  # the latest one once more
+    with pytest.raises(TOPDError, match=r"answers 422: not now.*refused 16 prompts in a row"):
+        write(False, first=200)
+    assert [one.partition("left out, ")[2].split()[0] for one in said] == ["1", "10", "100"]
+    with pytest.raises(TOPDError, match="answers 422"):  # as at the start
+        Server("teacher", spec, tokenizer).write([(0, False)], [""], Sampling(0.0), [0])
+
+
 # What is refused at the start
+
+
+@pytest.mark.parametrize("by", [400, 404, "error"])
+def test_a_server_that_refuses_the_first_prompts_is_refused_in_its_words(tmp_path, start, by):
+    with pytest.raises(TOPDError, match=str(by)) as caught:
+        learned(tmp_path, {"text": {"url": start(refuses=lambda body: by).url}})
+    assert "writes next to nothing" not in str(caught.value)
+
+
+def test_a_server_that_refuses_to_continue_a_text_writes_answers_only(tmp_path):
+    """As a chat API that knows no continue_final_message: it is enough for stage 1."""
+    write_pair(tmp_path)
+    pair = {"student": str(tmp_path / "student"), "data": str(tmp_path / "prompts.jsonl")}
+    refuses = lambda body: 400 if "continue_final_message" in body else None  # noqa: E731
+    model = tiny_model(seed=1)
+    with torch.no_grad():  # no special tokens: a server leaves them out of its text
+        model.lm_head.weight[[0, 1, 3, 4, 5]] = 0
+    engine = HFEngine(model, eos_ids=[EOS])
+    with running(Fake(engine, tiny_tokenizer(), refuses=refuses)) as fake:
+        teacher = {"text": {"url": fake.url, "model": "m", "chat": True}}
+        with pytest.raises(TOPDError, match=r"answers 400.*Give a server of the completions API"):
+            learned(tmp_path, teacher, **pair, candidate_loss="student_nll")
+        stage = {"max_steps": 1, "use_cpu": True, "save_strategy": "no", "stop_patience": None,
+                 "max_completion_length": 16, "output_dir": str(tmp_path / "stage")}  # fmt: skip
+        recipe = {**pair, "teacher": teacher, "warmstart": stage}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        CliRunner().invoke(app, ["warmstart", str(tmp_path / "recipe.yaml")])
+    _, *answers = map(json.loads, (tmp_path / "stage/answers.jsonl").read_text().splitlines())
+    assert len(answers) == 8
 
 
 @pytest.mark.parametrize(

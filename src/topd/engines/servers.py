@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import requests
 from requests.adapters import HTTPAdapter
 from transformers.utils import logging
+from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
@@ -20,12 +21,18 @@ from topd.errors import UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.served import ServerSpec
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
-BUSY = (429, 502, 503, 504)  # answers that another try may better
+BUSY = (408, 429, 500, *range(502, 505), *range(520, 530))  # answers that a later try may better
+OF_ONE = (400, 403, 413, 422, 451)  # answers that may concern what was asked, and nothing else
 CONNECT = 10.0  # seconds
 PIECE = 1 << 16  # bytes read at a time
 UNSUSPECTED, UNPACKED = 64 << 20, 50  # beyond so many bytes: at most so many for each that was sent
 KEY = "Put its API key into an environment variable and name that in {}.api_key_env."
+
+
+class RefusedError(TOPDError):
+    """A request that a server does not answer, although it may answer others."""
 
 
 class Request(NamedTuple):
@@ -44,8 +51,8 @@ class Servers:
         urls: where they are.
         served: key, time limit, tries.
 
-    Every method that sends raises TOPDError where a server refuses a request, and StoppedError
-    where no server is left.
+    Every method that sends raises TOPDError where a server refuses a request (a RefusedError where
+    that may be due to this request alone), and StoppedError where no server is left.
     """
 
     def __init__(self, name: str, urls: Sequence[str], served: ServerSpec) -> None:
@@ -77,6 +84,17 @@ class Servers:
         """The answers to all requests, in order, from JSON."""
         return [self._parsed(answer) for answer in self.fetch(wanted)]
 
+    def ask_each(self, wanted: Sequence[Request]) -> list[Any]:
+        """As :meth:`ask`; a request that is refused has its RefusedError in the answer's place."""
+
+        def tried(request: Request) -> Any:
+            try:
+                return self._parsed(self._send("POST", *request))
+            except RefusedError as error:
+                return error
+
+        return self._at_once(tried, wanted)
+
     def post_to_each(self, path: str, body: dict[str, Any] | None = None) -> None:
         """Send the same to every server, at the same time."""
         with ThreadPoolExecutor(len(self.urls)) as pool:
@@ -94,9 +112,12 @@ class Servers:
 
     def fetch(self, wanted: Sequence[Request]) -> list[bytes]:
         """The answers to all requests, in order."""
+        return self._at_once(lambda request: self._send("POST", *request), wanted)
+
+    def _at_once(self, send: Callable[[Request], T], wanted: Sequence[Request]) -> list[T]:
         pool = ThreadPoolExecutor(self.served.concurrency)
         try:
-            return list(pool.map(lambda request: self._send("POST", *request), wanted))
+            return list(pool.map(send, wanted))
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -127,10 +148,11 @@ class Servers:
             return content
         text = content[:300].decode(errors="replace")
         said = f"{path} answers {answer.status_code}: {text}"
-        if answer.status_code < 500:
+        if answer.status_code < 500 and answer.status_code not in BUSY:
             unknown = answer.status_code in (401, 403)
             remedy = KEY.format(self.served.place) if unknown else self.served.other
-            raise TOPDError(f"{self.name}: {url}{said}. {remedy}")
+            kind = RefusedError if answer.status_code in OF_ONE else TOPDError
+            raise kind(f"{self.name}: {url}{said}. {remedy}")
         self._leave_out(url, said)
         return None
 
@@ -198,13 +220,23 @@ class Servers:
         return f"{type(cause).__name__}: {cause}"
 
 
+class Again(Retry):
+    """Tries with pauses, those that a server asks for too; none is longer than ``backoff_max``."""
+
+    def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
+        """The pause that an answer asks for, seconds."""
+        asked = super().get_retry_after(response)
+        return None if asked is None else min(asked, self.backoff_max)
+
+
 def _session(served: ServerSpec) -> requests.Session:
     """Connections that are kept; tries with growing pauses, a read that timed out once more."""
     session = requests.Session()
-    again = Retry(
+    again = Again(
         total=served.retries,
         read=min(1, served.retries),
         status_forcelist=BUSY,
+        raise_on_status=False,  # the last answer says why
         allowed_methods=None,
         backoff_factor=0.5,
         backoff_jitter=0.5,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from transformers import PreTrainedTokenizerBase
 
+from topd.engines.servers import RefusedError
 from topd.engines.text_logprobs import logprobs_of_tokens
 from topd.engines.text_writers import TextServers
 from topd.errors import TOPDError
@@ -29,11 +31,14 @@ def check_text_teacher(
     spec: ByText,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     prompts: Sequence[Prompt],
+    *,
+    continues: bool = True,
 ) -> None:
     """Try a teacher by text as far as it goes without weights.
 
     The student's tokenizer must join a text at every border as it reads. Every server is asked to
-    answer a prompt, then to continue from the middle of its own answer.
+    answer a prompt, then to continue from the middle of its own answer, if that is what it is for
+    (``continues``). A prompt that a server refuses is passed over, if it answers another.
 
     Raises:
         TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
@@ -48,7 +53,7 @@ def check_text_teacher(
     for url in spec.text.url:
         one = spec.text.model_copy(update={"url": (url,)})
         writer = TextServers("teacher", one, tokenizers[1])
-        _check_continues(writer, prompts[:PROMPTS])
+        _check_answers(writer, prompts[:PROMPTS], continues)
         if spec.text.logprobs:
             _check_tells(writer, prompts[:PROMPTS], Border(tokenizers[0]))
 
@@ -80,21 +85,29 @@ def _known_part(tokenizer: PreTrainedTokenizerBase) -> str:
     return " ".join([w for w in sorted(vocabulary) if w.isalnum() and w not in specials][:8])
 
 
-def _check_continues(writer: TextServers, prompts: Sequence[Prompt]) -> None:
+def _check_answers(writer: TextServers, prompts: Sequence[Prompt], continues: bool) -> None:
     """Have a server continue the middle of its own greedy answer, at two places."""
-    url = writer.spec.url[0]
+    url, answer = writer.spec.url[0], ""
     faults: list[str] = []
+    refused: RefusedError | None = None
     for prompt in prompts:
-        answer = _asked(writer, prompt.teacher, "")
-        cuts = _cuts(answer)
-        faults = []
-        for cut in cuts:
-            fault = _fault(answer, cut, _asked(writer, prompt.teacher, answer[:cut]))
-            if not fault:
+        try:
+            answer = _asked(writer, prompt.teacher, "")
+            if answer and not continues:
                 return
-            faults.append(fault)
+            faults = []
+            for cut in _cuts(answer):
+                fault = _fault(answer, cut, _asked(writer, prompt.teacher, answer[:cut]))
+                if not fault:
+                    return
+                faults.append(fault)
+        except RefusedError as error:
+            refused = error
+            continue
         if faults:
             break
+    if refused and not faults:
+        raise TOPDError(f"{refused} {OVER if answer else ''}".rstrip()) from refused
     if not faults:
         raise TOPDError(
             f"teacher.text: {url} writes next to nothing, or one word, to the first prompts "
@@ -106,9 +119,12 @@ def _check_continues(writer: TextServers, prompts: Sequence[Prompt]) -> None:
 
 def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border) -> None:
     """Have a server tell the log-probs of its own answers' tokens, as the student splits them."""
-    answers = [_asked(writer, prompt.teacher, "") for prompt in prompts]
-    rows = [border.ids((), answer) or () for answer in answers]
-    read = writer.read([prompt.teacher for prompt in prompts], answers)
+    answers: dict[Ids, str] = {}
+    for prompt in prompts:
+        with suppress(RefusedError):
+            answers[prompt.teacher] = _asked(writer, prompt.teacher, "")
+    rows = [border.ids((), answer) or () for answer in answers.values()]
+    read = writer.read(list(answers), list(answers.values()))
     pairs = zip(rows, read, strict=True)
     told = [x for ids, pieces in pairs for x in logprobs_of_tokens(border, ids, pieces)]
     known = sum(not math.isnan(x) for x in told)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from topd.engines import Tick, no_tick
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
-from topd.engines.servers import Request, Servers
+from topd.engines.servers import RefusedError, Request, Servers
 from topd.engines.spans import SpanReader
 from topd.engines.text import TextEngine, Writer, Written
 from topd.engines.text_logprobs import Pieces
@@ -23,6 +24,10 @@ from topd.inputs.text_spec import TextSpec
 from topd.inputs.vocabulary import shared_ids
 from topd.types import Ids, Sampling
 
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+
+IN_A_ROW = 16  # prompts that a server may refuse, one after another, before it is at fault
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ENDS = {"stop": True, "length": False}
 
@@ -34,11 +39,20 @@ class TextServers:
         name: what messages call them.
         spec: where they are, and how to ask.
         tokenizer: of the prompts' ids, the teacher's if it is known.
+        skips: a request that is refused for itself is left out: its answer is empty and has not
+            ended, and none of its log-probs is told. Off: it raises RefusedError.
+
+    With ``skips`` a refusal is said, and the 10th, the 100th, ...; TOPDError is raised where
+    ``IN_A_ROW`` prompts are refused and none between them is answered.
     """
 
-    def __init__(self, name: str, spec: TextSpec, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.spec, self.tokenizer = spec, tokenizer
+    def __init__(
+        self, name: str, spec: TextSpec, tokenizer: PreTrainedTokenizerBase, *, skips: bool = False
+    ) -> None:
+        self.spec, self.tokenizer, self.skips = spec, tokenizer, skips
         self.servers = Servers(name, spec.url, spec)
+        self._refused = 0  # requests
+        self._in_a_row: list[Ids] = []  # prompts refused since the latest answer
 
     def write(
         self,
@@ -65,7 +79,7 @@ class TextServers:
             )
             for prompt, text, seed in zip(prompts, texts, seeds, strict=True)
         ]
-        return [self._written(answer) for answer in self.servers.ask(wanted)]
+        return self._answers(prompts, wanted, self._written, Written("", False))
 
     def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
         """See :class:`~topd.engines.text.Writer`. Raises TOPDError where a server tells none."""
@@ -82,7 +96,37 @@ class TextServers:
             )
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return [self._pieces(answer) for answer in self.servers.ask(wanted)]
+        return self._answers(prompts, wanted, self._pieces, [])
+
+    def _answers(
+        self, prompts: Sequence[Ids], wanted: Sequence[Request], read: Callable[[Any], T], none: T
+    ) -> list[T]:
+        """The answers as they are ``read``; ``none`` for one that is refused and left out."""
+        found = []
+        for prompt, answer in zip(prompts, self.servers.ask_each(wanted), strict=True):
+            try:
+                if isinstance(answer, RefusedError):
+                    raise answer
+                found.append(read(answer))
+                self._in_a_row.clear()
+            except RefusedError as error:
+                self._leave_out(prompt, error)
+                found.append(none)
+        return found
+
+    def _leave_out(self, prompt: Ids, error: RefusedError) -> None:
+        if not self.skips:
+            raise error
+        if self._in_a_row[-1:] != [prompt]:  # not the same one, at another token
+            self._in_a_row.append(prompt)
+        if len(self._in_a_row) >= IN_A_ROW:
+            raise TOPDError(f"{error} It refused {IN_A_ROW} prompts in a row.") from error
+        self._refused += 1
+        if str(self._refused).strip("0") == "1":
+            logger.error(
+                f"{error} What it refuses is left out, {self._refused} requests so far; said again "
+                "at ten times as many."
+            )
 
     def _pieces(self, answer: Any) -> Pieces:
         try:
@@ -119,16 +163,18 @@ class TextServers:
         }
 
     def _written(self, answer: Any) -> Written:
+        said = (
+            f"{self.servers.name}: {', '.join(self.spec.url)} answer {str(answer)[:200]}, which is "
+            f"not a whole answer with text and a finish_reason of stop or length. {self.spec.other}"
+        )
         try:
             choice = answer["choices"][0]
+            if choice["finish_reason"] not in tuple(ENDS):  # as content_filter
+                raise RefusedError(said)
             text = choice["message"]["content"] if self.spec.chat else choice["text"]
             return Written(text or "", ENDS[choice["finish_reason"]])
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise TOPDError(
-                f"{self.servers.name}: {', '.join(self.spec.url)} answer {str(answer)[:200]}, "
-                f"which is not a whole answer with text and a finish_reason of stop or length. "
-                f"{self.spec.other}"
-            ) from error
+            raise TOPDError(said) from error
 
 
 def messages_of(prompt: str, name: str) -> list[dict[str, Any]]:
@@ -212,7 +258,7 @@ def text_engine(
         spans: whether one in this process tells the log-probs of spans.
     """
     if spec.text is not None:
-        writer: Writer = TextServers("teacher (text)", spec.text, tokenizers[1])
+        writer: Writer = TextServers("teacher (text)", spec.text, tokenizers[1], skips=True)
         tells = spec.text.logprobs
         return TextEngine(models[1], writer, tokenizers[0], name="teacher", tells=tells, **options)
     own = HFEngine(

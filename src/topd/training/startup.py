@@ -192,7 +192,8 @@ def check_sources(
     check_servers("student", sources[0], tokenizers[0], student)
     for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
         if is_by_text(source):
-            check_text_teacher(source, (tokenizers[0], tokenizer), prompts)
+            ahead = not args.learns_from_answers
+            check_text_teacher(source, (tokenizers[0], tokenizer), prompts, continues=ahead)
             continue
         check_context("teacher", source, teacher + ahead)
         check_servers("teacher", source, tokenizer, teacher + window)
