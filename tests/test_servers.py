@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from bench.served import top_scores
 from transformers import TrainerCallback
 from transformers.utils import logging
 from typer.testing import CliRunner
+from urllib3 import HTTPResponse
 
 from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
@@ -32,9 +35,9 @@ from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
 from topd.engines.hf import HFEngine
-from topd.engines.serve import serving
+from topd.engines.serve import command, serving
 from topd.engines.server_checks import check_logprobs, check_servers
-from topd.engines.servers import Request, Servers
+from topd.engines.servers import Again, Request, Servers
 from topd.engines.vllm import VLLMEngine
 from topd.errors import DISK, UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
@@ -106,17 +109,25 @@ def test_requests_of_a_group_go_to_one_server(start):
     assert [{int(body["prompt"]) % 2 for body in fake.bodies} for fake in fakes] == [{0}, {1}]
 
 
-def test_a_busy_server_is_asked_again_and_not_left_out(start):
-    fake = start(statuses=[503, 429])
+@pytest.mark.parametrize("statuses", [[503, 429], [500, 529], [408]])
+def test_a_busy_server_is_asked_again_and_not_left_out(start, statuses):
+    fake = start(statuses=list(statuses))
     assert servers(fake.url, retries=2).ask([LIST]) == [ANSWER]
-    assert fake.seen["/tokenize"] == 3
+    assert fake.seen["/tokenize"] == len(statuses) + 1
 
 
-def test_tries_are_bounded(start):
-    fake = start(statuses=[503] * 9)
-    with pytest.raises(StoppedError, match="too many 503"):
+@pytest.mark.parametrize("status", [429, 500])
+def test_tries_are_bounded_and_the_last_answer_says_why(start, status):
+    fake = start(statuses=[status] * 9)
+    with pytest.raises(StoppedError, match=f"answers {status}: not now"):
         servers(fake.url, retries=2).ask([LIST])
     assert fake.seen["/tokenize"] == 3
+
+
+def test_no_server_makes_a_run_wait_for_longer_than_two_minutes():
+    answers = [HTTPResponse(headers={"Retry-After": after}) for after in ("7", "86400")]
+    assert [Again().get_retry_after(answer) for answer in answers] == [7, 120]
+    assert Again().get_retry_after(HTTPResponse()) is None
 
 
 @pytest.fixture
@@ -498,7 +509,8 @@ def student_recipe(root: Path, run: str, *fakes: Fake, **changes: Any) -> Path:
         root, **{**SHORT, "save_strategy": "no", **changes}, output_dir=str(root / run)
     )
     content = yaml.safe_load(path.read_text())
-    served = {"completions": [fake.url for fake in fakes], "weights": str(root / "weights")}
+    urls = [fake.url for fake in fakes]
+    served = {"completions": urls, "weights": str(root / "weights"), "retries": 0}
     if fakes:
         content["student"] = {"path": content["student"], "served": {**served, "tolerance": 1e-3}}
     path.write_text(yaml.safe_dump(content))
@@ -738,6 +750,41 @@ def test_a_server_that_does_not_answer_is_ended_with_its_children(tmp_path):
             return
         time.sleep(0.1)
     raise AssertionError(f"{child} was left")
+
+
+@pytest.mark.parametrize(
+    ("kind", "cpu", "share"), [("pooling", False, "0.45"), ("pooling", True, None),
+                               ("completions", False, "0.45"), ("rollouts", False, None)],
+)  # fmt: skip
+def test_two_servers_on_the_same_gpus_take_a_share_each(kind, cpu, share):
+    words = command(kind, "m", "here", 1, ["--gpu-memory-utilization", "0.3"], python="p", cpu=cpu)
+    found = [after for word, after in pairwise(words) if word == "--gpu-memory-utilization"]
+    assert found == [*filter(None, [share]), "0.3"]  # the user's comes last, so it counts
+
+
+def test_a_server_is_started_once_the_one_before_it_answers(tmp_path):
+    """Scripts in vLLM's place note when they begin and when they answer."""
+    note, found = tmp_path / "note", {}
+    for k in range(2):
+        port = free_port()
+        script = (
+            "import http.server as h, time; "
+            f"say = lambda word: open({str(note)!r}, 'a').write(f'{k} {{word}} '); "
+            "say('begins'); time.sleep(0.5); say('answers'); "
+            f"h.test(h.SimpleHTTPRequestHandler, port={port}, bind='127.0.0.1')"
+        )
+        (tmp_path / "health").touch()
+        words = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r}); {script}"]
+        found[f"http://127.0.0.1:{port}"] = ("completions", words)
+    with serving(found, patience=30) as running:
+        assert len(running) == 2
+    assert note.read_text() == "0 begins 0 answers 1 begins 1 answers "
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
 
 
 def test_a_python_without_vllm_is_named():

@@ -222,9 +222,10 @@ def serve_teacher(
 ) -> None:
     """Serve a teacher with vLLM, as a recipe's teacher.served wants it; Ctrl-C ends it.
 
-    Further options go to both of its servers, e.g. --tensor-parallel-size 4 --max-model-len 16384
-    --gpu-memory-utilization 0.45. VLLM_API_KEY in the environment becomes their API key; it guards
-    paths below /v1 only, so keep them on loopback or a private network.
+    Further options go to both of its servers, e.g. --tensor-parallel-size 4 --max-model-len 16384.
+    Both have the same GPUs: 45 % of the memory each, or --gpu-memory-utilization. VLLM_API_KEY in
+    the environment becomes their API key; it guards paths below /v1 only, so keep them on loopback
+    or a private network.
     """
     verbs.serve("teacher", model, context.args, host, port, python, patience)
 

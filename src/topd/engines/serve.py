@@ -39,17 +39,24 @@ SETTINGS: dict[Kind, list[str]] = {
     ],
 }
 STOP = 30.0  # seconds that a server has to end
+SHARE = "0.45"  # of a GPU's memory, where two servers have it; vLLM takes 0.9 for one
 
 
 def command(
     kind: Kind, model: str, host: str, port: int, extra: Sequence[str], *, python: str, cpu: bool
 ) -> list[str]:
-    """How to start a server. On a CPU blocks of 128 tokens would leave short prefixes uncached."""
+    """How to start a server.
+
+    On a CPU blocks of 128 tokens would leave short prefixes uncached. The two servers of a teacher
+    have the same GPUs, so each takes a share of them, unless ``extra`` says another.
+    """
+    shared = kind != "rollouts" and not cpu
     return [
         *(python, "-m", MODULE, "--model", model, "--host", host, "--port", str(port)),
         *("--generation-config", "vllm"),
         *SETTINGS[kind],
         *(["--block-size", "32"] if cpu and kind != "pooling" else []),
+        *(["--gpu-memory-utilization", SHARE] if shared else []),
         *extra,
     ]
 
@@ -84,17 +91,18 @@ def serving(
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Servers by URL, from their start until all answer; ended with the context.
 
-    Raises TOPDError if one ends, or does not answer within ``patience`` seconds.
+    One is started after another, since a server measures how much of a GPU's memory is free. Raises
+    TOPDError if one ends, or does not answer within ``patience`` seconds.
     """
     running: list[subprocess.Popen[bytes]] = []
     try:
-        for kind, words in servers.values():
+        for url, (kind, words) in servers.items():
             running.append(
                 subprocess.Popen(  # noqa: S603
                     words, env=environment(kind), stdout=sys.stderr, start_new_session=True
                 )
             )
-        _await(dict(zip(servers, running, strict=True)), patience)
+            _await(url, running, patience)
         yield running
     finally:
         for process in running:
@@ -106,17 +114,16 @@ def serving(
                 os.killpg(process.pid, signal.SIGKILL)  # vLLM's own children outlive a crash
 
 
-def _await(servers: Mapping[str, subprocess.Popen[bytes]], patience: float) -> None:
+def _await(url: str, running: Sequence[subprocess.Popen[bytes]], patience: float) -> None:
+    """Until the latest server answers. Raises TOPDError if it does not, or any has ended."""
     deadline = time.monotonic() + patience
-    for url, process in servers.items():
-        while not _healthy(url):
-            if process.poll() is not None:
-                raise TOPDError(
-                    f"{url}: vLLM ended with code {process.returncode}. Its log above says why."
-                )
-            if time.monotonic() > deadline:
-                raise TOPDError(f"{url}: does not answer after {patience:.0f} s.")
-            time.sleep(0.5)
+    while not _healthy(url):
+        for code in (process.poll() for process in running):
+            if code is not None:
+                raise TOPDError(f"{url}: vLLM ended with code {code}. Its log above says why.")
+        if time.monotonic() > deadline:
+            raise TOPDError(f"{url}: does not answer after {patience:.0f} s.")
+        time.sleep(0.5)
 
 
 def _healthy(url: str) -> bool:
