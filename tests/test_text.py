@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -28,6 +29,7 @@ from topd.commands.audit import rebuilt
 from topd.commands.audit.rebuilt import Trust
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer
+from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine
 from topd.engines.text import TextEngine, Written
 from topd.engines.text_checks import _cuts, check_border
@@ -38,6 +40,8 @@ from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
 from topd.inputs.text_models import stand_in
 from topd.inputs.text_spec import ByText
+from topd.methods import METHODS
+from topd.training.text_needs import check_gives
 from topd.types import Sampling
 
 CORPUS = [
@@ -508,6 +512,43 @@ def test_all_that_does_not_go_with_text_is_said_at_once(tmp_path):
         assert remedy in str(caught.value)
 
 
+def settings_of(tmp_path: Path, teacher: Any, **changes: Any) -> tuple[ModelSpec, TOPDConfig]:
+    args = TOPDConfig(output_dir=str(tmp_path / "run"), use_cpu=True, **changes)
+    return ModelSpec.model_validate(teacher), args
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        {"text": {"url": "http://127.0.0.1:9"}},
+        {"text": {"url": "http://127.0.0.1:9", "logprobs": True}},
+        {"path": TEACHER, "as_text": True},
+    ],
+    ids=["server", "logprobs", "as_text"],
+)
+def test_one_message_has_all_that_a_teacher_by_text_needs(tmp_path, method, teacher):
+    """What it says to set is enough, and no control without a teacher is offered."""
+    changes: dict[str, Any] = {"method": method}
+    spec, args = settings_of(tmp_path, teacher, **changes)
+    if method == "negative":
+        return check_gives([spec], args)
+    args.temperature = changes["temperature"] = 0.7
+    with pytest.raises(TOPDError) as caught:
+        check_gives([spec], args)
+    said = str(caught.value)
+    assert "negative" not in said
+    remedies = re.findall(r"(\w+): (\{.*?\}|[\w]+)", said.partition(" Set ")[2])
+    changes |= {name: yaml.safe_load(value) for name, value in remedies if hasattr(args, name)}
+    check_gives([spec], settings_of(tmp_path, teacher, **changes)[1])
+
+
+def test_a_teacher_of_another_tokenizer_is_offered_opd_by_spans(tmp_path):
+    pair = settings_of(tmp_path, {"path": TEACHER, "as_text": True})
+    with pytest.raises(TOPDError, match=r"method opd needs logprobs\. Set token_loss: spans \(or "):
+        check_gives(pair[:1], pair[1])
+
+
 def test_a_window_that_cannot_be_had_is_left_out():
     tokenizer = byte_level()
 
@@ -594,7 +635,7 @@ def test_a_detector_by_a_text_servers_log_probs_finds_the_same_forks(tmp_path, s
     ("changes", "fake", "said"),
     [
         ({}, {"tells": False}, "does not tell those of a prompt's tokens .echo with logprobs."),
-        ({"token_loss": "full"}, {}, "Set token_loss: sampled or none"),
+        ({"token_loss": "full"}, {}, "Set token_loss: sampled"),
         ({"text.logprobs": False}, {}, "method opd needs logprobs"),
         ({"text.chat": True}, {}, "no chat API tells those of a prompt"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,8 @@ def check_gives(teachers: Sequence[object], args: TOPDConfig) -> None:
         raise TOPDError(
             "teachers: one that gives only text does not go with others. Name it alone, in teacher."
         )
-    found = _of_answers(args) if args.learns_from_answers else _of_rollouts(args, given)
+    spans = getattr(teachers[0], "as_text", False) and args.token_loss != "spans"
+    found = _of_answers(args) if args.learns_from_answers else _of_rollouts(args, given, spans)
     if found:
         why, remedies = zip(*found, strict=True)
         raise TOPDError(
@@ -61,7 +63,8 @@ def _of_answers(args: TOPDConfig) -> list[tuple[str, str]]:
     return found
 
 
-def _of_rollouts(args: TOPDConfig, given: Needs) -> list[tuple[str, str]]:
+def _of_rollouts(args: TOPDConfig, given: Needs, spans: bool = False) -> list[tuple[str, str]]:
+    """Why not, and the remedy, of each; ``spans``: log-probs of spans are to be had, if asked."""
     method, options = method_named(args.method), args.method_options
     lacks = NEEDS.index(method.needs) > NEEDS.index(given)
     known: dict[str, Any] = options if isinstance(options, dict) else {}
@@ -71,13 +74,17 @@ def _of_rollouts(args: TOPDConfig, given: Needs) -> list[tuple[str, str]]:
         shown = ", ".join(f"{k}: {v}" for k, v in method.by_windows.items())
         found.append((f"method {args.method} compares them", f"method_options: {{{shown}}}"))
     elif lacks and not enough:
-        fit = [n for n, m in METHODS.items() if NEEDS.index(m.needs) <= NEEDS.index(given)]
-        found.append((f"method {args.method} needs {method.needs}", f"method: {' or '.join(fit)}"))
+        return _with_another(args, given, spans)
     tells = given == "logprobs"
     counts = method.needs != "nothing" and not (method.of_tokens and lacks)
     if counts and args.token_loss != "none" and not (tells and args.token_loss in BY_LOGPROBS):
-        instead = "token_loss: sampled or none" if tells else "token_loss: none"
+        asked = "sampled" if tells else "spans" if spans and args.loss_temperature == 1 else ""
+        words = [asked] if asked and method.of_tokens else [asked, "none"]  # it needs token losses
+        instead = f"token_loss: {' or '.join(filter(None, words))}"
         found.append((f"token_loss {args.token_loss} is taken over them", instead))
+        if not asked and (args.look_ahead_every, args.look_ahead_until) != (1, None):
+            always = "look_ahead_every: 1, look_ahead_until: null"
+            found.append(("updates that do not look ahead would learn nothing", always))
     if tells and args.loss_temperature != 1:
         found.append(("log-probs come at temperature 1", "temperature: 1"))
     if method.looks_ahead:
@@ -97,3 +104,21 @@ def _of_rollouts(args: TOPDConfig, given: Needs) -> list[tuple[str, str]]:
             ("eval_strategy measures a divergence", "eval_strategy: no (evaluation: in a recipe)")
         )
     return found
+
+
+def _with_another(args: TOPDConfig, given: Needs, spans: bool) -> list[tuple[str, str]]:
+    """What to set where a method needs more than is given, with all that this needs besides."""
+    needs = method_named(args.method).needs
+    why, other = f"method {args.method} needs {needs}", copy.copy(args)
+    if spans and needs == "logprobs":
+        other.token_loss = "spans"
+        by_windows = "(or a method by windows: docs/how-to/text-teacher.md)"
+        return [(why, f"token_loss: spans {by_windows}"), *_of_rollouts(other, "logprobs")]
+    enough = {n: m for n, m in METHODS.items() if NEEDS.index(m.needs) <= NEEDS.index(given)}
+    fit = [name for name, method in enough.items() if method.needs != "nothing"]  # no control
+    for name in args.brought:
+        setattr(other, name, TOPDConfig.__dataclass_fields__[name].default)
+    other.method_options = {}
+    other.method = next(name for name in fit if enough[name].looks_ahead)
+    rest = _of_rollouts(other, given, spans)
+    return [(why, f"method: {' or '.join(fit)}"), *rest]
