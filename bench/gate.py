@@ -60,9 +60,7 @@ class Testbed:
             )
         )
         spec = self.suite.problems
-        self.whole = spec.evaluator(
-            spec.load(), source.load_tokenizer(), self.model.config, template_kwargs={}
-        )
+        self.whole = spec.evaluator(spec.load(), source.load_tokenizer(), self.model.config)
 
     def noisy(self, noise: float, seed: int) -> dict[str, torch.Tensor]:
         """The weights with noise on them."""

@@ -128,7 +128,7 @@ def by_way(model: Any, tokenizer: Any, asked: Mapping[str, Any]) -> dict[str, An
     more = {"limit": SAMPLED, "samples": 8, **asked}
     for way, (temperature, top_p) in WAYS.items():
         spec = EvaluationSpec(temperature=temperature, top_p=top_p, **more)
-        evaluator = spec.evaluator(spec.load(), tokenizer, model.config, template_kwargs={})
+        evaluator = spec.evaluator(spec.load(), tokenizer, model.config)
         found[way] = evaluator(engine).record()["figures"]
     return found
 

@@ -91,7 +91,7 @@ def solved_by(student: Path, family: str) -> list[float]:
         batch_size=512,
     )
     engine = HFEngine(model, eos_ids=eos_ids(model, tokenizer))
-    evaluator = asked.evaluator(asked.load(), tokenizer, model.config, template_kwargs={})
+    evaluator = asked.evaluator(asked.load(), tokenizer, model.config)
     return evaluator(engine).solved()
 
 

@@ -24,6 +24,8 @@ from conftest import DEVICE, EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands import evaluate as evaluating
 from topd.commands import verbs
+from topd.commands.recipe import read_recipe
+from topd.commands.train import make_evaluator
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import (
@@ -816,7 +818,10 @@ BAD = [
     (["model", "gsm8k.jsonl", "--limit", "0"], "or equal to 1 (given: 0)"),
     (["model", "gsm8k.jsonl", "--batch-size", "-1"], "or equal to 1 (given: -1)"),
     (["model", "gsm8k.jsonl", "--seed", "-1"], "--seed: Input should be greater than or equal"),
-    (["model", "gsm8k.jsonl", "--template-kwargs", "a"], "--template-kwargs: 'a' is not a mapping"),
+    (
+        ["model", "gsm8k.jsonl", "--template-kwargs", "a"],
+        "--chat-template-kwargs: Input should be a valid dictionary (given: 'a')",
+    ),
 ]
 
 
@@ -945,6 +950,86 @@ def test_a_recipe_that_cannot_evaluate_is_refused_before_a_model_loads(
     result = recipe_run(root, tmp_path / "run", *words)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "chat", "kwargs"),
+    [
+        ({}, True, {}),
+        ({"chat_template_kwargs": {"so": 1}}, True, {"so": 1}),
+        ({"chat_template_kwargs": {"so": 1}, "evaluation.chat_template_kwargs": {}}, True, {}),
+        ({"chat_template_kwargs": {"so": 1}, "evaluation.chat": False}, False, {}),
+        ({"data.chat": False}, False, {}),
+        ({"data.chat": False, "evaluation.chat": True}, True, {}),
+        ({"data.chat": False, "data.columns": {"prompt": "asked"}}, True, {}),  # messages
+    ],
+)
+def test_a_recipe_evaluates_prompts_written_as_it_trains(
+    root, monkeypatch, tmp_path, changes, chat, kwargs
+):
+    monkeypatch.chdir(root)
+    asked = [{"role": "user", "content": "what is 1 ?"}]
+    write(root / "prompts.jsonl", [{"question": "what is 1 ?", "asked": asked}])
+    (root / "recipe.yaml").write_text(RECIPE)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += " {{ so }}"
+    monkeypatch.setattr(ModelSpec, "load_tokenizer", lambda self: tokenizer)
+    evaluator = make_evaluator(read_recipe(Path("recipe.yaml"), changes))
+    assert evaluator is not None
+    text = rows(1)[0]["prompt"]
+    messages = [{"role": "user", "content": text}]
+    wanted = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, **kwargs)["input_ids"]
+        if chat
+        else tokenizer(text)["input_ids"]
+    )
+    assert list(evaluator.prompts[0].student) == list(wanted)
+
+
+def test_what_a_row_gives_to_the_template_reaches_it():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += " {{ so }}"
+    row = {"prompt": "what", "answer": "1", "chat_template_kwargs": {"so": "answer"}}
+    found = EvaluationSpec(path="x", max_tokens=4).evaluator([row], tokenizer, tiny_model().config)
+    assert tokenizer.decode(found.prompts[0].student).endswith("answer")
+
+
+def run_json(run: Path, kwargs: Any = None, **data: Any) -> ModelSpec:
+    run.mkdir(parents=True)
+    content = {"recipe": {"data": {"path": "a.jsonl", **data}}}
+    content["config"] = {"chat_template_kwargs": kwargs}
+    (run / "run.json").write_text(json.dumps(content))
+    return ModelSpec(path=str(run / "student"))
+
+
+def test_the_student_of_a_run_is_evaluated_as_it_was_trained(tmp_path):
+    """Where nothing else is said; a line says so, and where another way is asked for."""
+    off = {"enable_thinking": False}
+    thought, other = run_json(tmp_path / "a", off), run_json(tmp_path / "b")
+    raw, spec = run_json(tmp_path / "c", chat=False), EvaluationSpec(path="x")
+    found, said = evaluating.as_trained(spec, [thought])
+    assert (found.chat, found.chat_template_kwargs) == (None, off)
+    assert said == [
+        f"prompts are written as in the training of {tmp_path / 'a'}: chat_template_kwargs: "
+        '{"enable_thinking": false}'
+    ]
+    given = spec.model_copy(update={"chat_template_kwargs": {}})
+    found, said = evaluating.as_trained(given, [thought])
+    assert found == given
+    assert said == [
+        f"warning: {tmp_path / 'a'} was trained with chat_template_kwargs: "
+        '{"enable_thinking": false}, prompts here have chat_template_kwargs: {}'
+    ]
+    found, said = evaluating.as_trained(spec, [raw])
+    assert (found.chat, found.chat_template_kwargs) == (False, None)
+    assert said[0].endswith("/c: chat: false")
+    found, said = evaluating.as_trained(spec, [other, thought])  # the first one counts
+    assert (found.chat_template_kwargs, len(said)) == ({}, 1)
+    assert said[0].startswith(f"warning: {tmp_path / 'a'} was trained with")
+    hub = ModelSpec(path="hub/student")
+    assert evaluating.as_trained(spec, [hub]) == (spec, [])
+    found, _ = evaluating.as_trained(spec, [hub, ModelSpec(path=str(tmp_path / "a/checkpoint-2"))])
+    assert found.chat_template_kwargs == off
 
 
 # lm-evaluation-harness

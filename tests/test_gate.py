@@ -20,6 +20,7 @@ from topd.cli import app
 from topd.commands.gate import (
     MEASURES,
     Limits,
+    RefusalSpec,
     Suite,
     compare_models,
     lost_problems,
@@ -27,7 +28,6 @@ from topd.commands.gate import (
     read_suite,
 )
 from topd.commands.gate_text import card_text, remarks, show
-from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
 from topd.runs.model_card import replace_section
@@ -191,7 +191,7 @@ def test_problems_that_the_base_solves_and_the_candidate_does_not():
 
 def test_refusals_count_if_there_are_some():
     pair = [{"problems": answers([True] * 300), "refusals": answers([ok] * 300)} for ok in (1, 0)]
-    figures = compare_models(*pair, suite())
+    figures = compare_models(*pair, suite(refusals=RefusalSpec(path="x.jsonl")))
     assert [(f.name, f.verdict) for f in figures if f.verdict != "within"] == [
         ("refusals", "worse")
     ]
@@ -283,6 +283,11 @@ def test_a_regression_ends_with_1_and_the_card_names_it(place):
         ({"limits": {"accuracy": -0.1}}, r"suite\.limits\.accuracy: .*greater than or equal to 0"),
         ({"limits": {"speed": 0.1}}, r"suite\.limits\.speed"),
         ({"error": 0.5}, r"suite\.error: .*less than 0.5"),
+        ({"limits": dict.fromkeys(Limits.model_fields)}, r"suite: limits: no figure has one"),
+        (
+            {"limits": {**dict.fromkeys(Limits.model_fields), "refusals": 0.1}, "refusals": None},
+            r"suite: limits\.refusals has no effect without refusals",
+        ),
         ({"refusals": {"path": "problems.jsonl"}}, r"problems.jsonl, row 0: refuse is None"),
     ],
 )
@@ -295,13 +300,6 @@ def test_a_bad_suite_is_refused_before_a_model_loads(place, monkeypatch, changes
     result = gate("base", "same")
     assert result.exit_code == 2
     assert re.search(fault, " ".join(result.stderr.split())), result.stderr
-
-
-def test_a_suite_without_limits_is_refused():
-    none = Limits(**dict.fromkeys(Limits.model_fields))
-    pair = {"problems": answers([True])}, {"problems": answers([True])}
-    with pytest.raises(TOPDError, match=r"suite\.limits: no figure has one"):
-        compare_models(*pair, suite(limits=none))
 
 
 def test_a_folder_with_a_result_is_refused(place):
@@ -318,6 +316,23 @@ def test_a_section_is_replaced_or_added(tmp_path):
     assert card.read_text() == "# A\n\nText\n\n## Gate\n\none\n"
     replace_section(card, "Gate", "two")
     assert card.read_text() == "# A\n\nText\n\n## Gate\n\ntwo\n"
+
+
+def test_prompts_are_written_as_the_candidate_was_trained(place):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += " {{ so }}"
+    for name in ("base", "run/student"):
+        tiny_model().save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    content = {"recipe": {"data": {"path": "a"}}, "config": {"chat_template_kwargs": {"so": "so"}}}
+    Path("run/run.json").write_text(json.dumps(content))
+    result = gate("base", "run")
+    assert result.exit_code == 0, result.output
+    said = 'prompts are written as in the training of run: chat_template_kwargs: {"so": "so"}'
+    assert result.output.count(said) == 1
+    asked = json.loads(Path("out/gate.json").read_text())["suite"]
+    for part in ("problems", "refusals"):
+        assert asked[part]["chat_template_kwargs"] == {"so": "so"}
 
 
 def test_a_suite_is_read_with_its_defaults(place):

@@ -112,7 +112,7 @@ def evaluate_model(
     batch_size: options.BatchSize = 16,
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     chat: options.Chat = None,
-    template_kwargs: options.TemplateKwargs = "{}",
+    chat_template_kwargs: options.TemplateKwargs = None,
     output: options.Output = "",
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
@@ -120,7 +120,6 @@ def evaluate_model(
         {"path": model, "gguf_file": gguf_file, "dtype": dtype},
         data,
         columns,
-        template_kwargs,
         output,
         samples=samples,
         temperature=temperature,
@@ -130,6 +129,7 @@ def evaluate_model(
         batch_size=batch_size,
         seed=seed,
         chat=chat,
+        chat_template_kwargs=chat_template_kwargs,
     )
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 from accelerate import PartialState
@@ -28,13 +28,17 @@ from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
+from topd.inputs.rows import DataSpec
 from topd.inputs.vocabulary import shared_ids
 from topd.report import page_line
+from topd.runs.files import read_whole
 from topd.runs.folder import RunFolder, manifest
 from topd.runs.lock import one_writer
 from topd.statistics import Interval
+from topd.training.progress import say
 
 RESULT, RESPONSES = "evaluation.json", "responses.jsonl"
+Spec = TypeVar("Spec", bound=EvaluationSpec)
 
 
 def spec_of(path: str, columns: str, **options: Any) -> EvaluationSpec:
@@ -54,9 +58,7 @@ def spec_of(path: str, columns: str, **options: Any) -> EvaluationSpec:
         raise TOPDError(f"--{name}: {first['msg']} (given: {given!r}).") from error
 
 
-def run_evaluation(
-    model: ModelSpec, spec: EvaluationSpec, template_kwargs: Any, output: str, console: Console
-) -> Path:
+def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console: Console) -> Path:
     """Evaluate, print the table, and return the folder.
 
     The folder holds evaluation.json (figures with intervals, settings, versions, fingerprints of
@@ -65,7 +67,6 @@ def run_evaluation(
     Args:
         model: what to evaluate.
         spec: on what.
-        template_kwargs: given to the chat template.
         output: the folder; empty: one of its own below runs/.
         console: where table and progress go.
 
@@ -74,31 +75,28 @@ def run_evaluation(
     """
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    if not isinstance(template_kwargs, Mapping):
-        raise TOPDError(f"--template-kwargs: {template_kwargs!r} is not a mapping, e.g. {{a: 1}}.")
     model = of_run(model)
+    spec, said = as_trained(spec, [model])
+    for line in said:
+        say(console, line)
     folder = Path(output or _folder(model, spec))
     with one_writer(folder):
-        found = _evaluate_into(_open(folder), model, spec, template_kwargs, console)
+        found = _evaluate_into(_open(folder), model, spec, console)
     show(found, spec, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
     return folder
 
 
 def _evaluate_into(
-    run: RunFolder, model: ModelSpec, spec: EvaluationSpec, template_kwargs: Any, console: Console
+    run: RunFolder, model: ModelSpec, spec: EvaluationSpec, console: Console
 ) -> Evaluation:
     rows = spec.load()
     tokenizer, config = model.load_tokenizer(), model.load_config()
     check_embedding_rows("model", config, tokenizer)
-    evaluator = spec.evaluator(rows, tokenizer, config, template_kwargs=template_kwargs)
+    evaluator = spec.evaluator(rows, tokenizer, config)
     references = _references(rows)
     (found,), made_of = measure(model, [evaluator], console)
-    settings = {
-        "model": model.model_dump(),
-        "data": spec.model_dump(),
-        "template_kwargs": dict(template_kwargs),
-    }
+    settings = {"model": model.model_dump(), "data": spec.model_dump()}
     run.append(RESPONSES, (response.record() for response in found.responses))
     run.write(RESULT, {**found.record(), "settings": settings, **made_of, "references": references})
     return found
@@ -132,6 +130,50 @@ def of_run(model: ModelSpec) -> ModelSpec:
     if (folder / "config.json").exists() or not (folder / "student" / "config.json").exists():
         return model
     return model.model_copy(update={"path": str(folder / "student")})
+
+
+def as_trained(spec: Spec, models: Sequence[ModelSpec]) -> tuple[Spec, list[str]]:
+    """Prompts as a run wrote them whose student is evaluated, where the spec does not say how.
+
+    Args:
+        spec: what is asked.
+        models: of several that are students of runs, the first one counts.
+
+    Returns:
+        the spec, and lines that say what was taken from a run, and where a run had it otherwise.
+    """
+    known = {str(Path(m.path).parent): how for m in models if (how := _trained_with(m))}
+    said = []
+    if known:
+        run, own = next(iter(known.items()))
+        asked, spec = spec, spec.as_trained(**own)
+        taken = {n: getattr(spec, n) for n in own if getattr(spec, n) != getattr(asked, n)}
+        if any(value != {} for value in taken.values()):
+            said.append(f"prompts are written as in the training of {run}: {_shown(taken)}")
+    here = {"chat": spec.chat is not False, "chat_template_kwargs": spec.chat_template_kwargs or {}}
+    for run, trained in known.items():
+        other = {name: value for name, value in trained.items() if here[name] != value}
+        if other:
+            now = _shown({name: here[name] for name in other})
+            said.append(f"warning: {run} was trained with {_shown(other)}, prompts here have {now}")
+    return spec, said
+
+
+def _trained_with(model: ModelSpec) -> dict[str, Any]:
+    """How the run that a student or a checkpoint is of wrote prompts; empty if it is of none."""
+    place = Path(model.path).expanduser()
+    of_training = place.name == "student" or place.name.startswith("checkpoint-")
+    stored = read_whole(place.parent / "run.json") if of_training else {}
+    try:
+        data = DataSpec.model_validate((stored.get("recipe") or {}).get("data"))
+    except ValidationError:  # none, as of a trainer made in Python
+        return {}
+    kwargs = (stored.get("config") or {}).get("chat_template_kwargs") or {}
+    return {"chat": data.makes_messages, "chat_template_kwargs": kwargs}
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
 
 
 def _references(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -15,7 +15,7 @@ all within the limits fails with a probability of about ``error`` at most (Bonfe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -23,11 +23,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 import datasets
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from transformers.utils import logging
 
-from topd.commands.evaluate import measure, of_run
+from topd.commands.evaluate import as_trained, measure, of_run
 from topd.commands.gate_text import card_text, remarks, show
 from topd.commands.recipe import parse_spec, read_mapping
 from topd.errors import TOPDError
@@ -41,6 +41,7 @@ from topd.report import page_line
 from topd.runs.folder import RunFolder
 from topd.runs.lock import one_writer
 from topd.runs.model_card import replace_section
+from topd.training.progress import say
 
 RESULT, HEADING = "gate.json", "Release gate"
 Verdict = Literal["worse", "within", "open"]
@@ -120,6 +121,21 @@ class Suite(BaseModel):
     error: float = Field(default=0.05, gt=0, lt=0.5)
     strict: bool = False
 
+    @model_validator(mode="after")
+    def _has_limits(self) -> Suite:
+        """Some figure has a limit, and refusals are there where a limit of theirs is given."""
+        given = self.limits.model_dump(exclude_unset=True)
+        if self.refusals is None and given.get("refusals") is not None:
+            raise ValueError("limits.refusals has no effect without refusals. Give their path")
+        if not self.limited():
+            raise ValueError("limits: no figure has one. Give at least one, e.g. {accuracy: 0.02}")
+        return self
+
+    def limited(self) -> dict[str, float]:
+        """The figures that have a limit; that of refusals only where there are some."""
+        without = {"refusals"} if self.refusals is None else set()
+        return self.limits.model_dump(exclude_none=True, exclude=without)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -184,15 +200,8 @@ def compare_models(
     Args:
         base, candidate: evaluations of ``problems`` and, if the suite has them, ``refusals``.
         suite: limits and error rate.
-
-    Raises:
-        TOPDError: no figure has a limit.
     """
-    limits = {name: limit for name, limit in suite.limits.model_dump().items() if limit is not None}
-    if "refusals" not in base:
-        limits.pop("refusals", None)
-    if not limits:
-        raise TOPDError("suite.limits: no figure has one. Give at least one.")
+    limits = suite.limited()
     return [
         _figure(name, base, candidate, limit, suite.error / len(limits))
         for name, limit in limits.items()
@@ -254,6 +263,9 @@ def run_gate(
     datasets.disable_progress_bars()
     suite = read_suite(suite_file)
     base, candidate = of_run(base), of_run(candidate)
+    suite, said = _as_trained(suite, [candidate, base])
+    for line in said:
+        say(console, line)
     folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
     with one_writer(folder):
         figures = _gate_into(folder, {"base": base, "candidate": candidate}, suite, console)
@@ -261,6 +273,17 @@ def run_gate(
     show(figures, suite, good, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
     return good
+
+
+def _as_trained(suite: Suite, models: Sequence[ModelSpec]) -> tuple[Suite, list[str]]:
+    """The suite with prompts as in the candidate's training, or the base's, where nothing else is
+    said; and the lines that say so."""
+    problems, said = as_trained(suite.problems, models)
+    changes: dict[str, Any] = {"problems": problems}
+    if suite.refusals is not None:
+        changes["refusals"], more = as_trained(suite.refusals, models)
+        said += more
+    return suite.model_copy(update=changes), [*dict.fromkeys(said)]
 
 
 def _gate_into(
@@ -301,7 +324,7 @@ def _evaluators(model: ModelSpec, suite: Suite) -> dict[str, Evaluator]:
     check_embedding_rows("model", config, tokenizer)
     parts = {"problems": suite.problems, "refusals": suite.refusals}
     return {
-        name: part.evaluator(part.load(), tokenizer, config, template_kwargs={})
+        name: part.evaluator(part.load(), tokenizer, config)
         for name, part in parts.items()
         if part is not None
     }

@@ -34,7 +34,12 @@ BatchSize = Annotated[int, typer.Option(help="Responses at a time; changes no re
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
 Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template, if there.")]
 TemplateKwargs = Annotated[
-    str, typer.Option(help="Of the chat template, e.g. '{enable_thinking: false}'.")
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        "--template-kwargs",
+        help="As in a recipe, e.g. '{enable_thinking: false}'; by default those of the run.",
+    ),
 ]
 Output = Annotated[
     str,

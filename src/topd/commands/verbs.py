@@ -213,7 +213,6 @@ def evaluate(
     model: Mapping[str, Any],
     data: str,
     columns: str,
-    template_kwargs: str,
     output: str,
     **options: Any,
 ) -> None:
@@ -225,9 +224,11 @@ def evaluate(
         from topd.commands.keys import parse_overrides
         from topd.inputs.models import ModelSpec
 
+        kwargs = options["chat_template_kwargs"]
+        if kwargs is not None:
+            options["chat_template_kwargs"] = parse_overrides(["--kwargs", kwargs])["kwargs"]
         spec = spec_of(data, columns, **options)
-        kwargs = parse_overrides(["--kwargs", template_kwargs])["kwargs"]
-        folder = run_evaluation(ModelSpec(**model), spec, kwargs, output, console)
+        folder = run_evaluation(ModelSpec(**model), spec, output, console)
     say(f"results: {folder}")
 
 

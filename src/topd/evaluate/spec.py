@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -32,9 +32,11 @@ class EvaluationSpec(BaseModel):
     ``path`` is a JSONL or Parquet file whose columns are recognised, or named in ``columns``; or
     ``testbed://FAMILY``, checked by the family. ``split`` is ``test`` there unless given; choose
     settings on ``validation``.
-    ``chat`` None uses the chat template if the tokenizer has one. ``max_tokens`` is the longest
-    response; ``temperature`` and ``top_p`` are those of the samples, beside which every problem is
-    answered greedily.
+    ``chat`` None uses the chat template if the tokenizer has one; ``chat_template_kwargs`` are
+    given to it. Where they are not set, a recipe's evaluation writes prompts as its training does,
+    and a run's student is evaluated as it was trained. ``max_tokens`` is the longest response;
+    ``temperature`` and ``top_p`` are those of the samples, beside which every problem is answered
+    greedily.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,6 +46,7 @@ class EvaluationSpec(BaseModel):
     columns: dict[Literal["prompt", "answer"], str] = {}
     limit: int | None = Field(default=None, ge=1)
     chat: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     samples: int = Field(default=4, ge=1)
     temperature: float = Field(default=0.6, gt=0, allow_inf_nan=False)
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -65,13 +68,25 @@ class EvaluationSpec(BaseModel):
         AnswerVerifier().check(rows)
         return rows
 
+    def as_trained(self, *, chat: bool, chat_template_kwargs: Mapping[str, Any]) -> Self:
+        """The same, with prompts written as those of a training where nothing else is said.
+
+        Args:
+            chat: whether the training's prompts are messages; else they are text.
+            chat_template_kwargs: given to the chat template there.
+        """
+        changes: dict[str, Any] = {}
+        if self.chat is None and not chat:
+            changes["chat"] = False
+        if self.chat_template_kwargs is None and chat and self.chat is not False:
+            changes["chat_template_kwargs"] = dict(chat_template_kwargs)
+        return self.model_copy(update=changes)
+
     def evaluator(
         self,
         rows: Sequence[Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
         config: PretrainedConfig,
-        *,
-        template_kwargs: Mapping[str, Any],
     ) -> Evaluator:
         """An evaluator on loaded rows, with math answers verified.
 
@@ -79,14 +94,16 @@ class EvaluationSpec(BaseModel):
             rows: from :meth:`load`.
             tokenizer: the model's.
             config: the model's, for its positions.
-            template_kwargs: given to the chat template.
 
         Raises:
             TOPDError: an empty prompt, or one that leaves no room for ``max_tokens``.
         """
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         encoder = PromptEncoder(
-            tokenizer, tokenizer, max_length=NO_LIMIT, template_kwargs=dict(template_kwargs)
+            tokenizer,
+            tokenizer,
+            max_length=NO_LIMIT,
+            template_kwargs=self.chat_template_kwargs or {},
         )
         prompts = encoder.encode(_messages(row) if chat else row for row in rows)
         self._check_room(prompts, config)
@@ -139,5 +156,8 @@ def _recognised(path: str, names: Sequence[str]) -> dict[str, str]:
 
 
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompt as messages, and what the row itself gives to the chat template."""
     prompt = row["prompt"]
-    return {"prompt": [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt}
+    given = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {**given, "prompt": messages}

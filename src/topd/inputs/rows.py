@@ -75,6 +75,11 @@ class DataSpec(BaseModel):
                 raise ValueError(f"{name} has no effect with {'path' if self.path else 'task'}")
         return self
 
+    @property
+    def makes_messages(self) -> bool:
+        """Whether a prompt of text becomes a user message."""
+        return self.chat and not (self.path or "").startswith(SCHEME)
+
     def load(self) -> list[dict[str, Any]]:
         """The rows, columns mapped. Raises TOPDError: no such data, an empty or missing column."""
         rows = [
@@ -90,7 +95,7 @@ class DataSpec(BaseModel):
         for ours, column in self.columns.items():
             mapped[ours] = self._cell(index, row, column)
         prompt = mapped.get("prompt")
-        if self.chat and isinstance(prompt, str) and not (self.path or "").startswith(SCHEME):
+        if self.makes_messages and isinstance(prompt, str):
             mapped["prompt"] = [{"role": "user", "content": prompt}]
         return mapped
 
