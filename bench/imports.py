@@ -206,10 +206,8 @@ CONFIGS: list[tuple[str, str, dict[str, Any]]] = [  # repository, file, argument
 def row(repository: str, name: str, arguments: dict[str, Any]) -> tuple[bool, str]:
     """Whether there is a recipe, and the line of the table."""
     words = f"{repository} {name}".lower()
-    gkd = (
-        True if "gkd" in words or "gold" in words else False if "distillation.py" in name else None
-    )
-    found = imported(name, arguments, gkd=gkd)
+    kind = next((kind for kind in ("gkd", "gold", "distillation.py") if kind in words), None)
+    found = imported(name, arguments, kind=kind and kind.removesuffix(".py"))
     counts = Counter(line.outcome for line in found.lines)
     if found.refused:
         came = "; ".join(f"`{line.key}`: {line.note}" for line in found.refused)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from peft import LoraConfig
 from typer.testing import CliRunner
 
+from topd import TOPDConfig
 from topd.cli import app
+from topd.commands.import_rules import TRL_DEFAULTS, trl_defaults
+from topd.commands.import_verl import ACTOR, MODEL, OPTIM
 from topd.commands.importer import arguments_of, import_file, imported
 from topd.commands.recipe import read_recipe
 from topd.errors import TOPDError
@@ -24,6 +30,7 @@ TRL = {
     "use_vllm": True,
     "warmup_ratio": 0.1,
 }
+CPU = {"use_cpu": True}  # bf16 is TRL's default and verl's, and not every machine has it
 VERL: dict[str, Any] = {
     "actor_rollout_ref.model.path": "student",
     "distillation.enabled": True,
@@ -38,6 +45,28 @@ VERL: dict[str, Any] = {
 }
 
 
+SAVED: dict[str, Any] = {  # of a saved configuration, at its defaults
+    **{f"{OPTIM}optimizer": "AdamW", f"{OPTIM}betas": [0.9, 0.999], f"{OPTIM}clip_grad": 1.0},
+    **{f"{OPTIM}lr_warmup_steps": -1, f"{OPTIM}min_lr_ratio": 0.0, f"{OPTIM}num_cycles": 0.5},
+    **{f"{OPTIM}total_training_steps": -1, f"{OPTIM}warmup_style": None},
+    **{
+        f"{ACTOR}ppo_epochs": 1,
+        f"{ACTOR}loss_agg_mode": "token-mean",
+        f"{ACTOR}use_kl_loss": False,
+    },
+    **{f"{ACTOR}clip_ratio": 0.2, f"{ACTOR}kl_loss_coef": 0.001, f"{ACTOR}entropy_coeff": 0},
+    **{f"{ACTOR}optim._target_": "x", f"{ACTOR}fsdp_config.model_dtype": "fp32"},
+    **{f"{ACTOR}use_fused_kernels": "${oc.select:x,false}", f"{ACTOR}qat.mode": "w4a16"},
+    **{f"{MODEL}lora_rank": 0, f"{MODEL}lora_alpha": 16, f"{MODEL}target_modules": "all-linear"},
+    **{f"{MODEL}exclude_modules": None, f"{MODEL}override_config": {}, f"{MODEL}use_shm": False},
+    **{f"{MODEL}trust_remote_code": False, f"{MODEL}mtp.enable": False, f"{MODEL}lora.rank": 0},
+    **{f"{MODEL}lora.dtype": None, "data.apply_chat_template_kwargs": {}, "data.shuffle": True},
+    **{"actor_rollout_ref.rollout.do_sample": True, "actor_rollout_ref.hybrid_engine": True},
+    **{"data.train_max_samples": -1, "distillation.distillation_loss.topk": 32},
+    **{"trainer.total_training_steps": None, "algorithm.use_kl_in_reward": False},
+}
+
+
 def outcomes(content: dict[str, Any]) -> dict[str, str]:
     return {line.key: line.outcome for line in imported("x", content).lines}
 
@@ -46,7 +75,7 @@ def test_a_distillation_config_of_trl_is_a_recipe(tmp_path) -> None:
     found = imported("x", TRL)
     path = tmp_path / "recipe.yaml"
     path.write_text(found.text())
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, CPU)
     assert (recipe.student.path, recipe.teacher.path) == ("student", "teacher")
     assert recipe.data.path == "prompts.jsonl"
     args = recipe.args
@@ -83,9 +112,65 @@ def test_a_gkd_config_that_is_on_policy_keeps_its_defaults() -> None:
 def test_lora_and_precision() -> None:
     lora = {"use_peft": True, "lora_r": 8, "lora_target_modules": ["q_proj"], "dtype": "bfloat16"}
     found = imported("x", {**TRL, **lora}).recipe
-    assert found["lora"] == {"r": 8, "target_modules": ["q_proj"]}
+    theirs = {"lora_alpha": 32, "lora_dropout": 0.05}
+    assert found["lora"] == {"r": 8, "target_modules": ["q_proj"], **theirs}
     assert found["bf16"] is True
+    assert imported("x", {**TRL, "use_peft": True}).recipe["lora"] == {"r": 16, **theirs}
     assert "lora" not in imported("x", {**TRL, "lora_r": 8}).recipe
+    assert imported("x", {**TRL, "bf16": None}).recipe["bf16"] is True  # as if it were not there
+    half = imported("x", {**TRL, "dtype": "float16"}).recipe
+    assert half["fp16"] is True
+    assert "bf16" not in half
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {**TRL, "lora_r": 64, "use_peft": True},
+        {**TRL, "dtype": "bfloat16", "bf16": False},
+        {**TRL, "warmup_steps": 0},
+        {**TRL, "warmup_steps": 10},
+        {**VERL, f"{OPTIM}lr_warmup_steps": -1, f"{OPTIM}lr_warmup_steps_ratio": 0.1},
+        {**VERL, f"{OPTIM}lr_warmup_steps": 7, f"{OPTIM}lr_warmup_steps_ratio": 0.1},
+    ],
+)
+def test_the_order_of_keys_does_not_count(content) -> None:
+    backwards = dict(reversed(content.items()))
+    assert imported("x", content).recipe == imported("x", backwards).recipe
+
+
+SEEN_ELSEWHERE = {  # what is logged and where, not what is learned
+    *("output_dir", "logging_steps", "logging_nan_inf_filter", "per_device_eval_batch_size"),
+    *("remove_unused_columns", "activation_checkpointing"),  # a name of gradient_checkpointing
+}
+
+
+@pytest.mark.parametrize("kind", TRL_DEFAULTS)
+def test_the_defaults_of_trl_are_those_of_its_classes(kind, tmp_path) -> None:
+    """Every setting that both have, where theirs differs: none is forgotten, none is wrong."""
+    trl = pytest.importorskip("trl", minversion="1.16")
+    module = {"gkd": "gkd", "gold": "gold"}.get(kind)
+    place = import_module(f"trl.experimental.{module}") if module else trl
+    named = {"gkd": "GKDConfig", "gold": "GOLDConfig", "distillation": "DistillationConfig"}[kind]
+    theirs = getattr(place, named)(output_dir=str(tmp_path), use_cpu=True)
+    ours = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
+    known = {f.name for f in fields(theirs)} - SEEN_ELSEWHERE
+    both = known & {f.name for f in fields(TOPDConfig)}
+    moved = ("lmbda", "max_new_tokens")
+    wanted = {n: getattr(theirs, n) for n in both if getattr(theirs, n) != getattr(ours, n)}
+    wanted |= {name: getattr(theirs, name) for name in moved if name in known}
+    given = {**trl_defaults(kind, {})}
+    for name in [name for name in given if name not in wanted]:
+        assert given.pop(name) == getattr(theirs, name)  # written out, though it is ours too
+    assert given == wanted
+
+
+def test_the_adapter_of_trl_has_its_defaults() -> None:
+    trl = pytest.importorskip("trl", minversion="1.16")
+    model = trl.ModelConfig(use_peft=True)
+    theirs = trl.get_peft_config(model).to_dict()
+    ours = LoraConfig(**imported("x", {**TRL, "use_peft": True}).recipe["lora"]).to_dict()
+    assert {name for name in theirs if theirs[name] != ours[name]} <= {"task_type"}
 
 
 def test_an_update_of_verl_is_its_mini_batch() -> None:
@@ -99,6 +184,86 @@ def test_an_update_of_verl_is_its_mini_batch() -> None:
     nested = {"actor_rollout_ref": {"model": {"path": "student"}}, **VERL}
     nested.pop("actor_rollout_ref.model.path")
     assert imported("x", nested).recipe == found.recipe
+
+
+def test_what_verl_leaves_out_has_its_defaults() -> None:
+    found = imported("x", VERL).recipe
+    wanted = {"weight_decay": 0.01, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0}
+    wanted |= {"bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-6}
+    wanted |= {"max_prompt_length": 512, "max_completion_length": 512, "num_train_epochs": 30}
+    assert {name: found[name] for name in wanted} == wanted
+    assert "lora" not in imported("x", {**VERL, **SAVED}).recipe
+    lora = imported("x", {**VERL, **SAVED, f"{MODEL}lora_rank": 8}).recipe["lora"]
+    assert lora == {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+
+
+def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
+    """All of its keys, at their defaults, and what has no value yet."""
+    betas = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+    assert imported("x", {**VERL, **SAVED}).recipe == {**imported("x", VERL).recipe, **betas}
+    found = outcomes({**VERL, **SAVED})
+    assert {found[key] for key in SAVED} <= {"left out", "translated"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "became"),
+    [
+        (f"{OPTIM}betas", [0.9, 0.95], {"adam_beta1": 0.9, "adam_beta2": 0.95}),
+        (f"{OPTIM}lr_scheduler_type", "cosine", {"lr_scheduler_type": "cosine"}),
+        (f"{OPTIM}warmup_style", "cosine", {"lr_scheduler_type": "cosine"}),
+        (f"{OPTIM}lr_warmup_steps", 20, {"warmup_steps": 20}),
+        ("data.apply_chat_template_kwargs.so", 1, {"chat_template_kwargs": {"so": 1}}),
+        (f"{MODEL}trust_remote_code", True, {"student": {"path": "student",
+                                                         "trust_remote_code": True}}),
+        (f"{OPTIM}optimizer", "Muon", "unknown"),
+        (f"{ACTOR}loss_agg_mode", "seq-mean-token-sum", "unknown"),
+        (f"{ACTOR}surprise", 1, "unknown"),
+        (f"{MODEL}surprise", 1, "unknown"),
+        ("distillation.distillation_loss.use_policy_gradient", True, "unknown"),
+        (f"{OPTIM}lr_scheduler_type", "wsd", "refused"),
+        (f"{ACTOR}ppo_epochs", 2, "refused"),
+        ("actor_rollout_ref.rollout.multi_turn.enable", True, "refused"),
+        (f"{ACTOR}fsdp_config.param_offload", True, "left out"),
+    ],
+)  # fmt: skip
+def test_what_verl_learns_by_is_not_left_out(key, value, became) -> None:
+    content = {**VERL, **SAVED, key: value}
+    if isinstance(became, str):
+        assert outcomes(content)[key] == became
+    else:
+        found = imported("x", content).recipe
+        assert {name: found[name] for name in became} == became
+
+
+def test_a_cosine_of_verl_ends_at_its_least_rate() -> None:
+    content = {**VERL, f"{OPTIM}lr_scheduler_type": "cosine", f"{OPTIM}min_lr_ratio": 0.1}
+    found = imported("x", content).recipe
+    assert found["lr_scheduler_type"] == "cosine_with_min_lr"
+    assert found["lr_scheduler_kwargs"] == {"min_lr_rate": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            [f"{ACTOR}ppo_mini_batch_size=$((BS*2))"],
+            r"ppo_mini_batch_size: '\$\(\(BS\*2\)\)' is not",
+        ),
+        (["trainer.save_freq=${X}"], r"trainer.save_freq: '\$\{X\}' is not a number. Write the"),
+        (["actor_rollout_ref.rollout.n=$N"], r"rollout.n: '\$N' is not a number"),
+        ([f"{OPTIM}lr=$LR"], r"optim.lr: '\$LR' is a variable that the file does not set. Write"),
+        ([f"{OPTIM}betas=x"], r"betas: 'x' are not two numbers"),
+        ([f"{ACTOR}ppo_mini_batch_size=0"], "ppo_mini_batch_size: 0 prompts are no update"),
+    ],
+)
+def test_a_variable_where_a_number_is_wanted_is_refused_in_words(words, said) -> None:
+    with pytest.raises(TOPDError, match=said):
+        imported("x", {**VERL, **arguments_of(f"run {' '.join(words)}")})
+
+
+def test_a_variable_for_a_share_is_refused_in_words() -> None:
+    with pytest.raises(TOPDError, match=r"lmbda: '\$L' is not a number. Write the number"):
+        imported("x", {**TRL, **arguments_of("run --lmbda $L")})
 
 
 def test_several_teachers_of_verl() -> None:
@@ -150,6 +315,8 @@ python3 -m verl.trainer.main_ppo "${DATA[@]}" \\
         "bf16": True,
         "beta": 0.5,
     }
+    found = arguments_of("run --lora_target_modules q_proj v_proj --lora_r 8 2>&1 | tee log")
+    assert found == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8}
 
 
 def test_a_script_of_gkd_has_its_defaults(tmp_path) -> None:
@@ -164,8 +331,15 @@ def test_the_command(tmp_path, monkeypatch) -> None:
     Path("gkd.json").write_text(json.dumps(TRL))
     run = CliRunner().invoke(app, ["import", "gkd.json", "--output", "recipe.yaml"])
     assert run.exit_code == 0, run.output
-    assert read_recipe(Path("recipe.yaml")).student.path == "student"
+    assert read_recipe(Path("recipe.yaml"), CPU).student.path == "student"
     assert CliRunner().invoke(app, ["import", "gkd.json", "--output", "recipe.yaml"]).exit_code == 2
+    Path("gkd.json").write_text(json.dumps({**TRL, "learning_rate": "fast"}))
+    for _ in range(2):  # refused before it is written
+        run = CliRunner().invoke(app, ["import", "gkd.json", "--output", "other.yaml"])
+        assert run.exit_code == 2
+        said = " ".join(run.stderr.split())
+        assert "gkd.json: its recipe cannot be used" in said
+        assert "learning_rate" in said
     Path("other.yaml").write_text("a: 1\n")
     with pytest.raises(TOPDError, match="neither TRL's"):
         import_file(Path("other.yaml"))

@@ -1,7 +1,7 @@
-"""What a key of TRL or verl is here: (outcome, note, what it sets in the recipe).
+"""What a key of TRL is here: (outcome, note, what it sets in the recipe).
 
-Written against TRL 1.16 (``trl/trainer/distillation_config.py``, ``trl/experimental/gkd``) and verl
-0.9 (``verl/trainer/config``). Keys of the recipe are paths such as ``student/path``.
+Written against TRL 1.16 (``trl/trainer/distillation_config.py``, ``trl/experimental/gkd``). Keys of
+the recipe are paths such as ``student/path``. What comes out does not depend on the order of keys.
 """
 
 from __future__ import annotations
@@ -10,21 +10,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from topd.config import TOPDConfig
+from topd.errors import TOPDError
 from topd.training.inherited import REFUSED, WORKS
 
 Ruled: TypeAlias = tuple[str, str, dict[str, Any]]
 OUT: Ruled = ("left out", "", {})
 
-TRL_DEFAULTS: dict[str, dict[str, Any]] = {  # that differ from ours
+TRL_DEFAULTS: dict[str, dict[str, Any]] = {  # that differ from ours, by the class that has them
     "gkd": {
         **{"lmbda": 0.5, "beta": 0.5, "temperature": 0.9, "max_new_tokens": 128},
-        **{"learning_rate": 2e-5, "per_device_train_batch_size": 8, "num_train_epochs": 3.0},
+        "learning_rate": 2e-5,
+    },
+    "gold": {
+        **{"lmbda": 0.5, "beta": 0.5, "temperature": 0.9, "top_p": 0.95},
+        **{"max_completion_length": 128, "learning_rate": 1e-7},
     },
     "distillation": {
         **{"beta": 1.0, "learning_rate": 1e-6, "max_completion_length": 512},
-        **{"per_device_train_batch_size": 8, "num_train_epochs": 3.0},
+        "disable_dropout": False,
     },
 }
+TRL_COMMON: dict[str, Any] = {
+    **{"per_device_train_batch_size": 8, "num_train_epochs": 3.0, "warmup_steps": 0},
+    **{"bf16": True, "gradient_checkpointing": True},
+}
+TRL_LORA: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+_HALF = ("bfloat16", "float16")
 _SAME = set(TOPDConfig.__dataclass_fields__) - {"method", "teacher_prompt"}
 _TRL_MOVED = {
     "model_name_or_path": "student/path",
@@ -46,7 +57,44 @@ _TRL_REFUSED = {
     "min_p": "sampling has no min_p here",
     "max_tool_calling_iterations": "rollouts with tools are not importable",
 }
+_LORA = {
+    **{"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
+    **{"lora_target_modules": "target_modules", "lora_modules_to_save": "modules_to_save"},
+    **{"lora_target_parameters": "target_parameters", "lora_task_type": "task_type"},
+    **{"use_rslora": "use_rslora", "use_dora": "use_dora"},
+}
+LISTS = ("lora_target_modules", "lora_modules_to_save", "lora_target_parameters")
 _TRL_MACHINES = ("vllm_", "use_vllm", "ds3_", "log_completions", "num_completions", "log_unique")
+
+
+def number(key: str, value: Any, kind: type[int] | type[float] = int) -> Any:
+    """A number that rules reckon with. Raises TOPDError for other values, such as a variable."""
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise TOPDError(
+            f"{key}: {value!r} is not a number. Write the number in its place, and import again."
+        ) from error
+
+
+def trl_kind(content: Mapping[str, Any]) -> str | None:
+    """Whose keys these are, ``gkd``'s or ``gold``'s; None: they may be of any class."""
+    if any(key.startswith(("uld_", "use_uld", "use_extended_uld")) for key in content):
+        return "gold"
+    if {"lmbda", "max_new_tokens", "seq_kd"} & set(content):
+        return "gold" if "max_completion_length" in content else "gkd"
+    return None
+
+
+def trl_defaults(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration leaves to a class of TRL and we have otherwise."""
+    found = {**TRL_COMMON, **TRL_DEFAULTS[kind], **(TRL_LORA if content.get("use_peft") else {})}
+    beside = {  # what replaces a default
+        "bf16": content.get("fp16") or "float16" in _dtypes(content),
+        "warmup_steps": "warmup_ratio" in content,
+        "gradient_checkpointing": "activation_checkpointing" in content,
+    }
+    return {name: value for name, value in found.items() if not beside.get(name)}
 
 
 def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
@@ -54,20 +102,26 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key in _TRL_REFUSED and value not in (None, False, 0):
         return "refused", _TRL_REFUSED[key], {}
     if key == "lmbda":
-        if float(value) == 1:
+        if number(key, value, float) == 1:
             return "translated", "", {}
         return "refused", f"{value} of the answers are the student's own; a recipe has all", {}
-    if key in ("dtype", "torch_dtype") and value in ("bfloat16", "float16"):
+    if key in ("dtype", "torch_dtype") and value in _HALF:
         note = "the student stays in float32 and computes in 16 bits"
         return "translated", note, {"bf16" if value == "bfloat16" else "fp16": True}
     if key in ("dtype", "torch_dtype") and value in ("auto", "float32"):
+        return OUT
+    if key in ("bf16", "fp16") and not value and _HALF[key == "fp16"] in _dtypes(content):
+        return OUT  # the weights have 16 bits
+    if key == "warmup_ratio" and content.get("warmup_steps"):
+        return OUT  # the steps count
+    if key == "warmup_steps" and not value and "warmup_ratio" in content:
         return OUT
     if key in ("model_init_kwargs", "teacher_model_init_kwargs") and isinstance(value, Mapping):
         return _init_kwargs(key, value)
     if key == "trust_remote_code" and value:
         paths = ("student/trust_remote_code", "teacher/trust_remote_code")
         return "translated", "", dict.fromkeys(paths, True)
-    if key.startswith("lora_") or key == "use_peft":
+    if key in _LORA or key == "use_peft":
         return _lora(key, value, bool(content.get("use_peft")))
     if key in _TRL_MOVED:
         return "translated", "", {_TRL_MOVED[key]: value}
@@ -95,120 +149,11 @@ def _init_kwargs(key: str, given: Mapping[str, Any]) -> Ruled:
 
 
 def _lora(key: str, value: Any, used: bool) -> Ruled:
-    if not used or key == "use_peft":
-        return ("translated", "", {"lora/r": 16}) if used else OUT
-    name = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}.get(key)
-    name = "target_modules" if key == "lora_target_modules" else name
-    return ("translated", "", {f"lora/{name}": value}) if name else ("unknown", "", {})
-
-
-_VERL_MOVED = {
-    "actor_rollout_ref.model.path": "student/path",
-    "actor_rollout_ref.model.lora_rank": "lora/r",
-    "actor_rollout_ref.model.lora_alpha": "lora/lora_alpha",
-    "actor_rollout_ref.model.enable_gradient_checkpointing": "gradient_checkpointing",
-    "actor_rollout_ref.ref.model.path": "teacher/path",
-    "distillation.teacher_model.model_path": "teacher/path",
-    "actor_rollout_ref.actor.optim.lr": "learning_rate",
-    "actor_rollout_ref.actor.optim.weight_decay": "weight_decay",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps": "warmup_steps",
-    "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": "warmup_steps",
-    "actor_rollout_ref.actor.grad_clip": "max_grad_norm",
-    "actor_rollout_ref.rollout.n": "num_generations",
-    "actor_rollout_ref.rollout.temperature": "temperature",
-    "actor_rollout_ref.rollout.top_p": "top_p",
-    "data.max_prompt_length": "max_prompt_length",
-    "data.max_response_length": "max_completion_length",
-    "data.filter_overlong_prompts": "drop_long_prompts",
-    "data.prompt_key": "data/columns/prompt",
-    "trainer.total_epochs": "num_train_epochs",
-    "trainer.total_training_steps": "max_steps",
-    "trainer.experiment_name": "run_name",
-}
-_VERL_SETTLED = (  # by what follows from several keys
-    *("distillation.enabled", "distillation.distillation_loss.use_task_rewards"),
-    *("algorithm.adv_estimator", "distillation.teacher_key"),
-)
-_VERL_MACHINES = (
-    *(
-        "actor_rollout_ref.",
-        "trainer.",
-        "ray_kwargs.",
-        "critic.",
-        "reward",
-        "custom_reward",
-        "global_profiler.",
-    ),
-    *("distillation.", "data.val", "data.shuffle", "data.truncation", "data.dataloader"),
-    *("global_profiler.", "transfer_queue.", "config-", "algorithm."),
-    *("data.return", "data.train_batch", "data.seed"),
-)
-_LOSSES = {  # loss_mode: beta, and what differs
-    "k1": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
-    "k2": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
-    "k3": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
-    "reverse_kl_topk": (1.0, "over the likeliest tokens there, over the vocabulary here"),
-    "forward_kl_topk": (0.0, "over the likeliest tokens there, over the vocabulary here"),
-    "jsd_topk": (0.5, "over the likeliest tokens there, over the vocabulary here"),
-}
-
-
-def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
-    """A dotted key of verl's ppo_trainer."""
-    if key == "actor_rollout_ref.model.lora_rank" and not value:
+    if not used:
         return OUT
-    if key in _VERL_MOVED:
-        return "translated", "", {} if value is None else {_VERL_MOVED[key]: value}
-    if key in _VERL_SETTLED:
-        return "translated", "", {}
-    if key == "data.train_files":
-        return _files(value)
-    if key.startswith("distillation.teacher_models.") and key.endswith(("model_path", ".path")):
-        place = key.rpartition(".")[0]
-        keys = (content.get(f"{place}.key"), content.get(f"{place}.domain"), key.split(".")[2])
-        named = str(next(name for name in keys if name))
-        return "translated", "", {f"teachers/{named.replace('/', '|')}": value}
-    if key == "distillation.distillation_loss.loss_mode":
-        known = _LOSSES.get(str(value))
-        if known is None:
-            return "refused", f"{value} is not a divergence that is known here", {}
-        return "translated", known[1], {"beta": known[0]}
-    if key in ("data.image_key", "data.video_key") and value:
-        return "refused", "images are not read", {}
-    if key.endswith(("loss_max_clamp", "log_prob_min_clamp")) and value is not None:
-        return "translated", f"losses are not clamped here (there: {value})", {}
-    if key in ("actor_rollout_ref.actor.use_kl_loss", "algorithm.use_kl_in_reward") and value:
-        return "refused", "a second divergence, from another model, is not in the loss", {}
-    if key == "actor_rollout_ref.actor.entropy_coeff" and value:
-        return "refused", "an entropy bonus is not in the loss", {}
-    if key == "actor_rollout_ref.actor.ppo_mini_batch_size":
-        return _update(value, content)
-    if key == "actor_rollout_ref.rollout.top_k":
-        return "translated", "", {"top_k": max(0, int(value))}
-    if key == "trainer.save_freq":
-        every = {"save_strategy": "no"} if int(value) < 1 else {"save_steps": int(value)}
-        return "translated", "", every
-    return OUT if key.startswith(_VERL_MACHINES) else ("unknown", "", {})
+    value = "all-linear" if value == ["all-linear"] else value
+    return "translated", "", {} if key == "use_peft" else {f"lora/{_LORA[key]}": value}
 
 
-def _files(value: Any) -> Ruled:
-    files = [value] if isinstance(value, str) else list(value or [])
-    if len(files) != 1:
-        return "refused", f"{len(files)} files: join them into one, and import again", {}
-    return "translated", "", {"data/path": files[0]}
-
-
-def _update(prompts: Any, content: Mapping[str, Any]) -> Ruled:
-    """An update of so many prompts, each answered n times, as micro-batches."""
-    rollouts = int(prompts) * int(content.get("actor_rollout_ref.rollout.n", 1))
-    wanted = int(content.get("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu") or 4)
-    micro = next(size for size in range(min(wanted, rollouts), 0, -1) if rollouts % size == 0)
-    sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rollouts // micro}
-    batch = int(content.get("data.train_batch_size", prompts))
-    note = "for one process; divide gradient_accumulation_steps by the number of processes"
-    if batch != int(prompts):
-        note += (
-            f"; {batch} prompts are answered before {batch // int(prompts)} updates there, here "
-        )
-        note += "before each"
-    return "translated", note, sizes
+def _dtypes(content: Mapping[str, Any]) -> list[Any]:
+    return [content.get(name) for name in ("dtype", "torch_dtype")]

@@ -6,7 +6,7 @@ that start either: ``--key value``, ``a.b=value``. Every key ends as one of
 ==========  ==========================================================================
 kept        the recipe has it under its own name
 translated  under another name, or in another unit; the note says what differs
-left out    it says where and how fast something runs, not what is learned
+left out    it says where and how fast something runs, not what is learned, or is off
 unknown     not a key that is known here; look at it
 refused     it changes what is learned and a recipe cannot say it: there is no recipe
 ==========  ==========================================================================
@@ -18,17 +18,21 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from topd.commands.import_rules import TRL_DEFAULTS, trl_rule, verl_rule
+from topd.commands.import_rules import LISTS, trl_defaults, trl_kind, trl_rule
+from topd.commands.import_verl import verl_defaults, verl_rule
 from topd.commands.yaml_text import LONGEST, parse_yaml
+from topd.config import TOPDConfig
 from topd.errors import TOPDError
 
 Outcome: TypeAlias = Literal["kept", "translated", "left out", "unknown", "refused"]
-_GKD = re.compile(r"\b(gkd|gold)\w*\.py\b", re.IGNORECASE)
+_STARTED = re.compile(r"(\bgkd|\bgold|distillation)\w*\.py\b", re.IGNORECASE)
+_NAME = re.compile(r"\w[\w.-]*")
 _ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(.*)$")
 _VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
 _DOTTED = re.compile(r"^\+{0,2}([a-z_]\w*(?:\.\w+)+)=(.*)$")
@@ -87,50 +91,54 @@ def import_file(path: Path) -> Imported:
         if not isinstance(content, dict):
             raise TOPDError(f"{path}: must be a mapping of keys to values.")
         return imported(str(path), content)
-    return imported(str(path), arguments_of(text), gkd=_kind(text))
+    return imported(str(path), arguments_of(text), kind=_kind(text))
 
 
-def imported(place: str, content: Mapping[str, Any], *, gkd: bool | None = None) -> Imported:
+def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None) -> Imported:
     """Every key by the rules of its framework. Raises TOPDError if it is of neither.
 
-    ``gkd``: whether it is a GKDConfig, or its heir GOLD's, whose defaults are other ones; None: not
-    known.
+    ``kind``: whose defaults a configuration of TRL has, ``gkd``'s, ``gold``'s or
+    ``distillation``'s; None: not known.
     """
     # in verl before 0.8 distillation was a part of actor_rollout_ref
     before = "actor_rollout_ref.distillation."
     flat = {k.replace(before, "distillation."): v for k, v in _flat(content)}
     if any(key.startswith(("actor_rollout_ref.", "distillation.")) for key in flat):
         found = Imported("verl")
-        return _ruled(found, flat, verl_rule)
+        return _ruled(found, flat, verl_rule, verl_defaults(flat))
     if "teacher_model_name_or_path" in content:
         found = Imported("TRL")
-        gkd = gkd or (True if {"lmbda", "max_new_tokens", "seq_kd"} & set(content) else gkd)
-        defaults = TRL_DEFAULTS["gkd" if gkd else "distillation"]
-        if gkd is None and "max_completion_length" not in content:
+        own = trl_kind(content)
+        kind = kind if own is None or kind in ("gkd", "gold") else own
+        if kind is None and "max_completion_length" not in content:
             note = "read as a DistillationConfig; a GKDConfig has half of the answers on-policy"
             found.lines.append(Line("lmbda", None, "unknown", note))
-        return _ruled(found, {**defaults, **content}, trl_rule, given=set(content))
+        return _ruled(found, content, trl_rule, trl_defaults(kind or "distillation", content))
     raise TOPDError(
         f"{place}: is neither TRL's, which has teacher_model_name_or_path, nor verl's, which has "
         "actor_rollout_ref. Give the file that its command line or --config names."
     )
 
 
-def _kind(script: str) -> bool | None:
-    """Whether a script starts TRL's GKD or GOLD; False: its Distillation; None: neither."""
-    return True if _GKD.search(script) else False if "distillation.py" in script else None
+def _kind(script: str) -> str | None:
+    """Which of TRL's trainers a script starts; None: none of them."""
+    named = _STARTED.search(script)
+    return named[1].lower() if named else None
 
 
 def _ruled(
     found: Imported,
     content: Mapping[str, Any],
     rule: Callable[[str, Any, Mapping[str, Any]], tuple[str, str, dict[str, Any]]],
-    given: set[str] | None = None,
+    defaults: Mapping[str, Any],
 ) -> Imported:
+    given = {key for key, value in content.items() if value is not None or key not in defaults}
+    content = {**defaults, **{key: content[key] for key in content if key in given}}
     for key, value in content.items():
         outcome, note, changes = rule(key, value, content)
-        default = given is not None and key not in given
+        default = key not in given
         for name, new in changes.items():
+            _refuse_variable(key, name, new)
             _set(found.recipe, name, new)
         said = f"{note} (its default there)" if default and note else note
         if not default or outcome == "refused" or changes:
@@ -144,6 +152,17 @@ def _ruled(
     if found.framework == "verl":
         _finish_verl(found, content)
     return found
+
+
+def _refuse_variable(key: str, name: str, value: Any) -> None:
+    """Raises TOPDError for a variable where a setting is a number."""
+    of_lora = name.startswith("lora/") and not name.endswith("modules")
+    number = isinstance(getattr(TOPDConfig, name, None), int | float) or of_lora
+    if number and isinstance(value, str) and "$" in value:
+        raise TOPDError(
+            f"{key}: {value!r} is a variable that the file does not set. Write its value in its "
+            "place, and import again."
+        )
 
 
 def _finish_verl(found: Imported, content: Mapping[str, Any]) -> None:
@@ -212,6 +231,8 @@ def arguments_of(script: str) -> dict[str, Any]:
                 found[key] = (
                     _parsed(value) if equals else True if after[:2] == "--" else _parsed(after)
                 )
+                if key in LISTS and not equals:
+                    found[key] = [*takewhile(_NAME.fullmatch, words[i + 1 :])]
     return found
 
 

@@ -93,11 +93,15 @@ def import_config(config: Path, output: Path | None) -> None:
         text = found.text()
         if output is None:
             say(f"\n{text}")
-            return
-        if output.exists():
+        elif output.exists():
             raise TOPDError(f"--output: {output} exists. Name another file.")
+        try:  # on a CPU: what trains may have a GPU that this machine lacks
+            read_recipe(None, {**found.recipe, "use_cpu": True})
+        except TOPDError as error:
+            raise TOPDError(f"{config}: its recipe cannot be used: {error}") from error
+        if output is None:
+            return
         output.write_text(text, encoding="utf-8")
-        read_recipe(output)
         say(f"{output}: read it, then: topd train {output}")
 
 
