@@ -937,6 +937,14 @@ CASES: tuple[Case, ...] = (
         method="opd",
         **{"token_loss": "full", "embedding": "teacher", "candidate_loss": "sampled"},
     ),
+    text(
+        "arguments of the chat template, and a chat server",
+        "chat_template_kwargs do not reach a chat server's own template",
+        "teacher",
+        'Set teacher.text.extra: {chat_template_kwargs: {"loud": true}}',
+        {"text": {"url": HERE, "chat": True}},
+        chat_template_kwargs={"loud": True},
+    ),
     Case(
         "Teachers by text",
         "token losses by spans, of a teacher that is not read by text",

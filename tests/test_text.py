@@ -38,7 +38,8 @@ from topd.engines.text_writers import TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
-from topd.inputs.text_models import stand_in
+from topd.inputs.prompts import PromptEncoder
+from topd.inputs.text_models import stand_in, text_tokenizer
 from topd.inputs.text_spec import ByText
 from topd.methods import METHODS
 from topd.training.text_needs import check_gives
@@ -479,6 +480,29 @@ def test_a_chat_server_that_answers_anew_is_refused(tmp_path, manner):
             TOPDError, match=r"starts its answer over|does not continue a text|one word"
         ):
             learned(tmp_path, teacher, **pair, candidate_loss="student_nll")
+
+
+def test_what_is_given_to_the_template_reaches_a_chat_server_or_is_refused(tmp_path):
+    """Its template is its own: the requests say what it gets; what a row says cannot reach it."""
+    chat = {"url": "http://127.0.0.1:9", "chat": True}
+    off = {"enable_thinking": False}
+    rest = {"method": "window_sft", "token_loss": "none", "embedding": "student"}
+    rest |= {"candidate_loss": "entropy", "chat_template_kwargs": off}
+    spec, args = settings_of(tmp_path, {"text": chat}, **rest)
+    with pytest.raises(TOPDError, match=r"extra: \{chat_template_kwargs: \{.enable_thinking.:"):
+        check_gives([spec], args)
+    for extra in (off, {}):  # the teacher may think where the student does not
+        told = {"text": {**chat, "extra": {"chat_template_kwargs": extra}}}
+        check_gives([settings_of(tmp_path, told)[0]], args)
+    check_gives([settings_of(tmp_path, {"text": {**chat, "chat": False}})[0]], args)
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template += "{{ tools }}"
+    encoder = PromptEncoder(tokenizer, text_tokenizer(spec, tokenizer, None), by_text=True)
+    prompt = [{"role": "user", "content": "what is 1 ?"}]
+    assert encoder.encode([{"prompt": prompt, "tools": None}])
+    with pytest.raises(TOPDError, match=r"row 0: its tools would not reach the teacher"):
+        encoder.encode([{"prompt": prompt, "tools": [{"name": "sum"}]}])
 
 
 @pytest.mark.parametrize("given", [{"text": {"url": "http://127.0.0.1:9"}}, {"as_text": True}])

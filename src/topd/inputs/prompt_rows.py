@@ -21,6 +21,14 @@ def last_user(prompt: str | Messages) -> str:
     return users[-1] if users else ""
 
 
+def with_last_user(prompt: str | Messages, text: str) -> str | Messages:
+    """The prompt with another text in its last user message."""
+    if isinstance(prompt, str):
+        return text
+    last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
+    return [*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1 :]]
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of data, read: its prompt, the answer if it has one, and what the template gets.

@@ -20,10 +20,11 @@ from transformers.utils import logging
 from topd.errors import TOPDError
 from topd.inputs.bare import named_faults
 from topd.inputs.many import mapped
-from topd.inputs.prompt_rows import Messages, Row, last_user, read_row
+from topd.inputs.prompt_rows import Messages, Row, last_user, read_row, with_last_user
 from topd.inputs.references import Reference, columns_of, referred
 from topd.inputs.teachers import NO_ROUTES, Routes
 from topd.inputs.templates import BoundedSandbox, fill
+from topd.inputs.text_models import check_reaches
 from topd.inputs.vocabulary import shared_ids
 from topd.types import Generation, Ids, Prompt, Rollout
 
@@ -162,11 +163,12 @@ class PromptEncoder:
         prompt, more = asked.prompt, {**self.template_kwargs, **asked.template_kwargs}
         if not isinstance(prompt, str):
             self._check_read(index, more)
+        check_reaches(asked, self._teachers)
         student = self._ids(index, self.student, prompt, more)
         name = self.routes.name_of(index, row) if self.routes.places else None
         if template is not None:
             text = self._fill(index, template, {**row, "solution": asked.solution, **told}, prompt)
-            teacher = self._teachers_ids(index, name, _with_last_user(prompt, text), more)
+            teacher = self._teachers_ids(index, name, with_last_user(prompt, text), more)
         else:
             teacher = self._teachers_ids(index, name, prompt, more, student)
         response = self._response(asked, student, more) if with_response else None
@@ -394,10 +396,3 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: Ids, written: str, content: 
     while len(ids) > 1 and not tokenizer.decode(ids[-1:]).strip():
         ids = ids[:-1]
     return ids
-
-
-def _with_last_user(prompt: str | Messages, text: str) -> str | Messages:
-    if isinstance(prompt, str):
-        return text
-    last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
-    return [*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1 :]]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from topd.errors import TOPDError
+from topd.inputs.prompt_rows import Row
 from topd.inputs.text_spec import ByText
 
 CHAT_TEMPLATE = "{{ messages | tojson }}"  # a chat server puts its own template around them
@@ -31,6 +34,16 @@ def text_tokenizer(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.chat_template = template
     return tokenizer
+
+
+def check_reaches(asked: Row, teachers: Sequence[PreTrainedTokenizerBase]) -> None:
+    """Refuse what a row gives to the template where a server has its own. Raises TOPDError."""
+    if asked.template_kwargs and any(t.chat_template == CHAT_TEMPLATE for t in teachers):
+        raise TOPDError(
+            f"data row {asked.index}: its {', '.join(asked.template_kwargs)} would not reach the "
+            "teacher, a chat server with a template of its own. Leave teacher.text.chat out, so "
+            "that the prompt is written here, or leave the columns out."
+        )
 
 
 def stand_in(name: str, rows: int) -> PreTrainedModel:

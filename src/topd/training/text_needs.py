@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,12 +47,27 @@ def check_gives(teachers: Sequence[object], args: TOPDConfig) -> None:
         )
     spans = getattr(teachers[0], "as_text", False) and args.token_loss != "spans"
     found = _of_answers(args) if args.learns_from_answers else _of_rollouts(args, given, spans)
+    found += _of_chat(teachers[0], args)
     if found:
         why, remedies = zip(*found, strict=True)
         raise TOPDError(
             f"teacher: gives only text, no distributions: {'; '.join(why)}. Set "
             f"{', '.join(remedies)}."
         )
+
+
+def _of_chat(teacher: object, args: TOPDConfig) -> list[tuple[str, str]]:
+    """A chat server's own template gets what every request has in ``extra``, and no more."""
+    text, kwargs = getattr(teacher, "text", None), args.chat_template_kwargs
+    asked = getattr(args, "answers", "teacher") != "data"
+    if not (asked and kwargs and text and text.chat) or "chat_template_kwargs" in text.extra:
+        return []
+    return [
+        (
+            "chat_template_kwargs do not reach a chat server's own template",
+            f"teacher.text.extra: {{chat_template_kwargs: {json.dumps(kwargs)}}}",
+        )
+    ]
 
 
 def _of_answers(args: TOPDConfig) -> list[tuple[str, str]]:
