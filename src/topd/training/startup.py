@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -48,6 +49,17 @@ Rows: TypeAlias = DataRows | Sequence[str]
 Sources: TypeAlias = tuple[ModelSource, ...]  # the student's, then those of its teachers
 Tokenizers: TypeAlias = tuple[PreTrainedTokenizerBase, ...]  # likewise
 AnyTeacher: TypeAlias = ModelSource | Mapping[str, Any] | Teachers | SelfTeacher
+
+
+@dataclass(frozen=True)
+class Started:
+    """What the start-up checks of a run have made by the way."""
+
+    sources: Sources
+    routes: Routes
+    tokenizers: Tokenizers
+    train: list[Prompt] | None
+    evaluation: Any
 
 
 def sources_of(student: ModelSource | Mapping[str, Any], teacher: AnyTeacher) -> Sources:
@@ -207,6 +219,19 @@ def check_training(
     check_saving(sources[0], tokenizers[0])
 
 
+def check_student(
+    sources: Sources, args: TOPDConfig, lora: PeftConfig | None, own: SelfTeacher | None
+) -> None:
+    """Whether an adapter fits the student, and the settings a self-teacher. Raises TOPDError."""
+    if lora is not None:
+        try_adapter(config_of(sources[0]), lora, sources[0])
+    if own and args.window_replay:
+        raise TOPDError(
+            "window_replay: keeps the states of a teacher that stays as it is. Leave it out, or "
+            "take another teacher than self."
+        )
+
+
 def load_models(
     sources: Sources,
     args: TOPDConfig,
@@ -218,11 +243,9 @@ def load_models(
     """Student, with its adapter if it gets one, and teachers; checked as far as they can be alone.
 
     Raises:
-        TOPDError: an adapter that does not fit, models that cannot be loaded, share weights or
-            are on other devices, or a student that is to be ``trained`` and cannot be.
+        TOPDError: models that cannot be loaded, share weights or are on other devices, or a
+            student that is to be ``trained`` and cannot be.
     """
-    if lora is not None:
-        try_adapter(config_of(sources[0]), lora, sources[0])
     student, *teachers = _loaded(sources, own)
     if lora is not None:
         set_seed(args.seed)  # of the adapter's first weights
@@ -237,11 +260,6 @@ def load_models(
         _warn_of_coarse_weights(student)
     if args.disable_dropout:
         without_dropout(student)
-    if own and args.window_replay:
-        raise TOPDError(
-            "window_replay: keeps the states of a teacher that stays as it is. Leave it out, or "
-            "take another teacher than self."
-        )
     if own:
         teachers = [student if own.ema is None else copy.deepcopy(student)]
     return student, *teachers

@@ -42,8 +42,10 @@ from topd.training.startup import (
     AnyTeacher,
     DataRows,
     Rows,
+    Started,
     check_arguments,
     check_sources,
+    check_student,
     check_training,
     encoder_of,
     load_models,
@@ -103,22 +105,13 @@ class TOPDTrainer(ObservedTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = TOPDConfig() if args is None else args
-        self.own = own = self_teacher_of(teacher_model)
-        sources = sources_of(model, teacher_model)
-        check_arguments(args, sources, train_dataset, eval_dataset)
-        routes = routes_of(teacher_model, args)
-        agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
-        tokenizers = tokenizers_of_all(sources, processing_class, teacher_processing_class)
-        self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
-        self.turns = turns_of(args, sources, tokenizers[0])
-        train, evaluation, prompts = self._encoded(train_dataset, eval_dataset, args)
-        check_sources(sources, tokenizers, prompts, args)
-        if self.turns:
-            self.turns.check(prompts)
-        check_launch()
-        if train is not None:
-            check_training(sources, tokenizers, args, optimizers)
-        models = load_models(sources, args, peft_config, trained=train is not None, own=own)
+        processing = processing_class, teacher_processing_class
+        start = self._started(
+            model, teacher_model, args, (train_dataset, eval_dataset), peft_config, processing,
+            optimizers,
+        )  # fmt: skip
+        sources, tokenizers, train = start.sources, start.tokenizers, start.train
+        models = load_models(sources, args, peft_config, trained=train is not None, own=self.own)
         super().__init__(
             models[0],
             TeacherSet(teacher_model, models[1:])
@@ -127,13 +120,13 @@ class TOPDTrainer(ObservedTrainer):
             args,
             tokenizers[0],
             train_dataset=train,
-            eval_dataset=evaluation,
+            eval_dataset=start.evaluation,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # over the whole update: no division by accumulation
         self.compute_loss_func = update_loss  # says the same to transformers before 5.19
-        self._observe_with(sources, models, tokenizers, routes)
+        self._observe_with(sources, models, tokenizers, start.routes)
         self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
@@ -141,6 +134,49 @@ class TOPDTrainer(ObservedTrainer):
         self.windows = EarlierWindows(self.args.window_replay, self.args.seed)
         self.watch = Watch(self)
         self.add_callback(self.watch)
+
+    @classmethod
+    def check(
+        cls,
+        model: ModelSource | Mapping[str, Any],
+        teacher_model: AnyTeacher,
+        args: TOPDConfig,
+        train_dataset: Rows,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        """Make the start-up checks alone, which read no weights. Raises TOPDError as a run does."""
+        data = train_dataset, eval_dataset
+        cls.__new__(cls)._started(model, teacher_model, args, data, peft_config)
+
+    def _started(
+        self,
+        model: ModelSource | Mapping[str, Any],
+        teacher_model: AnyTeacher,
+        args: TOPDConfig,
+        data: tuple[Any, Any],
+        lora: PeftConfig | None,
+        processing: tuple[PreTrainedTokenizerBase | None, ...] = (None, None),
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> Started:
+        """The start-up checks, and what they have made by the way. Raises TOPDError."""
+        self.own = self_teacher_of(teacher_model)
+        sources = sources_of(model, teacher_model)
+        check_arguments(args, sources, *data)
+        routes = routes_of(teacher_model, args)
+        agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
+        tokenizers = tokenizers_of_all(sources, *processing)
+        self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
+        self.turns = turns_of(args, sources, tokenizers[0])
+        train, evaluation, prompts = self._encoded(*data, args)
+        check_sources(sources, tokenizers, prompts, args)
+        if self.turns:
+            self.turns.check(prompts)
+        check_launch()
+        if train is not None:
+            check_training(sources, tokenizers, args, optimizers)
+        check_student(sources, args, lora, self.own)
+        return Started(sources, routes, tokenizers, train, evaluation)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""
