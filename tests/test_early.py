@@ -76,6 +76,15 @@ def test_the_same_is_refused_early_and_late(tmp_path, monkeypatch, words, fault)
     assert str(late.value) == str(said.value) or "nowhere" in fault
 
 
+def test_a_comparison_takes_keys_of_stage_1_that_there_are(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(PAIR.replace("prompts.jsonl", "testbed://programs"))
+    early.check_early(tmp_path / "recipe.yaml", ["--warmstart.answers=data"], compare=True)
+    with pytest.raises(TOPDError, match=r"'answrs' in warmstart\. Did you mean answers"):
+        early.check_early(tmp_path / "recipe.yaml", ["--warmstart.answrs=data"], compare=True)
+    with pytest.raises(TOPDError, match=r"warmstart\.answers: is a key of stage 1"):
+        early.check_early(tmp_path / "recipe.yaml", ["--warmstart.answers=data"])
+
+
 @pytest.mark.parametrize(
     ("words", "code"),
     [

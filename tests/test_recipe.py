@@ -21,6 +21,7 @@ from topd.config.rules import RULES
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
+from topd.inputs.self_teacher import SelfTeacher
 from topd.training.warmstart import WarmstartConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -156,6 +157,38 @@ def test_overrides_go_to_the_stage_that_runs(write):
     path = write(warmstart={"seed": 1})
     assert read_recipe(path, {"seed": 7}, warmstart=True).args.seed == 7
     assert read_recipe(path, {"seed": 7}).args.seed == 7
+    own = {"warmstart.seed": 8, "seed": 7}
+    assert read_recipe(path, own, warmstart=True).args.seed == 8
+    says(refusal(path, own), "warmstart.seed", "not run here", "topd compare")
+
+
+HOW = {"dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True}
+SERVED = {"completions": "http://a:1", "weights": "shared"}
+WHICH = {"gguf_file": "x.gguf", "revision": "a", "tokenizer": "b", "eos_token": "c",
+         "chat_template": "d"}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["student", "teacher", "teachers.a"])
+def test_another_path_is_loaded_and_served_as_the_recipe_says(write, tmp_path, part):
+    model = {"path": "old", "served": SERVED, **HOW, **WHICH}
+    changes = {"teachers": {"a": model, "b": "other"}} if part == "teachers.a" else {part: model}
+    path = write(without="teacher" if part == "teachers.a" else "", **changes)
+
+    def read(to: str) -> dict[str, Any]:
+        recipe = read_recipe(path, {part: to})
+        found = recipe.teacher.sources["a"] if "." in part else getattr(recipe, part)
+        return found.model_dump(exclude_defaults=True, exclude={"served"}), found.served
+
+    there, served = read(str(tmp_path))
+    assert there == {"path": str(tmp_path), **HOW}
+    assert served.weights == "shared"
+    there.pop("trust_remote_code")  # which is of a repository, not of the key
+    assert read("hub/new")[0] == {**there, "path": "hub/new"}
+
+
+def test_a_teacher_that_becomes_the_student_is_nothing_else(write):
+    path = write(teacher={"path": "old", "dtype": "bfloat16"})
+    assert read_recipe(path, {"teacher": "self"}).teacher == SelfTeacher()
 
 
 # The command line's words

@@ -14,7 +14,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from topd.commands.keys import from_command_line, mapping_at, read_content, refuse_unknown
+from topd.commands.keys import (
+    PARTS,
+    apart,
+    from_command_line,
+    mapping_at,
+    part_of,
+    read_content,
+    refuse_unknown,
+)
 from topd.errors import TOPDError
 from topd.named import is_outside, unknown
 
@@ -44,10 +52,24 @@ FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # each also 
 
 
 def check_early(
-    recipe: Path, words: Sequence[str], *, config: str = "TOPDConfig", warmstart: bool = False
+    recipe: Path,
+    words: Sequence[str],
+    *,
+    config: str = "TOPDConfig",
+    warmstart: bool = False,
+    compare: bool = False,
 ) -> None:
-    """Refuse a recipe whose file, keys, methods or data files are not there. Raises TOPDError."""
+    """Refuse a recipe whose file, keys, methods or data files are not there. Raises TOPDError.
+
+    A comparison takes overrides for both stages.
+    """
     given, overrides = from_command_line(recipe, words)
+    if compare:
+        overrides, first = apart(overrides)
+        names = {*declared("WarmstartConfig"), *PARTS, "activation_checkpointing"}
+        refuse_unknown(
+            Path(given or "topd"), dict.fromkeys(map(part_of, first)), names, "warmstart."
+        )
     content = read_content(
         given,
         overrides,

@@ -25,6 +25,10 @@ SHARED = (
     (*RECOMPUTED, *(f"{name}_kwargs" for name in RECOMPUTED)),
 )
 
+STAGE_1 = "warmstart."  # before a key of stage 1
+# Of a model's spec: how it is loaded and served, whichever weights it has.
+HOW = ("dtype", "attn_implementation", "served", "as_text", "trust_remote_code")
+
 
 def from_command_line(recipe: Path, words: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
     """The recipe file, if one was named, and the overrides, which without a file are the recipe."""
@@ -45,7 +49,8 @@ def read_content(
 
     Args:
         path: the YAML file, or None where the overrides say all.
-        overrides: dotted keys and their values, which replace those of the file.
+        overrides: dotted keys and their values, which replace those of the file. ``warmstart.KEY``
+            is a key of stage 1.
         fields: names of the settings of stage 2.
         stage: names of the settings of stage 1.
         warmstart: read stage 1 instead of stage 2.
@@ -55,6 +60,13 @@ def read_content(
     """
     content = read_mapping(packaged(path)) if path else {}
     path = Path(path or "topd")
+    overrides, own = apart(overrides)
+    if own and not warmstart:
+        raise TOPDError(
+            f"{path}: warmstart.{next(iter(own))}: is a key of stage 1, which is not run here. "
+            "Leave it out, or give it to topd warmstart or topd compare."
+        )
+    overrides = over(overrides, own)
     first = mapping_at(path, "warmstart", content.pop("warmstart", None) or {})
     names = {*PARTS, "activation_checkpointing"}
     refuse_unknown(path, first, {*stage, *names}, "warmstart.")
@@ -86,14 +98,63 @@ def shared_beside(own: Iterable[str]) -> set[str]:
 def _of_stage_1(
     content: Mapping[str, Any], first: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What stage 1 takes from the rest of a recipe, beside what is its own.
+    """What stage 1 takes from the rest of a recipe, beside what is its own."""
+    taken = _taken(first, {**first, **overrides})
+    return {key: value for key, value in content.items() if key in taken}
+
+
+def _taken(named: Iterable[str], own: Mapping[str, Any]) -> set[str]:
+    """The parts and settings that stage 1 takes, beside those that it names.
 
     Where nobody asks the teacher, what it is told is left out.
     """
-    shared, own = shared_beside(first), {**first, **overrides}
+    taken = {*PARTS, *shared_beside(named)}
     if own.get("answers") == "data" and not own.get("kd_ratio"):
-        shared.discard("teacher_prompt")
-    return {key: value for key, value in content.items() if key in {*PARTS, *shared}}
+        taken.discard("teacher_prompt")
+    return taken
+
+
+def of_common_start(first: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What stage 1 of a comparison takes of the comparison's overrides.
+
+    All of the parts and settings that the stages share, beside what stage 1 names itself
+    (``first``, the recipe's part, or ``warmstart.KEY``), and then its own, which win.
+
+    >>> of_common_start({"fp16": True}, {"data.limit": 8, "bf16": True, "warmstart.max_steps": 3})
+    {'data.limit': 8, 'max_steps': 3}
+    """
+    rest, own = apart(overrides)
+    named = {**first, **{part_of(key): value for key, value in own.items()}}
+    taken = _taken(named, named)
+    return over({key: value for key, value in rest.items() if part_of(key) in taken}, own)
+
+
+def apart(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Overrides of a recipe, and of its part for stage 1, by the keys that they have there.
+
+    >>> apart({"max_steps": 8, "warmstart.max_steps": 3})
+    ({'max_steps': 8}, {'max_steps': 3})
+    """
+    rest: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for key, value in overrides.items():
+        into = own if key.startswith(STAGE_1) else rest
+        into[key.removeprefix(STAGE_1)] = value
+    return rest, own
+
+
+def over(overrides: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides and then later ones, which are set after them and win."""
+    return {**{key: value for key, value in overrides.items() if key not in later}, **later}
+
+
+def part_of(key: str) -> str:
+    """The part or setting that a dotted key belongs to.
+
+    >>> part_of("data.limit")
+    'data'
+    """
+    return key.partition(".")[0]
 
 
 def packaged(path: str | Path) -> Path:
@@ -153,7 +214,26 @@ def _set(path: Path, content: dict[str, Any], keys: list[str], value: Any) -> No
             inner = {"path": inner}
         content[key] = dict(mapping_at(path, key, inner or {}))
         content = content[key]
+    if isinstance(value, str) and (keys[:-1] == ["teachers"] or keys in (["student"], ["teacher"])):
+        value = elsewhere(content.get(keys[-1]), value)
     content[keys[-1]] = value
+
+
+def elsewhere(model: Any, path: str) -> Any:
+    """Another path for a model: loaded and served as the recipe says, if it says so.
+
+    Which weights it has, and how they are spoken to, the new path says. A repository's code is not
+    trusted because another's was: only that of a folder on this machine.
+
+    >>> elsewhere({"path": "a", "revision": "b", "dtype": "bfloat16"}, "c")
+    {'dtype': 'bfloat16', 'path': 'c'}
+    """
+    if not isinstance(model, Mapping) or path == "self":
+        return path
+    kept = {key: model[key] for key in HOW if key in model}
+    if not Path(path).expanduser().is_dir():
+        kept.pop("trust_remote_code", None)
+    return {**kept, "path": path}
 
 
 def mapping_at(path: Path, place: str, value: Any) -> dict[str, Any]:

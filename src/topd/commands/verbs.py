@@ -148,7 +148,7 @@ def repair(recipe: Path, words: list[str], quiet: bool) -> None:
 def compare(recipe: Path, words: list[str], quiet: bool) -> None:
     """Run every arm of a recipe with every seed, print the summary and write the page."""
     with faults():
-        check_early(recipe, words)
+        check_early(recipe, words, compare=True)
         from topd.commands.compare import run_compare
         from topd.commands.tables import show_compare
 
