@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,9 +22,13 @@ from conftest import USE_CPU
 from topd import cli
 from topd.commands import compare
 from topd.commands.compare import OWN, run_compare
+from topd.commands.compare_start import read_comparison
 from topd.commands.compare_summary import summarise
+from topd.commands.recipe import read_recipe
+from topd.commands.session import session, until_stopped
 from topd.commands.tables import show_compare
-from topd.errors import TOPDError
+from topd.commands.workers import VISIBLE, in_workers, visible_devices
+from topd.errors import TERMINATED, StoppedError, TOPDError
 from topd.runs.files import as_json, digest
 from topd.runs.lock import one_writer
 from topd.runs.verified import read_entries
@@ -35,7 +43,6 @@ max_steps: 2
 per_device_train_batch_size: 4
 max_completion_length: 48
 learning_rate: 1.0e-3
-save_strategy: "no"
 log_rollouts: false
 use_cpu: true
 warmstart:
@@ -43,7 +50,6 @@ warmstart:
   max_steps: 2
   per_device_train_batch_size: 4
   max_completion_length: 48
-  save_strategy: "no"
   use_cpu: true
 compare:
   seeds: [0, 1]
@@ -176,10 +182,10 @@ def test_a_comparison_goes_on_where_it_stopped_with_the_same_results(recipe, tmp
 
     words = [f"--output_dir={tmp_path / 'parts'}"]
     monkeypatch.setattr(compare, "run_arm", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError, match=rf"Ctrl-C.*same command with --output_dir {tmp_path}"):
         run_compare(recipe, words)
     monkeypatch.setattr(compare, "run_arm", run)
-    parts = results(run_compare(recipe, words))
+    parts = results(run_compare(recipe, [*words, "--resume_from_checkpoint=last"]))
     assert [without_seconds(r) for r in parts] == [without_seconds(r) for r in whole]
     assert whole[0]["solved"] != whole[2]["solved"] or whole[0]["curve"] != whole[2]["curve"]
 
@@ -210,11 +216,61 @@ def test_workers_end_with_a_comparison_that_is_killed(recipe, tmp_path):
     assert psutil.wait_procs(workers, timeout=60)[1] == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell")
+def test_each_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    """Of those that are visible; where there is one they share it. Both wait for each other."""
+    work = f"touch {tmp_path}/$$; until [ $(ls {tmp_path} | wc -l) = 2 ]; do sleep 0.1; done; "
+    work += f"sleep 0.3; echo ${VISIBLE}"
+    monkeypatch.setenv(VISIBLE, "GPU-a, 3")
+    found = dict(in_workers(subprocess.getoutput, {0: work, 1: work}, 2))
+    assert sorted(found.values()) == ["3", "GPU-a"]
+    monkeypatch.setenv(VISIBLE, "5")
+    assert visible_devices() == ["5"]
+    monkeypatch.delenv(VISIBLE)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert visible_devices() == ["0", "1"]
+
+
+def test_workers_end_at_once_if_the_comparison_is_interrupted():
+    """No other task begins, and none is waited for."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    found = in_workers(time.sleep, {0: 0, 1: 600, 2: 600}, 2)
+    try:
+        assert next(found) == (0, None)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            next(found)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_says_how_it_continues(tmp_path, number):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    console, again = Console(record=True, width=200), f"same command with --output_dir {tmp_path}"
+    try:
+        with (
+            pytest.raises(StoppedError, match=again) as found,
+            until_stopped("probe", tmp_path, console),
+        ):
+            signal.raise_signal(number)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found.value.exit_code == TERMINATED
+    assert f"run folder: {tmp_path}; if it is stopped, the {again}" in console.export_text()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_arms_share_prompts_and_sampling_seeds(recipe, tmp_path):
     """With lambda 0 the guided arm is the baseline, rollout by rollout."""
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[3]"]
-    words += ["--compare.arms={opd: {method: opd}, plain: {method: topd, trajectory_weight: 0}}"]
-    first, second = results(run_compare(recipe, words))
+    plain = "{method: topd, trajectory_weight: 0, save_strategy: steps}"
+    words += [f"--compare.arms={{opd: {{method: opd}}, plain: {plain}}}"]
+    folder = run_compare(recipe, words)
+    first, second = results(folder)
+    # checkpoints that nobody asked for would never be read
+    assert [path.parent.name for path in folder.rglob("checkpoint-*")] == ["plain-3"]
     assert first["solved"] == second["solved"]
     assert (second["teacher_tokens"] > 0) > (first["teacher_tokens"] > 0)
 
@@ -223,20 +279,60 @@ def test_what_both_stages_share_is_given_to_the_common_start_too(recipe, tmp_pat
     """From the command line; its own settings stay."""
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.warmstart", "--compare.seeds=[0]"]
     words += ["--chunk_tokens=77", "--max_steps=1", "--compare.arms={opd: {method: opd}}"]
+    words += ["--data.limit=12", "--warmstart.learning_rate=1e-4"]
     folder = run_compare(recipe, words)
-    start = json.loads((folder / "warmstart" / "run.json").read_text())["config"]
-    own = yaml.safe_load(RECIPE)["warmstart"]
+    stored = json.loads((folder / "warmstart" / "run.json").read_text())
+    start, own = stored["config"], yaml.safe_load(RECIPE)["warmstart"]
     assert (start["chunk_tokens"], start["max_steps"]) == (77, own["max_steps"])
+    assert (stored["recipe"]["data"]["limit"], start["learning_rate"]) == (12, 1e-4)
+    arm = json.loads((folder / "arms" / "opd-0" / "run.json").read_text())["config"]
+    assert (arm["max_steps"], arm["learning_rate"]) == (1, 1e-3)
+
+
+def test_a_common_start_has_every_part_that_stage_1_reads(recipe):
+    """What it names itself, here or in its part of the recipe, is its own."""
+    words = ["--student.path=mine", "--teacher.dtype=bfloat16", "--data.path=other", "--lora.r=4"]
+    words += ["--chat_template_kwargs.x=1", "--evaluation.limit=5", "--max_steps=9"]
+    words += ["--warmstart.data.limit=3", "--warmstart.fp16=false", "--bf16"]
+    comparison = read_comparison(recipe, ["--compare.warmstart", *words, STAGED])
+    first = comparison.first
+    assert first is not None
+    assert (first.student.path, first.teacher.dtype) == ("mine", "bfloat16")
+    assert (first.data.path, first.data.limit, comparison.recipe.data.limit) == ("other", 3, 40)
+    assert (first.lora.r, first.evaluation.limit) == (4, 5)
+    assert (first.args.chat_template_kwargs, first.args.max_steps) == ({"x": 1}, 2)
+    assert (first.args.bf16, comparison.recipe.args.bf16) == (False, True)
+    assert comparison.arms["again"][0].data.limit == 3  # an arm of stage 1 is as its part says
+    assert comparison.arms["new"][0].data.limit == 8
+    assert comparison.arms["opd"][0].data.limit == 40
 
 
 def test_every_arm_starts_from_the_warm_start(recipe, tmp_path):
-    folder = run_compare(
-        recipe, [f"--output_dir={tmp_path / 'run'}", "--compare.warmstart", "--compare.seeds=[0]"]
-    )
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.warmstart", "--compare.seeds=[0]"]
+    words.append("--student.attn_implementation=eager")
+    folder = run_compare(recipe, words)
     content = json.loads((folder / "compare.json").read_text())
     start = content["starts"]["warm start"]["greedy"]["mean"]
     assert {r["curve"][0]["greedy"] for r in results(folder)} == {start}
     assert set(content["starts"]) == {"base", "warm start"}
+    student = json.loads((folder / "arms" / "opd-0" / "run.json").read_text())["recipe"]["student"]
+    assert student["path"] == str(folder / "warmstart" / "student")
+    assert student["attn_implementation"] == "eager"  # it is loaded as the student before it
+    assert not [*folder.rglob("checkpoint-*")]
+    found = results(folder)
+    for other in (RECIPE.replace("  max_steps: 2", "  max_steps: 1"), RECIPE):
+        recipe.write_text(other)
+        if other == RECIPE:
+            assert results(run_compare(recipe, words)) == found
+        else:
+            with pytest.raises(TOPDError, match=r"another comparison.*stage 1"):
+                run_compare(recipe, words)
+    stored = json.loads((folder / "run.json").read_text())
+    older = {key: part for key, part in stored.items() if key not in ("start", "staged")}
+    (folder / "run.json").write_text(json.dumps(older))  # which did not say how it began
+    recipe.write_text(RECIPE.replace("  max_steps: 2", "  max_steps: 1"))
+    assert results(run_compare(recipe, words)) == found
+    assert json.loads((folder / "run.json").read_text()) == older
 
 
 STAGED = """--compare.arms={opd: {method: opd},
@@ -270,6 +366,10 @@ def test_stage_1_is_an_arm_like_any_other_and_its_answers_cost(recipe, tmp_path)
     (folder / "results.jsonl").write_text("".join(stored[:2]))  # stopped in the third
     run_compare(recipe, [*words, STAGED, "--compare.references=[opd, new]"])
     assert results(folder)[2]["curve"][-1]["teacher_written"] == written[2]  # its answers too
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({k: v for k, v in content.items() if k != "start"}))
+    with pytest.raises(TOPDError, match="another comparison"):  # its arms of stage 1 were another
+        run_compare(recipe, [*words, STAGED, "--warmstart.learning_rate=1"])
 
 
 def test_another_comparison_is_not_mixed_in(recipe, tmp_path):
@@ -348,6 +448,15 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
         (["--compare.arms={opd: {stage: warmstart, answers: me}}"], "arm 'opd'.*answers: 'me'"),
         (["--compare.arms={opd: {learning_rat: 1}}"], "arm 'opd'.*learning_rat"),
         (["--compare.sweeps=[{arm: x, key: epsilon, values: [1]}]"], "no arm 'x'"),
+        (["--compare.arms={opd: {}, x: {data.path: no.jsonl}}"], "arm 'x'.*no.jsonl"),
+        (["--compare.arms={opd: {}, x: {teacher_prompt: '{{ no }}'}}"], "arm 'x'.*no"),
+        (["--compare.arms={opd: {}, x: {max_completion_length: 99999}}"], "arm 'x'.*positions"),
+        (["--compare.arms={opd: {}, x: {optim: nought}}"], "arm 'x'.*nought"),
+        (["--compare.arms={opd: {}, x: {lora.target_modules: [nought]}}"], "arm 'x'.*nought"),
+        (["--warmstart.learning_rat=1", "--compare.warmstart"], "stage 1.*learning_rat"),
+        (["--warmstart.answers=me", "--compare.warmstart"], "stage 1.*answers: 'me'"),
+        (["--warmstart.max_steps=1"], r"warmstart\.max_steps: has no effect.*compare\.warmstart"),
+        (["--compare.warmstart", "--student.served.completions=http://a:1"], "served.model"),
         (["--evaluation=null"], "evaluation is missing"),
         (["--compare=null"], "compare is missing"),
     ],
@@ -355,7 +464,19 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
 def test_a_wrong_arm_is_refused_before_anything_runs(recipe, tmp_path, words, fault):
     with pytest.raises(TOPDError, match=fault):
         run_compare(recipe, [f"--output_dir={tmp_path / 'run'}", *words])
-    assert not (tmp_path / "run" / "results.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_are_refused(recipe, monkeypatch):
+    """Each would run every arm, and all would write into one folder."""
+    monkeypatch.setattr("topd.commands.session.several", lambda: True)
+    with pytest.raises(TOPDError, match=r"topd compare runs in one process.*compare\.jobs"):
+        run_compare(recipe)
+    with (
+        pytest.raises(TOPDError, match="topd probe runs in one process"),
+        session("probe", read_recipe(recipe), None),
+    ):
+        pytest.fail("began")
 
 
 def test_the_command_prints_its_table_and_writes_the_page(recipe, tmp_path):

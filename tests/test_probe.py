@@ -22,7 +22,7 @@ from topd.commands.probe import ProbeConfig, choose, run_probe
 from topd.commands.probe_statistics import GROUPS
 from topd.commands.session import open_pair, read_analysis
 from topd.config import TOPDConfig
-from topd.errors import TOPDError
+from topd.errors import StoppedError, TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS
 from topd.runs.files import trim
@@ -304,7 +304,7 @@ def test_a_killed_probe_goes_on_to_the_same_result_bit_for_bit(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RunFolder, "append", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError, match=f"Ctrl-C.*--output_dir {tmp_path}/run continues"):
         probe(recipe, tmp_path / "run")
     monkeypatch.undo()
     assert not (tmp_path / "run" / "probe.json").exists()

@@ -36,7 +36,7 @@ from topd.commands.repair import (
 )
 from topd.commands.repair_statistics import PAPER, intervals, measure, read_table
 from topd.commands.session import Pair, open_pair, read_analysis
-from topd.errors import TOPDError
+from topd.errors import StoppedError, TOPDError
 from topd.runs.folder import RunFolder
 from topd.training.experience import Observer
 from topd.training.progress import Phases
@@ -474,7 +474,7 @@ def test_a_killed_repair_goes_on_to_the_same_result_bit_for_bit(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RunFolder, "append", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StoppedError, match=f"Ctrl-C.*--output_dir {tmp_path}/run continues"):
         run(recipe, tmp_path / "run")
     monkeypatch.undo()
     assert not (tmp_path / "run" / "repair.json").exists()

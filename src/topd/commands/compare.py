@@ -18,16 +18,14 @@ A plan of the analysis (``compare.plan``) is hashed into the folder's ledger whe
 begins or continues, with the number of results that were there by then.
 
 A comparison that was stopped continues in its folder: finished runs are kept, others start over.
+So a run writes no checkpoints, unless it is told to.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,29 +35,37 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging
 
 from topd.commands.budgets import TOKENS
+from topd.commands.compare_start import (
+    Comparison,
+    apart_from_stage,
+    check_arms,
+    is_begun,
+    read_comparison,
+    resolved,
+    starting_point,
+    starts,
+    without_checkpoints,
+)
 from topd.commands.compare_summary import SCORES, SECONDS, Result, summarise
-from topd.commands.keys import packaged, read_mapping, shared_beside
-from topd.commands.recipe import CompareSpec, Recipe, parse_overrides, read_recipe
-from topd.commands.session import autocast_of
-from topd.commands.train import make_evaluator, make_trainer, run_recipe, watch_steps
+from topd.commands.recipe import CompareSpec, read_recipe
+from topd.commands.session import until_stopped
+from topd.commands.train import make_trainer, watch_steps
 from topd.commands.workers import in_workers
 from topd.config import TOPDConfig
-from topd.engines.decode_check import check_decoding
-from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, EvaluationCallback
-from topd.inputs.models import ModelSpec, eos_ids
-from topd.inputs.vocabulary import shared_ids
+from topd.inputs.models import ModelSpec
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json, file_digest, read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
 from topd.training.progress import say
-from topd.training.warmstart import Answered, WarmstartTrainer
+from topd.training.warmstart import Answered, WarmstartConfig, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
 # settings of ours, which an older version may lack, at their defaults
 OWN = {k: getattr(TOPDConfig, k) for k in TOPDConfig.__annotations__ if hasattr(TOPDConfig, k)}
+OWN_1 = {k: getattr(WarmstartConfig, k) for k in (*OWN, *WarmstartConfig.__annotations__)}
 
 Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
 
@@ -70,55 +76,43 @@ def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | Non
     Raises:
         TOPDError: the recipe has no ``compare`` or ``evaluation`` part, an arm is wrong, or the
             folder holds another comparison.
+        StoppedError: it was stopped; in its folder it continues.
     """
-    overrides = parse_overrides(words)
-    recipe = read_recipe(path, overrides)
-    spec = _checked(path, recipe, overrides)
-    folder = Path(recipe.args.output_dir)
-    with one_writer(folder):
-        _compare(path, overrides, recipe, spec, console)
+    comparison = read_comparison(path, words)
+    folder = comparison.folder
+    with one_writer(folder), until_stopped("compare", folder, console):
+        _compare(comparison, console)
     return folder
 
 
-def _compare(
-    path: Path,
-    overrides: dict[str, Any],
-    recipe: Recipe,
-    spec: CompareSpec,
-    console: Console | None,
-) -> None:
-    folder = Path(recipe.args.output_dir)
-    run = _open(folder, recipe, spec)
-    start = _starting_point(path, spec, overrides, folder, quiet=console is None)
+def _compare(comparison: Comparison, console: Console | None) -> None:
+    folder, spec = comparison.folder, comparison.spec
+    content = _content(comparison)
     results = _stored(folder)
+    done = {(result["arm"], result["seed"]) for result in results}
+    todo = [run for run in spec.runs() if run[:2] not in done]
+    check_arms(comparison, [*dict.fromkeys(arm for arm, *_ in todo)])
+    run = RunFolder(folder, resume=True, chained=bool(spec.plan))
+    run.write("run.json", content)
+    start = starting_point(comparison, quiet=console is None)
     if spec.plan:
         run.note("plan", sha256=file_digest(Path(spec.plan)), path=spec.plan, results=len(results))
-    tasks = {
-        (arm, seed): (
-            str(path),
-            {
-                **overrides,
-                **start,
-                **_from_start(keys, folder),
-                "seed": seed,
-                "output_dir": _place(folder, arm, seed),
-            },
-        )
-        for arm, seed, keys in spec.runs()
-        if not any((r["arm"], r["seed"]) == (arm, seed) for r in results)
-    }
-    for result in _run_all(tasks, spec.jobs, console):
-        run.append(RESULTS, [result])
-        results.append(result)
-        if console:
-            console.print(
-                f"{result['arm']}, seed {result['seed']}: greedy {result['greedy']:.1%}, "
-                f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s"
-            )
-    starts = _starts(path, overrides, start)
-    references = spec.references or [spec.baseline]
+    tasks = {}
+    for arm, seed, keys in todo:
+        own = {"seed": seed, "output_dir": _place(folder, arm, seed)}
+        tasks[arm, seed] = str(comparison.path), {**comparison.keys_of(keys, start), **own}
+    with closing(_run_all(tasks, spec.jobs, console)) as found:
+        for result in found:
+            run.append(RESULTS, [result])
+            results.append(result)
+            if console:
+                console.print(
+                    f"{result['arm']}, seed {result['seed']}: greedy {result['greedy']:.1%}, "
+                    f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s"
+                )
+    begun, references = starts(comparison, start), spec.references or [spec.baseline]
     run.write(
-        SUMMARY, summarise(results, spec.baseline, starts, clock=spec.clock, references=references)
+        SUMMARY, summarise(results, spec.baseline, begun, clock=spec.clock, references=references)
     )
 
 
@@ -128,8 +122,8 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     gc.collect()  # the models of the run before
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    keys, warmstart = _staged(overrides)
-    recipe = read_recipe(path, keys, warmstart=warmstart)
+    keys, warmstart = apart_from_stage(overrides)
+    recipe = without_checkpoints(read_recipe(path, keys, warmstart=warmstart))
     recipe.args.disable_tqdm = True
     recipe.args.stop_patience = None  # an arm that collapses is a result
     trainer, evaluation = make_trainer(recipe, recipe.data.load(), warmstart=warmstart)
@@ -170,22 +164,6 @@ class _Kept(TrainerCallback):
     ) -> None:
         if "eval/greedy" in logs and self.evaluation.latest is not None:
             self.solved.append(_solved(self.evaluation.latest))
-
-
-def _staged(keys: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """An arm's keys without its stage and seeds, and whether that is stage 1. Raises TOPDError."""
-    stage = keys.get("stage", "train")
-    if stage not in ("train", "warmstart"):
-        raise TOPDError(f"stage: {stage!r} is not one of train, warmstart.")
-    own = {key: value for key, value in keys.items() if key not in ("stage", "seeds")}
-    return own, stage == "warmstart"
-
-
-def _from_start(keys: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """An arm's keys; ``answers: start`` is the file of the common start's answers."""
-    if keys.get("answers") == "start":
-        return {**keys, "answers": str(folder / "warmstart" / "answers.jsonl")}
-    return dict(keys)
 
 
 def _figures(evaluation: Evaluation) -> Result:
@@ -238,7 +216,7 @@ def _tokens_until(logs: Sequence[Mapping[str, float]], step: float) -> dict[str,
 
 def _run_all(
     tasks: Mapping[tuple[str, int], Task], jobs: int, console: Console | None
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """The results as they come; in this process, and watched, if one runs at a time."""
     if jobs == 1:
         for number, ((arm, seed), task) in enumerate(tasks.items(), 1):
@@ -250,59 +228,35 @@ def _run_all(
         yield {"arm": arm, "seed": seed, **result}
 
 
-def _checked(path: Path, recipe: Recipe, overrides: Mapping[str, Any]) -> CompareSpec:
-    if recipe.compare is None:
-        raise TOPDError(f"{path}: compare is missing. Name the arms: compare: {{arms: {{...}}}}.")
-    if recipe.compare.plan and not Path(recipe.compare.plan).is_file():
-        raise TOPDError(
-            f"{path}: compare.plan: no such file {recipe.compare.plan}. Write it first."
-        )
-    if recipe.evaluation is None:
-        raise TOPDError(f"{path}: evaluation is missing. A comparison needs problems to solve.")
-    for arm, keys in recipe.compare.all_arms().items():
-        try:
-            own, warmstart = _staged(_from_start(keys, Path(recipe.args.output_dir)))
-            read_recipe(path, {**overrides, **own}, warmstart=warmstart)
-            _check_start(recipe.compare, keys, warmstart=warmstart)
-        except TOPDError as error:
-            raise TOPDError(f"compare, arm {arm!r}: {error}") from error
-    return recipe.compare
+def _content(comparison: Comparison) -> dict[str, Any]:
+    """What run.json is to hold, in a folder that is new or of the same comparison.
 
-
-def _check_start(spec: CompareSpec, keys: Mapping[str, Any], *, warmstart: bool) -> None:
-    """What would have no effect, or nothing to work on. Raises TOPDError."""
-    if keys.get("answers") == "start" and not (warmstart and spec.warmstart):
-        raise TOPDError(
-            "answers: start needs a common start with answers of the teacher. Set stage: warmstart "
-            "on the arm and compare.warmstart: true."
-        )
-
-
-def _open(folder: Path, recipe: Recipe, spec: CompareSpec) -> RunFolder:
-    """The folder, new or of the same comparison; that may have got other arms and seeds since."""
+    That may have got other arms and seeds since. Where an older version did not say what stage 1
+    was, it is not said now: it may have been another. Raises TOPDError for another comparison.
+    """
+    folder, spec = comparison.folder, comparison.spec
     check_run_folder(folder, resume=True)
-    settings = {"recipe": recipe.sources(), "config": recipe.args.to_dict()}
-    content = as_json({**settings, "compare": spec.model_dump()})
-    for changing in ("output_dir", "logging_dir"):
-        content["config"].pop(changing, None)
+    stages = comparison.stages()
+    content = {**resolved(comparison.recipe), "compare": as_json(spec.model_dump()), **stages}
     for changing in ("jobs", "clock", "plan"):
         content["compare"].pop(changing)
-    stored = folder / "run.json"
-    done = {result["arm"] for result in _stored(folder)}
-    if stored.exists() and _fixed(read_whole(stored), done) != _fixed(content, done):
+    if not (folder / "run.json").exists():
+        return content
+    stored, done = read_whole(folder / "run.json"), {r["arm"] for r in _stored(folder)}
+    content = {key: part for key, part in content.items() if key in stored or key not in stages}
+    begun = is_begun(folder)
+    if _fixed(stored, done, begun=begun) != _fixed(content, done, begun=begun):
         raise TOPDError(
-            f"output_dir: {folder} holds another comparison: arms that have run, or what all arms "
-            "share, were different. Choose another folder."
+            f"output_dir: {folder} holds another comparison: arms that have run, stage 1, or what "
+            "all arms share, were different. Choose another folder."
         )
-    run = RunFolder(folder, resume=True, chained=bool(spec.plan))
-    run.write("run.json", content)
-    return run
+    return content
 
 
-def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:
+def _fixed(content: Mapping[str, Any], done: Collection[str], *, begun: bool) -> Any:
     """Of run.json what finished runs depend on: all but the other arms, seeds and references.
 
-    A folder of a version that had fewer settings has the others at their defaults.
+    On what stage 1 is they depend if they are stage 1, or have ``begun`` from it.
     """
     try:
         spec = CompareSpec.model_validate(content.get("compare"))
@@ -310,11 +264,27 @@ def _fixed(content: Mapping[str, Any], done: Collection[str]) -> Any:
         return content
     arms = spec.all_arms()
     own = {arm: {k: v for k, v in arms.get(arm, {}).items() if k != "seeds"} for arm in done}
-    config = {**as_json(OWN), **content.get("config", {})}
-    config.pop("disable_tqdm", None)
-    content = {k: v for k, v in content.items() if k != "format"}  # of the records
-    same = {"config": config, "compare": {"arms": own, "warmstart": spec.warmstart}}
-    return {**content, "recipe": _given(content.get("recipe")), **same}
+    stages = {arm: part for arm, part in content.get("staged", {}).items() if arm in done}
+    start = content.get("start") if begun else None
+    of_records = ("format", "start", "staged")
+    return {
+        **{key: part for key, part in content.items() if key not in of_records},
+        **_filled(content, OWN),
+        "compare": {"arms": own, "warmstart": spec.warmstart},
+        "stages": {arm: _filled(part, OWN_1) for arm, part in stages.items()},
+        "start": start and _filled(start, OWN_1),
+    }
+
+
+def _filled(stage: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Recipe and config of a stage; what a version had no setting for is at its default.
+
+    A comparison continues anyway, whether or not it is told to.
+    """
+    config = {**as_json(own), **stage.get("config", {})}
+    for changing in ("disable_tqdm", "resume_from_checkpoint"):
+        config.pop(changing, None)
+    return {"recipe": _given(stage.get("recipe")), "config": config}
 
 
 def _given(value: Any) -> Any:
@@ -324,56 +294,6 @@ def _given(value: Any) -> Any:
     with suppress(ValidationError):  # another part than a model
         value = ModelSpec.model_validate(value).model_dump(exclude_defaults=True)
     return {key: _given(own) for key, own in value.items() if own is not None}
-
-
-def _starting_point(
-    path: Path, spec: CompareSpec, overrides: Mapping[str, Any], folder: Path, *, quiet: bool
-) -> dict[str, Any]:
-    """What every arm starts from: nothing to change, or the student of the warm start."""
-    if not spec.warmstart:
-        return {}
-    place = folder / "warmstart"
-    student = place / "student"
-    if not (student / "README.md").exists():  # the model card is written last
-        own = read_mapping(packaged(path)).get("warmstart") or {}
-        shared = {*STAGE_1, *shared_beside(own)}
-        words = [f"--{key}={json.dumps(v)}" for key, v in overrides.items() if key in shared]
-        begin_anew(place)
-        run_recipe(path, [*words, f"--output_dir={place}"], quiet=quiet, warmstart=True)
-    return {"student": str(student)}
-
-
-STAGE_1 = ("student", "teacher", "data")
-
-
-def _starts(
-    path: Path, overrides: Mapping[str, Any], start: Mapping[str, Any]
-) -> dict[str, Result]:
-    """The student before and after the warm start, evaluated as the arms are."""
-    changes = {"base": {}, "warm start": start} if start else {}
-    return {
-        name: evaluated(read_recipe(path, {**overrides, **change}))
-        for name, change in changes.items()
-    }
-
-
-def evaluated(recipe: Recipe) -> Result:
-    """On the device of the runs, in their precision."""
-    evaluator, device = make_evaluator(recipe), recipe.args.device
-    assert evaluator is not None  # checked before
-    model = recipe.student.load_model().eval().to(device)
-    tokenizer = evaluator.tokenizer
-    allowed = shared_ids(tokenizer, tokenizer)
-    engine = HFEngine(
-        model,
-        eos_ids=eos_ids(model, tokenizer),
-        allowed=allowed,
-        autocast=partial(autocast_of, recipe.args, device),
-    )
-    check_decoding(engine)
-    found = evaluator(engine)
-    engine.release()
-    return {score: asdict(found.intervals()[score]) for score in SCORES}
 
 
 def _stored(folder: Path) -> list[Result]:

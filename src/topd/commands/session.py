@@ -7,6 +7,8 @@ rollouts or samples than before.
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -24,9 +26,10 @@ from transformers.utils import logging
 
 from topd.commands.recipe import Recipe, from_command_line, one_teacher, read_recipe
 from topd.config import TOPDConfig, _field
+from topd.distributed import several
 from topd.engines.factory import open_engines
 from topd.engines.server_checks import check_servers
-from topd.errors import TOPDError
+from topd.errors import TERMINATED, StoppedError, TOPDError
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import check_context
@@ -136,9 +139,11 @@ def session(
 ) -> Iterator[tuple[Pair, RunFolder, Phases]]:
     """The pair of an analysis, its folder, which nobody else writes in, and bars on ``console``.
 
-    Raises TOPDError as :func:`open_pair` and :func:`open_folder` do.
+    Raises TOPDError as :func:`open_pair` and :func:`open_folder` do, and for several processes.
     """
-    with one_writer(Path(recipe.args.output_dir)):
+    check_one_process(command)
+    folder = Path(recipe.args.output_dir)
+    with one_writer(folder), until_stopped(command, folder, console):
         phases = Phases()
         if console:
             say(console, f"loading {recipe.student.path} and {one_teacher(recipe).path}")
@@ -152,9 +157,55 @@ def session(
             phases.stop()
 
 
+def check_one_process(command: str, instead: str = "") -> None:
+    """Refuse several processes, which would all do the same work. Raises TOPDError."""
+    if several():
+        raise TOPDError(
+            f"accelerate: topd {command} runs in one process. Start it without a launcher.{instead}"
+        )
+
+
+@contextmanager
+def until_stopped(command: str, folder: Path, console: Console | None) -> Iterator[None]:
+    """Say where a command's run is and, if SIGTERM or Ctrl-C stops it, how it continues.
+
+    Raises StoppedError then.
+    """
+    again = f"the same command with --output_dir {folder} continues it"
+    if console:
+        say(console, f"run folder: {folder}; if it is stopped, {again}")
+    try:
+        with _interrupted_by_sigterm():
+            yield
+    except KeyboardInterrupt as error:
+        raise StoppedError(
+            f"{error.args[0] if error.args else 'Ctrl-C'}: topd {command} was stopped. What is "
+            f"done is in {folder}: {again}.",
+            TERMINATED,
+        ) from error
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Take SIGTERM as Ctrl-C. Only the main thread is told of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def open_pair(recipe: Recipe, phases: Phases) -> Pair:
     """Check and load models, tokenizers and prompts. Raises TOPDError as training does."""
-    _quiet()
+    quieten()
     source = one_teacher(recipe)
     if source.by_text:
         raise TOPDError(
@@ -260,7 +311,8 @@ def autocast_of(args: TOPDConfig, device: torch.device) -> AbstractContextManage
     return torch.autocast(device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
-def _quiet() -> None:
+def quieten() -> None:
+    """No bars and warnings of the libraries: the bars of a command are ours."""
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.set_verbosity_error()

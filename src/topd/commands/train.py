@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,27 @@ def run_recipe(
 ) -> Path:
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
     recipe = read_recipe(*from_command_line(path, words), warmstart=warmstart)
+    return train_recipe(recipe, quiet=quiet, warmstart=warmstart)
+
+
+def train_recipe(
+    recipe: Recipe, *, quiet: bool = False, warmstart: bool = False, alone: bool = True
+) -> Path:
+    """Train as a checked recipe says, and return the run folder.
+
+    A run that is not ``alone``, but a part of another command, ends at once when it is interrupted.
+    Raises TOPDError for bad input.
+    """
     recipe.args.output_dir = everywhere(recipe.args.output_dir)[0]  # it may have a rank's time
     folder = Path(recipe.args.output_dir)
     resume = bool(recipe.args.resume_from_checkpoint)
     agreed(lambda: check_run_folder(folder, resume=resume))  # none removes what others have made
     with one_writer(folder):
-        _train(recipe, folder, quiet=quiet, warmstart=warmstart)
+        _train(recipe, folder, quiet=quiet, warmstart=warmstart, alone=alone)
     return folder
 
 
-def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool) -> None:
+def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool, alone: bool) -> None:
     """Everything after the folder is ours. Raises TOPDError for bad input."""
     wanted = recipe.args.resume_from_checkpoint
     checkpoint = checkpoints.resolve(wanted, folder)
@@ -73,7 +85,7 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool) -> Non
         say(console, f"warning: {large}")
     _watch(trainer, console, bars=console.is_terminal and not quiet)
     try:
-        with trainer.watch.until_terminated():
+        with trainer.watch.until_terminated() if alone else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         trainer.phases.stop()
@@ -114,21 +126,35 @@ def make_trainer(
 ) -> tuple[TOPDTrainer, EvaluationCallback | None]:
     """The trainer of a checked recipe, on its rows, and the evaluation that it asks for."""
     evaluator = make_evaluator(recipe)
-    kind = WarmstartTrainer if warmstart else TOPDTrainer
-    trainer = kind(
-        model=recipe.student,
-        teacher_model=recipe.teacher,
-        args=recipe.args,
-        train_dataset=rows,
-        eval_dataset=recipe.eval_data.load() if recipe.eval_data else None,
-        peft_config=recipe.lora,
-    )
+    trainer = _kind(warmstart)(**_parts(recipe, rows))
     trainer.recipe, trainer.at_end = recipe.sources(), None  # the command makes the page
     if recipe.evaluation is None or evaluator is None:
         return trainer, None
     callback = EvaluationCallback(trainer, evaluator, every=recipe.evaluation.every)
     trainer.add_callback(callback)
     return trainer, callback
+
+
+def check_recipe(recipe: Recipe, rows: list[dict[str, Any]], *, warmstart: bool = False) -> None:
+    """Make the start-up checks of :func:`make_trainer` that read no weights. Raises TOPDError."""
+    make_evaluator(recipe)
+    _kind(warmstart).check(**_parts(recipe, rows))
+
+
+def _kind(warmstart: bool) -> type[TOPDTrainer]:
+    return WarmstartTrainer if warmstart else TOPDTrainer
+
+
+def _parts(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A trainer's arguments."""
+    return {
+        "model": recipe.student,
+        "teacher_model": recipe.teacher,
+        "args": recipe.args,
+        "train_dataset": rows,
+        "eval_dataset": recipe.eval_data.load() if recipe.eval_data else None,
+        "peft_config": recipe.lora,
+    }
 
 
 def make_evaluator(recipe: Recipe) -> Evaluator | None:
