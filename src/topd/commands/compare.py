@@ -243,8 +243,9 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     if not (folder / "run.json").exists():
         return content
     stored, done = read_whole(folder / "run.json"), {r["arm"] for r in _stored(folder)}
-    content = {key: part for key, part in content.items() if key in stored or key not in stages}
     begun = is_begun(folder)
+    if begun or done:
+        content = {key: v for key, v in content.items() if key in stored or key not in stages}
     if _fixed(stored, done, begun=begun) != _fixed(content, done, begun=begun):
         raise TOPDError(
             f"output_dir: {folder} holds another comparison: arms that have run, stage 1, or what "

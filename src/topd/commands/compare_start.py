@@ -240,7 +240,8 @@ def starting_point(comparison: Comparison, *, quiet: bool) -> dict[str, Any]:
     if not is_begun(comparison.folder):
         begin_anew(_place(comparison.folder))
         first = without_checkpoints(comparison.first)
-        train_recipe(first, quiet=quiet, warmstart=True, alone=False)
+        with _named("stage 1"):
+            train_recipe(first, quiet=quiet, warmstart=True, alone=False)
     before = comparison.recipe.student.model_dump(exclude_defaults=True)
     return {"student": elsewhere(before, str(_place(comparison.folder) / "student"))}
 
