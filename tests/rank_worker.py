@@ -176,6 +176,22 @@ def answered(folder: Path, ranks: int) -> dict[str, Any]:
     return {"learned": learned, "written": written, "said": said, "cost": trainer.answered.tokens}
 
 
+def reordered(folder: Path, ranks: int) -> list[list[int]]:
+    """The prompts of two epochs of three updates, whole and resumed within the second."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 // ranks}
+    options = {**sizes, **SAVED, "max_steps": 6, "method": "opd", "max_completion_length": 2}
+    make(folder / "whole", data=rows(12), **options).train()
+    if rank() == 0:
+        shutil.copytree(folder / "whole", folder / "cut")
+        for name in ("student", "checkpoint-5", "checkpoint-6"):
+            shutil.rmtree(folder / "cut" / name)
+    everywhere(None)
+    again = make(folder / "cut", data=rows(12), **options)
+    again.train(resume_from_checkpoint=str(folder / "cut" / "checkpoint-4"))
+    everywhere(None)
+    return [[r["prompt"] for r in lines(folder / k, "rollouts")] for k in ("whole", "cut")]
+
+
 def faults(folder: Path, ranks: int) -> dict[str, str]:
     """What every rank raises where one of them has a fault."""
     found = {}

@@ -607,30 +607,46 @@ def test_greedy_responses_are_those_of_the_model(engine, found):
 # During training
 
 
-def train(folder: Path, every: int | None) -> TOPDTrainer:
+def train(folder: Path, every: int | None, **options: Any) -> TOPDTrainer:
     trainer = TOPDTrainer(
         model=tiny_model(seed=1),
         teacher_model=tiny_model(seed=2),
         processing_class=tiny_tokenizer(),
         train_dataset=rows(8),
+        eval_dataset=rows(2),
         args=TOPDConfig(
             output_dir=str(folder),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            max_completion_length=8,
-            method="topd",
-            window_length=3,
-            candidate_fraction=0.3,
-            window_temperature=1.0,
-            learning_rate=0.01,
-            save_strategy="no",
-            use_cpu=USE_CPU,
+            **{
+                "max_steps": 3,
+                "per_device_train_batch_size": 2,
+                "max_completion_length": 8,
+                "method": "topd",
+                "window_length": 3,
+                "candidate_fraction": 0.3,
+                "window_temperature": 1.0,
+                "learning_rate": 0.01,
+                "save_strategy": "no",
+                "use_cpu": USE_CPU,
+                **options,
+            },
         ),
     )
     if every is not None:
         trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=every))
     trainer.train()
     return trainer
+
+
+def test_the_last_evaluation_is_of_the_student_that_is_saved(tmp_path):
+    """The best one, where Trainer loads it again."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    best |= {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1.0}  # it gets worse
+    trainer = train(tmp_path, 3, max_logprob_gap=100.0, **best)
+    assert trainer.state.best_global_step < 3
+    *_, last = (log for log in read(tmp_path / "metrics.jsonl") if "eval/greedy" in log)
+    expected = tiny_evaluator()(HFEngine(trainer.model, eos_ids=[EOS]))
+    assert last["eval/pass@1"] == expected.pass_at[1].mean
+    assert last["eval/mean_length"] == expected.mean_length.mean
 
 
 def read(path: Path) -> list[dict[str, Any]]:

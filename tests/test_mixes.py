@@ -49,6 +49,20 @@ def test_the_teachers_updates_are_spread_evenly(share, expected):
     assert [step for step in range(6) if args.teacher_writes(step)] == expected
 
 
+@pytest.mark.parametrize("kind", ["sampled", "none"])
+def test_the_teachers_updates_need_its_distributions(kind):
+    options = {"method": "topd", "token_loss": kind, "teacher_share": 0.5}
+    with pytest.raises(TOPDError, match=r"teacher_share: with token_loss: .* nothing is learned"):
+        TOPDConfig(output_dir="unused", use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("change", [{"token_loss": "sampled"}, {"logging_strategy": "no"}])
+def test_what_ends_looking_ahead_by_logs_needs_logs_of_the_divergence(change):
+    options = {"method": "topd", "look_ahead_until": "auto", **change}
+    with pytest.raises(TOPDError, match="auto goes by the divergence of each log"):
+        TOPDConfig(output_dir="unused", use_cpu=True, **options)
+
+
 def test_every_second_update_is_plain_distillation_on_what_the_teacher_wrote(tmp_path):
     trainer = make(tmp_path, method="topd", max_steps=4, teacher_share=0.5)
     trainer.train()

@@ -65,7 +65,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def two(folder) -> list[dict[str, Any]]:
     """What each of two ranks found, by case."""
-    cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "answered")
+    cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "answered", "reordered")
     cases += ("fsdp", "fsdp_resumed")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
     ranks = [
@@ -124,6 +124,13 @@ def test_two_ranks_are_one_process_with_twice_the_accumulation(two, one, kind, c
             for name in ("rollouts", "guidance", "tokens"):
                 same(found[name], whole[name])
             assert [r["rollout"] for r in found["rollouts"]] == [*range(16)] * 2
+
+
+def test_a_run_that_is_resumed_within_an_epoch_keeps_its_order(two, tmp_path):
+    whole, cut = two[0]["reordered"]
+    assert cut == whole == rank_worker.reordered(tmp_path, 1)[1]
+    assert sorted(whole[:12]) == sorted(whole[12:]) == list(range(12))
+    assert whole[:12] != whole[12:]
 
 
 def test_the_teachers_answers_are_written_among_the_ranks(two, tmp_path):

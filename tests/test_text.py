@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from conftest import EOS, Gradient, tiny_model, tiny_tokenizer, write_pair
+from conftest import EOS, Gradient, rows, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
+from topd import TOPDTrainer
 from topd.cli import app
 from topd.commands.audit import rebuilt
 from topd.commands.audit.rebuilt import Trust
@@ -43,6 +45,7 @@ from topd.inputs.text_models import stand_in, text_tokenizer
 from topd.inputs.text_spec import ByText
 from topd.methods import METHODS
 from topd.training.text_needs import check_gives
+from topd.training.warmstart import WarmstartConfig
 from topd.types import Sampling
 
 CORPUS = [
@@ -354,7 +357,6 @@ def test_windows_of_a_prompt_that_is_refused_are_left_out(tmp_path, start, said,
 
 
 def test_an_answer_that_is_refused_is_one_that_did_not_end(tmp_path, start, said):
-    """In stage 1, and where the teacher writes in training."""
     fake = start(refuses=Refuses("content_filter"))
     recipe = {**{k: LITTLE[k] for k in ("student", "data")}, "teacher": {"text": {"url": fake.url}}}
     stage = {"max_steps": 1, "kd_ratio": 0.0, "max_completion_length": 40, "use_cpu": True,
@@ -365,11 +367,6 @@ def test_an_answer_that_is_refused_is_one_that_did_not_end(tmp_path, start, said
     _, *answers = map(json.loads, (tmp_path / "run/answers.jsonl").read_text().splitlines())
     assert answers[0] == []
     assert any(answers)
-    (tmp_path / "shared").mkdir()
-    learned(tmp_path / "shared", recipe["teacher"], teacher_share=1.0)
-    lines = (tmp_path / "shared" / "run" / "rollouts.jsonl").read_text().splitlines()
-    empty = [r["prompt"] for r in map(json.loads, lines) if not r["response_ids"]]
-    assert empty == [0]
 
 
 def test_log_probs_that_are_refused_count_as_the_students_own(tmp_path, start, said):
@@ -534,6 +531,21 @@ def test_all_that_does_not_go_with_text_is_said_at_once(tmp_path):
     for remedy in ("method_options: {loss: cross_entropy}", "token_loss: none", "eval_strategy: no",
                    "embedding: student", "candidate_loss: entropy"):  # fmt: skip
         assert remedy in str(caught.value)
+
+
+def test_a_divergence_from_a_teacher_by_text_is_not_evaluated(tmp_path):
+    """In stage 1, when training starts, or by hand: its stand-in has no distribution."""
+    asked = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    first = WarmstartConfig(output_dir=str(tmp_path), use_cpu=True, **asked)
+    windows = {"method": "window_sft", "token_loss": "none", "embedding": "student"}
+    windows |= {"candidate_loss": "entropy", "eval_on_start": True}
+    spec, second = settings_of(tmp_path, {"text": {"url": "http://127.0.0.1:9"}}, **windows)
+    for settings in (first, second):
+        with pytest.raises(TOPDError, match=r"Set .*eval_on_start: false\.$"):
+            check_gives([spec], settings)
+    engine = SimpleNamespace(observer=SimpleNamespace(teacher=SimpleNamespace(gives="windows")))
+    with pytest.raises(TOPDError, match="evaluate: measures a divergence"):
+        TOPDTrainer.evaluate(engine, rows(2))
 
 
 def settings_of(tmp_path: Path, teacher: Any, **changes: Any) -> tuple[ModelSpec, TOPDConfig]:

@@ -129,7 +129,7 @@ class TOPDConfig(TrainingArguments):
     look_ahead_until: float | Literal["auto"] | None = _field(
         None,
         "Updates from this one on are plain OPD; below 1: this share of all updates look ahead; "
-        "auto: until the divergence stops falling (RetireOPD's rule); none: all do.",
+        "auto: until the divergence, over 10 logs, stops falling (RetireOPD's rule); none: all do.",
     )
     window_temperature: float = _field(
         0.0, "Of what the teacher writes, windows and teacher_share; 0 is greedy."

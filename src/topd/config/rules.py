@@ -83,6 +83,12 @@ def check_values(config: TOPDConfig) -> None:
                 raise TOPDError(f"{name}: {value!r} {rule}.")
     if config.token_loss != "full":
         _check_token_loss(config)
+    logged = config.token_loss == "full" and config.logging_strategy != "no"
+    if config.look_ahead_until == "auto" and not logged:
+        raise TOPDError(
+            "look_ahead_until: auto goes by the divergence of each log, which there is with "
+            "token_loss: full and logging. Give a number or a share of updates."
+        )
     if config.kd_ratio != 1 and not config.learns_from_answers:
         raise TOPDError(
             "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
@@ -145,6 +151,11 @@ def _check_token_loss(config: TOPDConfig) -> None:
         raise TOPDError(f"{kind} does not go with environment. Leave one of them out.")
     if config.beta != 1:
         raise TOPDError(f"beta: has no effect with {kind}. Leave it out.")
+    if config.teacher_share:
+        raise TOPDError(
+            f"teacher_share: with {kind} nothing is learned of what the teacher writes. Leave it "
+            "out; stage 1 (topd warmstart) learns its answers."
+        )
     looks_always = config.look_ahead_until is None and config.look_ahead_every == 1
     if config.token_loss == "none" and not looks_always:
         raise TOPDError(

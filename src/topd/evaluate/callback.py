@@ -82,8 +82,12 @@ class EvaluationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Evaluate the student as it is in the end."""
-        if state.global_step != self._latest_step:
+        """Evaluate the student as it is in the end; that may be the best one, loaded again."""
+        best = args.load_best_model_at_end and state.best_global_step not in (
+            None,
+            self._latest_step,
+        )
+        if best or state.global_step != self._latest_step:
             self._evaluate(state.global_step, control)
 
     def _evaluate(self, step: int, control: TrainerControl) -> None:

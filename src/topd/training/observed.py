@@ -159,6 +159,11 @@ class ObservedTrainer(RecordedTrainer):
 
         ``eval_dataset``: rows, encoded prompts, or sets of either by name.
         """
+        if self.observer.teacher.gives != "distributions":
+            raise TOPDError(
+                "evaluate: measures a divergence, and the teacher gives only text. Evaluate "
+                "answers: topd eval (topd.evaluate.Evaluator)."
+            )
         if eval_dataset is None and self.eval_dataset is None:
             raise TOPDError("eval_dataset: none was given. Give evaluate() rows, or the trainer.")
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict):

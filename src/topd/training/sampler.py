@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class GroupSampler(Sampler[int]):
@@ -25,3 +27,20 @@ class GroupSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
         self.epoch = epoch
+
+
+class EpochTold(TrainerCallback):
+    """Tells a sampler which epoch begins.
+
+    Trainer and accelerate do not reach it through the batches that ranks of a resumed run skip.
+    """
+
+    def __init__(self) -> None:
+        self.sampler: GroupSampler | None = None
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """An epoch begins, or what is left of it."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(int(state.epoch or 0))

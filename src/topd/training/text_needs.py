@@ -76,7 +76,15 @@ def _of_answers(args: TOPDConfig) -> list[tuple[str, str]]:
         found.append(("kd_ratio is a share of a divergence from it", "kd_ratio: 0.0"))
     if args.top_k:
         found.append(("top_k is not in its API", "top_k: 0 (and teacher.text.extra)"))
-    return found
+    return found + _of_evaluations(args)
+
+
+def _of_evaluations(args: TOPDConfig) -> list[tuple[str, str]]:
+    asked = {"eval_strategy": args.eval_strategy != "no", "eval_on_start": args.eval_on_start}
+    off = {"eval_strategy": "no (evaluation: in a recipe)", "eval_on_start": "false"}
+    return [
+        (f"{name} measures a divergence", f"{name}: {off[name]}") for name in asked if asked[name]
+    ]
 
 
 def _of_rollouts(args: TOPDConfig, given: Needs, spans: bool = False) -> list[tuple[str, str]]:
@@ -115,11 +123,7 @@ def _of_rollouts(args: TOPDConfig, given: Needs, spans: bool = False) -> list[tu
             )
         if args.window_rejoin:
             found.append(("window_rejoin has no effect", "window_rejoin: 0"))
-    if args.eval_strategy != "no":
-        found.append(
-            ("eval_strategy measures a divergence", "eval_strategy: no (evaluation: in a recipe)")
-        )
-    return found
+    return found + _of_evaluations(args)
 
 
 def _with_another(args: TOPDConfig, given: Needs, spans: bool) -> list[tuple[str, str]]:

@@ -36,7 +36,7 @@ from topd.training.metrics import warn_of_cuts
 from topd.training.observed import ObservedTrainer
 from topd.training.overlap import Overlap
 from topd.training.replay import EarlierWindows
-from topd.training.sampler import GroupSampler
+from topd.training.sampler import EpochTold, GroupSampler
 from topd.training.sharded import check_launch
 from topd.training.startup import (
     AnyTeacher,
@@ -132,8 +132,9 @@ class TOPDTrainer(ObservedTrainer):
         self.batches: list[LearningBatch] = []  # likewise
         self.gaps: list[Tensor] = []  # likewise: of log-probs, a sum and its count a micro-batch
         self.windows = EarlierWindows(self.args.window_replay, self.args.seed)
-        self.watch = Watch(self)
+        self.watch, self.told = Watch(self), EpochTold()
         self.add_callback(self.watch)
+        self.add_callback(self.told)
 
     @classmethod
     def check(
@@ -306,7 +307,9 @@ class TOPDTrainer(ObservedTrainer):
         return Totals(*total)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return GroupSampler(len(self.train_dataset), self.args.num_generations, self.args.seed)
+        args, size = self.args, len(self.train_dataset)
+        self.told.sampler = GroupSampler(size, args.num_generations, args.seed)
+        return self.told.sampler
 
     def _check_gaps(self) -> None:
         """All ranks stop if a micro-batch of the update is not what was sampled."""
