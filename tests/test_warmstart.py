@@ -161,7 +161,7 @@ def test_the_teacher_answers_every_prompt_and_unfinished_answers_are_left_out(tm
     assert said in caplog.text
     assert trainer.state.log_history[-1]["answers/unfinished"] == cut / 8
     words = " ".join(training_words(tmp_path))
-    assert f"{100 * cut / 8:.3g} % of the answers did not end in time" in words
+    assert f"{100 * cut / 8:.3g} % of the answers did not end within the limit" in words
 
 
 def test_more_answers_than_are_learned_are_told_beforehand(tmp_path, caplog):
