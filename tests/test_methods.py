@@ -206,6 +206,14 @@ def test_the_score_of_dial_opd_is_the_logarithmic_mean_times_the_reward(beta):
     assert [t for t, weight in enumerate(guide.weights) if weight] == sorted(best)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_dial_opd_leaves_out_tokens_where_both_models_agree(beta):
+    check_options("dial_opd", {"beta": beta})
+    found = probabilities([0.5, 0.5, 0.5], [0.5, 0.4, 0.5])
+    (guide,) = METHODS["dial_opd"].guide(found, share=0.34, beta=beta)
+    assert [weight > 0 for weight in guide.weights] == [False, True, False]
+
+
 def test_dial_opd_on_all_tokens_is_opd():
     found = evidence(ROWS, STARTS, [True] * 4)
     assert METHODS["dial_opd"].guide(found, share=1.0) == opd(found)
@@ -304,6 +312,7 @@ def test_the_matched_control_draws_differently_by_seed():
         ("tpd", {}),
         ("kl_top", {"share": "many"}),
         ("first_fork", {"loss": "forward"}),
+        ("dial_opd", {"beta": 1.1}),
     ],
 )
 def test_unknown_methods_and_options_are_refused(method, options):

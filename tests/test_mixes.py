@@ -146,7 +146,17 @@ def test_what_is_read_again_is_counted_and_no_log_prob_is_missed(tmp_path):
 
 def test_windows_are_not_in_a_checkpoint():
     with pytest.raises(TOPDError, match="window_replay: a checkpoint"):
-        TOPDConfig(output_dir="unused", window_replay=4, save_strategy="steps", use_cpu=True)
+        TOPDConfig(
+            output_dir="unused", **FORK, window_replay=4, save_strategy="steps", use_cpu=True
+        )
+
+
+@pytest.mark.parametrize("method", ["opd", "eopd"])
+def test_a_method_that_does_not_look_ahead_has_no_windows_to_learn_again(method):
+    """eopd marks text of the rollouts, which another update is not to learn."""
+    args = {"output_dir": "unused", "save_strategy": "no", "use_cpu": True, "method": method}
+    with pytest.raises(TOPDError, match=f"window_replay: {method} does not look ahead"):
+        TOPDConfig(**args, window_replay=4)
 
 
 def test_a_teacher_that_changes_has_no_windows_of_before(tmp_path):

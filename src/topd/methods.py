@@ -233,8 +233,9 @@ def dial_opd(evidence: Evidence, *, share: float = 0.4, beta: float = 1.0) -> tu
 
         s = |log q - log p|^(1 - beta) |q - p|^beta,   p, q of the token, student's and teacher's
 
-    A large ratio of two tiny probabilities is no reason to learn. Source: DIAL-OPD, arXiv
-    2610.11659; there the kept tokens have the sampled loss, here the full-vocabulary one.
+    with ``beta`` in [0, 1]: above 1 it is not finite where both agree. A large ratio of two tiny
+    probabilities is no reason to learn. Source: DIAL-OPD, arXiv 2610.11659; there the kept tokens
+    have the sampled loss, here the full-vocabulary one.
     """
     apart = evidence.logprobs.exp() - _teacher(evidence).exp()
     score = _gap(evidence).abs() ** (1 - beta) * apart.abs() ** beta
@@ -386,8 +387,8 @@ def method_named(name: str) -> Method:
     return row_named("method", name, METHODS, Method)
 
 
-_RANGES: dict[str, tuple[float, float]] = {"share": (1e-9, 1), "tokens": (1, 1e9)}
-_RANGES |= dict.fromkeys(("after", "gamma", "beta", "threshold"), (0, math.inf))
+_RANGES: dict[str, tuple[float, float]] = {"share": (1e-9, 1), "tokens": (1, 1e9), "beta": (0, 1)}
+_RANGES |= dict.fromkeys(("after", "gamma", "threshold"), (0, math.inf))
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:

@@ -387,6 +387,6 @@ class TOPDConfig(TrainingArguments):
 
 _OF_WINDOWS = (  # without effect where a method looks nowhere ahead
     "candidate_fraction candidate_threshold window_length window_rejoin window_gap "
-    "look_ahead_every look_ahead_until window_replay embedding position_weight solver "
+    "look_ahead_every look_ahead_until embedding position_weight solver "
     "epsilon false_alarm_share ot_threshold"
 )

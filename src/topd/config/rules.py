@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import TOPDError
-from topd.methods import check_token_loss
+from topd.methods import check_token_loss, method_named
 
 if TYPE_CHECKING:
     from topd.config import TOPDConfig
@@ -99,6 +99,11 @@ def check_values(config: TOPDConfig) -> None:
         raise TOPDError(
             f"num_generations: {config.num_generations} does not divide the {rollouts} rollouts "
             "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
+        )
+    if config.window_replay and not method_named(config.method).looks_ahead:
+        raise TOPDError(
+            f"window_replay: {config.method} does not look ahead, so it has no windows to learn "
+            "again. Leave it out, or choose a method with windows."
         )
     if config.window_replay and config.save_strategy != "no":
         raise TOPDError(
