@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
 from topd.errors import TOPDError
-from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
+from topd.inputs.models import ModelSpec, check_embedding_rows, ends_by_source, eos_ids
 from topd.inputs.pairs import load_pair, tokenizers_of
 from topd.inputs.vocabulary import check_tokenizers, shared_ids
 
@@ -155,7 +155,7 @@ def test_several_end_tokens_all_end_a_response_and_are_saved_with_the_model(fold
     spec = ModelSpec(path=str(folder), eos_token=("</s>", "<|user|>"))
     model, tokenizer = spec.load_model(), spec.load_tokenizer()
     assert tokenizer.eos_token == "</s>"
-    assert eos_ids(model, tokenizer) == (2, 4)
+    assert eos_ids(model, tokenizer) == ends_by_source(spec, tokenizer) == (2, 4)
     model.save_pretrained(tmp_path)
     assert eos_ids(ModelSpec(path=str(tmp_path)).load_model(), tokenizer) == (2, 4)
 

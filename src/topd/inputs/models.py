@@ -279,6 +279,15 @@ def ends_of(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase)
     return tuple(sorted({tokenizer.eos_token_id, *listed}))
 
 
+def ends_by_source(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a model's responses once it is loaded, known without its weights."""
+    named = None if isinstance(model, LOADED) else as_spec(model).eos_token
+    if isinstance(named, tuple):  # as in load_model, in place of the generation config's
+        listed = tokenizer.convert_tokens_to_ids(list(named))
+        return tuple(sorted({tokenizer.eos_token_id, *listed}))
+    return ends_of(generation_config_of(model), tokenizer)
+
+
 def generation_config_of(model: ModelSource) -> GenerationConfig | None:
     """A model's generation config, read without its weights; None where it has none."""
     if isinstance(model, LOADED):

@@ -15,8 +15,7 @@ from topd.inputs.models import (
     as_spec,
     check_embedding_rows,
     config_of,
-    ends_of,
-    generation_config_of,
+    ends_by_source,
     tokenizer_of,
 )
 from topd.inputs.quantised import check_quantised
@@ -111,14 +110,9 @@ def _compare_ends(
     A student that waits for another end than its teacher's writes ever longer responses: arXiv
     2609.20511.
     """
-    specs = [None if isinstance(model, LOADED) else as_spec(model) for model in models]
     ours, theirs = (
-        set(
-            tokenizer.convert_tokens_to_ids(list(spec.eos_token))
-            if spec and isinstance(spec.eos_token, tuple)
-            else ends_of(generation_config_of(model), tokenizer)
-        )
-        for model, spec, tokenizer in zip(models, specs, tokenizers, strict=True)
+        set(ends_by_source(model, tokenizer))
+        for model, tokenizer in zip(models, tokenizers, strict=True)
     )
     names = (
         tokenizers[0].convert_ids_to_tokens(sorted(ours)),
