@@ -92,6 +92,31 @@ def test_columns_are_mapped_through_dots_and_the_others_stay(tmp_path):
     assert loaded == [{**row, "prompt": "what", "solution": "so", "messages": "b"}]
 
 
+def test_mapped_messages_go_before_a_column_that_is_called_prompt(tmp_path):
+    path, asked = tmp_path / "x.jsonl", [{"role": "user", "content": "what"}]
+    path.write_text(json.dumps({"prompt": "ID-1", "talk": asked, "text": "what"}) + "\n")
+    (row,) = load(path, columns={"messages": "talk"})
+    assert row["messages"] == asked
+    assert "prompt" not in row
+    (row,) = load(path, columns={"messages": "text"})  # a text, as in prompt
+    assert row["messages"] == asked
+    assert load(path, columns={"prompt": "text", "messages": "talk"})[0]["prompt"] == asked
+
+
+def test_a_column_may_have_a_dot_in_its_name(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"meta.q": "what", "meta": {"q": "so"}}\n')
+    assert load(path, columns={"prompt": "meta.q"}, chat=False)[0]["prompt"] == "what"
+
+
+def test_nan_in_a_file_is_a_missing_value(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"q": "what", "answer": NaN, "more": {"solution": NaN, "list": [NaN]}}\n')
+    (row,) = load(path, columns={"prompt": "q", "solution": "more.solution"}, chat=False)
+    assert (row["answer"], row["solution"]) == (None, None)
+    assert str(row["more"]["list"]) == "[nan]"
+
+
 def test_columns_may_be_exchanged(stored):
     columns = {"prompt": "solution", "solution": "prompt"}
     loaded = load(stored / "prompts.jsonl", columns=columns, chat=False)

@@ -1008,6 +1008,8 @@ def test_what_a_row_gives_to_the_template_reaches_it():
     row = {"prompt": "what", "answer": "1", "chat_template_kwargs": {"so": "answer"}}
     found = EvaluationSpec(path="x", max_tokens=4).evaluator([row], tokenizer, tiny_model().config)
     assert tokenizer.decode(found.prompts[0].student).endswith("answer")
+    with pytest.raises(TOPDError, match="row 0: has images, which are not read"):
+        EvaluationSpec(path="x").evaluator([{**row, "images": ["a"]}], tokenizer, None)
 
 
 def run_json(run: Path, kwargs: Any = None, **data: Any) -> ModelSpec:

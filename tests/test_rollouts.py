@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +16,7 @@ from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.prompts import PromptEncoder, make_rollout, repeated_ngram_share
 from topd.seeds import sampling_seeds
+from topd.training.startup import rows_of
 from topd.types import Generation, Prompt
 
 ASKED = [{"role": "user", "content": "what is 1 + 2 ?"}]
@@ -81,6 +84,15 @@ def test_messages_stand_in_for_a_missing_prompt_and_prompt_goes_first():
     )
     assert text(by_messages.student).startswith("<|user|> what is 1 + 2 ?")
     assert text(by_prompt.student) == "what is"
+
+
+def test_of_two_prompts_it_is_said_once_which_one_counts(caplog):
+    both = {"prompt": "what is", "messages": ASKED}
+    encoder().encode([both, both, {"prompt": "what is", "messages": None}])
+    assert caplog.text.count("prompt counts and messages is not read") == 1
+    caplog.clear()
+    encoder().encode([{"prompt": "what is", "messages": None}, {"messages": ASKED}])
+    assert "prompt counts" not in caplog.text
 
 
 def test_template_arguments_reach_both_chat_templates():
@@ -159,6 +171,33 @@ def test_rows_are_not_changed():
     assert repr(row) == before
 
 
+# Cells
+
+
+MISSING = [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT]
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=repr)
+def test_a_missing_cell_is_none_whatever_it_is(missing):
+    names = ("solution", "tools", "chat_template_kwargs", "images", "prompt", "hint")
+    row = {"messages": ASKED, **dict.fromkeys(names, missing)}
+    reader = encoder(teacher_prompt="{{ prompt }} {{ hint | default('so') }}", with_rows=True)
+    (prompt,) = reader.encode([row])
+    assert text(prompt.student) == "<|user|> what is 1 + 2 ? <|assistant|>"
+    assert text(prompt.teacher) == "<|user|> what is 1 + 2 ? so <|assistant|>"
+    assert prompt.row == {"messages": ASKED, **dict.fromkeys(names)}
+    with pytest.raises(TOPDError, match="row 0: no solution to learn from"):
+        encoder().encode([row], with_response=True)
+
+
+def test_the_missing_answers_of_a_data_frame_are_no_words():
+    frame = pd.DataFrame({"prompt": ["what", "what"], "solution": ["so", None], "n": [1.5, None]})
+    with pytest.raises(TOPDError, match="row 1: no solution to learn from"):
+        encoder().encode(rows_of(frame), with_response=True)
+    whole = encoder(with_rows=True).encode(rows_of(frame))
+    assert [p.row["n"] for p in whole] == [1.5, None]
+
+
 # The chat template is asked
 
 
@@ -201,6 +240,16 @@ def test_the_answer_ends_as_the_template_ends_a_turn():
 def test_an_end_is_added_where_the_template_has_none():
     ours, theirs = learned(encoder(), *ASKED, ANSWER)
     assert ours == theirs + " </s>"
+
+
+@pytest.mark.parametrize("content", [">", "so 3 >", "so <eot>", "so 3 ."])
+@pytest.mark.parametrize("escape", ["", " | e"])
+@pytest.mark.parametrize("end", ["<eot>", ""])
+def test_an_answer_has_one_end_whatever_its_last_word(content, escape, end):
+    template = TURNS.replace("<eot>", end).replace("['content']", f"['content']{escape}")
+    reader = with_template(template, "<eot>", ">")
+    ours, theirs = learned(reader, *ASKED, {**ANSWER, "content": content})
+    assert ours == theirs + ("" if end else " </s>")
 
 
 @pytest.mark.parametrize(
@@ -268,8 +317,16 @@ def test_keys_of_none_are_as_if_they_were_not_there():
     assert reader.student.decode(prompt.student) == "<|user|> what is 1 + 2 ? ="
 
 
+def test_lists_may_be_arrays_as_pandas_reads_them_from_parquet():
+    tools = [{"type": "function", "function": {"name": "sum", "required": np.array(["a"])}}]
+    row = {"prompt": np.array(ASKED), "tools": np.array(tools), "images": np.array([])}
+    reader = with_template(CALLS, "use", "call")
+    (prompt,) = reader.encode([row])
+    assert reader.student.decode(prompt.student) == "use sum <|user|> what is 1 + 2 ? ="
+
+
 def test_a_completion_is_an_answer():
-    for completion in ("so 3", [ANSWER]):
+    for completion in ("so 3", [ANSWER], np.array([ANSWER])):
         row = {"prompt": ASKED, "completion": completion}
         (prompt,) = encoder().encode([row], with_response=True)
         assert text(prompt.response) == "so 3 </s>"

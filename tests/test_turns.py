@@ -424,6 +424,15 @@ def test_an_environment_that_never_replies_changes_nothing(tmp_path) -> None:
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
 
 
+def test_every_end_that_the_students_spec_names_ends_a_turn(tmp_path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    spec = ModelSpec(path=str(tmp_path), eos_token=("</s>", "<|user|>"))
+    args = TOPDConfig(output_dir="unused", environment="calculator", use_cpu=True)
+    turns = turns_of(args, [spec, spec], spec.load_tokenizer())
+    assert turns.replies.ends == {2, 4}
+
+
 # What is refused
 
 

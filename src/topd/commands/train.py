@@ -18,6 +18,7 @@ from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
+from topd.inputs.prompt_rows import prompt_of
 from topd.inputs.rows import DataSpec
 from topd.runs import checkpoints
 from topd.runs.files import read_whole
@@ -181,7 +182,7 @@ def _has_messages(data: DataSpec) -> bool:
     if data.makes_messages:
         return True
     (row,) = data.model_copy(update={"limit": 1}).load()
-    return not isinstance(row.get("prompt", row.get("messages")), str)
+    return not isinstance(prompt_of(row), str)
 
 
 class _LogLines(TrainerCallback):

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from topd.errors import TOPDError
 from topd.evaluate.answers import AnswerVerifier
 from topd.evaluate.evaluation import Evaluator
+from topd.inputs.prompt_rows import UNREAD
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
 from topd.testbed import SCHEME, verify
@@ -158,6 +159,7 @@ def _recognised(path: str, names: Sequence[str]) -> dict[str, str]:
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
     """The prompt as messages, and what the row itself gives to the chat template."""
     prompt = row["prompt"]
-    given = {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+    read = ("tools", "chat_template_kwargs", *UNREAD)  # UNREAD to be refused
+    given = {name: row[name] for name in read if name in row}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return {**given, "prompt": messages}

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers.utils import logging
+
 from topd.errors import TOPDError
+
+logger = logging.get_logger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 UNREAD = ("images", "image", "videos", "video", "audios", "audio")
@@ -27,6 +31,46 @@ def with_last_user(prompt: str | Messages, text: str) -> str | Messages:
         return text
     last = max(i for i, message in enumerate(prompt) if message["role"] == "user")
     return [*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1 :]]
+
+
+def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as :func:`plain_row` gives them. A warning says which of two prompts counts."""
+    found = [plain_row(row) for row in rows]
+    if any(row.get("prompt") is not None and row.get("messages") is not None for row in found):
+        logger.warning(
+            "data: rows have both prompt and messages. prompt counts and messages is not read. To "
+            "read the conversations, map them (columns: {messages: messages}), or leave the column "
+            "prompt out."
+        )
+    return found
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it is read: a missing cell is None, and an array is a list.
+
+    Missing are NaN, and pandas' NA and NaT.
+
+    >>> plain_row({"prompt": "What is 1 + 2?", "solution": float("nan")})
+    {'prompt': 'What is 1 + 2?', 'solution': None}
+    """
+    return {name: _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy's, as in what pandas reads from Parquet
+        value = value.tolist()
+    if isinstance(value, Sequence | Mapping):
+        return value
+    try:
+        return None if value != value else value  # NaN and NaT are not equal to themselves
+    except TypeError:  # pandas' NA does not say whether it is
+        return None
+
+
+def prompt_of(row: Mapping[str, Any]) -> Any:
+    """The column that is a row's prompt: ``prompt``, or ``messages`` where it has none."""
+    prompt = row.get("prompt")
+    return row.get("messages") if prompt is None else prompt
 
 
 @dataclass(frozen=True)
@@ -51,19 +95,17 @@ class Row:
 
 def read_row(index: int, row: Mapping[str, Any]) -> Row:
     """A row's prompt, answer, tools and template arguments. Raises TOPDError, with the row."""
-    unread = [name for name in UNREAD if row.get(name) not in (None, "", [], {})]
+    unread = [name for name in UNREAD if _filled(row.get(name)) not in (None, "", [], {})]
     if unread:
         raise TOPDError(
             f"data row {index}: has {unread[0]}, which are not read: only text is. Remove the "
             "column, or choose other data."
         )
-    prompt = row.get("prompt")
-    if prompt is None:
-        prompt = row.get("messages")
+    prompt = prompt_of(row)
     if prompt is None:
         raise TOPDError(
-            f"data row {index}: has neither prompt nor messages, but {', '.join(sorted(row))}. "
-            "Map a column: columns: {prompt: NAME}."
+            f"data row {index}: has neither prompt nor messages, but "
+            f"{', '.join(sorted(map(str, row)))}. Map a column: columns: {{prompt: NAME}}."
         )
     answer = _answer(index, row)
     if not isinstance(prompt, str):
@@ -123,6 +165,8 @@ def _json_column(index: int, row: Mapping[str, Any], name: str, kind: Any) -> An
 
 def _filled(value: Any) -> Any:
     """Without the keys of None that Arrow puts into every row for want of a value."""
+    if hasattr(value, "tolist"):  # an array
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {key: _filled(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, Sequence) and not isinstance(value, str):
@@ -131,8 +175,6 @@ def _filled(value: Any) -> Any:
 
 
 def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
-    if hasattr(prompt, "tolist"):  # an array of messages, as pandas reads them from Parquet
-        prompt = prompt.tolist()
     messages = list(prompt) if isinstance(prompt, Sequence) else [prompt]
     checked = []
     for message in messages:

@@ -19,8 +19,16 @@ from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.inputs.bare import named_faults
+from topd.inputs.ends import common_end, ended, text_ids, with_another_end
 from topd.inputs.many import mapped
-from topd.inputs.prompt_rows import Messages, Row, last_user, read_row, with_last_user
+from topd.inputs.prompt_rows import (
+    Messages,
+    Row,
+    last_user,
+    plain_rows,
+    read_row,
+    with_last_user,
+)
 from topd.inputs.references import Reference, columns_of, referred
 from topd.inputs.teachers import NO_ROUTES, Routes
 from topd.inputs.templates import BoundedSandbox, fill
@@ -90,7 +98,7 @@ class PromptEncoder:
         """
         self._warn_of_dates()
         template = self._template()
-        given = list(rows)
+        given = plain_rows(rows)
         told = self._told(given)
 
         def prompt_of(index: int) -> Prompt | None:
@@ -247,7 +255,7 @@ class PromptEncoder:
                 "text. Give it as messages, or leave them out."
             )
         with _tokenised(index):
-            return _text_ids(tokenizer, prompt)
+            return text_ids(tokenizer, prompt)
 
     def _response(self, asked: Row, prompt: Ids, more: Mapping[str, Any]) -> Ids:
         """The answer's ids: what the template writes from the end of the prompt on, and an end."""
@@ -259,9 +267,10 @@ class PromptEncoder:
                 ids = tokenizer(asked.solution, add_special_tokens=False)["input_ids"]
             return self._known(index, (*ids, tokenizer.eos_token_id))
         whole = [*asked.prompt, asked.answer]
-        before, after = (
+        other = [*asked.prompt, with_another_end(asked.answer)]
+        before, after, with_other = (
             rendered(index, tokenizer, messages, more, tokenize=False, asks=asks)
-            for messages, asks in ((asked.prompt, True), (whole, False))
+            for messages, asks in ((asked.prompt, True), (whole, False), (other, False))
         )
         if not after.startswith(before):
             raise TOPDError(
@@ -274,7 +283,7 @@ class PromptEncoder:
             ids = ids[len(prompt) :]
         else:  # the first token of the answer would join the last of the prompt
             ids = tuple(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
-        return self._known(index, _ended(tokenizer, ids, after, asked.solution))
+        return self._known(index, ended(tokenizer, ids, common_end(after, with_other)))
 
     def _known(self, index: int, ids: Ids) -> Ids:
         """The same, if the teacher has all of them. Raises TOPDError."""
@@ -371,28 +380,3 @@ def rendered(
             f"{name}: its chat template fails at data row {index}: {_said(error)}. Check the "
             "messages' roles, tools and chat_template_kwargs."
         ) from error
-
-
-def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
-    """A text's ids with the tokenizer's special tokens: BOS once, no end after what continues."""
-    ids = list(tokenizer(text)["input_ids"])
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        del ids[0]
-    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and plain[-1:] != ids[-1:]:
-        del ids[-1]
-    return tuple(ids)
-
-
-def _ended(tokenizer: PreTrainedTokenizerBase, ids: Ids, written: str, content: str | None) -> Ids:
-    """A finished turn up to its last token that is no blank; with an end, if the template has none.
-
-    The template has its own where it writes something after the last word of the content.
-    """
-    last = (content or "").split()[-1:]
-    tail = written[written.rfind(last[0]) + len(last[0]) :].strip() if last else written
-    if not tail:
-        return (*ids, tokenizer.eos_token_id)
-    while len(ids) > 1 and not tokenizer.decode(ids[-1:]).strip():
-        ids = ids[:-1]
-    return ids

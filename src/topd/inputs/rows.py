@@ -17,6 +17,7 @@ import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from topd.errors import TOPDError
+from topd.inputs.prompt_rows import plain_row
 from topd.testbed import SCHEME, rows_of
 
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
@@ -50,8 +51,9 @@ class DataSpec(BaseModel):
     Either ``path`` (a JSONL or Parquet file, a folder, a hub name, or ``testbed://FAMILY``) or
     ``task`` (a generator of the reasoning-gym package, with ``size`` and ``seed``). ``columns``
     maps ``prompt``, ``messages``, ``answer`` or ``solution`` to a column, with dots into nested
-    ones (``metadata.solution``, ``turns.0``); other columns stay as they are. With ``chat`` a
-    string prompt becomes a user message (not in the testbed, whose models know no chat).
+    ones (``metadata.solution``, ``turns.0``); other columns stay as they are, but for one that is
+    called ``prompt`` where only ``messages`` is mapped: it would count in their place. With
+    ``chat`` a string prompt becomes a user message (not in the testbed, whose models know no chat).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -94,12 +96,17 @@ class DataSpec(BaseModel):
         mapped = dict(row)
         for ours, column in self.columns.items():
             mapped[ours] = self._cell(index, row, column)
-        prompt = mapped.get("prompt")
-        if self.makes_messages and isinstance(prompt, str):
-            mapped["prompt"] = [{"role": "user", "content": prompt}]
+        if "messages" in self.columns and "prompt" not in self.columns:
+            mapped.pop("prompt", None)
+        mapped = plain_row(mapped)
+        name = "messages" if mapped.get("prompt") is None else "prompt"
+        if self.makes_messages and isinstance(mapped.get(name), str):
+            mapped[name] = [{"role": "user", "content": mapped[name]}]
         return mapped
 
     def _cell(self, index: int, row: Mapping[str, Any], column: str) -> Any:
+        if column in row:  # its name may have dots
+            return row[column]
         try:
             return reduce(_inside, column.split("."), row)
         except (KeyError, TypeError, IndexError, ValueError) as error:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from topd.config import TOPDConfig
 from topd.engines import Engine, Tick
 from topd.errors import TOPDError
-from topd.inputs.models import ModelSource, ModelSpec, ends_of, generation_config_of
+from topd.inputs.models import ModelSource, ModelSpec, ends_by_source
+from topd.inputs.prompt_rows import prompt_of
 from topd.inputs.text_models import is_by_text
 from topd.inputs.tools import Environment, Replies, environment_named
 from topd.seeds import Stream, sampling_seeds
@@ -157,8 +158,7 @@ class Turns:
 
 def _chat(row: Mapping[str, Any]) -> bool:
     """Whether a row's prompt is a conversation."""
-    prompt = row.get("prompt")
-    return not isinstance(row.get("messages") if prompt is None else prompt, str)
+    return not isinstance(prompt_of(row), str)
 
 
 def turns_of(
@@ -176,7 +176,7 @@ def turns_of(
                 f"environment: {args.environment} needs student and teacher in this process. "
                 "Leave served and text out, or leave environment out."
             )
-    ends = frozenset(ends_of(generation_config_of(sources[0]), tokenizer))
+    ends = frozenset(ends_by_source(sources[0], tokenizer))
     kwargs = args.chat_template_kwargs
     replies = Replies(tokenizer, ends, kwargs if isinstance(kwargs, dict) else {})
     environment = environment_named(args.environment)
