@@ -596,6 +596,9 @@ def test_a_repetition_pushes_nothing_and_runs_no_method_of_the_folder(copied):
     (RUN / "run.json").write_text(json.dumps(stored))
     args = stored_recipe(RUN, Path("scratch")).args
     assert (args.push_to_hub, args.hub_model_id, args.deepspeed) == (False, None, None)
+    stored["config"]["method"] = "first_fork"  # its settings were other ones: they stay
+    (RUN / "run.json").write_text(json.dumps(stored))
+    assert stored_recipe(RUN, Path("scratch")).args.brought == {}
     stored["config"]["method"] = "os:system"
     (RUN / "run.json").write_text(json.dumps(stored))
     with pytest.raises(TOPDError, match=r"'os:system' is code .* --trust-remote-code"):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from contextlib import redirect_stdout
+from dataclasses import fields
 from io import StringIO
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_every_gain_is_one_of_a_table(page: str) -> None:
 def test_every_setting_and_method_is_on_a_page() -> None:
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     inherited = TrainingArguments.__dataclass_fields__
-    own = [name for name in topd.config.TOPDConfig.__dataclass_fields__ if name not in inherited]
+    own = [f.name for f in fields(topd.config.TOPDConfig) if f.name not in inherited]
     assert all(f"`{name}`" in text for name in own)
     methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in methods for name in METHODS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from topd.commands.train import run_recipe
 from topd.detectors import DETECTORS, detector_named
 from topd.errors import TOPDError
 from topd.methods import FIRST_FORK, METHODS, method_named
+from topd.training.warmstart import WarmstartConfig
 
 PAGE = (Path(__file__).parents[1] / "docs/how-to/own-method.md").read_text(encoding="utf-8")
 SMALL = {
@@ -141,6 +143,48 @@ def test_stored_settings_are_read_as_they_were(monkeypatch):
     monkeypatch.setitem(METHODS, "first_fork", changed)
     again = TOPDConfig(**{key: stored[key] for key in (*FIRST_FORK, "method", "output_dir")})
     assert (again.candidate_threshold, again.candidate_fraction) == (1.0, 0.1)
+
+
+def brought_by(args):
+    """The settings of first_fork that it has brought, and those of no method."""
+    return {name: getattr(args, name) for name in FIRST_FORK}
+
+
+PLAIN = {name: getattr(TOPDConfig, name) for name in FIRST_FORK}
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("transformers", "HfArgumentParser"), ("trl", "TrlParser")]
+)
+def test_parsers_that_pass_every_field_give_what_differs_from_its_default(module, name, capsys):
+    parse = getattr(pytest.importorskip(module), name)
+    words = ["--output_dir", "unused", *["--use_cpu"] * USE_CPU]
+    own = ["--method", "first_fork", "--window_gap", "3", "--window_length", "7"]
+    (args,) = parse(TOPDConfig).parse_args_into_dataclasses([*words, *own])
+    assert brought_by(args) == {**FIRST_FORK, "window_length": 7}
+    assert (args.window_gap, args.report_to) == (3, [])
+    for word, until in (("0.25", 0.25), ("40", 40), ("auto", "auto")):
+        more = ["--look_ahead_until", word, "--method_options", "{}", "--beta", "0.5"]
+        (args,) = parse(TOPDConfig).parse_args_into_dataclasses([*words, *more])
+        assert (args.look_ahead_until, args.method_options, args.beta) == (until, {}, 0.5)
+    (args,) = parse(WarmstartConfig).parse_args_into_dataclasses([*words, "--answers", "data"])
+    assert (args.answers, args.learning_rate, args.method) == ("data", 2e-5, "opd")
+    with pytest.raises(SystemExit):
+        parse(TOPDConfig).parse_args(["--help"])
+    assert "--look_ahead_until" in capsys.readouterr().out
+
+
+def test_a_replaced_method_brings_its_settings_and_the_former_ones_go():
+    assert brought_by(replace(config(), method="first_fork")) == FIRST_FORK
+    args = config(method="first_fork", candidate_threshold=None, learning_rate=1e-5)
+    kept = {**FIRST_FORK, "candidate_threshold": None}
+    assert brought_by(replace(args, seed=1)) == kept  # given, if the default
+    assert brought_by(replace(args, seed=1, window_length=7)) == {**kept, "window_length": 7}
+    former = replace(replace(args, seed=1), method="topd")
+    assert brought_by(former) == {**PLAIN, "candidate_threshold": None}
+    assert (former.learning_rate, former.seed, former.output_dir) == (1e-5, 1, "unused")
+    args.window_length = 12  # set afterwards: given too
+    assert brought_by(replace(args, method="topd"))["window_length"] == 12
 
 
 # Shares

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -156,7 +157,8 @@ def _own_fields(body: ast.ClassDef) -> Iterator[str]:
     for node in body.body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
-        if "ClassVar" not in ast.unparse(node.annotation) and not _not_given(node.value):
+        kind = ast.unparse(node.annotation)
+        if not re.search("ClassVar|InitVar", kind) and not _not_given(node.value):
             yield node.target.id
 
 

@@ -7,6 +7,7 @@ the recipe are paths such as ``student/path``. What comes out does not depend on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, TypeAlias
 
 from topd.config import TOPDConfig
@@ -36,7 +37,7 @@ TRL_COMMON: dict[str, Any] = {
 }
 TRL_LORA: dict[str, Any] = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 _HALF = ("bfloat16", "float16")
-_SAME = set(TOPDConfig.__dataclass_fields__) - {"method", "teacher_prompt"}
+_SAME = {f.name for f in fields(TOPDConfig)} - {"method", "teacher_prompt"}
 _TRL_MOVED = {
     "model_name_or_path": "student/path",
     "model_revision": "student/revision",

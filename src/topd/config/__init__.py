@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field
 from datetime import datetime
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from pydantic import Field
 from transformers import TrainingArguments
 
 from topd.config.rules import check_trackers, check_values
-from topd.config.values import typed
+from topd.config.values import defaults_of, given_of, left_out_by, typed
 from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
 from topd.errors import TOPDError
@@ -39,7 +40,13 @@ class TOPDConfig(TrainingArguments):
     ``per_device_train_batch_size x gradient_accumulation_steps`` rollouts a rank, of
     ``1 / num_generations`` as many prompts. ``method`` is plain on-policy distillation unless you
     name another: docs/which-method.md says when. Raises TOPDError for values out of range.
+
+    What is given comes before a method's own settings; where every field is passed, as by
+    HfArgumentParser, what differs from its default. ``dataclasses.replace`` keeps what was given;
+    another method brings its own settings then, and the former's go.
     """
+
+    left_out: InitVar[dict[str, Any] | None] = field(default=None, kw_only=True)  # see given_of
 
     # What is learned
     method: str = _field(
@@ -126,7 +133,7 @@ class TOPDConfig(TrainingArguments):
     look_ahead_every: int = _field(
         1, "Updates from one that looks ahead to the next; those between are plain OPD."
     )
-    look_ahead_until: float | Literal["auto"] | None = _field(
+    look_ahead_until: Annotated[float | str | None, Field(union_mode="left_to_right")] = _field(
         None,
         "Updates from this one on are plain OPD; below 1: this share of all updates look ahead; "
         "auto: until the divergence, over 10 logs, stops falling (RetireOPD's rule); none: all do.",
@@ -194,7 +201,7 @@ class TOPDConfig(TrainingArguments):
     per_device_train_batch_size: int = _field(4, "Rollouts a forward and backward pass.")
     per_device_eval_batch_size: int = _field(4, "Rollouts an evaluation step.")
     logging_steps: float = _field(1, "Log every so many updates.")
-    report_to: str | list[str] | None = _field("none", "Loggers of transformers, e.g. tensorboard.")
+    report_to: list[str] | str | None = _field("none", "Loggers of transformers, e.g. tensorboard.")
     save_only_model: bool = _field(False, "Leave the optimiser out of checkpoints.")
     remove_unused_columns: bool = _field(False, "Prompts are encoded at the start; leave this off.")
     logging_nan_inf_filter: bool = _field(False, "A NaN loss is shown, not hidden.")
@@ -208,11 +215,12 @@ class TOPDConfig(TrainingArguments):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Notes which fields are given: a method's settings do not replace those."""
         made = super().__new__(cls)
-        positions = [f.name for f in fields(cls) if f.init]
-        made._given = frozenset([*positions[: len(args)], *kwargs])
+        made._given = given_of(cls, args, kwargs)
         return made
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, left_out: dict[str, Any] | None) -> None:
+        for name in (left_out or {}).keys() - self._given:
+            setattr(self, name, defaults_of(type(self))[name])  # a former method had brought it
         for name in self._given:
             setattr(self, name, typed(type(self), name, getattr(self, name)))
         named = bool(self.output_dir)
@@ -234,12 +242,13 @@ class TOPDConfig(TrainingArguments):
             self.output_dir = everywhere(self.output_dir)[0]
         if self.world_size > 1:
             self._check_ranks()
+        self.left_out = left_out_by(self, self._given, self.brought)
 
     def _bring_settings(self) -> dict[str, Any]:
         """Take the method's settings where nothing was given. Returns those. Raises TOPDError."""
         settings = method_named(self.method).settings
         for name in settings:
-            if name not in TOPDConfig.__dataclass_fields__:
+            if name not in defaults_of(TOPDConfig):
                 raise TOPDError(
                     f"method: {self.method} brings {name!r}, which is no setting. Take it out of "
                     "its settings."
@@ -272,10 +281,9 @@ class TOPDConfig(TrainingArguments):
                 f"method: {self.method} chooses among all rollouts of an update, and a rank has "
                 f"only its own. Run one process, with gradient_accumulation_steps."
             )
-        if self.environment is not None:
-            raise TOPDError("environment: goes with one process only. Leave it out, or run one.")
-        if self.window_replay:
-            raise TOPDError("window_replay: goes with one process only. Leave it out, or run one.")
+        for name in ("environment", "window_replay"):
+            if getattr(self, name):
+                raise TOPDError(f"{name}: goes with one process only. Leave it out, or run one.")
         size = self.score_batch_size or self.per_device_train_batch_size
         if self.detector.whole_batch and self.per_device_train_batch_size % size:
             raise TOPDError(
@@ -342,7 +350,7 @@ class TOPDConfig(TrainingArguments):
         if not method_named(self.method).looks_ahead:
             return True
         until = self.look_ahead_until
-        if until == "auto":
+        if isinstance(until, str):  # auto
             until = step if stopped_falling(divergences) else None
         assert until is None or until >= 1 or step == 0  # count_updates was called
         return step % self.look_ahead_every == 0 and (until is None or step < until)

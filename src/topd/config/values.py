@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any, get_type_hints
 
@@ -14,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from topd.errors import TOPDError, shown
 
 INFINITE = ("max_grad_norm",)  # gradients are measured then, and not clipped
+_NO_LISTS = ("debug",)  # what HfArgumentParser passes, and transformers takes, for an empty one
 _OBJECTS = ("accelerator_config",)  # may be an object of transformers
 
 
@@ -27,6 +29,8 @@ def typed(kind: type, name: str, value: Any) -> Any:
         value = os.fspath(value)
     elif type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
         value = value.item()
+    if value is None and name in _NO_LISTS:
+        return value
     if name in _OBJECTS and not isinstance(value, dict | str | None):
         return value
     try:
@@ -38,6 +42,45 @@ def typed(kind: type, name: str, value: Any) -> Any:
     return found
 
 
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The default of every argument of a dataclass; MISSING where there is none."""
+    return {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory()
+        for f in fields(kind)
+        if f.init
+    }
+
+
+def given_of(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[str]:
+    """Which of the arguments that a configuration is made with were given, not filled in.
+
+    Without ``left_out`` all of them, but where every field is passed: then those that differ from
+    their defaults. With it, as ``dataclasses.replace`` passes it on, those that were given before
+    and those that are not what they were.
+    """
+    defaults = defaults_of(kind)
+    passed = {**dict(zip([*defaults][: len(args)], args, strict=True)), **kwargs}
+    left_out = passed.pop("left_out", None)
+    if left_out is None:
+        left_out = defaults if passed.keys() >= defaults.keys() else {}
+    return frozenset(
+        name for name, value in passed.items() if name not in left_out or value != left_out[name]
+    )
+
+
+def left_out_by(config: Any, given: Container[str], brought: Container[str]) -> dict[str, Any]:
+    """What a configuration has at its default, or from its method, since it was not given."""
+    values = (
+        (name, getattr(config, name), default)
+        for name, default in defaults_of(type(config)).items()
+    )
+    return {
+        name: value
+        for name, value, default in values
+        if name not in given and (name in brought or value == default)
+    }
+
+
 @cache
 def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
     return TypeAdapter(_hints(kind)[name], config=ConfigDict(arbitrary_types_allowed=True))
@@ -45,7 +88,7 @@ def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+    return get_type_hints(kind, include_extras=True)
 
 
 def _as(adapter: TypeAdapter[Any], value: Any) -> Any:

@@ -221,7 +221,7 @@ def _recipe(
         evaluation=None,
         compare=None,
         lora=LoraConfig(**sources["lora"]) if sources["lora"] else None,
-        args=kind(**{**settings, "output_dir": str(output)}),
+        args=kind(**{**settings, "output_dir": str(output)}, left_out={}),  # all as they were
     )
 
 
