@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from conftest import tiny_model, tiny_tokenizer, write_pair
@@ -19,7 +20,8 @@ from topd.commands.recipe import read_recipe
 from topd.commands.train import run_recipe
 from topd.commands.yaml_text import parse_yaml
 from topd.errors import TOPDError
-from topd.inputs.models import ModelSpec
+from topd.inputs.adapters import try_adapter
+from topd.inputs.models import ModelSpec, config_of
 from topd.inputs.prompts import PromptEncoder
 
 SECRET = "hf_ThisMustNotBeWrittenAnywhere"
@@ -65,6 +67,31 @@ def test_code_of_a_model_does_not_run_unless_the_recipe_says_so(tmp_path, monkey
     with pytest.raises(TOPDError, match="no model"):
         ModelSpec(path=str(tmp_path / "foreign"), trust_remote_code=True).load_config()
     assert mark.exists()  # so the mark would have told
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_student_with_code_of_its_own_gets_an_adapter(tmp_path, monkeypatch, loaded):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
+    place = tmp_path / "own"
+    tiny_model("llama").save_pretrained(place)
+    code = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+    (place / "code.py").write_text(code)
+    auto = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": auto})
+    )
+    spec = ModelSpec(path=str(place), trust_remote_code=True)
+    student = spec.load_model() if loaded else spec
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    try_adapter(config_of(student), lora, student)
 
 
 def test_trust_in_code_of_others_is_recorded(tmp_path):

@@ -59,14 +59,26 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
         empty.init_lora_weights = True  # pissa and others read weights
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-            wrapped = get_peft_model(model, empty)
+            wrapped = get_peft_model(_without_weights(config, student), empty)
             _check_names(wrapped, adapter)
             merged(wrapped)
     except TOPDError:
         raise
     except _PEFT_FAULTS as error:
         raise _refused(error) from error
+
+
+def _without_weights(config: PretrainedConfig, student: object) -> PreTrainedModel:
+    """A model like the student: of its class, where it is loaded; by code that its spec trusts."""
+    own = copy.deepcopy(config)
+    if isinstance(student, PreTrainedModel):
+        return type(student)._from_config(own)
+    trusted, revision = (getattr(student, key, None) for key in ("trust_remote_code", "revision"))
+    code = (getattr(own, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    where = (
+        {"code_revision": revision} if trusted and revision and code and "--" not in code else {}
+    )
+    return AutoModelForCausalLM.from_config(own, trust_remote_code=bool(trusted), **where)
 
 
 def _check_numbers(adapter: LoraConfig) -> None:
