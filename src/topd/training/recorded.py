@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import HfApi
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
@@ -30,6 +29,7 @@ from topd.runs.folder import (
     manifest,
     rollout_record,
 )
+from topd.runs.hub import check_upload, upload
 from topd.runs.lock import one_writer
 from topd.runs.model_card import write_model_card
 from topd.runs.tokens import FILE as TOKENS
@@ -357,30 +357,33 @@ class RecordedTrainer(Trainer):
         with self.saved_if_stopped():
             return super()._evaluate(*args, **kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Upload ``student/`` and nothing else of the run folder, to ``hub_model_id``.
 
-        Args:
-            *args: commit message, as in Trainer.
-            **kwargs: ``token`` and others of huggingface_hub's upload_folder.
-
-        Raises:
-            TOPDError: there is no student/ yet, or no hub_model_id.
+        Arguments as in Trainer, but ``kwargs``: others of huggingface_hub's upload_folder. Raises
+        TOPDError if one is unknown, there is no student/ yet, or no hub_model_id.
         """
-        folder, name = self.run_folder / "student", self.args.hub_model_id
-        if not (folder / "README.md").exists() or not name:
-            raise TOPDError(
-                "push_to_hub: uploads student/, which a run has at its end, to hub_model_id. Train "
-                "first, and set hub_model_id."
-            )
+        folder, args = self.run_folder / "student", self.args
+        check_upload(folder, args.hub_model_id, kwargs)
         if not self.is_world_process_zero():
             return None
-        token, message = kwargs.pop("token", None), args[0] if args else "End of training"
-        api = HfApi(token=token)
-        private, revision = self.args.hub_private_repo, self.args.hub_revision
-        api.create_repo(name, private=private, exist_ok=True)
-        return api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=message, revision=revision, **kwargs
+        return upload(
+            folder,
+            args.hub_model_id,
+            token=token,
+            private=args.hub_private_repo if private is None else private,
+            commit_message=commit_message,
+            revision=revision or args.hub_revision,
+            run_as_future=not blocking,
+            **kwargs,
         )
 
 
