@@ -77,9 +77,8 @@ def _inherited() -> list[str]:
         "## Of transformers",
         "",
         f"These {len(works)} arguments of `TrainingArguments` work as they do there "
-        "(of `accelerator_config` only `sync_each_batch`): "
-        + ", ".join(f"`{name}`" for name in works)
-        + ".",
+        "(of `accelerator_config` only `sync_each_batch`; `dataloader_drop_last` in training alone)"
+        ": " + ", ".join(f"`{name}`" for name in works) + ".",
         "",
         "Any other value than the default of these is refused, before a model is loaded:",
         "",

@@ -63,7 +63,10 @@ REFUSED: Mapping[str, str] = {
     "eval_accumulation_steps": _NO_OUTPUTS,
     "include_for_metrics": _NO_OUTPUTS,
     "batch_eval_metrics": _NO_OUTPUTS,
-    "enable_jit_checkpoint": "at SIGTERM a run is saved already",
+    "enable_jit_checkpoint": (
+        "at SIGTERM topd train saves a run already, and so does train() in Python inside "
+        "`with trainer.watch.until_terminated():`"
+    ),
     "hub_strategy": "nothing is uploaded while a run is under way",
     "hub_always_push": "nothing is uploaded while a run is under way",
     "parallelism_config": "ranks are the launcher's to say (docs/scaling.md)",

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
@@ -139,6 +140,14 @@ class ObservedTrainer(RecordedTrainer):
         counted = zip(sums, map(len, parts), strict=True)
         self.evaluation.update(zip(numbers, counted, strict=True))
         return divergence.mean(), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Prompt]:
+        """Trainer's, with every prompt: dataloader_drop_last is for the training alone."""
+        given, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = given
 
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
