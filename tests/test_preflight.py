@@ -7,8 +7,10 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
+from huggingface_hub import HfApi, RepoUrl
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -471,18 +473,34 @@ def test_noise_that_cannot_be_turned_off_is_refused():
 
 
 def test_only_the_student_is_uploaded(tmp_path, monkeypatch):
-    sent = []
-    monkeypatch.setattr("topd.training.recorded.HfApi.create_repo", lambda *_, **__: None)
-    monkeypatch.setattr(
-        "topd.training.recorded.HfApi.upload_folder", lambda _, **what: sent.append(what)
-    )
-    trainer = make(tmp_path, hub_model_id="somebody/student")
+    """With Trainer's arguments; a name without a namespace is in the user's."""
+    made, sent = [], []
+
+    def create(_, name, **options):
+        made.append(options)
+        return RepoUrl(f"https://huggingface.co/somebody/{name.rpartition('/')[2]}")
+
+    monkeypatch.setattr("topd.runs.hub.HfApi.create_repo", create)
+    # the signature is the real one's
+    upload = create_autospec(HfApi.upload_folder, side_effect=lambda _, **what: sent.append(what))
+    monkeypatch.setattr("topd.runs.hub.HfApi.upload_folder", upload)
+    trainer = make(tmp_path, hub_model_id="student", hub_private_repo=True)
     with pytest.raises(TOPDError, match="Train first"):
         trainer.push_to_hub()
     trainer.train()
+    with pytest.raises(TOPDError, match="push_to_hub: dataset_name: is not an argument"):
+        trainer.push_to_hub(dataset_name="sums")
+    assert made == []
     trainer.push_to_hub("done")
-    assert [(what["repo_id"], what["folder_path"]) for what in sent] == [
-        ("somebody/student", tmp_path / "student")
+    trainer.push_to_hub(commit_message="done", blocking=False, private=False, create_pr=True)
+    assert [options["private"] for options in made] == [True, False]
+    same = {
+        **{"repo_id": "somebody/student", "folder_path": tmp_path / "student", "revision": None},
+        "commit_message": "done",
+    }
+    assert sent == [
+        {**same, "run_as_future": False},
+        {**same, "run_as_future": True, "create_pr": True},
     ]
 
 
@@ -492,6 +510,44 @@ def test_no_data_to_evaluate_and_no_batch_to_learn_are_said(tmp_path):
     little = make(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=16)
     with pytest.raises(TOPDError, match="dataloader_drop_last: leaves no batch"):
         little.train()
+
+
+def test_an_optimiser_without_the_weights_to_be_trained_is_refused(tmp_path, folder):
+    """It was made before the adapter, or the model is loaded here: nothing would be learned."""
+
+    def trainer(name, model, held, **options):
+        optimizer = torch.optim.SGD(held.parameters(), lr=0.1)
+        return TOPDTrainer(
+            model, tiny_model(seed=1), arguments(tmp_path / name), rows(4),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, None), **options,
+        )  # fmt: skip
+
+    student = tiny_model()
+    with pytest.raises(TOPDError, match=r"optimizers: .* before the student is loaded .* Load it"):
+        trainer("path", str(folder), student)
+    with pytest.raises(TOPDError, match=r"optimizers: .* before the adapter .*get_peft_model"):
+        trainer("lora", student, student, peft_config=LoraConfig(**LORA))
+    with pytest.raises(
+        TOPDError, match=r"optimizers: \d of the student's 25 .* model\.embed_tokens"
+    ):
+        trainer("part", student, student.model.layers)
+    before = [p.detach().clone() for p in student.parameters()]
+    trainer("own", student, student).train()
+    assert any(not p.equal(was) for p, was in zip(student.parameters(), before, strict=True))
+    adapted = get_peft_model(tiny_model(), LoraConfig(**LORA))
+    trainer("adapted", adapted, adapted).train()
+
+
+def test_no_row_is_dropped_in_evaluation(tmp_path):
+    def loss(name, count, **options):
+        trainer = make(tmp_path / name, per_device_eval_batch_size=4, **options)
+        found = trainer.evaluate(rows(count))["eval_loss"]
+        assert trainer.args.dataloader_drop_last == options.get("dataloader_drop_last", False)
+        return found
+
+    for count in (3, 6):
+        dropped = loss("dropped", count, dataloader_drop_last=True)
+        assert dropped == loss("kept", count)
 
 
 def test_a_processor_and_a_quantised_teacher_are_refused(tmp_path):

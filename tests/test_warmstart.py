@@ -68,6 +68,17 @@ def answers(folder: Path) -> list:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
+def test_each_trainer_takes_its_own_arguments(tmp_path, monkeypatch):
+    pair = tiny_model("llama", seed=0), tiny_model("qwen3", seed=1)
+    with pytest.raises(TOPDError, match=r"WarmstartConfig is for .*WarmstartTrainer"):
+        TOPDTrainer(*pair, WarmstartConfig(output_dir=str(tmp_path), **SMALL), rows())
+    with pytest.raises(TOPDError, match="args: must be a WarmstartConfig, not TOPDConfig"):
+        WarmstartTrainer(*pair, TOPDConfig(output_dir=str(tmp_path), **SMALL), rows())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TOPDError, match="1024 tokens, the model has 512 positions"):
+        WarmstartTrainer(*pair, processing_class=tiny_tokenizer())  # the defaults are its own
+
+
 # The loss
 
 

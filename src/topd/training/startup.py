@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 import datasets
 import torch
 from peft import PeftConfig
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
@@ -102,10 +103,17 @@ def tokenizers_of_all(
     return pairs[0][0], *(own for _, own in pairs)
 
 
-def check_arguments(args: Any, sources: Sources, train: Any, evaluation: Any) -> None:
-    """What can be said before anything is read. Raises TOPDError."""
-    if not isinstance(args, TOPDConfig):
-        raise TOPDError(f"args: must be a TOPDConfig, not {type(args).__name__}.")
+def check_arguments(
+    args: Any, kind: type[TOPDConfig], sources: Sources, train: Any, evaluation: Any
+) -> None:
+    """What can be said before anything is read; ``kind`` is the trainer's. Raises TOPDError."""
+    if not isinstance(args, kind):
+        raise TOPDError(f"args: must be a {kind.__name__}, not {type(args).__name__}.")
+    if args.learns_from_answers and kind is TOPDConfig:
+        raise TOPDError(
+            f"args: a {type(args).__name__} is for topd.training.warmstart.WarmstartTrainer, and "
+            "here the student learns from its own samples. Give a TOPDConfig, or take that trainer."
+        )
     sets = {f"eval_dataset {key!r}": rows for key, rows in sets_of(evaluation).items() if key}
     for name, rows in {"train_dataset": train, **(sets or {"eval_dataset": evaluation})}.items():
         _check_rows(name, rows)
@@ -217,6 +225,35 @@ def check_training(
     """Try what a run needs besides: logging, optimiser, schedule, saving. Raises TOPDError."""
     check_settings(args, optimizers)
     check_saving(sources[0], tokenizers[0])
+
+
+def check_optimizer(
+    student: ModelSource, lora: PeftConfig | None, optimizer: Optimizer | None
+) -> None:
+    """Whether an optimiser that was given has all that is to be trained. Raises TOPDError."""
+    if optimizer is None:
+        return
+    if lora is not None:
+        raise TOPDError(
+            "optimizers: the optimiser was made before the adapter of peft_config and has none of "
+            "its weights. Wrap the model first (peft.get_peft_model), make the optimiser from the "
+            "result's parameters, and give both without peft_config."
+        )
+    if not isinstance(student, LOADED):
+        raise TOPDError(
+            "optimizers: the optimiser was made before the student is loaded and has none of its "
+            "weights. Load it first (topd.inputs.models.ModelSpec(path=...).load_model()), make "
+            "the optimiser from its parameters, and give both."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = [(name, p) for name, p in student.named_parameters() if p.requires_grad]
+    if missing := [name for name, p in trained if id(p) not in held]:
+        raise TOPDError(
+            f"optimizers: {len(missing)} of the student's {len(trained)} trainable parameters are "
+            f"not in the optimiser, such as {missing[0]}. Make it from the parameters of the "
+            "model that you give, and freeze those that are not to be trained "
+            "(requires_grad_(False))."
+        )
 
 
 def check_student(

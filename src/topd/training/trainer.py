@@ -44,6 +44,7 @@ from topd.training.startup import (
     Rows,
     Started,
     check_arguments,
+    check_optimizer,
     check_sources,
     check_student,
     check_training,
@@ -81,7 +82,7 @@ class TOPDTrainer(ObservedTrainer):
             divergence of fresh rollouts, of each set as ``eval_NAME_loss``.
         processing_class: the tokenizer; by default that of ``model``.
         callbacks: as in Trainer.
-        optimizers: as in Trainer.
+        optimizers: as in Trainer; the optimiser has every weight that is to be trained.
         peft_config: a LoRA configuration to wrap the student in.
         teacher_processing_class: the teacher's tokenizer, where its chat template differs.
 
@@ -90,6 +91,8 @@ class TOPDTrainer(ObservedTrainer):
 
     Source: arXiv 2606.00305.
     """
+
+    kind_of_args: type[TOPDConfig] = TOPDConfig
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class TOPDTrainer(ObservedTrainer):
         peft_config: PeftConfig | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        args = TOPDConfig() if args is None else args
+        args = self.kind_of_args() if args is None else args
         processing = processing_class, teacher_processing_class
         start = self._started(
             model, teacher_model, args, (train_dataset, eval_dataset), peft_config, processing,
@@ -163,7 +166,7 @@ class TOPDTrainer(ObservedTrainer):
         """The start-up checks, and what they have made by the way. Raises TOPDError."""
         self.own = self_teacher_of(teacher_model)
         sources = sources_of(model, teacher_model)
-        check_arguments(args, sources, *data)
+        check_arguments(args, self.kind_of_args, sources, *data)
         routes = routes_of(teacher_model, args)
         agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
         tokenizers = tokenizers_of_all(sources, *processing)
@@ -175,6 +178,7 @@ class TOPDTrainer(ObservedTrainer):
             self.turns.check(prompts)
         check_launch()
         if train is not None:
+            check_optimizer(sources[0], lora, optimizers[0])
             check_training(sources, tokenizers, args, optimizers)
         check_student(sources, args, lora, self.own)
         return Started(sources, routes, tokenizers, train, evaluation)

@@ -116,13 +116,14 @@ class Answered:
 
 
 class WarmstartTrainer(TOPDTrainer):
-    """Off-policy distillation. Arguments as for :class:`~topd.TOPDTrainer`.
+    """Off-policy distillation. Arguments as for :class:`~topd.TOPDTrainer`, with a WarmstartConfig.
 
     The teacher's answers, which several ranks share among them, are kept in ``answers.jsonl`` of
     the run folder and used again if the run continues there. Answers that did not end within
     ``max_completion_length`` are left out, and it is said how many.
     """
 
+    kind_of_args = WarmstartConfig
     args: WarmstartConfig
 
     def _encode_training(self, rows: DataRows, args: TOPDConfig) -> list[Prompt]:
