@@ -170,7 +170,8 @@ def training_words(folder: Path) -> Iterator[str]:
         yield _learned({side: plain(name, limit=80) for side, name in names.items()}, settings)
         yield from _also(settings)
         if left_out := max(log.get("answers/unfinished", 0) for log in every):
-            yield f"{100 * left_out:.3g} % of the answers did not end within the limit and were left out."
+            share = f"{100 * left_out:.3g} %"
+            yield f"{share} of the answers did not end within the limit and were left out."
     for key, name in OUTCOMES.items():
         values = [log[key] for log in logs if math.isfinite(log.get(key, math.nan))]
         if values:
