@@ -224,8 +224,9 @@ def test_each_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv(VISIBLE, "GPU-a, 3")
     found = dict(in_workers(subprocess.getoutput, {0: work, 1: work}, 2))
     assert sorted(found.values()) == ["3", "GPU-a"]
-    monkeypatch.setenv(VISIBLE, "5")
-    assert visible_devices() == ["5"]
+    for named, seen in (("5", ["5"]), ("0,", ["0"]), ("0,-1,1", ["0"]), ("", [])):
+        monkeypatch.setenv(VISIBLE, named)
+        assert visible_devices() == seen
     monkeypatch.delenv(VISIBLE)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert visible_devices() == ["0", "1"]

@@ -1041,6 +1041,9 @@ def test_the_student_of_a_run_is_evaluated_as_it_was_trained(tmp_path):
     found, said = evaluating.as_trained(spec, [raw])
     assert (found.chat, found.chat_template_kwargs) == (False, None)
     assert said[0].endswith("/c: chat: false")
+    (tmp_path / "talk.jsonl").write_text('{"messages": [{"role": "user", "content": "so"}]}')
+    talk = run_json(tmp_path / "d", off, chat=False, path=str(tmp_path / "talk.jsonl"))
+    assert evaluating.as_trained(spec, [talk])[0].chat_template_kwargs == off
     found, said = evaluating.as_trained(spec, [other, thought])  # the first one counts
     assert (found.chat_template_kwargs, len(said)) == ({}, 1)
     assert said[0].startswith(f"warning: {tmp_path / 'a'} was trained with")

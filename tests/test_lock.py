@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,17 @@ def test_an_evaluation_and_a_gate_beside_a_living_writer_are_refused(tmp_path, o
 def test_a_trainer_in_python_is_refused_beside_a_living_run(tmp_path, other):
     with pytest.raises(TOPDError, match="another run is writing"):
         make(tmp_path / "run", method="opd", max_steps=1)
+
+
+@pytest.mark.parametrize("place", ["rollouts.jsonl", "warmstart/answers.jsonl"])
+def test_what_a_run_or_one_in_it_recorded_stays_at_a_fault(tmp_path, place):
+    for line in ("{}\n", ""):
+        run = tmp_path / f"run{len(line)}"
+        with suppress(TOPDError), one_writer(run):
+            (run / place).parent.mkdir(exist_ok=True)
+            (run / place).write_text(line)
+            raise TOPDError("a fault.")
+        assert (run / place).exists() == bool(line)
 
 
 def test_a_killed_owners_lock_is_taken_over_though_the_file_stays(tmp_path, other):

@@ -187,6 +187,17 @@ def test_a_replaced_method_brings_its_settings_and_the_former_ones_go():
     assert brought_by(replace(args, method="topd"))["window_length"] == 12
 
 
+def test_a_share_that_was_worked_out_is_not_given():
+    args = config(method="first_fork")
+    args.count_updates(10)
+    assert args.look_ahead_until == 5
+    assert replace(args, max_steps=1000).look_ahead_until == 0.5
+    assert replace(args, method="opd").look_ahead_until is None
+    given = config(method="first_fork", look_ahead_until=0.3)
+    given.count_updates(10)
+    assert replace(given, seed=1).look_ahead_until == 3
+
+
 # Shares
 
 

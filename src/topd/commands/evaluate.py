@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -169,7 +169,10 @@ def _trained_with(model: ModelSpec) -> dict[str, Any]:
     except ValidationError:  # none, as of a trainer made in Python
         return {}
     kwargs = (stored.get("config") or {}).get("chat_template_kwargs") or {}
-    return {"chat": data.makes_messages, "chat_template_kwargs": kwargs}
+    chat = data.makes_messages
+    with suppress(TOPDError):  # data that is no longer there
+        chat = data.has_messages()
+    return {"chat": chat, "chat_template_kwargs": kwargs}
 
 
 def _shown(values: Mapping[str, Any]) -> str:

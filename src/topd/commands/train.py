@@ -18,8 +18,6 @@ from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
-from topd.inputs.prompt_rows import prompt_of
-from topd.inputs.rows import DataSpec
 from topd.runs import checkpoints
 from topd.runs.files import read_whole
 from topd.runs.folder import check_run_folder
@@ -169,20 +167,12 @@ def make_evaluator(recipe: Recipe) -> Evaluator | None:
         )
     kwargs = recipe.args.chat_template_kwargs
     spec = recipe.evaluation.as_trained(
-        chat=_has_messages(recipe.data),
+        chat=recipe.data.has_messages(),
         chat_template_kwargs=kwargs if isinstance(kwargs, dict) else {},
     )
     return spec.evaluator(
         spec.load(), recipe.student.load_tokenizer(), recipe.student.load_config()
     )
-
-
-def _has_messages(data: DataSpec) -> bool:
-    """Whether prompts are messages: made from text, or those of the data."""
-    if data.makes_messages:
-        return True
-    (row,) = data.model_copy(update={"limit": 1}).load()
-    return not isinstance(prompt_of(row), str)
 
 
 class _LogLines(TrainerCallback):

@@ -95,8 +95,8 @@ def import_config(config: Path, output: Path | None) -> None:
             say(f"\n{text}")
         elif output.exists():
             raise TOPDError(f"--output: {output} exists. Name another file.")
-        try:  # on a CPU: what trains may have a GPU that this machine lacks
-            read_recipe(None, {**found.recipe, "use_cpu": True})
+        try:  # what trains may have a GPU that this machine lacks
+            read_recipe(None, {**found.recipe, "use_cpu": True, "tf32": None})
         except TOPDError as error:
             raise TOPDError(f"{config}: its recipe cannot be used: {error}") from error
         if output is None:

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import takewhile
 from multiprocessing.queues import SimpleQueue
 from typing import TypeVar
 
@@ -67,7 +68,8 @@ def visible_devices() -> list[str]:
     named = os.environ.get(VISIBLE)
     if named is None:
         return [str(number) for number in range(torch.cuda.device_count())]
-    return [name.strip() for name in named.split(",")]
+    names = (name.strip() for name in named.split(","))
+    return [*takewhile(lambda name: name not in ("", "-1"), names)]  # as CUDA reads them
 
 
 def _begin(places: SimpleQueue[str | None]) -> None:

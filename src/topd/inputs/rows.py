@@ -17,7 +17,7 @@ import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from topd.errors import TOPDError
-from topd.inputs.prompt_rows import plain_row
+from topd.inputs.prompt_rows import plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
 
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
@@ -81,6 +81,13 @@ class DataSpec(BaseModel):
     def makes_messages(self) -> bool:
         """Whether a prompt of text becomes a user message."""
         return self.chat and not (self.path or "").startswith(SCHEME)
+
+    def has_messages(self) -> bool:
+        """Whether prompts are messages: made from text, or those of the data. Raises TOPDError."""
+        if self.makes_messages:
+            return True
+        (row,) = self.model_copy(update={"limit": 1}).load()
+        return not isinstance(prompt_of(row), str)
 
     def load(self) -> list[dict[str, Any]]:
         """The rows, columns mapped. Raises TOPDError: no such data, an empty or missing column."""

@@ -138,8 +138,8 @@ def _release(folder: Path, made: list[Path]) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Empty a new folder of a run that was refused before it recorded anything."""
-    if any(path.stat().st_size for path in folder.glob("*.jsonl")):
+    """Empty a new folder of a run that was refused before it, or one in it, recorded anything."""
+    if any(path.stat().st_size for path in folder.rglob("*.jsonl")):
         return
     for path in folder.iterdir():
         if path.name != LOCK:
