@@ -52,6 +52,7 @@ from topd.commands.session import until_stopped
 from topd.commands.train import make_trainer, watch_steps
 from topd.commands.workers import in_workers
 from topd.config import TOPDConfig
+from topd.config.values import defaults_of
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import ModelSpec
@@ -64,8 +65,8 @@ from topd.training.warmstart import Answered, WarmstartConfig, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
 # settings of ours, which an older version may lack, at their defaults
-OWN = {k: getattr(TOPDConfig, k) for k in TOPDConfig.__annotations__ if hasattr(TOPDConfig, k)}
-OWN_1 = {k: getattr(WarmstartConfig, k) for k in (*OWN, *WarmstartConfig.__annotations__)}
+OWN = {k: v for k, v in defaults_of(TOPDConfig).items() if k in TOPDConfig.__annotations__}
+OWN_1 = {k: defaults_of(WarmstartConfig)[k] for k in (*OWN, *WarmstartConfig.__annotations__)}
 
 Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
 
