@@ -90,8 +90,9 @@ class OwnModel(LlamaForCausalLM):
     )
     spec = ModelSpec(path=str(place), trust_remote_code=True)
     student = spec.load_model() if loaded else spec
-    lora = LoraConfig(r=2, target_modules=["q_proj"])
-    try_adapter(config_of(student), lora, student)
+    try_adapter(config_of(student), LoraConfig(r=2, target_modules=["q_proj"]), student)
+    with pytest.raises(TOPDError, match="nowhere"):  # so its modules were looked at
+        try_adapter(config_of(student), LoraConfig(r=2, target_modules=["nowhere"]), student)
 
 
 def test_trust_in_code_of_others_is_recorded(tmp_path):

@@ -203,7 +203,8 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> None:
             continue
         seen.add(key)
         with _named(f"arm {arm!r}"):
-            rows[data] = rows[data] if data in rows else recipe.data.load()
+            if data not in rows:
+                rows[data] = recipe.data.load()
             check_recipe(recipe, rows[data], warmstart=staged)
 
 

@@ -72,11 +72,16 @@ class WarmstartConfig(TOPDConfig):
             ("update", self.max_steps) if self.max_steps > 0 else ("epoch", self.num_train_epochs)
         )
         long = f"{length[1]:g} {length[0]}{'s' * (length[1] != 1)}"
-        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return (
             f"stage 1: {loss} on {answers.get(self.answers, self.answers)}, "
-            f"{batch * self.world_size} an update, {long} at {self.learning_rate:g}"
+            f"{self.answers_an_update} an update, {long} at {self.learning_rate:g}"
         )
+
+    @property
+    def answers_an_update(self) -> int:
+        """How many answers an update learns, over all ranks."""
+        own = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return own * self.world_size
 
     def _check(self) -> None:
         super()._check()
@@ -174,7 +179,7 @@ class WarmstartTrainer(TOPDTrainer):
 
     def _write(self, prompts: Sequence[Prompt], done: list[list[int]], path: Path) -> None:
         """Have the answers written that are not in ``done`` yet, by all ranks; keep them there."""
-        learned = self.args.max_steps * self._rollouts_an_update()
+        learned = self.args.max_steps * self.args.answers_an_update
         if 0 < learned < len(prompts) and ranks.rank() == 0:
             logger.warning(
                 f"the teacher writes {len(prompts):,} answers, and max_steps: {self.args.max_steps}"
@@ -197,10 +202,6 @@ class WarmstartTrainer(TOPDTrainer):
                 self._check_ends(done, "first ")
         tokens = sum(ranks.everywhere(self.answered.tokens))
         self.answered = replace(self.answered, tokens=tokens)
-
-    def _rollouts_an_update(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def _check_ends(self, answers: Sequence[Sequence[int]], which: str = "") -> None:
         """Say how many answers did not end; of the ``which`` ones only if they are most.
