@@ -282,7 +282,7 @@ def test_several_teachers_of_verl() -> None:
     [
         ({"distillation.enabled": False}, "this trains by rewards"),
         ({"distillation.distillation_loss.use_task_rewards": True}, "rewards of the task"),
-        ({"data.image_key": "images"}, "images are not read"),
+        ({"data.image_key": "picture"}, "images are not read"),
         ({"data.train_files": ["a", "b"]}, "2 files: join them"),
         ({"actor_rollout_ref.actor.use_kl_loss": True}, "a second divergence"),
         ({"distillation.distillation_loss.loss_mode": "magic"}, "magic is not a divergence"),
@@ -291,6 +291,11 @@ def test_several_teachers_of_verl() -> None:
 def test_what_verl_does_besides_is_refused(more, reason) -> None:
     with pytest.raises(TOPDError, match=reason):
         imported("x", {**VERL, **more}).text()
+
+
+def test_verls_defaults_for_images_do_not_stop_an_import() -> None:
+    result = imported("x", {**VERL, "data.image_key": "images", "data.video_key": "videos"})
+    assert result.recipe == imported("x", VERL).recipe
 
 
 def test_the_arguments_of_a_script() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from topd.commands.import_rules import OUT, Ruled, number
 from topd.errors import TOPDError
+from topd.inputs.prompt_rows import UNREAD
 
 ACTOR, MODEL = "actor_rollout_ref.actor.", "actor_rollout_ref.model."
 OPTIM, ROLLOUT = f"{ACTOR}optim.", "actor_rollout_ref.rollout."
@@ -153,6 +154,8 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
             return "refused", f"{value} is not a divergence that is known here", {}
         return "translated", known[1], {"beta": known[0]}
     if key in ("data.image_key", "data.video_key") and value:
+        if value in UNREAD:  # verl's default has one in every configuration
+            return "left out", "data with such a column is refused when it is read", {}
         return "refused", "images are not read; take the key out if the data has none", {}
     if key.endswith(("loss_max_clamp", "log_prob_min_clamp")) and value is not None:
         return "translated", f"losses are not clamped here (there: {value})", {}
