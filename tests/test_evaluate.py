@@ -27,7 +27,7 @@ from topd.commands import verbs
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_evaluator
 from topd.engines.hf import HFEngine
-from topd.errors import TOPDError
+from topd.errors import StoppedError, TOPDError
 from topd.evaluate import (
     AnswerVerifier,
     Evaluation,
@@ -607,8 +607,8 @@ def test_greedy_responses_are_those_of_the_model(engine, found):
 # During training
 
 
-def train(folder: Path, every: int | None, **options: Any) -> TOPDTrainer:
-    trainer = TOPDTrainer(
+def trainer_of(folder: Path, **options: Any) -> TOPDTrainer:
+    return TOPDTrainer(
         model=tiny_model(seed=1),
         teacher_model=tiny_model(seed=2),
         processing_class=tiny_tokenizer(),
@@ -631,6 +631,10 @@ def train(folder: Path, every: int | None, **options: Any) -> TOPDTrainer:
             },
         ),
     )
+
+
+def train(folder: Path, every: int | None, **options: Any) -> TOPDTrainer:
+    trainer = trainer_of(folder, **options)
     if every is not None:
         trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=every))
     trainer.train()
@@ -706,6 +710,30 @@ def test_training_is_the_same_with_the_callback_and_without(trained, tmp_path):
     tiny_evaluator()(HFEngine(alone.model, eos_ids=[EOS]))
     assert torch.equal(torch.get_rng_state(), before)
     torch.set_rng_state(state)
+
+
+def test_an_evaluation_that_fails_loses_no_update_and_is_made_on_resuming(
+    trained, tmp_path, monkeypatch
+):
+    def fails(_: HFEngine) -> None:
+        if trainer.state.global_step == 2:
+            raise TOPDError("no more.")
+
+    often = {"save_strategy": "steps", "save_steps": 50}
+    trainer = trainer_of(tmp_path, **often)
+    trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=2))
+    monkeypatch.setattr("topd.evaluate.callback.check_decoding", fails)
+    with pytest.raises(StoppedError, match=r"no more\. .*checkpoint-2 is saved: 2 of 3 updates"):
+        trainer.train()
+    monkeypatch.undo()
+    again = trainer_of(tmp_path, **often)
+    again.add_callback(EvaluationCallback(again, tiny_evaluator(), every=2))
+    again.train(resume_from_checkpoint=True)
+    found, whole = (
+        {log["step"]: log["eval/pass@1"] for log in logs if "eval/greedy" in log}
+        for logs in (read(tmp_path / "metrics.jsonl"), trained[1])
+    )
+    assert found == whole
 
 
 def test_the_callback_refuses_to_evaluate_every_0_updates(trained):

@@ -63,14 +63,14 @@ class EvaluationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Evaluate the student as it comes, unless the run resumes from a checkpoint."""
+        """Evaluate the student as it comes; in a run that resumes, only if that was not done."""
         self._began = _clocks()
         for log in state.log_history:
             if TIMES[0] in log:  # a resumed run: what was evaluated before
                 self._latest_step = log["step"]
                 self._spent = -np.array([log[time] for time in TIMES])
-        if state.global_step == 0:
-            self._evaluate(state.global_step, control)
+        if state.global_step != self._latest_step:
+            self.on_step_end(args, state, control)  # at 0, or where a fault ended the run before
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -93,7 +93,7 @@ class EvaluationCallback(TrainerCallback):
     def _evaluate(self, step: int, control: TrainerControl) -> None:
         log_wanted, began = control.should_log, _clocks()
         accelerator = self.trainer.accelerator
-        with self._whole() as model:
+        with self._saved(), self._whole() as model:
             engine = HFEngine(
                 model,
                 eos_ids=eos_ids(model, self.evaluator.tokenizer),
@@ -121,6 +121,10 @@ class EvaluationCallback(TrainerCallback):
         if whole is not None:
             return whole()
         return nullcontext(self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+    def _saved(self) -> AbstractContextManager[None]:
+        """What keeps the updates that are done if the evaluation fails, in a TOPDTrainer."""
+        return getattr(self.trainer, "saved_if_stopped", nullcontext)()
 
 
 def _clocks() -> np.ndarray:
