@@ -9,7 +9,7 @@ from typing import Any
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE
 from bench.stage_one import CE
 from topd.commands.budgets import RATES, READ, cost
-from topd.commands.compare import in_files
+from topd.commands.recipe import in_files
 
 
 def _alone(window: int, until: int, more: str = "") -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE, SEEDS, TOKENS
-from topd.commands.compare import in_files
+from topd.commands.recipe import in_files
 from topd.engines.hf import HFEngine
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec, eos_ids

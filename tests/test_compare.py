@@ -266,7 +266,7 @@ def test_a_stopped_command_says_how_it_continues(tmp_path, number):
 def test_arms_share_prompts_and_sampling_seeds(recipe, tmp_path):
     """With lambda 0 the guided arm is the baseline, rollout by rollout."""
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[3]"]
-    plain = "{method: topd, trajectory_weight: 0, save_strategy: steps}"
+    plain = "{method: topd, trajectory_weight: 0, save_strategy: steps, logging_steps: 4}"
     words += [f"--compare.arms={{opd: {{method: opd}}, plain: {plain}}}"]
     folder = run_compare(recipe, words)
     first, second = results(folder)
@@ -274,6 +274,10 @@ def test_arms_share_prompts_and_sampling_seeds(recipe, tmp_path):
     assert [path.parent.name for path in folder.rglob("checkpoint-*")] == ["plain-3"]
     assert first["solved"] == second["solved"]
     assert (second["teacher_tokens"] > 0) > (first["teacher_tokens"] > 0)
+    for key in ("student_written", "teacher_read"):  # however often an update is logged
+        spent = [[point[key] for point in result["curve"]] for result in (first, second)]
+        assert spent[0] == spent[1]
+        assert spent[0][-1] > spent[0][-2] > 0
 
 
 def test_what_both_stages_share_is_given_to_the_common_start_too(recipe, tmp_path):
@@ -436,6 +440,9 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
         run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
 
 
+_ONE = "{arm: opd, key: %s, values: [1]}"
+
+
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
@@ -449,6 +456,9 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
         (["--compare.arms={opd: {stage: warmstart, answers: me}}"], "arm 'opd'.*answers: 'me'"),
         (["--compare.arms={opd: {learning_rat: 1}}"], "arm 'opd'.*learning_rat"),
         (["--compare.sweeps=[{arm: x, key: epsilon, values: [1]}]"], "no arm 'x'"),
+        (["--compare.arms={opd: {}, x y: {}, x/y: {}}"], "x y, x/y: would be one folder"),
+        (["--compare.arms={opd: {}, x: {seeds: [7]}}"], "arm 'x'.*no seed of.*opd"),
+        ([f"--compare.sweeps=[{_ONE % 'r'}, {_ONE % 'b.r'}]"], "two arms are 'opd, r 1'"),
         (["--compare.arms={opd: {}, x: {data.path: no.jsonl}}"], "arm 'x'.*no.jsonl"),
         (["--compare.arms={opd: {}, x: {teacher_prompt: '{{ no }}'}}"], "arm 'x'.*no"),
         (["--compare.arms={opd: {}, x: {max_completion_length: 99999}}"], "arm 'x'.*positions"),

@@ -31,6 +31,8 @@ from topd.training.metrics import Means
 from topd.training.replay import EarlierWindows
 from topd.types import Prompt, Rollout, TokenScores
 
+SPENT = ("student_written", "teacher_written", "teacher_read")
+
 # The teacher's own responses
 
 
@@ -95,6 +97,44 @@ def test_a_run_that_the_teacher_wrote_in_is_audited(tmp_path, monkeypatch):
     keys = {**SMALL, "max_steps": 4, "output_dir": "run", "teacher_share": 0.5}
     run_recipe(write_pair(tmp_path, **keys), quiet=True)
     assert audit_run(Path("run"), updates=4).faults == []
+
+
+# What an update spends
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "topd", "candidate_loss": "rewritten"},
+        {"method": "relay", "method_options": {"tokens": 3}, "false_alarm_share": 0.0},
+        {"method": "olive", "false_alarm_share": 0.0, "window_length": 8},  # rollouts are cut off
+        {"method": "relay", "window_rejoin": 2, "false_alarm_share": 0.0},
+    ],
+)
+def test_every_token_that_the_engines_write_and_read_is_counted(tmp_path, monkeypatch, options):
+    trainer, counts = make(tmp_path, **options), dict.fromkeys(SPENT, 0)
+    student, teacher = trainer.observer.student, trainer.observer.teacher
+
+    def count(engine, name, key, tokens):
+        call = getattr(engine, name)
+
+        def counted(*args, **kwargs):
+            found = call(*args, **kwargs)
+            counts[key] += tokens(args, found)
+            return found
+
+        monkeypatch.setattr(engine, name, counted)
+
+    def written(_, found):
+        return sum(len(one.tokens) for one in found)
+
+    count(student, "generate", "student_written", written)
+    count(teacher, "continue_from", "teacher_written", written)
+    count(teacher, "score", "teacher_read", lambda args, _: sum(map(len, args[0] + args[1])))
+    trainer.train()
+    (log,) = updates(lines(tmp_path, "metrics"))
+    assert {key: log[f"tokens/{key}"] for key in SPENT} == counts
+    assert min(counts.values()) > 0
 
 
 # Earlier windows

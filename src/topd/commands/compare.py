@@ -32,6 +32,7 @@ from typing import Any, TypeAlias
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from topd.commands.budgets import TOKENS
@@ -47,7 +48,7 @@ from topd.commands.compare_start import (
     without_checkpoints,
 )
 from topd.commands.compare_summary import SCORES, SECONDS, Result, summarise
-from topd.commands.recipe import CompareSpec, read_recipe
+from topd.commands.recipe import CompareSpec, in_files, read_recipe
 from topd.commands.session import until_stopped
 from topd.commands.train import make_trainer, watch_steps
 from topd.commands.workers import in_workers
@@ -127,6 +128,7 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     recipe = without_checkpoints(read_recipe(path, keys, warmstart=warmstart))
     recipe.args.disable_tqdm = True
     recipe.args.stop_patience = None  # an arm that collapses is a result
+    recipe.args.logging_strategy, recipe.args.logging_steps = IntervalStrategy.STEPS, 1  # the costs
     trainer, evaluation = make_trainer(recipe, recipe.data.load(), warmstart=warmstart)
     trainer.remove_callback(PrinterCallback)
     if console:
@@ -302,15 +304,6 @@ def _stored(folder: Path) -> list[Result]:
     """Finished runs; a last line that was cut off is dropped."""
     path = folder / RESULTS
     return list(read_lines(path)) if trim(path) else []
-
-
-def in_files(arm: str) -> str:
-    """An arm's name in those of files.
-
-    >>> in_files("first_fork, K 24")
-    'first_fork--K-24'
-    """
-    return "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
 
 
 def _place(folder: Path, arm: str, seed: int) -> str:

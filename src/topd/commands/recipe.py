@@ -9,6 +9,7 @@ lengths, precision and batches, are shared unless it names its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -118,23 +119,47 @@ class CompareSpec(BaseModel):
         for arm, seeds in own.items():
             if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
                 raise TOPDError(f"compare, arm {arm!r}: seeds must be a list such as [0, 1].")
+        for arm, seeds in own.items():
+            if not set(seeds) & set(own[self.baseline]):
+                raise TOPDError(
+                    f"compare, arm {arm!r}: has no seed of the arm that it is compared with, "
+                    f"{self.baseline}: {own[self.baseline]}. Give it one of them."
+                )
         order = dict.fromkeys([*self.seeds, *(s for seeds in own.values() for s in seeds)])
         return [(arm, s, keys) for s in order for arm, keys in arms.items() if s in own[arm]]
 
     def all_arms(self) -> dict[str, dict[str, Any]]:
-        """The arms and those of the sweeps. Raises TOPDError if one names an arm there is not."""
+        """The arms and those of the sweeps.
+
+        Raises TOPDError if one names an arm there is not, or two would have one folder.
+        """
         found = dict(self.arms)
         for sweep in self.sweeps:
             if sweep.arm not in self.arms:
                 raise TOPDError(f"compare.sweeps: there is no arm {sweep.arm!r}.")
             for value in sweep.values:
-                key = sweep.key.rpartition(".")[2]
-                found[f"{sweep.arm}, {key} {value}"] = {**self.arms[sweep.arm], sweep.key: value}
+                arm = f"{sweep.arm}, {sweep.key.rpartition('.')[2]} {value}"
+                keys = {**self.arms[sweep.arm], sweep.key: value}
+                if found.setdefault(arm, keys) != keys:
+                    raise TOPDError(f"compare.sweeps: two arms are {arm!r}. Give one as an arm.")
+        folders = Counter(map(in_files, found))
+        if folders.total() > len(folders):
+            alike = [arm for arm in found if folders[in_files(arm)] > 1]
+            raise TOPDError(f"compare: {', '.join(alike)}: would be one folder. Rename an arm.")
         for key, names in (("baseline", [self.baseline]), ("references", self.references)):
             for name in names:
                 if name not in found:
                     raise TOPDError(f"compare.{key}: there is no arm {name!r}.")
         return found
+
+
+def in_files(arm: str) -> str:
+    """An arm's name in those of files.
+
+    >>> in_files("first_fork, K 24")
+    'first_fork--K-24'
+    """
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in arm)
 
 
 def read_recipe(

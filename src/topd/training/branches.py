@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -21,8 +22,12 @@ def gone_on(
     seeds: Sequence[int],
     sampling: Sampling,
     phases: Phases,
+    spent: Counter[str],
 ) -> tuple[Guidance, ...]:
-    """The guidance, with the student's own tokens after the branches that ask for them."""
+    """The guidance, with the student's own tokens after the branches that ask for them.
+
+    They are counted in ``spent``.
+    """
     asked = [
         (row, k)
         for row, guide in enumerate(guidance)
@@ -46,6 +51,7 @@ def gone_on(
     with phases.phase("windows", limit) as tick:
         limited = replace(sampling, max_new_tokens=limit)
         written = student.generate(prompts, limited, own, tick=tick)
+    spent["student_written"] += sum(len(more.tokens) for more in written)
     for (row, k), more in zip(asked, written, strict=True):
         branch = branches[row][k]
         branches[row][k] = replace(branch, tokens=branch.tokens + more.tokens[: branch.go_on])
@@ -62,8 +68,12 @@ def branch_states(
     written: Mapping[tuple[int, int], Generation],
     hidden: Sequence[Tensor],
     phases: Phases,
+    spent: Counter[str],
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """The teacher's states along every branch: of its window, of the rollout, or scored now."""
+    """The teacher's states along every branch: of its window, of the rollout, or scored now.
+
+    What it reads then is counted in ``spent``.
+    """
     states: dict[tuple[int, int], Tensor] = {}
     unknown: list[tuple[int, int]] = []
     for row, guide in enumerate(guidance):
@@ -76,7 +86,7 @@ def branch_states(
             else:
                 unknown.append((row, k))
     if unknown:
-        states.update(_scored(teacher, rollouts, guidance, unknown, phases))
+        states.update(_scored(teacher, rollouts, guidance, unknown, phases, spent))
     return tuple(
         tuple(states[row, k] for k in range(len(guide.branches)))
         for row, guide in enumerate(guidance)
@@ -89,22 +99,18 @@ def _scored(
     guidance: Sequence[Guidance],
     places: Sequence[tuple[int, int]],
     phases: Phases,
+    spent: Counter[str],
 ) -> dict[tuple[int, int], Tensor]:
     branches = [guidance[row].branches[k] for row, k in places]
+    prompts = [
+        rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
+        for (row, _), branch in zip(places, branches, strict=True)
+    ]
+    tokens = [branch.tokens for branch in branches]
+    spent["teacher_read"] += sum(map(len, prompts)) + sum(map(len, tokens))
+    reader = reader_of(teacher, [rollouts[row].prompt for row, _ in places])
     with phases.phase("scoring"):
-        prompts = [rollouts[row].prompt for row, _ in places]
-        hidden = (
-            reader_of(teacher, prompts)
-            .score(
-                [
-                    rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
-                    for (row, _), branch in zip(places, branches, strict=True)
-                ],
-                [branch.tokens for branch in branches],
-                keep=False,
-            )
-            .hidden
-        )
+        hidden = reader.score(prompts, tokens, keep=False).hidden
     return {
         place: states[: len(branch.tokens)]
         for place, states, branch in zip(places, hidden, branches, strict=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
 import torch
@@ -64,7 +64,8 @@ class Experience:
     and ``teacher_logprobs`` [T] its log-probs of those tokens, in nats, on the CPU; where the loss
     does without the teacher, no columns and none. ``branch_hidden`` has
     the teacher's states [K D] for each branch of the guidance; ``efforts`` what each window took;
-    ``spans`` as in :class:`Seen`.
+    ``spans`` as in :class:`Seen`; ``spent`` the tokens beside the rollouts and their scores:
+    ``teacher_written`` in windows, ``student_written`` and ``teacher_read`` along branches.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -75,6 +76,7 @@ class Experience:
     branch_hidden: tuple[tuple[Tensor, ...], ...]
     efforts: tuple[Effort, ...] = ()
     spans: tuple[Spans, ...] = ()
+    spent: Mapping[str, int] = field(default_factory=dict)
 
 
 def candidates_of(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -70,6 +71,7 @@ class Observer:
     ) -> None:
         self.student, self.teacher, self.args = student, teacher, args
         self.phases, self.turns = phases or Phases(), turns
+        self.spent: Counter[str] = Counter()  # see Experience
 
     def observe(
         self,
@@ -132,6 +134,7 @@ class Observer:
     ) -> Experience:
         """The teacher's view of given rollouts: scores, forks and guidance. As ``observe``."""
         numbers = range(len(rollouts)) if numbers is None else numbers
+        self.spent = Counter()
         length = self._window_length(rollouts) if method.looks_ahead else 1
         seen = agreed(lambda: self._look(rollouts, seeds, method, length), self._waiting)
         if method.looks_ahead:
@@ -226,7 +229,8 @@ class Observer:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
         asked, phases = of_own_tokens(method.guide(seen.evidence), rollouts), self.phases
         asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs, seen.spans)
-        guidance = gone_on(self.student, rollouts, asked, seeds, self.args.sampling, phases)
+        sampling, spent = self.args.sampling, self.spent
+        guidance = gone_on(self.student, rollouts, asked, seeds, sampling, phases, spent)
         windows = dict(zip(seen.starts, seen.written, strict=True))
         return Experience(
             tuple(rollouts),
@@ -234,9 +238,10 @@ class Observer:
             tuple(seen.logprobs),
             forks_of(seen.evidence, len(rollouts)),
             guidance,
-            branch_states(self.teacher, rollouts, guidance, windows, seen.hidden, phases),
+            branch_states(self.teacher, rollouts, guidance, windows, seen.hidden, phases, spent),
             tuple(window.effort for window in seen.written),
             tuple(seen.spans),
+            spent,
         )
 
     def score(self, rollouts: Sequence[Rollout], first: int = 0, *, keep: bool = True) -> Scores:
@@ -321,17 +326,14 @@ class Observer:
     def look_ahead(
         self, scores: Scores, starts: Starts, seeds: Sequence[int], length: int
     ) -> list[Generation]:
-        """What the teacher writes next from each (row, token), ``length`` tokens at most.
-
-        Seeds are one a rollout.
-        """
+        """What the teacher writes from each (row, token), ``length`` tokens at most."""
         if not starts:
             return []
         window_seeds = [
             sampling_seeds(seeds[row], Stream.WINDOWS, 1, first=t)[0] for row, t in starts
         ]
         with self.phases.phase("windows", length) as tick:
-            return self.teacher.continue_from(
+            written = self.teacher.continue_from(
                 scores,
                 starts,
                 self.args.window_sampling(length),
@@ -339,6 +341,8 @@ class Observer:
                 rejoin=self.args.window_rejoin,
                 tick=tick,
             )
+        self.spent["teacher_written"] += sum(len(window.tokens) for window in written)
+        return written
 
     def evidence(
         self,

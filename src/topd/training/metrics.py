@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -145,7 +146,7 @@ def _total(rollout: Rollout, logprobs: Tensor) -> float:
 
 def _count_tokens(means: Means, experience: Experience) -> None:
     """What an update cost in tokens: written and read by either model, learned by the student."""
-    rollouts, guidance = experience.rollouts, experience.guidance
+    rollouts, guidance, spent = experience.rollouts, experience.guidance, Counter(experience.spent)
     written = sum(len(r.written) for r in rollouts if r.logprobs)
     branches = sum(
         len(branch.tokens)
@@ -153,15 +154,14 @@ def _count_tokens(means: Means, experience: Experience) -> None:
         for branch in guide.branches
         if not branch.is_part_of(rollout.response)
     )
-    windows = sum(len(fork.teacher_tokens) for row in experience.forks for fork in row)
     read = sum(
         len(r.prompt.teacher) + len(r.response)
         for r, scored in zip(rollouts, experience.teacher_logprobs, strict=True)
         if len(scored)
     )
     prompts = sum(len(r.prompt.student) for r in rollouts)
-    means.add("tokens/student_written", written)
+    means.add("tokens/student_written", written + spent["student_written"])
     means.add("tokens/learned", prompts + sum(guide.learned for guide in guidance) + branches)
     answers = sum(len(r.response) for r in rollouts if not (r.logprobs or r.prompt.response))
-    means.add("tokens/teacher_written", windows + answers)
-    means.add("tokens/teacher_read", read)
+    means.add("tokens/teacher_written", answers + spent["teacher_written"])
+    means.add("tokens/teacher_read", read + spent["teacher_read"])
