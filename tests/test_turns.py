@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from conftest import rows, tiny_model, tiny_tokenizer
 from test_audit import chain_again, edit_record
+from test_text import byte_level
 from topd import TOPDConfig, TOPDTrainer
 from topd.commands.audit import Trust, audit_run, replay_step
 from topd.commands.probe import ProbeConfig
@@ -28,6 +29,9 @@ from topd.divergence import moved_to_random
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
+from topd.inputs.prompt_rows import Row as ReadRow
+from topd.inputs.prompt_rows import read_row
+from topd.inputs.prompts import PromptEncoder
 from topd.inputs.tools import Replies, calculated, calculator, environment_named
 from topd.methods import METHODS
 from topd.report.page import write_report
@@ -40,7 +44,7 @@ from topd.training.experience import Observer
 from topd.training.learning import Totals, collate, learning_terms, update_loss
 from topd.training.metrics import Means, measure_experience
 from topd.training.turns import Turns, turns_of
-from topd.types import Prompt, Rollout
+from topd.types import Prompt, Rollout, Sampling
 
 FAMILY = FAMILIES["programs"]
 TEXTS = problems("programs", "train", 8)
@@ -91,6 +95,9 @@ ENDED = (
 )
 
 
+CHAT = ReadRow(0, [{"role": "user", "content": "what"}], None, {})
+
+
 def with_template(template: str) -> Any:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
@@ -99,7 +106,7 @@ def with_template(template: str) -> Any:
 
 def test_a_reply_in_a_conversation_is_what_the_template_writes_there() -> None:
     tokenizer = with_template(ENDED)
-    found = Replies(tokenizer, frozenset([2])).ids("3", chat=True)
+    found = Replies(tokenizer, frozenset([2])).ids("3", CHAT)
     words = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "so w1"}]
     ids = {
         n: tokenizer.apply_chat_template(more, add_generation_prompt=asks)["input_ids"]
@@ -114,12 +121,118 @@ def test_a_reply_in_a_conversation_is_what_the_template_writes_there() -> None:
 def test_a_template_without_tools_has_the_reply_from_a_user_and_one_without_ends_is_refused():
     plain = with_template(ENDED)
     kwargs = {"no_tools": True}
-    found = Replies(plain, frozenset([2]), kwargs).ids("3", chat=True)
-    other = Replies(plain, frozenset([2])).ids("3", chat=True)
+    found = Replies(plain, frozenset([2]), kwargs).ids("3", CHAT)
+    other = Replies(plain, frozenset([2])).ids("3", CHAT)
     assert found != ()
     assert len(found) == len(other)
-    with pytest.raises(TOPDError, match="writes no message of a tool or a user"):
-        Replies(tiny_tokenizer(), frozenset([2])).check()  # its template ends no message
+    said = "after the assistant's and its end, '</s>'"
+    with pytest.raises(TOPDError, match=said):
+        Replies(tiny_tokenizer(), frozenset([2])).check([CHAT])  # its template ends no message
+    with pytest.raises(TOPDError, match="fails at data row 7: no tools"):
+        Replies(plain, frozenset([2])).check([CHAT, replace(CHAT, index=7, template_kwargs=kwargs)])
+
+
+# Excerpts of what Qwen3, Llama 3.1 and Gemma 3 publish, as far as it concerns replies
+QWEN = r"""
+{%- set ns = namespace(last=0) %}
+{%- for m in messages %}{% if m.role == "user" %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
+{%- for m in messages %}
+    {%- if m.role == "tool" %}
+        {{- "<|im_start|>user\n<tool_response>\n" + m.content + "\n</tool_response>" }}
+    {%- elif m.role == "assistant" and loop.index0 > ns.last and loop.last %}
+        {{- "<|im_start|>assistant\n<think>\n\n</think>\n\n" + m.content }}
+    {%- else %}
+        {{- "<|im_start|>" + m.role + "\n" + m.content }}
+    {%- endif %}
+    {{- "<|im_end|>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|im_start|>assistant\n" }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- "<think>\n\n</think>\n\n" }}
+    {%- endif %}
+{%- endif %}"""
+LLAMA = r"""
+{%- for m in messages %}
+    {{- "<|start|>" + ("ipython" if m.role == "tool" else m.role) + "<|sep|>" }}
+    {{- m.content | tojson if m.role == "tool" else m.content | trim }}
+    {{- "<|eot_id|>" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|start|>assistant<|sep|>" }}{% endif %}"""
+GEMMA = r"""
+{%- for m in messages %}
+    {%- if (m.role == "user") != (loop.index0 % 2 == 0) %}
+        {{- raise_exception("roles must alternate user/assistant") }}
+    {%- endif %}
+    {{- "<start>" + ("model" if m.role == "assistant" else m.role) + "\n" + m.content | trim }}
+    {{- "<end_of_turn>\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<start>model\n" }}{% endif %}"""
+MARKS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start|>", "<|sep|>", "<end_of_turn>"]
+TOLD = ["27", "27\n", "", "a\nb", 'say "x" \\', "<|eot_id|> done <|im_end|>", "café 🙂"]
+
+
+def published(template: str) -> tuple[Any, frozenset[int]]:
+    """A tokenizer of bytes with a template, and the token that ends its turns."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
+    tokenizer.chat_template = template
+    (end,) = (m for m in MARKS if m in template and m in ("<|im_end|>", "<|eot_id|>", MARKS[-1]))
+    return tokenizer, frozenset([tokenizer.convert_tokens_to_ids(end)])
+
+
+@pytest.mark.parametrize(
+    ("template", "role", "written"),
+    [
+        (
+            QWEN,
+            "tool",
+            lambda text: (
+                f"\n<|im_start|>user\n<tool_response>\n{text}\n</tool_response><|im_end|>\n"
+                "<|im_start|>assistant\n"
+            ),
+        ),
+        (
+            LLAMA,
+            "tool",
+            lambda text: (
+                f"<|start|>ipython<|sep|>{json.dumps(text, ensure_ascii=False)}<|eot_id|>"
+                "<|start|>assistant<|sep|>"
+            ),
+        ),
+        (
+            GEMMA,
+            "user",
+            lambda text: f"\n<start>user\n{text.strip()}<end_of_turn>\n<start>model\n",
+        ),
+    ],
+    ids=["qwen", "llama", "gemma"],
+)
+def test_published_templates_write_every_reply_in_one_role(template, role, written) -> None:
+    tokenizer, ends = published(template)
+    replies = Replies(tokenizer, ends)
+    replies.check([CHAT])
+    assert replies.role == role
+    for text in TOLD:
+        assert tokenizer.decode(list(replies.ids(text, CHAT))) == written(text)
+
+
+def test_a_row_s_own_template_arguments_hold_in_every_turn() -> None:
+    tokenizer, ends = published(QWEN)
+    asked = {"prompt": [{"role": "user", "content": "3 * 9"}]}
+    own = {**asked, "chat_template_kwargs": '{"enable_thinking": false}'}
+    found = PromptEncoder(tokenizer, tokenizer, with_rows=True).encode([asked, own])
+    turns = Turns(lambda row, turns: "27", Replies(tokenizer, ends), 2, 999, Sampling())
+    turns.check(found)
+    empty, turn = "<think>\n\n</think>\n\n", tuple(tokenizer("7<|im_end|>")["input_ids"])
+    for thinks, prompt in zip((True, False), found, strict=True):
+        assert tokenizer.decode(list(prompt.student)).endswith(empty) != thinks
+        for index, row in enumerate((asked, own)):
+            reply = turns.replies.ids("27", read_row(index, row))
+            assert tokenizer.decode(list(reply)).endswith(empty) == bool(index)
+            spans = turns.spans(prompt, turn + reply + turn)
+            assert (spans == ((len(turn), len(turn + reply)),)) == (thinks != bool(index))
 
 
 # Rollouts
@@ -424,6 +537,20 @@ def test_an_environment_that_never_replies_changes_nothing(tmp_path) -> None:
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])
 
 
+def empty(row: Any, turns: Sequence[str]) -> str:
+    """What a tool says that prints nothing."""
+    return ""
+
+
+def test_an_empty_reply_is_one_of_no_tokens_and_is_recorded_and_audited(tmp_path) -> None:
+    changes = {"max_turns": 2, "max_steps": 1, "method": "opd", "save_strategy": "no"}
+    folder = trained(tmp_path, environment="test_turns:empty", **changes)
+    spans = [RolloutRecord(**line).replies for line in read(folder / "rollouts.jsonl")]
+    assert any(spans)
+    assert all(first == end for record in spans for first, end in record)
+    assert not audit_run(folder, trust=Trust(remote_code=True)).faults
+
+
 def test_every_end_that_the_students_spec_names_ends_a_turn(tmp_path) -> None:
     tiny_model().save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -477,10 +604,9 @@ def test_served_models_and_replies_that_are_no_text_are_refused() -> None:
     with pytest.raises(TOPDError, match="needs student and teacher in this process"):
         turns_of(args, [ModelSpec(path="y"), served], tiny_tokenizer())
     observer = observer_with()
-    for reply in ("", 3):
-        observer.turns = replace(observer.turns, environment=lambda row, turns, r=reply: r)
-        with pytest.raises(TOPDError, match=f"data row [0-7]: replied {reply!r}"):
-            observer.roll_out(prompts_of(), list(range(8)))
+    observer.turns = replace(observer.turns, environment=lambda row, turns: 3)
+    with pytest.raises(TOPDError, match=r"data row [0-7]: replied 3\. Return a text, which may be"):
+        observer.roll_out(prompts_of(), list(range(8)))
 
 
 def test_an_audit_runs_no_foreign_environment_without_leave(tmp_path) -> None:

@@ -13,14 +13,16 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
+from topd.inputs.prompt_rows import Row as ReadRow
 from topd.inputs.prompts import rendered
 from topd.named import row_named
 from topd.testbed import SCHEME, verify
@@ -111,8 +113,7 @@ def _function(found: Environment) -> Environment:
     return found
 
 
-ASKED = ({"role": "user", "content": "Please."}, {"role": "assistant", "content": "Done."})
-PROBE = "a reply of the environment"
+QUESTION, ANSWER, PROBE = "Please.", "Done.", "a reply of the environment"
 ROLES = ("tool", "user")  # the first that the chat template writes
 
 
@@ -120,49 +121,76 @@ ROLES = ("tool", "user")  # the first that the chat template writes
 class Replies:
     """Writes an environment's replies as the tokens between two turns of the student.
 
-    In a conversation they are what the chat template writes from the end of the assistant's message
-    on: the reply as a message of its own, and the beginning of the next one. After a prompt that is
-    plain text they are the reply's tokens. What the student wrote stays as it is.
+    In a conversation they are what the chat template writes after the end of the assistant's
+    message: the reply as a message of its own, and the beginning of the next one. After a prompt
+    that is plain text they are the reply's tokens. What the student wrote stays as it is.
 
     Args:
         tokenizer: the student's.
         ends: tokens that end a turn.
-        template_kwargs: given to the chat template.
+        template_kwargs: given to the chat template, before a row's own.
     """
 
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Refuse a chat template that writes no message after the assistant's. Raises TOPDError."""
-        self._between(PROBE)
+    def check(self, rows: Iterable[ReadRow]) -> None:
+        """Refuse a chat template that writes no reply in these conversations. Raises TOPDError."""
+        for row in {repr(row.template_kwargs): row for row in rows}.values():
+            if not self._writes(self.role, row.index, row.template_kwargs):
+                raise self._fault(f"data row {row.index}: ")
 
-    def ids(self, text: str, *, chat: bool) -> Ids:
-        """The tokens of a reply. Raises TOPDError where there is none to be had."""
-        if chat:
-            return self._between(text)
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def ids(self, text: str, row: ReadRow) -> Ids:
+        """The tokens of a reply to a row's student. Raises TOPDError if the template fails."""
+        if isinstance(row.prompt, str):
+            return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._after(self.role, text, row.index, row.template_kwargs)
 
-    def _between(self, text: str) -> Ids:
-        before = self._rendered(asks=False)
-        kept = max((i + 1 for i, token in enumerate(before) if token in self.ends), default=0)
-        for role in ROLES if kept else ():
-            try:
-                after = self._rendered({"role": role, "content": text}, asks=True)
-            except TOPDError:  # a template may know no tools
-                continue
-            found = after[kept:]
-            if after[:kept] == before[:kept] and text in self.tokenizer.decode(list(found)):
-                return found
-        raise TOPDError(
-            f"environment: {self.tokenizer.name_or_path or 'the tokenizer'}: its chat template "
-            "writes no message of a tool or a user after the assistant's. Choose another "
-            "chat_template, or give prompts as strings (data.chat: false)."
+    @cached_property
+    def role(self) -> str:
+        """Whose messages replies are, whatever they say. Raises TOPDError if nobody's."""
+        for role in ROLES:
+            with suppress(TOPDError):  # a template may know no tools
+                if self._writes(role, 0, {}):
+                    return role
+        raise self._fault()
+
+    def _fault(self, place: str = "") -> TOPDError:
+        ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
+        return TOPDError(
+            f"environment: {place}{self.tokenizer.name_or_path or 'the tokenizer'}: its chat "
+            "template writes no message of a tool or a user after the assistant's and its end, "
+            f"{' or '.join(map(repr, ends))}. Choose another chat_template, or give prompts as "
+            "strings (data.chat: false)."
         )
 
-    def _rendered(self, *more: Mapping[str, Any], asks: bool) -> Ids:
-        found = rendered(
-            0, self.tokenizer, [*ASKED, *more], self.template_kwargs, tokenize=True, asks=asks
+    def _writes(self, role: str, index: int, more: Mapping[str, Any]) -> bool:
+        """Whether what the template writes for a reply depends on the reply."""
+        one, other = (self._after(role, text, index, more) for text in (PROBE, f"{PROBE} {PROBE}"))
+        return one != other
+
+    def _after(self, role: str, text: str, index: int, more: Mapping[str, Any]) -> Ids:
+        """What is written after the end of the assistant's message; empty if that has no end.
+
+        What follows a message is where the conversation is the same with a longer one: the empty
+        reasoning that some templates put before a last message is not looked at.
+        """
+        short, long = (
+            self._rendered(answer, role, text, index, more)
+            for answer in (ANSWER, f"{ANSWER} {ANSWER}")
         )
+        pairs = zip(reversed(short), reversed(long), strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
+        tail = short[len(short) - same :]
+        end = next((i + 1 for i, token in enumerate(tail) if token in self.ends), len(tail))
+        return tail[end:]
+
+    def _rendered(
+        self, answer: str, role: str, text: str, index: int, more: Mapping[str, Any]
+    ) -> Ids:
+        said = zip(("user", "assistant", role), (QUESTION, answer, text), strict=True)
+        messages = [{"role": role, "content": content} for role, content in said]
+        kwargs = {**self.template_kwargs, **more}
+        found = rendered(index, self.tokenizer, messages, kwargs, tokenize=True)
         return tuple(found["input_ids"])

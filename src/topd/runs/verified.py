@@ -51,8 +51,8 @@ class _RolloutLine(RolloutRecord):
     def _one_each(self) -> _RolloutLine:
         if len(self.logprobs) not in (0, len(self.response_ids)):
             raise ValueError("logprobs and response_ids differ in length")
-        borders = [0, *(place for span in self.replies for place in span), len(self.response_ids)]
-        if self.replies and not all(a < b for a, b in pairwise(borders)):
+        turns = pairwise(((0, 0), *self.replies, (len(self.response_ids),) * 2))
+        if self.replies and not all(a <= b < c <= d for (a, b), (c, d) in turns):
             raise ValueError("replies are not inside the response, one after the other")
         return self
 

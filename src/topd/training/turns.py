@@ -16,7 +16,7 @@ from topd.config import TOPDConfig
 from topd.engines import Engine, Tick
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSource, ModelSpec, ends_by_source
-from topd.inputs.prompt_rows import prompt_of
+from topd.inputs.prompt_rows import read_row
 from topd.inputs.text_models import is_by_text
 from topd.inputs.tools import Environment, Replies, environment_named
 from topd.seeds import Stream, sampling_seeds
@@ -45,8 +45,8 @@ class Turns:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Whether the chat template can write replies, where it has to. Raises TOPDError."""
-        if any(_chat(prompt.row or {}) for prompt in prompts):
-            self.replies.check()
+        rows = [read_row(prompt.index, _columns(prompt)) for prompt in prompts]
+        self.replies.check([row for row in rows if not isinstance(row.prompt, str)])
 
     def resumed(
         self, rollouts: Sequence[Rollout], student: Engine, seeds: Sequence[int], tick: Tick
@@ -58,7 +58,7 @@ class Turns:
         """
         found, going = list(rollouts), [*range(len(rollouts))]
         for turn in range(1, self.most):
-            asked = [(row, ids) for row in going if (ids := self._reply(found[row]))]
+            asked = [(row, ids) for row in going if (ids := self._reply(found[row])) is not None]
             for some in self._together(found, asked):
                 self._take_turn(found, some, student, seeds, turn, tick)
             going = [row for row, _ in asked]
@@ -125,7 +125,7 @@ class Turns:
                 return tuple(spans)
             rollout = replace(rollout, response=response[: end + 1], replies=tuple(spans))
             ids = self._reply(rollout) if turn < self.most else None
-            if not ids:
+            if ids is None:
                 return tuple(spans) if end + 1 == len(response) else None
             after = end + 1 + len(ids)
             if response[end + 1 : after] != ids:
@@ -138,8 +138,7 @@ class Turns:
         """The tokens of the next reply; None where there is none, or no room after it."""
         if not rollout.finished:
             return None
-        row = rollout.prompt.row
-        assert row is not None  # the encoder keeps it for an environment
+        row = _columns(rollout.prompt)
         turns = [
             str(self.replies.tokenizer.decode(list(turn), skip_special_tokens=True))
             for turn in rollout.turns
@@ -147,18 +146,19 @@ class Turns:
         text = self.environment(row, turns)
         if text is None:
             return None
-        ids = self.replies.ids(text, chat=_chat(row)) if isinstance(text, str) else ()
-        if not ids:
+        if not isinstance(text, str):
             raise TOPDError(
-                f"environment: data row {rollout.prompt.index}: replied {text!r}. Return a text "
-                "with tokens, or None where there is no more to say."
+                f"environment: data row {rollout.prompt.index}: replied {text!r}. Return a text, "
+                "which may be empty, or None where there is no more to say."
             )
+        ids = self.replies.ids(text, read_row(rollout.prompt.index, row))
         return ids if len(rollout.response) + len(ids) < self.limit else None
 
 
-def _chat(row: Mapping[str, Any]) -> bool:
-    """Whether a row's prompt is a conversation."""
-    return not isinstance(prompt_of(row), str)
+def _columns(prompt: Prompt) -> Mapping[str, Any]:
+    """The row of a prompt, which the encoder keeps for an environment."""
+    assert prompt.row is not None
+    return prompt.row
 
 
 def turns_of(
