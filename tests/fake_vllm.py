@@ -26,10 +26,10 @@ class Fake:
 
     ``statuses`` are answered first, one a request. ``sharpened`` log-probs are those of the
     temperature that a text is written at; ``noise`` is added to those that are read, another time
-    with another sign. With ``loads`` off it only says that it has loaded weights. To a prompt of
-    text it answers with text, as its ``manner`` says: it continues it, starts ``over``,
-    answers ``anew`` (chat), or ``strips`` white
-    space. What it ``refuses`` it answers with a status, or ends with such a finish_reason.
+    with another sign. With ``loads`` off it only says that it has loaded weights, with ``heeds``
+    off it knows no logit_bias. To a prompt of text it answers with text, as its ``manner`` says: it
+    continues it, starts ``over``, answers ``anew`` (chat), or ``strips`` white space. What it
+    ``refuses`` it answers with a status, or ends with such a finish_reason.
     """
 
     engine: HFEngine
@@ -45,6 +45,7 @@ class Fake:
     loads: bool = True
     manner: str = "continues"
     tells: bool = True
+    heeds: bool = True
     refuses: Callable[[dict[str, Any]], int | str | None] = lambda body: None
     url: str = ""
     seen: Counter[str] = field(default_factory=Counter)
@@ -132,16 +133,35 @@ class Fake:
         top_k = max(body["top_k"], 0)
         sampling = Sampling(body["temperature"], body["top_p"], top_k, body["max_tokens"])
         with self.lock:
-            (found,) = self.engine.generate([ids], sampling, [body["seed"]])
-            told = self.engine.score([ids], [found.tokens]).logprobs[0].tolist()
+            with self.barring(body.get("logit_bias", {})):
+                (found,) = self.engine.generate([ids], sampling, [body["seed"]])
+            scores = self.engine.score([ids], [found.tokens])
+            told = scores.logprobs[0].tolist()
             choice = {
                 "token_ids": list(found.tokens),
                 "finish_reason": self.finish if found.finished else "length",
                 "logprobs": {"token_logprobs": found.logprobs if self.sharpened else told},
             }
+            if "logprob_token_ids" in body:
+                assert body["return_tokens_as_token_ids"]
+                logits = self.engine.head.logits(scores.hidden[0]).detach()
+                choice["logprobs"]["top_logprobs"] = [
+                    {f"token_id:{t}": float(row[t]) for t in {*body["logprob_token_ids"], token}}
+                    for row, token in zip(logits.log_softmax(-1), found.tokens, strict=True)
+                ]
             if "prompt_logprobs" in body:
                 choice["prompt_logprobs"] = [None, *self.read(ids, body["prompt_logprobs"])]
         return choice
+
+    @contextmanager
+    def barring(self, bias: dict[str, float]) -> Iterator[None]:
+        """Inside, ids of a bias of -100 are not written."""
+        assert {*bias.values()} <= {-100}
+        if bias and self.heeds:
+            self.engine.barred = torch.zeros(self.engine.vocab_size, dtype=torch.bool)
+            self.engine.barred[[*map(int, bias)]] = True
+        yield
+        self.engine.barred = None
 
     def read(self, ids: tuple[int, ...], k: int) -> Iterator[dict[str, Any]]:
         hidden = self.engine.score([ids[:1]], [ids[1:]]).hidden[0]

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from typer.testing import CliRunner
 from urllib3 import HTTPResponse
 
-from conftest import EOS, tiny_model, tiny_tokenizer, write_pair
+from conftest import EOS, VOCAB, WORDS, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
 from topd.cli import app
 from topd.commands.recipe import read_recipe
@@ -293,6 +293,37 @@ def test_of_a_served_teacher_no_layer_is_read(folder):
         assert torch.equal(tensor, whole.state_dict()[name])
 
 
+def test_ids_that_not_all_models_have_are_written_by_no_server(folder, start):
+    """The texts and log-probs are those of the engine here, in which such ids are barred."""
+    spec = spec_of(folder, [start()], [start()])
+    free = engine_of(spec).generate(PROMPTS, Sampling(1.0, max_new_tokens=16), range(3))
+    unshared = sorted({token for text in free for token in text.tokens} - {EOS})[:12]
+    options = {"eos_ids": [EOS], "allowed": [t for t in range(VOCAB) if t not in unshared]}
+    local = HFEngine(tiny_model(seed=1), **options)
+    served = VLLMEngine(spec.load_frame(), spec.path, spec.served, [*unshared, 999], **options)
+    for temperature in (0.0, 0.7, 1.0):
+        sampling = Sampling(temperature, max_new_tokens=16)
+        found, known = (e.generate(PROMPTS, sampling, range(3)) for e in (served, local))
+        assert found == approx(known) or temperature == 0.7  # its log-probs are of temperature 1
+        assert [text.tokens for text in found] == [text.tokens for text in known]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "unshared", "said"),
+    [
+        ([*range(30), 63], [*range(30, 63)], "which not all models of the run have, although"),
+        ([*range(30), 63], [], "an id without a token. Leave served out"),
+        ([*range(30)], [*range(30, 64)], "which not all models of the run have, although"),
+    ],
+)
+def test_a_server_that_writes_a_barred_id_is_refused(folder, start, allowed, unshared, said):
+    spec = spec_of(folder, [start(heeds=False)], [start()])
+    options = {"eos_ids": [EOS], "allowed": allowed}
+    served = VLLMEngine(spec.load_frame(), spec.path, spec.served, unshared, **options)
+    with pytest.raises(TOPDError, match=rf"wrote token \d+, {said}"):
+        served.generate(PROMPTS, Sampling(1.0, max_new_tokens=64), range(3))
+
+
 def test_an_answer_that_was_cut_off_is_refused(folder, start):
     served = engine_of(spec_of(folder, [start(finish="abort")], [start()]))
     with pytest.raises(TOPDError, match="finish_reason 'abort'"):
@@ -410,22 +441,37 @@ def records(run: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
+def own_marks(root: Path) -> None:
+    """Give each model marks of its own: at the end, and at an id where the other has another."""
+    for name, marks in (("student", ("<a>",)), ("teacher", ("<b>", "<c>"))):
+        words = [marks[0] if word == "w3" else word for word in WORDS[:-1]]
+        tiny_tokenizer([*words, *marks[1:]]).save_pretrained(root / name)
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("method", ["topd", "first_fork"])
-def test_training_is_that_of_an_embedded_teacher(tmp_path, start, method):
-    spec = spec_of(tmp_path, [start(), start()], [start()])
+def test_training_is_that_of_an_embedded_teacher(tmp_path, start, method, apart):
+    fakes, found = [start(), start(), start()], []
+    spec = spec_of(tmp_path, fakes[:2], fakes[2:])
     keys = {"method": method, "candidate_threshold": None, "look_ahead_until": None}
-    served = run_recipe(recipe_of(tmp_path, spec, "served", **keys), quiet=True)
-    plain = run_recipe(recipe_of(tmp_path, None, "plain", **keys), quiet=True)
-    for ours, theirs in zip(
-        records(served, "guidance.jsonl"), records(plain, "guidance.jsonl"), strict=True
-    ):
+    for given, run in ((spec, "served"), (None, "plain")):
+        path = recipe_of(tmp_path, given, run, **keys)
+        if apart:
+            own_marks(tmp_path)
+        for fake in fakes:
+            fake.tokenizer = ModelSpec(path=str(tmp_path / "teacher")).load_tokenizer()
+        found.append(run_recipe(path, quiet=True))
+    for ours, theirs in zip(*(records(run, "guidance.jsonl") for run in found), strict=True):
         assert [f["teacher_tokens"] for f in ours["forks"]] == [
             f["teacher_tokens"] for f in theirs["forks"]
         ]
-    logs = zip(records(served, "metrics.jsonl"), records(plain, "metrics.jsonl"), strict=True)
+    logs = zip(*(records(run, "metrics.jsonl") for run in found), strict=True)
     for ours, theirs in list(logs)[:-1]:  # the last line is the summary
         for name in ("loss", "reverse_kl", "topd/trajectory_loss"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4)
+    barred = [[*body.get("logit_bias", {})] for fake in fakes[:2] for body in fake.bodies]
+    unshared = [str(WORDS.index("w3")), str(VOCAB - 1)]
+    assert {*map(tuple, barred)} == {(), tuple(unshared)} if apart else not any(barred)
 
 
 def test_a_run_that_loses_its_servers_is_saved_and_goes_on(tmp_path, start, monkeypatch):
@@ -517,11 +563,18 @@ def student_recipe(root: Path, run: str, *fakes: Fake, **changes: Any) -> Path:
     return path
 
 
-def test_training_on_served_rollouts_is_that_on_embedded_ones(tmp_path, rollouts):
-    fakes = [rollouts(), rollouts()]
-    served = run_recipe(student_recipe(tmp_path, "served", *fakes, learning_rate=1e-2), quiet=True)
-    plain = run_recipe(student_recipe(tmp_path, "plain", learning_rate=1e-2), quiet=True)
-    ours, theirs = (records(run, "rollouts.jsonl") for run in (served, plain))
+@pytest.mark.parametrize("apart", [False, True])
+def test_training_on_served_rollouts_is_that_on_embedded_ones(tmp_path, rollouts, apart):
+    fakes, found = [rollouts(), rollouts()], []
+    for run, some in (("served", fakes), ("plain", [])):
+        path = student_recipe(tmp_path, run, *some, learning_rate=1e-2)
+        if apart:
+            own_marks(tmp_path)
+        for fake in fakes:
+            fake.tokenizer = ModelSpec(path=str(tmp_path / "student")).load_tokenizer()
+        found.append(run_recipe(path, quiet=True))
+    served = found[0]
+    ours, theirs = (records(run, "rollouts.jsonl") for run in found)
     assert [r["response_ids"] for r in ours] == [r["response_ids"] for r in theirs]
     assert all(log["logprob_gap"] < 1e-4 for log in records(served, "metrics.jsonl")[:-1])
     assert not list((tmp_path / "weights").iterdir())  # nothing is left

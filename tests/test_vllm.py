@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -357,6 +358,31 @@ class TestByText:
         by_chat = sum(x.tokens == y.tokens for x, y in zip(found[False], found[True], strict=True))
         print(f"by chat: {by_chat} of {len(starts)} windows are those by completions")
         assert by_chat == len(starts)
+
+    def test_ids_that_not_all_models_have_are_barred_as_in_this_process(self, exact, exact_local):
+        """The commonest tokens of its own answers: the texts without them, and their log-probs."""
+        spec, rows = ModelSpec.model_validate(exact), DataSpec.model_validate(DATA).load()
+        tokenizer = spec.load_tokenizer()
+        asked = [p.student for p in PromptEncoder(tokenizer, tokenizer).encode(rows[:4])]
+        free = exact_local.generate(asked, GREEDY, range(4))
+        counts = Counter(token for text in free for token in text.tokens)
+        unshared = [t for t, _ in counts.most_common(6) if t not in exact_local.end_ids]
+        allowed = [t for t in range(len(tokenizer)) if t not in unshared]
+        options = {"eos_ids": [tokenizer.eos_token_id], "allowed": allowed}
+        local = HFEngine(exact_local.model, **options)
+        assert spec.served
+        served = VLLMEngine(spec.load_frame(), spec.path, spec.served, unshared, **options)
+        check_logprobs(served, tokenizer)
+        for sampling in (GREEDY, Sampling(1.0, max_new_tokens=50)):
+            found = served.generate(asked, sampling, range(4))
+            known = local.score(asked, [text.tokens for text in found]).logprobs
+            for row, text in enumerate(found):
+                assert not {*text.tokens} & {*unshared}
+                told = torch.tensor(text.logprobs)
+                assert (told - known[row, : len(told)]).abs().max() < CLOSE
+            if sampling is GREEDY:
+                alike = [text.tokens for text in local.generate(asked, GREEDY, range(4))]
+                assert [text.tokens for text in found] == alike
 
 
 # The engine

@@ -49,6 +49,7 @@ def open_engines(
         "allowed": _common_ids(tokenizers[:exchanged]),
         "autocast": autocast,
     }
+    unshared = _unshared_ids(tokenizers[:exchanged], options["allowed"])
     student: HFEngine | None = None
     if isinstance(sources[0], ModelSpec) and sources[0].served:
         if temperature != 1:
@@ -57,14 +58,16 @@ def open_engines(
                 "are those of temperature 1. Set it to 1, or leave student.served out."
             )
         probe = probe_of(tokenizers[0])
-        student = ServedStudent(models[0], sources[0].served, probe, name="student", **options)
+        student = ServedStudent(
+            models[0], sources[0].served, probe, unshared, name="student", **options
+        )
     teachers = zip(sources[1:], models[1:], tokenizers[1:], strict=True)
     student = student or HFEngine(models[0], name="student", **options)
     if text:
         assert isinstance(sources[1], ModelSpec)
         engines: list[Engine] = [text_engine(sources[1], models, tokenizers, options, spans)]
     else:
-        engines = [_teacher(*teacher, options) for teacher in teachers]
+        engines = [_teacher(*teacher, unshared, options) for teacher in teachers]
     for engine in (student, *engines):
         if type(engine) is HFEngine:  # others are written by servers
             check_decoding(engine)
@@ -75,11 +78,12 @@ def _teacher(
     source: object,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    unshared: Sequence[int],
     options: dict[str, Any],
 ) -> Engine:
     if not (isinstance(source, ModelSpec) and source.served):
         return HFEngine(model, name="teacher", **options)
-    teacher = VLLMEngine(model, source.path, source.served, name="teacher", **options)
+    teacher = VLLMEngine(model, source.path, source.served, unshared, name="teacher", **options)
     check_logprobs(teacher, tokenizer)
     if source.served.check_whole:
         check_whole(teacher, source, tokenizer)
@@ -90,3 +94,11 @@ def _common_ids(tokenizers: Sequence[PreTrainedTokenizerBase]) -> list[int]:
     """The ids that stand for the same token in all, ascending."""
     student = tokenizers[0]
     return sorted(set.intersection(*({*shared_ids(student, other)} for other in tokenizers)))
+
+
+def _unshared_ids(
+    tokenizers: Sequence[PreTrainedTokenizerBase], common: Sequence[int]
+) -> list[int]:
+    """The ids that stand for a token in some only, or for another, ascending."""
+    known = (token for tokenizer in tokenizers for token in tokenizer.get_vocab().values())
+    return sorted({*known} - {*common})

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import PurePath
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from topd.engines.base import BaseEngine
 from topd.engines.hf import HFEngine
 from topd.engines.servers import Servers
 from topd.engines.vllm import Completions, VLLMEngine
 from topd.errors import TOPDError
+from topd.inputs.heads import head_of
 from topd.inputs.models import ModelSpec
 from topd.inputs.served import ServedSpec
 from topd.inputs.vocabulary import PROBE
@@ -46,11 +49,15 @@ def check_logprobs(engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase) -> No
 
     Compared are those of each completions server when it writes, when it reads and when it reads
     again, and those of each pooling server's states under the head that is here. Raises TOPDError
-    with both numbers where they differ, StoppedError if a server does not answer.
+    with both numbers where they differ, or if ids cannot be barred; StoppedError if a server does
+    not answer.
     """
     probe = probe_of(tokenizer)
-    for server in engine.completions.servers.alone():
-        text, told = _told(Completions(server, engine.completions.ends, engine.vocab_size), probe)
+    if engine.completions.unshared:
+        engine.completions.write_each([probe], PROBED, [0])  # as windows are: with ids barred
+    for completions in engine.completions.alone():
+        server = completions.servers
+        text, told = _told(completions, probe)
         for reader in engine.pooling.alone():
             ours = _under_head(engine, reader, text)
             agree(
@@ -148,8 +155,13 @@ def _told(completions: Completions, probe: Ids) -> tuple[Ids, Tensor]:
 def _under_head(engine: VLLMEngine, reader: Servers, text: Ids) -> Tensor:
     """Log-probs [L - 1] of a text but its first token, from a server's states, on the CPU."""
     (states,) = engine.states([text[:-1]], reader)
-    tokens = torch.tensor(text[1:], device=engine.model.device)
-    return linear_logprobs(states.to(tokens.device), engine.head, tokens)[0].cpu()
+    return whole_logprobs(engine, states, text[1:])
+
+
+def whole_logprobs(engine: BaseEngine, states: Float[Tensor, "L D"], tokens: Ids) -> Tensor:
+    """Log-probs [L] of tokens among all rows of the head, as a server has them, on the CPU."""
+    wanted = torch.tensor(tokens, device=engine.device)
+    return linear_logprobs(states.to(engine.device), head_of(engine.model), wanted)[0].cpu()
 
 
 def agree(server: Servers, one: str, ours: Tensor, other: str, theirs: Tensor, remedy: str) -> None:

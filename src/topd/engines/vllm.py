@@ -8,7 +8,9 @@ loss sees its whole distribution; its decoder is not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from typing import Any, Unpack
 
 import torch
@@ -20,11 +22,13 @@ from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import BaseEngine, Options, Prefix, check_seeds
 from topd.engines.servers import Request, Servers
 from topd.errors import TOPDError
+from topd.inputs.heads import head_of
 from topd.inputs.served import ServedSpec
 from topd.types import Effort, Generation, Ids, Sampling, Starts, Texts
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
 ONCE = Sampling(temperature=0, max_new_tokens=1)
+LISTED, LIKELIEST = 128, 20  # log-probs a token that vLLM tells: of ids, of the likeliest
 WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
@@ -35,12 +39,24 @@ class Completions:
 
     Args:
         servers: vLLM's OpenAI-compatible API.
-        ends: tokens that end a text.
-        vocab_size: tokens from this one on are an error.
+        engine: of the same model here; says what ends a text, and which ids it may have.
+        unshared: ids of tokens that not all models have. They are not sampled, and the log-probs
+            are those of the others alone, as in this process.
     """
 
-    def __init__(self, servers: Servers, ends: Iterable[int], vocab_size: int) -> None:
-        self.servers, self.ends, self.vocab_size = servers, frozenset(ends), vocab_size
+    def __init__(self, servers: Servers, engine: BaseEngine, unshared: Sequence[int] = ()) -> None:
+        self.servers, self.ends = servers, engine.end_ids
+        self.rows = head_of(engine.model).vocab_size
+        self.unshared = tuple(token for token in unshared if token < self.rows)
+        barred = [] if engine.barred is None else engine.barred.nonzero()[:, 0].tolist()
+        self.barred = frozenset([*barred, *range(engine.vocab_size, self.rows)])
+
+    def alone(self) -> Iterator[Completions]:
+        """Those of each server that has not failed, by itself, with no id barred: for probes."""
+        for servers in self.servers.alone():
+            one = copy(self)
+            one.servers, one.unshared, one.barred = servers, (), frozenset()
+            yield one
 
     def write(
         self, groups: Sequence[Sequence[Ids]], sampling: Sampling, seeds: Sequence[Sequence[int]]
@@ -91,7 +107,7 @@ class Completions:
             "presence_penalty": 0,
             "frequency_penalty": 0,
             "seed": seed,
-            "logprobs": 0,
+            **self._bias(),
             "return_token_ids": True,
             "ignore_eos": True,  # the server's idea of it
             "stop_token_ids": sorted(self.ends),
@@ -100,23 +116,59 @@ class Completions:
         }
         return Request(COMPLETIONS, body, group)
 
+    def _bias(self) -> dict[str, Any]:
+        """Bars the unshared ids, and asks for the log-probs that they have without the bar."""
+        if not self.unshared:
+            return {"logprobs": 0}
+        listed = self.unshared[:LISTED]
+        return {
+            "logit_bias": {str(token): -100 for token in self.unshared},  # vLLM's least
+            "logprobs": min(len(listed), LIKELIEST),  # of the likeliest, where it knows no lists
+            "logprob_token_ids": list(listed),
+            "return_tokens_as_token_ids": True,
+        }
+
     def _generations(self, answer: Any) -> Iterable[Generation]:
         for choice in answer["choices"]:
             tokens = choice.get("token_ids")
-            if tokens is None or choice["finish_reason"] not in ("stop", "length"):
+            if not tokens or choice["finish_reason"] not in ("stop", "length"):
                 raise TOPDError(
                     f"{self.servers.name}: no whole answer (token_ids {tokens}, finish_reason "
                     f"{choice['finish_reason']!r}). Use vLLM 0.11 or later, and nothing that "
                     "interrupts it."
                 )
-            if max(tokens) >= self.vocab_size:
-                raise TOPDError(
-                    f"{self.servers.name}: wrote token {max(tokens)} of a vocabulary of "
-                    f"{self.vocab_size}. It serves another model."
-                )
-            logprobs, read = choice["logprobs"]["token_logprobs"], len(tokens) - 1
-            ended = tokens[-1] in self.ends
-            yield Generation(tuple(tokens), tuple(logprobs), ended, effort=Effort(read, read))
+            self._check(tokens)
+            read, ended = len(tokens) - 1, tokens[-1] in self.ends
+            logprobs = self._logprobs(choice["logprobs"])
+            yield Generation(tuple(tokens), logprobs, ended, effort=Effort(read, read))
+
+    def _check(self, tokens: Sequence[int]) -> None:
+        """Refuse ids that may not be written. Raises TOPDError."""
+        strange = next(
+            (token for token in tokens if token in self.barred or token >= self.rows), None
+        )
+        if strange is None:
+            return
+        if strange >= self.rows:
+            why = f" of a vocabulary of {self.rows}. It serves another model."
+        elif strange in self.unshared:
+            why = (
+                ", which not all models of the run have, although logit_bias forbids it. Serve it "
+                "with vLLM 0.11 or later, which heeds logit_bias."
+            )
+        else:
+            why = ", an id without a token. Leave served out: in this process such ids are barred."
+        raise TOPDError(f"{self.servers.name}: wrote token {strange}{why}")
+
+    def _logprobs(self, told: Any) -> tuple[float, ...]:
+        """Of a text's tokens, among the ids that all models have; at most 0 where rounding is."""
+        if not self.unshared:
+            return tuple(told["token_logprobs"])
+        names, found = [f"token_id:{token}" for token in self.unshared], []
+        for own, listed in zip(told["token_logprobs"], told["top_logprobs"], strict=True):
+            others = sum(math.exp(listed[name]) for name in names if name in listed)
+            found.append(own - math.log(max(1 - others, math.exp(own), 1e-300)))
+        return tuple(found)
 
 
 def _told(places: Sequence[Any], text: Ids) -> Float[Tensor, " L"]:
@@ -132,19 +184,22 @@ class VLLMEngine(BaseEngine):
         model: see :meth:`~topd.inputs.models.ModelSpec.load_frame`.
         path: what messages call its weights.
         served: where the servers are.
-        eos_ids, vocab_size, name, autocast: as in BaseEngine.
+        unshared: ids of tokens that not all models have; see :class:`Completions`.
+        eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine.
     """
 
     def __init__(
-        self, model: PreTrainedModel, path: str, served: ServedSpec, **options: Unpack[Options]
+        self,
+        model: PreTrainedModel,
+        path: str,
+        served: ServedSpec,
+        unshared: Sequence[int] = (),
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(model, **options)
         self.path = path
-        self.completions = Completions(
-            Servers(f"{self.name} (completions)", served.completions, served),
-            self.end_ids,
-            self.vocab_size,
-        )
+        servers = Servers(f"{self.name} (completions)", served.completions, served)
+        self.completions = Completions(servers, self, unshared)
         self.pooling = Servers(f"{self.name} (pooling)", served.pooling, served)
 
     def generate(

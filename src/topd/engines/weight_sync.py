@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from topd.engines import Tick, no_tick
 from topd.engines.base import Options, check_seeds
 from topd.engines.hf import HFEngine
-from topd.engines.server_checks import agree
+from topd.engines.server_checks import agree, whole_logprobs
 from topd.engines.servers import Servers
 from topd.engines.vllm import Completions
 from topd.errors import DISK, StoppedError
@@ -34,15 +34,21 @@ class ServedStudent(HFEngine):
         model: the student.
         served: where its servers are; started by ``topd serve-student``.
         probe: token ids of a text.
-        eos_ids, vocab_size, name, autocast: as in BaseEngine.
+        unshared: ids of tokens that not all models have: its servers do not sample them.
+        eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine.
     """
 
     def __init__(
-        self, model: PreTrainedModel, served: ServedSpec, probe: Ids, **options: Unpack[Options]
+        self,
+        model: PreTrainedModel,
+        served: ServedSpec,
+        probe: Ids,
+        unshared: Sequence[int] = (),
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(model, **options)
         servers = Servers(f"{self.name} (rollouts)", served.completions, served)
-        self.completions = Completions(servers, self.end_ids, self.vocab_size)
+        self.completions = Completions(servers, self, unshared)
         self.probe, self._served_digest = probe, ""
         self.held = False  # write with the weights that the servers have
 
@@ -91,12 +97,13 @@ class ServedStudent(HFEngine):
         self._check_weights()
 
     def _check_weights(self) -> None:
-        ours = self.score([self.probe[:1]], [self.probe[1:]]).logprobs[0].cpu()
-        for server in self.completions.servers.alone():
-            (theirs,) = Completions(server, self.end_ids, self.vocab_size).read([self.probe])
+        (states,) = self.score([self.probe[:1]], [self.probe[1:]]).hidden
+        ours = whole_logprobs(self, states, self.probe[1:])
+        for completions in self.completions.alone():
+            (theirs,) = completions.read([self.probe])
             agree(
-                server,
-                f"{server.urls[0]} with the weights that it was given",
+                completions.servers,
+                f"{completions.servers.urls[0]} with the weights that it was given",
                 theirs,
                 "the student in training",
                 ours,
