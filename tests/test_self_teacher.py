@@ -19,6 +19,7 @@ from topd.commands.train import run_recipe
 from topd.errors import TOPDError
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.references import referred
+from topd.inputs.self_teacher import Average
 
 TOLD = "{{ prompt }} {{ solution }}"
 SMALL = {
@@ -97,6 +98,32 @@ def test_the_average_by_hand(tmp_path, peft) -> None:
     assert any(not torch.equal(p, q) for p, q in zip(after, last, strict=True))
     assert any(not torch.equal(p, q) for p, q in zip(first, after, strict=True))
     assert not any(p.requires_grad for p in made.teacher_model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_an_average_of_small_steps_is_not_rounded_away(tmp_path, dtype) -> None:
+    """After n equal updates it has gone 1 - 0.99^n of the way, and a resumed one goes on there."""
+    kind = getattr(torch, dtype)
+    student, teacher = (torch.nn.Linear(50, 50, bias=False, dtype=kind) for _ in range(2))
+    with torch.no_grad():
+        student.weight.fill_(0.5)
+        teacher.weight.fill_(0.5)
+        average = Average(teacher, student, 0.99)
+        student.weight += 0.0625
+    for _ in range(100):
+        average.update()
+    average.save(tmp_path)
+    other = torch.nn.Linear(50, 50, bias=False, dtype=kind)
+    resumed = Average(other, student, 0.99)
+    resumed.load(tmp_path)
+    assert torch.equal(other.weight, teacher.weight)
+    for one in (average, resumed):
+        for _ in range(50):
+            one.update()
+    assert torch.equal(other.weight, teacher.weight)
+    assert teacher.weight.dtype == kind
+    due = 0.5 + 0.0625 * (1 - 0.99**150)
+    torch.testing.assert_close(teacher.weight, torch.full_like(teacher.weight, due))
 
 
 def recipe_of(root: Path, **changes: Any) -> Path:

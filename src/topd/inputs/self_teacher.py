@@ -76,7 +76,9 @@ def check_own_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 class Average(TrainerCallback):
-    """The exponential average of a student's trained weights, kept in its teacher.
+    """The exponential average of a student's trained weights, read in its teacher.
+
+    It is kept in at least float32: of 16 bits a small step would round away.
 
     Args:
         teacher: a copy of the student; its weights are overwritten.
@@ -86,7 +88,11 @@ class Average(TrainerCallback):
 
     def __init__(self, teacher: nn.Module, student: nn.Module, ema: float) -> None:
         trained = {name for name, p in student.named_parameters() if p.requires_grad}
-        self._average = {n: p for n, p in teacher.named_parameters() if n in trained}
+        self._read = {n: p for n, p in teacher.named_parameters() if n in trained}
+        self._average = {
+            n: p.detach().float() if p.dtype in (torch.bfloat16, torch.float16) else p
+            for n, p in self._read.items()
+        }
         self._student, self.ema = student, ema
 
     def on_step_end(self, *_: object, **__: object) -> None:
@@ -98,7 +104,10 @@ class Average(TrainerCallback):
         """Take the current weights in."""
         for name, current in self._student.named_parameters():
             if name in self._average:
-                self._average[name].lerp_(current.to(self._average[name].dtype), 1 - self.ema)
+                average = self._average[name]
+                average.lerp_(current.to(average.dtype), 1 - self.ema)
+                if self._read[name] is not average:
+                    self._read[name].copy_(average)
 
     def save(self, folder: Path) -> None:
         """Write the average into a checkpoint."""
@@ -115,3 +124,4 @@ class Average(TrainerCallback):
             )
         for name, weight in load_file(folder / FILE).items():
             self._average[name].copy_(weight)
+            self._read[name].copy_(weight)
