@@ -179,6 +179,20 @@ def test_the_key_comes_from_the_environment_and_is_nowhere_else(start, monkeypat
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", " \r\n"])
+def test_a_key_may_have_white_space_around_it(start, monkeypatch, end):
+    monkeypatch.setenv("OUR_KEY", f"s3cret{end}")
+    assert servers(start(key="s3cret").url, api_key_env="OUR_KEY").ask([LIST]) == [ANSWER]
+
+
+@pytest.mark.parametrize("key", ["s3cret\nmore", "s3cret\x07", "s3cret-\u043a\u043b\u044e\u0447"])
+def test_a_key_that_no_request_can_carry_is_not_shown(monkeypatch, key):
+    monkeypatch.setenv("OUR_KEY", key)
+    with pytest.raises(TOPDError, match=r"served\.api_key_env.* OUR_KEY holds char") as caught:
+        servers("http://127.0.0.1:9", api_key_env="OUR_KEY")
+    assert "s3cret" not in str(caught.value)
+
+
 def test_a_redirect_is_not_followed(start):
     with pytest.raises(TOPDError, match="answers 307"):
         servers(start(statuses=[307]).url).ask([LIST])

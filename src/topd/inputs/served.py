@@ -32,10 +32,19 @@ class ServerSpec(BaseModel):
 
     @property
     def api_key(self) -> str | None:
-        """The API key. Raises TOPDError if the environment does not have it."""
+        """The API key, without white space around it.
+
+        Raises TOPDError if the environment does not have it, or no request can.
+        """
         if self.api_key_env is None:
             return None
-        key = os.environ.get(self.api_key_env)
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key.isprintable() or any(ord(c) > 0xFF for c in key):  # not shown: it is a secret
+            raise TOPDError(
+                f"{self.place}.api_key_env: the environment variable {self.api_key_env} holds "
+                "characters that no request can carry (control characters, or none of Latin-1). "
+                "Put the servers' API key there, and nothing else."
+            )
         if not key:
             raise TOPDError(
                 f"{self.place}.api_key_env: the environment variable {self.api_key_env} is not "
