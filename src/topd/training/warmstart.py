@@ -53,7 +53,11 @@ class WarmstartConfig(TOPDConfig):
         "Who wrote the answers: teacher (it does now), data (it has a solution), or the "
         "answers.jsonl of another warm start on the same prompts, to be learned again.",
     )
-    answer_batch_size: int = _field(16, "Answers that the teacher writes at a time.")
+    answer_batch_size: int = _field(
+        16,
+        "Answers that the teacher writes at a time; of a server no more are asked for at once, "
+        "whatever its concurrency.",
+    )
     method: str = _field("opd", "A warm start has no forks to guide: only opd.")
     beta: float = _field(0.0, "Forward KL, where kd_ratio is above 0.")
     kd_ratio: float = _field(0.0, "Share of the divergence; the rest is cross-entropy.")
