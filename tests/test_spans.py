@@ -90,6 +90,17 @@ def test_a_reader_sums_the_teachers_own_log_probs_after_its_own_prompt():
     assert told == pytest.approx([float(single[a:b].sum()) for a, b in theirs.theirs], abs=1e-5)
 
 
+def test_a_response_that_is_too_long_for_the_teacher_has_no_span():
+    student, teacher = TOKENIZERS["bytes"], TOKENIZERS["pieces"]
+    spans = reader(student, teacher, len(teacher))
+    ids = Border(student).ids((), "so the answer") or ()
+    room = 512 - len(spans.align(ids).ids)
+    (one, told), (none, nothing) = spans.read([(7,) * room, (7,) * (room + 1)], [ids, ids])
+    assert len(one) == len(told) > 1
+    assert none == ()
+    assert nothing == []
+
+
 def test_a_log_prob_that_is_nan_is_no_agreement():
     student, teacher = TOKENIZERS["bytes"], TOKENIZERS["pieces"]
     spans = reader(student, teacher, len(teacher))

@@ -19,7 +19,7 @@ import torch
 import yaml
 from bench.border import counted
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 from typer.testing import CliRunner
 
@@ -30,23 +30,25 @@ from topd.cli import app
 from topd.commands.audit import rebuilt
 from topd.commands.audit.rebuilt import Trust
 from topd.commands.recipe import read_recipe
-from topd.commands.train import make_trainer
+from topd.commands.train import make_trainer, run_recipe
 from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine
+from topd.engines.servers import RefusedError
 from topd.engines.text import TextEngine, Written
-from topd.engines.text_checks import _cuts, check_border
+from topd.engines.text_checks import _cuts, check_border, check_text_teacher
 from topd.engines.text_logprobs import logprobs_of_tokens
-from topd.engines.text_writers import TextServers
+from topd.engines.text_writers import NOTHING, EmbeddedWriter, TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border
+from topd.inputs.fingerprints import model_fingerprint
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.text_models import stand_in, text_tokenizer
-from topd.inputs.text_spec import ByText
+from topd.inputs.text_spec import ByText, TextSpec
 from topd.methods import METHODS
 from topd.training.text_needs import check_gives
 from topd.training.warmstart import WarmstartConfig
-from topd.types import Sampling
+from topd.types import Prompt, Sampling
 
 CORPUS = [
     "So the answer is 12, and 3 + 4 = 7.\n\nNext:  x = y * 2\n",
@@ -200,6 +202,11 @@ def test_a_tokenizer_that_does_not_read_back_is_refused():
         check_border("student", folding)
     for tokenizer in (*TOKENIZERS.values(), tiny_tokenizer()):
         check_border("student", tokenizer)
+
+
+def test_a_tokenizer_that_tells_no_places_is_refused_in_words():
+    with pytest.raises(TOPDError, match=r"ByT5Tokenizer\) does not tell which characters.*fast"):
+        check_border("student", ByT5Tokenizer())
 
 
 # Servers, and the same teacher in three places
@@ -407,7 +414,167 @@ def test_a_server_that_refuses_all_prompts_stops_the_run(start, said):
         Server("teacher", spec, tokenizer).write([(0, False)], [""], Sampling(0.0), [0])
 
 
+# What servers answer
+
+
+@pytest.fixture
+def answering(monkeypatch) -> Callable[..., Any]:
+    """A chat server that gives these answers, one a time of asking; its requests in ``bodies``."""
+
+    def made(*answers: Any, **spec: Any) -> Any:
+        text = {"url": "http://127.0.0.1:9", "model": "m", "chat": True, **spec}
+        writer, waiting = TextServers("teacher", TextSpec(**text), byte_level()), [*answers]
+        writer.bodies = []
+
+        def ask(wanted: Any) -> list[Any]:
+            writer.bodies += [request.body for request in wanted]
+            return [waiting.pop(0) for _ in wanted]
+
+        monkeypatch.setattr(writer.servers, "ask_each", ask)
+        return writer
+
+    return made
+
+
+def chat(content: Any, finish: str = "stop", **rest: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": content, **rest}, "finish_reason": finish}]}
+
+
+def written(writer: TextServers, text: str = "") -> Written:
+    return writer.write([(5,)], [text], Sampling(0.0, max_new_tokens=9), [0])[0]
+
+
+PARTS = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "so"},
+         {"type": "text", "text": " the"}]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "expected"),
+    [
+        (chat(None, refusal="no"), "", RefusedError),
+        (chat("I", refusal="no"), "so", RefusedError),
+        (chat("let me see", tool_calls=[{"id": 1}]), "", RefusedError),
+        (chat(""), "", RefusedError),  # as an answer it says nothing
+        (chat(None, reasoning="7"), "", RefusedError),
+        (chat(None, reasoning_content="7"), "so", RefusedError),
+        (chat(None, tool_calls=[], refusal=None), "so", Written("", True)),  # the text was whole
+        (chat(None, "length", reasoning="7"), "", NOTHING),
+        (chat("so", reasoning="7"), "", Written("so", True)),
+        (chat(PARTS), "", Written("so the", True)),
+        (chat({"text": "so"}), "", TOPDError),
+        (chat([{"text": "so"}]), "", TOPDError),
+        (chat("\n\n the"), "so\n", Written("\n the", True)),  # its end is not sent
+        (chat(" the"), "so\n", NOTHING),
+        (chat(""), "so\n", NOTHING),
+        (chat(" so"), " ", Written("so", True)),
+    ],
+)
+def test_what_is_an_answer_of_a_chat_server_and_what_is_none(answering, answer, text, expected):
+    writer = answering(answer)
+    if isinstance(expected, Written):
+        assert written(writer, text) == expected
+    else:
+        with pytest.raises(TOPDError, match="not a whole answer with text") as caught:
+            written(writer, text)
+        assert caught.type is expected
+    sent = [m["content"] for m in writer.bodies[0]["messages"] if m["role"] == "assistant"]
+    assert sent == [text.rstrip()] * bool(text.strip())  # templates trim it
+
+
+def test_an_error_with_status_200_counts_as_its_code_says(answering, monkeypatch, said):
+    monkeypatch.setattr("topd.engines.text_writers.PAUSE", 0.0)
+    busy, moderated = ({"error": {"code": code, "message": "no"}} for code in (502, 403))
+    writer = answering(busy, busy, chat("so"))
+    assert written(writer) == Written("so", True)
+    assert len(writer.bodies) == 3
+    with pytest.raises(TOPDError, match="502"):
+        written(answering(busy, busy, retries=1))
+    with pytest.raises(RefusedError, match="403"):
+        written(answering(moderated))
+
+
+def test_a_limit_of_another_name_is_sent_and_offered(answering, monkeypatch):
+    writer = answering(chat("so"), limit="max_completion_tokens")
+    written(writer)
+    assert writer.bodies[0]["max_completion_tokens"] == 9
+    assert "max_tokens" not in writer.bodies[0]
+    wants = RefusedError("'max_tokens' is not supported. Use 'max_completion_tokens' instead.")
+    with pytest.raises(TOPDError, match=r"instead\. Set text\.limit: max_completion_tokens\."):
+        tried(monkeypatch, [wants], Sampling(0.6))
+
+
+def tried(monkeypatch: Any, answers: list[Any], whole: Sampling | None) -> list[dict[str, Any]]:
+    """The start-up check with a chat server that gives these answers, and its requests."""
+    bodies: list[dict[str, Any]] = []
+
+    def ask(_: Any, wanted: Any) -> list[Any]:
+        bodies.extend(request.body for request in wanted)
+        return [answers[min(len(bodies), len(answers)) - 1]]
+
+    monkeypatch.setattr("topd.engines.servers.Servers.ask_each", ask)
+    spec = ByText.model_validate({"text": {"url": "http://127.0.0.1:9", "chat": True}})
+    check_text_teacher(spec, (byte_level(), byte_level()), [Prompt(0, (5,), (5,))], whole=whole)
+    return bodies
+
+
+def test_a_server_that_thinks_first_answers_whole_prompts(monkeypatch):
+    thinking = chat(None, "length", reasoning_content="well")
+    (body,) = tried(monkeypatch, [thinking], Sampling(1.0, top_p=0.9))
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (1.0, 0.9, 24)
+    for answer, whole in ((thinking, None), (chat(""), Sampling(1.0))):
+        with pytest.raises(TOPDError, match=r"writes next to nothing|not a whole answer"):
+            tried(monkeypatch, [answer], whole)
+
+
 # What is refused at the start
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("http://h:8000", "http://h:8000/v1"),
+        ("http://h:8000/v1/", "http://h:8000/v1"),
+        ("https://h/v1beta/openai/", "https://h/v1beta/openai"),
+        ("https://h/api/paas/v4", "https://h/api/paas/v4"),
+        (" https://h/api/v1/chat/completions", "https://h/api/v1"),
+        ("https://h/v1/completions", "https://h/v1"),
+    ],
+)
+def test_a_url_with_a_path_is_that_of_the_api(given, asked):
+    assert TextSpec(url=given).url == TextSpec(url=asked).url == (asked,)
+
+
+@pytest.mark.parametrize("key", ["stop", "max_completion_tokens", "suffix"])
+def test_what_would_end_a_text_otherwise_is_not_taken(key):
+    with pytest.raises(ValueError, match=f"{key} is set by TOPD"):
+        TextSpec(url="http://h", extra={key: ["\n"]})
+
+
+def test_a_teacher_by_text_is_the_same_at_another_url():
+    def known(model: str, **text: Any) -> Any:
+        spec = ModelSpec.model_validate({"text": {"model": model, **text}})
+        return model_fingerprint(stand_in(spec.path, 8))
+
+    assert known("m", url="http://a:1") == known("m", url=["http://b:2", "http://c"])
+    assert known("m", url="http://a:1") != known("n", url="http://a:1")
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_teacher_here_that_has_no_room_is_refused_before_weights_load(
+    tmp_path, monkeypatch, stage
+):
+    write_pair(tmp_path)
+    tiny_model(max_position_embeddings=20).save_pretrained(tmp_path / "teacher")
+    monkeypatch.setattr(ModelSpec, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    recipe = {"student": str(tmp_path / "student"), "data": str(tmp_path / "prompts.jsonl"),
+              "teacher": {"path": str(tmp_path / "teacher"), "as_text": True}}  # fmt: skip
+    rest = {"warmstart": {"max_steps": 1, "max_completion_length": 12, "use_cpu": True}}
+    lines = {**LITTLE, **recipe} if stage == 2 else {**recipe, **rest}
+    lines["output_dir"] = str(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(lines))
+    more = {1: 20, 2: 14}[stage]  # of the answer, of a window; and 8 tokens besides
+    with pytest.raises(TOPDError, match=f"to write {more} more; it has 20 positions"):
+        run_recipe(tmp_path / "recipe.yaml", quiet=True, warmstart=stage == 1)
 
 
 @pytest.mark.parametrize("by", [400, 404, "error"])
@@ -600,6 +767,29 @@ def test_a_window_that_cannot_be_had_is_left_out():
     inside = [engine.border.text(ids[:t]) is None for t in range(len(ids))]
     assert any(inside)
     assert [not window.tokens for window in found] == inside
+
+
+def test_a_text_that_a_teacher_here_cannot_read_has_no_window(said):
+    """Its tokenizer normalises a character, or the text is longer than its positions."""
+    composed = byte_level()
+    composed.backend_tokenizer.normalizer = normalizers.NFC()
+    check_border("teacher", composed)
+    model = tiny_model(vocab=len(composed), max_position_embeddings=40)
+    writer = EmbeddedWriter(HFEngine(model, eos_ids=[0]), composed)
+    texts = ["so", "R is 5 \u2126", "so" * 40, "\u212b"]
+
+    def answers(prompts: list[tuple[int, ...]], texts: list[str]) -> list[Written]:
+        return writer.write(prompts, texts, Sampling(0.0, max_new_tokens=4), [0] * len(texts))
+
+    found = answers([(5, 6)] * 4, texts)
+    assert found[1:] == [NOTHING] * 3
+    assert [found[0]] == answers([(5, 6)], ["so"])
+    assert found[0].text
+    (one,) = said
+    assert "no tokens of its read as 'R is 5 \u2126'. Such a text is left out, 1 times" in one
+    assert answers([(5,) * 37], [""]) == [NOTHING]
+    answers([(5,) * 36], [""])  # the last that fits
+    assert writer._left == 4
 
 
 def test_an_audit_asks_no_server_of_text_that_a_folder_names(tmp_path):

@@ -19,6 +19,7 @@ from topd.engines.hf import HFEngine
 from topd.engines.text_logprobs import whole_text
 from topd.errors import TOPDError
 from topd.inputs.border import Border
+from topd.inputs.text_models import reach_of
 from topd.types import Ids, Spans
 
 
@@ -72,6 +73,7 @@ class SpanReader:
         self.engine, self.ends = engine, ends
         self.tokenizers = tokenizers
         self.own, self.theirs = (Border(tokenizer) for tokenizer in tokenizers)
+        self.reach = reach_of(engine.model.config)
 
     def align(self, response: Ids) -> Aligned:
         """The spans of a response, and the teacher's tokens that they are made of.
@@ -98,9 +100,12 @@ class SpanReader:
     ) -> list[tuple[Spans, list[float]]]:
         """Of every response its spans, and the teacher's log-probs of them, nats.
 
-        Raises TOPDError where one is NaN.
+        One that is too long for the teacher has none. Raises TOPDError where a log-prob is NaN.
         """
         rows = [self.align(response) for response in responses]
+        for k, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            if self.reach is not None and len(prompt + row.ids) > self.reach:
+                rows[k] = Aligned((), (), ())
         asked = [k for k, row in enumerate(rows) if row.own]
         told: list[list[float]] = [[] for _ in rows]
         if asked:

@@ -6,25 +6,31 @@ import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from topd.engines.servers import RefusedError
+from topd.engines.text import SPARE, Written
 from topd.engines.text_logprobs import logprobs_of_tokens
 from topd.engines.text_writers import TextServers
 from topd.errors import TOPDError
-from topd.inputs.border import Border
+from topd.inputs.border import Border, tells_places
+from topd.inputs.models import ModelSpec
+from topd.inputs.text_models import reach_of
 from topd.inputs.text_spec import ByText
 from topd.inputs.vocabulary import PROBE
 from topd.types import Ids, Prompt, Sampling
 
-ASKED = Sampling(temperature=0.0, max_new_tokens=24)
+ASKED = 24  # tokens
+GREEDY = Sampling(temperature=0.0, max_new_tokens=ASKED)
 TOLD = 0.9  # of the student's tokens, where log-probs are wanted
 PROMPTS = 4  # asked until one has an answer to be continued
 OVER = (
     "Give a server of the completions API, or chat: true where its chat API continues the "
     "assistant's last message (continue_final_message of vLLM)."
 )
+LIMIT = "max_completion_tokens"
 
 
 def check_text_teacher(
@@ -32,13 +38,14 @@ def check_text_teacher(
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     prompts: Sequence[Prompt],
     *,
-    continues: bool = True,
+    whole: Sampling | None = None,
 ) -> None:
     """Try a teacher by text as far as it goes without weights.
 
     The student's tokenizer must join a text at every border as it reads. Every server is asked to
-    answer a prompt, then to continue from the middle of its own answer, if that is what it is for
-    (``continues``). A prompt that a server refuses is passed over, if it answers another.
+    answer a prompt, then to continue from the middle of its own answer. Where only ``whole``
+    answers are wanted of it, it is asked for the beginning of one, sampled so. A prompt that a
+    server refuses is passed over, if it answers another.
 
     Raises:
         TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
@@ -53,13 +60,34 @@ def check_text_teacher(
     for url in spec.text.url:
         one = spec.text.model_copy(update={"url": (url,)})
         writer = TextServers("teacher", one, tokenizers[1])
-        _check_answers(writer, prompts[:PROMPTS], continues)
+        _check_answers(writer, prompts[:PROMPTS], whole)
         if spec.text.logprobs:
             _check_tells(writer, prompts[:PROMPTS], Border(tokenizers[0]))
 
 
+def check_room(spec: ModelSpec, prompts: Sequence[Prompt], more: int) -> None:
+    """Whether a teacher in this process has room for ``more`` tokens after the longest prompt.
+
+    What the student writes between them is counted in the teacher's tokens once it is there.
+    Raises TOPDError.
+    """
+    reach, longest = reach_of(spec.load_config()), max((len(p.teacher) for p in prompts), default=0)
+    if reach is not None and longest + more + SPARE > reach:
+        raise TOPDError(
+            f"teacher.as_text: the longest prompt has {longest} of the teacher's tokens, and it is "
+            f"to write {more + SPARE} more; it has {reach} positions. Lower max_prompt_length, "
+            "max_completion_length or window_length."
+        )
+
+
 def check_border(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     """Join a text at every border between its tokens. Raises TOPDError if it reads otherwise."""
+    if not tells_places(tokenizer):
+        raise TOPDError(
+            f"{name}: its tokenizer ({type(tokenizer).__name__}) does not tell which characters a "
+            "token is made of (offset_mapping): a teacher by text needs one that does. Choose a "
+            "model with a fast tokenizer (tokenizer.json)."
+        )
     border = Border(tokenizer)
     known = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     few = set(known) & set(
@@ -85,19 +113,20 @@ def _known_part(tokenizer: PreTrainedTokenizerBase) -> str:
     return " ".join([w for w in sorted(vocabulary) if w.isalnum() and w not in specials][:8])
 
 
-def _check_answers(writer: TextServers, prompts: Sequence[Prompt], continues: bool) -> None:
-    """Have a server continue the middle of its own greedy answer, at two places."""
+def _check_answers(writer: TextServers, prompts: Sequence[Prompt], whole: Sampling | None) -> None:
+    """Have a server begin a ``whole`` answer, or continue its own greedy one, at two places."""
     url, answer = writer.spec.url[0], ""
+    asked = replace(whole, max_new_tokens=ASKED) if whole else GREEDY
     faults: list[str] = []
     refused: RefusedError | None = None
     for prompt in prompts:
         try:
-            answer = _asked(writer, prompt.teacher, "")
-            if answer and not continues:
+            answer, ended = _asked(writer, prompt.teacher, "", asked)
+            if whole and (answer or not ended):  # it may think first
                 return
             faults = []
             for cut in _cuts(answer):
-                fault = _fault(answer, cut, _asked(writer, prompt.teacher, answer[:cut]))
+                fault = _fault(answer, cut, _asked(writer, prompt.teacher, answer[:cut]).text)
                 if not fault:
                     return
                 faults.append(fault)
@@ -107,7 +136,8 @@ def _check_answers(writer: TextServers, prompts: Sequence[Prompt], continues: bo
         if faults:
             break
     if refused and not faults:
-        raise TOPDError(f"{refused} {OVER if answer else ''}".rstrip()) from refused
+        hint = OVER if answer else f"Set text.limit: {LIMIT}." if LIMIT in str(refused) else ""
+        raise TOPDError(f"{refused} {hint}".rstrip()) from refused
     if not faults:
         raise TOPDError(
             f"teacher.text: {url} writes next to nothing, or one word, to the first prompts "
@@ -122,7 +152,7 @@ def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border)
     answers: dict[Ids, str] = {}
     for prompt in prompts:
         with suppress(RefusedError):
-            answers[prompt.teacher] = _asked(writer, prompt.teacher, "")
+            answers[prompt.teacher] = _asked(writer, prompt.teacher, "").text
     rows = [border.ids((), answer) or () for answer in answers.values()]
     read = writer.read(list(answers), list(answers.values()))
     pairs = zip(rows, read, strict=True)
@@ -137,8 +167,8 @@ def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border)
         )
 
 
-def _asked(writer: TextServers, prompt: Ids, text: str) -> str:
-    return writer.write([prompt], [text], ASKED, [0])[0].text
+def _asked(writer: TextServers, prompt: Ids, text: str, how: Sampling = GREEDY) -> Written:
+    return writer.write([prompt], [text], how, [0])[0]
 
 
 def _cuts(answer: str) -> list[int]:

@@ -116,6 +116,15 @@ class Border:
         )
 
 
+def tells_places(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer tells which characters of a text a token is made of."""
+    try:
+        known = tokenizer("a", add_special_tokens=False, return_offsets_mapping=True)
+    except (NotImplementedError, KeyError, TypeError, ValueError):  # as slow ones say no
+        return False
+    return "offset_mapping" in known
+
+
 def _specials(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Added tokens that are special: no text is meant by them."""
     return {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}

@@ -92,6 +92,24 @@ class ServedSpec(ServerSpec):
 
 def server_url(url: str) -> str:
     """The URL without a last slash and /v1. Raises ValueError for what is not a server's."""
+    return _checked(url).removesuffix("/v1")
+
+
+def api_url(url: str) -> str:
+    """The URL that paths of an OpenAI-style API follow: a host's has /v1, a path is as given.
+
+    Raises ValueError for what is not a server's.
+
+    >>> api_url("http://localhost:8000"), api_url("https://host.example/api/v4/chat/completions")
+    ('http://localhost:8000/v1', 'https://host.example/api/v4')
+    """
+    base = _checked(url).removesuffix("/completions").removesuffix("/chat")
+    return base if urlsplit(base).path else f"{base}/v1"
+
+
+def _checked(url: str) -> str:
+    """The URL without a last slash. Raises ValueError for what is not a server's."""
+    url = url.strip()
     if "@" in url or "?" in url or "#" in url:  # not shown: it may hold a secret
         raise ValueError(
             "only http://HOST:PORT/PATH is wanted. api_key_env names the variable with a key"
@@ -103,4 +121,4 @@ def server_url(url: str) -> str:
         good = False
     if not good:
         raise ValueError(f"{url!r} is not the URL of a server. Write http://HOST:PORT")
-    return url.rstrip("/").removesuffix("/v1")
+    return url.rstrip("/")

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from topd.errors import TOPDError
+from topd.inputs.positions import rope_switch
 from topd.inputs.prompt_rows import Row
 from topd.inputs.text_spec import ByText
 
@@ -44,6 +51,15 @@ def check_reaches(asked: Row, teachers: Sequence[PreTrainedTokenizerBase]) -> No
             "teacher, a chat server with a template of its own. Leave teacher.text.chat out, so "
             "that the prompt is written here, or leave the columns out."
         )
+
+
+def reach_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model reads as it should; None: there is no limit.
+
+    Beyond it there are no positions, or RoPE has other frequencies (``rope_switch``).
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min([n for n in (positions, rope_switch(config)) if n is not None], default=None)
 
 
 def stand_in(name: str, rows: int) -> PreTrainedModel:

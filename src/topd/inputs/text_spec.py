@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from topd.inputs.served import ServerSpec, server_url
+from topd.inputs.served import ServerSpec, api_url
 
 OF_TEXT = ("path", "text", "tokenizer", "chat_template")
 OURS = (
@@ -14,21 +14,26 @@ OURS = (
     "prompt",
     "messages",
     "max_tokens",
+    "max_completion_tokens",
     "temperature",
     "seed",
     "stream",
     "echo",
     "n",
     "logprobs",
+    "stop",  # its text would be learned as an end
+    "stop_token_ids",
+    "suffix",
 )
 
 
 class TextSpec(ServerSpec):
     """Servers of an OpenAI-style completions API, which continue a text.
 
-    ``url`` is where they are, one or several; ``model`` the name to ask for. ``chat``: ask
-    ``/v1/chat/completions``, with the text so far as the beginning of the assistant's message,
-    which is what a server without completions needs. ``extra`` is sent with every request, e.g.
+    ``url`` is where they are, one or several: of a host, or with the path of its API; ``model`` the
+    name to ask for. ``chat``: ask ``/chat/completions``, with the text so far as the beginning of
+    the assistant's message, which is what a server without completions needs. ``limit`` is what it
+    calls the most tokens that it may write. ``extra`` is sent with every request, e.g.
     ``{top_k: -1}``. ``logprobs``: it tells those of a prompt's tokens (``echo``), and splits a text
     as the student's tokenizer does. See :class:`~topd.inputs.served.ServerSpec` for the rest.
     """
@@ -43,6 +48,7 @@ class TextSpec(ServerSpec):
     url: tuple[str, ...] = Field(min_length=1)
     chat: bool = False
     logprobs: bool = False
+    limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     extra: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("url", mode="before")
@@ -54,7 +60,7 @@ class TextSpec(ServerSpec):
     @field_validator("url")
     @classmethod
     def _urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(server_url(url) for url in urls))
+        return tuple(dict.fromkeys(api_url(url) for url in urls))
 
     @model_validator(mode="after")
     def _no_chat(self) -> TextSpec:
@@ -86,14 +92,12 @@ class ByText(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, content: Any) -> Any:
-        """A teacher at a URL is called by its model and place."""
+        """A teacher at a URL is called by its model: a run may continue where its place changed."""
         text = content.get("text") if isinstance(content, dict) else None
         if text is None or "path" in content:
             return content
         known = text if isinstance(text, dict) else dict(text)
-        url = known.get("url")
-        place = url if isinstance(url, str) or not url else str(next(iter(url)))
-        return {**content, "path": f"{known.get('model') or 'a model'} at {place}"}
+        return {**content, "path": str(known.get("model") or "a model behind a URL")}
 
     @model_validator(mode="after")
     def _nothing_else(self) -> ByText:

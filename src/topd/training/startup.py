@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from topd.config import TOPDConfig
 from topd.engines.server_checks import check_servers
-from topd.engines.text_checks import check_text_teacher
+from topd.engines.text_checks import check_room, check_text_teacher
 from topd.errors import TOPDError
 from topd.inputs.adapters import check_apart, check_trainable, try_adapter, with_adapter
 from topd.inputs.models import (
@@ -212,8 +212,12 @@ def check_sources(
     check_servers("student", sources[0], tokenizers[0], student)
     for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
         if is_by_text(source):
-            ahead = not args.learns_from_answers
-            check_text_teacher(source, (tokenizers[0], tokenizer), prompts, continues=ahead)
+            if source.as_text and getattr(args, "answers", "teacher") == "teacher":
+                assert isinstance(source, ModelSpec)
+                writes = args.learns_from_answers or args.teacher_share
+                check_room(source, prompts, response if writes else ahead)
+            whole = args.sampling if args.learns_from_answers else None
+            check_text_teacher(source, (tokenizers[0], tokenizer), prompts, whole=whole)
             continue
         check_context("teacher", source, teacher + ahead)
         check_servers("teacher", source, tokenizer, teacher + window)
