@@ -365,16 +365,25 @@ def test_a_mean_of_nothing_is_a_dash(shown):
 def test_the_change_is_a_mean_with_a_t_interval_by_hand(shown):
     """Ten updates: fifths of two. sem(1, 3) = 1, t(0.975, 1 degree) = 12.7062."""
     values = [1.0, 3.0, 9, 9, 9, 9, 9, 9, 0.25, 0.25]
-    show_change(Console(width=200), [log(i, reverse_kl=value) for i, value in enumerate(values)])
-    assert shown().splitlines() == [
+    logs = [log(i, reverse_kl=value) for i, value in enumerate(values, 1)]
+    lines = [
         "reverse_kl, first 2 updates: 2.0000 +- 12.7062 nats a token",
         "reverse_kl, last 2 updates: 0.2500 +- 0.0000 nats a token",
     ]
+    show_change(Console(width=200), logs)
+    assert shown().splitlines() == lines
+    without = [{"step": 0, "loss": 0.0}, *logs, {"step": 11, "loss": 0.0}]  # these had no token
+    show_change(Console(width=200), without)
+    assert shown().splitlines() == lines
+    show_change(Console(width=200), [{**log, "step": 5 * log["step"]} for log in logs])
+    assert shown().splitlines() == [line.replace("2 updates", "10 updates") for line in lines]
 
 
 def test_the_change_of_a_warm_start_on_cross_entropy_alone_is_that_of_the_loss(shown):
     """It has no divergence: ``kd_ratio: 0`` asks no teacher."""
-    show_change(Console(width=200), [{"step": i, "loss": 1.0 if i < 5 else 0.5} for i in range(10)])
+    show_change(
+        Console(width=200), [{"step": i, "loss": 1.0 if i < 6 else 0.5} for i in range(1, 11)]
+    )
     assert shown().splitlines() == [
         "loss, first 2 updates: 1.0000 +- 0.0000 nats a token",
         "loss, last 2 updates: 0.5000 +- 0.0000 nats a token",

@@ -8,11 +8,13 @@ import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import report_folders as make
 from topd.errors import TOPDError
@@ -22,6 +24,7 @@ from topd.report.folder import kind_of, read_logs
 from topd.report.rollouts import read_rollout, select_rollouts
 from topd.report.settings import PLAIN, settings_table
 from topd.report.summary import summary_tables, verdict_in
+from topd.report.terminal import show
 from topd.report.viewer import entry, view
 from topd.runs.records import ForkRecord, GuidanceRecord, read_records
 from topd.runs.settings import known
@@ -241,12 +244,24 @@ def test_numbers_that_are_not_finite_do_not_break_the_page(tmp_path):
     row = make.rollout(0, 0, 0, [1, 2, 3])
     row["teacher_logprobs"][1] = float("-inf")
     make.lines(tmp_path / "rollouts.jsonl", [row])
-    odd = make.fork(0, float("nan"), False, token_loss=float("inf"))
-    make.lines(tmp_path / "guidance.jsonl", [make.guidance(0, 0, 0, [odd])])
+    plan = [[0, 0, float("nan")], [1, 1, 0.25]]
+    odd = make.fork(0, float("nan"), True, token_loss=float("inf"), plan=plan)
+    line = make.guidance(0, 0, 0, [odd])
+    line["targets"][0]["probabilities"][1] = float("inf")
+    make.lines(tmp_path / "guidance.jsonl", [line])
     make.lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": float("nan"), "entropy": 1.0}])
     block = page(tmp_path).data("rollout-0")
     assert block["teacher"] == [-0.5, None, -0.7]
-    assert (block["forks"][0]["distance"], block["forks"][0]["loss"]) == (None, None)
+    (fork,) = block["forks"]
+    assert (fork["distance"], fork["loss"], fork["threads"]) == (
+        None,
+        None,
+        [[0, 0, None], [1, 1, 0.25]],
+    )
+    assert fork["targets"][0] == [[" three", None], [" two", 0.75]]
+    file = StringIO()
+    show(tmp_path, 0, Console(file=file, width=80))
+    assert "not finite" in file.getvalue()
 
 
 def test_a_run_without_token_texts_or_log_probs_is_still_shown(tmp_path):
@@ -449,6 +464,26 @@ def test_the_settings_begin_with_what_is_not_the_default(tmp_path):
     )
     text = (write_report(tmp_path)).read_text(encoding="utf-8")
     assert text.index(found.title) < text.index("<pre")
+
+
+def test_a_resume_with_other_settings_is_said(tmp_path):
+    """Once a resume that changed some; of a section only what differs in it."""
+    make.training(tmp_path)
+    spec = {"every": 10, "data": {"path": "a"}}
+    changed = {
+        "config.ot_threshold": [None, 0.25],
+        "recipe.evaluation": [spec, {**spec, "data": {"path": "<b>\u202e"}}],
+        "versions.torch": ["2.1", "2.2"],
+    }
+    entries = [{"step": 2, "changed": changed}, {"step": 3, "changed": {}}]
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "resumed": entries}))
+    assert (
+        "From update 2 on with other settings: ot_threshold none → 0.25, "
+        "recipe.evaluation.data.path a → <b>⟨U+202E⟩, versions.torch 2.1 → 2.2. "
+        "This page tells the last ones." in page(tmp_path).text
+    )
+    (tmp_path / "run.json").write_text(json.dumps({"config": {}, "resumed": entries[1:]}))
+    assert "other settings" not in page(tmp_path).text
 
 
 def test_what_the_settings_leave_out_are_defaults():

@@ -34,7 +34,7 @@ def test_a_page_is_made_again_as_records_grow_until_the_run_ends(tmp_path):
         page = run / "report.html"
         pages.append((page.stat().st_mtime_ns, page.read_text(encoding="utf-8")))
         if len(pages) == 2:
-            grow(run, 9)
+            grow(run, 4)
         elif len(pages) == 3:
             (run / LOCK).unlink()
 

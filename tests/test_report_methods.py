@@ -193,6 +193,19 @@ def test_a_verdict_is_told_with_its_rule(settings, reason, tmp_path):
     assert "another word on the same path" not in text
 
 
+def test_of_several_teachers_each_has_its_quota_and_its_whole_name(tmp_path):
+    """A name may hold a slash, as on the Hub, and is not to be trusted."""
+    run_of("topd", tmp_path)
+    names = ("Org/math", "Org/code\n<b>")
+    keys = {f"teacher/{name}/reverse_kl_sampled": 0.5 for name in names}
+    make.lines(tmp_path / "metrics.jsonl", [{**make.log(1), **keys}])
+    parsed = page(tmp_path)
+    assert ["update", "Org/math", "Org/code <b>"] in [table[0] for table in parsed.tables]
+    said = "Among the 30 % of this teacher's candidates in the update with the smallest OT distance"
+    assert said in parsed.text
+    assert said in in_terminal(tmp_path, 0)
+
+
 def test_where_no_candidate_can_be_a_false_alarm_none_is_spoken_of(tmp_path):
     run_of("first_fork", tmp_path, false_alarm_share=0.0)
     lines = (tmp_path / "guidance.jsonl").read_text().replace('"real": false', '"real": true')
@@ -267,6 +280,26 @@ def test_a_method_from_outside_is_told_as_it_is_recorded(tmp_path):
         "Advantage -0.5 to 0.25 on the log-prob of 2 of 5 tokens; these were sampled, and below 0 "
         "they are made less likely.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "asked"),
+    [
+        ((1.0, 0.0, 0.0, 1.0, 1.0), NOTHING),
+        ((1.0, 0.0, 0.0, 0.3, 0.3), "Token losses count 0.3 times from token 3 on."),
+        ((0.5, 0.0, 0.0, 1.0, 2.0), "Token losses are weighted: 0.5 to 2 at 2 of 3 tokens."),
+        ((0.0, 0.0, 0.0, 1.0, 1.0), "2 of 3 tokens count, 1 times each; the other"),
+    ],
+)
+def test_tokens_of_an_environment_are_not_counted_among_the_weighted(weights, asked, tmp_path):
+    run_of("opd", tmp_path)
+    make.lines(
+        tmp_path / "rollouts.jsonl", [{**make.rollout(0, 0, 0, range(5)), "replies": [[1, 3]]}]
+    )
+    rollout = Rollout(Prompt(0, (0,), (0,)), (), (), finished=True)
+    make.lines(tmp_path / "guidance.jsonl", [guidance_record(0, 0, rollout, [], Guidance(weights))])
+    (said,) = page(tmp_path).data("rollout-0")["asked"]
+    assert said.startswith(asked)
 
 
 def test_a_rollout_without_a_line_of_guidance_says_nothing(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patches import Rectangle
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -39,7 +41,9 @@ from topd.report.svg import SVG, to_svg
 from topd.report.terminal import show
 from topd.report.text import JOINERS, plain, visible
 from topd.report.training import duration, training_facts
+from topd.runs.model_card import write_model_card
 
+TEACHERS = "tokens that the teacher wrote"
 KINDS = {
     "training": make.training,
     "probe": make.probe,
@@ -144,6 +148,30 @@ def test_bars_of_time_are_seconds_an_update_on_top_of_each_other(tmp_path):
     axes = drawn(by_name("training", tmp_path)["time"])
     tops = sorted({round(p.get_y() + p.get_height(), 6) for p in axes.patches})
     assert tops == [2.0, 4.0, 5.0, 6.0]  # rollouts 2; learning 2, 3 and 4 on top
+
+
+def test_of_logs_that_are_rare_all_is_told_by_the_update(tmp_path):
+    """Six logs of 3 updates each and a last update of which there is none: sums of seconds, means
+    of all else. By hand: seconds/learning of log n is 1 + 3 n."""
+    make.training(tmp_path)
+    logs = [make.log(3 * n) for n in range(1, 7)]
+    make.lines(tmp_path / "metrics.jsonl", [*logs, {"step": 19, "train_loss": 1.0}])
+    chart = next(c for c in PAGES["training"].charts(tmp_path) if c.name == "time")
+    bars = [bar for bar in drawn(chart).patches if isinstance(bar, Rectangle)][6:]
+    assert [bar.get_height() for bar in bars] == pytest.approx(
+        [(1 + 3 * n) / 3 for n in range(1, 7)]
+    )
+    assert [bar.get_center()[0] for bar in bars] == pytest.approx([2, 5, 8, 11, 14, 17])
+    assert "learning, updates 16 to 18, mean: 6.33 s" in to_svg(
+        figure_of(chart), name="time", label="time"
+    )
+    facts = {fact.label: fact for fact in training_facts(tmp_path)}
+    assert facts["updates"].value == "19"
+    assert "first and last 9 of 18 updates" in facts["reverse KL"].note
+    assert "over 18 updates" in [*training_words(tmp_path)][1]
+    make.lines(tmp_path / "metrics.jsonl", [make.log(1), *logs])
+    note = {fact.label: fact.note for fact in training_facts(tmp_path)}["reverse KL"]
+    assert "first 6 and last 9 of 18 updates" in note
 
 
 def test_marks_on_the_page_have_tooltips_and_colours_of_the_theme(tmp_path):
@@ -323,7 +351,7 @@ def test_json_of_the_page_is_what_the_browser_reads(tmp_path):
     ],
 )
 def test_a_change_is_told_only_beyond_chance(values, words):
-    assert words in change_words("reverse KL", values)
+    assert words in change_words("reverse KL", values, len(values))
 
 
 def test_a_change_is_that_of_the_first_and_the_last_fifth():
@@ -400,6 +428,44 @@ def test_a_gain_on_held_out_problems_is_told_with_its_noise():
     logs[1]["eval/greedy_change_low"] = 0.1
     assert "no change" not in next(held_out_words(logs))
     assert not [*held_out_words(logs[:1])]
+
+
+@pytest.mark.parametrize(
+    ("stage1", "facts"),
+    [
+        ({}, {"method": "topd", "rollouts an update": "8", TEACHERS: "35"}),
+        (
+            {"answers": "teacher", "kd_ratio": 0.5},
+            {
+                "method": "imitation of the teacher's answers (stage 1), kd_ratio: 0.5",
+                "answers an update": "8",
+                TEACHERS: "39",
+            },
+        ),
+    ],
+)
+def test_a_model_card_tells_what_was_learned_and_what_the_teacher_wrote(stage1, facts, tmp_path):
+    """5 updates of 3 tokens and 2 of 10; answers of 3 tokens and of 1, and one that did not end.
+    A mean of nothing is left out of a log, and not of the card."""
+    make.lines(tmp_path / "answers.jsonl", [{"prompts": "x"}, [1, 2, 3], [], [4]])
+    own = {"method": "topd", "teacher_prompt": None, "learning_rate": 0.5, "seed": 1}
+    size = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "world_size": 1}
+    models = {side: {"name": side} for side in ("student", "teacher")}
+    manifest = {"models": models, "data": "0" * 64, "machine": {"device": "cpu"}}
+    history = [
+        {"step": 5, "loss": 2.0, "tokens/teacher_written": 3.0, "epoch": 0.1},
+        {"step": 7, "loss": 1.0, "tokens/teacher_written": 10.0, "reverse_kl": 0.5},
+        {"step": 8, "train_loss": 1.5},
+    ]
+    (tmp_path / "student").mkdir()
+    args = SimpleNamespace(**own, **size, **stage1)
+    write_model_card(tmp_path / "student", manifest, args, history)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert ("off-policy" if stage1 else "on-policy") in card
+    table = [line.strip("|").split("|", 1) for line in card.splitlines() if line.startswith("| ")]
+    rows = {name.strip(): value.strip() for name, value in table}
+    assert facts.items() <= rows.items()
+    assert (rows["updates"], rows["loss"], rows["reverse_kl"]) == ("8", "2 | 1", "0.5 | 0.5")
 
 
 def test_the_headline_of_a_training_names_its_models_and_its_method(tmp_path):

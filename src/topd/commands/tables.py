@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from topd.report.folder import read_logs
-from topd.report.headline import compare_words, held_out_words, probe_words
+from topd.report.folder import finite, read_logs
+from topd.report.headline import DIVERGENCES, compare_words, held_out_words, probe_words
 from topd.statistics import t_reach
 
 Summary = Mapping[str, Any]
@@ -34,17 +34,18 @@ def show_change(console: Console, logs: Sequence[Log]) -> None:
     """Print the divergence of the first and the last fifth of the updates, with intervals.
 
     The loss instead, where only cross-entropy is learned (``kd_ratio: 0``).
-    The intervals are 95 % t-intervals over updates. Each update has prompts of its own, so this
+    The intervals are 95 % t-intervals over logs. Each update has prompts of its own, so this
     shows the trend in training; it is no evaluation.
     """
-    count = len(logs) // 5
+    found = ((key, *finite(logs, key)) for key in (*DIVERGENCES, "loss"))
+    name, values, updates = next((of for of in found if of[1]), ("", [], []))
+    count = len(values) // 5
     if count < 2:
         return
-    name = next(key for key in ("reverse_kl", "forward_kl", "jsd", "loss") if key in logs[0])
-    for label, part in (("first", logs[:count]), ("last", logs[-count:])):
-        values = [entry[name] for entry in part]
-        mean, half = sum(values) / count, t_reach(values)
-        console.print(f"{name}, {label} {count} updates: {mean:.4f} +- {half:.4f} nats a token")
+    for label, part in (("first", slice(count)), ("last", slice(-count, None))):
+        mean, half = sum(values[part]) / count, t_reach(values[part])
+        which = f"{name}, {label} {sum(updates[part])} updates"
+        console.print(f"{which}: {mean:.4f} +- {half:.4f} nats a token")
 
 
 def show_table(console: Console, logs: Sequence[Log], *, lines: int = 12) -> None:

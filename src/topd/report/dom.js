@@ -30,6 +30,7 @@ function fixed(value, digits) {
 }
 
 function percent(value) {
+  if (value === null) return "not finite";
   if (value > 0 && value < 0.0001) return "under 0.01 %";
   return `${Number((100 * value).toPrecision(3))} %`;
 }

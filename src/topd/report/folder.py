@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from topd.errors import TOPDError
 from topd.runs.files import read_lines, read_whole
-from topd.runs.records import check_format
+from topd.runs.records import check_format, updates_in
 
 Kind = Literal["training", "probe", "repair", "compare", "evaluation", "gate"]
 MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # which files make which kind, first hit
@@ -50,3 +51,14 @@ def read_logs(folder: Path) -> list[dict[str, float]]:
         {key: value for key, value in log.items() if isinstance(value, int | float)}
         for log in read_lines(folder / "metrics.jsonl")
     ]
+
+
+def finite(logs: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[int]]:
+    """The finite values of a key, and over how many updates each is the mean.
+
+    >>> finite([{"step": 2, "loss": 0.5}, {"step": 4}, {"step": 7, "loss": 0.25}], "loss")
+    ([0.5, 0.25], [2, 3])
+    """
+    counted = zip(logs, updates_in(logs), strict=True)
+    found = [(log[key], n) for log, n in counted if math.isfinite(log.get(key, math.nan))]
+    return [value for value, _ in found], [n for _, n in found]

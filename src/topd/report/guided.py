@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from topd.report.folder import Kind, kind_of, settings_of
+from topd.report.folder import Kind, kind_of, read_logs, settings_of
 from topd.runs.files import read_whole
 from topd.runs.records import BranchRecord, ForkRecord, GuidanceRecord, RolloutRecord
 
@@ -55,16 +55,21 @@ def rule_of(folder: Path) -> Verdict:
     kind = kind_of(folder)
     found = read_whole(folder / "probe.json").get("threshold") if kind == "probe" else None
     value = found.get("value") if isinstance(found, dict) else None
-    return verdict_rule(kind, settings_of(folder), value)
+    logs = read_logs(folder) if kind == "training" else []
+    several = any(key.startswith("teacher/") for log in logs for key in log)
+    return verdict_rule(kind, settings_of(folder), value, several=several)
 
 
-def verdict_rule(kind: Kind, settings: Mapping[str, Any], threshold: float | None) -> Verdict:
+def verdict_rule(
+    kind: Kind, settings: Mapping[str, Any], threshold: float | None, *, several: bool = False
+) -> Verdict:
     """The rule of a run.
 
     Args:
         kind: of the run folder.
         settings: those in its run.json; empty where there are none.
         threshold: of a probe, the OT distance that it has measured.
+        several: whether rollouts have teachers of their own, whose candidates are ranked apart.
     """
     if kind == "probe":
         return _threshold(threshold, "the upper quartile over low-loss tokens")
@@ -73,7 +78,9 @@ def verdict_rule(kind: Kind, settings: Mapping[str, Any], threshold: float | Non
         return _threshold(limit, "ot_threshold")
     if not isinstance(share, int | float):
         return Verdict()
-    return _quota(share, "batch" if kind == "repair" else "update")
+    of = "batch" if kind == "repair" else "update"
+    whose = f"this teacher's candidates in the {of}" if several else f"this {of}'s candidates"
+    return _quota(share, whose)
 
 
 def _threshold(limit: float | None, source: str) -> Verdict:
@@ -85,11 +92,11 @@ def _threshold(limit: float | None, source: str) -> Verdict:
     )
 
 
-def _quota(share: float, of: str) -> Verdict:
+def _quota(share: float, whose: str) -> Verdict:
     if share == 0:
         all_ = "Every candidate of this run is taken as real, whatever its distance."
         return Verdict("taken as real", why_real=all_, why_alarm="")  # there are none
-    nearest = f"the {100 * share:.4g} % of this {of}'s candidates with the smallest OT distance"
+    nearest = f"the {100 * share:.4g} % of {whose} with the smallest OT distance"
     return Verdict(
         "real divergent point by quota",
         "false alarm by quota",
@@ -101,8 +108,8 @@ def _quota(share: float, of: str) -> Verdict:
 def asked_of(record: RolloutRecord) -> tuple[str, ...]:
     """What the method asks of a rollout, one sentence a kind of guidance."""
     said = [
-        *_weighed(record.weights, len(record.response_ids)),
-        *_advantages(record.advantages),
+        *_weighed(record),
+        *_advantages(record),
         *_capped(record.capped),
         *_targets(record),
         *_own_tokens(record),
@@ -190,38 +197,45 @@ def _ways(record: GuidanceRecord) -> Iterator[str]:
             yield f"{loss} on tokens that the method chose"
 
 
-def _weighed(weights: Mapping[int, float], length: int) -> Iterator[str]:
-    """Weights other than 1."""
+def _learnable(record: RolloutRecord) -> list[int]:
+    """The tokens that no environment wrote: what it wrote is never learned."""
+    return [t for t in range(len(record.response_ids)) if not record.is_reply(t)]
+
+
+def _weighed(record: RolloutRecord) -> Iterator[str]:
+    """Weights other than 1, of the tokens that can be learned."""
+    own = _learnable(record)
+    weights = {t: record.weights[t] for t in own if t in record.weights}
     if not weights:
         return
-    values, places = list(weights.values()), sorted(weights)
-    kept = [t for t in range(length) if weights.get(t, 1.0) != 0]
+    values, places = list(weights.values()), list(weights)
+    kept = [t for t in own if weights.get(t, 1.0) != 0]
     kept_values = {weights.get(t, 1.0) for t in kept}
     if not kept:
         yield "No token loss counts."
     elif 0 in values and len(kept_values) == 1:
         (value,) = kept_values
         yield (
-            f"{len(kept)} of {_tokens(length)} count, {value:.4g} times each; the other token "
+            f"{len(kept)} of {_tokens(len(own))} count, {value:.4g} times each; the other token "
             "losses count nothing."
         )
-    elif len(set(values)) == 1 and places == list(range(places[0], length)):
+    elif len(set(values)) == 1 and places == [t for t in own if t >= places[0]]:
         yield f"Token losses count {values[0]:.4g} times from token {places[0]} on."
     else:
         yield (
             f"Token losses are weighted: {min(values):.4g} to {max(values):.4g} at "
-            f"{len(values)} of {_tokens(length)}."
+            f"{len(values)} of {_tokens(len(own))}."
         )
 
 
-def _advantages(advantages: Sequence[float]) -> Iterator[str]:
-    found = [value for value in advantages if value]
+def _advantages(record: RolloutRecord) -> Iterator[str]:
+    found = [value for value in record.advantages if value]
     if found:
         low, high = f"{min(found):.4g}", f"{max(found):.4g}"
         yield (
             f"Advantage {low if low == high else f'{low} to {high}'} on the log-prob of "
-            f"{len(found)} of {_tokens(len(advantages))}; these were sampled, and below 0 they "
-            "are made less likely."
+            f"{len(found)} of {_tokens(len(_learnable(record)))}; these were sampled, and below 0 "
+            "they are made less likely."
         )
 
 

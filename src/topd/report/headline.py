@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from topd.report.charts import number
-from topd.report.folder import is_stage1, read_logs, settings_of
+from topd.report.folder import finite, is_stage1, read_logs, settings_of
 from topd.report.summary import SummaryTable
 from topd.report.text import plain
 from topd.runs.files import read_whole
@@ -91,20 +91,22 @@ def change(values: Sequence[float]) -> tuple[float, float, int, bool | None]:
     return a, b, count, apart or abs(b - a) > math.hypot(t_reach(first), t_reach(last))
 
 
-def change_words(name: str, values: Sequence[float]) -> str:
-    """A series in a sentence.
+def change_words(name: str, values: Sequence[float], updates: int) -> str:
+    """A series in a sentence; its values are means over so many ``updates`` together.
 
-    >>> change_words("reverse KL", [0.12, 0.1, 0.14, 0.15, 0.13, 0.17])
+    >>> change_words("reverse KL", [0.12, 0.1, 0.14, 0.15, 0.13, 0.17], 6)
     'Reverse KL 0.12 to 0.15 over 6 updates: no change to be seen.'
+    >>> change_words("loss", [0.12, 0.1], 20)
+    'Loss 0.12 to 0.1 over 20 updates: too few logs to tell a change.'
     """
     first, last, _, differ = change(values)
-    updates = f"{len(values):,} update{'' if len(values) == 1 else 's'}"
+    over = f"{updates:,} update{'' if updates == 1 else 's'}"
     words = {
-        None: "too few to tell a change",
+        None: f"too few {'logs ' * (updates > len(values))}to tell a change",
         False: "no change to be seen",
         True: f"a {'fall' if last < first else 'rise'} beyond chance (95 %)",
     }[differ]
-    said = f"{name} {number(first, 2)} to {number(last, 2)} over {updates}: {words}."
+    said = f"{name} {number(first, 2)} to {number(last, 2)} over {over}: {words}."
     return said[:1].upper() + said[1:]
 
 
@@ -173,9 +175,9 @@ def training_words(folder: Path) -> Iterator[str]:
             share = f"{100 * left_out:.3g} %"
             yield f"{share} of the answers did not end within the limit and were left out."
     for key, name in OUTCOMES.items():
-        values = [log[key] for log in logs if math.isfinite(log.get(key, math.nan))]
+        values, updates = finite(logs, key)
         if values:
-            yield change_words(name, values)
+            yield change_words(name, values, sum(updates))
             if key in DIVERGENCES and max(map(abs, values[:LEAST])) < NOTHING_TO_LEARN:
                 yield ALIKE
             break

@@ -26,7 +26,7 @@ from topd.report.guided import Verdict, rule_of
 from topd.report.headline import model_names
 from topd.report.kinds import PAGES
 from topd.report.rollouts import Selection, select_rollouts
-from topd.report.settings import settings_files, settings_table
+from topd.report.settings import changes_on_resuming, settings_files, settings_table
 from topd.report.summary import SummaryTable, verdict_in
 from topd.report.svg import to_svg
 from topd.report.text import plain
@@ -217,7 +217,9 @@ def _subtitle(folder: Path) -> str:
 def _notes(
     folder: Path, kind: Kind, summary: dict[str, Any], selection: Selection
 ) -> Iterator[str]:
-    """What the folder lacks, or what the page leaves out."""
+    """What the folder lacks, what the page leaves out, or what it tells only the last of."""
+    if changes := [*changes_on_resuming(folder)]:
+        yield f"{' '.join(changes)} This page tells the last ones."
     shown = len(selection.rollouts)
     if shown < selection.total:
         yield (

@@ -28,6 +28,11 @@ function isReply(rollout, position) {
   return rollout.replies.some(([from, to]) => from <= position && position < to);
 }
 
+// An answer to learn from: no student wrote it, so it has no log-probs.
+function isAnswer(rollout) {
+  return rollout.texts.length > 0 && !rollout.student.length;
+}
+
 function tokenTip(rollout, position) {
   if (isReply(rollout, position)) return `token ${position} of ${rollout.texts.length}, id ${rollout.ids[position]}\nwritten by the environment: not learned`;
   const loss = lossAt(rollout, position);
@@ -107,7 +112,7 @@ function drawRollout(index, words) {
   const parts = [
     h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}${rollout.replies.length ? ` in ${rollout.replies.length + 1} turns` : ""}, ${end}${found}`)),
     rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
-    rollout.student.length ? null : h("p", { class: "note" }, "The student did not write this: it is an answer to learn from, so without shading by loss."),
+    isAnswer(rollout) ? h("p", { class: "note" }, "The student did not write this: it is an answer to learn from, so without shading by loss.") : null,
     rollout.asked.length ? h("ul", { class: "asked", "aria-label": "What the method asks of this rollout" }, ...rollout.asked.map((words) => h("li", {}, words))) : null,
     box,
     beforeAndAfter(index, rollout),
@@ -127,7 +132,7 @@ function beforeAndAfter(index, rollout) {
   const shared = commonPrefix(rollout.ids, theirs.ids);
   return h("section", { class: "visits", "aria-label": "The same prompt in this run" },
     h("h3", {}, "The same prompt in this run"), h("p", { class: "links" }, ...links),
-    h("details", {}, h("summary", {}, `${theirs.student.length ? "What the student wrote" : "The answer"} at update ${theirs.step}`),
+    h("details", {}, h("summary", {}, `${isAnswer(theirs) ? "The answer" : "What the student wrote"} at update ${theirs.step}`),
       h("p", { class: "note" }, `The two answers share their first ${counted(shared, "token")}; after that their prefixes differ.`),
       h("div", { class: "text calm", lang: "" }, ...theirs.texts.slice(0, FIRST_TOKENS).map((text, at) => h("span", { class: at < shared ? "t shared" : `t ${shade(lossAt(theirs, at))}` }, text)))));
 }

@@ -36,6 +36,25 @@ def settings_table(folder: Path) -> SummaryTable | None:
     return SummaryTable(title, columns, shown, prose=True)
 
 
+def changes_on_resuming(folder: Path) -> Iterator[str]:
+    """Where a run went on with other settings than before, and which: a sentence each time."""
+    for resumed in read_whole(folder / "run.json").get("resumed", ()):
+        found = [words for key, pair in resumed["changed"].items() for words in _change(key, *pair)]
+        if found:
+            yield f"From update {resumed['step']} on with other settings: {', '.join(found)}."
+
+
+def _change(key: str, old: Any, new: Any) -> Iterator[str]:
+    """What has changed, of sections only the keys that have."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            if old.get(name) != new.get(name):
+                yield from _change(f"{key}.{name}", old.get(name), new.get(name))
+    else:
+        values = (plain(_text(value), limit=60) for value in (old, new))
+        yield f"{plain(key.removeprefix('config.'), limit=60)} {' → '.join(values)}"
+
+
 def settings_files(folder: Path) -> dict[str, str]:
     """The files that say how a run was made, to be read: run.json and manifest.json, or the parts
     of an evaluation's or a gate's result that say so."""

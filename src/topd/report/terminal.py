@@ -105,7 +105,7 @@ def _matches(fork: ForkView) -> Table:
         table.add_row(
             str(i),
             _word(fork.student.texts[i]),
-            f"{mass:.1%} {'=' if same else '~'}>",
+            f"{'not finite' if mass is None else f'{mass:.1%}'} {'=' if same else '~'}>",
             _word(fork.teacher.texts[j]),
             str(j),
             style="dim" if same else "",

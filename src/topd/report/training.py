@@ -24,12 +24,12 @@ from topd.report.charts import (
     series,
     spaced,
 )
-from topd.report.folder import is_stage1, read_logs, settings_of
+from topd.report.folder import finite, is_stage1, read_logs, settings_of
 from topd.report.guided import Verdict, rule_of, trajectory_caption
 from topd.report.headline import DIVERGENCES, change
 from topd.report.svg import ALARM, PALETTE, REAL, hint
 from topd.report.text import plain
-from topd.runs.records import GuidanceRecord, read_records
+from topd.runs.records import GuidanceRecord, read_records, updates_in
 
 Logs = Sequence[Mapping[str, float]]
 BARS = 40
@@ -175,13 +175,14 @@ def _captions(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def training_facts(folder: Path) -> list[Fact]:
     """The run in a few numbers."""
-    logs = [log for log in read_logs(folder) if "loss" in log]
+    every = read_logs(folder)
+    logs = [log for log in every if "loss" in log]
+    done = number(max((log.get("step", 0) for log in every), default=0))
     if not logs:
-        return [Fact("updates", "0", "no update was logged yet")]
-    facts = [Fact("updates", number(logs[-1].get("step")))]
-    divergence = next((key for key in DIVERGENCES if any(key in log for log in logs)), None)
-    if divergence:
-        facts.append(_change(logs, divergence))
+        return [Fact("updates", done, "none was logged yet")]
+    facts = [Fact("updates", done)]
+    changes = (_change(logs, key) for key in DIVERGENCES if finite(logs, key)[0])
+    facts += [*changes][:1]
     found, rule = _found(folder), rule_of(folder)
     for name, distances in zip(rule.groups, (found.real, found.alarm), strict=True):
         if distances:
@@ -220,17 +221,20 @@ def _curve_chart(
 
 def _by_teacher(logs: Logs) -> Chart | None:
     """A curve of each of several teachers; ``teacher/NAME/reverse_kl_sampled`` of the logs."""
-    ours = dict.fromkeys(key for log in logs for key in log if key.startswith("teacher/"))
-    keys = tuple((key, key.split("/")[1]) for key in ours if key.endswith("/reverse_kl_sampled"))
+    start, end = "teacher/", "/reverse_kl_sampled"
+    ours = dict.fromkeys(k for log in logs for k in log if k.startswith(start) and k.endswith(end))
+    keys = tuple((k, plain(k.removeprefix(start).removesuffix(end), limit=40)) for k in ours)
     caption = "Sampled reverse KL on the rollouts of each teacher, mean over response tokens."
     return _curve_chart(logs, "teachers", "By teacher", caption, "nats a token", keys)
 
 
 def _change(logs: Logs, key: str) -> Fact:
     """Means of the first and last updates, and of how many."""
-    values = [log[key] for log in logs if key in log]
+    values, updates = finite(logs, key)
     first, last, count, differ = change(values)
-    note = f"nats a token, mean of the first and last {count} of {len(values)} updates"
+    head, tail = sum(updates[:count]), sum(updates[-count:])
+    ends = f"first and last {tail}" if head == tail else f"first {head} and last {tail}"
+    note = f"nats a token, mean of the {ends} of {sum(updates)} updates"
     arrow = "→" if differ else "to"
     noise = "" if differ else "; no change to be seen"
     return Fact(DIVERGENCES[key], f"{first:.3f} {arrow} {last:.3f}", note + noise)
@@ -295,21 +299,27 @@ def _time_chart(logs: Logs, times: Mapping[str, float]) -> Chart:
 
 
 def _time_bars(logs: Logs, phases: tuple[str, ...]) -> Callable[[Axes], None]:
-    """Stacked bars, each the mean of neighbouring updates."""
+    """Stacked bars, each the mean of neighbouring updates; a log has the sum of those it is of."""
     timed = [log for log in logs if any(PHASE + phase in log for phase in phases)]
-    edges = spaced(len(timed) + 1, BARS + 1)
-    groups = [timed[a:b] for a, b in pairwise(edges)]
+    updates, edges = updates_in(timed), spaced(len(timed) + 1, BARS + 1)
+    parts = [slice(*ends) for ends in pairwise(edges)]
+    counts = [sum(updates[part]) for part in parts]
+    ends = [timed[part][-1]["step"] for part in parts]
+    places = [end - (count - 1) / 2 for end, count in zip(ends, counts, strict=True)]
+    names = [
+        f"updates {end - count + 1:g} to {end:g}, mean" if count > 1 else f"update {end:g}"
+        for end, count in zip(ends, counts, strict=True)
+    ]
 
     def draw(axes: Axes) -> None:
-        bottom = np.zeros(len(groups))
+        bottom, widths = np.zeros(len(parts)), 0.8 * np.array(counts)
         for colour, phase in zip(PALETTE, phases, strict=False):
-            means = [float(np.mean([log.get(PHASE + phase, 0.0) for log in g])) for g in groups]
-            places = [g[-1]["step"] for g in groups]
-            width = 0.8 * (places[-1] - places[0] + 1) / len(groups)
-            bars = axes.bar(places, means, width, bottom=bottom, color=colour, label=phase)
-            for bar, step, mean in zip(bars, places, means, strict=True):
-                hint(bar, [f"{phase}, update {step:g}: {mean:.3g} s"])
-            bottom += np.asarray(means)
+            sums = [sum(log.get(PHASE + phase, 0.0) for log in timed[part]) for part in parts]
+            means = np.array(sums) / counts
+            bars = axes.bar(places, means, widths, bottom=bottom, color=colour, label=phase)
+            for bar, name, mean in zip(bars, names, means, strict=True):
+                hint(bar, [f"{phase}, {name}: {mean:.3g} s"])
+            bottom += means
         axes.set(xlabel="updates", ylabel="seconds an update")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3)
 

@@ -1,7 +1,8 @@
 """Rollouts as plain values for the fork viewer: token texts, losses, forks, windows, threads.
 
-Every record here goes into the page as JSON and is shown as text, never as markup. Log-probs and
-losses are rounded to 1e-4 nats, distances and masses to 1e-5; what is not finite becomes None.
+Every record here goes into the page as JSON and is shown as text, never as markup. Log-probs,
+losses and probabilities are rounded to 1e-4, distances and masses to 1e-5; what is not finite
+becomes None.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class ForkView:
     asked: str
     branch: Window | None
     facts: tuple[tuple[str, str, str], ...]
-    threads: tuple[tuple[int, int, float], ...]
-    targets: tuple[tuple[tuple[str, float], ...], ...]
+    threads: tuple[tuple[int, int, float | None], ...]
+    targets: tuple[tuple[tuple[str, float | None], ...], ...]
     after: tuple[After, ...] = ()
 
 
@@ -210,7 +211,7 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
         teacher=Window(_texts(fork.teacher_tokens, tokens), fork.teacher_tokens),
         asked=asked_at(rollout, fork) if rollout.guided else "",
         branch=Window(_texts(branch, tokens), branch) if branch else None,
-        threads=tuple((i, j, round(mass, 5)) for i, j, mass in fork.plan),
+        threads=tuple((i, j, _rounded(mass, 5)) for i, j, mass in fork.plan),
         targets=_targets(rollout, fork, tokens) if verdict_of(fork) == "real" else (),
         after=tuple(
             After(
@@ -225,7 +226,7 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
 
 def _targets(
     rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts
-) -> tuple[tuple[tuple[str, float], ...], ...]:
+) -> tuple[tuple[tuple[str, float | None], ...], ...]:
     """The likeliest tokens of the soft target at each position of the window, or nothing."""
     found = {target.position: target for target in rollout.targets}
     places = range(fork.position, fork.position + len(fork.student_tokens))
@@ -235,7 +236,7 @@ def _targets(
         pairs = zip(target.tokens, target.probabilities, strict=True) if target else ()
         likeliest = sorted(pairs, key=lambda pair: -pair[1])[:SHOWN_TARGETS]
         shown.append(
-            tuple((visible(tokens.texts([token])[0]), round(p, 4)) for token, p in likeliest)
+            tuple((visible(tokens.texts([token])[0]), _rounded(p)) for token, p in likeliest)
         )
     return tuple(shown) if any(shown) else ()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from topd.runs.files import read_lines
 from topd.runs.ledger import Ledger
+from topd.runs.records import updates_in
 
 TEMPLATE = """---
 {{ card_data }}
@@ -22,7 +24,7 @@ TEMPLATE = """---
 | method | {{ method }} |
 | data (SHA-256 of the prompts' token ids) | `{{ data[:16] }}` |
 | updates | {{ steps }} |
-| rollouts an update | {{ rollouts }} |
+| {{ "answers" if imitated else "rollouts" }} an update | {{ rollouts }} |
 | learning rate | {{ learning_rate }} |
 | seed | {{ seed }} |
 | cost | {{ "%.3g"|format(seconds) }} s in the phases of the updates, on {{ device }} |
@@ -32,7 +34,7 @@ TEMPLATE = """---
 {% if head -%}
 | ledger, entries and last hash | {{ entries }}, `{{ head }}` |
 {% endif %}
-First and last logged update, on the training prompts:
+First and last log of each figure, on the training prompts:
 
 | | first | last |
 |---|---|---|
@@ -59,28 +61,58 @@ def write_model_card(
 ) -> None:
     """Write README.md into ``folder``, from a run's manifest, arguments, log history and ledger."""
     logs = [entry for entry in history if "loss" in entry]
-    names = [name for name in logs[0] if name in logs[-1]] if logs else []
-    shown = [n for n in names if not n.startswith("seconds/") and n not in ("epoch", "step")]
+    imitated = hasattr(args, "answers")  # by a warm start
+    way = "off" if imitated else "on"
     card = ModelCard.from_template(
-        ModelCardData(library_name="transformers", tags=["topd", "on-policy-distillation"]),
+        ModelCardData(library_name="transformers", tags=["topd", f"{way}-policy-distillation"]),
         template_str=TEMPLATE,
         student=manifest["models"]["student"]["name"],
         teacher=manifest["models"]["teacher"]["name"],
         own_prompt=args.teacher_prompt is not None,
-        method=args.method,
+        method=_imitation(args) if imitated else args.method,
+        imitated=imitated,
         data=manifest["data"],
-        steps=logs[-1]["step"] if logs else 0,
+        steps=max((entry["step"] for entry in history), default=0),
         rollouts=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         learning_rate=args.learning_rate,
         seed=args.seed,
         seconds=sum(v for log in logs for k, v in log.items() if k.startswith("seconds/")),
         device=manifest["machine"]["device"],
-        teacher_tokens=sum(log.get("topd/teacher_tokens", 0) for log in logs),
+        teacher_tokens=_written(logs) + _answered(folder.parent, args),
         entries=ledger.count if ledger else 0,
         head=ledger.head if ledger else "",
-        metrics=[(name, logs[0][name], logs[-1][name]) for name in shown],
+        metrics=_ends(logs),
     )
     (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def _imitation(args: Any) -> str:
+    """What a warm start learns from, and by which loss."""
+    whose = {"teacher": "the teacher's answers", "data": "the answers of its data"}
+    answers = whose.get(args.answers, "the answers of an earlier warm start")
+    return f"imitation of {answers} (stage 1), kd_ratio: {args.kd_ratio:g}"
+
+
+def _written(logs: Sequence[Mapping[str, float]]) -> float:
+    """Tokens that the teacher wrote in the logged updates; a log has their mean."""
+    means = zip(logs, updates_in(logs), strict=True)
+    return sum(log.get("tokens/teacher_written", 0) * updates for log, updates in means)
+
+
+def _answered(run: Path, args: Any) -> int:
+    """Tokens of the answers that a warm start had the teacher write, of those that ended."""
+    if getattr(args, "answers", None) != "teacher":
+        return 0
+    _, *answers = [*read_lines(run / "answers.jsonl", object)] or [None]
+    return sum(map(len, answers))
+
+
+def _ends(logs: Sequence[Mapping[str, float]]) -> list[tuple[str, float, float]]:
+    """Every figure with its first and its last value; an update may lack one that others have."""
+    names = dict.fromkeys(name for log in logs for name in log)
+    shown = [n for n in names if not n.startswith("seconds/") and n not in ("epoch", "step")]
+    found = {name: [log[name] for log in logs if name in log] for name in shown}
+    return [(name, values[0], values[-1]) for name, values in found.items()]
 
 
 def replace_section(card: Path, heading: str, text: str) -> None:

@@ -15,7 +15,8 @@ of a later format than this is refused in words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -266,6 +267,15 @@ def as_before(now: Mapping[str, Any], recorded: Mapping[str, Any]) -> dict[str, 
                 {key: value for key, value in row.items() if key not in drop} for row in made[part]
             ]
     return made
+
+
+def updates_in(logs: Sequence[Mapping[str, float]]) -> list[int]:
+    """How many updates each log is the mean over: those since the log before it.
+
+    >>> updates_in([{"step": 1}, {"step": 10}, {"step": 20}])
+    [1, 9, 10]
+    """
+    return [round(b - a) for a, b in pairwise([0, *(log["step"] for log in logs)])]
 
 
 def read_records(folder: Path, name: str, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
