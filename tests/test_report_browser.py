@@ -438,6 +438,19 @@ def test_every_page_fits_its_screen_and_says_what_the_records_say(kind, browser,
     assert page.complaints() == []
 
 
+@pytest.mark.parametrize(("ids", "answer"), [([1, 2, 3], True), ([], False)])
+def test_only_an_answer_that_is_there_was_not_written_by_the_student(
+    ids, answer, browser, tmp_path
+):
+    """Neither has log-probs: one that the student imitates, and a rollout of no token."""
+    make.training(tmp_path, rollouts=1)
+    row = {**make.rollout(0, 0, 0, ids), "logprobs": []}
+    make.lines(tmp_path / "rollouts.jsonl", [row])
+    make.lines(tmp_path / "guidance.jsonl", [])
+    page = Page(browser, write_report(tmp_path), "#/forks/0")
+    assert ("did not write this" in page.text("#rollout")) == answer
+
+
 # Untrusted text
 
 

@@ -201,7 +201,7 @@ def test_of_several_teachers_each_has_its_quota_and_its_whole_name(tmp_path):
     make.lines(tmp_path / "metrics.jsonl", [{**make.log(1), **keys}])
     parsed = page(tmp_path)
     assert ["update", "Org/math", "Org/code <b>"] in [table[0] for table in parsed.tables]
-    said = "Among the 30 % of this teacher's candidates in the update with the smallest OT distance"
+    said = "Among the 30 % of its teacher's candidates in this update with the smallest OT distance"
     assert said in parsed.text
     assert said in in_terminal(tmp_path, 0)
 
@@ -298,8 +298,10 @@ def test_tokens_of_an_environment_are_not_counted_among_the_weighted(weights, as
     )
     rollout = Rollout(Prompt(0, (0,), (0,)), (), (), finished=True)
     make.lines(tmp_path / "guidance.jsonl", [guidance_record(0, 0, rollout, [], Guidance(weights))])
-    (said,) = page(tmp_path).data("rollout-0")["asked"]
+    parsed = page(tmp_path)
+    (said,) = parsed.data("rollout-0")["asked"]
     assert said.startswith(asked)
+    assert "written by the environment, not learned" in parsed.text
 
 
 def test_a_rollout_without_a_line_of_guidance_says_nothing(tmp_path):

@@ -162,6 +162,7 @@ def test_of_logs_that_are_rare_all_is_told_by_the_update(tmp_path):
         [(1 + 3 * n) / 3 for n in range(1, 7)]
     )
     assert [bar.get_center()[0] for bar in bars] == pytest.approx([2, 5, 8, 11, 14, 17])
+    assert all(float(place).is_integer() for place in bars[0].axes.get_xticks())
     assert "learning, updates 16 to 18, mean: 6.33 s" in to_svg(
         figure_of(chart), name="time", label="time"
     )

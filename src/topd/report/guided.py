@@ -79,7 +79,7 @@ def verdict_rule(
     if not isinstance(share, int | float):
         return Verdict()
     of = "batch" if kind == "repair" else "update"
-    whose = f"this teacher's candidates in the {of}" if several else f"this {of}'s candidates"
+    whose = f"its teacher's candidates in this {of}" if several else f"this {of}'s candidates"
     return _quota(share, whose)
 
 

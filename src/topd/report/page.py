@@ -71,6 +71,11 @@ class Page:
         """Whether any rollout has a candidate: a method that looks nowhere ahead has none."""
         return any(rollout.forks for rollout in self.selection.rollouts)
 
+    @property
+    def replies(self) -> bool:
+        """Whether an environment wrote a part of any rollout."""
+        return any(rollout.replies for rollout in self.selection.rollouts)
+
 
 def write_report(folder: Path, *, rollouts: int = 1000, reload: int | None = None) -> Path:
     """Write ``report.html`` into a run folder and return its path.

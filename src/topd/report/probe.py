@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import sem, t
 
 from topd.report.charts import Chart, group_table, histogram, number, spaced
@@ -131,6 +132,7 @@ def _rejoin(counts: Counter[int | None]) -> Chart:
         axes.set(
             xlabel="tokens until the windows agree again", ylabel="share of high-loss positions"
         )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return Chart(
         "rejoin",

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from topd.report.charts import (
     Chart,
@@ -321,6 +322,7 @@ def _time_bars(logs: Logs, phases: tuple[str, ...]) -> Callable[[Axes], None]:
                 hint(bar, [f"{phase}, {name}: {mean:.3g} s"])
             bottom += means
         axes.set(xlabel="updates", ylabel="seconds an update")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3)
 
     return draw
