@@ -23,7 +23,8 @@ TEMPLATE = """---
 | teacher | `{{ teacher }}`{% if own_prompt %}, with a prompt of its own{% endif %} |
 | method | {{ method }} |
 | data (SHA-256 of the prompts' token ids) | `{{ data[:16] }}` |
-| updates | {{ steps }} |
+| updates | {{ steps }}
+{%- if logged < steps %} (cost and tokens: of the first {{ logged }}, which are logged){% endif %} |
 | {{ "answers" if imitated else "rollouts" }} an update | {{ rollouts }} |
 | learning rate | {{ learning_rate }} |
 | seed | {{ seed }} |
@@ -73,6 +74,7 @@ def write_model_card(
         imitated=imitated,
         data=manifest["data"],
         steps=max((entry["step"] for entry in history), default=0),
+        logged=sum(updates_in(logs)),
         rollouts=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         learning_rate=args.learning_rate,
         seed=args.seed,
