@@ -134,8 +134,9 @@ def test_values_outside_the_bounds_are_refused():
         bootstrap([0.5, 7.0])
     with pytest.raises(TOPDError, match="the value nan is outside"):
         bootstrap([0.5, float("nan")])
-    with pytest.raises(TOPDError, match=r"outside \[-1, 1\]"):
-        paired_bootstrap([7.0], [0.5])
+    for a, b in (([7.0], [0.5]), ([5.0, 5.0], [5.0, 4.0]), ([0.5], [float("nan")])):
+        with pytest.raises(TOPDError, match=r"paired_bootstrap: the value .* outside \[0, 1\]"):
+            paired_bootstrap(a, b)
 
 
 def test_intervals_are_made_from_their_seed_alone():

@@ -9,7 +9,14 @@ import pytest
 from scipy.stats import binomtest, t
 
 from topd.errors import TOPDError
-from topd.statistics import bootstrap, holm, p_value, seed_problem_interval
+from topd.statistics import (
+    bootstrap,
+    holm,
+    p_value,
+    paired_bootstrap,
+    seed_problem_interval,
+    t_reach,
+)
 
 # Seeds and problems
 
@@ -46,6 +53,26 @@ def test_values_that_make_no_table_or_leave_the_bounds_are_refused():
             seed_problem_interval(values)
     with pytest.raises(TOPDError, match="outside"):
         seed_problem_interval([[2.0], [-2.0]])
+
+
+@pytest.mark.parametrize("level", [0, 1, 95, -0.5, float("nan")])
+def test_a_level_that_is_no_share_is_refused(level):
+    for values in ([1.0, 1.0], [0.5, 1.0]):
+        for interval in (
+            partial(bootstrap, values),
+            partial(paired_bootstrap, values, values),
+            partial(seed_problem_interval, [values, values]),
+            partial(t_reach, values),
+        ):
+            with pytest.raises(TOPDError, match="level is .* between 0 and 1"):
+                interval(level=level)
+
+
+def test_too_little_to_tell_from_is_refused():
+    with pytest.raises(TOPDError, match="resamples is 0"):
+        bootstrap([0.0, 1.0], resamples=0)
+    with pytest.raises(TOPDError, match="t_reach: 1 value"):
+        t_reach([1.0])
 
 
 def world(generator, seeds: int, problems: int, spread: float) -> np.ndarray:

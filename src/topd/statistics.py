@@ -59,21 +59,18 @@ def bootstrap(
         level: mass of the interval, in (0, 1).
 
     Raises:
-        TOPDError: no values, or one outside the bounds.
+        TOPDError: no values, one outside the bounds, a level outside (0, 1), or no resamples.
 
     >>> round(bootstrap([0.0] * 30).high, 4)
     0.1157
     """
     if not len(values):
         raise TOPDError("bootstrap: no problems. Give at least one value.")
-    known = np.asarray(values, dtype=np.float64)
-    least, most = map(float, bounds)
-    outside = [value for value in known.tolist() if not least <= value <= most]
-    if outside:
-        raise TOPDError(
-            f"bootstrap: the value {outside[0]:g} is outside [{least:g}, {most:g}]. Give the least "
-            "and the largest value that a problem can have: bounds=(LEAST, LARGEST)."
-        )
+    _check_level("bootstrap", level)
+    if resamples < 1:
+        raise TOPDError(f"bootstrap: resamples is {resamples}. Give at least 1.")
+    _check_bounds("bootstrap", values, bounds)
+    known, (least, most) = np.asarray(values, dtype=np.float64), map(float, bounds)
     count, tail = len(known), (1 - level) / 2
     if np.ptp(known) == 0:
         first, beyond = float(known[0]), 1 - tail ** (1 / count)
@@ -82,6 +79,23 @@ def bootstrap(
     low, high = _ends(known, bounds, np.random.default_rng(seed), resamples, tail)
     mean = float(known.mean())
     return Interval(mean, min(low, mean), max(high, mean), count, level)
+
+
+def _check_level(where: str, level: float) -> None:
+    if not 0 < level < 1:
+        raise TOPDError(
+            f"{where}: level is {level:g}. Give a share between 0 and 1, e.g. 0.95 for 95 %."
+        )
+
+
+def _check_bounds(where: str, values: Sequence[float], bounds: Bounds) -> None:
+    least, most = bounds
+    outside = [float(value) for value in values if not least <= value <= most]
+    if outside:
+        raise TOPDError(
+            f"{where}: the value {outside[0]:g} is outside [{least:g}, {most:g}]. Give the least "
+            "and the largest value that a problem can have: bounds=(LEAST, LARGEST)."
+        )
 
 
 def _ends(
@@ -118,7 +132,8 @@ def paired_bootstrap(
         bounds: the least and the largest value of both; differences then lie within their distance.
 
     Raises:
-        TOPDError: different numbers of problems, none, or a value outside the bounds.
+        TOPDError: different numbers of problems, none, a value of either outside the bounds, or a
+            level outside (0, 1).
 
     >>> round(paired_bootstrap([1.0] * 40, [1.0] * 40).high, 4)  # nothing seen, not nothing there
     0.0881
@@ -127,6 +142,8 @@ def paired_bootstrap(
         raise TOPDError(
             f"paired_bootstrap: {len(a)} and {len(b)} problems. Compare runs on the same problems."
         )
+    for given in (a, b):
+        _check_bounds("paired_bootstrap", given, bounds)
     difference = [x - y for x, y in zip(a, b, strict=True)]
     reach = bounds[1] - bounds[0]
     return bootstrap(
@@ -159,7 +176,8 @@ def seed_problem_interval(
         resamples: how often.
 
     Raises:
-        TOPDError: no values, not the same problems for each seed, or a value outside the bounds.
+        TOPDError: no values, not the same problems for each seed, a value outside the bounds, or a
+            level outside (0, 1).
 
     >>> found = seed_problem_interval([[0.5, 0.0, 1.0], [0.5, 0.0, 0.0]], bounds=(0, 1))
     >>> round(found.mean, 4), found.low, found.high, found.problems
@@ -170,11 +188,7 @@ def seed_problem_interval(
             "seed_problem_interval: give at least one seed, and the same problems for each."
         )
     known = np.asarray(values, dtype=np.float64)
-    if known.size and not (known.min() >= bounds[0] and known.max() <= bounds[1]):
-        raise TOPDError(
-            f"seed_problem_interval: a value is outside [{bounds[0]:g}, {bounds[1]:g}]. Give "
-            "bounds=(LEAST, LARGEST)."
-        )
+    _check_bounds("seed_problem_interval", known.ravel().tolist(), bounds)
     by_problem = known.mean(0).clip(*bounds).tolist()
     over = bootstrap(by_problem, bounds=bounds, seed=seed, resamples=resamples, level=level)
     reach = t_reach(known.mean(1).tolist(), level) if len(known) > 1 else 0.0
@@ -231,11 +245,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def t_reach(values: Sequence[float], level: float = 0.95) -> float:
     """How far Student's t-interval of the mean reaches to either side; for two values or more.
 
+    Raises:
+        TOPDError: fewer values, or a level outside (0, 1).
+
     >>> round(t_reach([0.0, 2.0]), 3)
     12.706
     """
     from scipy.stats import sem, t
 
+    _check_level("t_reach", level)
+    if len(values) < 2:
+        raise TOPDError(f"t_reach: {len(values)} values. Give at least two.")
     return float(t.ppf((1 + level) / 2, len(values) - 1) * sem(values))
 
 
