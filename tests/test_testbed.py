@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
+from typer import Typer
+from typer.testing import CliRunner
 
 from topd import TOPDConfig, TOPDTrainer
 from topd.commands.detectors import auc, label_rollouts, observer_of, precision_recall, table
@@ -31,6 +33,7 @@ from topd.testbed import (
     verify,
     write,
 )
+from topd.testbed import __main__ as testbed
 from topd.testbed.arithmetic import value
 from topd.testbed.logic import solution
 from topd.testbed.models import tokenizer_of
@@ -347,3 +350,20 @@ def test_every_detector_scores_every_token_before_the_fork():
         "OT, contextual",
     }
     assert torch.isfinite(torch.tensor(np.stack(list(found.scores.values())))).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["sums", "teacher"], "'sums' is not one of arithmetic, programs, logic, guesses"),
+        (["arithmetic/x", "teacher"], "'arithmetic/x' is not one of"),
+        (["arithmetic", "pupil"], "'pupil' is not one of 'teacher', 'student'"),
+    ],
+)
+def test_a_model_that_the_testbed_lacks_is_refused_in_words(monkeypatch, words, fault):
+    monkeypatch.setattr(testbed, "make", lambda *_: pytest.fail("a model was made"))
+    command = Typer()
+    command.command()(testbed.main)
+    result = CliRunner().invoke(command, words)
+    assert result.exit_code == 2
+    assert fault in " ".join(result.stderr.replace("│", " ").split())

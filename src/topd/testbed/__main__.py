@@ -6,19 +6,26 @@ from typing import Annotated
 import typer
 
 from topd.testbed import FAMILIES, SCHEME, family_of, weights_of
-from topd.testbed.models import make
+from topd.testbed.models import Role, make
+
+
+def _known(family: str) -> str:
+    if family not in FAMILIES:
+        raise typer.BadParameter(f"{family!r} is not one of {', '.join(FAMILIES)}.")
+    return family
 
 
 def main(
-    family: Annotated[str, typer.Argument(help=", ".join(FAMILIES))],
-    role: Annotated[str, typer.Argument(help="teacher or student")],
+    family: Annotated[str, typer.Argument(help=", ".join(FAMILIES), callback=_known)],
+    role: Annotated[Role, typer.Argument()],
     output: Annotated[Path | None, typer.Option(help="Folder; the package's own if none.")] = None,
 ) -> None:
     """Train a model of the testbed from scratch: some minutes on one core."""
     place = f"{SCHEME}{family}/{role}"
     folder = output or weights_of(place)
-    make(family_of(place), role, folder)  # type: ignore[arg-type]
+    make(family_of(place), role, folder)
     typer.echo(f"{folder}")
 
 
-typer.run(main)
+if __name__ == "__main__":
+    typer.run(main)

@@ -4,7 +4,7 @@ A teacher has some 0.3 M parameters and writes as ``TEACHER`` does; a base stude
 and writes as ``STUDENT`` does, mistakes included. What an author slipped at and then put right is
 read and not learned. The teacher of guesses is told the answer (:data:`TOLD`). Their weights
 (bfloat16) come with the package;
-``python -m topd.testbed make FAMILY`` makes them again.
+``python -m topd.testbed FAMILY ROLE`` makes them again.
 """
 
 from __future__ import annotations
