@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from math import comb, erf, sqrt
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -421,7 +423,7 @@ def scripted(prompts: Sequence[Prompt], *, samples: int = 2, batch_size: int = 3
     found = evaluate(
         engine,
         prompts,
-        [{"number": i} for i in range(10)],
+        changes.pop("rows", [{"number": i} for i in range(10)]),
         lambda text, row: text == "1" * (row["number"] + 1),
         **{
             "samples": samples,
@@ -496,6 +498,36 @@ def test_lengths_and_truncation_are_averaged_by_problem():
     assert found.mean_length.low <= 1.0  # two problems do not bound what others would give
     assert found.mean_length.high >= 15.0
     assert found.greedy_truncated.mean == 0.5
+
+
+def test_rows_with_one_prompt_are_one_problem():
+    """Each of 4 prompts in 10 rows: the figures and intervals of 4 problems, and all responses."""
+    once, _ = scripted(PROMPTS)
+    many = [Prompt(i, PROMPTS[i % 4].student, ()) for i in range(40)]
+    found, _ = scripted(many, rows=[{"number": PROMPTS[i % 4].index} for i in range(40)])
+    assert (found.problems, found.rows, len(found.responses)) == (4, 40, 120)
+    assert found.greedy == once.greedy
+    assert found.greedy_length == once.greedy_length
+    assert found.greedy_truncated == once.greedy_truncated
+    assert found.solved(greedy=True) == once.solved(greedy=True)
+    drawn = [r for r in found.responses if r.sample is not None]
+    right = [[r.verified for r in drawn if r.problem % 4 == i] for i in range(4)]
+    assert found.solved() == [np.mean(of_one) for of_one in right]
+    record = found.record()
+    assert (record["problems"], record["rows"]) == (4, 40)
+
+
+def test_two_references_of_one_prompt_are_averaged_by_row():
+    """What is right by one of two references solves half a problem, however many samples."""
+    found = summarise(
+        [
+            Response(row, sample, (7,), "", row == 0, True, repeats=row and 0)
+            for row in (0, 1)
+            for sample in (None, 0, 1, 2, 3)
+        ]
+    )
+    assert (found.problems, found.samples, found.greedy.mean) == (1, 4, 0.5)
+    assert {k: interval.mean for k, interval in found.pass_at.items()} == {1: 0.5, 2: 0.5, 4: 0.5}
 
 
 @pytest.mark.parametrize(("samples", "ks"), [(1, [1]), (3, [1, 2, 3]), (8, [1, 2, 4, 8])])
@@ -881,6 +913,45 @@ def test_bad_input_is_refused_in_words_before_the_model_is_loaded(
     assert message in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_of_several_splits_one_is_chosen_and_recorded(root, invoke, tmp_path, saved):
+    data = tmp_path / "data"
+    asked = [{"question": r["prompt"], "answer": "2"} for r in rows(5)]
+    parts = {"train": asked[:3], "test": asked[3:]}
+    if saved:
+        sets = {name: datasets.Dataset.from_list(part) for name, part in parts.items()}
+        datasets.DatasetDict(sets).save_to_disk(data)
+    else:
+        data.mkdir()
+        for name, part in parts.items():
+            write(data / f"{name}.jsonl", part)
+    result = invoke("model", str(data), "--output", str(tmp_path / "a"))
+    assert result.exit_code == 2
+    assert re.search("has the splits (train, test|test, train)", " ".join(result.stderr.split()))
+    result = invoke("model", str(data), "--split", "test", "--output", str(tmp_path / "a"))
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "a" / "evaluation.json").read_text())
+    assert (record["problems"], record["settings"]["data"]["split"]) == (2, "test")
+    with pytest.raises(TOPDError, match="has the splits"):
+        EvaluationSpec(path=str(data)).load()
+
+
+def test_a_single_split_need_not_be_named(tmp_path):
+    write(tmp_path / "test.jsonl", [{"question": "what", "answer": "2"}])
+    for path, split in ((tmp_path, "test"), (tmp_path / "test.jsonl", None)):
+        spec = EvaluationSpec(path=str(path))
+        assert (len(spec.load()), spec.with_split().split) == (1, split)
+    assert EvaluationSpec(path="testbed://logic").with_split().split == "test"
+
+
+def test_rows_that_repeat_a_prompt_are_told(root, invoke, tmp_path, caplog):
+    write(tmp_path / "twice.jsonl", [{"question": "what", "answer": str(i)} for i in range(3)])
+    result = invoke("model", str(tmp_path / "twice.jsonl"), "--output", str(tmp_path / "a"))
+    assert result.exit_code == 0, result.output
+    assert "twice.jsonl: 3 rows, 1 different prompts." in caplog.text
+    assert "1 problems (3 rows), 2 samples each" in result.stdout
+
+
 def test_results_are_never_written_over(invoke, tmp_path, monkeypatch):
     (tmp_path / "evaluation.json").write_text("{}")
     monkeypatch.setattr(ModelSpec, "load_model", lambda self: pytest.fail("weights were read"))
@@ -1076,6 +1147,12 @@ def test_the_student_of_a_run_is_evaluated_as_it_was_trained(tmp_path):
     found, said = evaluating.as_trained(spec, [other, thought])  # the first one counts
     assert (found.chat_template_kwargs, len(said)) == ({}, 1)
     assert said[0].startswith(f"warning: {tmp_path / 'a'} was trained with")
+    bare = run_json(tmp_path / "e", chat=False)  # it could not be written otherwise
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare.path)
+    tiny_model().config.save_pretrained(bare.path)
+    assert evaluating.as_trained(spec, [bare])[1] == []
     hub = ModelSpec(path="hub/student")
     assert evaluating.as_trained(spec, [hub]) == (spec, [])
     found, _ = evaluating.as_trained(spec, [hub, ModelSpec(path=str(tmp_path / "a/checkpoint-2"))])

@@ -64,7 +64,7 @@ def test_a_level_that_is_no_share_is_refused(level):
             partial(seed_problem_interval, [values, values]),
             partial(t_reach, values),
         ):
-            with pytest.raises(TOPDError, match="level is .* between 0 and 1"):
+            with pytest.raises(TOPDError, match=r"level is .* between 0 and 1"):
                 interval(level=level)
 
 

@@ -76,7 +76,7 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     model = of_run(model)
-    spec, said = as_trained(spec, [model])
+    spec, said = as_trained(spec.with_split(), [model])
     for line in said:
         say(console, line)
     folder = Path(output or _folder(model, spec))
@@ -148,6 +148,8 @@ def as_trained(spec: Spec, models: Sequence[ModelSpec]) -> tuple[Spec, list[str]
         run, own = next(iter(known.items()))
         asked, spec = spec, spec.as_trained(**own)
         taken = {n: getattr(spec, n) for n in own if getattr(spec, n) != getattr(asked, n)}
+        if "chat" in taken and all(_without_template(model) for model in models):
+            del taken["chat"]  # they could not be written otherwise
         if any(value != {} for value in taken.values()):
             said.append(f"prompts are written as in the training of {run}: {_shown(taken)}")
     here = {"chat": spec.chat is not False, "chat_template_kwargs": spec.chat_template_kwargs or {}}
@@ -157,6 +159,12 @@ def as_trained(spec: Spec, models: Sequence[ModelSpec]) -> tuple[Spec, list[str]
             now = _shown({name: here[name] for name in other})
             said.append(f"warning: {run} was trained with {_shown(other)}, prompts here have {now}")
     return spec, said
+
+
+def _without_template(model: ModelSpec) -> bool:
+    with suppress(TOPDError):
+        return not model.load_tokenizer().chat_template
+    return False
 
 
 def _trained_with(model: ModelSpec) -> dict[str, Any]:
@@ -223,8 +231,9 @@ def show(found: Evaluation, spec: EvaluationSpec, console: Console) -> None:
     for name, interval, write in lines:
         table.add_row(name, write(interval.mean), f"{write(interval.low)} - {write(interval.high)}")
     console.print(table)
+    rows = f" ({found.rows} rows)" if found.rows > found.problems else ""
     console.print(
-        f"{found.problems} problems, {found.samples} samples each at temperature "
+        f"{found.problems} problems{rows}, {found.samples} samples each at temperature "
         f"{spec.temperature:g}, top-p {spec.top_p:g}, seed {spec.seed}; intervals over problems",
         highlight=False,
     )

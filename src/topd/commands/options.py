@@ -25,6 +25,7 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, un
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Log lines instead of progress bars.")]
 Columns = Annotated[str, typer.Option(help="prompt=NAME,answer=NAME, if the format is unknown.")]
+Split = Annotated[str | None, typer.Option(help="Of data with several: the one to evaluate on.")]
 Samples = Annotated[int, typer.Option(help="Responses a problem, besides the greedy one.")]
 Temperature = Annotated[float, typer.Option(help="Of the samples.")]
 TopP = Annotated[float, typer.Option(help="Of the samples.")]

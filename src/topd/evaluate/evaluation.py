@@ -6,7 +6,7 @@ spreads it, so that one can rise while the other falls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -28,7 +28,8 @@ class Response:
     """One answer. ``problem`` is the row of the data; ``sample`` counts from 0, None is greedy.
 
     ``finished`` is False if the length limit cut it off; it is verified all the same.
-    ``logprob`` is that of the whole response under the model, in nats.
+    ``logprob`` is that of the whole response under the model, in nats. ``repeats`` is the first
+    row with the same prompt, where that is another: both are one problem to every figure.
     """
 
     problem: int
@@ -38,15 +39,20 @@ class Response:
     verified: bool
     finished: bool
     logprob: float = field(default=0.0, compare=False)
+    repeats: int | None = field(default=None, compare=False)
 
     def record(self) -> dict[str, Any]:
         """Plain values; without the log-prob, whose last bits depend on the batch."""
-        return {key: value for key, value in asdict(self).items() if key != "logprob"}
+        left_out = ("logprob", "repeats")
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What an evaluation found. All intervals are over problems.
+
+    Rows of the data with one prompt are one problem, whose value is the mean of theirs: they do not
+    stand for more problems than there are.
 
     ``greedy`` is the share of problems solved greedily, ``pass_at[1]`` the mean over problems of
     the share of right samples, ``pass_at[k]`` the unbiased pass@k. Lengths are in tokens,
@@ -63,6 +69,11 @@ class Evaluation:
     greedy_truncated: Interval
     truncated: Interval
     responses: tuple[Response, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows that were answered: more than ``problems`` where some have the same prompt."""
+        return len({response.problem for response in self.responses})
 
     def solved(self, *, greedy: bool = False) -> list[float]:
         """The share of right responses to each problem: what ``paired_bootstrap`` compares."""
@@ -83,6 +94,7 @@ class Evaluation:
         """Everything but the responses, as plain values for a JSON file."""
         return {
             "problems": self.problems,
+            "rows": self.rows,
             "samples": self.samples,
             "figures": {name: asdict(interval) for name, interval in self.intervals().items()},
         }
@@ -136,30 +148,43 @@ def evaluate(
     ]
     place = {prompt.index: i for i, prompt in enumerate(prompts)}
     responses.sort(key=lambda r: (place[r.problem], -1 if r.sample is None else r.sample))
-    return summarise(responses, seed=seed)
+    first = first_rows(prompts)
+    return summarise([replace(r, repeats=first.get(r.problem)) for r in responses], seed=seed)
+
+
+def first_rows(prompts: Iterable[Prompt]) -> dict[int, int]:
+    """The first row with the same prompt, of every row that repeats one."""
+    first: dict[Ids, int] = {}
+    found = {p.index: first.setdefault(p.student, p.index) for p in prompts}
+    return {row: before for row, before in found.items() if row != before}
 
 
 def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
     """Figures and intervals of verified responses, ordered by problem.
 
-    Every problem has one greedy response and the same number of samples. For the intervals of
+    Every row has one greedy response and the same number of samples. For the intervals of
     lengths a response to another problem is at most as long as the longest here.
     """
     greedy, drawn = by_problem(responses, True), by_problem(responses, False)
-    samples = len(drawn[0])
-    right = [sum(r.verified for r in group) for group in drawn]
+    samples = sum(r.problem == drawn[0][0].problem for r in drawn[0])
+    right = [_right_by_row(group) for group in drawn]
     longest = float(max(len(response.ids) for response in responses))
     length = partial(bootstrap, bounds=(0.0, longest), seed=seed)
     return Evaluation(
         problems=len(drawn),
         samples=samples,
-        greedy=bootstrap([float(r.verified) for (r,) in greedy], seed=seed),
+        greedy=bootstrap([_mean(r.verified for r in group) for group in greedy], seed=seed),
         pass_at={
-            k: bootstrap([pass_at_k(samples, c, k) for c in right], seed=seed) for k in _ks(samples)
+            k: bootstrap(
+                [_mean(pass_at_k(samples, c, k) for c in counts) for counts in right], seed=seed
+            )
+            for k in _ks(samples)
         },
-        greedy_length=length([float(len(r.ids)) for (r,) in greedy]),
+        greedy_length=length([_mean(len(r.ids) for r in group) for group in greedy]),
         mean_length=length([_mean(len(r.ids) for r in group) for group in drawn]),
-        greedy_truncated=bootstrap([float(not r.finished) for (r,) in greedy], seed=seed),
+        greedy_truncated=bootstrap(
+            [_mean(not r.finished for r in group) for group in greedy], seed=seed
+        ),
         truncated=bootstrap([_mean(not r.finished for r in group) for group in drawn], seed=seed),
         responses=tuple(responses),
     )
@@ -252,12 +277,20 @@ def _seeds(seed: int, batch: Sequence[tuple[Prompt, int | None]]) -> list[int]:
 
 
 def by_problem(responses: Sequence[Response], greedy: bool) -> list[list[Response]]:
-    """The greedy responses, or the samples, in groups of one problem."""
+    """The greedy responses, or the samples, in groups of one problem: of all rows that have it."""
     groups: dict[int, list[Response]] = {}
     for response in responses:
         if (response.sample is None) == greedy:
-            groups.setdefault(response.problem, []).append(response)
+            first = response.problem if response.repeats is None else response.repeats
+            groups.setdefault(first, []).append(response)
     return list(groups.values())
+
+
+def _right_by_row(samples: Sequence[Response]) -> list[int]:
+    counts: dict[int, int] = {}
+    for response in samples:
+        counts[response.problem] = counts.get(response.problem, 0) + response.verified
+    return list(counts.values())
 
 
 def _ks(samples: int) -> list[int]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, Self, cast
 
+import datasets
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from topd.errors import TOPDError
 from topd.evaluate.answers import AnswerVerifier
-from topd.evaluate.evaluation import Evaluator
-from topd.inputs.prompt_rows import UNREAD
+from topd.evaluate.evaluation import Evaluator, first_rows
+from topd.inputs.prompt_rows import UNREAD, prompt_of
 from topd.inputs.prompts import PromptEncoder
-from topd.inputs.rows import DataSpec
+from topd.inputs.rows import TEXTS, DataSpec
 from topd.testbed import SCHEME, verify
 from topd.types import Prompt, Sampling
+
+logger = logging.get_logger(__name__)
 
 FORMATS = (
     ("prompt", "answer"),
@@ -32,7 +39,7 @@ class EvaluationSpec(BaseModel):
 
     ``path`` is a JSONL or Parquet file whose columns are recognised, or named in ``columns``; or
     ``testbed://FAMILY``, checked by the family. ``split`` is ``test`` there unless given; choose
-    settings on ``validation``.
+    settings on ``validation``. Other data with several splits needs it too: the one to evaluate on.
     ``chat`` None uses the chat template if the tokenizer has one; ``chat_template_kwargs`` are
     given to it. Where they are not set, a recipe's evaluation writes prompts as its training does,
     and a run's student is evaluated as it was trained. ``max_tokens`` is the longest response;
@@ -59,15 +66,37 @@ class EvaluationSpec(BaseModel):
         """The rows, with ``prompt`` (text) and ``answer`` columns, both filled.
 
         Raises:
-            TOPDError: no such data, unknown columns, or a row without a reference answer.
+            TOPDError: no such data, several splits and none chosen, unknown columns, or a row
+                without a reference answer.
         """
         if self.path.startswith(SCHEME):
-            return DataSpec(path=self.path, split=self.split or "test", limit=self.limit).load()
-        data = DataSpec(path=self.path, split=self.split or "train", limit=1, chat=False)
+            return self._data().load()
+        data = self._data(limit=1, chat=False)
         chosen = cast(dict[Any, str], self._chosen(list(data.load()[0])))
         rows = data.model_copy(update={"limit": self.limit, "columns": chosen}).load()
         AnswerVerifier().check(rows)
         return rows
+
+    def with_split(self) -> Self:
+        """The same, naming the split that is read where data has any: a file of rows has none.
+
+        Raises:
+            TOPDError: the data has several, and none is chosen.
+        """
+        if self.split is not None:
+            return self
+        known = ["test"] if self.path.startswith(SCHEME) else _splits(self.path)
+        if len(known) > 1:
+            raise TOPDError(
+                f"data {self.path}: has the splits {', '.join(known)}. Say which one to evaluate "
+                "on with split (topd eval: --split NAME): one that was not trained on."
+            )
+        return self.model_copy(update={"split": known[0]}) if known else self
+
+    def _data(self, **more: Any) -> DataSpec:
+        """Where the rows are."""
+        split = self.with_split().split or "train"
+        return DataSpec(path=self.path, **{"split": split, "limit": self.limit, **more})
 
     def as_trained(self, *, chat: bool, chat_template_kwargs: Mapping[str, Any]) -> Self:
         """The same, with prompts written as those of a training where nothing else is said.
@@ -108,6 +137,7 @@ class EvaluationSpec(BaseModel):
         )
         prompts = encoder.encode(_messages(row) if chat else row for row in rows)
         self._check_room(prompts, config)
+        self._warn_of_repeats(prompts)
         return Evaluator(
             prompts,
             rows,
@@ -127,6 +157,15 @@ class EvaluationSpec(BaseModel):
                 f"columns of {self.path}: name both, prompt and answer. It has {', '.join(names)}."
             )
         return {str(ours): theirs for ours, theirs in self.columns.items()}
+
+    def _warn_of_repeats(self, prompts: Sequence[Prompt]) -> None:
+        repeats = len(first_rows(prompts))
+        if repeats:
+            logger.warning_once(
+                f"data {self.path}: {len(prompts)} rows, {len(prompts) - repeats} different "
+                "prompts. Rows with the same prompt count as one problem; for several answers to "
+                "a problem, use samples."
+            )
 
     def _check_room(self, prompts: Sequence[Prompt], config: PretrainedConfig) -> None:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -156,9 +195,24 @@ def _recognised(path: str, names: Sequence[str]) -> dict[str, str]:
     )
 
 
+def _splits(place: str) -> list[str]:
+    """The splits of a folder or of a hub's data; none of a file, or where they cannot be read."""
+    path = Path(place).expanduser()
+    named_as_file = {suffix.lower() for suffix in path.suffixes} & {*TEXTS, ".parquet"}
+    if path.is_file() or (named_as_file and not path.is_dir()) or (path / "state.json").exists():
+        return []
+    with suppress(OSError, ValueError, KeyError):  # reading the rows says what is wrong
+        if (path / "dataset_dict.json").exists():
+            return list(json.loads((path / "dataset_dict.json").read_text())["splits"])
+        return datasets.get_dataset_split_names(str(path) if path.exists() else place)
+    return []
+
+
 def _messages(row: Mapping[str, Any]) -> dict[str, Any]:
     """The prompt as messages, and what the row itself gives to the chat template."""
-    prompt = row["prompt"]
+    prompt = prompt_of(row)
+    if prompt is None:
+        return dict(row)  # to be refused
     read = ("tools", "chat_template_kwargs", *UNREAD)  # UNREAD to be refused
     given = {name: row[name] for name in read if name in row}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
