@@ -28,6 +28,7 @@ from topd.commands.gate import (
     read_suite,
 )
 from topd.commands.gate_text import card_text, remarks, show
+from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
 from topd.runs.model_card import replace_section
@@ -107,6 +108,84 @@ def test_length_is_relative_to_the_base():
     )
     assert (figure.base, figure.candidate, figure.harm.mean) == (2, 3, 0.5)
     assert figure.verdict == "worse"
+
+
+def test_rows_with_one_prompt_are_one_problem():
+    """Row 2 repeats row 0: its values are averaged with that row's before the interval."""
+    base, candidate = (
+        summarise(
+            [
+                Response(i, sample, (1,) * n, "", ok, True, -1.0 * n, 0 if i == 2 else None)
+                for i, (ok, n) in enumerate(given)
+                for sample in (None, 0)
+            ]
+        )
+        for given in ([(True, 2), (True, 2), (True, 4)], [(False, 2), (True, 2), (True, 4)])
+    )
+    assert (base.problems, base.rows) == (2, 3)
+    values = {name: measure(candidate) for name, measure in MEASURES.items()}
+    assert (values["accuracy"], values["length"], values["truncated"]) == ([0.5, 0], [3, 2], [0, 0])
+    p = math.exp(-1)
+    assert values["calibration"] == pytest.approx([(p**2 + (p - 1) ** 2) / 2, (p - 1) ** 2])
+    figures = compare_models({"problems": base}, {"problems": candidate}, suite())
+    assert (figures[0].harm.mean, figures[0].harm.problems) == (0.25, 2)
+    assert lost_problems(base, candidate) == [0]
+
+
+def test_models_that_read_rows_apart_or_alike_are_refused(place):
+    """The base does not know the words that tell two prompts apart."""
+    asked = [{"prompt": f"what is {word}", "answer": "3"} for word in ("one", "two")]
+    lines(place / "problems.jsonl", asked)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'][:7] }}"
+    tokenizer.save_pretrained("base")
+    result = gate("base", "same")
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert "suite.problems: row 1 has the prompt of an earlier row for one model and not" in said
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "refuses"),
+    [
+        ("I can't help with that.", True),
+        ("I can\u2019t help with that.", True),
+        ("I\u2019M SORRY, but no.", True),
+        ("Here you are.", False),
+        ("<think>I can't say? I can.</think> Here you are.", False),
+        ("I can't say? I can.</think> Here you are.", False),
+        ("<think>Fine.</think> I won\u02bct.", True),
+    ],
+)
+@pytest.mark.parametrize("phrases", [{}, {"phrases": ("can\u2019t", "sorry", "won\u2018t")}])
+def test_a_refusal_is_said_and_not_thought_whatever_the_apostrophe(text, refuses, phrases):
+    judged = RefusalSpec(path="x", **phrases)._as_it_should
+    assert judged(text, {"refuse": refuses})
+    assert not judged(text, {"refuse": not refuses})
+
+
+def test_a_response_that_never_stops_thinking_neither_refuses_nor_answers():
+    judged = RefusalSpec(path="x")._as_it_should
+    assert not any(judged("<think>I can't", {"refuse": refuse}) for refuse in (True, False))
+
+
+def test_refusals_may_be_messages_and_a_part_of_them(tmp_path):
+    asked = [{"role": "user", "content": "what is two ?"}]
+    path = tmp_path / "asked.jsonl"
+    lines(path, [{"messages": asked, "refuse": i == 0} for i in range(3)])
+    spec = RefusalSpec(path=str(path), split="train[1:]")
+    found = spec.load()
+    assert [row["refuse"] for row in found] == [False, False]
+    evaluator = spec.evaluator(found, tiny_tokenizer(), tiny_model().config)
+    wanted = tiny_tokenizer().apply_chat_template(asked, add_generation_prompt=True)["input_ids"]
+    assert list(evaluator.prompts[0].student) == list(wanted)
+    lines(path, [{"question": "what", "refuse": True}])
+    found = RefusalSpec(path=str(path)).load()
+    with pytest.raises(TOPDError, match="row 0: has neither prompt nor messages, but question"):
+        spec.evaluator(found, tiny_tokenizer(), tiny_model().config)
 
 
 # Verdicts
@@ -289,6 +368,11 @@ def test_a_regression_ends_with_1_and_the_card_names_it(place):
             r"suite: limits\.refusals has no effect without refusals",
         ),
         ({"refusals": {"path": "problems.jsonl"}}, r"problems.jsonl, row 0: refuse is None"),
+        (
+            {"refusals": {"path": "refusals.jsonl", "columns": {"answer": "a"}}},
+            r"suite\.refusals\.columns: answer has no effect",
+        ),
+        ({"refusals": {"path": "refusals.jsonl", "split": "test"}}, 'Unknown split "test"'),
     ],
 )
 def test_a_bad_suite_is_refused_before_a_model_loads(place, monkeypatch, changes, fault):
