@@ -961,6 +961,42 @@ def test_results_are_never_written_over(invoke, tmp_path, monkeypatch):
     assert (tmp_path / "evaluation.json").read_text() == "{}"
 
 
+def test_an_evaluation_that_is_stopped_continues_in_its_folder(invoke, tmp_path, monkeypatch):
+    """And ends with the same responses; 7 of 15 were there."""
+    words = ("model", "gsm8k.jsonl", "--batch-size", "2", "--output")
+    assert invoke(*words, str(tmp_path / "whole")).exit_code == 0
+    asked, generate = list[int](), HFEngine.generate
+
+    def stops(self: HFEngine, prompts: Any, *more: Any) -> list[Generation]:
+        asked.append(len(prompts))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *more)
+
+    monkeypatch.setattr(evaluating, "check_decoding", lambda _: None)
+    monkeypatch.setattr(HFEngine, "generate", stops)
+    folder = tmp_path / "a"
+    result = invoke(*words, str(folder))
+    assert result.exit_code == 75
+    said = " ".join(result.stderr.split())
+    assert "topd eval was stopped." in said
+    assert f"--output_dir {folder} continues it" in said
+    assert [path.name for path in folder.iterdir()] == ["responses.begun.jsonl"]
+    with (folder / "responses.begun.jsonl").open("a") as file:
+        file.write('{"problem": 1, "sam')  # cut off
+    for other, what in (("--temperature", "settings"), ("--limit", "settings, data, rows")):
+        result = invoke(*words, str(folder), other, "1")
+        assert result.exit_code == 2
+        assert f"stopped, with other {what}. Choose" in " ".join(result.stderr.split())
+    assert len(asked) == 5
+    assert invoke(*words, str(folder)).exit_code == 0
+    assert sum(asked[5:]) == 15 - 7
+    for name in ("responses.jsonl", "evaluation.json"):
+        same = (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
+        assert same
+    assert not list(folder.glob("*.begun.jsonl"))
+
+
 def test_the_testbed_is_evaluated_to_the_end(invoke, tmp_path):
     """Its rows have no answers: the family checks."""
     out = tmp_path / "out"

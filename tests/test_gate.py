@@ -28,10 +28,12 @@ from topd.commands.gate import (
     read_suite,
 )
 from topd.commands.gate_text import card_text, remarks, show
+from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
 from topd.runs.model_card import replace_section
+from topd.types import Generation
 
 
 def answers(
@@ -391,6 +393,33 @@ def test_a_folder_with_a_result_is_refused(place):
     Path("out/gate.json").write_text("{}")
     result = gate("base", "same")
     assert (result.exit_code, "already holds a gate's result" in result.stderr) == (2, True)
+
+
+def test_a_gate_that_is_stopped_continues_in_its_folder(place, monkeypatch):
+    """The base's 38 responses and half of the candidate's are there."""
+    assert gate("base", "other").exit_code in (0, 1)
+    Path("out").rename("whole")
+    asked, generate = list[int](), HFEngine.generate
+
+    def stops(self: HFEngine, prompts: Any, *more: Any) -> list[Generation]:
+        asked.append(len(prompts))
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        return generate(self, prompts, *more)
+
+    monkeypatch.setattr("topd.commands.evaluate.check_decoding", lambda _: None)
+    monkeypatch.setattr(HFEngine, "generate", stops)
+    result = gate("base", "other")
+    assert (result.exit_code, "topd gate was stopped" in result.stderr) == (75, True)
+    done = sum(asked[:6])
+    assert gate("base", "other").exit_code in (0, 1)
+    assert done + sum(asked[7:]) == 2 * (10 * 3 + 4 * 2)
+    found, whole = (json.loads(Path(f, "gate.json").read_text()) for f in ("out", "whole"))
+    assert found == whole
+    names = [sorted(path.name for path in Path(f).iterdir()) for f in ("out", "whole")]
+    assert names[0] == names[1]
+    for name in ("base_problems.jsonl", "candidate_problems.jsonl"):
+        assert Path("out", name).read_text() == Path("whole", name).read_text()
 
 
 def test_a_section_is_replaced_or_added(tmp_path):

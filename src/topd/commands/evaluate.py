@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers.utils import logging
 
+from topd.commands.session import until_stopped
 from topd.engines import Tick
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.evaluate.evaluation import Evaluation, Evaluator
+from topd.evaluate.evaluation import Evaluation, Evaluator, Keep, Response
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
@@ -31,7 +33,7 @@ from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
 from topd.inputs.rows import DataSpec
 from topd.inputs.vocabulary import shared_ids
 from topd.report import page_line
-from topd.runs.files import read_whole
+from topd.runs.files import as_json, digest, read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, manifest
 from topd.runs.lock import one_writer
 from topd.statistics import Interval
@@ -62,7 +64,8 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     """Evaluate, print the table, and return the folder.
 
     The folder holds evaluation.json (figures with intervals, settings, versions, fingerprints of
-    model and data) and responses.jsonl (a line a response).
+    model and data) and responses.jsonl (a line a response). An evaluation that was stopped
+    continues in its folder.
 
     Args:
         model: what to evaluate.
@@ -71,7 +74,8 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
         console: where table and progress go.
 
     Raises:
-        TOPDError: bad input, before any weight is read.
+        TOPDError: bad input, before any weight is read; or the folder holds another evaluation.
+        StoppedError: it was stopped.
     """
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -80,7 +84,7 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     for line in said:
         say(console, line)
     folder = Path(output or _folder(model, spec))
-    with one_writer(folder):
+    with one_writer(folder), until_stopped("eval", folder, None):
         found = _evaluate_into(_open(folder), model, spec, console)
     show(found, spec, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
@@ -95,17 +99,30 @@ def _evaluate_into(
     check_embedding_rows("model", config, tokenizer)
     evaluator = spec.evaluator(rows, tokenizer, config)
     references = _references(rows)
-    (found,), made_of = measure(model, [evaluator], console)
     settings = {"model": model.model_dump(), "data": spec.model_dump()}
-    run.append(RESPONSES, (response.record() for response in found.responses))
+    (found,), made_of = measure(model, {RESPONSES: (spec, evaluator)}, run, console)
+    write_responses(run, {RESPONSES: found})
     run.write(RESULT, {**found.record(), "settings": settings, **made_of, "references": references})
+    (run.folder / begun(RESPONSES)).unlink()
     return found
 
 
 def measure(
-    spec: ModelSpec, evaluators: Sequence[Evaluator], console: Console
+    spec: ModelSpec,
+    asked: Mapping[str, tuple[EvaluationSpec, Evaluator]],
+    run: RunFolder,
+    console: Console,
 ) -> tuple[list[Evaluation], dict[str, Any]]:
-    """A model's evaluations, and what they were made of: model, data of the first, versions."""
+    """A model's evaluations, and what they were made of: model, data of the first, versions.
+
+    Args:
+        spec: the model.
+        asked: evaluations by the file of their responses. Until all are there they are kept in its
+            :func:`begun` file, from which an evaluation that was stopped continues.
+        run: where.
+        console: for the bar.
+    """
+    evaluators = [evaluator for _, evaluator in asked.values()]
     device = PartialState().device
     model = spec.load_model().eval().to(device)
     check_head("model", model)
@@ -121,7 +138,52 @@ def measure(
     )
     made_of["versions"]["math-verify"] = version("math-verify")
     with _bar(console, sum(evaluator.count for evaluator in evaluators)) as tick:
-        return [evaluator(engine, tick=tick) for evaluator in evaluators], made_of
+        found = []
+        for name, (settings, evaluator) in asked.items():
+            about = _identity(settings, evaluator, made_of)
+            done, keep = _kept(run, begun(name), about)
+            found.append(evaluator(engine, tick=tick, done=done, keep=keep))
+    return found, made_of
+
+
+def begun(name: str) -> str:
+    """Of a file of responses, where they are until all are there."""
+    return name.replace(".jsonl", ".begun.jsonl")
+
+
+def _identity(
+    spec: EvaluationSpec, evaluator: Evaluator, made_of: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that responses and their verdicts depend on."""
+    return {
+        "settings": spec.model_dump(mode="json", exclude={"batch_size", "samples"}),
+        "models": made_of["models"],
+        "data": fingerprint(evaluator.prompts),
+        "rows": digest(json.dumps([*evaluator.rows], default=str).encode()),
+        "versions": {name: made_of["versions"][name] for name in ("topd", "math-verify")},
+    }
+
+
+def _kept(run: RunFolder, name: str, about: Mapping[str, Any]) -> tuple[list[Response], Keep]:
+    """Responses that are there, and what adds to them. Raises TOPDError for those of another."""
+    about, path = as_json(about), run.folder / name
+    there = list(read_lines(path)) if trim(path) else []
+    if not there:
+        run.append(name, [about])
+    elif there[0] != about:
+        parts = [part for part in about if there[0].get(part) != about[part]]
+        raise TOPDError(
+            f"--output: {run.folder} holds an evaluation that was stopped, with other "
+            f"{', '.join(parts)}. Choose another folder, or continue with the same."
+        )
+    done = [Response(**{**record, "ids": tuple(record["ids"])}) for record in there[1:]]
+    return done, lambda batch: run.append(name, map(asdict, batch))
+
+
+def write_responses(run: RunFolder, found: Mapping[str, Evaluation]) -> None:
+    """The files of all responses, in order."""
+    for name, evaluation in found.items():
+        run.append(name, (response.record() for response in evaluation.responses))
 
 
 def of_run(model: ModelSpec) -> ModelSpec:

@@ -27,9 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rich.console import Console
 from transformers.utils import logging
 
-from topd.commands.evaluate import as_trained, measure, of_run
+from topd.commands.evaluate import as_trained, begun, measure, of_run, write_responses
 from topd.commands.gate_text import card_text, remarks, show
 from topd.commands.recipe import parse_spec, read_mapping
+from topd.commands.session import until_stopped
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Evaluator, Interval, Response, paired_bootstrap
 from topd.evaluate.evaluation import by_problem, first_rows
@@ -273,10 +274,11 @@ def run_gate(
     """Evaluate both models, write the result, and say whether the candidate passes.
 
     The folder gets gate.json and the responses of both; the candidate's model card, if it has one,
-    a section.
+    a section. A gate that was stopped continues in its folder.
 
     Raises:
-        TOPDError: bad input, before any weight is read.
+        TOPDError: bad input, before any weight is read; or the folder holds another gate.
+        StoppedError: it was stopped.
     """
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -286,7 +288,7 @@ def run_gate(
     for line in said:
         say(console, line)
     folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    with one_writer(folder):
+    with one_writer(folder), until_stopped("gate", folder, None):
         figures = _gate_into(folder, {"base": base, "candidate": candidate}, suite, console)
     good = passed(figures, strict=suite.strict)
     show(figures, suite, good, console)
@@ -314,12 +316,13 @@ def _gate_into(
     run = RunFolder(folder)
     evaluators = {role: _evaluators(spec, suite) for role, spec in specs.items()}
     _check_alike(**evaluators)
-    found, made_of = {}, {}
+    found, made_of, responses = {}, {}, dict[str, Evaluation]()
     for role, spec in specs.items():
-        evaluations, made_of[role] = measure(spec, list(evaluators[role].values()), console)
+        asked = {f"{role}_{p}.jsonl": (getattr(suite, p), e) for p, e in evaluators[role].items()}
+        evaluations, made_of[role] = measure(spec, asked, run, console)
         found[role] = dict(zip(evaluators[role], evaluations, strict=True))
-        for part, evaluation in found[role].items():
-            run.append(f"{role}_{part}.jsonl", (r.record() for r in evaluation.responses))
+        responses |= dict(zip(asked, evaluations, strict=True))
+    write_responses(run, responses)
     figures = compare_models(found["base"], found["candidate"], suite)
     good = passed(figures, strict=suite.strict)
     lost = lost_problems(found["base"]["problems"], found["candidate"]["problems"])
@@ -333,6 +336,8 @@ def _gate_into(
         **made_of,
     }
     run.write(RESULT, record)
+    for name in responses:
+        (run.folder / begun(name)).unlink()
     card = Path(specs["candidate"].place) / "README.md"
     if card.is_file():
         replace_section(card, HEADING, card_text(specs["base"].path, suite, figures, lost, good))

@@ -21,6 +21,7 @@ from topd.statistics import Interval, bootstrap, pass_at_k
 from topd.types import Generation, Ids, Prompt, Sampling
 
 Decode: TypeAlias = Callable[[Ids], str]
+Keep: TypeAlias = Callable[[Sequence["Response"]], None]  # a batch, as soon as it is there
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ def evaluate(
     batch_size: int,
     decode: Decode,
     tick: Tick = no_tick,
+    done: Iterable[Response] = (),
+    keep: Keep = lambda _: None,
 ) -> Evaluation:
     """Answer every problem once greedily and ``samples`` times at ``sampling``, and verify.
 
@@ -130,6 +133,8 @@ def evaluate(
         batch_size: responses written at a time.
         decode: token ids to text.
         tick: called once for every response.
+        done: responses of the same evaluation that was stopped; they are not written again.
+        keep: is given every new batch of responses.
 
     Raises:
         TOPDError: no problems, no samples, or a sampling at temperature 0.
@@ -139,13 +144,17 @@ def evaluate(
             "evaluate: needs prompts, at least one sample and a batch size of 1, and a sampling "
             "temperature above 0 (greedy responses are always written too)."
         )
-    ask = partial(_answer, engine, rows=rows, verify=verify, decode=decode, tick=tick)
+    ask = partial(_answer, engine, rows=rows, verify=verify, decode=decode, tick=tick, keep=keep)
     greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
-    drawn = [(prompt, i) for prompt in prompts for i in range(samples)]
-    responses = [
-        *ask([(prompt, None) for prompt in prompts], greedy, seed, batch_size),
-        *ask(drawn, sampling, seed, batch_size),
-    ]
+    kept = {(response.problem, response.sample): response for response in done}
+    responses = []
+    for numbers, how in (((None,), greedy), (range(samples), sampling)):
+        asked = [(prompt, i) for prompt in prompts for i in numbers]
+        known = [kept[p.index, i] for p, i in asked if (p.index, i) in kept]
+        for _ in known:
+            tick()
+        new = [(p, i) for p, i in asked if (p.index, i) not in kept]
+        responses += [*known, *ask(new, how, seed, batch_size)]
     place = {prompt.index: i for i, prompt in enumerate(prompts)}
     responses.sort(key=lambda r: (place[r.problem], -1 if r.sample is None else r.sample))
     first = first_rows(prompts)
@@ -203,7 +212,14 @@ class Evaluator:
     seed: int = 0
     batch_size: int = 16
 
-    def __call__(self, engine: Engine, *, tick: Tick = no_tick) -> Evaluation:
+    def __call__(
+        self,
+        engine: Engine,
+        *,
+        tick: Tick = no_tick,
+        done: Iterable[Response] = (),
+        keep: Keep = lambda _: None,
+    ) -> Evaluation:
         """Evaluate. See :func:`evaluate`."""
         return evaluate(
             engine,
@@ -216,6 +232,8 @@ class Evaluator:
             batch_size=self.batch_size,
             decode=self.decode,
             tick=tick,
+            done=done,
+            keep=keep,
         )
 
     @property
@@ -239,6 +257,7 @@ def _answer(
     verify: Verify,
     decode: Decode,
     tick: Tick,
+    keep: Keep,
 ) -> list[Response]:
     """Responses to (prompt, sample) pairs, longest prompts first: little padding, and a batch that
     does not fit the memory fails at once."""
@@ -252,6 +271,7 @@ def _answer(
         ):
             responses.append(_verified(prompt.index, sample, written, rows, verify, decode))
             tick()
+        keep(responses[first:])
     return responses
 
 
