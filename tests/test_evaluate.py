@@ -542,6 +542,36 @@ def test_batches_are_sorted_by_length_longest_first_and_full():
     assert lengths == [[5, 4, 3], [3], [5, 5, 4], [4, 3, 3], [3, 3]]
 
 
+def test_a_thought_that_the_prompt_opens_is_no_answer_until_it_is_closed():
+    """Templates of R1 and QwQ end in the mark, so that responses have only the closing one."""
+    texts = {
+        (1,): "Q <think>\n",
+        (2,): "Q <think>\n\n</think>\n\n",
+        (3,): "Say <think> first. A:",
+        (0, 0): r"Perhaps \boxed{5}, but",
+        (0, 1): r"Perhaps \boxed{6}</think> It is \boxed{5}.",
+    }
+
+    class Thinking(Scripted):
+        def _one(self, prompt: Ids, sampling: Sampling, seed: int) -> Generation:
+            return Generation((0, int(sampling.temperature > 0)), (0.0, 0.0), finished=True)
+
+    found = evaluate(
+        Thinking(),
+        [Prompt(i, (i,), (i,)) for i in (1, 2, 3)],
+        [{"answer": "5"}] * 4,
+        AnswerVerifier(),
+        samples=1,
+        sampling=Sampling(0.7),
+        seed=0,
+        batch_size=4,
+        decode=texts.__getitem__,
+    )
+    assert found.solved(greedy=True) == [0, 1, 1]
+    assert found.solved() == [1, 1, 1]
+    assert {response.text for response in found.responses} == {texts[0, 0], texts[0, 1]}
+
+
 def test_every_response_is_ticked():
     ticks = []
     scripted(PROMPTS, tick=lambda: ticks.append(1))

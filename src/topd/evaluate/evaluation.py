@@ -23,6 +23,9 @@ from topd.types import Generation, Ids, Prompt, Sampling
 Decode: TypeAlias = Callable[[Ids], str]
 Keep: TypeAlias = Callable[[Sequence["Response"]], None]  # a batch, as soon as it is there
 
+THOUGHT = "<think>"
+TAIL = 16  # tokens of a prompt that its last mark is looked for in
+
 
 @dataclass(frozen=True)
 class Response:
@@ -126,7 +129,8 @@ def evaluate(
         engine: the model.
         prompts: the problems; ``Prompt.index`` is their row.
         rows: the data, whose row a response is verified against.
-        verify: whether a response text is right.
+        verify: whether a response text is right; after a prompt that ends in ``<think>`` it is
+            given that mark too.
         samples: responses a problem, besides the greedy one.
         sampling: how they are drawn; its length limit is also that of the greedy ones.
         seed: of the samples and of the bootstrap.
@@ -269,24 +273,32 @@ def _answer(
         for (prompt, sample), written in zip(
             batch, engine.generate(prompts, sampling, seeds), strict=True
         ):
-            responses.append(_verified(prompt.index, sample, written, rows, verify, decode))
+            responses.append(_verified(prompt, sample, written, rows, verify, decode))
             tick()
         keep(responses[first:])
     return responses
 
 
 def _verified(
-    problem: int,
+    prompt: Prompt,
     sample: int | None,
     written: Generation,
     rows: Sequence[Mapping[str, Any]],
     verify: Verify,
     decode: Decode,
 ) -> Response:
-    text = decode(written.tokens)
-    right = bool(verify(text, rows[problem]))
+    text, row = decode(written.tokens), prompt.index
+    right = bool(verify(opened_thought(prompt.student, decode) + text, rows[row]))
     logprob = sum(written.logprobs)
-    return Response(problem, sample, written.tokens, text, right, written.finished, logprob)
+    return Response(row, sample, written.tokens, text, right, written.finished, logprob)
+
+
+def opened_thought(prompt: Ids, decode: Decode) -> str:
+    """``<think>`` if a prompt ends in it, as some templates have it; else nothing.
+
+    What verifies a response needs it in front: else a thought that is cut off looks like an answer.
+    """
+    return THOUGHT if decode(prompt[-TAIL:]).rstrip().endswith(THOUGHT) else ""
 
 
 def _seeds(seed: int, batch: Sequence[tuple[Prompt, int | None]]) -> list[int]:
