@@ -7,7 +7,7 @@ algebra goes to math-verify (:mod:`topd.evaluate.judge`). A wrong answer that co
 a right one that does not. Model text is untrusted: all here is linear in its length.
 """
 
-# ruff: noqa: SIM905 - words in a string
+# ruff: noqa: RUF001 - signs as they are written
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from topd.errors import TOPDError
 from topd.evaluate.comparison import same
 from topd.evaluate.exact import UNSPACED, exact
 from topd.evaluate.judge import Judge
-from topd.evaluate.units import SCALES, quantity
-from topd.evaluate.written import minus, plain
+from topd.evaluate.units import SCALES, UNITS, quantity
+from topd.evaluate.written import NAMED, plain, spelled, typed
 
 Verify: TypeAlias = Callable[[str, Mapping[str, Any]], bool]
 
@@ -41,25 +41,39 @@ STATED = re.compile(
 RUN_ON = re.compile(r"\n[ \t*#]*(?:question|problem|q)\s*\d*[ *]*:", re.I)
 FILLER = re.compile(r"(?:therefore|thus|simply|just|indeed|clearly|then|now|hence|so)\b,?\s*", re.I)
 CLAUSE = re.compile(r",?\s+(?:because|since|as|which|so|where|when|for|if|that)\s", re.I)
-FORMULA = re.compile(r"(?:\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$([^$\n]+)\$)", re.S)
+FORMULA = re.compile(
+    r"(?:\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$((?:\\[^\n]|[^$\n\\])+)\$)", re.S
+)
+YES_OR_NO = re.compile(r"(yes|no|true|false),\s+(?!(?:and|or|but|yes|no|true|false)\b)", re.I)
 DENIED = re.compile(r"(?:not|never|neither|no longer)\b", re.I)
 EITHER = re.compile(
-    r"\s*([a-z%]*)\s+or\s+(?:maybe\s+|perhaps\s+)?[-+$]*\d[\d.,]*\d?%?\s*([a-z%]*)", re.I
+    r"\s*([a-z%]*),?\s+or\s+(?:maybe\s+|perhaps\s+)?[-+$]*\d[\d.,]*\d?%?\s*([a-z%]*)", re.I
 )
+CHANGED = re.compile(  # what makes another number of the one before it
+    r"!|_\{?\d|\(\s*-?\d|['′]\s*\d|[eE][-+]?\d|(?![mgshlLCF])[A-Za-z](?![A-Za-z])"
+    r"|\s*[\^√π⁰¹²³⁴-⁹⁻½⅓⅔¼¾⅕-⅞]|\s+[-+]?\d(?![\d.]*-[a-z])|\s+point\s"
+    r"|\s*\\(?!text|math|mbox|approx|q?quad)[a-zA-Z]"
+    r"|\s*(?:[-+/*×·÷:&]|,(?:\s+and)?(?:\s+[A-Za-z]+:)?"
+    r"|(?<=\s)(?:x|plus|minus|times|over|to|through|(?:divided|multiplied)\s+by|(?:more|less|fewer)\s+than)(?=\s))\s*[-+({]*\d"
+    r"|(?:\s+[A-Za-z]+){1,2}\s*[+*×÷]\s*\d"
+    r"|(?:\s+[A-Za-z]+){0,2},?\s+and\s+(?:[-+]?\d|(?:an?\s+|\d\s+)?(?:half|thirds?|quarters?)\b)"
+    r"|\s+(?:half|halves|thirds?|fourths|fifths|sixths|eighths|tenths|hundredths)\b"
+    r"|\s*[+×÷^]\s*[A-Za-z(]"
+)
+ARGUMENT = re.compile(  # what makes another number of the one after it
+    r"(?:[-+/^*×·÷√∛]|\\(?!text|math|mbox|approx|q?quad)[a-zA-Z]+\s*\{?"
+    r"|\b(?:half\s+of|twice))\s*[({]*$"
+)
+COMPOUND = re.compile(r"\s*([a-z]+),?\s+\d+\s*([a-z]+)", re.I)  # 3 hours 15 minutes
 REFUSED = re.compile(r"\b(?:can(?:no|')t|unable to) (?:answer|solve|determine)", re.I)
-LAST = rf"(?:(?<![\w)])[-+])?(?:{UNSPACED})"
+LETTERS = {"k": "thousand", "m": "million", "b": "billion"}
+LETTER = r"([KkMB])(?![A-Za-z])"
+LAST = re.compile(rf"((?:(?<![\w)])[-+])?(?:{UNSPACED}))(?:{LETTER})?")
 FIGURE = re.compile(
-    r"(?<![\w.])(\()?([-+]?\s?[$€£¥]?\s?[-+]?(?:\d|\.\d)[\d.,]*(?: \d{3}(?![\d.,]*\d))*"
-    r"(?:\s?(?:[/:^*-]|\bto\b)\s?\{?-?[\d.,]*\d\}?)*)(\s?%)?(\))?"
-    rf"(?:\s({'|'.join(SCALES)})s?\b)?"
+    r"(?<![\w.])(\()?([-+]?\s?[$€£¥]?\s?[-+]?(?:\d|\.\d)(?:[\d.,]*\d)?(?: \d{3}(?![\d.,]*\d))*"
+    rf"(?:\s?(?:[/:^*-]|\bto\b)\s?\{{?-?[\d.,]*\d\}}?)*)(\s?%)?(\))?"
+    rf"(?:\s({'|'.join(SCALES)})s?\b|{LETTER})?"
 )
-NAMED = {
-    word: str(i)
-    for i, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty".split()
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -181,8 +195,8 @@ def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     found = _located(text, numeric)
     if found is not None or not numeric or REFUSED.search(text):
         return found
-    numbers = re.findall(LAST, minus(text))
-    return Claim(numbers[-1]) if numbers else None
+    numbers = list(LAST.finditer(typed(text)))
+    return Claim(_scaled(numbers[-1][1], None, numbers[-1][2])) if numbers else None
 
 
 def _located(text: str, numeric: bool) -> Claim | None:
@@ -209,37 +223,63 @@ def _located(text: str, numeric: bool) -> Claim | None:
 
 def _statement(rest: str) -> str:
     """What is stated: a formula, or the rest of the line or of the next, up to the next clause."""
-    rest = rest.lstrip(" \n\t*_:")[:SCANNED]
+    rest = rest.lstrip(" \n\t*_:`")[:SCANNED]
     rest = FILLER.sub("", rest, count=1) if FILLER.match(rest) else rest
     formula = FORMULA.match(rest)
     if formula and not re.match(r"\s*(?:,|and|or|%|\\%)", rest[formula.end() :]):
-        after = re.match(r"\s?([a-zA-Z]+(?:\^\d)?)?", rest[formula.end() :])
+        after = re.match(r"\s?((?:square |cubic )?[a-zA-Z]+(?:\^\d)?)?", rest[formula.end() :])
         inside = next(group for group in formula.groups() if group is not None).strip()
         unit = after[1] if after and after[1] else ""
-        return inside + (f" {unit}" if unit and unit.islower() and not CLAUSE.match(f" {unit} ")
-                         else "")  # fmt: skip
-    line = rest.split("\n")[0]
-    sentence = re.split(r"[.!](?:\s|$)", line)[0]
-    return CLAUSE.split(sentence)[0].strip(" *_")
+        if unit.islower() and not CLAUSE.match(f" {unit} "):
+            return rf"{inside} \text{{{unit}}}"
+        return inside
+    sentence = re.split(r"(?<=[.!])\s", rest.split("\n")[0])[0].rstrip(' .*_`"')
+    sentence = re.sub(r"(?<![\d)])!$", "", sentence)  # 5! is a factorial
+    yes_or_no = YES_OR_NO.match(sentence)
+    return yes_or_no[1] if yes_or_no else CLAUSE.split(sentence)[0].strip(' *_`"')
 
 
 def _figure(said: str) -> Claim | None:
-    """The number of a statement: the first one, or that after its last equals sign."""
-    said = minus(said[:SCANNED]).replace("*", " ").rpartition("=")[2].strip()
+    """The number of a statement: its value, the first one, or that after its last equals sign."""
+    said = typed(said[:SCANNED]).strip().replace("**", " ")
+    said = re.sub(r"(?<![\d)\s])\*|(?<=\s)\*(?!\s)|\*(?!\s*[\d(])", " ", said)  # no product
+    said = said.rpartition("=")[2].strip().strip("`")
     said = re.sub(r"\\\$|\$", "", re.sub(r"\\[()\[\]]|\{,\}|\\!", "", said))
+    said = re.sub(r"(?<=\d)\s*[x×]\s*(?=\d)", r" \\times ", said)
     found = FIGURE.search(said)
     if found is None:
-        words = (word for word in re.findall(r"[a-z]+", said.lower()) if word in NAMED)
-        first = next(words, None)
-        return Claim(NAMED[first]) if first else (Claim(said) if "\\" in said else None)
-    either = EITHER.match(said, found.end())
-    if DENIED.match(said) or (either and either[1] in ("", either[2])):
-        return Claim(said)  # no number is claimed, or one of two
-    opened, number, percent, closed, scale = found.groups()
+        counted = spelled(said)
+        if counted is not None:
+            return _figure(counted)
+        return Claim(said) if "\\" in said or NAMED.search(said) else None
+    opened, number, percent, closed, *scale = found.groups()
     if opened and closed:  # of an accountant a loss, of others not
         return Claim(f"({number})?")
+    formula = not re.search(r"\d\s+\(", said) and exact(quantity(plain(said)).core) is not None
+    if formula or _changed(said, found):
+        return Claim(said)
     number = re.sub(r"\s", "", number) if not re.search(r"\d \d{3}", number) else number
-    return Claim(number.rstrip(".,") + (percent or "").strip() + (f" {scale}" if scale else ""))
+    return Claim(_scaled(number + (percent or "").strip(), *scale))
+
+
+def _changed(said: str, number: re.Match[str]) -> bool:
+    """Whether what is around the number of a statement denies it or makes another one of it."""
+    either = EITHER.match(said, number.end())
+    if DENIED.match(said) or (either and either[1] in ("", either[2])):
+        return True
+    parts = COMPOUND.match(said, number.end())
+    if parts and all(part.lower() in UNITS and part != "in" for part in parts.groups()):
+        return True
+    before = said[: number.start()]
+    signed = re.match(r"[-+]\s", number[2]) and re.search(r"\w\s*$", before)
+    changed = CHANGED.match(said, number.end())
+    return bool(signed or changed or ARGUMENT.search(before[-LONGEST:]))
+
+
+def _scaled(number: str, word: str | None, letter: str | None) -> str:
+    """A number with its scale as a word: 30K is 30 thousand."""
+    scale = LETTERS[letter.lower()] if letter else word
+    return f"{number} {scale}" if scale else number
 
 
 def last_boxed(text: str) -> str | None:

@@ -17,8 +17,8 @@ CHARACTERS = {
        zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞",
            "12 13 23 14 34 15 25 35 45 16 56 18 38 58 78".split(), strict=True)},
     **{ord(a): rf" \{b} " for a, b in
-       zip("√π∞∪∩×·÷≤≥≠±θαβφ∈≈",
-           "sqrt pi infty cup cap times cdot div le ge ne pm theta alpha beta phi in approx"
+       zip("√π∞∪∩×·÷≤≥≠±θαβφ∈≈∣",
+           "sqrt pi infty cup cap times cdot div le ge ne pm theta alpha beta phi in approx mid"
            .split(), strict=True)},
     ord("°"): "°", ord("％"): "%", ord("＝"): "=", ord("，"): ",", ord("（"): "(", ord("）"): ")",
 }  # fmt: skip
@@ -31,11 +31,37 @@ TEXT = re.compile(
     r"\s*\{([^{}]*)\}"
 )
 SWITCH = re.compile(r"\\(?:bf|rm|it|sf|displaystyle|textstyle|left|right|limits|bigl?|bigr)\b\s?")
-SPACE = re.compile(r"(?<!\\)\\(?:[,;: ]|quad\b|qquad\b|enspace\b)|~")
+SPACE = re.compile(
+    r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|(?:thin|med|thick|nobreak)?space|hfill)(?![A-Za-z])"
+    r"|[hm](?:space|skip)\*?\{[^{}]*\})|~"
+)
+DOTS = re.compile(r"\.{3,}|…|\\[lc]?dots[a-z]?(?![A-Za-z])")
+COUNTED = re.compile(r"([-+]?[$€£¥]?\d[\d.,]*)\s+((?!am\b|pm\b)[a-z]+(?: [a-z]+)?)")
 DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\s*\\degrees?\b|\s*°")
 RELATIONS = {"leqslant": "le", "leq": "le", "geqslant": "ge", "geq": "ge", "neq": "ne"}
 PREFIX = re.compile(
-    r"^«?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|:|=)\s*|^(?:\\approx|approximately|about)\s+",
+    r"^«?\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is\b|:|=)\s*|^(?:\\approx|approximately|about)\s+"
+    r"|^\\(?:approx|sim|equiv)\s*(?=[-$\d.])",
+    re.I,
+)
+_ONES = "one two three four five six seven eight nine".split()
+_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+NAMES = {
+    "zero": 0,
+    **{word: i for i, word in enumerate([*_ONES, *_TEENS], 1)},
+    **{word: 10 * i for i, word in enumerate(_TENS, 2)},
+}
+LARGE = {
+    "dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9,
+}  # fmt: skip
+_SMALL = rf"(?:(?:{'|'.join(_TENS)})(?:[-\s](?:{'|'.join(_ONES)}))?|{'|'.join(NAMES)})"
+_LARGE = rf"(?:{'|'.join(LARGE)})"
+NAMED = re.compile(rf"\b(?:{'|'.join([*NAMES, *LARGE])})(?:s|th|fold)?\b", re.I)
+SIGNED = re.compile(r"(?<!\d )\b(?:minus|negative)\s+(?=[$€£¥\d]|$)", re.I)
+SPELLED = re.compile(
+    rf"\b(?:{_SMALL}|an?(?=\s+{_LARGE}))\b(?:[-\s]+{_LARGE}\b(?:,?\s+(?:and\s+)?{_SMALL}\b)?)*"
+    rf"(?![-\w]|,?\s+(?:and\s+)?(?:{_SMALL}|{_LARGE})\b)",
     re.I,
 )
 
@@ -49,6 +75,7 @@ def plain(answer: str) -> str:
     text = re.sub(
         "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", answer
     )
+    text = DOTS.sub(r"\\ldots ", text)
     text = _without_delimiters(text.translate(CHARACTERS).replace("**", " ").strip(" _\t\n"))
     text = re.sub(r"\\tag\*?\s*\{[^{}]*\}|\\!(?!\s*\d)", "", text)
     text = re.sub(r"\{,\}|,\s*\\!\s*(?=\d)|\\!", "", text)
@@ -56,9 +83,12 @@ def plain(answer: str) -> str:
     for _ in range(3):  # nested boxes and styles
         text = re.sub(r"\\f?box(?:ed)?\s*\{([^{}]*)\}", r"\1", text)
         text = TEXT.sub(_marked, text)
+    text = re.sub(r"\^\s*(?:\\prime\b|\{\s*\\prime\s*\})", "'", text)
     text = DEGREES.sub("°", text.replace("\\%", "%"))
     text = re.sub(
-        r"\\(leqslant|leq|geqslant|geq|neq)\b", lambda m: "\\" + RELATIONS[m.group(1)], text
+        r"\\(leqslant|leq|geqslant|geq|neq)(?![A-Za-z])",
+        lambda m: "\\" + RELATIONS[m.group(1)],
+        re.sub(r"\\not\s*=", r"\\ne ", text),
     )
     text = text.replace("\\lt", "<").replace("\\gt", ">").replace("<=", "\\le ").replace(
         ">=", "\\ge "
@@ -70,9 +100,42 @@ def plain(answer: str) -> str:
     return re.sub(r"\s+", " ", text).strip(" \n*").rstrip(".,;").strip()
 
 
-def minus(text: str) -> str:
-    """Text with ASCII's minus for the other ones."""
-    return re.sub("[−‒–﹣－]", "-", text)
+def typed(text: str) -> str:
+    """Text with ASCII's minus and blank for the other ones, none between groups of thousands."""
+    text = re.sub(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))", "", text)
+    text = re.sub(r"[^\S\n]", " ", re.sub("[−‒–﹣－]", "-", text))
+    return SIGNED.sub("-", text)
+
+
+def spelled(text: str) -> str | None:
+    """Text with digits for numbers in words, if it begins with one or has only one; else None.
+
+    >>> spelled("minus twenty-five degrees"), spelled("one would need more")
+    ('-25 degrees', None)
+    """
+    found = list(SPELLED.finditer(text))
+    begins = bool(found) and not SIGNED.sub("", text[: found[0].start()]).strip(" *")
+    if not (begins or len(found) == 1) or NAMED.search(SPELLED.sub("", text)):
+        return None
+    if found[0].group().lower() == "one" and not (
+        begins and re.fullmatch(r"(?:\s+(?!of\b)[a-z]+)?[\s*.]*", text[found[0].end() :])
+    ):
+        return None  # a pronoun
+    text = SPELLED.sub(lambda number: str(_value(number.group().lower())), text)
+    return SIGNED.sub("-", text)
+
+
+def _value(words: str) -> int:
+    """Of a number in words: ``two thousand and five``."""
+    total, current = 0, 0
+    for word in re.findall(r"[a-z]+", words):
+        if word in NAMES:
+            current += NAMES[word]
+        elif word in LARGE:
+            current = max(current, 1) * LARGE[word]
+            if LARGE[word] >= 1000:
+                total, current = total + current, 0
+    return total + current
 
 
 def _without_delimiters(text: str) -> str:
@@ -91,6 +154,9 @@ def _marked(found: re.Match[str]) -> str:
     words = inside.strip()
     if re.fullmatch(r"[a-zA-Z]", words) and found.group().startswith((r"\math", r"\op", r"\bold")):
         return inside
+    counted = COUNTED.fullmatch(words)  # a number with what it counts
+    if counted:
+        return f" {counted[1]} «{counted[2]}»"
     return f" «{words}»"
 
 
