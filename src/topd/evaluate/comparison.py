@@ -10,13 +10,21 @@ differ the answer is no: a right answer lost costs a little, a wrong one that co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import chain
 from typing import TypeAlias
 
 from topd.evaluate.exact import exact
-from topd.evaluate.structures import VARIABLE, has_relation, intervals, listed
+from topd.evaluate.structures import (
+    GREEK,
+    VARIABLE,
+    assigned,
+    has_relation,
+    in_order,
+    intervals,
+    listed,
+)
 from topd.evaluate.units import converted, quantity
 
 Ask: TypeAlias = Callable[[str, str], bool]
@@ -31,6 +39,15 @@ LABEL = re.compile(  # versions, addresses, formulas of chemistry
     r"v?\d+(?:\.\d+){2,}|v\d[\w.]*|(?=[^\d]*[A-Z][^\d]*\d)(?:[A-Z][a-z]?\d*)+"
 )
 GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+SPACED = re.compile(r"(?<![\d._^])\d{1,3}(?: \d{3})+(?!\d)")
+APART = re.compile(r"(?<=\d)(?<!_\d)(?<!_\d\d)\s+(?=\d)")  # the 8 of \log_2 8 is no second number
+WORD = re.compile(r",?\s*(?:«\s*(and|or)\s*»|\b(and|or)\b)\s*")
+SIGNS = frozenset(
+    "le ge ne gg ll nleq ngeq nless ngtr lesssim gtrsim prec succ preceq succeq in notin subset "
+    "subseteq supset supseteq not equiv approx sim simeq cong propto to rightarrow mapsto mid nmid "
+    "mod bmod pmod prime".split()
+)
+TURNED = {"ge": "le", ">": "<", "gg": "ll", "bmod": "mod", "pmod": "mod"}  # sides may be turned
 EMPTY = re.compile(r"\\?\{\s*\\?\}|\\(?:emptyset|varnothing)|∅")
 TIME = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?\s*([ap]\.?\s*m\.?)?", re.I)
 CHOICE = re.compile(r"\(?([A-Z])\)?")
@@ -70,14 +87,30 @@ def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
 
 
 def _tight(text: str) -> str:
-    """Without spaces; but "1, 234" is a list of two, and "1,234" a number."""
-    return re.sub(r"[\s«»]", "", re.sub(r"(?<=\d),\s+(?=\d{3}(?!\d))", ";", text))
+    """Without blanks, but for one between digits: "1 1/2" is not "11/2", and "1 234" a number.
+
+    "1, 234" is a list of two, and "1,234" a number.
+    """
+    text = re.sub(r"(?<=\d),\s+(?=\d{3}(?!\d))", ";", _grouped(text))
+    return re.sub(r"[\s«»]", "", APART.sub("|", text))
+
+
+def _grouped(text: str) -> str:
+    """With no blanks in groups of thousands."""
+    return SPACED.sub(lambda found: found.group().replace(" ", ""), text)
 
 
 def _joined(text: str) -> str:
-    """A list with commas for its "and" or "or", if nothing else in it is a word."""
-    commas = re.sub(r",?\s*(?:«\s*(?:and|or)\s*»|\b(?:and|or)\b)\s*", ", ", text)
-    return text if _wordy(commas) else commas
+    """A list with commas for its "and" or "or", if nothing else in it is a word.
+
+    Between inequalities they differ: the signs of logic stand for them.
+    """
+    signs = {"and": ", ", "or": ", "}
+    if has_relation(text):
+        signs = {"and": " \\land ", "or": " \\lor "}
+        text = re.sub(r"\\wedge(?![a-z])", r"\\land", re.sub(r"\\vee(?![a-z])", r"\\lor", text))
+    joined = WORD.sub(lambda found: signs[found[1] or found[2]], text)
+    return text if _wordy(joined) else joined
 
 
 # Text
@@ -161,6 +194,8 @@ def _quantities(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
             return False
         share, number = (mine, other) if ours.unit == "%" else (other, mine)
         return number == share / 100 or (number == share and abs(share) >= 1)
+    if theirs.unit in ("K", "k") and not ours.unit:
+        return False  # thousands or kelvins
     sizes = converted(ours, theirs) if ours.unit and theirs.unit else (Fraction(1), Fraction(1))
     if sizes is None:
         return False
@@ -210,7 +245,7 @@ def _proportional(ours: Sequence[Fraction | None], theirs: Sequence[Fraction | N
 
 def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
     """Matrices, sets of numbers, lists, equations; then algebra."""
-    number = _numbers(gold, claim)
+    number = None if has_relation(gold + claim) else _numbers(gold, claim)
     if number is not None:
         return number
     if any(GROUPED.fullmatch(text) for text in (gold, claim)) and "," in gold and "," in claim:
@@ -221,8 +256,12 @@ def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
         return other is not None and _all_same(region, other, ask, deep, ordered=False)
     if other and (has_relation(claim) or "\\cup" in claim):
         return False
+    if ("\\land" in gold and "\\lor" in claim) or ("\\lor" in gold and "\\land" in claim):
+        return False
+    gold, claim = (re.sub(r"\s*\\l(?:and|or)(?![a-z])\s*", ", ", text) for text in (gold, claim))
     ours, theirs = listed(gold), listed(claim)
-    if len(ours[1]) > 1 or len(theirs[1]) > 1 or ours[0] or theirs[0]:
+    lists = len(ours[1]) > 1 or len(theirs[1]) > 1 or ours[0] or theirs[0]
+    if lists or assigned(ours[1]) or assigned(theirs[1]):
         return _lists(ours, theirs, ask, deep)
     return _equation(gold, claim, ask, deep)
 
@@ -244,11 +283,37 @@ def _matrices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
 def _lists(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], ask: Ask, deep: int) -> bool:
     """Tuples are ordered, sets and bare lists are not. A bare list may be for either."""
     (kind, gold), (other, claim) = ours, theirs
+    mine, named = assigned(gold), assigned(claim)
+    letters = {name.partition("_")[0] for name in named}  # x_1 and x_2 may be roots in any order
+    if mine or (named and kind != "{" and (kind or len(letters) > 1)):
+        return _named(mine, named, ours, theirs, ask, deep)
+    if not kind and not other and len(gold) == 1 < len(claim):  # 17, 17 or 3/4, 0.75
+        values = {exact(item) for item in claim}
+        return len(values) == 1 and None not in values and _item(gold[0], claim[0], ask, deep)
     if kind == "(":
         return other in ("(", "") and _all_same(gold, claim, ask, deep, ordered=True)
     if kind == "[":
         return other == "[" and _all_same(gold, claim, ask, deep, ordered=True)
     return other in ("{", "") and _all_same(gold, claim, ask, deep, ordered=False)
+
+
+def _named(
+    mine: Mapping[str, str],
+    named: Mapping[str, str],
+    ours: tuple[str, list[str]],
+    theirs: tuple[str, list[str]],
+    ask: Ask,
+    deep: int,
+) -> bool:
+    """Values with names on one side or both. Without names they count in the order of names."""
+    if mine and named and mine.keys() != named.keys():
+        return False
+    order = list(mine) if mine and named else in_order(mine or named)
+    if order is None or (theirs if mine else ours)[0] not in ("(", "", "{" if named else ""):
+        return False
+    gold = [mine[name] for name in order] if mine else ours[1]
+    claim = [named[name] for name in order] if named else theirs[1]
+    return _all_same(gold, claim, ask, deep, ordered=True)
 
 
 def _all_same(
@@ -269,6 +334,8 @@ def _all_same(
 def _item(gold: str, claim: str, ask: Ask, deep: int) -> bool:
     """Two items of lists; regions by their brackets and ends."""
     if ";" not in gold + claim:
+        if has_relation(gold) and _variables(gold) != _variables(claim):
+            return False  # x > 1, y < 2
         return same(gold, claim, ask, deep=deep + 1)
     if gold[0] + gold[-1] != claim[0] + claim[-1]:
         return False
@@ -298,7 +365,13 @@ def _equation(gold: str, claim: str, ask: Ask, deep: int) -> bool:
 
 
 def _algebra(gold: str, claim: str, ask: Ask) -> bool:
-    """What math-verify is asked: expressions of the same variables, no decimal for a root."""
+    """What math-verify is asked: expressions of the same variables, no decimal for a root.
+
+    It overlooks relations, primes and what a number is modulo, and joins "1 2" to 12.
+    """
+    gold, claim = _grouped(gold), _grouped(claim)
+    if _signs(gold) != _signs(claim) or APART.search(f"{gold};{claim}"):
+        return False
     if _variables(gold) != _variables(claim) or "\\ldots" in gold + claim:
         return False
     values = exact(gold), exact(claim)
@@ -309,12 +382,12 @@ def _algebra(gold: str, claim: str, ask: Ask) -> bool:
     return ask(gold, claim)
 
 
+def _signs(text: str) -> list[str]:
+    found = re.findall(r"(?<=\\)[a-zA-Z]+|[<>']", text)
+    return sorted(TURNED.get(sign, sign) for sign in found if sign in SIGNS or sign in "<>'")
+
+
 def _variables(text: str) -> set[str]:
     names = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text)
     greek = {name for name in names if name[0] == "\\" and name[1:] in GREEK}
     return greek | {name for name in names if name[0] != "\\" and name not in "ei"}
-
-
-GREEK = frozenset(
-    "alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi chi psi omega".split()
-)

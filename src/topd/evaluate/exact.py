@@ -92,9 +92,7 @@ class _Reader:
         return found
 
     def product(self) -> Fraction:
-        sign = 1
-        while taken := self.take("+", "-"):
-            sign = -sign if taken == "-" else sign
+        sign = -1 if self.take("+", "-") == "-" else 1
         found = self.power()
         while self.next:
             if self.take(*TIMES):

@@ -1,12 +1,25 @@
 """What a written answer is made of: the items of a list, the intervals of a region."""
 
+# ruff: noqa: SIM905 - words in a string
+
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from string import ascii_letters
 
-VARIABLE = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?'?(?:\([a-z](?:,\s*[a-z])*\))?"
+VARIABLE = r"(?:[A-Za-z]|\\(?!not\b)[a-z]+)(?:_\{?\w+\}?)?'?(?:\([a-z](?:,\s*[a-z])*\))?"
+GREEK = (  # as tuples have them: (rho, theta, phi)
+    "alpha beta gamma delta epsilon rho theta lambda mu nu sigma tau phi chi psi omega".split()
+)
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
-RELATION = re.compile(r"(\\le\b|\\ge\b|\\ne\b|<|>)")
+RELATION = re.compile(r"(\\(?:le|ge|ne)(?![A-Za-z])|<|>)")
+REALS = r"\\mathbb\s*\{?\s*R\s*\}?"
+BUILT = re.compile(  # {x in R | ...}
+    rf"\\?\{{\s*({VARIABLE})\s*(?:\\in\s*{REALS}\s*)?(?:\\mid(?![a-z])|\||:)\s*(.*?)\s*\\?\}}"
+)
+HOLES = re.compile(rf"{REALS}\s*(?:\\setminus|\\backslash|-|\\)\s*\\?\{{(.*?)\\?\}}")
+DOWN, UP = "(-\\infty", "\\infty)"
 THOUSANDS = re.compile(r"(?<=\d),\d{3}(?!\d)")
 
 
@@ -17,17 +30,31 @@ def intervals(text: str) -> list[str] | None:
     (['[0;1)'], ['(-\\\\infty;3)', '(3;\\\\infty)'])
     """
     text = text.replace("+\\infty", "\\infty").strip()
+    built, holes = BUILT.fullmatch(text), HOLES.fullmatch(text)
+    if built and has_relation(built[2]):
+        text = built[2]
     if has_relation(text):
-        each = [_inequality(part) for part in split_list(text)]  # x < 2 or x > 3
-        return None if None in each else [region for part in each if part for region in part]
-    found = []
+        parts = [p for part in text.split("\\lor") for p in split_list(part)]  # x < 2 or x > 3
+        found = [_inequalities(part) for part in parts]
+        if None in found or len({name for name, _ in filter(None, found)}) != 1:
+            return None
+        name = next(name for name, _ in filter(None, found))
+        if built and built[1] != name:
+            return None
+        return [region for _, regions in filter(None, found) for region in regions]
+    if re.fullmatch(REALS, text):
+        return ["(-\\infty;\\infty)"]
+    if holes:
+        points = split_list(holes[1])
+        return [f"(-\\infty;{points[0]})", f"({points[0]};\\infty)"] if len(points) == 1 else None
+    regions = []
     for part in text.split("\\cup"):
         inner = re.fullmatch(r"\s*([(\[])([^()\[\]]*(?:\([^()]*\)[^()\[\]]*)*)([)\]])\s*", part)
         ends = split_list(inner[2]) if inner else []
-        if inner is None or len(ends) != 2:
+        if inner is None or len(ends) != 2 or "=" in inner[2]:
             return None
-        found.append(f"{inner[1]}{ends[0]};{ends[1]}{inner[3]}")
-    return found
+        regions.append(f"{inner[1]}{ends[0]};{ends[1]}{inner[3]}")
+    return regions
 
 
 def has_relation(text: str) -> bool:
@@ -35,31 +62,47 @@ def has_relation(text: str) -> bool:
     return RELATION.search(text) is not None
 
 
-def _inequality(text: str) -> list[str] | None:
+def _inequalities(text: str) -> tuple[str, list[str]] | None:
+    """The variable and the intervals of one inequality, or of two that hold together."""
+    found = [_inequality(part) for part in text.split("\\land")]
+    name, ends = found[0] or ("", [])
+    if len(found) == 1:
+        return (name, [";".join(pair) for pair in ends]) if ends else None
+    if len(found) > 2 or found[1] is None or found[1][0] != name or len(ends + found[1][1]) != 2:
+        return None
+    (low, high), (other_low, other_high) = ends[0], found[1][1][0]
+    if (high, other_low) == (UP, DOWN):
+        return name, [f"{low};{other_high}"]
+    return (name, [f"{other_low};{high}"]) if (low, other_high) == (DOWN, UP) else None
+
+
+def _inequality(text: str) -> tuple[str, list[tuple[str, str]]] | None:
+    """The variable of an inequality, and both ends of its intervals."""
     pieces = [piece.strip() for piece in RELATION.split(text)]
     sides, signs = pieces[::2], pieces[1::2]
     where = [i for i, side in enumerate(sides) if re.fullmatch(VARIABLE, side)]
     if len(where) != 1 or len(sides) > 3 or not all(sides):
         return None
+    name = sides[where[0]]
     if signs == ["\\ne"]:
         other = sides[1 - where[0]]
-        return [f"(-\\infty;{other})", f"({other};\\infty)"]
-    low, high = ("(", "-\\infty"), ("\\infty", ")")
+        return name, [(DOWN, f"{other})"), (f"({other}", UP)]
+    low, high = DOWN, UP
     for i, sign in enumerate(signs):
         if sign == "\\ne" or where[0] not in (i, i + 1):
             return None
         left = where[0] == i  # variable SIGN bound
         bound, closed = sides[i + 1] if left else sides[i], sign in ("\\le", "\\ge")
         if (sign in ("<", "\\le")) == left:
-            high = (bound, "]" if closed else ")")
+            high = f"{bound}{']' if closed else ')'}"
         else:
-            low = ("[" if closed else "(", bound)
-    return [f"{low[0]}{low[1]};{high[0]}{high[1]}"]
+            low = f"{'[' if closed else '('}{bound}"
+    return name, [(low, high)]
 
 
 def listed(text: str) -> tuple[str, list[str]]:
     """The bracket around a list, if there is one, and its items. ``\\\\pm`` stands for two."""
-    text = re.sub(r"^[A-Za-z]\s*=\s*(?=.*,)(?![^,]*,\s*[A-Za-z]\s*=)", "", text)
+    text = re.sub(rf"^[A-Za-z]\s*=\s*(?=.*,)(?![^,]*,\s*{VARIABLE}\s*=)", "", text)
     text = text.replace("\\{", "{").replace("\\}", "}").strip()
     bracket = text[:1] if text[:1] in BRACKETS and _closing(text) == len(text) - 1 else ""
     items = split_list(text[1:-1] if bracket else text)
@@ -98,3 +141,39 @@ def split_list(text: str) -> list[str]:
             parts.append(text[start:place].strip())
             start = place + 1
     return [part for part in (*parts, text[start:].strip()) if part]
+
+
+def assigned(items: list[str]) -> dict[str, str]:
+    """The values of ``x=1``, ``y=2`` by their names; empty if that is not what the items are.
+
+    >>> assigned(["x=1", "y=2"]), assigned(["x=1", "x=2"]), assigned(["(a,b)=(3,4)"])
+    ({'x': '1', 'y': '2'}, {}, {'a': '3', 'b': '4'})
+    """
+    if len(items) == 1:
+        names, _, values = items[0].partition("=")
+        sides = listed(names.strip()), listed(values.strip())
+        if [side[0] for side in sides] != ["(", "("] or len(sides[0][1]) != len(sides[1][1]):
+            return {}
+        items = [f"{name}={value}" for name, value in zip(sides[0][1], sides[1][1], strict=True)]
+    pairs = [[side.strip() for side in item.split("=")] for item in items]
+    if not all(len(pair) == 2 and re.fullmatch(VARIABLE, pair[0]) for pair in pairs):
+        return {}
+    found = {re.sub(r"[\s{}]", "", name): value for name, value in pairs}
+    return found if 1 < len(found) == len(items) else {}
+
+
+def in_order(names: Iterable[str]) -> list[str] | None:
+    """Names as a tuple has them; None where that is not sure: m, b may be (m, b) or (b, m).
+
+    >>> in_order("yx"), in_order("mb"), in_order(["r", "\\\\theta"])
+    (['x', 'y'], None, ['r', '\\\\theta'])
+    """
+    written = list(names)
+    found = sorted(written, key=_place)
+    return found if found == written or "".join(found) in ascii_letters else None
+
+
+def _place(name: str) -> tuple[int, str, int, str]:
+    letter, _, index = name.partition("_")
+    greek = GREEK.index(letter[1:]) if letter[1:] in GREEK else -1
+    return greek, letter, int(index) if index.isdigit() else 0, index

@@ -12,6 +12,7 @@ SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12,
 }  # fmt: skip
+THOUSANDS = {"k": 1000, "K": 1000, "M": 10**6}  # of money
 _UNITS: dict[str, tuple[str, dict[str, str]]] = {
     # dimension: (size of each unit, spellings)
     "length": ("mm 1 cm 10 m 1000 km 1000000 inch 25.4 foot 304.8 yard 914.4 mile 1609344", {
@@ -38,7 +39,8 @@ for _dimension, (_sizes, _spellings) in _UNITS.items():
             UNITS[_spelling] = UNITS[_spelling + "s"] = (_unit, _dimension, Fraction(_size))
 NEVER = frozenset(
     "or and not to than then less more least most if no about between so but from plus minus "
-    "times over x".split()
+    "times over x is are half halves third thirds fourths fifths sixths eighths tenths "
+    "hundredths".split()
 )
 SUFFIX = re.compile(
     r"(?P<core>.*?[\d)}!])\s*(?P<unit>(?:%|°|«[^«»]*»|\^\{?-?\d\}?|/|\\cdot|·"
@@ -46,6 +48,10 @@ SUFFIX = re.compile(
     r"|(?<=[\s/])[A-Za-z]{3,}|(?<=[\s/])(?:cm|mm|km|kg|mg|ft|in|hr|mi|yd|ml|m|s|g|h)(?![A-Za-z]))"
     r"(?:\s*(?:%|°|«[^«»]*»|(?<=[»A-Za-z])\^\{?-?\d\}?|/"
     r"|(?<=[\s/])[A-Za-z]{1,}))*)\.?"
+)
+SYMBOL = re.compile(  # what has no digit at its end, with a unit that is known
+    r"(?P<core>.*(?:\\pi|[A-Za-z]))\s*(?P<unit>«\s*(?:(?:square|cubic|sq)\s+)?"
+    rf"(?:units?|{'|'.join(map(re.escape, UNITS))})\s*»(?:\s*\^\{{?\d\}}?)?)"
 )
 
 
@@ -73,7 +79,7 @@ Quantity(core='3', scale=1000000, unit=''))
     money = re.match(r"([-+]?)\s*([$€£¥])\s*", text)
     currency = UNITS[money.group(2)][0] if money else ""
     core = money.group(1) + text[money.end() :] if money else text
-    found = SUFFIX.fullmatch(core)
+    found = SUFFIX.fullmatch(core) or SYMBOL.fullmatch(core)
     if found is None or found["unit"].startswith(("^", "/", "\\cdot", "·")):
         return Quantity(core, 1, currency)
     words = re.findall(r"[A-Za-z$€£¥%°¢]+|\^\{?-?\d\}?|/", found["unit"].replace("\\frac", ""))
@@ -86,6 +92,8 @@ Quantity(core='3', scale=1000000, unit=''))
     for word in words:
         scale *= SCALES.get(word.removesuffix("s"), 1)
     rest = [word for word in words if word.removesuffix("s") not in SCALES and word != "of"]
+    if money and rest and rest[0] in THOUSANDS:
+        scale, rest = scale * THOUSANDS[rest[0]], rest[1:]
     unit = " ".join([currency] * bool(money) + [_one(word) for word in rest])
     if money and unit == f"{currency} {currency}":
         unit = currency
