@@ -11,12 +11,16 @@ from contextlib import redirect_stdout
 from dataclasses import fields
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from bench import evidence, settings
 from transformers import TrainingArguments
 
 import topd.config
+from topd.commands.gate import Suite
+from topd.commands.recipe import read_recipe
 from topd.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +67,29 @@ def test_every_setting_and_method_is_on_a_page() -> None:
     assert all(f"`{name}`" in text for name in own)
     methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in methods for name in METHODS)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PASTED = {"student": "path/to/student", "teacher": "path/to/teacher", "data": "train.jsonl"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_of_a_page_is_read(page: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each alone if it is whole, else pasted under the one before it."""
+    text, before = page.read_text(encoding="utf-8"), PASTED
+    for name, module in re.findall(r"^`(\w+)\.py`:\n\n```python\n(.*?)```", text, re.S | re.M):
+        (tmp_path / f"{name}.py").write_text(module, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for block in re.findall(r"```ya?ml\n(.*?)```", text, re.DOTALL):
+        part = yaml.safe_load(block)
+        if "problems" in part:
+            Suite.model_validate(part)
+            continue
+        before = part if {"student", "data"} <= set(part) else {**before, **part}
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(before), encoding="utf-8")
+        for stage in {False, "warmstart" in before}:
+            read_recipe(recipe, {"use_cpu": True}, warmstart=stage)
 
 
 def test_readme_is_short_and_versions_agree() -> None:

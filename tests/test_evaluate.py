@@ -897,11 +897,12 @@ def test_two_evaluations_alike_are_equal_whatever_the_batches(root, invoke, tmp_
 def test_other_formats_columns_and_a_base_model(root, invoke, tmp_path):
     words = ("--output", str(tmp_path / "a"), "--no-chat")
     assert invoke("model", "aime.jsonl", *words).exit_code == 0
-    words = ("--columns", "prompt=q,answer=a.final", "--output", str(tmp_path / "b"))
-    assert invoke("base", "odd.jsonl", *words).exit_code == 0
-    a, b = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
-    assert a["data"] == b["data"]  # the same token ids of the same three questions
-    assert a["references"] == b["references"]
+    for name, reference in (("b", "answer"), ("c", "solution")):  # as data.columns calls it
+        words = ("--columns", f"prompt=q,{reference}=a.final", "--output", str(tmp_path / name))
+        assert invoke("base", "odd.jsonl", *words).exit_code == 0
+    a, b, c = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "abc")
+    assert a["data"] == b["data"] == c["data"]  # the same token ids of the same three questions
+    assert a["references"] == b["references"] == c["references"]
 
 
 BAD = [
@@ -909,8 +910,11 @@ BAD = [
     (["package://no_such_thing", "gsm8k.jsonl"], "pip install no-such-thing"),
     (["model", "no.jsonl"], "data no.jsonl: cannot be read"),
     (["model", "odd.jsonl"], "it has the columns q, a. Name the two that count: columns"),
-    (["model", "odd.jsonl", "--columns", "q,a"], "--columns: Input should be 'prompt' or"),
-    (["model", "odd.jsonl", "--columns", "prompt=q"], "name both, prompt and answer. It has q, a"),
+    (["model", "odd.jsonl", "--columns", "q,a"], "--columns: Input should be 'prompt', 'answer' or"),
+    *(
+        (["model", "odd.jsonl", "--columns", columns], "name two, prompt and answer (or solution)")
+        for columns in ("prompt=q", "answer=q,solution=a", "prompt=q,answer=a,solution=a")
+    ),
     (["model", "odd.jsonl", "--columns", "prompt=q,answer=b"], "no column 'b'. It has a, q"),
     (["model", "empty.jsonl"], "data row 0: no reference answer in column 'answer'"),
     (["model", "blank.jsonl"], "data row 0: the prompt is empty"),

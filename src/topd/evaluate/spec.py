@@ -37,9 +37,10 @@ NO_LIMIT = 1 << 40
 class EvaluationSpec(BaseModel):
     """Problems and sampling.
 
-    ``path`` is a JSONL or Parquet file whose columns are recognised, or named in ``columns``; or
-    ``testbed://FAMILY``, checked by the family. ``split`` is ``test`` there unless given; choose
-    settings on ``validation``. Other data with several splits needs it too: the one to evaluate on.
+    ``path`` is data as :class:`~topd.inputs.rows.DataSpec` reads them, whose columns are recognised,
+    or named in ``columns`` (``prompt``, and ``answer`` or ``solution``); or ``testbed://FAMILY``,
+    checked by the family. ``split`` is ``test`` there unless given; choose settings on
+    ``validation``. Other data with several splits needs it too: the one to evaluate on.
     ``chat`` None uses the chat template if the tokenizer has one; ``chat_template_kwargs`` are
     given to it. Where they are not set, a recipe's evaluation writes prompts as its training does,
     and a run's student is evaluated as it was trained. ``max_tokens`` is the longest response;
@@ -51,7 +52,7 @@ class EvaluationSpec(BaseModel):
 
     path: str
     split: str | None = None
-    columns: dict[Literal["prompt", "answer"], str] = {}
+    columns: dict[Literal["prompt", "answer", "solution"], str] = {}
     limit: int | None = Field(default=None, ge=1)
     chat: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -152,11 +153,12 @@ class EvaluationSpec(BaseModel):
     def _chosen(self, names: Sequence[str]) -> dict[str, str]:
         if not self.columns:
             return _recognised(self.path, names)
-        if len(self.columns) < 2:
+        if len(self.columns) != 2 or "prompt" not in self.columns:
             raise TOPDError(
-                f"columns of {self.path}: name both, prompt and answer. It has {', '.join(names)}."
+                f"columns of {self.path}: name two, prompt and answer (or solution). It has "
+                f"{', '.join(names)}."
             )
-        return {str(ours): theirs for ours, theirs in self.columns.items()}
+        return {"prompt" if k == "prompt" else "answer": v for k, v in self.columns.items()}
 
     def _warn_of_repeats(self, prompts: Sequence[Prompt]) -> None:
         repeats = len(first_rows(prompts))
