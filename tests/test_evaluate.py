@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import combinations
 from math import comb, erf, sqrt
 from pathlib import Path
@@ -714,6 +715,17 @@ def test_the_last_evaluation_is_of_the_student_that_is_saved(tmp_path):
     expected = tiny_evaluator()(HFEngine(trainer.model, eos_ids=[EOS]))
     assert last["eval/pass@1"] == expected.pass_at[1].mean
     assert last["eval/mean_length"] == expected.mean_length.mean
+
+
+def test_the_example_of_the_page_evaluates_and_takes_no_messages(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (example,) = (s for s in re.findall(r"```python\n(.*?)```", page, re.S) if "Callback" in s)
+    space: dict[str, Any] = {"trainer": trainer_of(tmp_path, max_steps=1)}
+    exec(example, space)
+    space["trainer"].train()
+    assert "eval/pass@4" in read(tmp_path / "metrics.jsonl")[0]
+    with pytest.raises(TOPDError, match=r"prompts: .*trainer\.encoder\.encode\(rows\)"):
+        replace(space["evaluator"], prompts=[row["prompt"] for row in space["rows"]])
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from urllib3 import HTTPResponse
 
 from conftest import EOS, VOCAB, WORDS, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
+from topd import TOPDConfig
 from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
@@ -410,8 +411,27 @@ def test_another_tokenizer_is_refused(folder, start):
 
 
 def test_too_little_room_is_refused(folder, start):
-    with pytest.raises(TOPDError, match=r"has room for 99 tokens.*make 100.*--max-model-len"):
-        check(spec_of(folder, [start(room=99)], [start()]))
+    spec = spec_of(folder, [start(room=99)], [start()])
+    with pytest.raises(TOPDError, match=r"has room for 99.* and max_c\w+ make 100.*--max-model-len"):
+        check(spec)
+    with pytest.raises(TOPDError, match=r"has room for 99 tokens.* and window_length make 105"):
+        check_servers("teacher", spec, tiny_tokenizer(), 90, 15)
+    check_servers("teacher", spec, tiny_tokenizer(), 90, 9)
+
+
+@pytest.mark.parametrize(("method", "window"), [("opd", 0), ("topd", 8)])
+def test_a_served_teacher_is_asked_for_room_for_windows_where_it_writes_them(
+    folder, tmp_path, monkeypatch, method, window
+):
+    asked = []
+    monkeypatch.setattr("topd.training.startup.check_servers", lambda *given: asked.append(given))
+    options = {"window_length": 8, "max_steps": 1, "use_cpu": True, "max_completion_length": 12}
+    args = TOPDConfig(output_dir=str(tmp_path / "run"), method=method, **options)
+    TOPDTrainer.check(str(folder / "student"), str(folder / "teacher"), args, [{"prompt": "so so"}])
+    assert [(name, *rest) for name, _, _, *rest in asked] == [
+        ("student", 14),
+        ("teacher", 14, window),
+    ]
 
 
 def test_scoring_at_another_temperature_is_refused(folder, start):

@@ -220,9 +220,9 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
         ("student", recipe.student, [len(p.student) for p in prompts]),
         ("teacher", source, [len(p.teacher) for p in prompts]),
     ):
-        most = max(lengths) + args.max_completion_length + args.longest_window
-        check_context(name, spec, most)
-        check_servers(name, spec, tokenizer, most)
+        most = max(lengths) + args.max_completion_length
+        check_context(name, spec, most, args.longest_window)
+        check_servers(name, spec, tokenizer, most, args.longest_window)
     student, teacher = (model.eval().to(device) for model in load_pair(recipe.student, source))
     check_head("student", student)
     check_head("teacher", teacher.requires_grad_(False))

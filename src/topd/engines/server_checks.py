@@ -15,7 +15,7 @@ from topd.engines.servers import Servers
 from topd.engines.vllm import Completions, VLLMEngine
 from topd.errors import TOPDError
 from topd.inputs.heads import head_of
-from topd.inputs.models import ModelSpec
+from topd.inputs.models import ModelSpec, counted
 from topd.inputs.served import ServedSpec
 from topd.inputs.vocabulary import PROBE
 from topd.losses import linear_logprobs
@@ -25,12 +25,12 @@ PROBED = Sampling(temperature=0.5, max_new_tokens=8)  # no log-prob may depend o
 
 
 def check_servers(
-    name: str, model: object, tokenizer: PreTrainedTokenizerBase, longest: int
+    name: str, model: object, tokenizer: PreTrainedTokenizerBase, longest: int, window: int = 0
 ) -> None:
     """Make sure that the servers of a model, if it is served, are there and are of that model.
 
-    Needs no weights. Names and tokenizers are compared; ``longest`` is the most tokens that will be
-    asked for at once.
+    Needs no weights. Names and tokenizers are compared; ``longest`` is the most tokens of a
+    prompt and its response, ``window`` of what will be asked for after them.
 
     Raises:
         TOPDError: a server has another model, another tokenizer or too little room.
@@ -40,7 +40,7 @@ def check_servers(
         return
     probe, served = probe_of(tokenizer), model.served
     for server in Servers(name, [*served.completions, *served.pooling], served).alone():
-        _check_model(server, model.path, longest)
+        _check_model(server, model.path, longest, window)
         _check_tokenizer(server, probe)
 
 
@@ -97,7 +97,7 @@ def probe_of(tokenizer: PreTrainedTokenizerBase) -> Ids:
     return tuple(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
 
 
-def _check_model(server: Servers, path: str, longest: int) -> None:
+def _check_model(server: Servers, path: str, longest: int, window: int) -> None:
     """By the names that a server gives its models; a path and a hub name may end alike."""
     wanted, listed = server.served.model or path, server.get("/v1/models")["data"]
     for model in listed:
@@ -105,18 +105,17 @@ def _check_model(server: Servers, path: str, longest: int) -> None:
         if wanted in names or (
             not server.served.model and PurePath(wanted).name in [PurePath(n).name for n in names]
         ):
-            room = model.get("max_model_len") or longest
+            room = model.get("max_model_len")
             break
     else:
         raise TOPDError(
             f"{server.name}: {server.urls[0]} serves {', '.join(m['id'] for m in listed)}, not "
             f"{wanted}. Serve that, or name the same model as the server does in served.model."
         )
-    if room < longest:
+    if room and room < longest + window:
         raise TOPDError(
-            f"{server.name}: {server.urls[0]} has room for {room} tokens; the longest prompt, "
-            f"max_completion_length and window_length make {longest}. Raise its --max-model-len, "
-            "or lower these."
+            f"{server.name}: {server.urls[0]} has room for {room} tokens; {counted(window)} make "
+            f"{longest + window}. Raise its --max-model-len, or lower these."
         )
 
 

@@ -216,6 +216,10 @@ class Evaluator:
     seed: int = 0
     batch_size: int = 16
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(prompt, Prompt) for prompt in self.prompts):
+            raise TOPDError("prompts: give token ids, as trainer.encoder.encode(rows) makes them.")
+
     def __call__(
         self,
         engine: Engine,

@@ -305,27 +305,37 @@ def generation_config_of(model: ModelSource) -> GenerationConfig | None:
         ) from error
 
 
-def check_context(name: str, model: ModelSource, tokens: int) -> None:
+def check_context(name: str, model: ModelSource, tokens: int, window: int = 0) -> None:
     """Refuse sequences longer than the model's positions. Raises TOPDError.
 
-    Or than RoPE that depends on the longest row of a batch can tell apart from its mates.
+    Or than RoPE that depends on the longest row of a batch can tell apart from its mates. Counted
+    are the ``tokens`` of prompt and response, and those of a ``window`` after them.
     """
     config = config_of(model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    asked = (
-        f"{name}: the longest prompt, max_completion_length and the teacher's windows "
-        f"(window_length) make {tokens} tokens"
-    )
-    remedy = "Lower max_completion_length, max_prompt_length or window_length."
-    if limit is not None and tokens > limit:
+    total = tokens + window
+    asked = f"{name}: {counted(window)} make {total} tokens"
+    lower = ", max_prompt_length or window_length" if window else " or max_prompt_length"
+    remedy = f"Lower max_completion_length{lower}."
+    if limit is not None and total > limit:
         raise TOPDError(f"{asked}, the model has {limit} positions. {remedy}")
     switch = rope_switch(config)
-    if switch is not None and tokens > switch:
+    if switch is not None and total > switch:
         raise TOPDError(
             f"{asked}, and behind {switch} the model's RoPE ({config.model_type}, longrope or "
             "dynamic) has other frequencies, for all rows of a batch: what was written before it "
             f"would be scored otherwise after it. {remedy}"
         )
+
+
+def counted(window: int) -> str:
+    """Of what the longest sequence consists, with or without a window after it.
+
+    >>> counted(0)
+    'the longest prompt and max_completion_length'
+    """
+    more = ", max_completion_length and window_length" if window else " and max_completion_length"
+    return f"the longest prompt{more}"
 
 
 def check_embedding_rows(

@@ -86,6 +86,8 @@ def check_inherited(args: TOPDConfig) -> None:
         if name == "neftune_noise_alpha" and args.learns_from_answers:
             continue
         raise TOPDError(f"{name}: {value!r} has no effect here: {reason}. Leave it out.")
+    if args.fp16 and args.device.type == "cpu":
+        raise TOPDError("fp16: has no effect on a CPU. Set bf16, or leave it out.")
     _check_best(args)
 
 

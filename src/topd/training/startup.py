@@ -204,10 +204,10 @@ def check_sources(
     sources: Sources, tokenizers: Tokenizers, prompts: Sequence[Prompt], args: TOPDConfig
 ) -> None:
     """Whether contexts and servers are long enough for these prompts. Raises TOPDError."""
-    response, window = args.max_completion_length, args.longest_window
+    response = args.max_completion_length
     student = response + max((len(prompt.student) for prompt in prompts), default=0)
     teacher = response + max((len(prompt.teacher) for prompt in prompts), default=0)
-    ahead = window if args.guidance_method().looks_ahead else 0
+    window = args.longest_window if args.guidance_method().looks_ahead else 0
     check_context("student", sources[0], student)
     check_servers("student", sources[0], tokenizers[0], student)
     for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
@@ -219,8 +219,8 @@ def check_sources(
             whole = args.sampling if args.learns_from_answers else None
             check_text_teacher(source, (tokenizers[0], tokenizer), prompts, whole=whole)
             continue
-        check_context("teacher", source, teacher + ahead)
-        check_servers("teacher", source, tokenizer, teacher + window)
+        check_context("teacher", source, teacher, window)
+        check_servers("teacher", source, tokenizer, teacher, window)
 
 
 def check_training(
