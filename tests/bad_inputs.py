@@ -642,6 +642,9 @@ CASES: tuple[Case, ...] = (
         student="an_adapter",
     ),
     pair(
+        "the folder of a run", "is a run folder", "model a_run", "Give its student", student="a_run"
+    ),
+    pair(
         "messages without a chat template",
         "has no chat template",
         "plain",
@@ -1027,6 +1030,8 @@ def make_models(root: Path) -> None:
             tokenizer.save_pretrained(root / name)
     (root / "an_adapter").mkdir()
     (root / "an_adapter" / "adapter_config.json").write_text("{}")
+    (root / "a_run").mkdir()
+    (root / "a_run" / "student").symlink_to(root / "student")
     (root / "cut").mkdir()
     for file in (root / "teacher").iterdir():
         whole_file = file.read_bytes()

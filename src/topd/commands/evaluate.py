@@ -27,6 +27,7 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator, Keep, Response
 from topd.evaluate.spec import EvaluationSpec
+from topd.inputs.adapters import student_of_run
 from topd.inputs.fingerprints import fingerprint
 from topd.inputs.heads import check_head
 from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
@@ -188,10 +189,8 @@ def write_responses(run: RunFolder, found: Mapping[str, Evaluation]) -> None:
 
 def of_run(model: ModelSpec) -> ModelSpec:
     """The student of a run, if the path is a run folder."""
-    folder = Path(model.path).expanduser()
-    if (folder / "config.json").exists() or not (folder / "student" / "config.json").exists():
-        return model
-    return model.model_copy(update={"path": str(folder / "student")})
+    student = student_of_run(Path(model.path).expanduser())
+    return model.model_copy(update={"path": str(student)}) if student else model
 
 
 def as_trained(spec: Spec, models: Sequence[ModelSpec]) -> tuple[Spec, list[str]]:

@@ -27,8 +27,18 @@ _PEFT_FAULTS = (
 )
 
 
-def refuse_adapter_folder(path: str, place: str) -> None:
-    """Refuse the folder of an adapter where a model is wanted. Raises TOPDError."""
+def student_of_run(folder: Path) -> Path | None:
+    """Where a run folder has its student; None for another folder."""
+    student = folder / "student"
+    is_run = not (folder / "config.json").exists() and (student / "config.json").exists()
+    return student if is_run else None
+
+
+def refuse_other_folder(path: str, place: str) -> None:
+    """Refuse the folder of an adapter, or of a run, where a model is wanted. Raises TOPDError."""
+    student = student_of_run(Path(place))
+    if student is not None:
+        raise TOPDError(f"model {path}: is a run folder. Give its student: {student}.")
     stored = Path(place) / ADAPTER
     if stored.is_file():
         raise TOPDError(

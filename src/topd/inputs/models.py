@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from topd.errors import TOPDError
-from topd.inputs.adapters import refuse_adapter_folder
+from topd.inputs.adapters import refuse_other_folder
 from topd.inputs.bare import named_faults
 from topd.inputs.gguf_files import parsed_once, unchanged
 from topd.inputs.positions import rope_switch
@@ -99,7 +99,7 @@ class ModelSpec(ByText):
 
     def _load(self, auto: Any, what: str, **options: Any) -> Any:
         place = self.place
-        refuse_adapter_folder(self.path, place)
+        refuse_other_folder(self.path, place)
         try:
             with parsed_once() if self.gguf_file else nullcontext(), named_faults():
                 return auto.from_pretrained(place, **self._source(), **options)

@@ -147,10 +147,15 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
             "folder."
         )
     if any((folder / name).exists() for name in RECORDS) and not resume:
-        raise TOPDError(
-            f"output_dir: {folder} already holds a run. Choose another folder, or resume from a "
-            "checkpoint with resume_from_checkpoint."
-        )
+        raise TOPDError(holds_a_run(folder))
+
+
+def holds_a_run(folder: Path) -> str:
+    """What is said where a second run would begin in a folder."""
+    return (
+        f"output_dir: {folder} already holds a run. Choose another folder, or resume from a "
+        "checkpoint with resume_from_checkpoint."
+    )
 
 
 def _try_to_write(folder: Path) -> None:

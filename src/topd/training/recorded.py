@@ -26,6 +26,7 @@ from topd.runs.folder import (
     RunFolder,
     files_in,
     guidance_record,
+    holds_a_run,
     manifest,
     rollout_record,
 )
@@ -128,11 +129,12 @@ class RecordedTrainer(Trainer):
                 "per_device_train_batch_size. Lower it, or leave dataloader_drop_last out."
             )
         checkpoint = checkpoints.resolve(resume_from_checkpoint, self.run_folder)
-        if bool(resume_from_checkpoint) != bool(checkpoints.last(self.run_folder)):
-            found = "no checkpoint" if resume_from_checkpoint else "checkpoints of another run"
+        found = checkpoints.last(self.run_folder)
+        if found and not resume_from_checkpoint:
+            raise TOPDError(holds_a_run(self.run_folder))
+        if resume_from_checkpoint and not found:
             raise TOPDError(
-                f"resume_from_checkpoint: {self.run_folder} holds {found}. Choose another folder, "
-                "or resume from a checkpoint of this one."
+                f"resume_from_checkpoint: {self.run_folder} holds no checkpoint. Leave it out."
             )
         if checkpoint and self.args.window_replay:
             raise TOPDError(
