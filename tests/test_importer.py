@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from topd import TOPDConfig
 from topd.cli import app
-from topd.commands.import_rules import TRL_DEFAULTS, trl_defaults
+from topd.commands.import_rules import TRL_COMMON, TRL_DEFAULTS, trl_defaults
 from topd.commands.import_verl import ACTOR, MODEL, OPTIM
 from topd.commands.importer import arguments_of, import_file, imported
 from topd.commands.recipe import read_recipe
@@ -30,6 +30,7 @@ TRL = {
     "use_vllm": True,
     "warmup_ratio": 0.1,
 }
+OF_TRL = "from a TRL configuration"
 CPU = {"use_cpu": True}  # bf16 is TRL's default and verl's, and not every machine has it
 VERL: dict[str, Any] = {
     "actor_rollout_ref.model.path": "student",
@@ -85,7 +86,34 @@ def test_a_distillation_config_of_trl_is_a_recipe(tmp_path) -> None:
     said = {line.key: line.outcome for line in found.lines}
     assert said["beta"] == "kept"
     assert said["use_vllm"] == "left out"
-    assert said["warmup_ratio"] == said["num_train_epochs"] == "translated"
+    assert said["warmup_ratio"] == "translated"
+    assert said["num_train_epochs"] == "kept"
+
+
+def test_every_default_that_is_written_out_is_marked_and_every_other_name_told(tmp_path) -> None:
+    (tmp_path / "trl.json").write_text(json.dumps(TRL))
+    shown = CliRunner().invoke(app, ["import", str(tmp_path / "trl.json")]).output.splitlines()
+    lines = imported("x", TRL).lines
+    marked = [line.key for line in lines if line.key not in TRL and line.outcome == "kept"]
+    assert {"num_train_epochs", "max_completion_length"} <= set(marked)
+    for key in marked:
+        (line,) = (line for line in shown if f" {key} = " in line)
+        assert line.endswith(": its default there")
+        assert f"# {key}: its default there" in shown
+    assert "translated  warmup_ratio = 0.1 -> warmup_steps" in shown
+    assert "translated  model_name_or_path = student -> student.path" in shown
+
+
+def test_one_teacher_of_verl_is_told_as_the_recipe_has_it() -> None:
+    (line,) = (line for line in imported("x", VERL).lines if line.key.endswith("model_path"))
+    assert line.names == ("teacher",)
+
+
+def test_a_recipe_says_that_something_differs_only_where_it_does() -> None:
+    assert imported("x", TRL).text().startswith(f"# Imported {OF_TRL}; see what differs:\n# ")
+    said = {**TRL_COMMON, **TRL_DEFAULTS["distillation"]}
+    named = {key: TRL[key] for key in TRL if key.endswith(("_path", "_name"))}
+    assert imported("x", {**named, **said}).text().startswith(f"# Imported {OF_TRL}\n\n")
 
 
 @pytest.mark.parametrize(

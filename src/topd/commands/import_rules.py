@@ -104,7 +104,7 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return "refused", _TRL_REFUSED[key], {}
     if key == "lmbda":
         if number(key, value, float) == 1:
-            return "translated", "", {}
+            return "translated", "all answers are the student's own, as always here", {}
         return "refused", f"{value} of the answers are the student's own; a recipe has all", {}
     if key in ("dtype", "torch_dtype") and value in _HALF:
         note = "the student stays in float32 and computes in 16 bits"
@@ -153,7 +153,9 @@ def _lora(key: str, value: Any, used: bool) -> Ruled:
     if not used:
         return OUT
     value = "all-linear" if value == ["all-linear"] else value
-    return "translated", "", {} if key == "use_peft" else {f"lora/{_LORA[key]}": value}
+    if key == "use_peft":
+        return "translated", "the adapter of lora", {}
+    return "translated", "", {f"lora/{_LORA[key]}": value}
 
 
 def _dtypes(content: Mapping[str, Any]) -> list[Any]:

@@ -5,7 +5,7 @@ that start either: ``--key value``, ``a.b=value``. Every key ends as one of
 
 ==========  ==========================================================================
 kept        the recipe has it under its own name
-translated  under another name, or in another unit; the note says what differs
+translated  under another name, which is told, or in another unit; the note says what differs
 left out    it says where and how fast something runs, not what is learned, or is off
 unknown     not a key that is known here; look at it
 refused     it changes what is learned and a recipe cannot say it: there is no recipe
@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -30,6 +30,7 @@ from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.config import TOPDConfig
 from topd.errors import TOPDError
 
+DEFAULT = "its default there"
 Outcome: TypeAlias = Literal["kept", "translated", "left out", "unknown", "refused"]
 _STARTED = re.compile(r"(\bgkd|\bgold|distillation)\w*\.py\b", re.IGNORECASE)
 _NAME = re.compile(r"\w[\w.-]*")
@@ -46,6 +47,7 @@ class Line:
     value: Any
     outcome: Outcome
     note: str = ""
+    names: tuple[str, ...] = ()  # in the recipe, where others
 
 
 @dataclass
@@ -75,7 +77,8 @@ class Imported:
             )
         strange = [f"# {line.key}: {line.value} is not known here" for line in self.unknown]
         notes = [f"# {line.key}: {line.note}" for line in self.lines if line.note] + strange
-        head = f"# Imported from a {self.framework} configuration; see what differs:"
+        head = f"# Imported from a {self.framework} configuration"
+        head += "; see what differs:" if notes else ""
         body = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
         return "\n".join([head, *notes, "", body])
 
@@ -140,10 +143,13 @@ def _ruled(
         for name, new in changes.items():
             _refuse_variable(key, name, new)
             _set(found.recipe, name, new)
-        said = f"{note} (its default there)" if default and note else note
+        if default:
+            note = f"{note} ({DEFAULT})" if note else DEFAULT
         if not default or outcome == "refused" or changes:
-            label = outcome if outcome != "kept" or not default else "translated"
-            found.lines.append(Line(key, value, label, said))  # type: ignore[arg-type]
+            names = tuple(
+                name.replace("/", ".").replace("|", "/") for name in changes if name != key
+            )
+            found.lines.append(Line(key, value, outcome, note, names))  # type: ignore[arg-type]
     for part in ("student", "data"):
         if part not in found.recipe and not found.refused:
             found.lines.append(Line(part, None, "refused", f"no {part} is named"))
@@ -182,6 +188,11 @@ def _finish_verl(found: Imported, content: Mapping[str, Any]) -> None:
     teachers = {name.replace("|", "/"): path for name, path in given.items()}
     if len(teachers) == 1:
         found.recipe["teacher"] = next(iter(teachers.values()))
+        single = [f"teachers.{name}" for name in teachers]
+        found.lines = [
+            replace(line, names=("teacher",)) if [*line.names] == single else line
+            for line in found.lines
+        ]
         found.recipe.pop("teacher_column", None)
     elif teachers:
         named = content.get("distillation.teacher_key", "data_source")

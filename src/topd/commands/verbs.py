@@ -88,8 +88,9 @@ def import_config(config: Path, output: Path | None) -> None:
 
         found = import_file(config)
         for line in found.lines:
+            names = f" -> {', '.join(line.names)}" if line.names else ""
             note = f": {line.note}" if line.note else ""
-            say(f"{line.outcome:<10}  {line.key} = {line.value}{note}")
+            say(f"{line.outcome:<10}  {line.key} = {line.value}{names}{note}")
         text = found.text()
         if output is None:
             say(f"\n{text}")
