@@ -309,7 +309,7 @@ CASES: tuple[Case, ...] = (
             ("a number", 3),
             ("a list of texts", ["what", "is"]),
             ("a message without content", [{"role": "user", "content": None}]),
-            ("a message of parts", [{"role": "user", "content": [{"type": "text", "text": "a"}]}]),
+            ("a part that is an image", [{"role": "user", "content": [{"type": "image"}]}]),
         )
     ),
     prompt(

@@ -15,7 +15,7 @@ from topd.detectors import DETECTORS
 from topd.errors import TOPDError
 from topd.evaluate.spec import EvaluationSpec, TrainingEvaluation
 from topd.inputs.models import ModelSpec
-from topd.inputs.rows import DataSpec
+from topd.inputs.rows import TEXTS, DataSpec
 from topd.methods import METHODS
 from topd.runs.settings import TABLE, differing
 from topd.training.warmstart import WarmstartConfig
@@ -83,6 +83,15 @@ def test_a_comparison_takes_keys_of_stage_1_that_there_are(tmp_path):
         early.check_early(tmp_path / "recipe.yaml", ["--warmstart.answrs=data"], compare=True)
     with pytest.raises(TOPDError, match=r"warmstart\.answers: is a key of stage 1"):
         early.check_early(tmp_path / "recipe.yaml", ["--warmstart.answers=data"])
+
+
+def test_a_file_that_is_not_there_is_told_early_as_it_is_late():
+    for kind in (*TEXTS, ".parquet", ".csv.gz"):
+        with pytest.raises(TOPDError, match="no such file") as late:
+            DataSpec(path=f"no{kind}").load()
+        with pytest.raises(TOPDError) as first:
+            early.check_data(f"no{kind}")
+        assert str(first.value) == str(late.value)
 
 
 @pytest.mark.parametrize(

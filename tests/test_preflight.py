@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -82,6 +83,13 @@ def folder(tmp_path) -> Path:
 
 
 # Settings
+
+
+def test_an_adapter_passes_on_no_warning_about_names_of_libraries(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(tmp_path, peft_config=LoraConfig(**LORA))
+    assert [str(one.message) for one in caught if "checkpointing" in str(one.message)] == []
 
 
 def test_every_inherited_argument_is_known_to_work_or_is_refused():

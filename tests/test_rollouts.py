@@ -60,6 +60,21 @@ def test_messages_go_through_the_chat_template_once():
     assert prompt.response is None
 
 
+@pytest.mark.parametrize("column", ["prompt", "messages"])
+def test_parts_that_are_all_text_are_one_text(column):
+    """As OpenAI and TRL write messages; Arrow fills in the keys that other parts have."""
+    split = [{"type": "text", "text": "what is ", "image": None}, {"type": "text", "text": "1 ?"}]
+    turns = [{"role": "user", "content": split}, {"role": "assistant", "content": split[1:]}]
+    plain = [{"role": "user", "content": "what is 1 ?"}, {"role": "assistant", "content": "1 ?"}]
+    given, wanted = (encoder().encode([{column: m}], with_response=True) for m in (turns, plain))
+    assert given == wanted
+    completion = {column: turns[:1], "completion": turns[1:]}
+    assert encoder().encode([completion], with_response=True) == wanted
+    mixed = [{"role": "user", "content": [*split, {"type": "image", "url": "x"}]}]
+    with pytest.raises(TOPDError, match="data row 0: .*a content of text"):
+        encoder().encode([{column: mixed}])
+
+
 def test_every_turn_is_kept_the_system_message_first():
     (prompt,) = encoder().encode([{"prompt": TALK}])
     written = "<|system|> we add <|user|> what is 1 + 1 ? <|assistant|> 2 "

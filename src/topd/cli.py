@@ -17,6 +17,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+PROBLEMS = (
+    "JSONL, JSON, CSV, TSV or Parquet: GSM8K, MATH-500, AIME, HMMT, or another with --columns."
+)
 EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 # dashes and underscores alike, as in the keys of a recipe
 EITHER = {"token_normalize_func": lambda name: name.replace("_", "-")}
@@ -100,7 +103,7 @@ def quickstart(context: typer.Context, quiet: Quiet = False) -> None:
 @app.command("eval", context_settings=EITHER)
 def evaluate_model(
     model: Annotated[str, typer.Argument(help="Folder, hub name, or package://NAME.")],
-    data: Annotated[str, typer.Argument(help="JSONL: GSM8K, MATH-500, AIME, HMMT, or --columns.")],
+    data: Annotated[str, typer.Argument(help=PROBLEMS)],
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the model's place.")] = None,
     dtype: options.Dtype = "float32",
     columns: options.Columns = "",

@@ -5,6 +5,10 @@ from __future__ import annotations
 import subprocess
 from typing import Any
 
+GIVE_DATA = (
+    "Give a .jsonl, .json, .csv or .tsv file (also as .gz), a .parquet file, a folder, or a hub "
+    "name."
+)
 SHOWN = 200  # characters of a value in a message
 NONFINITE, COLLAPSED, DISK, UNREACHABLE, TERMINATED = 3, 4, 5, 6, 75
 

@@ -24,7 +24,7 @@ from topd.commands.keys import (
     read_content,
     refuse_unknown,
 )
-from topd.errors import TOPDError
+from topd.errors import GIVE_DATA, TOPDError
 from topd.named import is_outside, unknown
 
 HERE = Path(__file__).parents[1]
@@ -114,8 +114,7 @@ def check_data(place: str | None) -> None:
     kind = path.with_suffix("") if path.suffix == ".gz" else path
     if place and "://" not in place and kind.suffix.lower() in FILES and not path.exists():
         raise TOPDError(
-            f"data {place}: cannot be read. Give a .jsonl or .parquet file, a folder, or a hub "
-            f"name. FileNotFoundError: no such file {path}"
+            f"data {place}: cannot be read. {GIVE_DATA} FileNotFoundError: no such file {path}"
         )
 
 

@@ -105,7 +105,8 @@ def read_row(index: int, row: Mapping[str, Any]) -> Row:
     if prompt is None:
         raise TOPDError(
             f"data row {index}: has neither prompt nor messages, but "
-            f"{', '.join(sorted(map(str, row)))}. Map a column: columns: {{prompt: NAME}}."
+            f"{', '.join(sorted(map(str, row)))}. Map a column: columns: {{prompt: NAME}} "
+            "(in Python: rename_column)."
         )
     answer = _answer(index, row)
     if not isinstance(prompt, str):
@@ -181,6 +182,8 @@ def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
         fields = _filled(message) if isinstance(message, Mapping) else {}
         if fields.get("role") == "assistant" and fields.get("tool_calls"):
             fields = {"content": "", **fields}
+        if "content" in fields:
+            fields["content"] = _joined(fields["content"])
         if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
             raise TOPDError(
                 f"data row {index}: a prompt is a string or a list of messages, each with a role "
@@ -188,3 +191,11 @@ def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
             )
         checked.append(fields)
     return checked
+
+
+def _joined(content: Any) -> Any:
+    """The text of parts that are all text, end to end, as templates write them; others as given."""
+    parts = content if isinstance(content, list) else []
+    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
+    whole = parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if whole else content

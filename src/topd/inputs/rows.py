@@ -1,4 +1,4 @@
-"""Rows of prompts: from JSONL, CSV, Parquet, a folder, a hub, or a task generator.
+"""Rows of prompts: from JSONL, JSON, CSV, TSV, Parquet, a folder, a hub, or a task generator.
 
 Files of text are read as they are written: a date stays text, a number keeps its digits.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from topd.errors import TOPDError
+from topd.errors import GIVE_DATA, TOPDError
 from topd.inputs.prompt_rows import plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
 
@@ -48,12 +48,13 @@ class Written(float):
 class DataSpec(BaseModel):
     """Where prompts come from and which column is what.
 
-    Either ``path`` (a JSONL or Parquet file, a folder, a hub name, or ``testbed://FAMILY``) or
-    ``task`` (a generator of the reasoning-gym package, with ``size`` and ``seed``). ``columns``
-    maps ``prompt``, ``messages``, ``answer`` or ``solution`` to a column, with dots into nested
-    ones (``metadata.solution``, ``turns.0``); other columns stay as they are, but for one that is
-    called ``prompt`` where only ``messages`` is mapped: it would count in their place. With
-    ``chat`` a string prompt becomes a user message (not in the testbed, whose models know no chat).
+    Either ``path`` (a file of JSONL, JSON, CSV, TSV, each also with ``.gz``, or Parquet, a folder,
+    a hub name, or ``testbed://FAMILY``) or ``task`` (a generator of the reasoning-gym package, with
+    ``size`` and ``seed``). ``columns`` maps ``prompt``, ``messages``, ``answer`` or ``solution`` to
+    a column, with dots into nested ones (``metadata.solution``, ``turns.0``); other columns stay as
+    they are, but for one that is called ``prompt`` where only ``messages`` is mapped: it would
+    count in their place. With ``chat`` a string prompt becomes a user message (not in the testbed,
+    whose models know no chat).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -159,8 +160,7 @@ class DataSpec(BaseModel):
         ) as error:
             cause = error.__cause__ or error
             raise TOPDError(
-                f"data {self.path}: cannot be read. Give a .jsonl or .parquet file, a folder, or "
-                f"a hub name. {type(cause).__name__}: {cause}"
+                f"data {self.path}: cannot be read. {GIVE_DATA} {type(cause).__name__}: {cause}"
             ) from error
 
 

@@ -38,7 +38,7 @@ from topd.runs.tokens import TokenTexts, TokenWriter
 from topd.training.evidence import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.preflight import check_saved
-from topd.training.progress import Phases, say, silence_others
+from topd.training.progress import Phases, say
 from topd.training.sharded import WholeCopy, whole_copy
 from topd.training.stop_rules import save_done
 from topd.training.trackers import Tables, log_tables, tables_of
@@ -95,7 +95,6 @@ class RecordedTrainer(Trainer):
         self.run_folder = Path(args.output_dir)
         self.run = RunFolder(args.output_dir, active=False)
         self.token_writer = TokenWriter(tokenizer)
-        silence_others()
         self.phases = Phases()
         super().__init__(
             model=student, args=args, data_collator=list, processing_class=tokenizer, **rest

@@ -35,6 +35,7 @@ from topd.training.learning import (
 from topd.training.metrics import warn_of_cuts
 from topd.training.observed import ObservedTrainer
 from topd.training.overlap import Overlap
+from topd.training.progress import silence_others
 from topd.training.replay import EarlierWindows
 from topd.training.sampler import EpochTold, GroupSampler
 from topd.training.sharded import check_launch
@@ -164,6 +165,7 @@ class TOPDTrainer(ObservedTrainer):
         optimizers: tuple[Any, Any] = (None, None),
     ) -> Started:
         """The start-up checks, and what they have made by the way. Raises TOPDError."""
+        silence_others()
         self.own = self_teacher_of(teacher_model)
         sources = sources_of(model, teacher_model)
         check_arguments(args, self.kind_of_args, sources, *data)
