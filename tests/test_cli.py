@@ -446,6 +446,18 @@ def test_the_help_of_a_command_begins_with_the_settings_that_it_alone_has(verb, 
     assert "Settings, each --NAME VALUE: method, " in shown
 
 
+def test_help_says_how_to_do_without_a_recipe_and_so_does_the_fault():
+    shown = " ".join(command("train", "--help").output.replace("│", "").split())
+    assert "train [OPTIONS] [RECIPE]" in shown
+    assert "--student MODEL --teacher MODEL" in shown
+    assert "[required]" not in shown
+    for words, part in (([], "student"), (["--student", "x"], "teacher")):
+        refused = command("train", *words)
+        assert refused.exit_code == 2
+        said = " ".join(refused.stderr.split())
+        assert f"{part} is missing. Name a recipe, or give --student, --teacher and --data." in said
+
+
 def test_settings_are_found_by_a_word_of_their_name_or_their_explanation():
     ours = command("settings").output
     for field in fields(TOPDConfig):

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from contextlib import redirect_stdout
 from dataclasses import fields
+from inspect import signature
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,17 @@ def test_every_recipe_of_a_page_is_read(page: Path, tmp_path: Path, monkeypatch:
         recipe.write_text(yaml.safe_dump(before), encoding="utf-8")
         for stage in {False, "warmstart" in before}:
             read_recipe(recipe, {"use_cpu": True}, warmstart=stage)
+
+
+def test_names_of_other_trainers_on_the_page_are_not_taken_and_ours_are() -> None:
+    page = (ROOT / "docs" / "how-to" / "own-models.md").read_text(encoding="utf-8")
+    table = page.partition("| there | here |\n|---|---|\n")[2].partition("\n\n")[0]
+    taken = {f.name for f in fields(topd.config.TOPDConfig)}
+    taken |= set(signature(topd.TOPDTrainer).parameters)
+    there, here = zip(*(line.split(" | ") for line in table.splitlines()), strict=True)
+    assert taken.isdisjoint(re.findall(r"`(\w+)`", " ".join(there)))
+    named = set(re.findall(r"`([a-z_]+)`", " ".join(here)))
+    assert named - {"prompt", "messages"} <= taken
 
 
 def test_readme_is_short_and_versions_agree() -> None:

@@ -922,7 +922,10 @@ BAD = [
     (["package://no_such_thing", "gsm8k.jsonl"], "pip install no-such-thing"),
     (["model", "no.jsonl"], "data no.jsonl: cannot be read"),
     (["model", "odd.jsonl"], "it has the columns q, a. Name the two that count: columns"),
-    (["model", "odd.jsonl", "--columns", "q,a"], "--columns: Input should be 'prompt', 'answer' or"),
+    (
+        ["model", "odd.jsonl", "--columns", "q,a"],
+        "--columns: Input should be 'prompt', 'answer' or",
+    ),
     *(
         (["model", "odd.jsonl", "--columns", columns], "name two, prompt and answer (or solution)")
         for columns in ("prompt=q", "answer=q,solution=a", "prompt=q,answer=a,solution=a")

@@ -71,7 +71,7 @@ def test_parts_that_are_all_text_are_one_text(column):
     completion = {column: turns[:1], "completion": turns[1:]}
     assert encoder().encode([completion], with_response=True) == wanted
     mixed = [{"role": "user", "content": [*split, {"type": "image", "url": "x"}]}]
-    with pytest.raises(TOPDError, match="data row 0: .*a content of text"):
+    with pytest.raises(TOPDError, match=r"data row 0: .*a content of text"):
         encoder().encode([{column: mixed}])
 
 

@@ -412,7 +412,7 @@ def test_another_tokenizer_is_refused(folder, start):
 
 def test_too_little_room_is_refused(folder, start):
     spec = spec_of(folder, [start(room=99)], [start()])
-    with pytest.raises(TOPDError, match=r"has room for 99.* and max_c\w+ make 100.*--max-model-len"):
+    with pytest.raises(TOPDError, match=r"has room for 99.* and max_c\w+ make 100.*--max-model"):
         check(spec)
     with pytest.raises(TOPDError, match=r"has room for 99 tokens.* and window_length make 105"):
         check_servers("teacher", spec, tiny_tokenizer(), 90, 15)

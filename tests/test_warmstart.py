@@ -74,9 +74,22 @@ def test_each_trainer_takes_its_own_arguments(tmp_path, monkeypatch):
         TOPDTrainer(*pair, WarmstartConfig(output_dir=str(tmp_path), **SMALL), rows())
     with pytest.raises(TOPDError, match="args: must be a WarmstartConfig, not TOPDConfig"):
         WarmstartTrainer(*pair, TOPDConfig(output_dir=str(tmp_path), **SMALL), rows())
+    for teacher in ({}, {"teacher_model": None}):
+        with pytest.raises(TOPDError, match=r"teacher_model: is missing.*the path of the student"):
+            WarmstartTrainer(pair[0], **teacher, args=WarmstartConfig(output_dir=str(tmp_path)))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TOPDError, match="1024 tokens, the model has 512 positions"):
         WarmstartTrainer(*pair, processing_class=tiny_tokenizer())  # the defaults are its own
+
+
+def test_a_warm_start_from_data_does_with_the_students_own_path_as_teacher(tmp_path):
+    tiny_model("llama", seed=0).save_pretrained(tmp_path / "student")
+    tiny_tokenizer().save_pretrained(tmp_path / "student")
+    data = [{"prompt": "what is 1 + 2 ?", "solution": "so 3"}] * 4
+    path = str(tmp_path / "student")
+    trainer = make(tmp_path / "run", path, path, data=data, answers="data", kd_ratio=0.0)
+    trainer.train()
+    assert (tmp_path / "run" / "student" / "config.json").exists()
 
 
 # The loss

@@ -9,7 +9,7 @@ import typer
 
 from topd.commands import options, verbs
 from topd.commands.early import own_settings
-from topd.commands.options import Quiet, RecipeFile, RunFolder
+from topd.commands.options import NO_RECIPE, Quiet, RecipeFile, RunFolder
 
 app = typer.Typer(
     help="On-policy distillation that looks ahead (arXiv 2606.00305).",
@@ -65,31 +65,31 @@ def import_(
 
 
 @app.command(context_settings=EXTRA, epilog=_settings())
-def train(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+def train(context: typer.Context, recipe: RecipeFile = NO_RECIPE, quiet: Quiet = False) -> None:
     """Train a student on its own rollouts. Any key of the recipe: --key value, --data.limit 8."""
     verbs.train(recipe, context.args, quiet)
 
 
 @app.command(context_settings=EXTRA, epilog=_settings("WarmstartConfig"))
-def warmstart(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+def warmstart(context: typer.Context, recipe: RecipeFile = NO_RECIPE, quiet: Quiet = False) -> None:
     """Stage 1: the student learns from the teacher's answers, or from those of the data."""
     verbs.train(recipe, context.args, quiet, warmstart=True)
 
 
 @app.command(context_settings=EXTRA, epilog=_settings("ProbeConfig", "AnalysisConfig"))
-def probe(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+def probe(context: typer.Context, recipe: RecipeFile = NO_RECIPE, quiet: Quiet = False) -> None:
     """Where do student and teacher part, and does the token loss say so? No training."""
     verbs.probe(recipe, context.args, quiet)
 
 
 @app.command(context_settings=EXTRA, epilog=_settings("RepairConfig", "AnalysisConfig"))
-def repair(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+def repair(context: typer.Context, recipe: RecipeFile = NO_RECIPE, quiet: Quiet = False) -> None:
     """Correct the student at single forks with each loss, and measure what comes back."""
     verbs.repair(recipe, context.args, quiet)
 
 
 @app.command(context_settings=EXTRA, epilog=_settings())
-def compare(context: typer.Context, recipe: RecipeFile, quiet: Quiet = False) -> None:
+def compare(context: typer.Context, recipe: RecipeFile = NO_RECIPE, quiet: Quiet = False) -> None:
     """Arms x seeds of one recipe, with paired intervals. Resumes where it was stopped."""
     verbs.compare(recipe, context.args, quiet)
 

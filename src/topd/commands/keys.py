@@ -33,7 +33,8 @@ HOW = ("dtype", "attn_implementation", "served", "as_text", "trust_remote_code")
 def from_command_line(recipe: Path, words: Sequence[str]) -> tuple[Path | None, dict[str, Any]]:
     """The recipe file, if one was named, and the overrides, which without a file are the recipe."""
     if str(recipe).startswith("--"):
-        return None, parse_overrides([str(recipe), *words])
+        first = [] if str(recipe) == "--" else [str(recipe)]
+        return None, parse_overrides([*first, *words])
     return recipe, parse_overrides(words)
 
 
@@ -59,6 +60,9 @@ def read_content(
         TOPDError: the file cannot be read, a key is unknown, or a part is missing.
     """
     content = read_mapping(packaged(path)) if path else {}
+    remedy = "A recipe needs student, teacher and data."
+    if not path:
+        remedy = "Name a recipe, or give --student, --teacher and --data.path."
     path = Path(path or "topd")
     overrides, own = apart(overrides)
     if own and not warmstart:
@@ -82,7 +86,7 @@ def read_content(
         raise TOPDError(f"{path}: has teacher and teachers. Leave one of them out.")
     for part in ("student", "teacher", "data"):
         if part not in content and not (part == "teacher" and "teachers" in content):
-            raise TOPDError(f"{path}: {part} is missing. A recipe needs student, teacher and data.")
+            raise TOPDError(f"{path}: {part} is missing. {remedy}")
     return content
 
 

@@ -22,7 +22,15 @@ Version = Annotated[
     bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
 ]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, under runs/.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
+NO_RECIPE = Path("--")  # as if options began at once
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        show_default=False,
+        help="YAML file; see recipes/. Or none: --student MODEL --teacher MODEL --data.path FILE.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Log lines instead of progress bars.")]
 Columns = Annotated[str, typer.Option(help="prompt=NAME,answer=NAME, if the format is unknown.")]
 Split = Annotated[str | None, typer.Option(help="Of data with several: the one to evaluate on.")]

@@ -37,8 +37,8 @@ NO_LIMIT = 1 << 40
 class EvaluationSpec(BaseModel):
     """Problems and sampling.
 
-    ``path`` is data as :class:`~topd.inputs.rows.DataSpec` reads them, whose columns are recognised,
-    or named in ``columns`` (``prompt``, and ``answer`` or ``solution``); or ``testbed://FAMILY``,
+    ``path`` is data as :class:`~topd.inputs.rows.DataSpec` reads them, whose columns are known or
+    named in ``columns`` (``prompt``, and ``answer`` or ``solution``); or ``testbed://FAMILY``,
     checked by the family. ``split`` is ``test`` there unless given; choose settings on
     ``validation``. Other data with several splits needs it too: the one to evaluate on.
     ``chat`` None uses the chat template if the tokenizer has one; ``chat_template_kwargs`` are

@@ -196,6 +196,14 @@ def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
 def _joined(content: Any) -> Any:
     """The text of parts that are all text, end to end, as templates write them; others as given."""
     parts = content if isinstance(content, list) else []
-    texts = [p.get("text") for p in parts if isinstance(p, dict) and p.get("type") == "text"]
-    whole = parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
-    return "".join(texts) if whole else content
+    texts = [p["text"] for p in parts if _is_text(p)]
+    return "".join(texts) if texts and len(texts) == len(parts) else content
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message is text, as OpenAI and TRL write it."""
+    return (
+        isinstance(part, Mapping)
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    )

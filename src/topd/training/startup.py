@@ -63,8 +63,13 @@ class Started:
     evaluation: Any
 
 
-def sources_of(student: ModelSource | Mapping[str, Any], teacher: AnyTeacher) -> Sources:
+def sources_of(student: ModelSource | Mapping[str, Any], teacher: AnyTeacher | None) -> Sources:
     """Where student and teachers come from. Raises TOPDError for what is no source."""
+    if teacher is None:
+        raise TOPDError(
+            "teacher_model: is missing. Name a teacher. A warm start from data with kd_ratio: 0 "
+            "learns nothing of it: there the path of the student does."
+        )
     ours = source_of("model", student)
     if self_teacher_of(teacher):
         if isinstance(ours, ModelSpec) and ours.served:

@@ -98,7 +98,7 @@ class TOPDTrainer(ObservedTrainer):
     def __init__(
         self,
         model: ModelSource | Mapping[str, Any],
-        teacher_model: AnyTeacher,
+        teacher_model: AnyTeacher | None = None,
         args: TOPDConfig | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
@@ -157,7 +157,7 @@ class TOPDTrainer(ObservedTrainer):
     def _started(
         self,
         model: ModelSource | Mapping[str, Any],
-        teacher_model: AnyTeacher,
+        teacher_model: AnyTeacher | None,
         args: TOPDConfig,
         data: tuple[Any, Any],
         lora: PeftConfig | None,
