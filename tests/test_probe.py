@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,7 @@ SETTINGS = {
     "teacher_prompt": "{{ prompt }} {{ solution }}",
     "max_prompt_length": 100,
 }
+FOUND = "probe.json"
 WORDS = ("--rollouts", "10", "--rollout_batch_size", "4", "--bootstrap", "20")
 
 
@@ -400,6 +402,26 @@ def test_rollouts_too_short_for_a_threshold_are_refused(recipe, tmp_path):
     message = refusal(recipe, *words)
     assert "no low-loss position" in message
     assert "max_completion_length" in message
+
+
+@pytest.mark.parametrize(
+    ("pair", "words", "part"),
+    [
+        ("student", (), r"two models agree .* Are they the same model"),
+        ("teacher", ("--candidate_threshold", "50"), r"candidate_threshold: 50.* Lower candidate_"),
+    ],
+)
+def test_without_a_candidate_the_reason_is_said_and_groups_of_a_size_are_compared(
+    recipe, tmp_path, pair, words, part
+):
+    """A threshold that no token passes; a student that is its teacher, as in training."""
+    same = ("--teacher", str(recipe.parent / pair), "--teacher_prompt", "{{ prompt }}")
+    words = (*WORDS, *same, *words, "--rollouts", "4", "--output_dir", str(tmp_path / "run"))
+    message = refusal(recipe, *words)
+    assert re.search(f"no candidate in any rollout.*{part}.* set group_size", message)
+    found = load(run_probe(recipe, [*words[:-1], str(tmp_path / "2"), "--group_size", "2"]) / FOUND)
+    assert [found["distributions"][g]["count"] for g in GROUPS] == [0, 8, 8]
+    assert (found["verdict"], found["false_alarm_share"]["value"]) == ("undecided", None)
 
 
 def test_training_does_not_know_the_options_of_a_probe():

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from topd.commands.intervals import Interval, intervals
 from topd.commands.probe_statistics import (
     COLUMNS,
     GROUPS,
     LEAST_CORRELATION,
     MOST_FALSE_ALARMS,
     REJOIN_RUN,
-    Interval,
     distributions,
     frequent_pairs,
-    intervals,
     mark_real,
     measure,
     pearson,
+    prompts_behind,
     read_sample,
     rejoin,
     verdict,
@@ -152,6 +152,7 @@ def test_a_correlation_that_does_not_exist_is_nan(x, y):
 def test_what_is_missing_is_nan_and_not_zero():
     found = measure(table(high=[0.5]))
     assert math.isnan(found["threshold"])
+    assert math.isnan(found["false_alarm_share"])
     assert math.isnan(found["median/low"])
     assert math.isnan(found["rejoined/random"])
 
@@ -245,14 +246,29 @@ def test_a_prompt_is_drawn_with_all_its_positions():
 
 
 def test_equal_values_are_not_certainty():
-    """No false alarm at 30 prompts: up to 1 - 0.025^(1/30) may be; a median has no interval."""
+    """No false alarm at 28 prompts: up to 1 - 0.025^(1/28) may be; a median has no interval."""
     columns = table(high=[0.5] * 28, low=[0.1, 0.2])
-    found = intervals(columns, measure, repeats=60, seed=0)
-    share, bound = found["false_alarm_share"], 1 - 0.025 ** (1 / 30)
+    found = intervals(columns, measure, repeats=60, seed=0, behind=prompts_behind(columns))
+    share, bound = found["false_alarm_share"], 1 - 0.025 ** (1 / 28)
     assert (share.value, share.low) == (0.0, 0.0)
     assert share.high == pytest.approx(bound)
     assert found["median/high"] == Interval(0.5, None, None)
     assert verdict(share, found["spearman/token_loss/random"]) == "undecided"
+
+
+def test_a_share_knows_no_more_than_the_prompts_with_a_position_in_it():
+    """Two candidates, one a prompt, among 40 prompts: two equal values, not 40."""
+    columns = table(high=[0.5, 0.5], low=[0.1] * 38)
+    columns["before"], columns["rejoin"] = math.nan, math.inf
+    columns["before"][:2] = 1.0  # the teacher takes over: right before the token, wrong after it
+    behind = prompts_behind(columns)
+    assert behind["false_alarm_share"] == behind["verified/all"] == behind["rejoined/high"] == 2
+    assert (behind["rejoined/low"], behind["rejoined/random"]) == (38, 0)
+    found = intervals(columns, measure, repeats=200, seed=0, behind=behind)
+    bound = 0.025**0.5
+    assert found["false_alarm_share"] == Interval(0.0, 0.0, pytest.approx(1 - bound))
+    assert found["verified/all"] == Interval(1.0, pytest.approx(bound), 1.0)
+    assert found["rejoined/low"].high == pytest.approx(1 - 0.025 ** (1 / 38))
 
 
 def test_an_interval_needs_two_prompts_and_half_of_the_resamples():
@@ -355,11 +371,22 @@ def test_eight_times_the_positions_need_no_more_memory(tmp_path):
 # The verdict on a position
 
 
-def test_a_distance_that_reaches_the_threshold_is_real(tmp_path):
-    records = [record(distance=d, position=i) for i, d in enumerate((0.1, 0.25, 0.3))]
+@pytest.mark.parametrize(
+    ("threshold", "real"), [(0.25, [False, False, True, True]), (0.0, [False, True, True, True])]
+)
+def test_a_distance_that_reaches_the_threshold_is_real(tmp_path, threshold, real):
+    """And that of equal windows never is."""
+    distances = [0.0, 0.1, 0.25, 0.3]
+    records = [record(distance=d, position=i) for i, d in enumerate(distances)]
     path = write(tmp_path / "p.jsonl", records)
-    mark_real(path, 0.25)
+    mark_real(path, threshold)
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [one["real"] for one in found] == [False, True, True]
+    assert [one["real"] for one in found] == real
+    columns = table(high=distances, low=[threshold] * 4)
+    assert measure(columns)["false_alarm_share"] == real.count(False) / 4
+    pairs = frequent_pairs(columns, threshold)
+    assert [sum(n for *_, n in pairs[k]) for k in ("forks", "false_alarms")] == [
+        real.count(True), real.count(False),
+    ]  # fmt: skip
     assert [{**one, "real": None} for one in found] == records
     assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]

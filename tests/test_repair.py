@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from conftest import DEVICE, EOS, write_pair
 from topd import cli, transport
 from topd.commands import repair, verbs
+from topd.commands.intervals import intervals
 from topd.commands.repair import (
     TRIED,
     RepairConfig,
@@ -34,7 +35,7 @@ from topd.commands.repair import (
     to_learn,
     treat,
 )
-from topd.commands.repair_statistics import PAPER, intervals, measure, read_table
+from topd.commands.repair_statistics import PAPER, measure, read_table
 from topd.commands.session import Pair, open_pair, read_analysis
 from topd.errors import StoppedError, TOPDError
 from topd.runs.folder import RunFolder

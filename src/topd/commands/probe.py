@@ -48,7 +48,7 @@ from topd.runs.files import trim
 from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
-from topd.training.evidence import pair_windows
+from topd.training.evidence import differing, pair_windows
 from topd.training.progress import Phases
 from topd.transport import sparse_plans
 from topd.types import Ids, Prompt, Rollout, Transport, Windows
@@ -183,12 +183,13 @@ def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], numbe
     losses = observer.token_losses(rollouts, scores)
     loss = torch.nn.utils.rnn.pad_sequence(losses, batch_first=True)
     high: list[list[int]] = [[] for _ in rollouts]
-    for row, t in observer.candidates(losses, args.length):
+    found = observer.candidates(losses, args.length)
+    for row, t in differing(rollouts, scores.logprobs, found):
         high[row].append(t)
     chosen = [
         (group, (row, t))
-        for row, found in enumerate(high)
-        for group, places in choose(losses[row], found, args, number + row).items()
+        for row, some in enumerate(high)
+        for group, places in choose(losses[row], some, args, number + row).items()
         for t in places
     ]
     starts = [start for _, start in chosen]

@@ -1,9 +1,5 @@
 """What the positions of a probe say: statistics with 95 % intervals, from positions.jsonl alone.
 
-Intervals are percentiles of a bootstrap that draws prompts with replacement, each with all its
-positions: those of one rollout are not independent. Every statistic is recomputed on each
-resample, quantiles and ranks too.
-
 Memory is bounded: a file is read a line at a time, and only 13 numbers of a position are kept, of
 at most about ``MOST_POSITIONS`` positions. Beyond that a random sample of the prompts stands for
 all.
@@ -18,21 +14,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
+from topd.commands.intervals import Array, Interval, intervals, number
 from topd.commands.outcomes import HALF
 from topd.commands.session import ROLLOUTS, AnalysisConfig
 from topd.errors import TOPDError
 from topd.runs.files import read_lines
-from topd.statistics import bootstrap
+from topd.training.evidence import ALIKE
 
 POSITIONS = "positions.jsonl"
 METRICS = "metrics.jsonl"
 GROUPS = ("high", "random", "low")
-SHARES = ("false_alarm_share", "rejoined/", "verified/", "right/")  # names of figures in [0, 1]
 LOSSES = ("token_loss", "reverse_kl", "entropy")
 OUTCOMES = ("before", "after", "alone")  # shares of right answers, where they were asked for
 MOST_POSITIONS = 300_000
@@ -46,20 +42,10 @@ RULE = (
     "below; otherwise undecided"
 )
 
-Array: TypeAlias = np.ndarray
 COLUMNS = np.dtype(
     [(name, "i8") for name in ("prompt", "group", "student", "teacher", "length")]
     + [(name, "f8") for name in (*LOSSES, "distance", "rejoin", *OUTCOMES)]
 )
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its 95 % interval; None where it is not defined."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 @dataclass(frozen=True)
@@ -118,77 +104,66 @@ def read_sample(path: Path, *, seed: int, most: int = MOST_POSITIONS) -> Sample:
     return Sample(np.fromiter(rows(), COLUMNS), positions)
 
 
-def intervals(
-    columns: Array, measure: Callable[[Array], dict[str, float]], *, repeats: int, seed: int
-) -> dict[str, Interval]:
-    """Every statistic of ``measure`` with a bootstrap interval over prompts.
-
-    Args:
-        columns: structured array with a ``prompt`` column.
-        measure: statistics by name; NaN where one is not defined.
-        repeats: resamples.
-        seed: of the resampling.
-
-    Returns:
-        The statistics of ``columns`` and the 2.5 and 97.5 percentiles over the resamples in which
-        they are defined; no interval where that is less than half of them, or with one prompt.
-        Equal values are not certainty: a share that no resample changes has the exact interval of
-        so many prompts (:func:`topd.statistics.bootstrap`), and other figures have none.
-    """
-    columns = columns[columns["prompt"].argsort(kind="stable")]
-    _, start, size = np.unique(columns["prompt"], return_index=True, return_counts=True)
-    generator = np.random.default_rng(seed)
-    values, drawn = measure(columns), []
-    for _ in range(repeats if len(start) > 1 else 0):
-        unit = generator.integers(len(start), size=len(start))
-        offset = start[unit] - (size[unit].cumsum() - size[unit])
-        drawn.append(measure(columns[offset.repeat(size[unit]) + np.arange(size[unit].sum())]))
-    found = {}
-    for name, value in values.items():
-        low, high = _percentiles([one.get(name, math.nan) for one in drawn])
-        if low is not None and low == high:
-            exact = bootstrap([value] * len(start)) if name.startswith(SHARES) else None
-            low, high = (exact.low, exact.high) if exact else (None, None)
-        found[name] = Interval(_number(value), low, high)
-    return found
-
-
 def measure(columns: Array) -> dict[str, float]:
     """Medians, threshold, false alarms, correlations and reconvergence of some positions.
 
     ``threshold`` is the upper quartile of the OT distances of low-loss positions,
-    ``false_alarm_share`` the share of high-loss positions below it (arXiv 2606.00305).
+    ``false_alarm_share`` the share of high-loss positions that are not real by it
+    (arXiv 2606.00305).
     """
-    groups = {name: columns[columns["group"] == i] for i, name in enumerate(GROUPS)}
-    threshold = _quantile(groups["low"]["distance"], 0.75)
-    found = {
-        "threshold": threshold,
-        "false_alarm_share": _mean(groups["high"]["distance"] < threshold),
-    }
+    groups = _by_group(columns)
+    found = {"threshold": _threshold(groups)}
+    found |= {name: _mean(hits) for name, (_, hits) in _shares(groups).items()}
     for name, some in groups.items():
         found[f"median/{name}"] = _quantile(some["distance"], 0.5)
-        found[f"rejoined/{name}"] = _mean(np.isfinite(some["rejoin"]))
     for name, some in {**groups, "all": columns}.items():
         for loss in LOSSES if name != "low" else ():
             found[f"pearson/{loss}/{name}"] = pearson(some[loss], some["distance"])
             ranks = (rankdata(some[loss]), rankdata(some["distance"]))
             found[f"spearman/{loss}/{name}"] = pearson(*ranks)
-    return found | _outcomes(groups["high"], threshold)
+    return found
 
 
-def _outcomes(high: Array, threshold: float) -> dict[str, float]:
-    """What came of the candidates that were verified; empty where none was."""
-    high = high[np.isfinite(high["before"])]
-    if not len(high):
-        return {}
-    drop, far = high["before"] - high["after"], high["distance"] >= threshold
-    forks = drop >= HALF
-    return {
-        **{f"right/{name}": _mean(high[name]) for name in OUTCOMES},
-        "verified/all": _mean(forks),
-        "verified/real": _mean(forks[far]),
-        "verified/false_alarms": _mean(forks[~far]),
-    }
+def prompts_behind(columns: Array) -> dict[str, int]:
+    """Of each share in :func:`measure` how many prompts have a position that it is taken over."""
+    shares = _shares(_by_group(columns))
+    return {name: len(np.unique(some["prompt"])) for name, (some, _) in shares.items()}
+
+
+def is_real(distance: Array, threshold: float) -> Array:
+    """Whether windows are real divergent points: equal ones are none, whatever the threshold."""
+    return (distance >= threshold) & (distance > 0)
+
+
+def _by_group(columns: Array) -> dict[str, Array]:
+    return {name: columns[columns["group"] == i] for i, name in enumerate(GROUPS)}
+
+
+def _threshold(groups: dict[str, Array]) -> float:
+    return _quantile(groups["low"]["distance"], 0.75)
+
+
+def _shares(groups: dict[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """Every share by name: the positions that it is taken over, and what each counts in it."""
+    high, threshold = groups["high"], _threshold(groups)
+    real, alarm = _verdicts(high, threshold)
+    found = {"false_alarm_share": (high[real | alarm], alarm[real | alarm])}
+    for name, some in groups.items():
+        found[f"rejoined/{name}"] = some, np.isfinite(some["rejoin"])
+    asked = np.isfinite(high["before"])  # what came of the candidates that were verified
+    fork = high["before"] - high["after"] >= HALF
+    for name in OUTCOMES if asked.any() else ():
+        found[f"right/{name}"] = high[asked], high[asked][name]
+    parts = {"all": asked, "real": asked & real, "false_alarms": asked & alarm}
+    for name, part in parts.items() if asked.any() else ():
+        found[f"verified/{name}"] = high[part], fork[part]
+    return found
+
+
+def _verdicts(high: Array, threshold: float) -> tuple[Array, Array]:
+    """Which are real and which are false alarms; neither where there is no threshold."""
+    real = is_real(high["distance"], threshold)
+    return real, ~real & math.isfinite(threshold)
 
 
 def pearson(x: Array, y: Array) -> float:
@@ -220,16 +195,14 @@ def distributions(columns: Array, highest: float) -> dict[str, Any]:
     found: dict[str, Any] = {"edges": edges.tolist()}
     for i, name in enumerate(GROUPS):
         some = columns[columns["group"] == i]
-        levels = {
-            str(q): _number(_quantile(some["distance"], q / 100)) for q in (5, 25, 50, 75, 95)
-        }
+        levels = {str(q): number(_quantile(some["distance"], q / 100)) for q in (5, 25, 50, 75, 95)}
         tokens = np.sort(some["rejoin"])
         found[name] = {
             "count": len(some),
-            "mean": _number(_mean(some["distance"])),
+            "mean": number(_mean(some["distance"])),
             "quantiles": levels,
             "histogram": np.histogram(some["distance"], edges)[0].tolist(),
-            "median_rejoin": _number(tokens[len(tokens) // 2]) if len(tokens) else None,
+            "median_rejoin": number(tokens[len(tokens) // 2]) if len(tokens) else None,
         }
     return found
 
@@ -237,9 +210,9 @@ def distributions(columns: Array, highest: float) -> dict[str, Any]:
 def frequent_pairs(columns: Array, threshold: float, *, most: int = 10) -> dict[str, Any]:
     """The commonest (student token, teacher token, count) at false alarms and at forks."""
     high = columns[columns["group"] == GROUPS.index("high")]
-    alarm = high["distance"] < threshold
+    real, alarm = _verdicts(high, threshold)
     found = {}
-    for name, some in (("false_alarms", high[alarm]), ("forks", high[~alarm])):
+    for name, some in (("false_alarms", high[alarm]), ("forks", high[real])):
         pairs = Counter(zip(some["student"].tolist(), some["teacher"].tolist(), strict=True))
         ordered = sorted(pairs.items(), key=lambda pair: (-pair[1], pair[0]))[:most]
         found[name] = [[*pair, times] for pair, times in ordered]
@@ -263,16 +236,13 @@ def summarise(
         TOPDError: there is no low-loss position, so that no threshold can be found.
     """
     sample = read_sample(folder / POSITIONS, seed=args.seed)
-    found = intervals(sample.columns, measure, repeats=args.bootstrap, seed=args.seed)
+    found = _measured(sample.columns, args)
     threshold = found["threshold"].value
     if threshold is None:
-        raise TOPDError(
-            "probe: no low-loss position in any rollout: they are too short. Raise "
-            "max_completion_length or low_share."
-        )
+        raise TOPDError(_no_threshold(sample.columns, args))
     mark_real(folder / POSITIONS, threshold)
     full = sample.columns[sample.columns["length"] == args.window_length]
-    narrower = intervals(full, measure, repeats=args.bootstrap, seed=args.seed)
+    narrower = _measured(full, args)
     return {
         "rollouts": sum(1 for _ in read_lines(folder / ROLLOUTS)),
         "prompts": len(np.unique(sample.columns["prompt"])),
@@ -289,6 +259,34 @@ def summarise(
         "pairs": _pair_texts(frequent_pairs(sample.columns, threshold), decode),
         "cost": _cost(folder),
     }
+
+
+def _no_threshold(columns: Array, args: AnalysisConfig) -> str:
+    """Why there is no low-loss position, and what to do."""
+    if (columns["group"] == GROUPS.index("high")).any() or getattr(args, "group_size", None):
+        return (
+            "probe: no low-loss position in any rollout: they are too short. Raise "
+            "max_completion_length or low_share."
+        )
+    agree = f"the two models agree (log-probs less than {ALIKE:g} nats a token apart)"
+    least = args.candidate_threshold
+    why, remedy = (
+        (agree, "Are they the same model with the same prompt?")
+        if least is None
+        else (
+            f"no token loss reaches candidate_threshold: {least:g}, or {agree}",
+            "Lower candidate_threshold.",
+        )
+    )
+    return (
+        f"probe: no candidate in any rollout, so no low-loss position goes with one: {why}. "
+        f"{remedy} For random and low-loss positions alone set group_size."
+    )
+
+
+def _measured(columns: Array, args: AnalysisConfig) -> dict[str, Interval]:
+    behind = prompts_behind(columns)
+    return intervals(columns, measure, repeats=args.bootstrap, seed=args.seed, behind=behind)
 
 
 def _statistics(found: dict[str, Interval]) -> dict[str, Any]:
@@ -310,11 +308,12 @@ def _statistics(found: dict[str, Interval]) -> dict[str, Any]:
 
 
 def mark_real(path: Path, threshold: float) -> None:
-    """Set ``real`` at every position: whether its distance reaches the threshold."""
+    """Set ``real`` at every position, by :func:`is_real`."""
     partial = path.with_suffix(".partial")
     with open(partial, "w", encoding="utf-8") as file:
         for record in read_lines(path):
-            file.write(json.dumps({**record, "real": record["distance"] >= threshold}) + "\n")
+            real = bool(is_real(record["distance"], threshold))
+            file.write(json.dumps({**record, "real": real}) + "\n")
     partial.replace(path)
 
 
@@ -339,18 +338,6 @@ def _quantile(values: Array, q: float) -> float:
 
 def _mean(values: Array) -> float:
     return float(values.mean()) if len(values) else math.nan
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:
-    defined = [value for value in values if math.isfinite(value)]
-    if len(defined) * 2 < len(values) or not defined:
-        return None, None
-    low, high = np.percentile(defined, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def _nested(found: dict[str, Interval], prefix: str) -> dict[str, Any]:

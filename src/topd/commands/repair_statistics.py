@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from topd.commands.probe_statistics import METRICS, Array, intervals
+from topd.commands.intervals import Array, intervals
+from topd.commands.probe_statistics import METRICS
 from topd.runs.files import read_lines
 
 SAMPLES = "samples.jsonl"
