@@ -250,6 +250,14 @@ CASES: tuple[Case, ...] = (
         method="opd",
     ),
     setting(
+        "a weight of 0 on all that is learned",
+        "trajectory_weight: 0 leaves topd nothing to learn",
+        "Raise it",
+        token_loss="none",
+        method="topd",
+        trajectory_weight=0.0,
+    ),
+    setting(
         "no token losses, and updates that do not look ahead",
         "learns nothing in updates that do not look ahead",
         "Set look_ahead_every: 1",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from topd.detectors import teachability_of
 from topd.errors import TOPDError
-from topd.methods import METHODS, check_options, downweight, opd, topd
+from topd.methods import METHODS, check_learns, check_options, downweight, opd, topd
 from topd.training.learning import cap_at_medians
 from topd.transport import soft_targets, solve
 from topd.types import (
@@ -188,6 +188,8 @@ def test_dial_opd_prefers_a_gap_of_probabilities_to_a_ratio_of_tiny_ones():
     found = probabilities([0.2, 1e-4, 0.5], [0.1, 1e-3, 1.0])
     (by_gap,) = METHODS["dial_opd"].guide(found, share=0.34)
     (by_ratio,) = METHODS["dial_opd"].guide(found, share=0.34, beta=0.0)
+    assert found.statistics is None  # log-probs are all that it asks for
+    assert METHODS["dial_opd"].needs == "logprobs"
     assert by_gap.weights == (0.0, 0.0, 3.0)
     assert by_ratio.weights == (0.0, 3.0, 0.0)
 
@@ -318,6 +320,32 @@ def test_the_matched_control_draws_differently_by_seed():
 def test_unknown_methods_and_options_are_refused(method, options):
     with pytest.raises(TOPDError, match="method"):
         check_options(method, options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_learns_by_the_fields_that_it_says(name):
+    """And what they leave it without token losses, or without L_traj, is refused or not."""
+    method = METHODS[name]
+    found = with_statistics(evidence(ROWS, STARTS, [True, False, True, False]))
+    guidance = method.guide(found, **({"threshold": 0.1} if name == "eopd" else {}))
+    parts = ("weights", "targets", "branches", "advantages")
+    filled = {part for part in parts if any(any(getattr(guide, part)) for guide in guidance)}
+    assert filled == {*method.learns}
+    for kind, weight in (("full", 0.1), ("full", 0.0), ("none", 0.1), ("none", 0.0)):
+        gone = {"weights"} if kind == "none" else set()
+        gone |= set() if weight else {"targets", "branches"}
+        if filled - gone:
+            check_learns(name, kind, weight)
+        else:
+            said = "token_loss: none" if method.of_tokens else "trajectory_weight: 0"
+            with pytest.raises(TOPDError, match=f"{said} leaves {name} nothing to learn"):
+                check_learns(name, kind, weight)
+
+
+def test_an_option_of_token_losses_has_no_effect_without_them():
+    check_options("first_fork", {"after": 0.0}, "sampled")
+    with pytest.raises(TOPDError, match=r"method_options: after: .* token_loss: none\. Leave it"):
+        check_options("first_fork", {"after": 0.0}, "none")
 
 
 def test_opd_leaves_every_token_as_it_is():

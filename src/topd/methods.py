@@ -326,8 +326,10 @@ class Method(NamedTuple):
 
     ``settings`` are fields of TOPDConfig that the method was measured with: they hold wherever the
     user gives nothing else. ``needs`` is what it wants of the teacher beyond the token losses, or
-    in their place: windows are enough with the options ``by_windows``. ``of_tokens``: it weights
-    token losses and does nothing else.
+    in their place: windows are enough with the options ``by_windows``. ``learns`` names the fields
+    of Guidance by which it learns, by default any; ``whole``: its token losses are those over the
+    whole distribution. ``goes_on`` is the option that says how many tokens of its own the student
+    writes after a window.
     """
 
     guide: Callable[..., tuple[Guidance, ...]]
@@ -338,7 +340,22 @@ class Method(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
     needs: Needs = "distributions"
     by_windows: Mapping[str, Any] = MappingProxyType({})
-    of_tokens: bool = False
+    learns: tuple[str, ...] = ("weights", "targets", "branches", "advantages")
+    whole: bool = False
+    goes_on: str = ""
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it weights token losses and does nothing else."""
+        return self.learns == ONLY_TOKENS
+
+    def beyond(self, window: int) -> int:
+        """How many tokens after a rollout a text may end that is read for it, with such windows.
+
+        A window may begin at the last token of a rollout that has ended.
+        """
+        own = inspect.signature(self.guide).parameters[self.goes_on].default if self.goes_on else 0
+        return window + own if self.looks_ahead else 0
 
 
 FIRST_FORK = {  # as measured in docs/evidence.md
@@ -351,34 +368,44 @@ FIRST_FORK = {  # as measured in docs/evidence.md
     "look_ahead_until": 0.5,  # of all updates
 }
 
+ONLY_TOKENS = ("weights",)
+OWN_CONTEXT = ("weights", "branches")
+
 ALONG_ROLLOUTS = {"trajectory_weight": 1.0, "trajectory_reduction": "sum"}  # a mean over tokens
 
 METHODS: dict[str, Method] = {  # the first is the default; docs/which-method.md says why
-    "opd": Method(opd, needs="logprobs", of_tokens=True),
+    "opd": Method(opd, needs="logprobs", learns=ONLY_TOKENS),
     "first_fork": Method(
         first_fork,
         looks_ahead=True,
         first_only=True,
         settings=FIRST_FORK,
         by_windows={"loss": "cross_entropy"},
+        learns=OWN_CONTEXT,
     ),
-    "topd": Method(topd, looks_ahead=True, needs="windows"),
-    "window_sft": Method(window_sft, looks_ahead=True, needs="windows"),
-    "window_kd": Method(window_kd, looks_ahead=True),
-    "olive": Method(olive, looks_ahead=True, first_only=True, needs="windows"),
-    "relay": Method(relay, looks_ahead=True),
-    "downweight": Method(downweight, looks_ahead=True, of_tokens=True),
+    "topd": Method(topd, looks_ahead=True, needs="windows", learns=("weights", "targets")),
+    "window_sft": Method(window_sft, looks_ahead=True, needs="windows", learns=OWN_CONTEXT),
+    "window_kd": Method(window_kd, looks_ahead=True, learns=OWN_CONTEXT),
+    "olive": Method(
+        olive, looks_ahead=True, first_only=True, needs="windows", learns=("branches",)
+    ),
+    "relay": Method(relay, looks_ahead=True, learns=OWN_CONTEXT, goes_on="tokens"),
+    "downweight": Method(downweight, looks_ahead=True, learns=ONLY_TOKENS, whole=True),
     "downweight_matched": Method(
-        downweight_matched, looks_ahead=True, whole_update=True, of_tokens=True
+        downweight_matched, looks_ahead=True, whole_update=True, learns=ONLY_TOKENS, whole=True
     ),
-    "kl_top": Method(kl_top, statistics=True, whole_update=True, of_tokens=True),
-    "entropy_top": Method(entropy_top, statistics=True, whole_update=True, of_tokens=True),
-    "teachability": Method(teachability, statistics=True, whole_update=True, of_tokens=True),
-    "iw_opd": Method(iw_opd, needs="logprobs", of_tokens=True),
-    "dial_opd": Method(dial_opd, whole_update=True),
-    "ier_opd": Method(ier_opd, statistics=True, whole_update=True),
-    "eopd": Method(eopd, statistics=True, settings=ALONG_ROLLOUTS),
-    "negative": Method(negative, whole_update=True, needs="nothing"),
+    "kl_top": Method(kl_top, statistics=True, whole_update=True, learns=ONLY_TOKENS, whole=True),
+    "entropy_top": Method(
+        entropy_top, statistics=True, whole_update=True, learns=ONLY_TOKENS, whole=True
+    ),
+    "teachability": Method(
+        teachability, statistics=True, whole_update=True, learns=ONLY_TOKENS, whole=True
+    ),
+    "iw_opd": Method(iw_opd, needs="logprobs", learns=ONLY_TOKENS),
+    "dial_opd": Method(dial_opd, whole_update=True, needs="logprobs", learns=ONLY_TOKENS),
+    "ier_opd": Method(ier_opd, statistics=True, whole_update=True, learns=ONLY_TOKENS),
+    "eopd": Method(eopd, statistics=True, settings=ALONG_ROLLOUTS, learns=OWN_CONTEXT),
+    "negative": Method(negative, whole_update=True, needs="nothing", learns=("advantages",)),
 }
 
 
@@ -391,11 +418,19 @@ _RANGES: dict[str, tuple[float, float]] = {"share": (1e-9, 1), "tokens": (1, 1e9
 _RANGES |= dict.fromkeys(("after", "gamma", "threshold"), (0, math.inf))
 
 
-def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Raises TOPDError for a method or an option that does not exist, or a value out of range."""
+def check_options(method: str, options: Mapping[str, Any], kind: str = "full") -> None:
+    """Raises TOPDError for a method or an option that does not exist, or a value out of range.
+
+    With token losses of a ``kind`` (``token_loss`` of TOPDConfig) for an option without effect too.
+    """
     guide = method_named(method).guide
     known = [*inspect.signature(guide).parameters][1:]
     for name, value in options.items():
+        if (method, name, kind) == ("first_fork", "after", "none"):
+            raise TOPDError(
+                "method_options: after: weights token losses, of which there are none with "
+                "token_loss: none. Leave it out."
+            )
         if name not in known:
             has = ", ".join(known) or "none"
             raise TOPDError(f"method_options: {method} has no option {name!r}. It has: {has}.")
@@ -412,19 +447,29 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
             raise TOPDError(f"method_options: {name}: {value} must be in [{least}, {most}].")
 
 
-def check_token_loss(name: str, kind: str) -> None:
-    """Refuse a method that is left without effect. Raises TOPDError.
+def check_learns(name: str, kind: str, trajectory_weight: float) -> None:
+    """Refuse a method that is left with nothing to learn. Raises TOPDError.
 
-    ``kind`` is ``sampled``, ``spans`` or ``none``: see ``token_loss`` of TOPDConfig.
+    ``kind`` is ``full``, ``sampled``, ``spans`` or ``none``: see ``token_loss`` of TOPDConfig.
     """
     method = method_named(name)
-    if method.of_tokens and (kind == "none" or method.needs == "distributions"):
+    if method.whole and kind in ("sampled", "spans"):
         raise TOPDError(
-            f"token_loss: {kind} leaves {name} nothing to learn: it weights token losses over the "
-            "whole distribution. Set token_loss: full, or choose a method with windows."
-            if kind != "none"
-            else f"token_loss: none leaves {name} nothing to learn. Choose a method with windows."
+            f"token_loss: {kind} leaves {name} nothing to learn: it weights token losses "
+            "over the whole distribution. Set token_loss: full, or choose a method with windows."
         )
+    none = {"weights"} if kind == "none" else set()
+    off = {"targets", "branches"} if trajectory_weight == 0 else set()
+    if {*method.learns} - none - off:
+        return
+    if method.of_tokens:
+        raise TOPDError(
+            f"token_loss: none leaves {name} nothing to learn. Choose a method with windows."
+        )
+    raise TOPDError(
+        f"trajectory_weight: 0 leaves {name} nothing to learn: L_traj is all that it learns"
+        f"{' with token_loss: none' if none else ''}. Raise it."
+    )
 
 
 def _statistics(evidence: Evidence) -> TokenStatistics:

@@ -236,7 +236,7 @@ class TOPDConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
             raise TOPDError(f"{str(error).rstrip('.')}. Correct it, or leave it out.") from error
-        check_options(self.method, self._method_options())  # which may have been JSON
+        check_options(self.method, self._method_options(), self.token_loss)  # may have been JSON
         check_trackers(self)
         if not named:  # each rank looked at its own clock
             self.output_dir = everywhere(self.output_dir)[0]
@@ -299,7 +299,7 @@ class TOPDConfig(TrainingArguments):
             )
 
     def _check(self) -> None:
-        check_options(self.method, self._method_options())
+        check_options(self.method, self._method_options(), self.token_loss)
         detector_named(self.candidate_loss)
         check_values(self)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from topd.errors import TOPDError
-from topd.methods import check_token_loss, method_named
+from topd.methods import check_learns, method_named
 
 if TYPE_CHECKING:
     from topd.config import TOPDConfig
@@ -83,6 +83,7 @@ def check_values(config: TOPDConfig) -> None:
                 raise TOPDError(f"{name}: {value!r} {rule}.")
     if config.token_loss != "full":
         _check_token_loss(config)
+    check_learns(config.method, config.token_loss, config.trajectory_weight)
     logged = config.token_loss == "full" and config.logging_strategy != "no"
     if config.look_ahead_until == "auto" and not logged:
         raise TOPDError(
@@ -151,7 +152,6 @@ def _check_token_loss(config: TOPDConfig) -> None:
     kind = f"token_loss: {config.token_loss}"
     if config.learns_from_answers:
         raise TOPDError(f"{kind} is for rollouts. A warm start has kd_ratio: leave it out.")
-    check_token_loss(config.method, config.token_loss)
     if config.token_loss == "spans" and config.environment is not None:
         raise TOPDError(f"{kind} does not go with environment. Leave one of them out.")
     if config.beta != 1:
