@@ -33,7 +33,7 @@ HOMES = {  # where each class is written
     "WarmstartConfig": "training/warmstart.py",
     "AnalysisConfig": "commands/session.py",
     "ProbeConfig": "commands/probe.py",
-    "RepairConfig": "commands/repair.py",
+    "RepairConfig": "commands/repair_config.py",
     "ModelSpec": "inputs/models.py",
     "ByText": "inputs/text_spec.py",
     "DataSpec": "inputs/rows.py",

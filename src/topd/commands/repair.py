@@ -22,7 +22,6 @@ as in training, by the same functions with the same loss.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,76 +33,29 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from topd.commands.probe_statistics import METRICS
+from topd.commands.repair_config import RepairConfig
 from topd.commands.repair_statistics import SAMPLES, summarise
 from topd.commands.session import (
     ROLLOUTS,
-    AnalysisConfig,
     Pair,
     batches,
     read_analysis,
     session,
 )
-from topd.config import _field
 from topd.divergence import real_divergent_points
 from topd.engines import Scores
 from topd.errors import TOPDError
-from topd.methods import METHODS, Method
-from topd.named import row_named
 from topd.runs.files import read_lines, trim
 from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
-from topd.training.evidence import Seen, pair_windows, statistics_of
+from topd.training.evidence import Seen, differing, pair_windows, statistics_of
 from topd.training.layout import can_pack
 from topd.training.learning import LearningBatch, Totals, collate, learning_terms, update_loss
 from topd.training.progress import Phases
 from topd.types import Generation, Ids, Prompt, Rollout, Sampling
 
 ROLLOUTS_A_SAMPLE = 50  # give up when so many rollouts a sample have been looked at
-TRIED = ("opd", "topd", "window_sft", "window_kd", "first_fork")  # unless others are asked for
-LOSS = ("beta", "trajectory_weight", "trajectory_reduction")  # settings that the loss reads
-
-
-@dataclass
-class RepairConfig(AnalysisConfig):
-    """What a repair does: TOPDConfig's rollouts, windows, transport and optimiser, and these."""
-
-    samples: int = _field(200, "Prefixes, each with one real divergent point.")
-    updates: int = _field(5, "M, updates with each method on a prefix.")
-    methods: tuple[str, ...] | str | None = _field(
-        None, f"What is tried: methods, my_module:function too; none: {', '.join(TRIED)}."
-    )
-
-    def _check(self) -> None:
-        super()._check()
-        for name in ("samples", "updates"):
-            self._at_least_1(name)
-        for name in self.method_names:
-            row_named("methods", name, METHODS, Method)
-
-    @property
-    def method_names(self) -> tuple[str, ...]:
-        """The methods to try, in order."""
-        return (self.methods,) if isinstance(self.methods, str) else tuple(self.methods or TRIED)
-
-    def method_of(self, name: str) -> Method:
-        """A method by its name; with ``method_options`` if it is ``method`` itself."""
-        if name == self.method:
-            return self.guidance_method()
-        return row_named("methods", name, METHODS, Method)
-
-    def loss_of(self, name: str) -> RepairConfig:
-        """These arguments with the loss that training with a method has by default.
-
-        Its own settings, or those of the class, hold where nothing was given; the rollout is the
-        student's own, so no importance is weighed.
-        """
-        own, settings = copy.copy(self), self.method_of(name).settings
-        for key in LOSS:
-            if key not in self._given:
-                setattr(own, key, settings.get(key, getattr(RepairConfig, key)))
-        own.overlap = False
-        return own
 
 
 @dataclass(frozen=True)
@@ -152,10 +104,9 @@ def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None
 
 def _summary(folder: Path, args: RepairConfig) -> dict[str, Any]:
     """The content of repair.json."""
-    names = args.method_names
     return summarise(
         folder,
-        names,
+        args.method_names,
         repeats=args.bootstrap,
         seed=args.seed,
         updates=args.updates,
@@ -190,7 +141,8 @@ def _repair(args: RepairConfig, pair: Pair, run: RunFolder, phases: Phases) -> N
     raise TOPDError(
         f"repair: only {done} of {args.samples} real divergent points with a whole window in "
         f"{ROLLOUTS_A_SAMPLE * args.samples} rollouts. Lower samples or window_length, or raise "
-        "candidate_fraction or max_completion_length."
+        "candidate_fraction or max_completion_length. Rollouts on which both models agree have "
+        "none."
     )
 
 
@@ -237,9 +189,10 @@ def samples_of(
     rollouts = observer.roll_out(prompts, seeds)
     scores = observer.score(rollouts, number)
     losses, teacher = observer.token_losses(rollouts, scores), scores.logprobs.cpu()
+    found = observer.candidates(losses, length)
     starts = [
         (row, t)
-        for row, t in observer.candidates(losses, length)
+        for row, t in differing(rollouts, scores.logprobs, found)
         if rollouts[row].finished or t + length <= len(rollouts[row].response)
     ]
     if not starts:
@@ -337,7 +290,8 @@ def correct(pair: Pair, args: RepairConfig, sample: Sample, name: str) -> None:
     )
     for _ in range(args.updates):
         loss_on(pair, loss_of, batch).backward()
-        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        if args.max_grad_norm:  # 0: no clipping, as in training
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimiser.step()
         optimiser.zero_grad()
 
