@@ -192,6 +192,16 @@ def test_what_the_student_writes_once_is_as_surprising_as_it_is_unlikely():
     assert surprise(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0).long()).shape == (0,)
 
 
+def test_a_token_that_the_teacher_never_writes_is_no_surprise_where_it_is_a_habit():
+    """-inf: 0 for a full habit, not NaN, and the highest there is elsewhere."""
+    never = torch.tensor([-INF, -INF, -INF, -1.0])
+    found = surprise(never, torch.tensor([0, 0, 2, 3]), torch.tensor([1, 1, 1, 1]))
+    assert found[:2].tolist() == [0.0, 0.0]
+    assert found.argmax() == 2
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    assert chosen(select_candidates(found[None], mask, fraction=0.25)) == [(0, 2)]
+
+
 # ---- real_divergent_points --------------------------------------------------------------------
 
 
@@ -216,7 +226,7 @@ def test_the_nearest_share_are_false_alarms():
     ],
 )
 def test_the_share_is_rounded_to_the_nearest_count(count, share, alarms):
-    distance = torch.arange(count).float()
+    distance = 1 + torch.arange(count).float()
     real = real_divergent_points(distance, false_alarm_share=share)
     assert real.dtype == torch.bool
     assert real.tolist() == [False] * alarms + [True] * (count - alarms)
@@ -232,6 +242,20 @@ def test_a_threshold_decides_instead_of_the_share(share):
     real = real_divergent_points(distance, false_alarm_share=share, threshold=0.5)
     assert real.tolist() == [True, False, True, False]
     assert real_divergent_points(distance[:0], threshold=0.5).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("given", "real"),
+    [
+        ({"false_alarm_share": 0.25}, [False, False, False, True]),  # three of four, not one
+        ({"threshold": 0.0}, [False, False, False, True]),
+        ({"false_alarm_share": 0.0}, [True] * 4),  # the verdict is not by distance
+    ],
+)
+def test_windows_that_are_not_apart_are_no_divergent_points(given, real):
+    assert real_divergent_points(torch.tensor([0.0, 0.0, 0.0, 0.5]), **given).tolist() == real
+    if real[0] is False:
+        assert not real_divergent_points(torch.zeros(5), **given).any()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, math.nan])

@@ -490,6 +490,29 @@ def test_only_the_first_window_is_written_where_a_method_needs_no_other(tmp_path
     assert found.guidance == every.guidance
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"solver": "sinkhorn", "epsilon": 0.2}, {"position_weight": 1.0}]
+)
+def test_windows_of_the_same_tokens_are_at_distance_zero(tmp_path, monkeypatch, options):
+    """Not at the rounding of a cosine, nor at the entropy of a plan; other windows stay as they
+    are: one that has a token more, and one that has another."""
+    seen = observer(tmp_path, **options)
+    texts = [torch.randint(6, VOCAB, (K,)).tolist() for _ in range(60)]
+    rollouts = [Rollout(PROMPTS[0], tuple(text), (), finished=True) for text in texts]
+    ends = [text[:-1] if i % 3 == 1 else [*text[:-1], 5] for i, text in enumerate(texts)]
+    written = [Generation(tuple(t if i % 3 == 0 else e), (), True) for i, (t, e) in
+               enumerate(zip(texts, ends, strict=True))]  # fmt: skip
+    windows = pair_windows(rollouts, [(row, 0) for row in range(60)], written, K)
+    found = seen.compare(windows)
+    same = (torch.arange(60) % 3 == 0).cpu()
+    assert torch.equal(found.distance == 0, same)
+    monkeypatch.setattr(transport, "without_dust", lambda solved, *_: solved)
+    bare = seen.compare(windows)
+    assert (bare.distance[same] > 0).any()
+    torch.testing.assert_close(found.distance[~same], bare.distance[~same], rtol=0, atol=0)
+    torch.testing.assert_close(found.plan, bare.plan, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("method", ["topd", "first_fork"])
 def test_a_student_that_is_its_teacher_has_no_candidate(method, tmp_path, caplog):
     """Whatever the quota or the surprise: there is no fork between equal models."""

@@ -87,7 +87,8 @@ def surprise(
     pairs = _count_of_each(likeliest.long() * width + tokens)
     share = (pairs - 1) / (_count_of_each(likeliest) - 1).clamp(min=1)
     spread = pairs.log() / math.log1p(len(tokens))
-    return -teacher_logprobs * (1 - share) * (1 - spread)
+    loss = -teacher_logprobs.clamp(min=torch.finfo(teacher_logprobs.dtype).min)  # inf x 0 is NaN
+    return loss * (1 - share) * (1 - spread)
 
 
 def moved_to_random(
@@ -164,11 +165,11 @@ def real_divergent_points(
     Args:
         distance: [N], OT distances of the batch's candidates.
         false_alarm_share: this share with the smallest distances, rounded to the nearest count,
-            are false alarms; in [0, 1].
+            are false alarms; in [0, 1]. With 0 all are real, whatever their distance.
         threshold: if given, it decides instead: real means a distance of at least this much.
 
     Returns:
-        [N] bool.
+        [N] bool. A verdict by distance takes no windows for real that are not apart at all.
 
     Raises:
         TOPDError: the share is out of range.
@@ -178,6 +179,8 @@ def real_divergent_points(
     if not 0 <= false_alarm_share <= 1:
         raise TOPDError(f"false_alarm_share = {false_alarm_share} must be between 0 and 1.")
     if threshold is not None:
-        return distance >= threshold
+        return (distance >= threshold) & (distance > 0)
+    if false_alarm_share == 0:
+        return torch.ones_like(distance, dtype=torch.bool)
     rank = distance.argsort(stable=True).argsort()
-    return rank >= round(false_alarm_share * len(distance))
+    return (rank >= round(false_alarm_share * len(distance))) & (distance > 0)

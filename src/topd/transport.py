@@ -9,6 +9,7 @@ with C the ground cost between token embeddings and a, b uniform over the tokens
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from topd.errors import TOPDError
-from topd.types import Ids, Transport, wide_dtype
+from topd.types import Ids, Transport, Windows, wide_dtype
 
 Solver = Literal["exact", "sinkhorn"]
 
@@ -29,6 +30,7 @@ MAX_ITERATIONS = 200  # some 16 are needed at epsilon 0.05, some 50 at 1e-5
 FIRST_EPSILON = 1.0
 FOLLOWED = 0.1  # the error at which epsilon falls
 WINDOWS_AT_ONCE = 32  # on the host; they stay in the processor's cache
+DISTANCE_DUST = 1e-6  # rounding leaves a token up to 1e-7 from itself in float32
 PLAN_DUST = 1e-3  # of its row's mass; what is below is not written down
 
 
@@ -115,6 +117,24 @@ def solve(
     if not 0 < epsilon < math.inf:
         raise TOPDError(f"transport.solve: epsilon = {epsilon} must be finite and above 0.")
     return _entropic(given, rows, columns, epsilon)
+
+
+def without_dust(solved: Transport, windows: Windows, compared: Bool[Tensor, "N m"]) -> Transport:
+    """The same, with a distance of exactly 0 where nothing but rounding or entropy keeps apart.
+
+    So it is where both windows are the same tokens, whatever the solver, and where the distance is
+    below ``DISTANCE_DUST``, as that of the same tokens in another order may be. Plans stay.
+
+    Args:
+        solved: plans on the CPU.
+        windows: what was compared.
+        compared: [N m], the teacher's tokens that were.
+    """
+    own, n = windows.student_mask, min(windows.student_mask.shape[1], compared.shape[1])
+    equal = windows.student_tokens[:, :n] == windows.teacher_tokens[:, :n]
+    same = (equal | ~own[:, :n]).all(-1) & (own.sum(-1) == compared.sum(-1))
+    nothing = same | (solved.distance < DISTANCE_DUST)
+    return replace(solved, distance=solved.distance.masked_fill(nothing, 0.0))
 
 
 def soft_targets(

@@ -378,6 +378,7 @@ class Observer:
 
         Of a teacher's window that is longer than the student's only as much is compared as the
         student has: its last token would else be compared with all that the teacher writes on.
+        Windows of the same tokens are at distance 0.
         ``position_weight`` replaces that of ``args``; of several teachers ``teacher`` is their own.
         """
         eta = self.args.position_weight if position_weight is None else position_weight
@@ -390,10 +391,11 @@ class Observer:
                 reader.embed(windows.teacher_tokens),
                 position_weight=eta,
             )
-            return transport.solve(
+            solved = transport.solve(
                 cost,
                 windows.student_mask.to(cost.device),
                 both.to(cost.device),
                 method=self.args.solver,
                 epsilon=self.args.epsilon,
-            ).cpu()
+            )
+            return transport.without_dust(solved.cpu(), windows, both)
