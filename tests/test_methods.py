@@ -169,6 +169,14 @@ def test_weights_of_iw_opd_by_hand():
     assert guide.weights == pytest.approx((1.5, 1.375, 1.125))
 
 
+def test_a_token_that_the_teacher_never_writes_leaves_every_weight_finite():
+    found = evidence([[1.0, INF, 1.0]], [], [])
+    (guide,) = METHODS["iw_opd"].guide(found)
+    assert guide.weights == pytest.approx((1.5, 1.5, 1.0), abs=1e-3)
+    (guide,) = METHODS["dial_opd"].guide(found, share=0.34, beta=0.0)
+    assert guide.weights == (0.0, 3.0, 0.0)
+
+
 @pytest.mark.parametrize("loss", ["sampled", "surprise"])
 def test_the_drift_of_iw_opd_does_not_depend_on_the_detector(loss):
     found = evidence([[1.0, -2.0, 1.0]], [], [])

@@ -43,6 +43,9 @@ from topd.types import (
 )
 
 
+NEVER = -1e4  # nats, of a token that the teacher bars: log p_T is -inf
+
+
 def opd(evidence: Evidence) -> tuple[Guidance, ...]:
     """On-policy distillation: every token counts as it is. Source: arXiv 2306.13649."""
     return tuple(Guidance((1.0,) * length) for length in _lengths(evidence))
@@ -287,8 +290,8 @@ def _teacher(evidence: Evidence) -> Float[Tensor, "B T"]:
 
 
 def _gap(evidence: Evidence) -> Float[Tensor, "B T"]:
-    """log p_T - log p_S of every token, nats."""
-    return _teacher(evidence) - evidence.logprobs
+    """log p_T - log p_S of every token, nats; ``NEVER`` at the least, which sums stay finite by."""
+    return (_teacher(evidence) - evidence.logprobs).clamp(min=NEVER)
 
 
 def _top(score: Tensor, mask: Bool[Tensor, "B T"], share: float) -> Bool[Tensor, "B T"]:
