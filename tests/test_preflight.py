@@ -477,6 +477,37 @@ def test_noise_that_cannot_be_turned_off_is_refused():
         check_forward(model)
 
 
+@pytest.mark.parametrize(
+    ("options", "ahead"),
+    [
+        ({"method": "opd"}, 0),
+        ({"method": "topd"}, 0),  # its targets are in the rollout
+        ({"method": "eopd"}, 0),
+        ({"method": "window_sft"}, 6),
+        ({"method": "window_kd"}, 6),
+        ({"method": "olive"}, 6),
+        ({"method": "first_fork", "window_length": 0.5}, 4),
+        ({"method": "relay"}, 6 + 24),
+        ({"method": "relay", "method_options": {"tokens": 3}}, 6 + 3),
+    ],
+)
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_what_is_learned_after_a_rollout_has_to_fit_too(tmp_path, options, ahead, role):
+    """A window from the last token on, and what the student writes after it, as positions."""
+    longest = max(len(p.student) for p in make(tmp_path / "0").train_dataset) + 8
+    if role == "teacher" and options["method"] == "topd":
+        ahead = 6
+    options = {"window_length": 6, **options}
+    sizes = {longest + ahead: True, longest + ahead - 1: False}
+    for positions, fits in sizes.items():
+        pair = {role: tiny_model(max_position_embeddings=positions)}
+        if fits:
+            make(tmp_path / "1", **pair, **options)
+        else:
+            with pytest.raises(TOPDError, match=f"{role}: .* the model has {positions} positions"):
+                make(tmp_path / "1", **pair, **options)
+
+
 # What a trainer is asked for besides
 
 

@@ -540,6 +540,16 @@ def test_bad_options_are_refused_with_their_name(recipe, tmp_path, words, part):
     assert part in refusal(recipe, "--output_dir", str(tmp_path / "run"), *words)
 
 
+def test_what_the_student_writes_after_a_window_has_to_fit(recipe, tmp_path):
+    """512 positions; relay has the student write 24 tokens more."""
+    words = ("--max_completion_length", "600", "--output_dir", str(tmp_path / "run"))
+    tokens = [
+        int(refusal(recipe, *words, "--methods", name).partition(" make ")[2].split()[0])
+        for name in ("opd", "relay")
+    ]
+    assert tokens[1] - tokens[0] == 24
+
+
 def test_a_folder_of_a_probe_is_refused(recipe, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"command": "probe"}))
     assert "another kind (probe)" in refusal(recipe, "--output_dir", str(tmp_path))

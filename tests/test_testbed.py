@@ -350,6 +350,19 @@ def test_every_detector_scores_every_token_before_the_fork():
         "OT, contextual",
     }
     assert torch.isfinite(torch.tensor(np.stack(list(found.scores.values())))).all()
+    observer = observer_of(*engines, window_length=24, max_tokens=48, seed=0)
+    found, score = label_rollouts(family, observer, prompts, texts, words), observer.score
+
+    def with_rubbish(rollouts, *rest, **options):
+        scores = score(rollouts, *rest, **options)
+        for states, rollout in zip(scores.hidden, rollouts, strict=True):
+            states[len(rollout.response) :] = 7.0
+        return scores
+
+    observer.score = with_rubbish  # after the end of a rollout, where windows reach it too
+    again = label_rollouts(family, observer, prompts, texts, words)
+    for name, scores in found.scores.items():
+        np.testing.assert_array_equal(again.scores[name], scores, name)
 
 
 @pytest.mark.parametrize(

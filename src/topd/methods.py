@@ -42,7 +42,6 @@ from topd.types import (
     TokenStatistics,
 )
 
-
 NEVER = -1e4  # nats, of a token that the teacher bars: log p_T is -inf
 
 

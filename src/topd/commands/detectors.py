@@ -189,22 +189,23 @@ def _window_scores(
     return {
         "OT, static": static.numpy(),
         "OT, position cost": placed.numpy(),
-        "OT, contextual": _contextual(scores, starts, written, windows).numpy(),
+        "OT, contextual": _contextual(rollouts, scores, starts, written).numpy(),
     }
 
 
 def _contextual(
+    rollouts: Sequence[Rollout],
     scores: Scores,
     starts: Sequence[tuple[int, int]],
     written: Sequence[Generation],
-    windows: object,
 ) -> Tensor:
     """OT on the teacher's states after each token of either window, the last token left out."""
     distances = []
     for (row, t), window in zip(starts, written, strict=True):
         assert window.hidden is not None
         theirs = window.hidden[1:]
-        own = scores.hidden[row, t + 1 : t + len(window.tokens)]
+        end = min(len(rollouts[row].response), t + len(window.tokens))  # after it is padding
+        own = scores.hidden[row, t + 1 : end]
         if not len(theirs) or not len(own):
             distances.append(scores.hidden.new_zeros(()).float())
             continue

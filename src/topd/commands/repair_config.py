@@ -60,6 +60,12 @@ class RepairConfig(AnalysisConfig):
         """The methods to try, in order."""
         return (self.methods,) if isinstance(self.methods, str) else tuple(self.methods or TRIED)
 
+    @property
+    def ahead(self) -> int:
+        """With what the student writes after a window for a method."""
+        tried = (self.method_of(name).beyond(self.length) for name in self.method_names)
+        return max(self.length, *tried)
+
     def method_of(self, name: str) -> Method:
         """A method by its name; with ``method_options`` if it is ``method`` itself."""
         if name == self.method:

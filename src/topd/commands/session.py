@@ -82,6 +82,11 @@ class AnalysisConfig(TOPDConfig):
         """K, tokens a window."""
         return int(self.window_length)
 
+    @property
+    def ahead(self) -> int:
+        """How many tokens after a rollout a text may end that is read for it."""
+        return self.length
+
     def _at_least_1(self, name: str) -> None:
         value = getattr(self, name)
         if value is not None and value < 1:
@@ -221,8 +226,8 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
         ("teacher", source, [len(p.teacher) for p in prompts]),
     ):
         most = max(lengths) + args.max_completion_length
-        check_context(name, spec, most, args.longest_window)
-        check_servers(name, spec, tokenizer, most, args.longest_window)
+        check_context(name, spec, most, args.ahead)
+        check_servers(name, spec, tokenizer, most, args.ahead)
     student, teacher = (model.eval().to(device) for model in load_pair(recipe.student, source))
     check_head("student", student)
     check_head("teacher", teacher.requires_grad_(False))

@@ -212,9 +212,12 @@ def check_sources(
     response = args.max_completion_length
     student = response + max((len(prompt.student) for prompt in prompts), default=0)
     teacher = response + max((len(prompt.teacher) for prompt in prompts), default=0)
-    window = args.longest_window if args.guidance_method().looks_ahead else 0
-    check_context("student", sources[0], student)
-    check_servers("student", sources[0], tokenizers[0], student)
+    method = args.guidance_method()
+    ahead = method.beyond(args.longest_window)
+    learned = ahead if "branches" in method.learns else 0
+    check_context("student", sources[0], student, learned)
+    served = learned if method.goes_on else 0  # what it is asked to write
+    check_servers("student", sources[0], tokenizers[0], student, served)
     for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
         if is_by_text(source):
             if source.as_text and getattr(args, "answers", "teacher") == "teacher":
@@ -224,8 +227,8 @@ def check_sources(
             whole = args.sampling if args.learns_from_answers else None
             check_text_teacher(source, (tokenizers[0], tokenizer), prompts, whole=whole)
             continue
-        check_context("teacher", source, teacher, window)
-        check_servers("teacher", source, tokenizer, teacher, window)
+        check_context("teacher", source, teacher, ahead)
+        check_servers("teacher", source, tokenizer, teacher, ahead)
 
 
 def check_training(
