@@ -429,7 +429,7 @@ def test_a_served_teacher_is_asked_for_room_for_windows_where_it_writes_them(
     args = TOPDConfig(output_dir=str(tmp_path / "run"), method=method, **options)
     TOPDTrainer.check(str(folder / "student"), str(folder / "teacher"), args, [{"prompt": "so so"}])
     assert [(name, *rest) for name, _, _, *rest in asked] == [
-        ("student", 14),
+        ("student", 14, 0),
         ("teacher", 14, window),
     ]
 

@@ -329,17 +329,11 @@ class Observer:
         """What the teacher writes from each (row, token), ``length`` tokens at most."""
         if not starts:
             return []
-        window_seeds = [
-            sampling_seeds(seeds[row], Stream.WINDOWS, 1, first=t)[0] for row, t in starts
-        ]
+        sampling, rejoin = self.args.window_sampling(length), self.args.window_rejoin
+        own = [sampling_seeds(seeds[row], Stream.WINDOWS, 1, first=t)[0] for row, t in starts]
         with self.phases.phase("windows", length) as tick:
             written = self.teacher.continue_from(
-                scores,
-                starts,
-                self.args.window_sampling(length),
-                window_seeds,
-                rejoin=self.args.window_rejoin,
-                tick=tick,
+                scores, starts, sampling, own, rejoin=rejoin, tick=tick
             )
         self.spent["teacher_written"] += sum(len(window.tokens) for window in written)
         return written
@@ -378,8 +372,8 @@ class Observer:
 
         Of a teacher's window that is longer than the student's only as much is compared as the
         student has: its last token would else be compared with all that the teacher writes on.
-        Windows of the same tokens are at distance 0.
-        ``position_weight`` replaces that of ``args``; of several teachers ``teacher`` is their own.
+        Windows of the same tokens are at distance 0. ``position_weight`` replaces that of ``args``;
+        of several teachers ``teacher`` is their own.
         """
         eta = self.args.position_weight if position_weight is None else position_weight
         length = windows.student_mask.sum(-1, keepdim=True)
