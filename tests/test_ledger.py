@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from topd.errors import TOPDError
 from topd.runs.files import digest
 from topd.runs.folder import RunFolder
-from topd.runs.ledger import HEAD, LEDGER, Ledger, check_chain, entry_hash, surviving
+from topd.runs.ledger import HEAD, LEDGER, Ledger, check_chain, ended, entry_hash, surviving
 
 
 def chain_of(folder, *contents: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -107,12 +108,34 @@ def test_a_chain_goes_on_where_it_ended(tmp_path, count):
     assert [entry["n"] for entry in entries(tmp_path)] == list(range(count + 1))
 
 
-def test_a_chain_goes_on_where_it_ended_and_drops_a_half_written_entry(tmp_path):
+# as SIGKILL leaves a line, and as file systems do after a power cut
+HALVES = [b'{"n": 2, "rec', bytes(99), bytes(9) + b'", "hash": "0"}\n', b'{"n": 2}\n', b"\xff\n"]
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_a_chain_goes_on_where_it_ended_and_drops_a_half_written_entry(tmp_path, half):
     chain_of(tmp_path, {"record": "a"}, {"record": "b"})
-    with open(tmp_path / LEDGER, "a") as file:
-        file.write('{"n": 2, "rec')
+    with open(tmp_path / LEDGER, "ab") as file:
+        file.write(half)
     assert list(check_chain(*chain_of(tmp_path, {"record": "c"}))) == []
     assert [entry["record"] for entry in entries(tmp_path)] == ["a", "b", "c"]
+
+
+def test_a_chain_with_more_than_one_damaged_entry_at_its_end_is_refused_with_its_line(tmp_path):
+    chain_of(tmp_path, {"record": "a"})
+    content = (tmp_path / LEDGER).read_bytes() + b'{"n": 1}\n{"n": 2, "rec'
+    (tmp_path / LEDGER).write_bytes(content)
+    with pytest.raises(TOPDError, match=r"ledger\.jsonl, line 2: is not an entry.*Bring"):
+        Ledger(tmp_path)
+    assert (tmp_path / LEDGER).read_bytes() == content
+
+
+def test_a_run_has_ended_only_if_it_did_not_begin_again_since():
+    begin, end = {"event": "begin"}, {"event": "end", "step": 3}
+    assert ended([begin, {"file": "run.json"}, end]) == end
+    assert ended([begin, end, begin, {"event": "update"}]) is None
+    assert ended([begin, end, begin, {**end, "step": 5}]) == {**end, "step": 5}
+    assert ended([]) is None
 
 
 def test_updates_that_were_made_again_and_files_written_again_count_once():

@@ -211,6 +211,34 @@ def test_a_run_goes_on_only_with_its_data_and_models(run):
     trainer.teacher_model = tiny_model("qwen3", seed=2)
     with pytest.raises(TOPDError, match="begun with other models"):
         trainer.train(resume_from_checkpoint=True)
+    trainer = make(run, method="opd", max_steps=2)
+    trainer.teacher_model.config._name_or_path = "moved/elsewhere"
+    trainer.train(resume_from_checkpoint=True)
+
+
+def test_files_that_are_not_the_runs_own_are_left_alone(run):
+    """Whatever their names end in, and if an older version's seal names them."""
+    path = run / "checkpoint-2" / "seal.json"
+    seal = json.loads(path.read_text())
+    assert seal["records"].keys() == records(run).keys()
+    (run / "mine.jsonl").write_text("mine\n")
+    seal["records"]["mine.jsonl"] = 999
+    path.write_text(json.dumps(seal))
+    resume(run, max_steps=3)
+    assert (run / "mine.jsonl").read_text() == "mine\n"
+    assert "mine.jsonl" not in json.loads((run / "checkpoint-3" / "seal.json").read_text())
+
+
+@pytest.mark.parametrize("own", [None, {"some": "thing"}, {"recipe": {}, "config": {}}])
+def test_only_a_runs_own_files_are_removed_before_it_begins_again(tmp_path, own):
+    names = ["metrics.jsonl", "tokens.jsonl", "ledger.jsonl", "train.jsonl", "answers.jsonl"]
+    for name in names:
+        (tmp_path / name).touch()
+    if own is not None:
+        (tmp_path / "run.json").write_text(json.dumps(own))
+    checkpoints.begin_anew(tmp_path)
+    left = names[3:] if own and "recipe" in own else names
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == sorted(left)
 
 
 def test_a_template_that_writes_the_date_is_named_and_a_fixed_date_resumes(tmp_path):

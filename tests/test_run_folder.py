@@ -17,7 +17,7 @@ from conftest import tiny_model
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import model_fingerprint, trained_digest
 from topd.runs import folder as ledger
-from topd.runs.files import numbered_lines, read_lines
+from topd.runs.files import numbered_lines, read_lines, trim
 from topd.runs.folder import (
     RunFolder,
     check_run_folder,
@@ -64,6 +64,20 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line, says):
     path.write_bytes(b"{}\n" + line + b"\n{}\n")
     with pytest.raises(TOPDError, match=rf"lines\.jsonl, line 2: {says}"):
         list(read_lines(path))
+
+
+@pytest.mark.parametrize("half", [b'{"a"', bytes(99), bytes(9) + b'": 1}\n', b"[]\n"])
+def test_a_damaged_last_line_is_cut_and_one_before_the_last_is_named(tmp_path, half):
+    path, whole = tmp_path / "lines.jsonl", b'{"a": 1}\n{"a": 2}\n'
+    path.write_bytes(whole + half)
+    assert trim(path, lambda record: record["a"] < 3) == 2
+    assert path.read_bytes() == whole
+    damaged = whole + half.rstrip(b"\n") + b"\n" + whole
+    path.write_bytes(damaged)
+    with pytest.raises(TOPDError, match=r"lines\.jsonl, line 3: not a record .*not the last"):
+        trim(path, lambda record: record["a"] < 3)
+    assert path.read_bytes() == damaged
+    assert trim(path, lambda record: record["a"] < 2) == 1  # what follows is cut anyway
 
 
 def test_a_line_may_be_of_any_kind_where_that_is_asked_for(tmp_path):
@@ -145,6 +159,12 @@ def test_a_second_run_in_a_folder_is_refused_unless_it_goes_on(tmp_path):
 def test_a_run_that_broke_off_before_its_first_log_is_a_run_too(tmp_path):
     """Its rollouts would be mixed with those of the next run."""
     RunFolder(tmp_path).append("rollouts.jsonl", [rollout_record(0, 0, ROLLOUT, (), "so")])
+    with pytest.raises(TOPDError, match="already holds a run"):
+        RunFolder(tmp_path)
+
+
+def test_a_file_that_a_run_would_write_into_is_refused(tmp_path):
+    (tmp_path / "tokens.jsonl").write_text("{}\n")
     with pytest.raises(TOPDError, match="already holds a run"):
         RunFolder(tmp_path)
 

@@ -333,13 +333,19 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     assert not (tmp_path / ".lock").exists()
 
 
-def test_last_begins_a_run_that_has_no_checkpoint_yet(tmp_path):
+@pytest.mark.parametrize("killed", [True, False])
+def test_last_begins_a_run_that_has_no_checkpoint_yet(tmp_path, killed):
+    """Its data may be in the same folder."""
     recipe = write_pair(tmp_path, max_steps=2, per_device_train_batch_size=2, method="opd")
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.jsonl").write_text('{"loss": 1.0, "step": 1}\n')
+    data = (tmp_path / "prompts.jsonl").rename(run / "train.jsonl")
+    if killed:
+        (run / "run.json").write_text('{"recipe": {}, "config": {}}')
+        (run / "metrics.jsonl").write_text('{"loss": 1.0, "step": 1}\n')
     words = [f"--output_dir={run}", "--resume_from_checkpoint=last", "--max_completion_length=8"]
-    run_recipe(recipe, words, quiet=True)
+    run_recipe(recipe, [*words, f"--data.path={data}"], quiet=True)
+    assert data.stat().st_size
     assert [log["step"] for log in map(json.loads, lines(run / "metrics.jsonl"))] == [1, 2, 2]
 
 

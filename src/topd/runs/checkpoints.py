@@ -7,7 +7,8 @@
                          the run ended, and the running means of the updates not logged yet
 
 A checkpoint is made under ``RUN/.partial``, synced to disk, sealed, read back and renamed; only
-then are older ones removed. To resume from it, the run's JSONL files are cut where they ended then.
+then are older ones removed. To resume from it, the run's record files are cut where they ended
+then. Files that a run does not write are not touched, whatever their names end in.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from topd.errors import DISK, StoppedError, TOPDError
-from topd.runs.files import as_json, file_digest, sync
+from topd.runs.files import as_json, file_digest, read_whole, sync
+from topd.runs.folder import LINES
 from topd.runs.ledger import HEAD, LEDGER
 
 logger = logging.get_logger(__name__)
@@ -55,8 +57,9 @@ WRITING_FAULTS = (OSError, RuntimeError, SafetensorError)  # how Python, torch a
 class Seal:
     """What a checkpoint consists of and where its run stood.
 
-    ``files`` has size and SHA-256 of each file, ``records`` the length in bytes of each JSONL file
-    of the run folder, ``means`` the sums and counts of the metrics by name.
+    ``files`` has size and SHA-256 of each file, ``records`` the length in bytes of each record file
+    of the run folder (earlier versions: of every JSONL file that was there), ``means`` the sums and
+    counts of the metrics by name.
     """
 
     step: int
@@ -219,15 +222,19 @@ def resolve(given: str | bool | None, run: Path) -> Path | None:
 
 
 def positions(run: Path) -> dict[str, int]:
-    """Length in bytes of every JSONL file of a run folder, the ledger apart; all synced to disk."""
-    for path in run.glob("*.jsonl"):
-        sync(path)
+    """Length in bytes of every record file of a run folder; all synced, and so is the ledger."""
+    for name in (*LINES, LEDGER):
+        if (run / name).is_file():
+            sync(run / name)
     return sizes(run)
 
 
 def sizes(run: Path) -> dict[str, int]:
-    """Length in bytes of every JSONL file of a run folder, the ledger apart."""
-    return {path.name: path.stat().st_size for path in _record_files(run)}
+    """Length in bytes of every record file of a run folder.
+
+    The ledger is none: it is only ever added to, and a resume is an entry of it.
+    """
+    return {name: (run / name).stat().st_size for name in LINES if (run / name).is_file()}
 
 
 def how_to_resume(run: Path) -> str:
@@ -244,16 +251,15 @@ def cut_back(run: Path, found: Seal) -> None:
     Raises:
         TOPDError: a file holds less than it did at the checkpoint.
     """
-    for name, length in found.records.items():
-        path = run / name
-        there = path.stat().st_size if path.exists() else 0
-        if there < length:
+    there, then = sizes(run), {name: found.records.get(name, 0) for name in LINES}
+    for name, length in then.items():
+        if there.get(name, 0) < length:
             raise TOPDError(
-                f"{path}: has {there} bytes, but had {length} at checkpoint-{found.step}. Bring "
-                "the records back, or start over in another folder."
+                f"{run / name}: has {there.get(name, 0)} bytes, but had {length} at "
+                f"checkpoint-{found.step}. Bring the records back, or start over in another folder."
             )
-    for path in _record_files(run):
-        os.truncate(path, found.records.get(path.name, 0))
+    for name in there:
+        os.truncate(run / name, then[name])
     later = [path for path in _numbered(run) if _step(path) > found.step]
     if later:
         logger.warning(f"{run}: dropped {', '.join(p.name for p in later)}, later than the resume")
@@ -285,7 +291,7 @@ def check_same(
     """
     before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
     for part in ("data", "models"):
-        if before.get(part) != record[part]:
+        if _without_names(before.get(part)) != _without_names(record[part]):
             if part == "data" and dated:
                 raise TOPDError(DATED.format(run=run))
             raise TOPDError(
@@ -306,6 +312,13 @@ def check_same(
     return [*stored.get("resumed", ()), {"step": step, "changed": changed}]
 
 
+def _without_names(fingerprints: Any) -> Any:
+    """What models are, not where they were loaded from."""
+    if not isinstance(fingerprints, dict):
+        return fingerprints
+    return {key: _without_names(own) for key, own in fingerprints.items() if key != "name"}
+
+
 def _stored(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -317,13 +330,17 @@ def _stored(path: Path) -> dict[str, Any]:
 
 
 def begin_anew(run: Path) -> None:
-    """Remove the records and checkpoints of a run that did not finish.
+    """Remove the records and checkpoints of a run that did not finish; nothing if there is none.
 
-    A teacher's answers stay: they are used again.
+    A run has a ``run.json``. Other files stay, and so do a teacher's answers: they are used again.
+
+    Raises:
+        TOPDError: ``run.json`` is not valid JSON.
     """
-    for path in [*run.glob("*.jsonl"), *run.glob(HEAD)]:
-        if path.name != "answers.jsonl":
-            path.unlink()
+    if not {"recipe", "config"} <= read_whole(run / "run.json").keys():
+        return
+    for name in (*LINES, LEDGER, HEAD):
+        (run / name).unlink(missing_ok=True)
     _discard(run, _numbered(run))
 
 
@@ -344,11 +361,6 @@ def examined(checkpoint: Path) -> Seal | str:
         if file_digest(path) != digest:
             return f"{name} was changed after it was written"
     return found
-
-
-def _record_files(run: Path) -> list[Path]:
-    """All but the ledger, which is only ever added to: a resume is an entry of it."""
-    return sorted(path for path in run.glob("*.jsonl") if path.name != LEDGER)
 
 
 def _numbered(run: Path) -> list[Path]:

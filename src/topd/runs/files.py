@@ -71,15 +71,29 @@ def json_text(record: Mapping[str, Any]) -> str:
 
 
 def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) -> int:
-    """Cut a JSONL file before its first line that is half-written or not to be kept.
+    """Cut a JSONL file before its first line that is not to be kept, or a damaged last one.
 
-    Reads a line at a time. Returns the number of lines left; 0 if the file is missing.
+    Damaged is what was cut off while it was written, or did not reach the disk. Reads a line at a
+    time. Returns the number of lines left; 0 if the file is missing.
+
+    Raises:
+        TOPDError: a line is damaged that is not the last; nothing is cut then.
     """
     if not path.exists():
         return 0
     kept = end = 0
-    for line in raw_lines(path):
-        if not line.endswith(b"\n") or not keep(json.loads(line)):
+    lines = raw_lines(path)
+    for line in lines:
+        try:
+            wanted = line.endswith(b"\n") and keep(json.loads(line.decode()))
+        except (*UNREADABLE, LookupError, TypeError) as error:
+            if next(lines, None) is not None:
+                raise TOPDError(
+                    f"{path}, line {kept + 1}: not a record ({error}), and not the last line. "
+                    "Bring it back, or start over in another folder."
+                ) from error
+            break
+        if not wanted:
             break
         kept, end = kept + 1, end + len(line)
     os.truncate(path, end)

@@ -22,6 +22,7 @@ updates that are done, from 1, as transformers does.
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -39,11 +40,13 @@ from topd.runs.files import digest, file_digest, write_whole
 from topd.runs.ledger import Ledger
 from topd.runs.lock import refuse_if_busy
 from topd.runs.records import FORMAT, Fork
+from topd.runs.tokens import FILE as TOKENS
 from topd.types import Guidance, Rollout
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
 RESULTS = ("evaluation.json", "gate.json", "responses.jsonl", "base_problems.jsonl")
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl")
+LINES = (*RECORDS, TOKENS)  # what a training run adds to; whatever else is there is not its own
 
 
 class RunFolder:
@@ -82,8 +85,12 @@ class RunFolder:
             self.seal(name)
 
     def begin(self, step: int) -> None:
-        """Note that a run begins at update ``step``, on top of the records that are there."""
-        self.note("begin", step=step, records={n: _lines_of(self.folder / n) for n in RECORDS})
+        """Note that a run begins at update ``step``, on top of the records that are there.
+
+        The working directory is noted too: paths of a recipe may be relative to it.
+        """
+        records = {name: _lines_of(self.folder / name) for name in RECORDS}
+        self.note("begin", step=step, records=records, directory=os.getcwd())
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file."""
@@ -146,7 +153,7 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
             f"output_dir: {folder} holds an evaluation or a gate, whole or stopped. Choose another "
             "folder."
         )
-    if any((folder / name).exists() for name in RECORDS) and not resume:
+    if any((folder / name).exists() for name in LINES) and not resume:
         raise TOPDError(holds_a_run(folder))
 
 

@@ -7,9 +7,9 @@
 
 Entries are only ever added. ``{"event": "begin", "step": s, "records": {NAME: n}}`` says that a run
 begins there, or resumes from a checkpoint: what was recorded after the first ``n`` lines of a file
-was dropped and is re-derived. ``update`` names the student's weights before an update, ``end`` is
-the last entry of a run that ended. ``head.json`` holds the number of entries and the last hash, so
-that a chain whose end was cut off is found too.
+was dropped and is re-derived; ``directory``, where the command ran. ``update`` names the student's
+weights before an update, ``end`` is the last entry of a run that ended. ``head.json`` holds the
+number of entries and the last hash, so that a chain whose end was cut off is found too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from topd.runs.files import digest, write_whole
+from topd.errors import TOPDError
+from topd.runs.files import UNREADABLE, digest, raw_lines, write_whole
 
 LEDGER, HEAD = "ledger.jsonl", "head.json"
 START = "0" * 64  # what the first entry follows
@@ -31,21 +32,27 @@ Entry: TypeAlias = dict[str, Any]
 class Ledger:
     """Adds entries to the chain of a folder; continues where an earlier one ended.
 
-    A last entry that was cut off while it was written is dropped.
+    A last entry that was cut off while it was written, or did not reach the disk, is dropped.
+
+    Raises:
+        TOPDError: the one before it is not an entry either.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count, self.head = 0, START
         path = folder / LEDGER
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        os.truncate(path, len(whole))
-        if whole:
-            last = json.loads(whole.splitlines()[-1])
-            self.count, self.head = last["n"] + 1, last["hash"]
+        lines = list(raw_lines(path))
+        whole = lines[:-1] if lines and _end_at(lines[-1]) is None else lines
+        end = _end_at(whole[-1]) if whole else (0, START)
+        if end is None:
+            raise TOPDError(
+                f"{path}, line {len(whole)}: is not an entry, and not the last line. Bring the "
+                "ledger back, or start over in another folder."
+            )
+        if len(whole) < len(lines):
+            os.truncate(path, sum(map(len, whole)))
+        self.count, self.head = end
 
     def add(self, entries: Iterable[Mapping[str, Any]]) -> None:
         """Link the entries to those before and write them, and the new head."""
@@ -57,6 +64,17 @@ class Ledger:
         linked = {"n": self.count, **entry, "previous": self.head}
         self.count, self.head = self.count + 1, entry_hash(linked)
         return {**linked, "hash": self.head}
+
+
+def _end_at(line: bytes) -> tuple[int, str] | None:
+    """How many entries a chain has up to a line, and the last one's hash; None if it is none."""
+    try:
+        entry = json.loads(line.decode())
+        number, own = entry["n"], entry["hash"]
+    except (*UNREADABLE, LookupError, TypeError):
+        return None
+    known = type(number) is int and isinstance(own, str) and line.endswith(b"\n")
+    return (number + 1, own) if known else None
 
 
 def entry_hash(entry: Mapping[str, Any]) -> str:
@@ -108,6 +126,15 @@ def surviving(entries: Iterable[Entry]) -> list[Entry]:
         elif "file" in entry:
             files[entry["file"]] = entry
     return [*files.values(), *(entry for of_file in records.values() for entry in of_file)]
+
+
+def ended(entries: Iterable[Entry]) -> Entry | None:
+    """The ``end`` of a run that has ended; None: it has not, or not since it was resumed."""
+    found: Entry | None = None
+    for entry in entries:
+        if entry.get("event") in ("begin", "end"):
+            found = entry if entry["event"] == "end" else None
+    return found
 
 
 def _span(first: int, last: int) -> str:

@@ -81,7 +81,9 @@ class _OfFile(_Link):
 
 
 class _Begin(_Link):
+    step: Id
     records: dict[str, Id]
+    directory: str = ""
 
 
 class _Weights(_Link):
