@@ -190,6 +190,72 @@ def test_a_loss_that_is_not_finite_is_made_again(tmp_path, monkeypatch, save_ste
     assert audit_run(RUN).faults == []
 
 
+def test_a_run_whose_settings_were_changed_at_a_resume_has_no_fault(copied):
+    """Each update is re-derived with the settings that it was made with."""
+    words = [f"--resume_from_checkpoint={RUN / 'checkpoint-2'}", "--max_steps=4"]
+    words += ["--candidate_fraction=0.6", "--window_length=3", "--lr_scheduler_type=cosine"]
+    run_recipe(Path("recipe.yaml"), words, quiet=True)
+    found = audit_run(RUN, updates=9)
+    assert found.faults == []
+    assert any("of the updates 0, 1, 2, 3 re-derived" in line for line in found.checked)
+    for step in (1, 3):  # before and after
+        assert replay_step(RUN, step).faults == []
+    shutil.rmtree(RUN / "checkpoint-2")
+    with pytest.raises(TOPDError, match=r"resumed with other settings at update 2.*before 2"):
+        replay_step(RUN, 3)
+    edit_record(RUN / "guidance.jsonl", 0, lambda record: turn(record["forks"][0]))
+    assert any("update 0, rollout 0: forks" in fault for fault in audit_run(RUN, updates=9).faults)
+
+
+def test_settings_of_an_update_are_those_of_the_run_that_made_it(copied, tmp_path):
+    """From 40 on it was resumed, then again from 20: those of 30 are the last run's."""
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["resumed"] = [
+        {"step": 40, "changed": {"config.beta": [0.25, 0.5], "recipe.lora": [{"r": 3}, None]}},
+        {"step": 20, "changed": {"config.beta": [0.5, 1.0], "config.gone": [1, 2]}},
+        {"step": 60, "changed": {"versions.topd": ["0.1", "0.2"], "config.seed": [None, 3]}},
+    ]
+    stored["config"]["beta"] = 1.0
+    (RUN / "run.json").write_text(json.dumps(stored))
+    of = {n: stored_recipe(RUN, tmp_path, at=n) for n in (10, 30, 60, None)}
+    assert {n: recipe.args.beta for n, recipe in of.items()} == {10: 0.25, 30: 1, 60: 1, None: 1}
+    assert {n: recipe.args.seed for n, recipe in of.items()} == {10: 42, 30: 42, 60: 3, None: 3}
+    assert of[10].lora.r == 3
+    assert of[30].lora is None
+
+
+def test_a_run_that_was_resumed_for_longer_and_killed_has_not_ended(copied, monkeypatch):
+    monkeypatch.setattr(TOPDTrainer, "_save_student", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(Path("recipe.yaml"), ["--resume_from_checkpoint=last", "--max_steps=4"])
+    found = audit_run(RUN)
+    assert found.faults == []
+    at = found.checked.index("student: of 3 updates, from before it was resumed")
+    said = r"the run was resumed after \d updates and has not ended since"
+    assert re.fullmatch(said, found.checked[at - 1])
+    edit_weights(RUN / "student", 1.01)  # it may have been killed while it saved, too
+    only(audit_run(RUN, updates=0), "student/model.safetensors: was changed (by the resumed run,")
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_student_without_the_end_of_its_run_is_not_vouched_for(copied, killed):
+    """The ledger's tail is cut with a right head, or the run died while it saved the student."""
+    written = (RUN / LEDGER).read_text().splitlines(keepends=True)
+    kept = written[: next(n for n, line in enumerate(written) if '"student/' in line)]
+    (RUN / LEDGER).write_text("".join(kept))
+    last = json.loads(kept[-1])
+    head = json.dumps({"entries": last["n"] + 1, "hash": last["hash"]}, indent=2)
+    (RUN / HEAD).write_text(head + "\n")
+    if killed:
+        (RUN / "student" / "README.md").unlink()
+    found = audit_run(RUN)
+    assert "the run has not ended, or was stopped" in found.checked
+    assert found.faults[0] == "student/model.safetensors: is not in the ledger"
+    assert found.faults[1].startswith("student: cannot be verified: the ledger has no end of the")
+    assert ("stopped while it saved" in found.faults[1]) == killed
+    assert len(found.faults) == 2
+
+
 def test_a_pruned_checkpoint_is_no_fault(copied):
     shutil.rmtree(RUN / "checkpoint-2")
     assert audit_run(RUN, updates=0).faults == []
@@ -801,6 +867,33 @@ def test_a_replay_of_damaged_records_ends_in_words(copied, name, damage, said):
     (RUN / name).write_bytes(content.replace(*damage, 1))
     with pytest.raises(TOPDError, match=said):
         replay_step(RUN, 2)
+
+
+# From another directory
+
+
+def test_relative_paths_are_found_where_the_run_was_started(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert audit_run(whole / "run", updates=1).faults == []
+    assert replay_step(whole / "run", 2).faults == []
+    Path("prompts.jsonl").write_text('{"prompt": "what is 3 + 3 ?"}\n')
+    faults = audit_run(whole / "run", updates=1).faults
+    assert faults == [
+        f"data: the prompts are not those of the run (relative paths are those from {tmp_path}, "
+        f"the run's were from {whole})"
+    ]
+
+
+def test_a_relative_path_that_is_gone_is_named_with_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    there = trained(tmp_path / "there", max_steps=1, method="opd").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    said = rf"prompts\.jsonl\. The run was started in {tmp_path}/there, .*Chain, files and records"
+    with pytest.raises(TOPDError, match=said):
+        audit_run(there / "run")
+    monkeypatch.chdir(there)
+    assert audit_run(RUN).faults == []
+    assert str(tmp_path) not in (RUN / "student" / "README.md").read_text()
 
 
 def test_an_update_that_there_was_not_is_refused(copied):

@@ -11,13 +11,20 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from topd.commands.audit.decisions import check_decisions
-from topd.commands.audit.files import check_records, read_chain
-from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust, read_from
+from topd.commands.audit.decisions import Rederived, check_decisions, chosen_updates
+from topd.commands.audit.files import check_end, check_records, read_chain
+from topd.commands.audit.rebuilt import (
+    NO_TRUST,
+    Rebuilt,
+    Trust,
+    by_settings,
+    read_from,
+    started_elsewhere,
+)
 from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint, trained_digest
-from topd.runs.ledger import LEDGER, Entry, surviving
+from topd.runs.ledger import LEDGER, Entry, ended
 from topd.runs.verified import read_manifest, read_records
 from topd.training.trainer import TOPDTrainer
 
@@ -47,18 +54,25 @@ def audit_run(
     """
     found, seed = AuditResult(), secrets.randbits(32) if seed is None else seed
     entries = read_chain(folder, found)
-    check_records(folder, surviving(entries), found)
+    check_records(folder, entries, found)
+    check_end(folder, entries, found)
     if not updates or not _readable(folder, found):
         return found
     try:
-        with Rebuilt(folder, trust) as trainer:
-            _check_sources(folder, trainer, found)
-            _check_settings(folder, trainer, found)
-            _check_student(folder, entries, trainer, found)
-            check_decisions(folder, trainer, updates, seed, tolerance, found)
+        stored, done = chosen_updates(folder, updates, seed), Rederived()
+        for number, steps in enumerate(by_settings(folder, stored)):
+            part = {step: stored[step] for step in steps}
+            with Rebuilt(folder, trust, at=steps[0] if number else None) as trainer:
+                if number == 0:  # as the settings are now
+                    _check_sources(folder, trainer, found)
+                    _check_settings(folder, trainer, found)
+                    _check_student(folder, entries, trainer, found)
+                check_decisions(folder, trainer, part, tolerance, found, done)
+            del trainer  # before the next one is loaded
+        found.checked += done.in_words(seed)
     except TOPDError as error:
         if not found.faults:
-            raise
+            raise TOPDError(f"{error} Chain, files and records were checked: no fault.") from error
         found.faults.append(f"decisions: not re-derived: {error}")
     return found
 
@@ -77,16 +91,16 @@ def _readable(folder: Path, found: AuditResult) -> bool:
 
 def _check_sources(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> None:
     """Models and data against their fingerprints in the manifest."""
-    manifest = read_manifest(folder)
+    manifest, where = read_manifest(folder), started_elsewhere(folder)
     for role, model in (("student", trainer.model), ("teacher", trainer.teacher_model)):
         recorded, now = manifest["models"][role], model_fingerprint(model)
         if recorded["sha256"] != now["sha256"]:
             found.faults.append(
                 f"{role}: {now['name']} has not the weights of the run: "
-                f"{now['sha256'][:12]}, recorded {recorded['sha256'][:12]}"
+                f"{now['sha256'][:12]}, recorded {recorded['sha256'][:12]}{where}"
             )
     if manifest["data"] != fingerprint(trainer.train_dataset):
-        found.faults.append("data: the prompts are not those of the run")
+        found.faults.append(f"data: the prompts are not those of the run{where}")
     found.checked.append("models and data: student at the start, teacher, prompts")
 
 
@@ -142,7 +156,7 @@ def _rate_faults(folder: Path, trainer: TOPDTrainer) -> Iterator[str]:
 def _check_student(
     folder: Path, entries: Sequence[Entry], trainer: TOPDTrainer, found: AuditResult
 ) -> None:
-    """The finished student against the digests that the ledger has of it."""
+    """The student of the last end against the digests that the ledger has of it."""
     begun = [e for e in entries if e.get("event") == "update" and e["step"] == 0]
     if begun and begun[0]["student"] != trained_digest(trainer.model):
         found.faults.append(f"{LEDGER}: the student before update 0 is not the one at the start")
@@ -165,4 +179,5 @@ def _check_student(
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 parameter.copy_(before[name])
-    found.checked.append(f"{place.name}: against the weights at the end of the run")
+    when = "at the end of the run" if ended(entries) else "of the end before it was resumed"
+    found.checked.append(f"{place.name}: against the weights {when}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from topd.commands.audit.result import (
     AuditResult,
@@ -28,27 +29,54 @@ from topd.training.metrics import Means, measure_experience
 from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt, Rollout
 
+Updates: TypeAlias = dict[int, tuple[list[Any], list[Any]]]  # rollouts and guidance, by number
 
-def check_decisions(
-    folder: Path,
-    trainer: TOPDTrainer,
-    updates: int,
-    seed: int,
-    tolerance: float,
-    found: AuditResult,
-) -> None:
-    stored: dict[int, tuple[list[Any], list[Any]]] = {}
+
+@dataclass
+class Rederived:
+    """How much was re-derived, and what was not, in words."""
+
+    updates: list[int] = field(default_factory=list)
+    rollouts: int = 0
+    candidates: int = 0
+    left_out: set[str] = field(default_factory=set)
+
+    def in_words(self, seed: int) -> Iterator[str]:
+        """For what was checked; ``seed`` is that of the updates that were chosen."""
+        yield from sorted(self.left_out)
+        if self.updates:
+            yield (
+                f"decisions: {self.rollouts} rollouts and {self.candidates} candidates of the "
+                f"updates {', '.join(map(str, sorted(self.updates)))} re-derived (--seed {seed})"
+            )
+
+
+def chosen_updates(folder: Path, updates: int, seed: int) -> Updates:
+    """The records of so many updates at random, in order."""
+    stored: Updates = {}
     for i, name in enumerate(("rollouts.jsonl", "guidance.jsonl")):
         for record in read_records(folder, name):
             stored.setdefault(record["step"], ([], []))[i].append(record)
     whole = [n for n, (rollouts, guidance) in stored.items() if len(rollouts) == len(guidance)]
     steps = sorted(random.Random(seed).sample(sorted(whole), min(updates, len(whole))))
-    forks = count = 0
+    return {step: stored[step] for step in steps}
+
+
+def check_decisions(
+    folder: Path,
+    trainer: TOPDTrainer,
+    stored: Updates,
+    tolerance: float,
+    found: AuditResult,
+    done: Rederived,
+) -> None:
+    """Make the decisions of updates again that had the settings of this trainer."""
     otherwise = drawn_otherwise(folder)
     if otherwise and trainer.args.window_temperature > 0:
-        found.checked.append("windows: not re-derived, drawn with the numbers of before 0.2.0")
-    for step in steps:
-        rollouts, guidance = stored[step]
+        done.left_out.add("windows: not re-derived, drawn with the numbers of before 0.2.0")
+    if trainer.own:
+        done.left_out.add("teacher: the student of later updates is not stored; see topd replay")
+    for step, (rollouts, guidance) in stored.items():
         if not is_suspect(found, "data:"):
             found.faults += _door_faults(trainer, rollouts)
         if step and trainer.own:
@@ -59,16 +87,9 @@ def check_decisions(
         for pair, (theirs, ours) in zip(zip(rollouts, guidance, strict=True), again, strict=True):
             for recorded, now in zip(pair, (theirs, ours), strict=True):
                 found.faults += disagreements(recorded, now, known, tolerance)
-            forks += len(pair[1]["forks"])
-        count += len(rollouts)
-    if trainer.own:
-        found.checked.append("teacher: the student of later updates is not stored; see topd replay")
-        steps = [step for step in steps if not step]
-    if steps:
-        found.checked.append(
-            f"decisions: {count} rollouts and {forks} candidates of the updates "
-            f"{', '.join(map(str, steps))} re-derived (--seed {seed})"
-        )
+            done.candidates += len(pair[1]["forks"])
+        done.rollouts += len(rollouts)
+        done.updates.append(step)
 
 
 def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:

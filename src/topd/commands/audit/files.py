@@ -9,8 +9,11 @@ from topd.commands.audit.result import AuditResult, place_of
 from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, files_in
-from topd.runs.ledger import HEAD, Entry, check_chain
+from topd.runs.ledger import HEAD, Entry, check_chain, ended, surviving
 from topd.runs.verified import read_entries, read_head, split_lines
+
+PLACES = ("student", "adapter")
+SAVED = " (by the resumed run, if that was stopped while it saved its student)"
 
 
 def read_chain(folder: Path, found: AuditResult) -> list[Entry]:
@@ -22,22 +25,50 @@ def read_chain(folder: Path, found: AuditResult) -> list[Entry]:
         found.faults.append(f"{HEAD}: is missing or no head")
     found.faults += check_chain(entries, head or {"entries": 0, "hash": ""})
     found.checked.append(f"chain: {len(entries)} entries")
-    if not any(entry.get("event") == "end" for entry in entries):
-        found.checked.append("the run has not ended, or was stopped")
     return entries
 
 
+def check_end(folder: Path, entries: Sequence[Entry], found: AuditResult) -> None:
+    """Whether the ledger says how the run ended, and so which student is the right one."""
+    if ended(entries):
+        return
+    there = [name for name in PLACES if any(p.is_file() for p in (folder / name).rglob("*"))]
+    before = [entry["step"] for entry in entries if entry.get("event") == "end"]
+    if before:
+        begun = [entry["step"] for entry in entries if entry.get("event") == "begin"][-1]
+        found.checked += [
+            f"the run was resumed after {begun} updates and has not ended since",
+            *(f"{name}: of {before[-1]} updates, from before it was resumed" for name in there),
+        ]
+        return
+    found.checked.append("the run has not ended, or was stopped")
+    stopped = "It was stopped while it saved this, or the"
+    if (folder / "student" / "README.md").exists():  # written last
+        stopped = "The"
+    found.faults += (
+        f"{name}: cannot be verified: the ledger has no end of the run. {stopped} ledger's last "
+        "entries are lost or were cut off. Resume the run: it then saves its student again"
+        for name in there
+    )
+
+
 def check_records(folder: Path, entries: Sequence[Entry], found: AuditResult) -> None:
+    """Files and records against the entries that count."""
+    saved = "" if ended(entries) else SAVED
+    entries = surviving(entries)
     whole = [entry for entry in entries if "step" not in entry]
     for entry in whole:
-        found.faults += _file_faults(folder, entry["file"], entry["record"])
+        of_end = saved if entry["file"].startswith(PLACES) else ""
+        faults = _file_faults(folder, entry["file"], entry["record"])
+        found.faults += (fault + of_end for fault in faults)
     known = {entry["file"] for entry in whole}
-    if "student/config.json" in known:  # earlier versions sealed weights only
-        found.faults += (
-            f"{name}: is not in the ledger"
-            for name in files_in(folder, "student", "adapter")
-            if name not in known
-        )
+    found.faults += (
+        f"{name}: is not in the ledger"
+        for name in files_in(folder, *PLACES)
+        if name not in known
+        # earlier versions sealed weights only
+        and ("student/config.json" in known or name.endswith(".safetensors"))
+    )
     records = 0
     for name in RECORDS:
         expected = [entry for entry in entries if entry["file"] == name and "step" in entry]

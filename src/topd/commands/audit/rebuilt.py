@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,10 +28,13 @@ from topd.inputs.rows import DataSpec
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import Teachers
 from topd.named import is_outside
+from topd.runs.ledger import LEDGER
 from topd.runs.records import check_format
+from topd.runs.verified import read_entries
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 
+PATHS = {"path", "tokenizer", "chat_template", "answers"}  # keys of a recipe
 ALONE: dict[str, Any] = {  # a repetition writes nothing but records
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -71,16 +76,23 @@ NO_TRUST = Trust()
 
 
 class Rebuilt:
-    """The trainer of a run folder, in a folder of its own that is removed at the end."""
+    """The trainer of a run folder, in a folder of its own that is removed at the end.
 
-    def __init__(self, folder: Path, trust: Trust) -> None:
-        self.folder, self.trust = folder, trust
+    Args:
+        folder: the run's.
+        trust: what the auditor allows.
+        at: the update whose settings it has; by default the current ones.
+    """
+
+    def __init__(self, folder: Path, trust: Trust, *, at: int | None = None) -> None:
+        self.folder, self.trust, self.at = folder, trust, at
         self.scratch = tempfile.TemporaryDirectory(prefix="topd-")
 
     def __enter__(self) -> TOPDTrainer:
+        gc.collect()  # the models of one before
         logging.set_verbosity_error()
-        recipe = stored_recipe(self.folder, Path(self.scratch.name), self.trust)
-        with read_from(self.folder, "run.json"), _offline():
+        recipe = stored_recipe(self.folder, Path(self.scratch.name), self.trust, at=self.at)
+        with _paths_named(self.folder), read_from(self.folder, "run.json"), _offline():
             trainer, _ = make_trainer(
                 recipe, recipe.data.load(), warmstart=isinstance(recipe.args, WarmstartConfig)
             )
@@ -96,19 +108,128 @@ class Rebuilt:
         self.scratch.cleanup()
 
 
-def stored_recipe(folder: Path, output: Path, trust: Trust = NO_TRUST) -> Recipe:
+def stored_recipe(
+    folder: Path, output: Path, trust: Trust = NO_TRUST, *, at: int | None = None
+) -> Recipe:
     """The recipe of a run as ``run.json`` has it, without evaluation, writing into ``output``.
+
+    Its settings are those of update ``at``, by default the current ones. Relative paths that are
+    not there are those of the directory that the run was started in.
 
     Raises:
         TOPDError: there is none, it cannot be read, or it needs what the auditor does not allow.
     """
     with read_from(folder, "run.json"):
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        sources, config = stored["recipe"], stored["config"]
+        sources, config = _settings_at(_stored(folder), at)
         check_format(folder)
+        directory = _directory(folder)
+        if directory:
+            sources = _located(sources, directory)
+            config |= _located({key: config[key] for key in config.keys() & {"answers"}}, directory)
         if sources:
             sources = {**sources, **_allowed(folder, sources, config, trust)}
         return _recipe(folder, sources, config, output)
+
+
+def by_settings(folder: Path, steps: Iterable[int]) -> list[list[int]]:
+    """Updates by the settings that they were made with: first those with the current settings,
+    if any, then the others.
+
+    Raises:
+        TOPDError: ``run.json`` cannot be read.
+    """
+    with read_from(folder, "run.json"):
+        stored = _stored(folder)
+        groups: dict[str, list[int]] = {_as_text(*_settings_at(stored, None)): []}
+        for step in steps:
+            groups.setdefault(_as_text(*_settings_at(stored, step)), []).append(step)
+    return list(groups.values())
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def _settings_at(stored: Mapping[str, Any], step: int | None) -> tuple[Any, dict[str, Any]]:
+    """Recipe and configuration of an update: the current ones, with what each resume after it
+    changed put back. Models and data no resume changes, though perhaps where they are.
+    """
+    sources, config = stored["recipe"], dict(stored["config"])
+    for resume in reversed(stored.get("resumed", ())):
+        if step is None or resume["step"] <= step:
+            break
+        changed = resume["changed"]
+        others = any(name.startswith("versions.") for name in changed)
+        for name, (before, _) in changed.items():
+            if name == "recipe.lora":
+                sources = {**sources, "lora": before}
+            elif name.startswith("config."):
+                config[name.removeprefix("config.")] = before
+                if others and before is None:  # the version before had no such setting
+                    del config[name.removeprefix("config.")]
+    return sources, config
+
+
+def _as_text(sources: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What may make a difference to an update, to be compared."""
+    mattering = {key: value for key, value in config.items() if key not in ALONE}
+    return json.dumps([sources.get("lora"), mattering], sort_keys=True)
+
+
+def _directory(folder: Path) -> Path | None:
+    """Where the command ran that wrote ``run.json``, as the ledger has it."""
+    entries = read_entries(folder)[0] if (folder / LEDGER).exists() else []
+    named = [e.get("directory") for e in entries if e.get("event") == "begin"]
+    return Path(named[-1]) if named and named[-1] else None
+
+
+def _located(value: Any, directory: Path) -> Any:
+    """A part of a recipe, with the paths that are there from ``directory`` only."""
+    if not isinstance(value, Mapping):
+        return value
+    found = {key: _located(inner, directory) for key, inner in value.items()}
+    for key in PATHS & found.keys():
+        given = found[key]
+        word = key != "path" and given in ("teacher", "data")
+        if isinstance(given, str) and not word and not os.path.exists(given):
+            elsewhere = os.path.join(directory, given)
+            found[key] = elsewhere if os.path.exists(elsewhere) else given
+    return found
+
+
+def _relative(value: Any) -> Iterator[str]:
+    """The relative paths in a part of a recipe; names on the hub look alike."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key in PATHS and isinstance(inner, str) and not os.path.isabs(inner):
+                yield inner
+            yield from _relative(inner)
+
+
+def started_elsewhere(folder: Path) -> str:
+    """What to add to a fault of models or data, where a relative path may be to other ones."""
+    directory = _directory(folder)
+    if directory in (None, Path.cwd()):
+        return ""
+    if not any(os.path.exists(path) for path in _relative(_stored(folder)["recipe"])):
+        return ""
+    return f" (relative paths are those from {Path.cwd()}, the run's were from {directory})"
+
+
+@contextmanager
+def _paths_named(folder: Path) -> Iterator[None]:
+    """Say where the run was started if a relative path of its recipe is not there."""
+    try:
+        yield
+    except TOPDError as error:
+        directory, said = _directory(folder), str(error)
+        named = any(path in said for path in _relative(_stored(folder)["recipe"]))
+        if named and directory not in (None, Path.cwd()):
+            raise TOPDError(
+                f"{said.rstrip('.')}. The run was started in {directory}, which its relative paths "
+                "start from: bring the files there, or run this where they are."
+            ) from error
+        raise
 
 
 def _allowed(

@@ -10,13 +10,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from topd.commands.audit.decisions import drawn_otherwise, is_sampled
-from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust
+from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust, by_settings
 from topd.commands.audit.result import AuditResult, disagreements
 from topd.config import TOPDConfig
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.fingerprints import trained_digest
 from topd.runs import checkpoints
-from topd.runs.folder import RECORDS
+from topd.runs.folder import LINES, RECORDS
 from topd.runs.ledger import LEDGER
 from topd.runs.verified import read_entries, read_records
 from topd.training.trainer import TOPDTrainer
@@ -50,7 +50,8 @@ def replay_step(
     found, start = AuditResult(), checkpoints.last(folder, step)
     seal = checkpoints.check(start, resumable=True) if start else None
     first = seal.step if seal else 0
-    with Rebuilt(folder, trust) as trainer:
+    _check_settings(folder, first, step)
+    with Rebuilt(folder, trust, at=step) as trainer:
         if drawn_otherwise(folder) and is_sampled(trainer.args):
             raise TOPDError(OTHERWISE.format(folder=folder))
         scratch = trainer.run_folder
@@ -72,6 +73,18 @@ def replay_step(
     return found
 
 
+def _check_settings(folder: Path, first: int, step: int) -> None:
+    """Raises TOPDError if a resume changed settings between the two updates."""
+    parts = [part for part in by_settings(folder, range(first, step + 1)) if part]
+    if len(parts) > 1:
+        changed = max(part[0] for part in parts)
+        raise TOPDError(
+            f"--step {step}: the run was resumed with other settings at update {changed}, and "
+            f"there is no checkpoint of it from then on: a replay from update {first} would need "
+            f"both. Choose an update before {changed}, or audit it: topd audit {folder}."
+        )
+
+
 class _StopAfter(TrainerCallback):
     """Ends a run after so many updates, whatever its schedule says."""
 
@@ -87,8 +100,8 @@ class _StopAfter(TrainerCallback):
 def _as_at(checkpoint: Path, scratch: Path) -> None:
     """Have what a run needs to resume from a checkpoint in another folder; training cuts it."""
     run = checkpoint.parent
-    for path in [*run.glob("*.jsonl"), run / "run.json", run / "manifest.json"]:
-        if path.name != LEDGER:
+    for path in [*(run / name for name in LINES), run / "run.json", run / "manifest.json"]:
+        if path.is_file():
             shutil.copy(path, scratch)
     (scratch / checkpoint.name).symlink_to(checkpoint.resolve())
 
@@ -137,8 +150,10 @@ def _compare_weights(
 
 def _weights(folder: Path) -> dict[int, str]:
     entries = read_entries(folder)[0] if (folder / LEDGER).exists() else []
-    return {
-        entry["step"]: entry["student"]
-        for entry in entries
-        if entry.get("event") in ("update", "end")
-    }
+    found: dict[int, str] = {}
+    for entry in entries:
+        if entry.get("event") == "begin":  # what came after it was dropped
+            found = {step: student for step, student in found.items() if step <= entry["step"]}
+        elif entry.get("event") in ("update", "end"):
+            found[entry["step"]] = entry["student"]
+    return found
