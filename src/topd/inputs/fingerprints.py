@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from topd.distributed import WRAPPER, whole
 from topd.types import Prompt
@@ -38,6 +39,12 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         "values": sum(tensor.numel() for tensor in tensors.values()),
         "sha256": _tensor_digest(tensors),
     }
+
+
+def is_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether layers of a model, or of one of several, are at a server: its name tells which."""
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    return any(part.config.get_text_config().num_hidden_layers == 0 for part in parts)
 
 
 def trained_digest(model: torch.nn.Module) -> str:

@@ -272,6 +272,7 @@ def check_same(
     settings: Mapping[str, Any],
     record: Mapping[str, Any],
     *,
+    named: bool = False,
     dated: bool = False,
 ) -> list[dict[str, Any]]:
     """Make sure that a run continues with the data and the models that it was begun with.
@@ -281,6 +282,7 @@ def check_same(
         step: updates done.
         settings: what run.json would hold now.
         record: what manifest.json would hold now.
+        named: names of models count too: a server's weights are not here to tell.
         dated: the chat template writes today's date, so prompts differ from day to day.
 
     Returns:
@@ -291,15 +293,17 @@ def check_same(
     """
     before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
     for part in ("data", "models"):
-        if _without_names(before.get(part)) != _without_names(record[part]):
+        pair = before.get(part), record[part]
+        then, now = pair if named else map(_without_names, pair)
+        if then != now:
             if part == "data" and dated:
                 raise TOPDError(DATED.format(run=run))
             raise TOPDError(
                 f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
                 "with the same, or start over in another folder."
             )
-    now = as_json(settings)
-    pairs = [(part, stored.get(part, {}), now[part]) for part in ("recipe", "config")]
+    asked = as_json(settings)
+    pairs = [(part, stored.get(part, {}), asked[part]) for part in ("recipe", "config")]
     pairs.append(("versions", before.get("versions", {}), record["versions"]))
     changed = {
         f"{part}.{key}": [then.get(key), value]

@@ -19,7 +19,7 @@ from topd.distributed import agreed, everywhere, on_first, several
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.adapters import merged
 from topd.inputs.bare import named_faults
-from topd.inputs.fingerprints import fingerprint, trained_digest
+from topd.inputs.fingerprints import fingerprint, is_elsewhere, trained_digest
 from topd.inputs.self_teacher import Average
 from topd.runs import checkpoints
 from topd.runs.folder import (
@@ -195,6 +195,7 @@ class RecordedTrainer(Trainer):
             seal.step,
             settings,
             self.record,
+            named=is_elsewhere(self.teacher_model),
             dated="strftime_now" in str(self.processing_class.chat_template),
         )
         if self.is_world_process_zero():
