@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from bench.detectors import MARKS, outcome_table
 
 from conftest import write_pair
+from topd.commands import probe
 from topd.commands.detectors import observer_of
 from topd.commands.outcomes import Outcome, checker_of, verify_forks
 from topd.commands.probe import run_probe
@@ -131,6 +134,25 @@ def probed(tmp_path_factory) -> Path:
     )
     words = ["--rollouts", "8", "--bootstrap", "20", "--verify", "1"]
     return run_probe(recipe, [*words, "--output_dir", str(recipe.parent / "run")])
+
+
+def test_a_thought_that_the_prompt_opens_belongs_to_what_is_verified(monkeypatch):
+    asked: list[str] = []
+    texts = {(1,): "Q <think>\n", (2,): "Q", (3,): r"Perhaps \boxed{5}"}
+
+    def forks(_, rollouts, high, right, **options):
+        assert [right(Prompt(i, (i,), (i,)), (3,)) for i in (1, 2)] == [True, True]
+
+    monkeypatch.setattr(probe, "verify_forks", forks)
+    pair = SimpleNamespace(
+        observer=SimpleNamespace(args=probe.ProbeConfig(output_dir="unused", use_cpu=True)),
+        tokenizer=SimpleNamespace(decode=lambda ids, **_: texts[tuple(ids)]),
+    )
+    empty = torch.zeros(0, dtype=torch.long)
+    windows = SimpleNamespace(row=empty, start=empty)
+    look = probe.Look((), empty, empty, None, (), windows, None, 0)
+    probe._verified(look, pair, lambda _, text: not asked.append(text), 0)
+    assert asked == [r"<think>Perhaps \boxed{5}", r"Perhaps \boxed{5}"]
 
 
 def test_a_probe_records_shows_and_counts_what_came_of_its_candidates(probed):

@@ -358,3 +358,11 @@ def test_files_of_a_folder_are_named_from_the_run_folder_in_order_without_cards(
         "student/b.safetensors",
         "student/in/a.json",
     ]
+
+
+@pytest.mark.parametrize("name", ["gate.json", "responses.begun.jsonl"])
+def test_no_run_begins_where_an_evaluation_is(tmp_path, name):
+    (tmp_path / name).touch()
+    for resume in (True, False):
+        with pytest.raises(TOPDError, match="holds an evaluation or a gate, whole or stopped"):
+            check_run_folder(tmp_path, resume=resume)

@@ -43,6 +43,7 @@ from topd.commands.session import (
 from topd.config import _field
 from topd.engines import Scores
 from topd.errors import TOPDError
+from topd.evaluate.evaluation import opened_thought
 from topd.losses import TokenTerms, linear_token_terms
 from topd.runs.files import trim
 from topd.runs.folder import RunFolder, rollout_record
@@ -214,9 +215,11 @@ def _verified(look: Look, pair: Pair, check: Check, number: int) -> Look:
     starts = zip(windows.row.tolist(), windows.start.tolist(), look.groups, strict=True)
     high = [(row, t) for row, t, group in starts if group == "high"]
 
+    def decode(ids: Ids) -> str:
+        return str(pair.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def right(prompt: Prompt, response: Ids) -> bool:
-        text = pair.tokenizer.decode(list(response), skip_special_tokens=True)
-        return check(prompt.index, str(text))
+        return check(prompt.index, opened_thought(prompt.student, decode) + decode(response))
 
     found = verify_forks(
         pair.observer, look.rollouts, high, right, samples=args.verify, number=number

@@ -88,7 +88,9 @@ def _threshold(limit: float | None, source: str) -> Verdict:
         return Verdict()
     return Verdict(
         why_real=f"Its OT distance is at least {limit:.4g} ({source}).",
-        why_alarm=f"Its OT distance is below {limit:.4g} ({source}).",
+        why_alarm=f"Its OT distance is below {limit:.4g} ({source})."
+        if limit > 0
+        else "Its windows are the same: its OT distance is 0.",
     )
 
 
@@ -101,7 +103,7 @@ def _quota(share: float, whose: str) -> Verdict:
         "real divergent point by quota",
         "false alarm by quota",
         f"Not among {nearest}. That is a quota, not a finding.",
-        f"Among {nearest}. That is a quota, not a finding.",
+        f"Among {nearest}, or its windows are the same. That is a quota, not a finding.",
     )
 
 
