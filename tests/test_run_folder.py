@@ -360,7 +360,7 @@ def test_files_of_a_folder_are_named_from_the_run_folder_in_order_without_cards(
     ]
 
 
-@pytest.mark.parametrize("name", ["gate.json", "responses.begun.jsonl"])
+@pytest.mark.parametrize("name", ["gate.json", "responses.jsonl"])
 def test_no_run_begins_where_an_evaluation_is(tmp_path, name):
     (tmp_path / name).touch()
     for resume in (True, False):

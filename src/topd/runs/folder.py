@@ -148,7 +148,7 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
             f"output_dir: {folder} cannot be written ({why}). Choose another folder."
         ) from error
     refuse_if_busy(folder)
-    if any((folder / name).exists() for name in RESULTS) or [*folder.glob("*.begun.jsonl")]:
+    if any((folder / name).exists() for name in RESULTS):
         raise TOPDError(
             f"output_dir: {folder} holds an evaluation or a gate, whole or stopped. Choose another "
             "folder."
