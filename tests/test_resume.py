@@ -214,9 +214,10 @@ def test_a_run_goes_on_only_with_its_data_and_models(run):
     trainer = make(run, method="opd", max_steps=2)
     config = trainer.teacher_model.config
     config._name_or_path, config.num_hidden_layers = "moved/elsewhere", 0  # as if it were served
-    with pytest.raises(TOPDError, match="begun with other models"):
+    with pytest.raises(TOPDError, match=r"a teacher at a server called .*, not moved/elsewhere"):
         trainer.train(resume_from_checkpoint=True)
     trainer = make(run, method="opd", max_steps=2)
+    trainer.model.config._name_or_path = "moved/too"
     trainer.teacher_model.config._name_or_path = "moved/elsewhere"
     trainer.train(resume_from_checkpoint=True)
 

@@ -459,6 +459,7 @@ PARTS = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "so"},
         (chat(None, reasoning_content="7"), "so", RefusedError),
         (chat(None, tool_calls=[], refusal=None), "so", Written("", True)),  # the text was whole
         (chat(None, "length", reasoning="7"), "", NOTHING),
+        ({"choices": [{"message": {"role": "assistant"}, "finish_reason": "length"}]}, "", NOTHING),
         (chat("so", reasoning="7"), "", Written("so", True)),
         (chat(PARTS), "", Written("so the", True)),
         (chat({"text": "so"}), "", TOPDError),
@@ -481,6 +482,16 @@ def test_what_is_an_answer_of_a_chat_server_and_what_is_none(answering, answer, 
     assert sent == [text.rstrip()] * bool(text.strip())  # templates trim it
 
 
+@pytest.mark.parametrize("text", ["", None])
+def test_a_completion_without_text_ends_a_text_and_answers_nothing(answering, text):
+    answer = {"choices": [{"text": text, "finish_reason": "stop"}]}
+    with pytest.raises(RefusedError, match="not a whole answer with text"):
+        written(answering(answer, chat=False))
+    assert written(answering(answer, chat=False), "so") == Written("", True)
+    with pytest.raises(ValueError, match="a name of chat APIs"):
+        answering(chat=False, limit="max_completion_tokens")
+
+
 def test_an_error_with_status_200_counts_as_its_code_says(answering, monkeypatch, said):
     monkeypatch.setattr("topd.engines.text_writers.PAUSE", 0.0)
     busy, moderated = ({"error": {"code": code, "message": "no"}} for code in (502, 403))
@@ -501,9 +512,13 @@ def test_a_limit_of_another_name_is_sent_and_offered(answering, monkeypatch):
     wants = RefusedError("'max_tokens' is not supported. Use 'max_completion_tokens' instead.")
     with pytest.raises(TOPDError, match=r"instead\. Set text\.limit: max_completion_tokens\."):
         tried(monkeypatch, [wants], Sampling(0.6))
+    with pytest.raises(TOPDError, match=r"instead\.$"):
+        tried(monkeypatch, [wants], Sampling(0.6), limit="max_completion_tokens")
 
 
-def tried(monkeypatch: Any, answers: list[Any], whole: Sampling | None) -> list[dict[str, Any]]:
+def tried(
+    monkeypatch: Any, answers: list[Any], whole: Sampling | None, **more: Any
+) -> list[dict[str, Any]]:
     """The start-up check with a chat server that gives these answers, and its requests."""
     bodies: list[dict[str, Any]] = []
 
@@ -512,7 +527,7 @@ def tried(monkeypatch: Any, answers: list[Any], whole: Sampling | None) -> list[
         return [answers[min(len(bodies), len(answers)) - 1]]
 
     monkeypatch.setattr("topd.engines.servers.Servers.ask_each", ask)
-    spec = ByText.model_validate({"text": {"url": "http://127.0.0.1:9", "chat": True}})
+    spec = ByText.model_validate({"text": {"url": "http://127.0.0.1:9", "chat": True, **more}})
     check_text_teacher(spec, (byte_level(), byte_level()), [Prompt(0, (5,), (5,))], whole=whole)
     return bodies
 

@@ -53,8 +53,8 @@ def check_logprobs(engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase) -> No
     not answer.
     """
     probe = probe_of(tokenizer)
-    if engine.completions.unshared:
-        engine.completions.write_each([probe], PROBED, [0])  # as windows are: with ids barred
+    for completions in engine.completions.alone(bars=True) if engine.completions.unshared else ():
+        completions.write_each([probe], PROBED, [0])  # as windows are
     for completions in engine.completions.alone():
         server = completions.servers
         text, told = _told(completions, probe)
@@ -157,6 +157,7 @@ def _under_head(engine: VLLMEngine, reader: Servers, text: Ids) -> Tensor:
     return whole_logprobs(engine, states, text[1:])
 
 
+@torch.no_grad()
 def whole_logprobs(engine: BaseEngine, states: Float[Tensor, "L D"], tokens: Ids) -> Tensor:
     """Log-probs [L] of tokens among all rows of the head, as a server has them, on the CPU."""
     wanted = torch.tensor(tokens, device=engine.device)

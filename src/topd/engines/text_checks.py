@@ -136,7 +136,8 @@ def _check_answers(writer: TextServers, prompts: Sequence[Prompt], whole: Sampli
         if faults:
             break
     if refused and not faults:
-        hint = OVER if answer else f"Set text.limit: {LIMIT}." if LIMIT in str(refused) else ""
+        named = LIMIT in str(refused) and writer.spec.limit != LIMIT
+        hint = OVER if answer else f"Set text.limit: {LIMIT}." if named else ""
         raise TOPDError(f"{refused} {hint}".rstrip()) from refused
     if not faults:
         raise TOPDError(

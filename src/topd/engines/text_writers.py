@@ -207,10 +207,9 @@ class TextServers:
             if choice["finish_reason"] not in tuple(ENDS):  # as content_filter
                 raise RefusedError(self._no_answer(answer))
             ended = ENDS[choice["finish_reason"]]
-            if not self.spec.chat:
-                return Written(_text_of(choice["text"]), ended)
-            text = _text_of(choice["message"]["content"])
-            if ended and _says_no_text(choice["message"], text, continues):
+            message = choice["message"] if self.spec.chat else {}
+            text = _text_of(message.get("content") if self.spec.chat else choice["text"])
+            if ended and _says_no_text(message, text, continues):
                 raise RefusedError(self._no_answer(answer))
             return Written(text, ended)
         except (KeyError, TypeError, IndexError, AttributeError) as error:

@@ -51,11 +51,13 @@ class Completions:
         barred = [] if engine.barred is None else engine.barred.nonzero()[:, 0].tolist()
         self.barred = frozenset([*barred, *range(engine.vocab_size, self.rows)])
 
-    def alone(self) -> Iterator[Completions]:
-        """Those of each server that has not failed, by itself, with no id barred: for probes."""
+    def alone(self, *, bars: bool = False) -> Iterator[Completions]:
+        """Those of each server that has not failed, by itself, for probes: with bars or without."""
         for servers in self.servers.alone():
             one = copy(self)
-            one.servers, one.unshared, one.barred = servers, (), frozenset()
+            one.servers = servers
+            if not bars:
+                one.unshared, one.barred = (), frozenset()
             yield one
 
     def write(
@@ -123,7 +125,7 @@ class Completions:
         listed = self.unshared[:LISTED]
         return {
             "logit_bias": {str(token): -100 for token in self.unshared},  # vLLM's least
-            "logprobs": min(len(listed), LIKELIEST),  # of the likeliest, where it knows no lists
+            "logprobs": LIKELIEST,  # where it knows no lists
             "logprob_token_ids": list(listed),
             "return_tokens_as_token_ids": True,
         }

@@ -42,9 +42,9 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def is_elsewhere(model: torch.nn.Module) -> bool:
-    """Whether layers of a model, or of one of several, are at a server: its name tells which."""
-    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-    return any(part.config.get_text_config().num_hidden_layers == 0 for part in parts)
+    """Whether a model's layers are at a server, so that its fingerprint is of its head alone."""
+    config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
+    return getattr(config, "num_hidden_layers", None) == 0
 
 
 def trained_digest(model: torch.nn.Module) -> str:

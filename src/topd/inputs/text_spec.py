@@ -64,6 +64,10 @@ class TextSpec(ServerSpec):
 
     @model_validator(mode="after")
     def _no_chat(self) -> TextSpec:
+        if self.limit != "max_tokens" and not self.chat:
+            raise ValueError(
+                f"limit: {self.limit} is a name of chat APIs. Set chat: true, or leave limit out"
+            )
         if self.chat and self.logprobs:
             raise ValueError(
                 "logprobs: no chat API tells those of a prompt. Leave chat out, or logprobs"

@@ -38,6 +38,10 @@ PARTIAL = ".partial"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 SHARDED = {"optimizer.pt": "optimizer.bin"}  # what FSDP2 calls it
 FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
+OTHER = (
+    "resume_from_checkpoint: {run} was begun with {what} (manifest.json). Go on with the same, or "
+    "start over in another folder."
+)
 DATED = (
     "resume_from_checkpoint: {run} was begun with other prompts, and the chat template writes "
     "today's date into them (strftime_now). Give it the date of the first day (its prompts in "
@@ -282,7 +286,7 @@ def check_same(
         step: updates done.
         settings: what run.json would hold now.
         record: what manifest.json would hold now.
-        named: names of models count too: a server's weights are not here to tell.
+        named: the teacher's name counts too: a server's weights are not here to tell.
         dated: the chat template writes today's date, so prompts differ from day to day.
 
     Returns:
@@ -293,15 +297,14 @@ def check_same(
     """
     before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
     for part in ("data", "models"):
-        pair = before.get(part), record[part]
-        then, now = pair if named else map(_without_names, pair)
-        if then != now:
+        if _without_names(before.get(part)) != _without_names(record[part]):
             if part == "data" and dated:
                 raise TOPDError(DATED.format(run=run))
-            raise TOPDError(
-                f"resume_from_checkpoint: {run} was begun with other {part} (manifest.json). Go on "
-                "with the same, or start over in another folder."
-            )
+            raise TOPDError(OTHER.format(run=run, what=f"other {part}"))
+    teachers = [content["models"]["teacher"]["name"] for content in (before, record)]
+    if named and teachers[0] != teachers[1]:
+        what = "a teacher at a server called {}, not {}".format(*teachers)
+        raise TOPDError(OTHER.format(run=run, what=what))
     asked = as_json(settings)
     pairs = [(part, stored.get(part, {}), asked[part]) for part in ("recipe", "config")]
     pairs.append(("versions", before.get("versions", {}), record["versions"]))

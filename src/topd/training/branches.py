@@ -72,8 +72,9 @@ def branch_states(
 ) -> tuple[tuple[Tensor, ...], ...]:
     """The teacher's states along every branch: of its window, of the rollout, or scored now.
 
-    What it reads then is counted in ``spent``.
+    What it reads then is counted in ``spent``. One by text has none, and is not asked.
     """
+    weight = teacher.head.weight
     states: dict[tuple[int, int], Tensor] = {}
     unknown: list[tuple[int, int]] = []
     for row, guide in enumerate(guidance):
@@ -83,6 +84,8 @@ def branch_states(
                 states[row, k] = window.hidden[:count]
             elif branch.is_part_of(rollouts[row].response):
                 states[row, k] = hidden[row][branch.start : branch.start + count]
+            elif teacher.gives != "distributions":
+                states[row, k] = weight.new_zeros(count, weight.shape[1])
             else:
                 unknown.append((row, k))
     if unknown:

@@ -35,6 +35,7 @@ from topd.inputs.prompts import PromptEncoder
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
 from topd.inputs.text_models import is_by_text
+from topd.training.experience import REWRITTEN
 from topd.training.inherited import check_inherited
 from topd.training.overlap import check_overlap
 from topd.training.preflight import check_saving, without_dropout
@@ -213,7 +214,7 @@ def check_sources(
     student = response + max((len(prompt.student) for prompt in prompts), default=0)
     teacher = response + max((len(prompt.teacher) for prompt in prompts), default=0)
     method = args.guidance_method()
-    ahead = method.beyond(args.longest_window)
+    ahead = max(method.beyond(args.longest_window), REWRITTEN if args.detector.windows else 0)
     learned = ahead if "branches" in method.learns else 0
     check_context("student", sources[0], student, learned)
     served = learned if method.goes_on else 0  # what it is asked to write
