@@ -396,6 +396,24 @@ def test_a_comparison_may_get_more_arms_and_seeds_and_no_other_ones(recipe, tmp_
         run_compare(recipe, [*words, "--compare.arms={opd: {method: opd, beta: 0}}"])
 
 
+@pytest.mark.parametrize("of_before", [True, False])
+def test_arms_with_other_problems_are_refused_before_one_runs(
+    recipe, tmp_path, monkeypatch, of_before
+):
+    """Runs are paired by problem; rows that repeat a prompt were problems to an older version."""
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--max_steps=1"]
+    few = "{method: topd, evaluation: {path: 'testbed://programs', limit: 9, max_tokens: 48}}"
+    if of_before:
+        (stored,) = results(run_compare(recipe, [*words, "--compare.arms={opd: {method: opd}}"]))
+        stored["solved"] = {score: [*right, 0.0] for score, right in stored["solved"].items()}
+        (tmp_path / "run" / "results.jsonl").write_text(json.dumps(stored) + "\n")
+        few = "{method: topd}"
+    monkeypatch.setattr(compare, "run_arm", lambda *_: pytest.fail("an arm ran"))
+    said = f"opd{', seed 0' if of_before else ''} and few have different problems"
+    with pytest.raises(TOPDError, match=said):
+        run_compare(recipe, [*words, f"--compare.arms={{opd: {{method: opd}}, few: {few}}}"])
+
+
 def test_a_folder_from_before_a_setting_has_it_at_its_default(recipe, tmp_path):
     """Its finished runs stay; another value of the new setting is another comparison."""
     one = "--compare.arms={opd: {method: opd}}"

@@ -24,6 +24,7 @@ So a run writes no checkpoints, unless it is told to.
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -50,12 +51,13 @@ from topd.commands.compare_start import (
 from topd.commands.compare_summary import SCORES, SECONDS, Result, summarise
 from topd.commands.recipe import CompareSpec, in_files, read_recipe
 from topd.commands.session import until_stopped
-from topd.commands.train import make_trainer, watch_steps
+from topd.commands.train import make_evaluator, make_trainer, watch_steps
 from topd.commands.workers import in_workers
 from topd.config import TOPDConfig
 from topd.config.values import defaults_of
 from topd.errors import TOPDError
-from topd.evaluate import Evaluation, EvaluationCallback
+from topd.evaluate import Evaluation, EvaluationCallback, Evaluator
+from topd.evaluate.evaluation import first_rows
 from topd.inputs.models import ModelSpec
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json, file_digest, read_lines, read_whole, trim
@@ -93,7 +95,9 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     results = _stored(folder)
     done = {(result["arm"], result["seed"]) for result in results}
     todo = [run for run in spec.runs() if run[:2] not in done]
-    check_arms(comparison, [*dict.fromkeys(arm for arm, *_ in todo)])
+    waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
+    check_arms(comparison, waiting)
+    _check_problems(comparison, waiting, results)
     run = RunFolder(folder, resume=True, chained=bool(spec.plan))
     run.write("run.json", content)
     start = starting_point(comparison, quiet=console is None)
@@ -116,6 +120,32 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     run.write(
         SUMMARY, summarise(results, spec.baseline, begun, clock=spec.clock, references=references)
     )
+
+
+def _check_problems(comparison: Comparison, arms: Sequence[str], results: Sequence[Result]) -> None:
+    """Raise TOPDError where the runs to come, or those that are done, have different problems."""
+    kinds = dict[str, Evaluator]()
+    sizes = [(f"{r['arm']}, seed {r['seed']}", len(r["solved"]["greedy"])) for r in results]
+    repeats = []
+    for arm in arms:
+        recipe, _ = comparison.arms[arm]
+        kind = json.dumps([recipe.sources(), recipe.args.chat_template_kwargs], default=str)
+        if kind not in kinds:
+            evaluator = make_evaluator(recipe)
+            assert evaluator is not None  # checked before
+            kinds[kind] = evaluator
+        prompts = kinds[kind].prompts
+        repeats.append((arm, first_rows(prompts)))
+        sizes.append((arm, len(prompts) - len(repeats[-1][1])))
+    for found in (sizes, repeats):
+        for run, problems in found:
+            if problems != found[0][1]:
+                raise TOPDError(
+                    f"compare: {found[0][0]} and {run} have different problems, and runs are "
+                    "compared problem by problem. Rows with one prompt are one problem, which "
+                    "older versions did not know and a chat template may change. Give all arms one "
+                    "evaluation, leave out rows that repeat a prompt, and choose another folder."
+                )
 
 
 def run_arm(task: Task, console: Console | None = None) -> Result:
