@@ -234,3 +234,29 @@ def test_a_line_that_is_no_row_is_named(tmp_path, text):
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(TOPDError, match=r"x\.jsonl: cannot be read.*line 2 is not a row of JSON"):
         DataSpec(path=str(tmp_path / "x.jsonl")).load()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("data.py", "", "RuntimeError: Dataset scripts are no longer supported"),
+        ("dataset_dict.json", "[]", "not as save_to_disk writes it"),
+        ("dataset_dict.json", '{"splits": null}', "not as save_to_disk writes it"),
+        ("state.json", "{}", "not as save_to_disk writes it"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_refused_in_words(tmp_path, name, content, fault):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file, text in {"dataset_info.json": "{}", name: content}.items():
+        (folder / file).write_text(text)
+    with pytest.raises(TOPDError, match=rf"data: cannot be read.*{fault}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.parquet", "saved"])
+def test_a_configuration_of_what_has_none_is_refused(stored, name):
+    with pytest.raises(TOPDError, match="no configurations, so name 'main' has no effect"):
+        load(stored / name, name="main")
+    with pytest.raises(ValueError, match="name has no effect with testbed"):
+        DataSpec(path="testbed://logic", name="main")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import datasets
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -40,7 +40,8 @@ class EvaluationSpec(BaseModel):
     ``path`` is data as :class:`~topd.inputs.rows.DataSpec` reads them, whose columns are known or
     named in ``columns`` (``prompt``, and ``answer`` or ``solution``); or ``testbed://FAMILY``,
     checked by the family. ``split`` is ``test`` there unless given; choose settings on
-    ``validation``. Other data with several splits needs it too: the one to evaluate on.
+    ``validation``. Other data with several splits needs it too: the one to evaluate on; with
+    several configurations, ``name``.
     ``chat`` None uses the chat template if the tokenizer has one; ``chat_template_kwargs`` are
     given to it. Where they are not set, a recipe's evaluation writes prompts as its training does,
     and a run's student is evaluated as it was trained. ``max_tokens`` is the longest response;
@@ -51,6 +52,7 @@ class EvaluationSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str
+    name: str | None = None
     split: str | None = None
     columns: dict[Literal["prompt", "answer", "solution"], str] = {}
     limit: int | None = Field(default=None, ge=1)
@@ -62,6 +64,13 @@ class EvaluationSpec(BaseModel):
     max_tokens: int = Field(default=1024, ge=1)
     batch_size: int = Field(default=16, ge=1)
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("name", "columns")
+    @classmethod
+    def _is_of_stored_data(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and info.data.get("path", "").startswith(SCHEME):
+            raise ValueError(f"has no effect with {SCHEME}")
+        return value
 
     def load(self) -> list[dict[str, Any]]:
         """The rows, with ``prompt`` (text) and ``answer`` columns, both filled.
@@ -86,7 +95,7 @@ class EvaluationSpec(BaseModel):
         """
         if self.split is not None:
             return self
-        known = ["test"] if self.path.startswith(SCHEME) else _splits(self.path)
+        known = ["test"] if self.path.startswith(SCHEME) else _splits(self.path, self.name)
         if len(known) > 1:
             raise TOPDError(
                 f"data {self.path}: has the splits {', '.join(known)}. Say which one to evaluate "
@@ -97,7 +106,8 @@ class EvaluationSpec(BaseModel):
     def _data(self, **more: Any) -> DataSpec:
         """Where the rows are."""
         split = self.with_split().split or "train"
-        return DataSpec(path=self.path, **{"split": split, "limit": self.limit, **more})
+        own = {"name": self.name, "split": split, "limit": self.limit}
+        return DataSpec(path=self.path, **{**own, **more})
 
     def as_trained(self, *, chat: bool, chat_template_kwargs: Mapping[str, Any]) -> Self:
         """The same, with prompts written as those of a training where nothing else is said.
@@ -197,16 +207,19 @@ def _recognised(path: str, names: Sequence[str]) -> dict[str, str]:
     )
 
 
-def _splits(place: str) -> list[str]:
-    """The splits of a folder or of a hub's data; none of a file, or where they cannot be read."""
+def _splits(place: str, name: str | None) -> list[str]:
+    """The splits of a folder or of a hub's data; none of a file, or where they cannot be read.
+
+    Reading the rows says why then.
+    """
     path = Path(place).expanduser()
     named_as_file = {suffix.lower() for suffix in path.suffixes} & {*TEXTS, ".parquet"}
     if path.is_file() or (named_as_file and not path.is_dir()) or (path / "state.json").exists():
         return []
-    with suppress(OSError, ValueError, KeyError):  # reading the rows says what is wrong
+    with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
         if (path / "dataset_dict.json").exists():
-            return list(json.loads((path / "dataset_dict.json").read_text())["splits"])
-        return datasets.get_dataset_split_names(str(path) if path.exists() else place)
+            return [*map(str, json.loads((path / "dataset_dict.json").read_text())["splits"])]
+        return datasets.get_dataset_split_names(str(path) if path.exists() else place, name)
     return []
 
 

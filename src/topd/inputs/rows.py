@@ -76,6 +76,8 @@ class DataSpec(BaseModel):
         for name in {"size", "seed"} if self.path else {"name", "split"}:
             if name in self.model_fields_set:
                 raise ValueError(f"{name} has no effect with {'path' if self.path else 'task'}")
+        if self.name and (self.path or "").startswith(SCHEME):
+            raise ValueError(f"name has no effect with {SCHEME}")
         return self
 
     @property
@@ -145,6 +147,8 @@ class DataSpec(BaseModel):
             if isinstance(found, list):
                 return found[: self.limit]
             return list(found if self.limit is None else found.take(min(self.limit, len(found))))
+        except TOPDError:
+            raise
         except UnicodeDecodeError as error:
             raise TOPDError(f"data {self.path}: is not UTF-8 ({error}). Convert it.") from error
         except KeyError as error:  # of datasets: a NUL in a nested name is cut off in its schema
@@ -155,6 +159,7 @@ class DataSpec(BaseModel):
             OSError,
             EOFError,
             ValueError,
+            RuntimeError,  # of datasets: a loading script
             csv.Error,
             datasets.exceptions.DatasetGenerationError,
         ) as error:
@@ -174,10 +179,14 @@ def _read(place: str, name: str | None, split: str) -> Any:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[-2:-1] if packed else suffixes[-1:] or [""])[0] if suffixes else ""
-    if kind not in (*TEXTS, ".parquet") or path.is_dir():
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            return _saved(path, split)
-        return datasets.load_dataset(str(path) if path.exists() else place, name, split=split)
+    is_file = kind in (*TEXTS, ".parquet") and not path.is_dir()
+    saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+    if name and (is_file or saved):
+        raise ValueError(f"it has no configurations, so name {name!r} has no effect: leave it out")
+    if saved:
+        return _saved(path, split)
+    if not is_file:
+        return _loaded(str(path) if path.exists() else place, name, split)
     if not path.is_file():
         raise FileNotFoundError(f"no such file {path}")
     if path.stat().st_size == 0:
@@ -192,6 +201,20 @@ def _read(place: str, name: str | None, split: str) -> Any:
         return rows
     parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
     return [row for part in parts for row in rows[part.from_ : part.to]]
+
+
+def _loaded(place: str, name: str | None, split: str) -> Any:
+    """A folder of files, or what a hub has."""
+    try:
+        return datasets.load_dataset(place, name, split=split)
+    except ValueError as error:
+        if not str(error).startswith("Config name is missing"):
+            raise
+        known = ", ".join(datasets.get_dataset_config_names(place))
+        raise TOPDError(
+            f"data {place}: has the configurations {known}. Say which one with name, beside path "
+            "in a recipe or a suite (topd eval: give a file of it)."
+        ) from error
 
 
 def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
@@ -258,8 +281,11 @@ def _mapping(number: int, row: Any) -> dict[str, Any]:
 
 def _saved(path: Path, split: str) -> datasets.Dataset:
     """What ``save_to_disk`` wrote: a data set, or several by split."""
-    found = datasets.load_from_disk(str(path))
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"it is not as save_to_disk writes it ({error!r})") from None
     splits = found if isinstance(found, datasets.DatasetDict) else {"train": found}
     if split not in splits:
-        raise ValueError(f"it has no split {split!r}, but {', '.join(splits)}")
+        raise ValueError(f"it has no split {split!r}, but {', '.join(splits) or 'none'}")
     return splits[split]
