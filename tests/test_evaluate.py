@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,8 @@ from topd.evaluate.judge import Judge
 from topd.evaluate.spec import EvaluationSpec
 from topd.evaluate.written import plain
 from topd.inputs.models import ModelSpec
+from topd.report.evaluated import evaluation_tables
+from topd.runs.folder import RunFolder
 from topd.types import Generation, Ids, Prompt, Sampling
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -931,6 +934,10 @@ BAD = [
         for columns in ("prompt=q", "answer=q,solution=a", "prompt=q,answer=a,solution=a")
     ),
     (["model", "odd.jsonl", "--columns", "prompt=q,answer=b"], "no column 'b'. It has a, q"),
+    (
+        ["model", "testbed://logic", "--columns", "prompt=q,solution=a"],
+        "has no effect with testbed",
+    ),
     (["model", "empty.jsonl"], "data row 0: no reference answer in column 'answer'"),
     (["model", "blank.jsonl"], "data row 0: the prompt is empty"),
     (
@@ -993,21 +1000,51 @@ def test_a_single_split_need_not_be_named(tmp_path):
     assert EvaluationSpec(path="testbed://logic").with_split().split == "test"
 
 
+@pytest.mark.parametrize("name", ["hub", "saved"])
+def test_splits_that_cannot_be_read_are_told_as_the_rows_are(tmp_path, name):
+    """A loading script, which datasets no longer runs; and what save_to_disk did not write."""
+    file, content = ("hub.py", "") if name == "hub" else ("dataset_dict.json", "[]")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / file).write_text(content)
+    with pytest.raises(TOPDError, match=f"data .*{name}: cannot be read"):
+        EvaluationSpec(path=str(tmp_path / name)).load()
+
+
+def test_one_of_several_configurations_is_chosen(tmp_path):
+    listed = [{"config_name": name, "data_files": f"{name}.jsonl"} for name in ("main", "socratic")]
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(listed)}\n---\n")
+    for number, name in enumerate(("main", "socratic"), 1):
+        write(tmp_path / f"{name}.jsonl", [{"question": "what", "answer": "2"}] * number)
+    with pytest.raises(TOPDError, match=r"the configurations main, socratic\. Say which one with"):
+        EvaluationSpec(path=str(tmp_path)).load()
+    assert len(EvaluationSpec(path=str(tmp_path), name="socratic").load()) == 2
+
+
 def test_rows_that_repeat_a_prompt_are_told(root, invoke, tmp_path, caplog):
     write(tmp_path / "twice.jsonl", [{"question": "what", "answer": str(i)} for i in range(3)])
     result = invoke("model", str(tmp_path / "twice.jsonl"), "--output", str(tmp_path / "a"))
     assert result.exit_code == 0, result.output
     assert "twice.jsonl: 3 rows, 1 different prompts." in caplog.text
     assert "1 problems (3 rows), 2 samples each" in result.stdout
+    assert [table.title for table in evaluation_tables(tmp_path / "a")] == ["Figures", "Rows"]
 
 
-def test_results_are_never_written_over(invoke, tmp_path, monkeypatch):
-    (tmp_path / "evaluation.json").write_text("{}")
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("evaluation.json", "already holds evaluation.json"),
+        ("responses.jsonl", "holds an evaluation or a gate, whole"),
+        ("base_problems.begun.jsonl", "holds an evaluation or a gate, whole or stopped"),
+    ],
+)
+def test_results_are_never_written_over(invoke, tmp_path, monkeypatch, name, said):
+    (tmp_path / name).write_text("{}")
     monkeypatch.setattr(ModelSpec, "load_model", lambda self: pytest.fail("weights were read"))
     result = invoke("model", "gsm8k.jsonl", "--output", str(tmp_path))
     assert result.exit_code == 2
-    assert "already holds an evaluation" in " ".join(result.stderr.split())
-    assert (tmp_path / "evaluation.json").read_text() == "{}"
+    assert said in " ".join(result.stderr.split())
+    assert "if it is stopped" not in result.stdout
+    assert (tmp_path / name).read_text() == "{}"
 
 
 def test_an_evaluation_that_is_stopped_continues_in_its_folder(invoke, tmp_path, monkeypatch):
@@ -1029,7 +1066,9 @@ def test_an_evaluation_that_is_stopped_continues_in_its_folder(invoke, tmp_path,
     assert result.exit_code == 75
     said = " ".join(result.stderr.split())
     assert "topd eval was stopped." in said
-    assert f"--output_dir {folder} continues it" in said
+    again = f"--output_dir {folder} continues it"
+    assert again in said
+    assert again in " ".join(result.stdout.split())  # told as it began, too
     assert [path.name for path in folder.iterdir()] == ["responses.begun.jsonl"]
     with (folder / "responses.begun.jsonl").open("a") as file:
         file.write('{"problem": 1, "sam')  # cut off
@@ -1044,6 +1083,41 @@ def test_an_evaluation_that_is_stopped_continues_in_its_folder(invoke, tmp_path,
         same = (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
         assert same
     assert not list(folder.glob("*.begun.jsonl"))
+
+
+@pytest.mark.parametrize("stopped", ["generate", "write"])
+def test_an_evaluation_continues_with_model_and_data_elsewhere(
+    root, invoke, tmp_path, monkeypatch, stopped
+):
+    """Stopped before its last responses, or after them and before its figures are written."""
+    assert invoke("model", "gsm8k.jsonl", "--output", str(tmp_path / "whole")).exit_code == 0
+    generate, asked = HFEngine.generate, list[int]()
+
+    def stops(self: HFEngine, prompts: Any, *more: Any) -> list[Generation]:
+        asked.append(len(prompts))
+        if len(asked) == 2 and stopped == "generate":
+            raise KeyboardInterrupt
+        return generate(self, prompts, *more)
+
+    def never(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluating, "check_decoding", lambda _: None)
+    monkeypatch.setattr(HFEngine, "generate", stops)
+    folder, elsewhere = tmp_path / "a", tmp_path / "elsewhere"
+    with monkeypatch.context() as patch:
+        if stopped == "write":
+            patch.setattr(RunFolder, "write", never)
+        assert invoke("model", "gsm8k.jsonl", "--output", str(folder)).exit_code == 75
+    shutil.copytree(root / "model", elsewhere / "of-model")
+    shutil.copy(root / "gsm8k.jsonl", elsewhere / "problems.jsonl")
+    words = (str(elsewhere / "of-model"), str(elsewhere / "problems.jsonl"))
+    result = invoke(*words, "--output", str(folder))
+    assert result.exit_code == 0, result.stderr
+    assert asked == ([5, 10, 10] if stopped == "generate" else [5, 10])
+    assert not list(folder.glob("*.begun.jsonl"))
+    found, whole = (f.joinpath("responses.jsonl").read_text() for f in (folder, tmp_path / "whole"))
+    assert found == whole
 
 
 def test_the_testbed_is_evaluated_to_the_end(invoke, tmp_path):
@@ -1142,6 +1216,10 @@ def test_a_recipe_evaluates_during_training(root, invoke, tmp_path):
             "key 'sampels' in evaluation. Did you mean samples",
         ),
         (["--evaluation.max_tokens", "512"], "max_tokens: the longest prompt of gsm8k.jsonl"),
+        (
+            ["--evaluation.path", "testbed://logic", "--evaluation.name", "main"],
+            "evaluation.name: has no effect with testbed://",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_evaluate_is_refused_before_a_model_loads(

@@ -374,6 +374,14 @@ def test_a_regression_ends_with_1_and_the_card_names_it(place):
             {"refusals": {"path": "refusals.jsonl", "columns": {"answer": "a"}}},
             r"suite\.refusals\.columns: answer has no effect",
         ),
+        (
+            {"refusals": {"path": "refusals.jsonl", "columns": {"prompt": "p", "solution": "s"}}},
+            r"suite\.refusals\.columns: solution has no effect",
+        ),
+        (
+            {"problems": {"path": "testbed://logic", "columns": {"prompt": "p"}}},
+            r"suite\.problems\.columns: has no effect with testbed://",
+        ),
         ({"refusals": {"path": "refusals.jsonl", "split": "test"}}, 'Unknown split "test"'),
     ],
 )
@@ -392,7 +400,7 @@ def test_a_folder_with_a_result_is_refused(place):
     Path("out").mkdir()
     Path("out/gate.json").write_text("{}")
     result = gate("base", "same")
-    assert (result.exit_code, "already holds a gate's result" in result.stderr) == (2, True)
+    assert (result.exit_code, "already holds gate.json" in result.stderr) == (2, True)
 
 
 def test_a_gate_that_is_stopped_continues_in_its_folder(place, monkeypatch):
@@ -420,6 +428,33 @@ def test_a_gate_that_is_stopped_continues_in_its_folder(place, monkeypatch):
     assert names[0] == names[1]
     for name in ("base_problems.jsonl", "candidate_problems.jsonl"):
         assert Path("out", name).read_text() == Path("whole", name).read_text()
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def fail(*_: Any) -> None:
+    raise TOPDError("not a number")
+
+
+@pytest.mark.parametrize("way", [stop, fail])
+@pytest.mark.parametrize("where", ["topd.commands.gate.compare_models", "RunFolder.write"])
+def test_a_gate_that_is_stopped_after_its_last_response_continues(place, monkeypatch, where, way):
+    """While figures are made; or the result is written, with the responses' files there."""
+    assert gate("base", "other").exit_code in (0, 1)
+    Path("out").rename("whole")
+    monkeypatch.setattr("topd.commands.evaluate.check_decoding", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(where.replace("RunFolder", "topd.runs.folder.RunFolder"), way)
+        assert gate("base", "other").exit_code == (75 if way is stop else 2)
+    assert Path("out/base_problems.begun.jsonl").exists()
+    assert Path("out/base_problems.jsonl").exists() == (where == "RunFolder.write")
+    monkeypatch.setattr(HFEngine, "generate", stop)
+    result = gate("base", "other")
+    assert result.exit_code in (0, 1), result.stderr
+    files = [{path.name: path.read_text() for path in Path(f).iterdir()} for f in ("out", "whole")]
+    assert files[0] == files[1]
 
 
 def test_a_section_is_replaced_or_added(tmp_path):

@@ -360,9 +360,15 @@ def test_files_of_a_folder_are_named_from_the_run_folder_in_order_without_cards(
     ]
 
 
-@pytest.mark.parametrize("name", ["gate.json", "responses.jsonl"])
+@pytest.mark.parametrize("name", ["gate.json", "responses.jsonl", "responses.begun.jsonl"])
 def test_no_run_begins_where_an_evaluation_is(tmp_path, name):
     (tmp_path / name).touch()
     for resume in (True, False):
         with pytest.raises(TOPDError, match="holds an evaluation or a gate, whole or stopped"):
-            check_run_folder(tmp_path, resume=resume)
+            check_run_folder(tmp_path, resume=resume, begun=["base_problems.begun.jsonl"])
+
+
+def test_an_evaluation_that_was_stopped_continues_with_files_of_its_own(tmp_path):
+    RunFolder(tmp_path).append("responses.begun.jsonl", [{}])
+    RunFolder(tmp_path, begun=["responses.begun.jsonl"]).append("responses.begun.jsonl", [{}])
+    assert len((tmp_path / "responses.begun.jsonl").read_text().splitlines()) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -35,7 +35,7 @@ from topd.inputs.rows import DataSpec
 from topd.inputs.vocabulary import shared_ids
 from topd.report import page_line
 from topd.runs.files import as_json, digest, read_lines, read_whole, trim
-from topd.runs.folder import RunFolder, manifest
+from topd.runs.folder import BEGUN, RunFolder, manifest
 from topd.runs.lock import one_writer
 from topd.statistics import Interval
 from topd.training.progress import say
@@ -85,8 +85,10 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     for line in said:
         say(console, line)
     folder = Path(output or _folder(model, spec))
-    with one_writer(folder), until_stopped("eval", folder, None):
-        found = _evaluate_into(_open(folder), model, spec, console)
+    with one_writer(folder):
+        run = opened(folder, RESULT, [RESPONSES])
+        with until_stopped("eval", folder, console):
+            found = _evaluate_into(run, model, spec, console)
     show(found, spec, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
     return folder
@@ -102,10 +104,42 @@ def _evaluate_into(
     references = _references(rows)
     settings = {"model": model.model_dump(), "data": spec.model_dump()}
     (found,), made_of = measure(model, {RESPONSES: (spec, evaluator)}, run, console)
-    write_responses(run, {RESPONSES: found})
-    run.write(RESULT, {**found.record(), "settings": settings, **made_of, "references": references})
-    (run.folder / begun(RESPONSES)).unlink()
+    record = {**found.record(), "settings": settings, **made_of, "references": references}
+    finish(run, RESULT, record, {RESPONSES: found})
     return found
+
+
+def opened(folder: Path, result: str, names: Collection[str]) -> RunFolder:
+    """The folder of an evaluation or a gate that is new, or that was stopped and continues.
+
+    Of one that was stopped while it ended the files of responses are removed: what they hold is in
+    those of :func:`begun` as well.
+
+    Args:
+        folder: where.
+        result: the file that an end leaves.
+        names: the files of its responses.
+
+    Raises:
+        TOPDError: the folder holds a result, or something else.
+    """
+    if (folder / result).exists():
+        raise TOPDError(f"--output: {folder} already holds {result}. Choose another folder.")
+    for name in names:
+        if (folder / begun(name)).exists():
+            (folder / name).unlink(missing_ok=True)
+    return RunFolder(folder, begun=[*map(begun, names)])
+
+
+def finish(
+    run: RunFolder, result: str, record: Mapping[str, Any], found: Mapping[str, Evaluation]
+) -> None:
+    """Write what an evaluation or a gate ends with: all responses in order by file, the result."""
+    for name, evaluation in found.items():
+        run.append(name, (response.record() for response in evaluation.responses))
+    run.write(result, record)
+    for name in found:
+        (run.folder / begun(name)).unlink()
 
 
 def measure(
@@ -149,16 +183,18 @@ def measure(
 
 def begun(name: str) -> str:
     """Of a file of responses, where they are until all are there."""
-    return name.replace(".jsonl", ".begun.jsonl")
+    return BEGUN.format(name.removesuffix(".jsonl"))
 
 
 def _identity(
     spec: EvaluationSpec, evaluator: Evaluator, made_of: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that responses and their verdicts depend on."""
+    """All that responses and their verdicts depend on; wherever model and data are now."""
+    free = {"path", "name", "batch_size", "samples"}
+    models: Mapping[str, Mapping[str, Any]] = made_of["models"]
     return {
-        "settings": spec.model_dump(mode="json", exclude={"batch_size", "samples"}),
-        "models": made_of["models"],
+        "settings": spec.model_dump(mode="json", exclude=free),
+        "models": {n: {k: v for k, v in m.items() if k != "name"} for n, m in models.items()},
         "data": fingerprint(evaluator.prompts),
         "rows": digest(json.dumps([*evaluator.rows], default=str).encode()),
         "versions": {name: made_of["versions"][name] for name in ("topd", "math-verify")},
@@ -179,12 +215,6 @@ def _kept(run: RunFolder, name: str, about: Mapping[str, Any]) -> tuple[list[Res
         )
     done = [Response(**{**record, "ids": tuple(record["ids"])}) for record in there[1:]]
     return done, lambda batch: run.append(name, map(asdict, batch))
-
-
-def write_responses(run: RunFolder, found: Mapping[str, Evaluation]) -> None:
-    """The files of all responses, in order."""
-    for name, evaluation in found.items():
-        run.append(name, (response.record() for response in evaluation.responses))
 
 
 def of_run(model: ModelSpec) -> ModelSpec:
@@ -259,12 +289,6 @@ def _folder(model: ModelSpec, spec: EvaluationSpec) -> str:
     own = place.parent.name if place.name == "student" and place.parent.name else place.name
     name = f"{own}-{Path(spec.path).stem}"
     return f"runs/eval-{name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def _open(folder: Path) -> RunFolder:
-    if any((folder / name).exists() for name in (RESULT, RESPONSES)):
-        raise TOPDError(f"--output: {folder} already holds an evaluation. Choose another folder.")
-    return RunFolder(folder)
 
 
 @contextmanager

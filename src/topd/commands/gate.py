@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rich.console import Console
 from transformers.utils import logging
 
-from topd.commands.evaluate import as_trained, begun, measure, of_run, write_responses
+from topd.commands.evaluate import as_trained, finish, measure, of_run, opened
 from topd.commands.gate_text import card_text, remarks, show
 from topd.commands.recipe import parse_spec, read_mapping
 from topd.commands.session import until_stopped
@@ -78,8 +78,10 @@ class RefusalSpec(EvaluationSpec):
     @field_validator("columns")
     @classmethod
     def _has_no_answers(cls, columns: dict[str, str]) -> dict[str, str]:
-        if "answer" in columns:
-            raise ValueError("answer has no effect: the column refuse says what is right")
+        if other := columns.keys() - {"prompt"}:
+            raise ValueError(
+                f"{', '.join(sorted(other))} has no effect: the column refuse says what is right"
+            )
         return columns
 
     def load(self) -> list[dict[str, Any]]:
@@ -150,6 +152,11 @@ class Suite(BaseModel):
         if not self.limited():
             raise ValueError("limits: no figure has one. Give at least one, e.g. {accuracy: 0.02}")
         return self
+
+    @property
+    def parts(self) -> dict[str, EvaluationSpec]:
+        """What is asked: problems, and refusals if there are any."""
+        return {"problems": self.problems, **({"refusals": self.refusals} if self.refusals else {})}
 
     def limited(self) -> dict[str, float]:
         """The figures that have a limit; that of refusals only where there are some."""
@@ -288,8 +295,11 @@ def run_gate(
     for line in said:
         say(console, line)
     folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
-    with one_writer(folder), until_stopped("gate", folder, None):
-        figures = _gate_into(folder, {"base": base, "candidate": candidate}, suite, console)
+    specs = {"base": base, "candidate": candidate}
+    with one_writer(folder):
+        run = opened(folder, RESULT, [_file(role, part) for role in specs for part in suite.parts])
+        with until_stopped("gate", folder, console):
+            figures = _gate_into(run, specs, suite, console)
     good = passed(figures, strict=suite.strict)
     show(figures, suite, good, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
@@ -308,21 +318,17 @@ def _as_trained(suite: Suite, models: Sequence[ModelSpec]) -> tuple[Suite, list[
 
 
 def _gate_into(
-    folder: Path, specs: Mapping[str, ModelSpec], suite: Suite, console: Console
+    run: RunFolder, specs: Mapping[str, ModelSpec], suite: Suite, console: Console
 ) -> list[Figure]:
     """Evaluate, and write all that a gate leaves behind."""
-    if (folder / RESULT).exists():
-        raise TOPDError(f"--output: {folder} already holds a gate's result. Choose another folder.")
-    run = RunFolder(folder)
     evaluators = {role: _evaluators(spec, suite) for role, spec in specs.items()}
     _check_alike(**evaluators)
     found, made_of, responses = {}, {}, dict[str, Evaluation]()
     for role, spec in specs.items():
-        asked = {f"{role}_{p}.jsonl": (getattr(suite, p), e) for p, e in evaluators[role].items()}
+        asked = {_file(role, p): (suite.parts[p], e) for p, e in evaluators[role].items()}
         evaluations, made_of[role] = measure(spec, asked, run, console)
         found[role] = dict(zip(evaluators[role], evaluations, strict=True))
         responses |= dict(zip(asked, evaluations, strict=True))
-    write_responses(run, responses)
     figures = compare_models(found["base"], found["candidate"], suite)
     good = passed(figures, strict=suite.strict)
     lost = lost_problems(found["base"]["problems"], found["candidate"]["problems"])
@@ -335,23 +341,22 @@ def _gate_into(
         "models": {role: spec.model_dump() for role, spec in specs.items()},
         **made_of,
     }
-    run.write(RESULT, record)
-    for name in responses:
-        (run.folder / begun(name)).unlink()
+    finish(run, RESULT, record, responses)
     card = Path(specs["candidate"].place) / "README.md"
     if card.is_file():
         replace_section(card, HEADING, card_text(specs["base"].path, suite, figures, lost, good))
     return figures
 
 
+def _file(role: str, part: str) -> str:
+    return f"{role}_{part}.jsonl"
+
+
 def _evaluators(model: ModelSpec, suite: Suite) -> dict[str, Evaluator]:
     tokenizer, config = model.load_tokenizer(), model.load_config()
     check_embedding_rows("model", config, tokenizer)
-    parts = {"problems": suite.problems, "refusals": suite.refusals}
     return {
-        name: part.evaluator(part.load(), tokenizer, config)
-        for name, part in parts.items()
-        if part is not None
+        name: part.evaluator(part.load(), tokenizer, config) for name, part in suite.parts.items()
     }
 
 

@@ -94,7 +94,8 @@ def evaluation_tables(folder: Path) -> list[SummaryTable]:
         columns = ("row", "greedy", "samples right", "tokens", "greedy answer")
         more = f": the first {LINES} of {len(problems):,}" if len(problems) > LINES else ""
         rows = tuple(_problem_row(n, answers) for n, answers in list(problems.items())[:LINES])
-        tables.append(SummaryTable(f"Problems{more}", columns, rows, prose=True))
+        title = "Rows" if found and found.problems < len(problems) else "Problems"
+        tables.append(SummaryTable(f"{title}{more}", columns, rows, prose=True))
     return tables
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -45,6 +45,7 @@ from topd.types import Guidance, Rollout
 
 PACKAGES = ("topd", "torch", "transformers", "accelerate", "datasets", "peft", "POT", "numpy")
 RESULTS = ("evaluation.json", "gate.json", "responses.jsonl", "base_problems.jsonl")
+BEGUN = "{}.begun.jsonl"  # responses of an evaluation until all are there
 RECORDS = ("metrics.jsonl", "rollouts.jsonl", "guidance.jsonl")
 LINES = (*RECORDS, TOKENS)  # what a training run adds to; whatever else is there is not its own
 
@@ -55,6 +56,7 @@ class RunFolder:
     Args:
         folder: created at the first record.
         resume: continue in a folder that already holds a run.
+        begun: files of an evaluation that was stopped and continues here.
         active: False on ranks that do not write.
         chained: keep a chain of hashes over what is written.
 
@@ -67,13 +69,14 @@ class RunFolder:
         folder: str | Path,
         *,
         resume: bool = False,
+        begun: Collection[str] = (),
         active: bool = True,
         chained: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.active = active
         if active:
-            check_run_folder(self.folder, resume=resume)
+            check_run_folder(self.folder, resume=resume, begun=begun)
         self.ledger = Ledger(self.folder) if active and chained else None
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
@@ -133,12 +136,12 @@ def files_in(folder: Path, *places: str) -> list[str]:
     return sorted(name for name in names if not name.endswith("/README.md"))
 
 
-def check_run_folder(folder: Path, *, resume: bool = False) -> None:
+def check_run_folder(folder: Path, *, resume: bool = False, begun: Collection[str] = ()) -> None:
     """Make sure that a run can be written there; a folder that is new is not left behind.
 
     Raises:
-        TOPDError: it cannot be written, another process writes there, or it holds a run and
-            ``resume`` is off.
+        TOPDError: it cannot be written, another process writes there, it holds an evaluation or a
+            gate (but for the files ``begun``), or it holds a run and ``resume`` is off.
     """
     try:
         _try_to_write(folder)
@@ -148,7 +151,8 @@ def check_run_folder(folder: Path, *, resume: bool = False) -> None:
             f"output_dir: {folder} cannot be written ({why}). Choose another folder."
         ) from error
     refuse_if_busy(folder)
-    if any((folder / name).exists() for name in RESULTS):
+    stopped = {path.name for path in folder.glob(BEGUN.format("*"))} - {*begun}
+    if stopped or any((folder / name).exists() for name in RESULTS):
         raise TOPDError(
             f"output_dir: {folder} holds an evaluation or a gate, whole or stopped. Choose another "
             "folder."
