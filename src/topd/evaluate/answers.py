@@ -42,33 +42,57 @@ RUN_ON = re.compile(r"\n[ \t*#]*(?:question|problem|q)\s*\d*[ *]*:", re.I)
 FILLER = re.compile(r"(?:therefore|thus|simply|just|indeed|clearly|then|now|hence|so)\b,?\s*", re.I)
 CLAUSE = re.compile(r",?\s+(?:because|since|as|which|so|where|when|for|if|that)\s", re.I)
 FORMULA = re.compile(
-    r"(?:\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$((?:\\[^\n]|[^$\n\\])+)\$)", re.S
+    r"(?:\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|\$((?:\\[^\n]|[^$\n\\])+)\$(?!\d))", re.S
 )
 YES_OR_NO = re.compile(r"(yes|no|true|false),\s+(?!(?:and|or|but|yes|no|true|false)\b)", re.I)
 DENIED = re.compile(r"(?:not|never|neither|no longer)\b", re.I)
 EITHER = re.compile(
     r"\s*([a-z%]*),?\s+or\s+(?:maybe\s+|perhaps\s+)?[-+$]*\d[\d.,]*\d?%?\s*([a-z%]*)", re.I
 )
+CALM = re.compile(  # what has no factorial: words, tuples, fractions
+    r".*[^\d)]|[A-Za-z]\w*\s*=\s*[-+.\d]+|[(\[][^,]*,.*\)|[-+]?\\[dt]?frac\s*\d\s*\d", re.S
+)
+PRICE = re.compile(  # 20 $1 bills
+    r"(?<=\d)\s+\\?\$[\d.]+(?=\s+(?:bills?|coins?|notes?|tickets?)\b)"
+)
+LEFT = (  # a number that leaves the one before it as it is
+    r"\d[\d.,]*\s+(?:(?:is|are)\s+left\b|left\s+over\b|(?:are\s+)?remain)"
+    r"|0+\s+(?:left|inch|second|minute|hour|day|cent)"
+)
+EXPLAINED = (  # a number that explains the one before it
+    rf"{LEFT}|\d[\d.,]*\s+(?:(?:(?:of|for|in)\s+)?(?:each|every)\b|times\s+(?:\d|as\b|the\b))"
+    r"|\d[\d.,]*%?\s+(?:[a-z]+\s+)?(?:more|less|fewer)\s+than\b|\d[\d.,]*%\s+(?:off|of\s+\d|more|less)"
+)
 CHANGED = re.compile(  # what makes another number of the one before it
     r"!|_\{?\d|\(\s*-?\d|['′]\s*\d|[eE][-+]?\d|(?![mgshlLCF])[A-Za-z](?![A-Za-z])"
-    r"|\s*[\^√π⁰¹²³⁴-⁹⁻½⅓⅔¼¾⅕-⅞]|\s+[-+]?\d(?![\d.]*-[a-z])|\s+point\s"
+    r"|\s*[\^√π⁰¹²³⁴-⁹⁻½⅓⅔¼¾⅕-⅞]|\s+point\s"
+    r"|\s+[-+]?\d(?![\d.]*-[a-z]|\d*/\d+-[a-z]+\s[a-z]+s\b)"
     r"|\s*\\(?!text|math|mbox|approx|q?quad)[a-zA-Z]"
-    r"|\s*(?:[-+/*×·÷:&]|,(?:\s+and)?(?:\s+[A-Za-z]+:)?"
-    r"|(?<=\s)(?:x|plus|minus|times|over|to|through|(?:divided|multiplied)\s+by|(?:more|less|fewer)\s+than)(?=\s))\s*[-+({]*\d"
-    r"|(?:\s+[A-Za-z]+){1,2}\s*[+*×÷]\s*\d"
-    r"|(?:\s+[A-Za-z]+){0,2},?\s+and\s+(?:[-+]?\d|(?:an?\s+|\d\s+)?(?:half|thirds?|quarters?)\b)"
-    r"|\s+(?:half|halves|thirds?|fourths|fifths|sixths|eighths|tenths|hundredths)\b"
+    rf"|\s*,(?:\s+and)?(?:\s+[A-Za-z]+:)?\s*[-+({{]*(?!{EXPLAINED})\d"
+    r"|\s*(?:[-+/*×·÷:&]|(?<=\s)(?:x|plus|minus|times|less|mod|choose|to|through"
+    r"|over(?!\s+\d+\s+(?:second|minute|hour|day|week|month|year))"
+    r"|(?:divided|multiplied)\s+by|(?:more|less|fewer)\s+than)(?=\s))\s*[-+({]*\d"
+    r"|(?:\s+[A-Za-z]+){1,2}(?:\s*[+*×÷]|\s+(?:x|plus|minus|times|less)\s)\s*\d"
+    r"|(?P<thing>\s+[A-Za-z]+)\s*-\s*\d[\d.,]*(?P=thing)\b"
+    rf"|(?:\s+[A-Za-z]+){{0,2}},?\s+and\s+[-+]?(?!{LEFT})\d"
+    r"|(?:\s+[A-Za-z]+){0,2},?\s+and\s+(?:an?\s+|\d\s+)?(?:half|thirds?|quarters?)\b"
+    r"|\s+(?:half(?!-dollar)|halves|thirds?(?!.grade)|fourths|fifths|sixths|eighths|tenths|(?:hundred"
+    r"|thousand|million)ths|squared|cubed|factorial|doubled|tripled|halved)\b"
+    r"|\s*(?:lakhs?|crores?|bn|mn|mil)\b"
     r"|\s*[+×÷^]\s*[A-Za-z(]"
 )
 ARGUMENT = re.compile(  # what makes another number of the one after it
     r"(?:[-+/^*×·÷√∛]|\\(?!text|math|mbox|approx|q?quad)[a-zA-Z]+\s*\{?"
-    r"|\b(?:half\s+of|twice))\s*[({]*$"
+    r"|(?i:\b(?:half(?:\s+of)?|(?:thirds?|quarters?|fourths?|fifths?|tenths?)\s+of|twice|double|triple"
+    r"|sqrt|root\s+of|log|over|under|(?:more|less|fewer|greater)\s+than)))\s*[({]*$"
 )
-COMPOUND = re.compile(r"\s*([a-z]+),?\s+\d+\s*([a-z]+)", re.I)  # 3 hours 15 minutes
+COMPOUND = re.compile(  # 3 hours 15 minutes
+    r"\s*([a-z]+),?\s+(?!0+\s)\d[\d.,]*\s*([a-z]+)\b(?!\s+(?:more|less|fewer)\s+than\b)", re.I
+)
 REFUSED = re.compile(r"\b(?:can(?:no|')t|unable to) (?:answer|solve|determine)", re.I)
 LETTERS = {"k": "thousand", "m": "million", "b": "billion"}
 LETTER = r"([KkMB])(?![A-Za-z])"
-LAST = re.compile(rf"((?:(?<![\w)])[-+])?(?:{UNSPACED}))(?:{LETTER})?")
+LAST = re.compile(rf"([$€£¥])?((?:(?<![\w)])[-+])?(?:{UNSPACED}))(?(1)(?:{LETTER})?)")
 FIGURE = re.compile(
     r"(?<![\w.])(\()?([-+]?\s?[$€£¥]?\s?[-+]?(?:\d|\.\d)(?:[\d.,]*\d)?(?: \d{3}(?![\d.,]*\d))*"
     rf"(?:\s?(?:[/:^*-]|\bto\b)\s?\{{?-?[\d.,]*\d\}}?)*)(\s?%)?(\))?"
@@ -196,7 +220,7 @@ def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     if found is not None or not numeric or REFUSED.search(text):
         return found
     numbers = list(LAST.finditer(typed(text)))
-    return Claim(_scaled(numbers[-1][1], None, numbers[-1][2])) if numbers else None
+    return Claim(_scaled(numbers[-1][2], None, numbers[-1][3])) if numbers else None
 
 
 def _located(text: str, numeric: bool) -> Claim | None:
@@ -215,9 +239,10 @@ def _located(text: str, numeric: bool) -> Claim | None:
     places = list(STATED.finditer(text))
     if not places:
         return None
-    said = _statement(text[places[-1].end() :])
+    rest = text[places[-1].end() :]
     if numeric:
-        return _figure(said)
+        return _figure(_statement(re.sub(r"\bfor\s+(?=(?:each|every)\b)", "", rest)))
+    said = _statement(rest)
     return Claim(said) if said else None
 
 
@@ -233,17 +258,25 @@ def _statement(rest: str) -> str:
         if unit.islower() and not CLAUSE.match(f" {unit} "):
             return rf"{inside} \text{{{unit}}}"
         return inside
-    sentence = re.split(r"(?<=[.!])\s", rest.split("\n")[0])[0].rstrip(' .*_`"')
-    sentence = re.sub(r"(?<![\d)])!$", "", sentence)  # 5! is a factorial
+    sentence = re.split(r"(?<=[.!])(?<!\\!)\s", rest.split("\n")[0])[0].rstrip(' .*_`"')
+    sentence = _calm(sentence)
     yes_or_no = YES_OR_NO.match(sentence)
     return yes_or_no[1] if yes_or_no else CLAUSE.split(sentence)[0].strip(' *_`"')
 
 
+def _calm(said: str) -> str:
+    """Without the mark of an exclamation. That of a bare number is a factorial's, not of money."""
+    if said.count("$") < 2:
+        said = re.sub(r"([$€£¥]\s?\d[\d.,]*)!+", r"\1", said)
+    bare = said.rstrip("!")
+    return bare.rstrip() if CALM.fullmatch(bare) else said
+
+
 def _figure(said: str) -> Claim | None:
     """The number of a statement: its value, the first one, or that after its last equals sign."""
-    said = typed(said[:SCANNED]).strip().replace("**", " ")
+    said = _calm(typed(said[:SCANNED]).strip()).replace("**", " ")
     said = re.sub(r"(?<![\d)\s])\*|(?<=\s)\*(?!\s)|\*(?!\s*[\d(])", " ", said)  # no product
-    said = said.rpartition("=")[2].strip().strip("`")
+    said = PRICE.sub("", said.rpartition("=")[2].strip().strip("`"))
     said = re.sub(r"\\\$|\$", "", re.sub(r"\\[()\[\]]|\{,\}|\\!", "", said))
     said = re.sub(r"(?<=\d)\s*[x×]\s*(?=\d)", r" \\times ", said)
     found = FIGURE.search(said)
@@ -268,8 +301,8 @@ def _changed(said: str, number: re.Match[str]) -> bool:
     if DENIED.match(said) or (either and either[1] in ("", either[2])):
         return True
     parts = COMPOUND.match(said, number.end())
-    if parts and all(part.lower() in UNITS and part != "in" for part in parts.groups()):
-        return True
+    if parts and all(part.lower() in UNITS for part in parts.groups()) and parts[1] != "in":
+        return parts[2] != "in" or not said[parts.end() :].strip(" .")
     before = said[: number.start()]
     signed = re.match(r"[-+]\s", number[2]) and re.search(r"\w\s*$", before)
     changed = CHANGED.match(said, number.end())

@@ -25,7 +25,7 @@ from topd.evaluate.structures import (
     intervals,
     listed,
 )
-from topd.evaluate.units import converted, quantity
+from topd.evaluate.units import SHORT, converted, quantity
 
 Ask: TypeAlias = Callable[[str, str], bool]
 
@@ -194,8 +194,8 @@ def _quantities(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
             return False
         share, number = (mine, other) if ours.unit == "%" else (other, mine)
         return number == share / 100 or (number == share and abs(share) >= 1)
-    if theirs.unit in ("K", "k") and not ours.unit:
-        return False  # thousands or kelvins
+    if theirs.unit in SHORT and not ours.unit:
+        return False
     sizes = converted(ours, theirs) if ours.unit and theirs.unit else (Fraction(1), Fraction(1))
     if sizes is None:
         return False
@@ -291,7 +291,9 @@ def _lists(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], ask: Ask,
         values = {exact(item) for item in claim}
         return len(values) == 1 and None not in values and _item(gold[0], claim[0], ask, deep)
     if kind == "(":
-        return other in ("(", "") and _all_same(gold, claim, ask, deep, ordered=True)
+        sides = [item.partition("=")[0].strip() for item in claim if "=" in item]
+        once = len(set(sides)) == len(sides)  # x=1, x=2 are roots
+        return once and other in ("(", "") and _all_same(gold, claim, ask, deep, ordered=True)
     if kind == "[":
         return other == "[" and _all_same(gold, claim, ask, deep, ordered=True)
     return other in ("{", "") and _all_same(gold, claim, ask, deep, ordered=False)

@@ -19,6 +19,7 @@ TOKEN = re.compile(
     rf"\s*(?:({NUMBER}(?:[eE][-+]?\d{{1,4}}(?!\w))?)|(\\[a-zA-Z]+)|([-+*/^!(){{}}]))"
 )
 REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d{0,30})\\overline\{(\d{1,30})\}")
+POINT = re.compile(r"\(\s*-?\d{1,3}(?:,\d{3})+\s*\)")  # (1,234), no number with thousands
 MIXED = re.compile(r"([-+]?)\s*(\d+)\s+(\d+)\s*/\s*(\d+)")
 TIMES = ("\\cdot", "\\times", "*")
 OVER = ("\\div", "/")
@@ -34,6 +35,8 @@ def exact(text: str) -> Fraction | None:
     >>> exact("1,080"), exact("3\\\\frac{1}{2}"), exact("10^{-2}"), exact("x + 1")
     (Fraction(1080, 1), Fraction(7, 2), Fraction(1, 100), None)
     """
+    if POINT.fullmatch(text):
+        return None
     mixed = MIXED.fullmatch(text)
     if mixed:
         sign, whole, over, under = mixed.groups()

@@ -12,6 +12,7 @@ SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12,
 }  # fmt: skip
+SHORT = frozenset("k K M B bn mn mil lakh crore".split())  # M for millions, or molar
 THOUSANDS = {"k": 1000, "K": 1000, "M": 10**6}  # of money
 _UNITS: dict[str, tuple[str, dict[str, str]]] = {
     # dimension: (size of each unit, spellings)
@@ -40,7 +41,7 @@ for _dimension, (_sizes, _spellings) in _UNITS.items():
 NEVER = frozenset(
     "or and not to than then less more least most if no about between so but from plus minus "
     "times over x is are half halves third thirds fourths fifths sixths eighths tenths "
-    "hundredths".split()
+    "hundredths thousandths millionths squared cubed factorial doubled tripled halved".split()
 )
 SUFFIX = re.compile(
     r"(?P<core>.*?[\d)}!])\s*(?P<unit>(?:%|°|«[^«»]*»|\^\{?-?\d\}?|/|\\cdot|·"

@@ -60,7 +60,8 @@ _LARGE = rf"(?:{'|'.join(LARGE)})"
 NAMED = re.compile(rf"\b(?:{'|'.join([*NAMES, *LARGE])})(?:s|th|fold)?\b", re.I)
 SIGNED = re.compile(r"(?<!\d )\b(?:minus|negative)\s+(?=[$€£¥\d]|$)", re.I)
 SPELLED = re.compile(
-    rf"\b(?:{_SMALL}|an?(?=\s+{_LARGE}))\b(?:[-\s]+{_LARGE}\b(?:,?\s+(?:and\s+)?{_SMALL}\b)?)*"
+    rf"\b(?!(?:one|two|three)\s+quarters?\b)"
+    rf"(?:{_SMALL}|an?(?=\s+{_LARGE}))\b(?:[-\s]+{_LARGE}\b(?:,?\s+(?:and\s+)?{_SMALL}\b)?)*"
     rf"(?![-\w]|,?\s+(?:and\s+)?(?:{_SMALL}|{_LARGE})\b)",
     re.I,
 )
