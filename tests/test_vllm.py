@@ -241,7 +241,9 @@ def split(engine: TextEngine, prompt: tuple[int, ...], own: tuple[int, ...]) -> 
     writer = engine.writer
     whole = writer.prompt_text(prompt) + (engine.border.text(own) or "")
     body = {"prompt": whole, "add_special_tokens": False, **writer.servers.model}
-    return tuple(writer.servers.post("/tokenize", body)["tokens"])
+    (url,) = writer.spec.url  # that of the API; what tokenizes is beside it
+    answer = requests.post(f"{url.removesuffix('/v1')}/tokenize", json=body, timeout=60)
+    return tuple(answer.json()["tokens"])
 
 
 def learned(root: Path, teacher: dict[str, Any], student: str) -> tuple[Any, dict[str, Any]]:
