@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from topd.config.rules import check_learns, check_options
 from topd.detectors import teachability_of
 from topd.errors import TOPDError
-from topd.methods import METHODS, check_learns, check_options, downweight, opd, topd
+from topd.methods import METHODS, NEVER, downweight, opd, topd
+from topd.training.evidence import by_token_loss
 from topd.training.learning import cap_at_medians
 from topd.transport import soft_targets, solve
 from topd.types import (
@@ -350,10 +352,40 @@ def test_a_method_learns_by_the_fields_that_it_says(name):
                 check_learns(name, kind, weight)
 
 
-def test_an_option_of_token_losses_has_no_effect_without_them():
-    check_options("first_fork", {"after": 0.0}, "sampled")
+@pytest.mark.parametrize("names", [("after",), ("after", "loss"), ("loss", "after")])
+def test_an_option_of_token_losses_has_no_effect_without_them(names):
+    """Whatever else is there, before it or after."""
+    values = {"after": 0.0, "loss": "forward_kl"}
+    options = {name: values[name] for name in names}
+    check_options("first_fork", options, "sampled")
     with pytest.raises(TOPDError, match=r"method_options: after: .* token_loss: none\. Leave it"):
-        check_options("first_fork", {"after": 0.0}, "none")
+        check_options("first_fork", options, "none")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sampled_token_losses_carry_any_weight_and_no_cap(name):
+    """A cap is of losses over the whole distribution: nothing would hold it down."""
+    found = with_statistics(evidence(ROWS, STARTS, [True, False, True, False]))
+    guidance = METHODS[name].guide(found)
+    capped = any(guide.capped for guide in guidance)
+    assert METHODS[name].caps == capped
+    for kind in ("sampled", "spans"):
+        if capped:
+            with pytest.raises(TOPDError, match=f"token_loss: {kind} leaves {name} without effect"):
+                check_learns(name, kind, 0.1)
+        else:
+            check_learns(name, kind, 0.1)
+
+
+def test_a_token_that_the_teacher_bars_counts_as_much_as_its_weight():
+    """With weight 0 it counts nothing; -inf times 0 would be no number. By hand."""
+    rollout = Rollout(Prompt(0, (1,), (1,)), (5, 6, 7), (-1.0, -1.0, -0.5), finished=True)
+    teacher = [torch.tensor([-math.inf, -math.inf, -0.25])]
+    guide = Guidance((0.0, 1.5, 2.0))
+    (found,) = by_token_loss("sampled", [guide], [rollout], teacher)
+    assert found.advantages == (0.0, 1.5 * NEVER, 0.5)
+    (found,) = by_token_loss("spans", [guide], [rollout], teacher, [((1, 3),)])
+    assert found.advantages == (0.0, 1.5 * (NEVER + 0.25), 2.0 * (NEVER + 0.25))
 
 
 def test_opd_leaves_every_token_as_it_is():

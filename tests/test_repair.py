@@ -21,6 +21,7 @@ from conftest import DEVICE, EOS, write_pair
 from topd import cli, transport
 from topd.commands import repair, verbs
 from topd.commands.intervals import intervals
+from topd.commands.probe import ProbeConfig
 from topd.commands.repair import (
     Sample,
     correct,
@@ -36,6 +37,7 @@ from topd.commands.repair import (
 from topd.commands.repair_config import TRIED, RepairConfig
 from topd.commands.repair_statistics import PAPER, measure, read_table
 from topd.commands.session import Pair, open_pair, read_analysis
+from topd.config import TOPDConfig
 from topd.errors import StoppedError, TOPDError
 from topd.runs.folder import RunFolder
 from topd.training.experience import Observer
@@ -520,7 +522,7 @@ def refusal(recipe: Path, *words: str) -> str:
         (("--methods", "[downweight]"), "methods: downweight holds down the loss of false alarms"),
         (("--methods", "downweight_matched"), "a fork of a repair is real: it would be opd"),
         (
-            ("--method", "topd", "--token_loss", "none"),
+            ("--token_loss", "none"),  # whatever method is, which is not tried
             "methods: token_loss: none leaves opd nothing to learn. Choose a method with windows. "
             "Those to try are named in methods",
         ),
@@ -538,6 +540,18 @@ def refusal(recipe: Path, *words: str) -> str:
 )
 def test_bad_options_are_refused_with_their_name(recipe, tmp_path, words, part):
     assert part in refusal(recipe, "--output_dir", str(tmp_path / "run"), *words)
+
+
+@pytest.mark.parametrize("kind", [RepairConfig, ProbeConfig])
+@pytest.mark.parametrize(
+    "options", [{"token_loss": "none"}, {"method": "olive", "trajectory_weight": 0.0}]
+)
+def test_what_method_would_learn_is_not_asked_where_it_is_not_trained(tmp_path, kind, options):
+    tried = {"methods": ("topd", "window_sft")} if kind is RepairConfig else {}
+    args = kind(output_dir=str(tmp_path), window_length=4, use_cpu=True, **tried, **options)
+    assert args.token_loss == options.get("token_loss", "full")
+    with pytest.raises(TOPDError, match=r"leaves .* nothing to learn"):
+        TOPDConfig(output_dir=str(tmp_path), use_cpu=True, **options)
 
 
 def test_what_the_student_writes_after_a_window_has_to_fit(recipe, tmp_path):

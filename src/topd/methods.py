@@ -15,12 +15,11 @@ my_module:function`` (docs/how-to/own-method.md shows a whole one).
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +27,6 @@ from torch import Tensor
 
 from topd.detectors import teachability_of
 from topd.divergence import select_candidates
-from topd.errors import TOPDError
 from topd.named import row_named
 from topd.transport import sparse_soft_targets
 from topd.types import (
@@ -329,9 +327,9 @@ class Method(NamedTuple):
     ``settings`` are fields of TOPDConfig that the method was measured with: they hold wherever the
     user gives nothing else. ``needs`` is what it wants of the teacher beyond the token losses, or
     in their place: windows are enough with the options ``by_windows``. ``learns`` names the fields
-    of Guidance by which it learns, by default any; ``whole``: its token losses are those over the
-    whole distribution. ``goes_on`` is the option that says how many tokens of its own the student
-    writes after a window.
+    of Guidance by which it learns, by default any; ``caps``: all that it does is to cap token
+    losses over the whole distribution. ``goes_on`` is the option that says how many tokens of its
+    own the student writes after a window.
     """
 
     guide: Callable[..., tuple[Guidance, ...]]
@@ -343,7 +341,7 @@ class Method(NamedTuple):
     needs: Needs = "distributions"
     by_windows: Mapping[str, Any] = MappingProxyType({})
     learns: tuple[str, ...] = ("weights", "targets", "branches", "advantages")
-    whole: bool = False
+    caps: bool = False
     goes_on: str = ""
 
     @property
@@ -392,17 +390,13 @@ METHODS: dict[str, Method] = {  # the first is the default; docs/which-method.md
         olive, looks_ahead=True, first_only=True, needs="windows", learns=("branches",)
     ),
     "relay": Method(relay, looks_ahead=True, learns=OWN_CONTEXT, goes_on="tokens"),
-    "downweight": Method(downweight, looks_ahead=True, learns=ONLY_TOKENS, whole=True),
+    "downweight": Method(downweight, looks_ahead=True, learns=ONLY_TOKENS, caps=True),
     "downweight_matched": Method(
-        downweight_matched, looks_ahead=True, whole_update=True, learns=ONLY_TOKENS, whole=True
+        downweight_matched, looks_ahead=True, whole_update=True, learns=ONLY_TOKENS, caps=True
     ),
-    "kl_top": Method(kl_top, statistics=True, whole_update=True, learns=ONLY_TOKENS, whole=True),
-    "entropy_top": Method(
-        entropy_top, statistics=True, whole_update=True, learns=ONLY_TOKENS, whole=True
-    ),
-    "teachability": Method(
-        teachability, statistics=True, whole_update=True, learns=ONLY_TOKENS, whole=True
-    ),
+    "kl_top": Method(kl_top, statistics=True, whole_update=True, learns=ONLY_TOKENS),
+    "entropy_top": Method(entropy_top, statistics=True, whole_update=True, learns=ONLY_TOKENS),
+    "teachability": Method(teachability, statistics=True, whole_update=True, learns=ONLY_TOKENS),
     "iw_opd": Method(iw_opd, needs="logprobs", learns=ONLY_TOKENS),
     "dial_opd": Method(dial_opd, whole_update=True, needs="logprobs", learns=ONLY_TOKENS),
     "ier_opd": Method(ier_opd, statistics=True, whole_update=True, learns=ONLY_TOKENS),
@@ -414,64 +408,6 @@ METHODS: dict[str, Method] = {  # the first is the default; docs/which-method.md
 def method_named(name: str) -> Method:
     """By its name in ``METHODS``, or ``module:function``. Raises TOPDError if there is none."""
     return row_named("method", name, METHODS, Method)
-
-
-_RANGES: dict[str, tuple[float, float]] = {"share": (1e-9, 1), "tokens": (1, 1e9), "beta": (0, 1)}
-_RANGES |= dict.fromkeys(("after", "gamma", "threshold"), (0, math.inf))
-
-
-def check_options(method: str, options: Mapping[str, Any], kind: str = "full") -> None:
-    """Raises TOPDError for a method or an option that does not exist, or a value out of range.
-
-    With token losses of a ``kind`` (``token_loss`` of TOPDConfig) for an option without effect too.
-    """
-    guide = method_named(method).guide
-    known = [*inspect.signature(guide).parameters][1:]
-    for name, value in options.items():
-        if (method, name, kind) == ("first_fork", "after", "none"):
-            raise TOPDError(
-                "method_options: after: weights token losses, of which there are none with "
-                "token_loss: none. Leave it out."
-            )
-        if name not in known:
-            has = ", ".join(known) or "none"
-            raise TOPDError(f"method_options: {method} has no option {name!r}. It has: {has}.")
-        kind = inspect.signature(guide).parameters[name].annotation
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = {"float": number, "int": type(value) is int, "bool": type(value) is bool}
-        least, most = _RANGES.get(name, (-math.inf, math.inf))
-        if kind == "BranchLoss" and value not in get_args(BranchLoss):
-            words = ", ".join(get_args(BranchLoss))
-            raise TOPDError(f"method_options: {name}: {value!r} is not one of {words}.")
-        if not fits.get(getattr(kind, "__name__", kind), True):
-            raise TOPDError(f"method_options: {name}: {value!r} is not of the type {kind}.")
-        if method in METHODS and number and not least <= value <= most:
-            raise TOPDError(f"method_options: {name}: {value} must be in [{least}, {most}].")
-
-
-def check_learns(name: str, kind: str, trajectory_weight: float) -> None:
-    """Refuse a method that is left with nothing to learn. Raises TOPDError.
-
-    ``kind`` is ``full``, ``sampled``, ``spans`` or ``none``: see ``token_loss`` of TOPDConfig.
-    """
-    method = method_named(name)
-    if method.whole and kind in ("sampled", "spans"):
-        raise TOPDError(
-            f"token_loss: {kind} leaves {name} nothing to learn: it weights token losses "
-            "over the whole distribution. Set token_loss: full, or choose a method with windows."
-        )
-    none = {"weights"} if kind == "none" else set()
-    off = {"targets", "branches"} if trajectory_weight == 0 else set()
-    if {*method.learns} - none - off:
-        return
-    if method.of_tokens:
-        raise TOPDError(
-            f"token_loss: none leaves {name} nothing to learn. Choose a method with windows."
-        )
-    raise TOPDError(
-        f"trajectory_weight: 0 leaves {name} nothing to learn: L_traj is all that it learns"
-        f"{' with token_loss: none' if none else ''}. Raise it."
-    )
 
 
 def _statistics(evidence: Evidence) -> TokenStatistics:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from topd.commands.session import AnalysisConfig
 from topd.config import _field
+from topd.config.rules import check_learns
 from topd.errors import TOPDError
-from topd.methods import METHODS, Method, check_learns
+from topd.methods import METHODS, Method
 from topd.named import row_named
 
 TRIED = ("opd", "topd", "window_sft", "window_kd", "first_fork")  # unless others are asked for

@@ -77,6 +77,9 @@ class AnalysisConfig(TOPDConfig):
                 "of one length. Give a number of tokens, e.g. --window_length 24."
             )
 
+    def _check_learns(self) -> None:
+        """Nothing: it has no updates of ``method``."""
+
     @property
     def length(self) -> int:
         """K, tokens a window."""

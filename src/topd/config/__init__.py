@@ -11,13 +11,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field
 from transformers import TrainingArguments
 
-from topd.config.rules import check_trackers, check_values
+from topd.config.rules import (
+    check_learns,
+    check_options,
+    check_ranks,
+    check_trackers,
+    check_values,
+)
 from topd.config.values import defaults_of, given_of, left_out_by, typed, worked_out
 from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
 from topd.errors import TOPDError
 from topd.losses import Kind
-from topd.methods import METHODS, Method, check_options, method_named
+from topd.methods import METHODS, Method, method_named
 from topd.statistics import stopped_falling
 from topd.types import Sampling
 
@@ -153,7 +159,9 @@ class TOPDConfig(TrainingArguments):
     solver: Literal["exact", "sinkhorn"] = _field("exact", "Solver of the transport plan.")
     epsilon: float = _field(0.05, "Entropy of the sinkhorn solver, in the unit of the cost.")
     false_alarm_share: float = _field(
-        0.3, "This share of a batch's candidates, those with the smallest OT, are false alarms."
+        0.3,
+        "This share of a batch's candidates, those with the smallest OT, and equal windows are "
+        "false alarms; 0: none are.",
     )
     ot_threshold: float | None = _field(None, "If set: real means an OT distance of at least this.")
 
@@ -241,7 +249,7 @@ class TOPDConfig(TrainingArguments):
         if not named:  # each rank looked at its own clock
             self.output_dir = everywhere(self.output_dir)[0]
         if self.world_size > 1:
-            self._check_ranks()
+            check_ranks(self)
         self.left_out = left_out_by(self, self._given, self.brought)
 
     def _bring_settings(self) -> dict[str, Any]:
@@ -274,34 +282,14 @@ class TOPDConfig(TrainingArguments):
             + (f" (looks nowhere ahead: no effect of {', '.join(idle)})" if idle else "")
         )
 
-    def _check_ranks(self) -> None:
-        """What does not go with several ranks. Raises TOPDError."""
-        if method_named(self.method).whole_update:
-            raise TOPDError(
-                f"method: {self.method} chooses among all rollouts of an update, and a rank has "
-                f"only its own. Run one process, with gradient_accumulation_steps."
-            )
-        for name in ("environment", "window_replay"):
-            if getattr(self, name):
-                raise TOPDError(f"{name}: goes with one process only. Leave it out, or run one.")
-        size = self.score_batch_size or self.per_device_train_batch_size
-        if self.detector.whole_batch and self.per_device_train_batch_size % size:
-            raise TOPDError(
-                f"score_batch_size: {size} does not divide per_device_train_batch_size, and "
-                f"candidate_loss: {self.candidate_loss} would count over other rollouts than in "
-                "one process. Leave it out."
-            )
-        loader = self.accelerator_config
-        if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
-            raise TOPDError(
-                "accelerator_config: split_batches, dispatch_batches and even_batches: false do "
-                "not go with several ranks, which take whole micro-batches in turn. Leave them out."
-            )
-
     def _check(self) -> None:
         check_options(self.method, self._method_options(), self.token_loss)
         detector_named(self.candidate_loss)
         check_values(self)
+
+    def _check_learns(self) -> None:
+        """Where updates follow ``method``."""
+        check_learns(self.method, self.token_loss, self.trajectory_weight)
 
     def _method_options(self) -> dict[str, Any]:
         """As a mapping; a string is read by transformers later."""

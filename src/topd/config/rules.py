@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import inspect
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, get_args
 
 from topd.errors import TOPDError
-from topd.methods import check_learns, method_named
+from topd.methods import METHODS, method_named
+from topd.types import BranchLoss
 
 if TYPE_CHECKING:
     from topd.config import TOPDConfig
@@ -17,6 +21,12 @@ REFUSED = {
     "student/ folder instead.",
     "hub_token": "a secret would be written into the run folder. Set HF_TOKEN in the environment "
     "instead, and revoke this one if it was in a file.",
+}
+_RANGES: dict[str, tuple[float, float]] = {  # of a method's options
+    "share": (1e-9, 1),
+    "tokens": (1, 1e9),
+    "beta": (0, 1),
+    **dict.fromkeys(("after", "gamma", "threshold"), (0, math.inf)),
 }
 WITH_TABLES = ("tensorboard", "trackio", "wandb")
 RULES: tuple[tuple[str, Any, str], ...] = (  # of what is not None; none is NaN, see values.py
@@ -83,7 +93,7 @@ def check_values(config: TOPDConfig) -> None:
                 raise TOPDError(f"{name}: {value!r} {rule}.")
     if config.token_loss != "full":
         _check_token_loss(config)
-    check_learns(config.method, config.token_loss, config.trajectory_weight)
+    config._check_learns()
     logged = config.token_loss == "full" and config.logging_strategy != "no"
     if config.look_ahead_until == "auto" and not logged:
         raise TOPDError(
@@ -166,6 +176,88 @@ def _check_token_loss(config: TOPDConfig) -> None:
         raise TOPDError(
             f"{kind} learns nothing in updates that do not look ahead. Set look_ahead_every: 1 "
             "and look_ahead_until: null."
+        )
+
+
+def check_options(name: str, options: Mapping[str, Any], loss: str = "full") -> None:
+    """Raises TOPDError for a method or an option that does not exist, or a value out of range.
+
+    ``loss`` is ``token_loss`` of TOPDConfig: an option that has no effect with it is refused too.
+    """
+    known = inspect.signature(method_named(name).guide).parameters
+    has = [*known][1:]
+    for option, value in options.items():
+        if option not in has:
+            raise TOPDError(
+                f"method_options: {name} has no option {option!r}. It has: "
+                f"{', '.join(has) or 'none'}."
+            )
+        if (name, option, loss) == ("first_fork", "after", "none"):
+            raise TOPDError(
+                "method_options: after: weights token losses, of which there are none with "
+                "token_loss: none. Leave it out."
+            )
+        _check_option(name, option, value, known[option].annotation)
+
+
+def _check_option(name: str, option: str, value: Any, kind: Any) -> None:
+    """A value of a method's option against its type and its range. Raises TOPDError."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {"float": number, "int": type(value) is int, "bool": type(value) is bool}
+    least, most = _RANGES.get(option, (-math.inf, math.inf))
+    if kind == "BranchLoss" and value not in get_args(BranchLoss):
+        words = ", ".join(get_args(BranchLoss))
+        raise TOPDError(f"method_options: {option}: {value!r} is not one of {words}.")
+    if not fits.get(getattr(kind, "__name__", kind), True):
+        raise TOPDError(f"method_options: {option}: {value!r} is not of the type {kind}.")
+    if name in METHODS and number and not least <= value <= most:
+        raise TOPDError(f"method_options: {option}: {value} must be in [{least}, {most}].")
+
+
+def check_learns(name: str, token_loss: str, trajectory_weight: float) -> None:
+    """Refuse a method that is left with nothing to learn, or without effect. Raises TOPDError."""
+    method = method_named(name)
+    if method.caps and token_loss in ("sampled", "spans"):
+        raise TOPDError(
+            f"token_loss: {token_loss} leaves {name} without effect: it caps token losses over the "
+            "whole distribution. Set token_loss: full, or choose another method."
+        )
+    none = {"weights"} if token_loss == "none" else set()
+    off = {"targets", "branches"} if trajectory_weight == 0 else set()
+    if {*method.learns} - none - off:
+        return
+    if method.of_tokens:
+        raise TOPDError(
+            f"token_loss: none leaves {name} nothing to learn. Choose a method with windows."
+        )
+    raise TOPDError(
+        f"trajectory_weight: 0 leaves {name} nothing to learn: L_traj is all that it learns"
+        f"{' with token_loss: none' if none else ''}. Raise it."
+    )
+
+
+def check_ranks(config: TOPDConfig) -> None:
+    """What does not go with several ranks. Raises TOPDError."""
+    if method_named(config.method).whole_update:
+        raise TOPDError(
+            f"method: {config.method} chooses among all rollouts of an update, and a rank has "
+            f"only its own. Run one process, with gradient_accumulation_steps."
+        )
+    for name in ("environment", "window_replay"):
+        if getattr(config, name):
+            raise TOPDError(f"{name}: goes with one process only. Leave it out, or run one.")
+    size = config.score_batch_size or config.per_device_train_batch_size
+    if config.detector.whole_batch and config.per_device_train_batch_size % size:
+        raise TOPDError(
+            f"score_batch_size: {size} does not divide per_device_train_batch_size, and "
+            f"candidate_loss: {config.candidate_loss} would count over other rollouts than in "
+            "one process. Leave it out."
+        )
+    loader = config.accelerator_config
+    if loader.split_batches or loader.dispatch_batches or not loader.even_batches:
+        raise TOPDError(
+            "accelerator_config: split_batches, dispatch_batches and even_batches: false do "
+            "not go with several ranks, which take whole micro-batches in turn. Leave them out."
         )
 
 

@@ -15,6 +15,7 @@ from topd.config import TOPDConfig
 from topd.divergence import select_candidates, thin_candidates
 from topd.engines import Scores
 from topd.engines.spans import share_evenly
+from topd.methods import NEVER
 from topd.runs.records import Fork
 from topd.types import (
     Effort,
@@ -184,7 +185,8 @@ def by_token_loss(
 
     For ``sampled`` the divergence of a token is its one-sample estimate, whose gradient is that of
     an advantage w_t (log p_T(y_t) - log p_S(y_t)), with log p_S at sampling. For ``spans`` every
-    token of a span has the difference of the whole span, and tokens of no span have none. For
+    token of a span has the difference of the whole span, and tokens of no span have none. Of a
+    token that the teacher bars the difference is ``NEVER``, which a weight of 0 leaves out. For
     ``none`` no token loss counts. ``teacher`` are its log-probs [T] a rollout.
     """
     if kind == "full":
@@ -196,7 +198,8 @@ def by_token_loss(
         guide, weights = replace(guide, weights=none), guide.weights
         if kind != "none":
             own, gain = guide.advantages or none, theirs.tolist()
-            gaps = [t - s for t, s in zip(gain, logprobs_of(rollout), strict=True)]
+            pairs = zip(gain, logprobs_of(rollout), strict=True)
+            gaps = [max(t - s, NEVER) for t, s in pairs]
             for first, end in spans[row] if kind == "spans" else ():
                 gaps[first:end] = [sum(gaps[first:end])] * (end - first)
             advantages = tuple(a + w * g for a, w, g in zip(own, weights, gaps, strict=True))

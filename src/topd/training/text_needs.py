@@ -100,8 +100,8 @@ def _of_rollouts(args: TOPDConfig, given: Needs, spans: bool = False) -> list[tu
     elif lacks and not enough:
         return _with_another(args, given, spans)
     tells = given == "logprobs"
-    counts = method.needs != "nothing" and not (method.of_tokens and lacks)
-    if counts and args.token_loss != "none" and not (tells and args.token_loss in BY_LOGPROBS):
+    told = args.token_loss == "none" or (tells and args.token_loss in BY_LOGPROBS)
+    if method.needs != "nothing" and not told:
         asked = "sampled" if tells else "spans" if spans and args.loss_temperature == 1 else ""
         words = [asked] if asked and method.of_tokens else [asked, "none"]  # it needs token losses
         instead = f"token_loss: {' or '.join(filter(None, words))}"

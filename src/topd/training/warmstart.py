@@ -104,6 +104,9 @@ class WarmstartConfig(TOPDConfig):
                 f"answers: {self.answers!r} is not one of teacher, data, or an answers.jsonl."
             )
 
+    def _check_learns(self) -> None:
+        """Nothing: it learns the answers."""
+
     @property
     def learns_from_answers(self) -> bool:
         """True: the student's own samples are not used."""
