@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from conftest import rows, tiny_model, tiny_tokenizer, write_pair
-from topd import TOPDConfig, TOPDTrainer
+from topd import TOPDConfig, TOPDTrainer, transport
 from topd.cli import app
 from topd.commands.audit import AuditResult, Trust, audit_run, replay_step, stored_recipe
+from topd.commands.audit.settings import by_settings, format_at
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
 from topd.runs.files import digest, file_digest
-from topd.runs.folder import RECORDS
+from topd.runs.folder import RECORDS, RunFolder
 from topd.runs.ledger import HEAD, LEDGER, Ledger
+from topd.runs.records import FORMAT
 
 SMALL = {
     "student": "student",
@@ -212,16 +215,161 @@ def test_settings_of_an_update_are_those_of_the_run_that_made_it(copied, tmp_pat
     stored = json.loads((RUN / "run.json").read_text())
     stored["resumed"] = [
         {"step": 40, "changed": {"config.beta": [0.25, 0.5], "recipe.lora": [{"r": 3}, None]}},
+        {
+            "step": 50,
+            "changed": {"recipe.teacher": [{"self": {"ema": 0.5}}, {"self": {"ema": 0.9}}]},
+        },
         {"step": 20, "changed": {"config.beta": [0.5, 1.0], "config.gone": [1, 2]}},
         {"step": 60, "changed": {"versions.topd": ["0.1", "0.2"], "config.seed": [None, 3]}},
     ]
     stored["config"]["beta"] = 1.0
+    stored["recipe"]["teacher"] = {"self": {"ema": 0.9}}
     (RUN / "run.json").write_text(json.dumps(stored))
     of = {n: stored_recipe(RUN, tmp_path, at=n) for n in (10, 30, 60, None)}
     assert {n: recipe.args.beta for n, recipe in of.items()} == {10: 0.25, 30: 1, 60: 1, None: 1}
     assert {n: recipe.args.seed for n, recipe in of.items()} == {10: 42, 30: 42, 60: 3, None: 3}
+    assert {n: recipe.teacher.ema for n, recipe in of.items()} == {
+        10: 0.5, 30: 0.9, 60: 0.9, None: 0.9,
+    }  # fmt: skip
+    assert by_settings(RUN, (10, 30, 60)) == [[60], [10], [30]]
     assert of[10].lora.r == 3
     assert of[30].lora is None
+    stored["resumed"] = stored["resumed"][1:2]  # the teacher's alone
+    (RUN / "run.json").write_text(json.dumps(stored))
+    assert by_settings(RUN, (10, 60)) == [[60], [10]]
+
+
+def test_a_resume_that_changed_nothing_an_update_depends_on_is_no_change(copied):
+    """Models are loaded once, checks of the order and the rate stay, and a replay goes across."""
+    words = [f"--resume_from_checkpoint={RUN / 'checkpoint-2'}", "--save_steps=7", "--eval_steps=5"]
+    words += ["--save_total_limit=3", "--run_name=another"]
+    run_recipe(Path("recipe.yaml"), words, quiet=True)
+    changed = json.loads((RUN / "run.json").read_text())["resumed"][0]["changed"]
+    assert {"config.save_steps", "config.eval_steps"} <= changed.keys()
+    assert by_settings(RUN, range(3)) == [[0, 1, 2]]
+    found = audit_run(RUN, updates=1)
+    assert found.faults == []
+    assert "settings: order of the prompts, learning rate of each log" in found.checked
+    shutil.rmtree(RUN / "checkpoint-2")
+    assert replay_step(RUN, 2).checked[0] == "replay: update 2, from the beginning"
+    assert replay_step(RUN, 2).faults == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "matters"),
+    [
+        *((name, False) for name in ("do_eval", "hub_strategy", "report_to", "save_only_model")),
+        *((name, True) for name in ("dataloader_drop_last", "logging_steps", "seed", "top_p")),
+    ],
+)
+def test_settings_that_an_update_may_depend_on_part_its_updates(copied, setting, matters):
+    stored = json.loads((RUN / "run.json").read_text())
+    changed = {f"config.{setting}": ["other", stored["config"][setting]]}
+    stored["resumed"] = [{"step": 2, "changed": changed}]
+    (RUN / "run.json").write_text(json.dumps(stored))
+    assert by_settings(RUN, range(3)) == ([[2], [0, 1]] if matters else [[0, 1, 2]])
+
+
+def test_what_a_run_left_behind_that_was_resumed_before_it_is_not_compared(copied, monkeypatch):
+    """The end of the first run is of other weights than those after the same update again."""
+    words = [f"--resume_from_checkpoint={RUN / 'checkpoint-2'}", "--learning_rate=0.02"]
+    with monkeypatch.context() as killed:
+        killed.setattr(TOPDTrainer, "_save_student", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(Path("recipe.yaml"), words, quiet=True)
+    found = replay_step(RUN, 2)
+    assert found.faults == []
+    assert found.checked[-1] == "weights: before the updates 2"
+
+
+def test_a_run_killed_before_it_notes_its_end_or_its_resume_is_not_accused_alone(
+    copied, monkeypatch
+):
+    """A student that the ledger has no end of may be the resumed run's: the fault says so."""
+    right, write = RunFolder.note, RunFolder.write
+
+    def stopped(self, event, **details):
+        return 1 / 0 if event == "end" else right(self, event, **details)
+
+    words = ["--resume_from_checkpoint=last", "--max_steps=6"]
+    monkeypatch.setattr(RunFolder, "note", stopped)
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(Path("recipe.yaml"), words, quiet=True)
+    only(audit_run(RUN), "student: has not the weights", "(by the resumed run, if that was")
+    monkeypatch.setattr(RunFolder, "note", right)
+    monkeypatch.setattr(RunFolder, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the ledger has a beginning that run.json has not
+        run_recipe(Path("recipe.yaml"), words, quiet=True)
+    monkeypatch.setattr(RunFolder, "write", write)
+    run_recipe(Path("recipe.yaml"), words, quiet=True)
+    assert audit_run(RUN).faults == []
+
+
+# Of before
+
+
+def near(root: Path) -> None:
+    """A run of two models so near that many windows are equal."""
+    recipe = write_pair(
+        root, **{**SMALL, "candidate_fraction": 1.0, "window_gap": 1, "window_length": 2}
+    )
+    teacher = tiny_model(seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.add_(torch.randn_like(weight) * 0.01)
+    teacher.save_pretrained(root / "teacher")
+    run_recipe(recipe, quiet=True)
+
+
+def test_a_run_of_before_equal_windows_were_at_distance_zero_is_not_accused(tmp_path, monkeypatch):
+    """What does not follow from them is compared all the same. Else it were a forgery."""
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as before:
+        before.setattr(transport, "without_dust", lambda solved, *_: solved)
+        before.setattr("topd.runs.folder.FORMAT", 5)
+        near(tmp_path)
+    left_out = "verdicts: not re-derived in updates with equal windows, as a version before format"
+    found = audit_run(RUN, updates=9)
+    assert found.faults == []
+    assert any(line.startswith(left_out) for line in found.checked)
+    with pytest.raises(TOPDError, match=r"update \d repeats otherwise, .* before format 6 wrote"):
+        replay_step(RUN, 2)
+    replace("run.json", '"format": 5', '"format": 6')
+    rechain()
+    assert any(".real" in fault for fault in audit_run(RUN, updates=9).faults)
+    replace("run.json", '"format": 6', '"format": 5')
+    edit_record(RUN / "guidance.jsonl", 0, lambda r: r["forks"][0]["teacher_tokens"].append(9))
+    rechain()
+    assert any("teacher_tokens" in fault for fault in audit_run(RUN, updates=9).faults)
+
+
+def fewer(log: dict[str, Any]) -> None:
+    """Of as many digits: a checkpoint knows how long the file was."""
+    key = "tokens/teacher_written"
+    if key in log:
+        log[key] = float(re.sub(r"^\d", "1" if str(log[key])[0] != "1" else "2", str(log[key])))
+
+
+def test_the_format_of_an_update_is_that_of_its_run(copied):
+    """``tokens/`` counted less before 6; the rest repeats, also across the resume."""
+    replace("run.json", f'"format": {FORMAT}', '"format": 5')
+    edit_all("metrics.jsonl", fewer)
+    rechain()
+    found = replay_step(RUN, 1)
+    assert found.faults == []
+    assert any(line.startswith("tokens/ in metrics.jsonl: not compared") for line in found.checked)
+    words = [f"--resume_from_checkpoint={RUN / 'checkpoint-2'}"]
+    run_recipe(Path("recipe.yaml"), words, quiet=True)
+    resumed = json.loads((RUN / "run.json").read_text())["resumed"]
+    assert resumed == [{"step": 2, "changed": {"format": [5, FORMAT]}}]
+    assert [format_at(RUN, step) for step in range(3)] == [5, 5, FORMAT]
+    found = audit_run(RUN, updates=9)
+    assert found.faults == []
+    assert "settings: order of the prompts, learning rate of each log" in found.checked
+    assert [replay_step(RUN, step).faults for step in (1, 2)] == [[], []]
+    shutil.rmtree(RUN / "checkpoint-2")
+    assert replay_step(RUN, 2).faults == []
 
 
 def test_a_run_that_was_resumed_for_longer_and_killed_has_not_ended(copied, monkeypatch):
@@ -489,6 +637,15 @@ def only_in(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[
     return lambda: edit_all(name, change)
 
 
+def forged_resume() -> None:
+    """It would explain another learning rate."""
+    stored = json.loads((RUN / "run.json").read_text())
+    changed = {"config.learning_rate": [stored["config"]["learning_rate"], 1e-5]}
+    stored["resumed"] = [{"step": 1, "changed": changed}]
+    stored["config"]["learning_rate"] = 1e-5
+    (RUN / "run.json").write_text(json.dumps(stored, indent=2) + "\n")
+
+
 FORGERIES: dict[str, tuple[Callable[[], object], str]] = {
     "finished": (
         only_in("rollouts.jsonl", lambda r: r.update(finished=not r["finished"])),
@@ -549,6 +706,7 @@ FORGERIES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: [replace(n, '"seed": 3', '"seed": 4') for n in ("run.json", "manifest.json")],
         "where seed 4 has",
     ),
+    "a resume": (forged_resume, "run.json: resumed at update 1, where the ledger has no beginning"),
     "student's weights": (
         lambda: shutil.copy("student/model.safetensors", RUN / "student"),
         "student: has not the weights that the run ended with",
@@ -882,6 +1040,19 @@ def test_relative_paths_are_found_where_the_run_was_started(whole, tmp_path, mon
         f"data: the prompts are not those of the run (relative paths are those from {tmp_path}, "
         f"the run's were from {whole})"
     ]
+
+
+def test_the_answers_of_a_warm_start_are_found_where_it_was_started(copied, tmp_path, monkeypatch):
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["config"].update(method="opd", answers="old.jsonl")
+    (RUN / "run.json").write_text(json.dumps(stored))
+    (RUN / LEDGER).unlink()
+    Ledger(RUN).add([{"event": "begin", "step": 0, "records": {}, "directory": str(Path.cwd())}])
+    Path("old.jsonl").touch()
+    here = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    found = stored_recipe(here / RUN, Path("scratch")).args.answers
+    assert found == str(here / "old.jsonl")
 
 
 def test_a_relative_path_that_is_gone_is_named_with_where_it_was(tmp_path, monkeypatch):

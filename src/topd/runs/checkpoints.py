@@ -30,6 +30,7 @@ from topd.errors import DISK, StoppedError, TOPDError
 from topd.runs.files import as_json, file_digest, read_whole, sync
 from topd.runs.folder import LINES
 from topd.runs.ledger import HEAD, LEDGER
+from topd.runs.records import FORMAT
 
 logger = logging.get_logger(__name__)
 
@@ -314,6 +315,8 @@ def check_same(
         for key, value in new.items()
         if key not in FREE and then.get(key) != value
     }
+    if stored.get("format", 1) != FORMAT:
+        changed["format"] = [stored.get("format", 1), FORMAT]
     if changed:
         logger.warning(f"{run}: from update {step} on with other settings: {changed}")
     return [*stored.get("resumed", ()), {"step": step, "changed": changed}]

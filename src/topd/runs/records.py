@@ -10,6 +10,8 @@ of a later format than this is refused in words.
 3     the records are those of 2; tokens are drawn by Gumbel-max
 4     a rollout has its ``teacher``'s name, where there are several
 5     a rollout has the spans of its ``replies``, where there is an environment
+6     the records are those of 5; equal windows are at distance 0, replies are written as the
+      template has them, and ``tokens/`` in metrics.jsonl counts all that is written
 ====  ==================================================
 """
 
@@ -25,8 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from topd.errors import TOPDError
 from topd.runs.files import numbered_lines, read_whole
 
-FORMAT = 5
+FORMAT = 6
 DRAWN = 3  # from here on tokens are drawn with the numbers of today
+JUDGED = 6  # from here on equal windows and replies are what they are today
 LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[tuple[Id, ...], Field(min_length=1)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,16 +11,10 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from topd.commands.audit.decisions import Rederived, check_decisions, chosen_updates
-from topd.commands.audit.files import check_end, check_records, read_chain
-from topd.commands.audit.rebuilt import (
-    NO_TRUST,
-    Rebuilt,
-    Trust,
-    by_settings,
-    read_from,
-    started_elsewhere,
-)
+from topd.commands.audit.files import SAVED, check_end, check_records, read_chain
+from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust, started_elsewhere
 from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
+from topd.commands.audit.settings import as_stored, by_settings, read_from, was_changed
 from topd.errors import TOPDError
 from topd.inputs.fingerprints import fingerprint, model_fingerprint, trained_digest
 from topd.runs.ledger import LEDGER, Entry, ended
@@ -65,6 +58,7 @@ def audit_run(
             with Rebuilt(folder, trust, at=steps[0] if number else None) as trainer:
                 if number == 0:  # as the settings are now
                     _check_sources(folder, trainer, found)
+                    _check_resumed(folder, entries, found)
                     _check_settings(folder, trainer, found)
                     _check_student(folder, entries, trainer, found)
                 check_decisions(folder, trainer, part, tolerance, found, done)
@@ -106,7 +100,7 @@ def _check_sources(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> No
 
 def _check_settings(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> None:
     """Seed and learning rate against what they led to: the order of the prompts, the schedule."""
-    if _was_changed(folder) or is_suspect(found, "data:", "rollouts.jsonl", "metrics.jsonl"):
+    if was_changed(folder) or is_suspect(found, "data:", "rollouts.jsonl", "metrics.jsonl"):
         return
     records = read_records(folder, "rollouts.jsonl")
     records.sort(key=lambda record: (record["step"], record["rollout"]))
@@ -125,11 +119,20 @@ def _check_settings(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> N
     found.checked.append(f"settings: {checked}")
 
 
-def _was_changed(folder: Path) -> bool:
-    """Whether settings were changed where the run was resumed."""
+def _check_resumed(folder: Path, entries: Sequence[Entry], found: AuditResult) -> None:
+    """Each resume that run.json has against the beginnings in the ledger, the first one aside.
+
+    There may be more of those: a run may be killed before it writes run.json.
+    """
+    begun = (entry["step"] for entry in entries if entry.get("event") == "begin")
+    next(begun, None)
     with read_from(folder, "run.json"):
-        stored = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        return any(resumed["changed"] for resumed in stored.get("resumed", ()))
+        steps = [resumed["step"] for resumed in as_stored(folder).get("resumed", ())]
+    missing = [step for step in steps if step not in begun]  # in order: what is passed is gone
+    if missing:
+        found.faults.append(
+            f"run.json: resumed at update {missing[0]}, where the ledger has no beginning"
+        )
 
 
 def _rate_faults(folder: Path, trainer: TOPDTrainer) -> Iterator[str]:
@@ -175,7 +178,8 @@ def _check_student(
         else:
             trainer.model.load_state_dict(weights, strict=False)
         if trained_digest(trainer.model) != ends[-1]["student"]:
-            found.faults.append(f"{place.name}: has not the weights that the run ended with")
+            saved = "" if ended(entries) else SAVED
+            found.faults.append(f"{place.name}: has not the weights that the run ended with{saved}")
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 parameter.copy_(before[name])

@@ -16,19 +16,22 @@ from topd.commands.audit.result import (
     place_of,
     shortened,
 )
+from topd.commands.audit.settings import format_at
 from topd.config import TOPDConfig
 from topd.engines import Engine
 from topd.engines.text import TextEngine
 from topd.errors import TOPDError
 from topd.inputs.models import eos_ids
 from topd.runs.folder import guidance_record, rollout_record
-from topd.runs.records import DRAWN, check_format
+from topd.runs.records import DRAWN, JUDGED
 from topd.runs.verified import read_records
 from topd.seeds import sampling_seeds
 from topd.training.metrics import Means, measure_experience
 from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt, Rollout
 
+BEFORE = f"as a version before format {JUDGED} wrote the run (run.json)"
+BY_VERDICT = {"weights", "capped", "targets", "branches", "advantages"}
 Updates: TypeAlias = dict[int, tuple[list[Any], list[Any]]]  # rollouts and guidance, by number
 
 
@@ -71,29 +74,46 @@ def check_decisions(
     done: Rederived,
 ) -> None:
     """Make the decisions of updates again that had the settings of this trainer."""
-    otherwise = drawn_otherwise(folder)
-    if otherwise and trainer.args.window_temperature > 0:
-        done.left_out.add("windows: not re-derived, drawn with the numbers of before 0.2.0")
     if trainer.own:
         done.left_out.add("teacher: the student of later updates is not stored; see topd replay")
     for step, (rollouts, guidance) in stored.items():
+        written = format_at(folder, step)
+        otherwise, judged = written < DRAWN, written >= JUDGED
+        if otherwise and trainer.args.window_temperature > 0:
+            done.left_out.add("windows: not re-derived, drawn with the numbers of before 0.2.0")
+        if trainer.turns and not judged:
+            done.left_out.add(f"replies: not compared, {BEFORE}")
         if not is_suspect(found, "data:"):
-            found.faults += _door_faults(trainer, rollouts)
+            found.faults += _door_faults(trainer, rollouts, replies=judged)
         if step and trainer.own:
             continue
         again, means = _decided(trainer, step, rollouts, _divergences(folder, step, trainer.args))
         found.faults += _mean_faults(folder, step, means, trainer.args, tolerance)
         known = _known(trainer, guidance, step, otherwise=otherwise)
+        free = not judged and any(f["distance"] == 0 for _, made in again for f in made["forks"])
+        if free:
+            known -= BY_VERDICT
+            done.left_out.add(f"verdicts: not re-derived in updates with equal windows, {BEFORE}")
         for pair, (theirs, ours) in zip(zip(rollouts, guidance, strict=True), again, strict=True):
-            for recorded, now in zip(pair, (theirs, ours), strict=True):
-                found.faults += disagreements(recorded, now, known, tolerance)
+            found.faults += disagreements(pair[0], theirs, known, tolerance)
+            guided, ours = (_without_verdicts(x) if free else x for x in (pair[1], ours))
+            found.faults += disagreements(guided, ours, known, tolerance)
             done.candidates += len(pair[1]["forks"])
         done.rollouts += len(rollouts)
         done.updates.append(step)
 
 
-def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What a rollout says of itself against its prompt and its tokens."""
+def _without_verdicts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of guidance without what depends on how near equal windows are."""
+    left = ("distance", "real")
+    forks = [{k: v for k, v in fork.items() if k not in left} for fork in record["forks"]]
+    return {**record, "forks": forks}
+
+
+def _door_faults(
+    trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]], *, replies: bool
+) -> Iterator[str]:
+    """What a rollout says of itself against its prompt, its tokens and, if asked, the replies."""
     args = trainer.args
     prompts = {prompt.index: prompt for prompt in trainer.train_dataset}
     ends = set(eos_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class))
@@ -117,9 +137,11 @@ def _door_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> 
             yield f"{place}: has {len(response)} tokens, the limit is {args.max_completion_length}"
         if len(record["logprobs"]) != len(response):
             yield f"{place}: logprobs are missing"
-        replies = tuple((first, end) for first, end in record.get("replies", ()))
+        if trainer.turns and not replies:
+            continue
+        spans = tuple((first, end) for first, end in record.get("replies", ()))
         told = trainer.turns.spans(prompt, tuple(response)) if trainer.turns and prompt else ()
-        if replies != told:
+        if spans != told:
             yield f"{place}: its replies are not those of the environment"
 
 
@@ -205,11 +227,6 @@ def _needs_student(args: TOPDConfig) -> bool:
     return (
         args.guidance_method().statistics or args.detector.statistics or args.embedding == "student"
     )
-
-
-def drawn_otherwise(folder: Path) -> bool:
-    """Whether a run's tokens were drawn with random numbers that this version does not make."""
-    return check_format(folder) < DRAWN
 
 
 def is_sampled(args: TOPDConfig) -> bool:

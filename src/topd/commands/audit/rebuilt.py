@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from transformers.utils import logging
 
+from topd.commands.audit.settings import ALONE, as_stored, read_from, settings_at
 from topd.commands.recipe import Recipe
 from topd.commands.train import make_trainer
 from topd.config import TOPDConfig
@@ -35,24 +35,6 @@ from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 
 PATHS = {"path", "tokenizer", "chat_template", "answers"}  # keys of a recipe
-ALONE: dict[str, Any] = {  # a repetition writes nothing but records
-    "save_strategy": "no",
-    "eval_strategy": "no",
-    "load_best_model_at_end": False,
-    "resume_from_checkpoint": None,
-    "hub_token": None,  # transformers writes a placeholder
-    "report_to": "none",
-    "log_completions": False,
-    "disable_tqdm": True,
-    # nor does it tell anybody, or read files that a folder names
-    "push_to_hub": False,
-    "hub_model_id": None,
-    "deepspeed": None,
-    "accelerator_config": None,
-    "trackio_space_id": None,
-    "trackio_bucket_id": None,
-    "trackio_static_space_id": None,
-}
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,7 @@ def stored_recipe(
         TOPDError: there is none, it cannot be read, or it needs what the auditor does not allow.
     """
     with read_from(folder, "run.json"):
-        sources, config = _settings_at(_stored(folder), at)
+        sources, config = settings_at(as_stored(folder), at)
         check_format(folder)
         directory = _directory(folder)
         if directory:
@@ -129,51 +111,6 @@ def stored_recipe(
         if sources:
             sources = {**sources, **_allowed(folder, sources, config, trust)}
         return _recipe(folder, sources, config, output)
-
-
-def by_settings(folder: Path, steps: Iterable[int]) -> list[list[int]]:
-    """Updates by the settings that they were made with: first those with the current settings,
-    if any, then the others.
-
-    Raises:
-        TOPDError: ``run.json`` cannot be read.
-    """
-    with read_from(folder, "run.json"):
-        stored = _stored(folder)
-        groups: dict[str, list[int]] = {_as_text(*_settings_at(stored, None)): []}
-        for step in steps:
-            groups.setdefault(_as_text(*_settings_at(stored, step)), []).append(step)
-    return list(groups.values())
-
-
-def _stored(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-
-
-def _settings_at(stored: Mapping[str, Any], step: int | None) -> tuple[Any, dict[str, Any]]:
-    """Recipe and configuration of an update: the current ones, with what each resume after it
-    changed put back. Models and data no resume changes, though perhaps where they are.
-    """
-    sources, config = stored["recipe"], dict(stored["config"])
-    for resume in reversed(stored.get("resumed", ())):
-        if step is None or resume["step"] <= step:
-            break
-        changed = resume["changed"]
-        others = any(name.startswith("versions.") for name in changed)
-        for name, (before, _) in changed.items():
-            if name == "recipe.lora":
-                sources = {**sources, "lora": before}
-            elif name.startswith("config."):
-                config[name.removeprefix("config.")] = before
-                if others and before is None:  # the version before had no such setting
-                    del config[name.removeprefix("config.")]
-    return sources, config
-
-
-def _as_text(sources: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """What may make a difference to an update, to be compared."""
-    mattering = {key: value for key, value in config.items() if key not in ALONE}
-    return json.dumps([sources.get("lora"), mattering], sort_keys=True)
 
 
 def _directory(folder: Path) -> Path | None:
@@ -211,7 +148,7 @@ def started_elsewhere(folder: Path) -> str:
     directory = _directory(folder)
     if directory in (None, Path.cwd()):
         return ""
-    if not any(os.path.exists(path) for path in _relative(_stored(folder)["recipe"])):
+    if not any(os.path.exists(path) for path in _relative(as_stored(folder)["recipe"])):
         return ""
     return f" (relative paths are those from {Path.cwd()}, the run's were from {directory})"
 
@@ -223,7 +160,7 @@ def _paths_named(folder: Path) -> Iterator[None]:
         yield
     except TOPDError as error:
         directory, said = _directory(folder), str(error)
-        named = any(path in said for path in _relative(_stored(folder)["recipe"]))
+        named = any(path in said for path in _relative(as_stored(folder)["recipe"]))
         if named and directory not in (None, Path.cwd()):
             raise TOPDError(
                 f"{said.rstrip('.')}. The run was started in {directory}, which its relative paths "
@@ -309,18 +246,6 @@ def _offline() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def read_from(folder: Path, name: str) -> Iterator[None]:
-    """Say which file it was where what is in it cannot be used, whatever that leads to."""
-    try:
-        yield
-    except TOPDError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        said = " ".join(repr(error).split())
-        raise TOPDError(f"{folder / name}: cannot be used: {said}.") from error
 
 
 def _recipe(

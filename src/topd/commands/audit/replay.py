@@ -9,15 +9,17 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from topd.commands.audit.decisions import drawn_otherwise, is_sampled
-from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust, by_settings
+from topd.commands.audit.decisions import BEFORE, is_sampled
+from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust
 from topd.commands.audit.result import AuditResult, disagreements
+from topd.commands.audit.settings import by_settings, format_at
 from topd.config import TOPDConfig
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.fingerprints import trained_digest
 from topd.runs import checkpoints
 from topd.runs.folder import LINES, RECORDS
 from topd.runs.ledger import LEDGER
+from topd.runs.records import DRAWN, JUDGED
 from topd.runs.verified import read_entries, read_records
 from topd.training.trainer import TOPDTrainer
 
@@ -26,6 +28,11 @@ OTHERWISE = (
     "{folder}: a version before 0.2.0 sampled its texts, with random numbers that this version "
     "does not make. Replay it with the version that manifest.json names, or audit it: "
     "topd audit {folder}."
+)
+JUDGED_OTHERWISE = (
+    "{folder}: update {step} repeats otherwise, as a version before format {judged} wrote it "
+    "(run.json): equal windows were not at distance 0 there, and replies were written otherwise. "
+    "Replay it with the version that wrote it, or audit it: topd audit {folder}."
 )
 
 
@@ -51,8 +58,9 @@ def replay_step(
     seal = checkpoints.check(start, resumable=True) if start else None
     first = seal.step if seal else 0
     _check_settings(folder, first, step)
+    written = format_at(folder, first)
     with Rebuilt(folder, trust, at=step) as trainer:
-        if drawn_otherwise(folder) and is_sampled(trainer.args):
+        if written < DRAWN and is_sampled(trainer.args):
             raise TOPDError(OTHERWISE.format(folder=folder))
         scratch = trainer.run_folder
         if start and seal:
@@ -65,9 +73,14 @@ def replay_step(
             if error.exit_code not in (NONFINITE, COLLAPSED):
                 raise
             found.checked.append(f"stopped: {str(error).partition('. ')[0]}")
+        aside = TIMES if written >= JUDGED else (*TIMES, "tokens/")
         for name in RECORDS:
-            _compare_records(folder, scratch, name, (first, step), tolerance, found)
+            _compare_records(folder, scratch, name, (first, step), tolerance, found, aside)
         _compare_weights(folder, scratch, trainer, step, found)
+        if written < JUDGED:
+            found.checked.append(f"tokens/ in metrics.jsonl: not compared, {BEFORE}")
+            if found.faults:
+                _check_judged(folder, scratch, (first, step))
     begun = start.name if start else "the beginning"
     found.checked.insert(0, f"replay: update {step}, from {begun}")
     return found
@@ -113,26 +126,54 @@ def _compare_records(
     steps: tuple[int, int],
     tolerance: float,
     found: AuditResult,
+    aside: tuple[str, ...],
 ) -> None:
-    """Records of the replayed updates, key by key; times and evaluations aside."""
+    """Records of the replayed updates, key by key; times, evaluations and others aside."""
     first, last = (step + (name == "metrics.jsonl") for step in steps)
-    ours, theirs = (
-        [r for r in read_records(place, name) if first <= r["step"] <= last and _of_an_update(r)]
-        for place in (folder, scratch)
-    )
+    ours, theirs = (_of_updates(place, name, first, last) for place in (folder, scratch))
     if len(ours) != len(theirs):
         found.faults.append(f"{name}: {len(ours)} records of these updates, {len(theirs)} again")
         return
     for recorded, now in zip(ours, theirs, strict=True):
-        keys = {key for key in recorded if not key.startswith(TIMES)}
+        keys = {key for key in recorded if not key.startswith(aside)}
         found.faults += (
             f"{name}, {said}" for said in disagreements(recorded, now, keys, tolerance)
         )
     found.checked.append(f"{name}: {len(ours)} records")
 
 
-def _of_an_update(record: Mapping[str, Any]) -> bool:
-    return "rollout" in record or "loss" in record
+def _of_updates(place: Path, name: str, first: int, last: int) -> list[dict[str, Any]]:
+    """The records of updates from the first to the last; a summary is none."""
+    records = read_records(place, name)
+    return [r for r in records if first <= r["step"] <= last and ("rollout" in r or "loss" in r)]
+
+
+def _check_judged(folder: Path, scratch: Path, steps: tuple[int, int]) -> None:
+    """Refuse updates in which equal windows or replies differ from what they were then.
+
+    Raises TOPDError.
+    """
+    for name, differs in (("rollouts.jsonl", _replied), ("guidance.jsonl", _judged)):
+        both = [_of_updates(place, name, *steps) for place in (folder, scratch)]
+        for recorded, now in zip(*both, strict=False):
+            if differs(recorded, now):
+                step = recorded["step"]
+                raise TOPDError(JUDGED_OTHERWISE.format(folder=folder, step=step, judged=JUDGED))
+
+
+def _replied(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether an environment's replies to the same rollout are others."""
+    texts = [record["response_ids"] for record in (recorded, now)]
+    return "replies" in recorded and texts[0] != texts[1]
+
+
+def _judged(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether equal windows were at another distance."""
+    pairs = zip(recorded["forks"], now["forks"], strict=False)
+    return any(
+        new["distance"] == 0 and any(old.get(key) != new[key] for key in ("distance", "real"))
+        for old, new in pairs
+    )
 
 
 def _compare_weights(
