@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 
 from topd.commands.intervals import Interval, intervals
+from topd.commands.probe import ProbeConfig
 from topd.commands.probe_statistics import (
     COLUMNS,
     GROUPS,
@@ -28,6 +29,7 @@ from topd.commands.probe_statistics import (
     prompts_behind,
     read_sample,
     rejoin,
+    summarise,
     verdict,
 )
 
@@ -269,6 +271,22 @@ def test_a_share_knows_no_more_than_the_prompts_with_a_position_in_it():
     assert found["false_alarm_share"] == Interval(0.0, 0.0, pytest.approx(1 - bound))
     assert found["verified/all"] == Interval(1.0, pytest.approx(bound), 1.0)
     assert found["rejoined/low"].high == pytest.approx(1 - 0.025 ** (1 / 38))
+
+
+def test_so_it_is_of_full_windows(tmp_path):
+    """Ten prompts with a high-loss position, none of them a false alarm."""
+    records = [
+        record(prompt=i, distance=0.5 - 0.4 * (i % 2), group="low" if i % 2 else "high")
+        for i in range(20)
+    ]
+    write(tmp_path / "positions.jsonl", records)
+    for name in ("rollouts.jsonl", "metrics.jsonl"):
+        write(tmp_path / name, [])
+    args = ProbeConfig(output_dir=str(tmp_path), use_cpu=True, window_length=2, bootstrap=20)
+    found = summarise(tmp_path, args, str)
+    for part in (found, found["full_windows"]):
+        assert part["false_alarm_share"]["value"] == 0
+        assert part["false_alarm_share"]["high"] == pytest.approx(1 - 0.025**0.1)
 
 
 def test_an_interval_needs_two_prompts_and_half_of_the_resamples():

@@ -19,6 +19,7 @@ from conftest import torch_on_device as torch
 from topd import transport
 from topd.errors import TOPDError
 from topd.transport import (
+    DISTANCE_DUST,
     PLAN_DUST,
     TOLERANCE,
     ground_cost,
@@ -26,7 +27,9 @@ from topd.transport import (
     solve,
     sparse_plans,
     sparse_soft_targets,
+    without_dust,
 )
+from topd.types import Windows
 
 SHAPES = [(1, 1), (1, 4), (3, 1), (2, 3), (3, 2), (4, 4), (2, 6), (5, 7), (7, 5)]
 shapes = pytest.mark.parametrize(("n", "m"), SHAPES)
@@ -527,6 +530,22 @@ def test_an_exact_plan_is_written_down_whole(n, m):
 def test_dust_of_a_plan_is_not_written_down_and_an_empty_row_has_no_entry():
     plan = torch.tensor([[0.5 - PLAN_DUST / 4, PLAN_DUST / 4], [0.0, 0.0]])
     assert sparse_plans(plan[None]) == [((0, 0, pytest.approx(0.5 - PLAN_DUST / 4)),)]
+
+
+def test_windows_of_the_same_tokens_in_another_order_are_at_distance_zero():
+    """Rounding keeps them apart, in float32, by less than ``DISTANCE_DUST``; others stay."""
+    tokens = torch.arange(8 * 40).reshape(40, 8)
+    others = tokens.flip(-1)
+    others[1::2, 0] = 320
+    table = torch.randn(321, 16, generator=torch.Generator().manual_seed(0))
+    solved = solve(ground_cost(table[tokens], table[others])).cpu()
+    mask, zeros = torch.ones_like(tokens).bool(), torch.zeros(40, dtype=torch.long)
+    windows = Windows(zeros, zeros, tokens, mask, others, mask)
+    assert 0 < solved.distance[::2].max() < DISTANCE_DUST
+    found = without_dust(solved, windows, mask).distance
+    assert found[::2].tolist() == [0.0] * 20
+    assert torch.equal(found[1::2], solved.distance[1::2])
+    assert (found[1::2] > DISTANCE_DUST).all()
 
 
 def test_dust_is_measured_against_its_row_and_masses_are_rounded_to_nine_digits():
