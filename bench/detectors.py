@@ -3,7 +3,7 @@
 STUDENT is a warm-started student, e.g. runs/compare-programs/warmstart/student or, of guesses,
 runs/imitated/guesses-many/final/warmstart/student. Writes
 docs/results/detectors-FAMILY.json. With ``--samples N`` both models also continue every prefix to
-the end, N times, to see what comes of it (:mod:`topd.commands.outcomes`): that writes
+the end, N times, to see what comes of it (:mod:`topd.commands.probe.outcomes`): that writes
 docs/results/outcomes-FAMILY-N.json and the table in docs/probe.md.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import typer
 
-from topd.commands.detectors import Labelled, label_rollouts, observer_of, table
+from topd.commands.probe.detectors import Labelled, label_rollouts, observer_of, table
 from topd.engines.hf import HFEngine
 from topd.inputs.models import ModelSpec
 from topd.statistics import Interval

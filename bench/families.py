@@ -22,7 +22,7 @@ from transformers.utils import logging
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.inputs.heads import check_head
+from topd.inputs.models.heads import check_head
 from topd.types import Ids, Sampling
 
 V, STEPS, ENDS = 61, 20, (3, 7)

@@ -25,8 +25,7 @@ from transformers import (
 )
 
 from bench.gpu_models import SHAPES, device, forget, make, peak, random_ids, restart_peak, settle
-from topd.engines import attention
-from topd.engines.graphs import Graphs
+from topd.engines.graphs import Graphs, attention
 from topd.engines.hf import HFEngine
 from topd.types import Generation, Ids, Sampling
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.pairs import SMOLLM2
-from topd.inputs.fingerprints import model_fingerprint, trained_digest
+from topd.inputs.models.fingerprints import model_fingerprint, trained_digest
 from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.ledger import LEDGER
 from topd.types import Prompt, Rollout

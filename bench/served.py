@@ -22,8 +22,8 @@ import typer
 from bench.measure import RESULTS, Found, Table, describe, environment, paired, spread, summary
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
-from topd.engines.server_checks import check_logprobs, check_servers
-from topd.engines.vllm import ONCE, VLLMEngine
+from topd.engines.servers.checks import check_logprobs, check_servers
+from topd.engines.servers.vllm import ONCE, VLLMEngine
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec

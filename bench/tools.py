@@ -43,9 +43,9 @@ from topd.engines import no_tick
 from topd.engines.hf import HFEngine
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder, make_rollout
-from topd.inputs.tools import Replies, calculated, calculator
+from topd.inputs.prompts.tools import Replies, calculated, calculator
 from topd.statistics import bootstrap, seed_problem_interval
-from topd.training.turns import Turns
+from topd.training.experience.turns import Turns
 
 PAGE, MARK = Path("docs/how-to/tools.md"), "## What was measured"
 RESULTS = Path("docs/results/tools.json")

@@ -31,7 +31,7 @@ from test_warmstart import make as stage_1
 from topd import TOPDTrainer
 from topd.distributed import agreed, end_ranks, everywhere, on_first, rank
 from topd.errors import StoppedError, TOPDError
-from topd.training.evidence import Experience
+from topd.training.experience.evidence import Experience
 from topd.training.learning import collate
 
 BATCH, RANKS = 4, 2

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from conftest import DEVICE
-from topd.engines import attention
-from topd.engines.attention import Prefixes
+from topd.engines.graphs import attention
+from topd.engines.graphs.attention import Prefixes
 
 HEADS, GROUPS, WIDTH = 6, 3, 24
 LENGTH, TEXTS = 100, (150, 3, 70)  # of a row's own entries, and of what is shared
@@ -25,7 +25,9 @@ ROWS = [(0, 150, 0), (0, 149, 1), (0, 1, 64), (1, 3, 65), (2, 70, 99), (2, 64, 2
 def attends(name: str) -> Callable[..., Tensor]:
     if name == "torch":
         return attention._plain
-    kernel = pytest.importorskip("topd.engines.decode_kernel", reason="the kernel needs Triton")
+    kernel = pytest.importorskip(
+        "topd.engines.graphs.decode_kernel", reason="the kernel needs Triton"
+    )
     if not kernel.serves(torch.empty(0, device=DEVICE)):
         pytest.skip("the kernel needs a GPU, or TRITON_INTERPRET=1")
     return kernel.attend
@@ -85,7 +87,9 @@ def test_attention_over_a_prefix_and_own_entries_is_that_over_the_whole_row(
 @pytest.mark.parametrize("continuing", [False, True])
 def test_a_kernel_that_is_off_is_not_used(monkeypatch, windowed, continuing):
     """With what is shared, and without: each is tried by itself."""
-    kernel = pytest.importorskip("topd.engines.decode_kernel", reason="the kernel needs Triton")
+    kernel = pytest.importorskip(
+        "topd.engines.graphs.decode_kernel", reason="the kernel needs Triton"
+    )
     if not kernel.serves(torch.empty(0, device=DEVICE)):
         pytest.skip("the kernel needs a GPU, or TRITON_INTERPRET=1")
     shape, right = (HEADS, GROUPS, 16), kernel.attend

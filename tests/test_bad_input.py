@@ -19,7 +19,7 @@ from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
 from topd.cli import app
 from topd.errors import TOPDError
-from topd.inputs.vocabulary import check_tokenizers
+from topd.inputs.models.vocabulary import check_tokenizers
 
 PAGE_ROWS = PAGE.read_text(encoding="utf-8").splitlines()
 

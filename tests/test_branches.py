@@ -10,11 +10,11 @@ from torch import Tensor
 from conftest import DEVICE, EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
-from topd.inputs.heads import head_of
+from topd.inputs.models.heads import head_of
 from topd.losses import token_divergence
-from topd.training.evidence import Experience
-from topd.training.layout import Layout, can_pack
+from topd.training.experience.evidence import Experience
 from topd.training.learning import Totals, _added, collate, learning_terms, update_loss
+from topd.training.learning.layout import Layout, can_pack
 from topd.types import Branch, Guidance, SoftTarget
 
 METHODS = [

@@ -22,8 +22,8 @@ from conftest import USE_CPU
 from topd import cli
 from topd.commands import compare
 from topd.commands.compare import OWN, run_compare
-from topd.commands.compare_start import read_comparison
-from topd.commands.compare_summary import summarise
+from topd.commands.compare.start import read_comparison
+from topd.commands.compare.summary import summarise
 from topd.commands.recipe import read_recipe
 from topd.commands.session import session, until_stopped
 from topd.commands.tables import show_compare

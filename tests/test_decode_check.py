@@ -24,10 +24,10 @@ from topd.engines.decode_check import check_decoding, decoding_gap
 from topd.engines.forward import WAYS
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
-from topd.inputs import heads
-from topd.inputs.heads import check_head, head_of
-from topd.inputs.positions import rope_switch, takes_masks
-from topd.training.layout import can_pack
+from topd.inputs.models import heads
+from topd.inputs.models.heads import check_head, head_of
+from topd.inputs.models.positions import rope_switch, takes_masks
+from topd.training.learning.layout import can_pack
 from topd.types import Sampling
 
 GREEDY = Sampling(0.0, max_new_tokens=6)

@@ -33,7 +33,7 @@ from conftest import torch_on_device as torch
 from topd.engines import Engine, decoding, draws, hf, windows
 from topd.engines import packed as packing
 from topd.errors import TOPDError
-from topd.inputs.heads import head_of
+from topd.inputs.models.heads import head_of
 from topd.types import Effort, Generation, Ids, Sampling
 
 HFEngine = functools.partial(hf.HFEngine, graphs=False)  # with them: test_graphs.py

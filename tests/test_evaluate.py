@@ -51,7 +51,7 @@ from topd.evaluate.judge import Judge
 from topd.evaluate.spec import EvaluationSpec
 from topd.evaluate.written import plain
 from topd.inputs.models import ModelSpec
-from topd.report.evaluated import evaluation_tables
+from topd.report.kinds.evaluated import evaluation_tables
 from topd.runs.folder import RunFolder
 from topd.types import Generation, Ids, Prompt, Sampling
 

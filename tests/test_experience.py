@@ -21,8 +21,8 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS, Method
-from topd.training.evidence import Experience, differing, pair_windows
 from topd.training.experience import REWRITTEN, Observer
+from topd.training.experience.evidence import Experience, differing, pair_windows
 from topd.transport import sparse_soft_targets
 from topd.types import Evidence, Generation, Guidance, Prompt, Rollout
 

@@ -27,7 +27,7 @@ from topd.commands.gate import (
     passed,
     read_suite,
 )
-from topd.commands.gate_text import card_text, remarks, show
+from topd.commands.gate.text import card_text, remarks, show
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise

@@ -27,15 +27,15 @@ from transformers import (
 
 from conftest import DEVICE, EOS, VOCAB
 from conftest import torch_on_device as torch
-from topd.engines import attention, buffers, decode_check, graphs
+from topd.engines import decode_check, graphs
 from topd.engines.base import Prefix
-from topd.engines.buffers import entry_bytes, rounded
-from topd.engines.cast import CastWeights
 from topd.engines.decode_check import check_decoding
-from topd.engines.graphs import BUCKETS, bucket, graphable
+from topd.engines.graphs import BUCKETS, attention, bucket, buffers, graphable
+from topd.engines.graphs.buffers import entry_bytes, rounded
+from topd.engines.graphs.cast import CastWeights
 from topd.engines.hf import ROLLOUTS_SHARE, WINDOWS_SHARE, HFEngine
 from topd.engines.windows import entries_of
-from topd.inputs.heads import head_of
+from topd.inputs.models.heads import head_of
 from topd.types import Generation, Ids, Sampling
 
 PROMPTS: list[Ids] = [(1, 9, 23, 41, 5), (1, 8), (1, 30, 31, 32, 33, 34, 35, 36, 7), (1,)]

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from topd import TOPDConfig
 from topd.cli import app
-from topd.commands.import_rules import TRL_COMMON, TRL_DEFAULTS, trl_defaults
-from topd.commands.import_verl import ACTOR, MODEL, OPTIM
 from topd.commands.importer import arguments_of, import_file, imported
+from topd.commands.importer.rules import TRL_COMMON, TRL_DEFAULTS, trl_defaults
+from topd.commands.importer.verl import ACTOR, MODEL, OPTIM
 from topd.commands.recipe import read_recipe
 from topd.errors import TOPDError
 

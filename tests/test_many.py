@@ -8,8 +8,7 @@ import pytest
 
 from conftest import rows, tiny_tokenizer
 from topd.errors import TOPDError
-from topd.inputs import many
-from topd.inputs.prompts import PromptEncoder
+from topd.inputs.prompts import PromptEncoder, many
 
 MESSAGES = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in rows(16)] * 8
 

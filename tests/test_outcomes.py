@@ -12,9 +12,9 @@ from bench.detectors import MARKS, outcome_table
 
 from conftest import write_pair
 from topd.commands import probe
-from topd.commands.detectors import observer_of
-from topd.commands.outcomes import Outcome, checker_of, verify_forks
 from topd.commands.probe import run_probe
+from topd.commands.probe.detectors import observer_of
+from topd.commands.probe.outcomes import Outcome, checker_of, verify_forks
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec

@@ -30,10 +30,10 @@ from conftest import DEVICE, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
-from topd.inputs.adapters import merged
-from topd.report.training import training_charts
+from topd.inputs.models.adapters import merged
+from topd.report.kinds.training import training_charts
 from topd.training.inherited import ELSEWHERE, REFUSED, WORKS, check_inherited
-from topd.training.preflight import MOST_KL, check_forward, check_saved, kl, without_dropout
+from topd.training.startup.preflight import MOST_KL, check_forward, check_saved, kl, without_dropout
 from topd.training.warmstart import WarmstartConfig
 
 IDS = torch.arange(4, 20)[None]

@@ -20,7 +20,7 @@ from conftest import EOS, tiny_model, write_pair
 from topd import cli, transport
 from topd.commands import verbs
 from topd.commands.probe import ProbeConfig, choose, run_probe
-from topd.commands.probe_statistics import GROUPS
+from topd.commands.probe.statistics import GROUPS
 from topd.commands.session import open_pair, read_analysis
 from topd.config import TOPDConfig
 from topd.errors import StoppedError, TOPDError

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from topd.commands.intervals import Interval, intervals
 from topd.commands.probe import ProbeConfig
-from topd.commands.probe_statistics import (
+from topd.commands.probe.intervals import Interval, intervals
+from topd.commands.probe.statistics import (
     COLUMNS,
     GROUPS,
     LEAST_CORRELATION,

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from conftest import DEVICE, EOS, write_pair
 from topd import cli, transport
 from topd.commands import repair, verbs
-from topd.commands.intervals import intervals
 from topd.commands.probe import ProbeConfig
+from topd.commands.probe.intervals import intervals
 from topd.commands.repair import (
     Sample,
     correct,
@@ -34,8 +34,8 @@ from topd.commands.repair import (
     to_learn,
     treat,
 )
-from topd.commands.repair_config import TRIED, RepairConfig
-from topd.commands.repair_statistics import PAPER, measure, read_table
+from topd.commands.repair.config import TRIED, RepairConfig
+from topd.commands.repair.statistics import PAPER, measure, read_table
 from topd.commands.session import Pair, open_pair, read_analysis
 from topd.config import TOPDConfig
 from topd.errors import StoppedError, TOPDError

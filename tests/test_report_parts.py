@@ -25,6 +25,7 @@ import report_folders as make
 from topd import cli
 from topd.errors import TOPDError
 from topd.report.charts import Chart, Series, curve_table, curves, figure_of, spaced
+from topd.report.charts.svg import SVG, to_svg
 from topd.report.headline import (
     change,
     change_words,
@@ -36,11 +37,10 @@ from topd.report.headline import (
     training_words,
 )
 from topd.report.kinds import PAGES
+from topd.report.kinds.training import duration, training_facts
 from topd.report.paper import write_figures
-from topd.report.svg import SVG, to_svg
 from topd.report.terminal import show
 from topd.report.text import JOINERS, plain, visible
-from topd.report.training import duration, training_facts
 from topd.runs.model_card import write_model_card
 
 TEACHERS = "tokens that the teacher wrote"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, rows, tiny_tokenizer
 from topd.errors import TOPDError
-from topd.inputs.fingerprints import fingerprint
+from topd.inputs.models.fingerprints import fingerprint
 from topd.inputs.prompts import PromptEncoder, make_rollout, repeated_ngram_share
 from topd.seeds import sampling_seeds
 from topd.training.startup import rows_of

@@ -15,7 +15,7 @@ from conftest import DEVICE, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
-from topd.training.router import check_router, router_weight
+from topd.training.learning.router import check_router, router_weight
 
 SIZE = {
     "vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -15,7 +15,7 @@ from torch import nn
 
 from conftest import tiny_model
 from topd.errors import TOPDError
-from topd.inputs.fingerprints import model_fingerprint, trained_digest
+from topd.inputs.models.fingerprints import model_fingerprint, trained_digest
 from topd.runs import folder as ledger
 from topd.runs.files import numbered_lines, read_lines, trim
 from topd.runs.folder import (

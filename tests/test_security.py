@@ -20,8 +20,8 @@ from topd.commands.recipe import read_recipe
 from topd.commands.train import run_recipe
 from topd.commands.yaml_text import parse_yaml
 from topd.errors import TOPDError
-from topd.inputs.adapters import try_adapter
 from topd.inputs.models import ModelSpec, config_of
+from topd.inputs.models.adapters import try_adapter
 from topd.inputs.prompts import PromptEncoder
 
 SECRET = "hf_ThisMustNotBeWrittenAnywhere"

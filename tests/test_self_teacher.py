@@ -18,7 +18,7 @@ from topd.commands.audit import audit_run, replay_step
 from topd.commands.train import run_recipe
 from topd.errors import TOPDError
 from topd.inputs.prompts import PromptEncoder
-from topd.inputs.references import referred
+from topd.inputs.prompts.references import referred
 from topd.inputs.self_teacher import Average
 
 TOLD = "{{ prompt }} {{ solution }}"

@@ -36,10 +36,10 @@ from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
 from topd.engines.hf import HFEngine
-from topd.engines.serve import command, serving
-from topd.engines.server_checks import check_logprobs, check_servers
 from topd.engines.servers import Again, Request, Servers
-from topd.engines.vllm import VLLMEngine
+from topd.engines.servers.checks import check_logprobs, check_servers
+from topd.engines.servers.serve import command, serving
+from topd.engines.servers.vllm import VLLMEngine
 from topd.errors import DISK, UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.served import ServedSpec

@@ -16,11 +16,11 @@ from test_text import TEACHER, TOKENIZERS, byte_level, learned
 from topd.cli import app
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
-from topd.engines.spans import SpanReader, aligned
+from topd.engines.text.spans import SpanReader, aligned
 from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
-from topd.training.evidence import by_token_loss, where_told
+from topd.training.experience.evidence import by_token_loss, where_told
 from topd.types import Guidance, Ids, Prompt, Rollout
 
 SPANS = {"token_loss": "spans", "method": "opd", "trajectory_weight": 0.0}

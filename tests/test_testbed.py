@@ -16,7 +16,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from topd import TOPDConfig, TOPDTrainer
-from topd.commands.detectors import auc, label_rollouts, observer_of, precision_recall, table
+from topd.commands.probe.detectors import auc, label_rollouts, observer_of, precision_recall, table
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec

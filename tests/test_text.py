@@ -35,18 +35,18 @@ from topd.config import TOPDConfig
 from topd.engines.hf import HFEngine
 from topd.engines.servers import RefusedError
 from topd.engines.text import TextEngine, Written
-from topd.engines.text_checks import _cuts, check_border, check_text_teacher
-from topd.engines.text_logprobs import logprobs_of_tokens
-from topd.engines.text_writers import NOTHING, EmbeddedWriter, TextServers
+from topd.engines.text.checks import _cuts, check_border, check_text_teacher
+from topd.engines.text.logprobs import logprobs_of_tokens
+from topd.engines.text.writers import NOTHING, EmbeddedWriter, TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border
-from topd.inputs.fingerprints import model_fingerprint
 from topd.inputs.models import ModelSpec
+from topd.inputs.models.fingerprints import model_fingerprint
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.text_models import stand_in, text_tokenizer
 from topd.inputs.text_spec import ByText, TextSpec
 from topd.methods import METHODS
-from topd.training.text_needs import check_gives
+from topd.training.startup.text_needs import check_gives
 from topd.training.warmstart import WarmstartConfig
 from topd.types import Prompt, Sampling
 
@@ -341,7 +341,7 @@ class Refuses:
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     found: list[str] = []
-    logger = logging.get_logger("topd.engines.text_writers")
+    logger = logging.get_logger("topd.engines.text.writers")
     monkeypatch.setattr(logger, "error", found.append)
     return found
 
@@ -493,7 +493,7 @@ def test_a_completion_without_text_ends_a_text_and_answers_nothing(answering, te
 
 
 def test_an_error_with_status_200_counts_as_its_code_says(answering, monkeypatch, said):
-    monkeypatch.setattr("topd.engines.text_writers.PAUSE", 0.0)
+    monkeypatch.setattr("topd.engines.text.writers.PAUSE", 0.0)
     busy, moderated = ({"error": {"code": code, "message": "no"}} for code in (502, 403))
     writer = answering(busy, busy, chat("so"))
     assert written(writer) == Written("so", True)

@@ -29,11 +29,11 @@ from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer, transport
 from topd.config import CHECKPOINTING
 from topd.errors import TOPDError
-from topd.inputs.fingerprints import fingerprint, model_fingerprint
-from topd.inputs.heads import head_of
+from topd.inputs.models.fingerprints import fingerprint, model_fingerprint
+from topd.inputs.models.heads import head_of
 from topd.losses import token_divergence, trajectory_loss
-from topd.training.evidence import Experience
 from topd.training.experience import Observer
+from topd.training.experience.evidence import Experience
 from topd.training.learning import Totals, collate, learning_terms
 from topd.training.sampler import GroupSampler
 from topd.types import Rollout

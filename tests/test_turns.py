@@ -32,18 +32,18 @@ from topd.inputs.models import ModelSpec
 from topd.inputs.prompt_rows import Row as ReadRow
 from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts import PromptEncoder
-from topd.inputs.tools import Replies, calculated, calculator, environment_named
+from topd.inputs.prompts.tools import Replies, calculated, calculator, environment_named
 from topd.methods import METHODS
 from topd.report.page import write_report
 from topd.report.terminal import show
 from topd.runs.records import RolloutRecord
 from topd.testbed import FAMILIES, problems
 from topd.testbed.models import tokenizer_of
-from topd.training.evidence import Experience
 from topd.training.experience import Observer
+from topd.training.experience.evidence import Experience
+from topd.training.experience.turns import Turns, turns_of
 from topd.training.learning import Totals, collate, learning_terms, update_loss
 from topd.training.metrics import Means, measure_experience
-from topd.training.turns import Turns, turns_of
 from topd.types import Prompt, Rollout, Sampling
 
 FAMILY = FAMILIES["programs"]

@@ -35,13 +35,13 @@ from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
 from topd.engines import Scores
 from topd.engines.hf import HFEngine
-from topd.engines.serve import command
-from topd.engines.server_checks import check_logprobs
 from topd.engines.servers import Servers
+from topd.engines.servers.checks import check_logprobs
+from topd.engines.servers.serve import command
+from topd.engines.servers.vllm import VLLMEngine
 from topd.engines.text import TextEngine
-from topd.engines.text_checks import check_text_teacher
-from topd.engines.text_writers import TextServers
-from topd.engines.vllm import VLLMEngine
+from topd.engines.text.checks import check_text_teacher
+from topd.engines.text.writers import TextServers
 from topd.errors import UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder

@@ -1,4 +1,4 @@
-"""Which room may import which: the direction of docs/contributing's floor plan."""
+"""Which room may import which: the direction of CONTRIBUTING's floor plan."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ def test_there_are_few_files_at_the_top() -> None:
     assert {path.name for path in ROOT.iterdir() if (path / "__init__.py").is_file()} == (
         set(ROOMS) | {"config", "losses"}
     )
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_no_folder_has_more_than_13_modules(room: str) -> None:
+    for folder in [ROOT / room, *(path for path in (ROOT / room).rglob("*") if path.is_dir())]:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= 13, folder
 
 
 def test_every_fixture_says_what_it_gives() -> None:

@@ -28,12 +28,12 @@ from topd.commands.recipe import Recipe, from_command_line, one_teacher, read_re
 from topd.config import TOPDConfig, _field
 from topd.distributed import several
 from topd.engines.factory import open_engines
-from topd.engines.server_checks import check_servers
+from topd.engines.servers.checks import check_servers
 from topd.errors import TERMINATED, StoppedError, TOPDError
-from topd.inputs.fingerprints import fingerprint
-from topd.inputs.heads import check_head
 from topd.inputs.models import check_context
-from topd.inputs.pairs import load_pair, tokenizers_of
+from topd.inputs.models.fingerprints import fingerprint
+from topd.inputs.models.heads import check_head
+from topd.inputs.models.pairs import load_pair, tokenizers_of
 from topd.runs.files import as_json, read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder, manifest
 from topd.runs.lock import one_writer

@@ -295,7 +295,7 @@ def serve(
     patience: float,
 ) -> None:
     """Run the servers of a role, and print the part of a recipe that uses them once they answer."""
-    from topd.engines.serve import run_servers
+    from topd.engines.servers.serve import run_servers
 
     with faults():
         run_servers(

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
 from topd.errors import TOPDError
-from topd.inputs.heads import head_of
+from topd.inputs.models.heads import head_of
 from topd.losses import linear_logprobs
 from topd.types import Head, Ids, Needs, Sampling
 

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from topd.engines import Engine
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
-from topd.engines.server_checks import check_logprobs, check_whole, probe_of
-from topd.engines.text_writers import text_engine
-from topd.engines.vllm import VLLMEngine
-from topd.engines.weight_sync import ServedStudent
+from topd.engines.servers.checks import check_logprobs, check_whole, probe_of
+from topd.engines.servers.vllm import VLLMEngine
+from topd.engines.servers.weight_sync import ServedStudent
+from topd.engines.text.writers import text_engine
 from topd.errors import TOPDError
-from topd.inputs.heads import head_of
 from topd.inputs.models import ModelSpec, eos_ids
+from topd.inputs.models.heads import head_of
+from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.text_models import is_by_text
-from topd.inputs.vocabulary import shared_ids
 
 
 def open_engines(

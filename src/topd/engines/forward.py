@@ -16,7 +16,7 @@ from topd.engines.base import BaseEngine, Options, Wanted
 from topd.engines.draws import Noise
 from topd.engines.graphs import Graphs, graphable
 from topd.errors import TOPDError
-from topd.inputs.positions import rope_switch, takes_masks
+from topd.inputs.models.positions import rope_switch, takes_masks
 from topd.types import Generation, Head
 
 # How a model writes, fastest first; each is exact for more models than the one before.

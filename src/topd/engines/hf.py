@@ -17,9 +17,9 @@ from transformers import DynamicCache
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import Prefix, Wanted, check_seeds
-from topd.engines.buffers import rounded
 from topd.engines.forward import ForwardEngine
 from topd.engines.graphs import Graphs
+from topd.engines.graphs.buffers import rounded
 from topd.engines.memory import in_chunks
 from topd.engines.packed import packed
 from topd.engines.rollouts import CachedRows, RereadRows, write, write_in_graphs

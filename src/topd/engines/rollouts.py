@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topd.engines.base import Wanted
-from topd.engines.buffers import rounded
 from topd.engines.decoding import growing_cache, select_rows
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
 from topd.engines.graphs import Graphs
+from topd.engines.graphs.buffers import rounded
 from topd.types import Generation, Head, Texts
 
 ROOM = 256  # entries that a cache holds at first; then it grows by half

@@ -10,11 +10,11 @@ from transformers import DynamicCache
 
 from topd.engines import Scores
 from topd.engines.base import Prefix, Wanted
-from topd.engines.buffers import SHARED_UNIT, own_entries, rounded
 from topd.engines.decoding import Window, WindowBatch, growing_cache, open_windows, select_rows
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
 from topd.engines.graphs import Graphs
+from topd.engines.graphs.buffers import SHARED_UNIT, own_entries, rounded
 from topd.types import Effort, Generation, Head, Starts
 
 

@@ -21,7 +21,7 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.inputs.models import eos_ids
-from topd.inputs.vocabulary import shared_ids
+from topd.inputs.models.vocabulary import shared_ids
 from topd.statistics import paired_bootstrap
 
 TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from topd.inputs.vocabulary import PROBE
+from topd.inputs.models.vocabulary import PROBE
 from topd.types import Ids
 
 LEADS = ("\n", "a", ".")  # a text is encoded after one that its first token does not join

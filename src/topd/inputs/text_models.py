@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from topd.errors import TOPDError
-from topd.inputs.positions import rope_switch
+from topd.inputs.models.positions import rope_switch
 from topd.inputs.prompt_rows import Row
 from topd.inputs.text_spec import ByText
 

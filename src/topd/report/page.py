@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from topd.errors import TOPDError
 from topd.report.charts import Chart, Fact, figure_of
+from topd.report.charts.svg import to_svg
 from topd.report.folder import Kind, is_stage1, kind_of, settings_of
 from topd.report.guided import Verdict, rule_of
 from topd.report.headline import model_names
@@ -28,7 +29,6 @@ from topd.report.kinds import PAGES
 from topd.report.rollouts import Selection, select_rollouts
 from topd.report.settings import changes_on_resuming, settings_files, settings_table
 from topd.report.summary import SummaryTable, verdict_in
-from topd.report.svg import to_svg
 from topd.report.text import plain
 from topd.report.viewer import Entry, RolloutView, entry, prompt_words, view
 from topd.runs.files import read_whole

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from topd.errors import TOPDError
-from topd.inputs.fingerprints import model_fingerprint
+from topd.inputs.models.fingerprints import model_fingerprint
 from topd.runs.files import digest, file_digest, write_whole
 from topd.runs.ledger import Ledger
 from topd.runs.lock import refuse_if_busy

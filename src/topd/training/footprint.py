@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from topd.config import CHECKPOINTING, TOPDConfig
-from topd.engines.buffers import SHARED_UNIT, own_entries, rounded
 from topd.engines.graphs import BUCKETS, bucket
+from topd.engines.graphs.buffers import SHARED_UNIT, own_entries, rounded
 from topd.inputs.teachers import TeacherSet
 from topd.types import Prompt
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topd.distributed import everywhere
 from topd.inputs.prompts import repeated_ngram_share
-from topd.training.evidence import Experience, own_only
+from topd.training.experience.evidence import Experience, own_only
 from topd.types import Rollout
 
 logger = logging.getLogger(__name__)

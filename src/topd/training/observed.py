@@ -15,16 +15,18 @@ from transformers.utils import logging
 
 from topd.distributed import everywhere
 from topd.engines.factory import open_engines
+from topd.engines.servers.weight_sync import ServedStudent
 from topd.engines.several import one_teacher
-from topd.engines.weight_sync import ServedStudent
 from topd.errors import TOPDError
-from topd.inputs.heads import check_head
 from topd.inputs.models import generation_config_of
+from topd.inputs.models.heads import check_head
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.self_teacher import Average, SelfTeacher
 from topd.inputs.teachers import Routes
 from topd.seeds import Stream
 from topd.training.experience import Observer
+from topd.training.experience.overlap import Overlap
+from topd.training.experience.turns import Turns
 from topd.training.learning import (
     LearningBatch,
     LearningTerms,
@@ -33,12 +35,10 @@ from topd.training.learning import (
     inside_forward,
     learning_terms,
 )
-from topd.training.overlap import Overlap
-from topd.training.preflight import check_forward, mend
 from topd.training.progress import Phases
 from topd.training.recorded import RecordedTrainer
 from topd.training.startup import Sources, Tokenizers, rows_of
-from topd.training.turns import Turns
+from topd.training.startup.preflight import check_forward, mend
 from topd.types import Prompt
 
 logger = logging.get_logger(__name__)

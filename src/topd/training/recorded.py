@@ -17,9 +17,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from topd.config import TOPDConfig
 from topd.distributed import agreed, everywhere, on_first, several
 from topd.errors import StoppedError, TOPDError
-from topd.inputs.adapters import merged
-from topd.inputs.bare import named_faults
-from topd.inputs.fingerprints import fingerprint, is_elsewhere, trained_digest
+from topd.inputs.models.adapters import merged
+from topd.inputs.models.bare import named_faults
+from topd.inputs.models.fingerprints import fingerprint, is_elsewhere, trained_digest
 from topd.inputs.self_teacher import Average
 from topd.runs import checkpoints
 from topd.runs.folder import (
@@ -35,11 +35,11 @@ from topd.runs.lock import one_writer
 from topd.runs.model_card import write_model_card
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenTexts, TokenWriter
-from topd.training.evidence import Experience
+from topd.training.experience.evidence import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
-from topd.training.preflight import check_saved
 from topd.training.progress import Phases, say
 from topd.training.sharded import WholeCopy, whole_copy
+from topd.training.startup.preflight import check_saved
 from topd.training.stop_rules import save_done
 from topd.training.trackers import Tables, log_tables, tables_of
 from topd.types import Prompt

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from topd.seeds import Stream, sampling_seeds
-from topd.training.evidence import Experience
+from topd.training.experience.evidence import Experience
 from topd.training.metrics import Means
 from topd.types import Branch, Guidance, Rollout
 

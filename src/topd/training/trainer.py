@@ -23,8 +23,9 @@ from topd.inputs.teachers import Teachers, TeacherSet
 from topd.inputs.text_models import is_by_text
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
-from topd.training.evidence import Experience
-from topd.training.layout import can_pack, dealt
+from topd.training.experience.evidence import Experience
+from topd.training.experience.overlap import Overlap
+from topd.training.experience.turns import turns_of
 from topd.training.learning import (
     LearningBatch,
     LearningTerms,
@@ -32,9 +33,9 @@ from topd.training.learning import (
     collate,
     update_loss,
 )
+from topd.training.learning.layout import can_pack, dealt
 from topd.training.metrics import warn_of_cuts
 from topd.training.observed import ObservedTrainer
-from topd.training.overlap import Overlap
 from topd.training.progress import silence_others
 from topd.training.replay import EarlierWindows
 from topd.training.sampler import EpochTold, GroupSampler
@@ -58,7 +59,6 @@ from topd.training.startup import (
     tokenizers_of_all,
 )
 from topd.training.stop_rules import Watch
-from topd.training.turns import turns_of
 from topd.types import Prompt
 
 

@@ -24,7 +24,7 @@ from topd import distributed as ranks
 from topd.config import TOPDConfig, _field
 from topd.engines.several import reader_of
 from topd.errors import TOPDError
-from topd.inputs.fingerprints import fingerprint, model_fingerprint
+from topd.inputs.models.fingerprints import fingerprint, model_fingerprint
 from topd.runs.files import read_lines, trim
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer

@@ -16,7 +16,7 @@ from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust, started_elsewh
 from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
 from topd.commands.audit.settings import as_stored, by_settings, read_from, was_changed
 from topd.errors import TOPDError
-from topd.inputs.fingerprints import fingerprint, model_fingerprint, trained_digest
+from topd.inputs.models.fingerprints import fingerprint, model_fingerprint, trained_digest
 from topd.runs.ledger import LEDGER, Entry, ended
 from topd.runs.verified import read_manifest, read_records
 from topd.training.trainer import TOPDTrainer

@@ -15,7 +15,7 @@ from topd.commands.audit.result import AuditResult, disagreements
 from topd.commands.audit.settings import by_settings, format_at
 from topd.config import TOPDConfig
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
-from topd.inputs.fingerprints import trained_digest
+from topd.inputs.models.fingerprints import trained_digest
 from topd.runs import checkpoints
 from topd.runs.folder import LINES, RECORDS
 from topd.runs.ledger import LEDGER

@@ -1,0 +1,275 @@
+"""What a comparison starts from: its recipes, all checked, and the stage 1 that its arms share.
+
+Everything that can be known without weights is known before stage 1 or a run begins.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import SaveStrategy
+
+from topd.commands.compare.summary import SCORES, Result
+from topd.commands.keys import (
+    apart,
+    elsewhere,
+    of_common_start,
+    over,
+    packaged,
+    part_of,
+    read_mapping,
+)
+from topd.commands.recipe import CompareSpec, Recipe, parse_overrides, read_recipe
+from topd.commands.session import autocast_of, check_one_process, quieten
+from topd.commands.train import check_recipe, make_evaluator, train_recipe
+from topd.config import TOPDConfig
+from topd.engines.decode_check import check_decoding
+from topd.engines.hf import HFEngine
+from topd.errors import StoppedError, TOPDError
+from topd.inputs.models import eos_ids
+from topd.inputs.models.vocabulary import shared_ids
+from topd.runs.checkpoints import begin_anew
+from topd.runs.files import as_json
+
+PLACES = ("output_dir", "logging_dir")
+SAVING = {"save_strategy", "save_steps", "load_best_model_at_end"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A recipe that compares, and what was read of it.
+
+    ``first`` is the stage 1 that the arms start from, if they do; ``arms`` has the recipe of every
+    arm, and whether that is one of stage 1.
+    """
+
+    path: Path
+    overrides: Mapping[str, Any]
+    recipe: Recipe
+    spec: CompareSpec
+    first: Recipe | None
+    arms: Mapping[str, tuple[Recipe, bool]]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the comparison."""
+        return Path(self.recipe.args.output_dir)
+
+    def stages(self) -> dict[str, Any]:
+        """What stage 1 is, of the common start and of the arms that are it, as plain values."""
+        staged = {arm: resolved(recipe) for arm, (recipe, first) in self.arms.items() if first}
+        for arm, stage in staged.items():
+            if self.spec.all_arms()[arm].get("answers") == "start":
+                stage["config"]["answers"] = "start"  # wherever the folder is
+        return {"start": resolved(self.first) if self.first else None, "staged": staged}
+
+    def keys_of(self, keys: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
+        """What is changed in the recipe for an arm that has these keys and begins at ``start``."""
+        shared = of_stage(self.overrides, first=keys.get("stage") == "warmstart")
+        return {**begun_at(shared, start), **_from_start(keys, self.folder)}
+
+
+def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
+    """Read a recipe, its arms and its stage 1.
+
+    Raises:
+        TOPDError: the recipe has no ``compare`` or ``evaluation`` part, or an arm is wrong.
+    """
+    overrides = parse_overrides(words)
+    rest, own = apart(overrides)
+    recipe = read_recipe(path, rest)
+    check_one_process("compare", " compare.jobs spreads its runs over GPUs.")
+    spec = _checked(path, recipe)
+    first, folder = None, Path(recipe.args.output_dir)
+    if spec.warmstart:
+        _check_served(recipe)
+        part = read_mapping(packaged(path)).get("warmstart") or {}
+        keys = {**of_common_start(part, overrides), "output_dir": str(_place(folder))}
+        with _named("stage 1"):
+            first = read_recipe(path, keys, warmstart=True)
+    arms = {}
+    for arm, keys in spec.all_arms().items():
+        with _named(f"arm {arm!r}"):
+            of_arm, staged = apart_from_stage(_from_start(keys, folder))
+            shared = of_stage(overrides, first=staged)
+            keys_of_arm = {**shared, **of_arm, "output_dir": str(folder)}
+            arms[arm] = read_recipe(path, keys_of_arm, warmstart=staged), staged
+            _check_start(spec, keys, warmstart=staged)
+    if own and not first and not any(staged for _, staged in arms.values()):
+        raise TOPDError(
+            f"{path}: warmstart.{next(iter(own))}: has no effect without stage 1. Set "
+            "compare.warmstart: true, or leave it out."
+        )
+    return Comparison(path, overrides, recipe, spec, first, arms)
+
+
+def _checked(path: Path, recipe: Recipe) -> CompareSpec:
+    if recipe.compare is None:
+        raise TOPDError(f"{path}: compare is missing. Name the arms: compare: {{arms: {{...}}}}.")
+    if recipe.compare.plan and not Path(recipe.compare.plan).is_file():
+        raise TOPDError(
+            f"{path}: compare.plan: no such file {recipe.compare.plan}. Write it first."
+        )
+    if recipe.evaluation is None:
+        raise TOPDError(f"{path}: evaluation is missing. A comparison needs problems to solve.")
+    return recipe.compare
+
+
+def _check_served(recipe: Recipe) -> None:
+    """Servers go by a model's path where they have no name for it. Raises TOPDError."""
+    if recipe.student.served and not recipe.student.served.model:
+        raise TOPDError(
+            "student.served.model: is missing. After stage 1 the student has another path: name "
+            "the model as its servers do."
+        )
+
+
+def _check_start(spec: CompareSpec, keys: Mapping[str, Any], *, warmstart: bool) -> None:
+    """What would have no effect, or nothing to work on. Raises TOPDError."""
+    if keys.get("answers") == "start" and not (warmstart and spec.warmstart):
+        raise TOPDError(
+            "answers: start needs a common start with answers of the teacher. Set stage: warmstart "
+            "on the arm and compare.warmstart: true."
+        )
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    """Say of which part of the comparison a fault is."""
+    try:
+        yield
+    except StoppedError as error:
+        raise StoppedError(f"compare, {part}: {error}", error.exit_code) from error
+    except TOPDError as error:
+        raise TOPDError(f"compare, {part}: {error}") from error
+
+
+def apart_from_stage(keys: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """An arm's keys without its stage and seeds, and whether that is stage 1. Raises TOPDError."""
+    stage = keys.get("stage", "train")
+    if stage not in ("train", "warmstart"):
+        raise TOPDError(f"stage: {stage!r} is not one of train, warmstart.")
+    own = {key: value for key, value in keys.items() if key not in ("stage", "seeds")}
+    return own, stage == "warmstart"
+
+
+def of_stage(overrides: Mapping[str, Any], *, first: bool) -> dict[str, Any]:
+    """The overrides that arms of a stage share: all but those of stage 1, or with them."""
+    rest, own = apart(overrides)
+    return over(rest, own) if first else rest
+
+
+def begun_at(overrides: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides with the student of ``start`` in place of theirs."""
+    return {**{key: v for key, v in overrides.items() if part_of(key) not in start}, **start}
+
+
+def _from_start(keys: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """An arm's keys; ``answers: start`` is the file of the common start's answers."""
+    if keys.get("answers") == "start":
+        return {**keys, "answers": str(_place(folder) / "answers.jsonl")}
+    return dict(keys)
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as run.json has it, wherever it runs."""
+    config = {key: value for key, value in recipe.args.to_dict().items() if key not in PLACES}
+    found: dict[str, Any] = as_json({"recipe": recipe.sources(), "config": config})
+    return found
+
+
+def check_arms(comparison: Comparison, names: Sequence[str]) -> None:
+    """Make the start-up checks of arms that read no weights, with the student before stage 1.
+
+    Raises:
+        TOPDError: an arm could not begin.
+    """
+    quieten()
+    arms, rows, seen = comparison.spec.all_arms(), dict[str, list[dict[str, Any]]](), set()
+    for arm in names:
+        recipe, staged = comparison.arms[arm]
+        if arms[arm].get("answers") == "start":  # not written yet
+            recipe = replace(recipe, args=_asking(recipe.args))
+        key = json.dumps([resolved(recipe), staged], sort_keys=True)
+        data = recipe.data.model_dump_json()
+        if key in seen:
+            continue
+        seen.add(key)
+        with _named(f"arm {arm!r}"):
+            if data not in rows:
+                rows[data] = recipe.data.load()
+            check_recipe(recipe, rows[data], warmstart=staged)
+
+
+def _asking(args: TOPDConfig) -> TOPDConfig:
+    """Arguments of stage 1, with the teacher's answers in place of a file."""
+    asking = copy.copy(args)
+    asking.answers = "teacher"
+    return asking
+
+
+def without_checkpoints(recipe: Recipe) -> Recipe:
+    """The recipe of a run that starts over if it is stopped: only checkpoints that it asks for."""
+    if not SAVING & recipe.args._given:
+        recipe.args.save_strategy = SaveStrategy.NO
+    return recipe
+
+
+# Stage 1
+
+
+def _place(folder: Path) -> Path:
+    return folder / "warmstart"
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether the common start of the comparison in a folder is there."""
+    return (_place(folder) / "student" / "README.md").exists()  # the model card is written last
+
+
+def starting_point(comparison: Comparison, *, quiet: bool) -> dict[str, Any]:
+    """What every arm starts from: nothing to change, or the student of stage 1, made if need be."""
+    if comparison.first is None:
+        return {}
+    if not is_begun(comparison.folder):
+        begin_anew(_place(comparison.folder))
+        first = without_checkpoints(comparison.first)
+        with _named("stage 1"):
+            train_recipe(first, quiet=quiet, warmstart=True, alone=False)
+    before = comparison.recipe.student.model_dump(exclude_defaults=True)
+    return {"student": elsewhere(before, str(_place(comparison.folder) / "student"))}
+
+
+def starts(comparison: Comparison, start: Mapping[str, Any]) -> dict[str, Result]:
+    """The student before and after stage 1, evaluated as the arms are."""
+    shared = of_stage(comparison.overrides, first=False)
+    changes = {"base": shared, "warm start": begun_at(shared, start)} if start else {}
+    return {
+        name: evaluated(read_recipe(comparison.path, changed)) for name, changed in changes.items()
+    }
+
+
+def evaluated(recipe: Recipe) -> Result:
+    """On the device of the runs, in their precision."""
+    evaluator, device = make_evaluator(recipe), recipe.args.device
+    assert evaluator is not None  # checked before
+    model = recipe.student.load_model().eval().to(device)
+    tokenizer = evaluator.tokenizer
+    allowed = shared_ids(tokenizer, tokenizer)
+    engine = HFEngine(
+        model,
+        eos_ids=eos_ids(model, tokenizer),
+        allowed=allowed,
+        autocast=partial(autocast_of, recipe.args, device),
+    )
+    check_decoding(engine)
+    found = evaluator(engine)
+    engine.release()
+    return {score: asdict(found.intervals()[score]) for score in SCORES}

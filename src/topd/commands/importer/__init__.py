@@ -1,0 +1,266 @@
+"""``topd import``: a configuration of TRL or verl as a recipe, key by key, or the reason why not.
+
+Read are YAML and JSON, as ``trl`` and TrlParser take them or nested as verl's, and shell scripts
+that start either: ``--key value``, ``a.b=value``. Every key ends as one of
+
+==========  ==========================================================================
+kept        the recipe has it under its own name
+translated  under another name, which is told, or in another unit; the note says what differs
+left out    it says where and how fast something runs, not what is learned, or is off
+unknown     not a key that is known here; look at it
+refused     it changes what is learned and a recipe cannot say it: there is no recipe
+==========  ==========================================================================
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+
+from topd.commands.importer.rules import LISTS, trl_defaults, trl_kind, trl_rule
+from topd.commands.importer.verl import verl_defaults, verl_rule
+from topd.commands.yaml_text import LONGEST, parse_yaml
+from topd.config import TOPDConfig
+from topd.errors import TOPDError
+
+DEFAULT = "its default there"
+Outcome: TypeAlias = Literal["kept", "translated", "left out", "unknown", "refused"]
+_STARTED = re.compile(r"(\bgkd|\bgold|distillation)\w*\.py\b", re.IGNORECASE)
+_NAME = re.compile(r"\w[\w.-]*")
+_ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(.*)$")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
+_DOTTED = re.compile(r"^\+{0,2}([a-z_]\w*(?:\.\w+)+)=(.*)$")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What became of a key of the other framework."""
+
+    key: str
+    value: Any
+    outcome: Outcome
+    note: str = ""
+    names: tuple[str, ...] = ()  # in the recipe, where others
+
+
+@dataclass
+class Imported:
+    """A recipe in the making, and what became of every key."""
+
+    framework: Literal["TRL", "verl"]
+    recipe: dict[str, Any] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+
+    @property
+    def refused(self) -> list[Line]:
+        """Why there is no recipe; none if there is one."""
+        return [line for line in self.lines if line.outcome == "refused"]
+
+    @property
+    def unknown(self) -> list[Line]:
+        """Keys that are not known here, and may matter."""
+        return [line for line in self.lines if line.outcome == "unknown" and not line.note]
+
+    def text(self) -> str:
+        """The recipe as YAML, with what differs as comments. Raises TOPDError if it was refused."""
+        if self.refused:
+            reasons = " ".join(f"{line.key}: {line.note}." for line in self.refused)
+            raise TOPDError(
+                f"no recipe says what this {self.framework} configuration says. {reasons}"
+            )
+        strange = [f"# {line.key}: {line.value} is not known here" for line in self.unknown]
+        notes = [f"# {line.key}: {line.note}" for line in self.lines if line.note] + strange
+        head = f"# Imported from a {self.framework} configuration"
+        head += "; see what differs:" if notes else ""
+        body = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        return "\n".join([head, *notes, "", body])
+
+
+def import_file(path: Path) -> Imported:
+    """Read a configuration. Raises TOPDError: it cannot be read, or is neither TRL's nor verl's."""
+    try:
+        text = path.read_text(encoding="utf-8")[: LONGEST + 1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise TOPDError(f"{path}: cannot be read: {error}.") from error
+    if path.suffix in (".yaml", ".yml", ".json"):
+        content = parse_yaml(str(path), text)
+        if not isinstance(content, dict):
+            raise TOPDError(f"{path}: must be a mapping of keys to values.")
+        return imported(str(path), content)
+    return imported(str(path), arguments_of(text), kind=_kind(text))
+
+
+def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None) -> Imported:
+    """Every key by the rules of its framework. Raises TOPDError if it is of neither.
+
+    ``kind``: whose defaults a configuration of TRL has, ``gkd``'s, ``gold``'s or
+    ``distillation``'s; None: not known.
+    """
+    # in verl before 0.8 distillation was a part of actor_rollout_ref
+    before = "actor_rollout_ref.distillation."
+    flat = {k.replace(before, "distillation."): v for k, v in _flat(content)}
+    if any(key.startswith(("actor_rollout_ref.", "distillation.")) for key in flat):
+        found = Imported("verl")
+        return _ruled(found, flat, verl_rule, verl_defaults(flat))
+    if "teacher_model_name_or_path" in content:
+        found = Imported("TRL")
+        own = trl_kind(content)
+        kind = kind if own is None or kind in ("gkd", "gold") else own
+        if kind is None and "max_completion_length" not in content:
+            note = "read as a DistillationConfig; a GKDConfig has half of the answers on-policy"
+            found.lines.append(Line("lmbda", None, "unknown", note))
+        return _ruled(found, content, trl_rule, trl_defaults(kind or "distillation", content))
+    raise TOPDError(
+        f"{place}: is neither TRL's, which has teacher_model_name_or_path, nor verl's, which has "
+        "actor_rollout_ref. Give the file that its command line or --config names."
+    )
+
+
+def _kind(script: str) -> str | None:
+    """Which of TRL's trainers a script starts; None: none of them."""
+    named = _STARTED.search(script)
+    return named[1].lower() if named else None
+
+
+def _ruled(
+    found: Imported,
+    content: Mapping[str, Any],
+    rule: Callable[[str, Any, Mapping[str, Any]], tuple[str, str, dict[str, Any]]],
+    defaults: Mapping[str, Any],
+) -> Imported:
+    given = {key for key, value in content.items() if value is not None or key not in defaults}
+    content = {**defaults, **{key: content[key] for key in content if key in given}}
+    for key, value in content.items():
+        outcome, note, changes = rule(key, value, content)
+        default = key not in given
+        for name, new in changes.items():
+            _refuse_variable(key, name, new)
+            _set(found.recipe, name, new)
+        if default:
+            note = f"{note} ({DEFAULT})" if note else DEFAULT
+        if not default or outcome == "refused" or changes:
+            names = tuple(
+                name.replace("/", ".").replace("|", "/") for name in changes if name != key
+            )
+            found.lines.append(Line(key, value, outcome, note, names))  # type: ignore[arg-type]
+    for part in ("student", "data"):
+        if part not in found.recipe and not found.refused:
+            found.lines.append(Line(part, None, "refused", f"no {part} is named"))
+    if not {"teacher", "teachers"} & set(found.recipe):
+        found.lines.append(Line("teacher", None, "refused", "no teacher is named"))
+    if found.framework == "verl":
+        _finish_verl(found, content)
+    return found
+
+
+def _refuse_variable(key: str, name: str, value: Any) -> None:
+    """Raises TOPDError for a variable where a setting is a number."""
+    of_lora = name.startswith("lora/") and not name.endswith("modules")
+    number = isinstance(getattr(TOPDConfig, name, None), int | float) or of_lora
+    if number and isinstance(value, str) and "$" in value:
+        raise TOPDError(
+            f"{key}: {value!r} is a variable that the file does not set. Write its value in its "
+            "place, and import again."
+        )
+
+
+def _finish_verl(found: Imported, content: Mapping[str, Any]) -> None:
+    """What follows from several keys: is it distillation at all, and how large is an update?"""
+    estimator = str(content.get("algorithm.adv_estimator", ""))
+    on = content.get("distillation.enabled") is True
+    if not on and "opd" not in estimator and "distill" not in estimator:
+        reason = "it is not on: this trains by rewards"
+        found.lines.append(Line("distillation.enabled", False, "refused", reason))
+    loss = "distillation.distillation_loss."  # use_policy_loss: before verl 0.8
+    older = content.get(f"{loss}use_policy_loss", True)
+    rewards = content.get(f"{loss}use_task_rewards", older)
+    if on and rewards is not False:
+        reason = "rewards of the task are added to the loss (its default there)"
+        found.lines.append(Line("use_task_rewards", rewards, "refused", reason))
+    given = found.recipe.pop("teachers", {})
+    teachers = {name.replace("|", "/"): path for name, path in given.items()}
+    if len(teachers) == 1:
+        found.recipe["teacher"] = next(iter(teachers.values()))
+        single = [f"teachers.{name}" for name in teachers]
+        found.lines = [
+            replace(line, names=("teacher",)) if [*line.names] == single else line
+            for line in found.lines
+        ]
+        found.recipe.pop("teacher_column", None)
+    elif teachers:
+        named = content.get("distillation.teacher_key", "data_source")
+        found.recipe |= {"teachers": teachers, "teacher_column": named}
+
+
+def _set(recipe: dict[str, Any], name: str, value: Any) -> None:
+    *before, last = name.split("/")
+    for part in before:
+        recipe = recipe.setdefault(part, {})
+    recipe[last] = value
+
+
+def _flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def arguments_of(script: str) -> dict[str, Any]:
+    """The arguments in a shell script: ``--key value``, ``--key=value``, ``a.b=value``.
+
+    Variables that the script itself sets are filled in; others stay as they are.
+
+    >>> arguments_of("LR=${LR:-1e-6}\\nrun --learning_rate $LR \\\\\\n  --bf16")
+    {'learning_rate': 1e-06, 'bf16': True}
+    """
+    known: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    for line in script.replace("\\\n", " ").splitlines():
+        plain = _VARIABLE.sub(lambda m: _value_of(m, known), line)
+        assigned = _ASSIGNED.match(plain)
+        if assigned and not assigned[2].startswith("("):
+            known[assigned[1]] = assigned[2].partition(" #")[0].strip().strip("\"'")
+            continue
+        words = _words(plain)
+        for i, word in enumerate(words):
+            dotted = _DOTTED.match(word)
+            if dotted:
+                found[dotted[1]] = _parsed(dotted[2])
+            elif word.startswith("--") and len(word) > 2:
+                key, equals, value = word[2:].partition("=")
+                after = words[i + 1] if i + 1 < len(words) else "--"
+                found[key] = (
+                    _parsed(value) if equals else True if after[:2] == "--" else _parsed(after)
+                )
+                if key in LISTS and not equals:
+                    found[key] = [*takewhile(_NAME.fullmatch, words[i + 1 :])]
+    return found
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line, comments=True)
+    except ValueError:  # a quote that another line closes
+        return line.split()
+
+
+def _value_of(match: re.Match[str], known: Mapping[str, str]) -> str:
+    name = match[1] or match[3]
+    return known.get(name, match[2] if match[2] is not None else match[0])
+
+
+def _parsed(word: str) -> Any:
+    try:
+        return parse_yaml("an argument", word)
+    except TOPDError:
+        return word

@@ -1,0 +1,248 @@
+"""What a key of verl is here: (outcome, note, what it sets in the recipe).
+
+Written against verl 0.9 (``verl/trainer/config``). Keys of the recipe are paths such as
+``student/path``. What comes out does not depend on the order of keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from topd.commands.importer.rules import OUT, Ruled, number
+from topd.errors import TOPDError
+from topd.inputs.prompt_rows import UNREAD
+
+ACTOR, MODEL = "actor_rollout_ref.actor.", "actor_rollout_ref.model."
+OPTIM, ROLLOUT = f"{ACTOR}optim.", "actor_rollout_ref.rollout."
+LOSS, TEMPLATE = "distillation.distillation_loss.", "data.apply_chat_template_kwargs."
+VERL_DEFAULTS: dict[str, Any] = {  # that differ from ours
+    f"{OPTIM}lr": 1e-6,
+    f"{OPTIM}weight_decay": 0.01,
+    f"{OPTIM}lr_scheduler_type": "constant",
+    f"{OPTIM}lr_warmup_steps_ratio": 0.0,
+    f"{ACTOR}ppo_mini_batch_size": 256,
+    f"{ACTOR}fsdp_config.dtype": "bfloat16",
+    f"{MODEL}enable_gradient_checkpointing": True,
+    "data.train_batch_size": 1024,
+    "data.max_prompt_length": 512,
+    "data.max_response_length": 512,
+    "trainer.total_epochs": 30,
+}
+VERL_LORA: dict[str, Any] = {f"{MODEL}lora_alpha": 16, f"{MODEL}target_modules": "all-linear"}
+_LORA = {
+    f"{MODEL}lora_rank": "r",
+    f"{MODEL}lora_alpha": "lora_alpha",
+    f"{MODEL}target_modules": "target_modules",
+    f"{MODEL}exclude_modules": "exclude_modules",
+}
+_VERL_MOVED = {
+    f"{MODEL}path": "student/path",
+    f"{MODEL}enable_gradient_checkpointing": "gradient_checkpointing",
+    "actor_rollout_ref.ref.model.path": "teacher/path",
+    "distillation.teacher_model.model_path": "teacher/path",
+    f"{OPTIM}lr": "learning_rate",
+    f"{OPTIM}weight_decay": "weight_decay",
+    f"{ACTOR}grad_clip": "max_grad_norm",
+    f"{ROLLOUT}n": "num_generations",
+    f"{ROLLOUT}temperature": "temperature",
+    f"{ROLLOUT}top_p": "top_p",
+    "data.max_prompt_length": "max_prompt_length",
+    "data.max_response_length": "max_completion_length",
+    "data.filter_overlong_prompts": "drop_long_prompts",
+    "data.prompt_key": "data/columns/prompt",
+    "trainer.total_epochs": "num_train_epochs",
+    "trainer.total_training_steps": "max_steps",
+    "trainer.experiment_name": "run_name",
+}
+_VERL_SETTLED = (  # by what follows from several keys
+    *("distillation.enabled", "distillation.distillation_loss.use_task_rewards"),
+    *("algorithm.adv_estimator", "distillation.teacher_key", f"{LOSS}use_policy_loss"),
+)
+_VERL_PLAIN: dict[str, Any] = {  # a value with which nothing is learned otherwise than here
+    f"{OPTIM}optimizer": "AdamW",
+    f"{OPTIM}optimizer_impl": "torch.optim",
+    f"{OPTIM}clip_grad": 1.0,
+    f"{OPTIM}min_lr_ratio": 0.0,
+    f"{OPTIM}num_cycles": 0.5,
+    f"{OPTIM}zero_indexed_step": True,
+    f"{ACTOR}loss_agg_mode": "token-mean",
+    f"{ACTOR}freeze_vision_tower": False,
+    f"{ACTOR}use_kl_loss": False,
+    f"{ACTOR}entropy_coeff": 0,
+    f"{ACTOR}qat.enable": False,
+    f"{MODEL}trust_remote_code": False,
+    f"{MODEL}mtp.enable": False,
+    f"{MODEL}mtp.enable_train": False,
+    f"{MODEL}lora.rank": 0,
+    f"{ROLLOUT}do_sample": True,
+    f"{ROLLOUT}ignore_eos": False,
+    f"{ROLLOUT}repetition_penalty": 1.0,
+    f"{ROLLOUT}multi_turn.enable": False,
+    f"{ROLLOUT}agent.default_agent_loop": "single_turn_agent",
+    f"{LOSS}distillation_loss_coef": 1.0,
+    f"{LOSS}use_policy_gradient": False,
+    f"{LOSS}jsd_beta": 0.5,
+    "algorithm.use_kl_in_reward": False,
+    "data.shuffle": True,
+    "data.truncation": "error",
+    "data.train_max_samples": -1,
+}
+_VERL_MACHINES = (  # where and how fast, and what belongs to rewards, which are off
+    *(f"{MODEL}use_", f"{MODEL}enable_activation_offload", f"{MODEL}fused_kernel_options."),
+    *(f"{MODEL}tiled_mlp.", f"{MODEL}mtp.", f"{MODEL}lora.", f"{MODEL}truncate_padding"),
+    *(f"{ACTOR}fsdp_config.", f"{ACTOR}megatron.", f"{ACTOR}checkpoint.", f"{ACTOR}profiler."),
+    *(f"{ACTOR}ppo_micro_batch_size", f"{ACTOR}ppo_max_token_len", f"{ACTOR}use_", f"{ACTOR}pad_"),
+    *(f"{ACTOR}strategy", f"{ACTOR}ulysses_", f"{ACTOR}entropy_", f"{ACTOR}calculate_"),
+    *(f"{ACTOR}rollout_n", f"{ACTOR}router_replay.", f"{ACTOR}qat.", f"{ACTOR}shuffle"),
+    *(f"{ACTOR}data_loader_seed", f"{ACTOR}kl_loss_", f"{ACTOR}clip_ratio", f"{ACTOR}tau_"),
+    *(f"{ACTOR}policy_loss.", f"{OPTIM}total_training_steps", f"{OPTIM}lr_wsd_"),
+    *("actor_rollout_ref.ref.", ROLLOUT, "actor_rollout_ref.hybrid_engine"),
+    *("actor_rollout_ref.nccl_timeout", "trainer.", "ray_kwargs.", "critic.", "reward"),
+    *("custom_reward", "sandbox_fusion.", "global_profiler.", "transfer_queue.", "config-"),
+    *("algorithm.", "skip.", "distillation.teacher_model", "distillation.n_gpus"),
+    *("distillation.nnodes", "distillation.enable_resource_pool", f"{LOSS}topk"),
+    *(f"{LOSS}policy_loss_mode", f"{LOSS}clip_ratio", "data.val", "data.dataloader"),
+    *("data.return", "data.train_batch", "data.seed", "data.use_shm", "data.image_patch_size"),
+    *("data.reward_fn_key", "data.filter_overlong_prompts_workers", "data.audio_key"),
+    *("data.tool_config_path", "data.function_tool_path", "data.trust_remote_code"),
+)
+_LOSSES = {  # loss_mode: beta, and what differs
+    "k1": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
+    "k2": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
+    "k3": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
+    "reverse_kl_topk": (1.0, "over the likeliest tokens there, over the vocabulary here"),
+    "forward_kl_topk": (0.0, "over the likeliest tokens there, over the vocabulary here"),
+    "jsd_topk": (0.5, "over the likeliest tokens there, over the vocabulary here"),
+}
+
+
+def verl_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration leaves to verl and we have otherwise."""
+    found = dict(VERL_DEFAULTS)
+    if content.get(f"{MODEL}lora_rank"):
+        found |= VERL_LORA
+    if content.get("distillation.enabled") is True:
+        found[f"{LOSS}loss_mode"] = "k3"
+    return found
+
+
+def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
+    """A dotted key of verl's ppo_trainer."""
+    if key in _LORA:
+        used = content.get(f"{MODEL}lora_rank") and value is not None
+        return ("translated", "", {f"lora/{_LORA[key]}": value}) if used else OUT
+    if key.startswith(OPTIM) and (found := _optimiser(key.removeprefix(OPTIM), value, content)):
+        return found
+    if key.startswith(TEMPLATE) and len(key) > len(TEMPLATE):
+        return "translated", "", {f"chat_template_kwargs/{key.removeprefix(TEMPLATE)}": value}
+    if key in _VERL_MOVED:
+        return "translated", "", {} if value is None else {_VERL_MOVED[key]: value}
+    if key in _VERL_SETTLED:
+        return "translated", "", {}
+    if key == "data.train_files":
+        return _files(value)
+    teacher = value is not None and key.startswith("distillation.teacher_models.")
+    if teacher and key.endswith(("model_path", ".path")):
+        place = key.rpartition(".")[0]
+        keys = (content.get(f"{place}.key"), content.get(f"{place}.domain"), key.split(".")[2])
+        named = str(next(name for name in keys if name))
+        return "translated", "", {f"teachers/{named.replace('/', '|')}": value}
+    if key == "distillation.distillation_loss.loss_mode":
+        known = _LOSSES.get(str(value))
+        if known is None:
+            return "refused", f"{value} is not a divergence that is known here", {}
+        return "translated", known[1], {"beta": known[0]}
+    if key in ("data.image_key", "data.video_key") and value:
+        if value in UNREAD:  # verl's default has one in every configuration
+            return "left out", "data with such a column is refused when it is read", {}
+        return "refused", "images are not read; take the key out if the data has none", {}
+    if key.endswith(("loss_max_clamp", "log_prob_min_clamp")) and value is not None:
+        return "translated", f"losses are not clamped here (there: {value})", {}
+    if key in (f"{ACTOR}use_kl_loss", "algorithm.use_kl_in_reward") and value:
+        return "refused", "a second divergence, from another model, is not in the loss", {}
+    if key == f"{ACTOR}entropy_coeff" and value:
+        return "refused", "an entropy bonus is not in the loss", {}
+    if key == f"{ACTOR}ppo_epochs":
+        once = number(key, value) == 1
+        return OUT if once else ("refused", f"{value} updates by each rollout; here one", {})
+    if key == f"{ROLLOUT}multi_turn.enable" and value:
+        return "refused", "rollouts with tools are not importable", {}
+    if key == f"{MODEL}trust_remote_code" and value:
+        note = "of the student; give it to the teacher too, if it needs it"
+        return "translated", note, {"student/trust_remote_code": True}
+    if key == f"{ACTOR}fsdp_config.dtype":
+        return "translated", "", {"bf16": True} if value in ("bfloat16", "bf16") else {}
+    if key == f"{ACTOR}ppo_mini_batch_size":
+        return _update(value, content)
+    if key == f"{ROLLOUT}top_k":
+        return "translated", "", {"top_k": max(0, number(key, value))}
+    if key == "trainer.save_freq":
+        steps = number(key, value)
+        return "translated", "", {"save_strategy": "no"} if steps < 1 else {"save_steps": steps}
+    if value in (None, {}, []) or key.endswith("._target_"):
+        return OUT
+    plain = value == _VERL_PLAIN[key] if key in _VERL_PLAIN else key.startswith(_VERL_MACHINES)
+    return OUT if plain else ("unknown", "", {})
+
+
+def _optimiser(name: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
+    """A key of the optimiser that is not only named otherwise."""
+    steps = number(f"{OPTIM}lr_warmup_steps", content.get(f"{OPTIM}lr_warmup_steps") or 0)
+    if name == "lr_warmup_steps":  # none: the ratio counts
+        return ("translated", "", {"warmup_steps": steps}) if steps > 0 else OUT
+    if name == "lr_warmup_steps_ratio":
+        return OUT if steps > 0 or value is None else ("translated", "", {"warmup_steps": value})
+    if name == "betas":
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+            return "translated", "", {"adam_beta1": value[0], "adam_beta2": value[1]}
+        raise TOPDError(f"{OPTIM}betas: {value!r} are not two numbers. Write [0.9, 0.999].")
+    if name == "lr_scheduler_type":
+        return _schedule(content.get(f"{OPTIM}warmup_style") or value, content)
+    if name == "warmup_style":  # the former name
+        return "translated", "", {}
+    if name == "min_lr_ratio" and value:
+        return "translated", "", {}
+    return None
+
+
+def _schedule(kind: Any, content: Mapping[str, Any]) -> Ruled:
+    """The learning rate after the warm-up."""
+    if kind == "constant":
+        return "translated", "", {"lr_scheduler_type": "constant_with_warmup"}
+    if kind != "cosine":
+        return "refused", f"{kind} is not a schedule that is known here", {}
+    least = number(f"{OPTIM}min_lr_ratio", content.get(f"{OPTIM}min_lr_ratio") or 0, float)
+    if not least:
+        return "translated", "", {"lr_scheduler_type": "cosine"}
+    named = {"lr_scheduler_type": "cosine_with_min_lr"}
+    return "translated", "", {**named, "lr_scheduler_kwargs/min_lr_rate": least}
+
+
+def _files(value: Any) -> Ruled:
+    files = [value] if isinstance(value, str) else list(value or [])
+    if len(files) != 1:
+        return "refused", f"{len(files)} files: join them into one, and import again", {}
+    return "translated", "", {"data/path": files[0]}
+
+
+def _update(prompts: Any, content: Mapping[str, Any]) -> Ruled:
+    """An update of so many prompts, each answered n times, as micro-batches."""
+
+    def of(key: str, default: int) -> int:
+        return int(number(key, content.get(key) or default))
+
+    size = number(f"{ACTOR}ppo_mini_batch_size", prompts)
+    batch = of("data.train_batch_size", size)
+    size = min(size, batch)
+    rollouts = size * of(f"{ROLLOUT}n", 1)
+    wanted = of(f"{ACTOR}ppo_micro_batch_size_per_gpu", 4)
+    micro = next((n for n in range(min(wanted, rollouts), 0, -1) if rollouts % n == 0), 0)
+    if not micro:
+        raise TOPDError(f"{ACTOR}ppo_mini_batch_size: {prompts!r} prompts are no update. Give one.")
+    sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rollouts // micro}
+    note = "for one process; divide gradient_accumulation_steps by the number of processes"
+    if batch != size:
+        updates = f"{batch // size} updates"
+        note += f"; {batch} prompts are answered before {updates} there, here before each"
+    return "translated", note, sizes

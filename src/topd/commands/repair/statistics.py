@@ -1,0 +1,92 @@
+"""What the samples of a repair say: means and paired differences with 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from topd.commands.probe.intervals import Array, intervals
+from topd.commands.probe.statistics import METRICS
+from topd.runs.files import read_lines
+
+SAMPLES = "samples.jsonl"
+PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}
+
+
+def summarise(
+    folder: Path, methods: Sequence[str], *, repeats: int, seed: int, **settings: Any
+) -> dict[str, Any]:
+    """The content of repair.json, from the records in the folder.
+
+    Args:
+        folder: the repair.
+        methods: those that were tried.
+        repeats: resamples behind an interval.
+        seed: of the resamples.
+        **settings: written as they are.
+    """
+    names = ("before", *methods)
+    table = read_table(folder / SAMPLES, names)
+    found = intervals(table, measure, repeats=repeats, seed=seed)
+    return {
+        "samples": len(table),
+        **settings,
+        "interval": f"95 % percentile bootstrap over prompts, {repeats} resamples",
+        "mean_distance_found": float(table["found"].mean()),
+        "arms": {
+            name: {
+                "median": float(np.median(table[name])),
+                **{kind: asdict(found[f"{kind}/{name}"]) for kind in _kinds(name, names)},
+            }
+            for name in names
+        },
+        "paper": PAPER,
+        "cost": {"seconds": _seconds(folder)},
+    }
+
+
+def read_table(path: Path, names: Sequence[str]) -> Array:
+    """samples.jsonl as a structured array: a row a sample, a column a method."""
+    kind = np.dtype([("prompt", "i8"), ("found", "f8"), *((name, "f8") for name in names)])
+    rows: list[dict[str, float]] = []
+    for record in read_lines(path):
+        if record["arm"] == "before":
+            rows.append({"prompt": record["prompt"], "found": record["found"]})
+        rows[-1][record["arm"]] = record["distance"]
+    return np.array([tuple(row[name] for name in kind.names or ()) for row in rows], kind)
+
+
+def measure(table: Array) -> dict[str, float]:
+    """Means and paired comparisons; a reduction is in per cent of the mean before."""
+    names = [name for name in table.dtype.names or () if name not in ("prompt", "found")]
+    before = float(table["before"].mean())
+    found = {}
+    for name in names:
+        mean = float(table[name].mean())
+        found[f"mean/{name}"] = mean
+        found[f"reduction_percent/{name}"] = 100 * (1 - mean / before) if before else math.nan
+        for other in ("before", "opd"):
+            if other in names:
+                difference = float((table[name] - table[other]).mean())
+                found[f"difference_to_{other}/{name}"] = difference
+    return found
+
+
+def _kinds(name: str, names: Sequence[str]) -> list[str]:
+    """The statistics that say something of a method."""
+    others = [other for other in ("before", "opd") if other in names and other != name]
+    compared = [f"difference_to_{other}" for other in others if name != "before"]
+    return ["mean", *(["reduction_percent", *compared] if name != "before" else [])]
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for record in read_lines(folder / METRICS):
+        total.update({k.removeprefix("seconds/"): v for k, v in record.items() if k != "sample"})
+    return {**total, "all": sum(total.values())}

@@ -1,0 +1,195 @@
+"""The text engine: a teacher that continues the text that the student has written.
+
+It has no logits, hidden states or ids that the student knows. Its words become the student's tokens
+at the border (:mod:`topd.inputs.border`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from topd.engines import Scores, Tick, no_tick
+from topd.engines.base import BaseEngine, Prefix, check_seeds
+from topd.engines.text.logprobs import Pieces, logprobs_of_tokens, whole_text
+from topd.engines.text.spans import SpanReader
+from topd.inputs.border import BROKEN, Border
+from topd.types import Generation, Ids, Needs, Sampling
+
+SPARE = 8  # tokens that are written beyond a window, so that its last word is a whole one
+
+
+class Written(NamedTuple):
+    """What a writer wrote, and whether it ended there by itself."""
+
+    text: str
+    ended: bool
+
+
+class Writer(Protocol):
+    """A model that continues texts; its ``tokenizer`` is that of the prompts."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def write(
+        self,
+        prompts: Sequence[Ids],
+        texts: Sequence[str],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = ...,
+    ) -> list[Written]:
+        """What comes after every prompt (ids of the teacher's tokenizer) and text."""
+        ...
+
+    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
+        """Of every prompt and text the writer's own tokens, and their log-probs."""
+        ...
+
+
+class TextEngine(BaseEngine):
+    """A teacher by text. Scores have no states: its head makes every token as likely as any other.
+
+    Args:
+        model: see :func:`~topd.inputs.text_models.stand_in`.
+        writer: what writes.
+        tokenizer: the student's.
+        tells: whether the writer can ``read``: log-probs of the student's tokens.
+        spans: what tells log-probs of spans of them, if anything does.
+        eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine, the student's.
+    """
+
+    gives: Needs = "windows"
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        writer: Writer,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        tells: bool = False,
+        spans: SpanReader | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, **options)
+        self.gives = "logprobs" if tells or spans else "windows"
+        self.writer, self.border, self.spans = writer, Border(tokenizer), spans
+        self.end = int(tokenizer.eos_token_id)
+        self._ends = {str(t) for t in tokenizer.convert_ids_to_tokens(sorted(self.end_ids))}
+
+    def generate(
+        self,
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Write one response a prompt, as the student's tokens. No log-probs are known."""
+        return self._tokens([()] * len(prompts), prompts, sampling, seeds, tick)
+
+    def score(
+        self,
+        prompts: Sequence[Ids],
+        responses: Sequence[Ids],
+        *,
+        temperature: float = 1.0,
+        keep: bool = True,
+    ) -> Scores:
+        """States of zeros; log-probs, zeros as well unless the writer tells them.
+
+        They are NaN where the writer does not tell one, see :func:`logprobs_of_tokens`, and outside
+        of spans; the tokens of a span share its log-prob.
+        """
+        shape = len(responses), max(map(len, responses))
+        weight = self.head.weight
+        hidden = weight.new_zeros(*shape, weight.shape[1])
+        ids = torch.zeros(shape, dtype=torch.long, device=self.device)
+        prefix = Prefix(tuple(prompts), tuple(responses))
+        logprobs = hidden.new_zeros(shape, dtype=torch.float32)
+        if self.spans is not None:
+            return self._by_spans(self.spans, Scores(hidden, logprobs, ids, prefix))
+        if self.gives == "logprobs":
+            texts = [whole_text(self.border, response) for response in responses]
+            pieces = self.writer.read(prompts, texts)
+            for row, (response, told) in enumerate(zip(responses, pieces, strict=True)):
+                found = logprobs_of_tokens(self.border, response, told)
+                logprobs[row, : len(found)] = torch.tensor(found)
+        return Scores(hidden, logprobs, ids, prefix)
+
+    def _by_spans(self, reader: SpanReader, scores: Scores) -> Scores:
+        prefix = scores.prefix
+        assert isinstance(prefix, Prefix)
+        read = reader.read(prefix.prompts, prefix.responses)
+        for row, (spans, told) in enumerate(read):
+            scores.logprobs[row, : len(prefix.responses[row])] = torch.nan
+            for (a, b), logprob in zip(spans, told, strict=True):
+                scores.logprobs[row, a:b] = logprob / (b - a)
+        return replace(scores, spans=tuple(spans for spans, _ in read))
+
+    def continue_from(
+        self,
+        scores: Scores,
+        starts: Sequence[tuple[int, int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        rejoin: int = 0,
+        tick: Tick = no_tick,
+    ) -> list[Generation]:
+        """Continue scored responses. See :class:`~topd.engines.Engine`; ``rejoin`` has no effect.
+
+        A window has no tokens where none can be had: its prefix ends inside a character, or what
+        the teacher wrote has no tokens of the student's that read alike.
+        """
+        prefix = scores.prefix
+        assert isinstance(prefix, Prefix)
+        before = [prefix.responses[row][:t] for row, t in starts]
+        prompts = [prefix.prompts[row] for row, _ in starts]
+        return self._tokens(before, prompts, sampling, seeds, tick)
+
+    def _tokens(
+        self,
+        before: Sequence[Ids],
+        prompts: Sequence[Ids],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        tick: Tick,
+    ) -> list[Generation]:
+        """What the writer continues ``before`` with, as tokens; at most ``max_new_tokens``."""
+        check_seeds(seeds, before)
+        known = [self.border.text(ids) for ids in before]
+        asked = [k for k, text in enumerate(known) if text is not None]
+        limit = sampling.max_new_tokens
+        written = self.writer.write(
+            [prompts[k] for k in asked],
+            [known[k] or "" for k in asked],
+            replace(sampling, max_new_tokens=limit + SPARE),
+            [seeds[k] for k in asked],
+            tick=tick,
+        )
+        tokens: list[Ids] = [()] * len(before)
+        for k, answer in zip(asked, written, strict=True):
+            tokens[k] = self._joined(before[k], answer, limit)
+        return [Generation(ids, (), self.ends(ids)) for ids in tokens]
+
+    def _joined(self, before: Ids, written: Written, limit: int) -> Ids:
+        """The tokens of an answer after ``before``. One that was cut off loses its last token.
+
+        The name of a special token ends it, as does the writer: nobody puts one into a text.
+        """
+        text, mark = self.border.cut_at_mark(written.text)
+        ended = mark in self._ends if mark else written.ended
+        if not (ended or mark):
+            text = text.rstrip(BROKEN)
+        ids = self.border.ids(before, text)
+        if ids is None:
+            return ()
+        if ended:
+            return (*ids, self.end)[:limit]
+        return ids[:limit] if len(ids) > limit or mark else ids[:-1]

@@ -1,0 +1,362 @@
+"""Writers of text: OpenAI-style servers, or a model in this process whose vocabulary is another."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from topd.engines import Tick, no_tick
+from topd.engines.decode_check import check_decoding
+from topd.engines.hf import HFEngine
+from topd.engines.servers import BUSY, OF_ONE, RefusedError, Request, Servers
+from topd.engines.text import TextEngine, Writer, Written
+from topd.engines.text.logprobs import Pieces
+from topd.engines.text.spans import SpanReader
+from topd.errors import TOPDError
+from topd.inputs.border import Border
+from topd.inputs.models import ModelSpec, eos_ids
+from topd.inputs.models.vocabulary import shared_ids
+from topd.inputs.text_models import reach_of, stand_in
+from topd.inputs.text_spec import TextSpec
+from topd.types import Ids, Sampling
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+
+IN_A_ROW = 16  # prompts that a server may refuse, one after another, before it is at fault
+COMPLETIONS, CHAT = "/completions", "/chat/completions"
+ENDS = {"stop": True, "length": False}
+ELSEWHERE = ("refusal", "tool_calls", "function_call")  # what a message says in the place of text
+THOUGHT = ("reasoning", "reasoning_content")  # and before it
+NOTHING = Written("", False)
+PAUSE, LONGEST = 0.5, 120.0  # seconds before an error that came as an answer is asked again
+
+
+class TextServers:
+    """Servers that continue a text.
+
+    Args:
+        name: what messages call them.
+        spec: where they are, and how to ask.
+        tokenizer: of the prompts' ids, the teacher's if it is known.
+        skips: a request that is refused for itself is left out: its answer is empty and has not
+            ended, and none of its log-probs is told. Off: it raises RefusedError.
+
+    With ``skips`` a refusal is said, and the 10th, the 100th, ...; TOPDError is raised where
+    ``IN_A_ROW`` prompts are refused and none between them is answered.
+    """
+
+    def __init__(
+        self, name: str, spec: TextSpec, tokenizer: PreTrainedTokenizerBase, *, skips: bool = False
+    ) -> None:
+        self.spec, self.tokenizer, self.skips = spec, tokenizer, skips
+        self.servers = Servers(name, spec.url, spec)
+        self._refused = 0  # requests
+        self._in_a_row: list[Ids] = []  # prompts refused since the latest answer
+
+    def write(
+        self,
+        prompts: Sequence[Ids],
+        texts: Sequence[str],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Written]:
+        """What comes after prompts and texts. See :class:`~topd.engines.text.Writer`.
+
+        White space at the end of a text is not sent to a chat server, whose template may trim it:
+        its answer has to begin with it, or none is had.
+        """
+        sent = [text.rstrip() if self.spec.chat else text for text in texts]
+        wanted = [
+            Request(
+                CHAT if self.spec.chat else COMPLETIONS,
+                {
+                    **self.servers.model,
+                    **self._asked(self.prompt_text(prompt), text),
+                    self.spec.limit: sampling.max_new_tokens,
+                    "temperature": sampling.temperature,
+                    "top_p": sampling.top_p,
+                    "seed": seed,
+                    **self.spec.extra,
+                },
+            )
+            for prompt, text, seed in zip(prompts, sent, seeds, strict=True)
+        ]
+        reads = [partial(self._written, continues=bool(text)) for text in sent]
+        found = self._answers(prompts, wanted, reads, NOTHING)
+        pairs = zip(found, texts, sent, strict=True)
+        return [_after(answer, text[len(known) :]) for answer, text, known in pairs]
+
+    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
+        """See :class:`~topd.engines.text.Writer`. Raises TOPDError where a server tells none."""
+        asked = {self.spec.limit: 0, "temperature": 1.0, "echo": True, "logprobs": 1}
+        wanted = [
+            Request(
+                COMPLETIONS,
+                {
+                    **self.servers.model,
+                    "prompt": self.prompt_text(prompt) + text,
+                    **asked,
+                    **self.spec.extra,
+                },
+            )
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        return self._answers(prompts, wanted, [self._pieces] * len(wanted), [])
+
+    def _answers(
+        self,
+        prompts: Sequence[Ids],
+        wanted: Sequence[Request],
+        reads: Sequence[Callable[[Any], T]],
+        none: T,
+    ) -> list[T]:
+        """The answers as they are read; ``none`` for one that is refused and left out."""
+        found = []
+        for prompt, answer, read in zip(prompts, self._told(wanted), reads, strict=True):
+            try:
+                if isinstance(answer, RefusedError):
+                    raise answer
+                if _error_code(answer) in OF_ONE:
+                    raise RefusedError(self._no_answer(answer))
+                found.append(read(answer))
+                self._in_a_row.clear()
+            except RefusedError as error:
+                self._leave_out(prompt, error)
+                found.append(none)
+        return found
+
+    def _told(self, wanted: Sequence[Request]) -> list[Any]:
+        """The answers of the servers; what says "busy" with status 200 is asked again."""
+        answers = self.servers.ask_each(wanted)
+        for tries in range(self.spec.retries):
+            busy = [k for k, answer in enumerate(answers) if _error_code(answer) in BUSY]
+            if not busy:
+                break
+            time.sleep(min(PAUSE * 2**tries, LONGEST))
+            again = self.servers.ask_each([wanted[k] for k in busy])
+            for k, answer in zip(busy, again, strict=True):
+                answers[k] = answer
+        return answers
+
+    def _leave_out(self, prompt: Ids, error: RefusedError) -> None:
+        if not self.skips:
+            raise error
+        if self._in_a_row[-1:] != [prompt]:  # not the same one, at another token
+            self._in_a_row.append(prompt)
+        if len(self._in_a_row) >= IN_A_ROW:
+            raise TOPDError(f"{error} It refused {IN_A_ROW} prompts in a row.") from error
+        self._refused += 1
+        _say_left_out(f"{error} What it refuses is left out", self._refused, "requests")
+
+    def _pieces(self, answer: Any) -> Pieces:
+        try:
+            told = answer["choices"][0]["logprobs"]
+            return list(zip(told["tokens"], told["token_logprobs"], strict=True))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise TOPDError(
+                f"teacher.text.logprobs: {', '.join(self.spec.url)} does not tell those of a "
+                f"prompt's tokens (echo with logprobs); it answers {str(answer)[:200]}. Leave "
+                "text.logprobs out, and set token_loss: none."
+            ) from error
+
+    def prompt_text(self, prompt: Ids) -> str:
+        """A prompt's text, without the token that the server's tokenizer puts before any text."""
+        first = list(self.tokenizer("a")["input_ids"][:1])
+        if first == [self.tokenizer.bos_token_id] == list(prompt[:1]):
+            prompt = prompt[1:]
+        return str(
+            self.tokenizer.decode(
+                list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _asked(self, prompt: str, text: str) -> dict[str, Any]:
+        if not self.spec.chat:
+            return {"prompt": prompt + text}
+        messages = messages_of(prompt, self.servers.name)
+        if not text:
+            return {"messages": messages}
+        return {
+            "messages": [*messages, {"role": "assistant", "content": text}],
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        }
+
+    def _no_answer(self, answer: Any) -> str:
+        return (
+            f"{self.servers.name}: {', '.join(self.spec.url)} answer {str(answer)[:200]}, which is "
+            f"not a whole answer with text and a finish_reason of stop or length. {self.spec.other}"
+        )
+
+    def _written(self, answer: Any, continues: bool) -> Written:
+        """The text of an answer; ``continues``: of a text, after which there may be nothing more.
+
+        Raises RefusedError for one that says something else than text, or that ends without any.
+        """
+        try:
+            choice = answer["choices"][0]
+            if choice["finish_reason"] not in tuple(ENDS):  # as content_filter
+                raise RefusedError(self._no_answer(answer))
+            ended = ENDS[choice["finish_reason"]]
+            message = choice["message"] if self.spec.chat else {}
+            text = _text_of(message.get("content") if self.spec.chat else choice["text"])
+            if ended and _says_no_text(message, text, continues):
+                raise RefusedError(self._no_answer(answer))
+            return Written(text, ended)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise TOPDError(self._no_answer(answer)) from error
+
+
+def _error_code(answer: Any) -> object:
+    """The status in an answer that is an error in all but its own status, as OpenRouter has it."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    return error.get("code") if isinstance(error, dict) else None
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message, which may come in parts. Raises TypeError for what is not text."""
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str | None):
+        raise TypeError(content)
+    return content or ""
+
+
+def _says_no_text(message: Mapping[str, Any], text: str, continues: bool) -> bool:
+    """Whether a message that has ended is no answer: a refusal, a call, or thoughts alone."""
+    if any(message.get(key) for key in ELSEWHERE):
+        return True
+    return not text and (not continues or any(message.get(key) for key in THOUGHT))
+
+
+def _after(written: Written, blank: str) -> Written:
+    """What was written after the white space ``blank``; nothing where it begins otherwise."""
+    if not written.text.startswith(blank):
+        return NOTHING
+    return Written(written.text[len(blank) :], written.ended)
+
+
+def _say_left_out(said: str, count: int, of: str) -> None:
+    """Say the first one that is left out, the 10th, the 100th, and so on."""
+    if str(count).strip("0") == "1":
+        logger.error(f"{said}, {count} {of} so far; said again at ten times as many.")
+
+
+def messages_of(prompt: str, name: str) -> list[dict[str, Any]]:
+    """The messages of a prompt that CHAT_TEMPLATE has written; a plain text is the user's."""
+    try:
+        found = json.loads(prompt)
+    except ValueError:
+        return [{"role": "user", "content": prompt}]
+    if isinstance(found, list) and all(isinstance(m, dict) for m in found):
+        return found
+    return [{"role": "user", "content": prompt}]
+
+
+class EmbeddedWriter:
+    """A model in this process that continues texts.
+
+    Args:
+        engine: the model.
+        tokenizer: its own.
+    """
+
+    def __init__(self, engine: HFEngine, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.engine, self.tokenizer, self.border = engine, tokenizer, Border(tokenizer)
+        self.reach = reach_of(engine.model.config)
+        self._left = 0  # texts that it could not continue
+
+    def write(
+        self,
+        prompts: Sequence[Ids],
+        texts: Sequence[str],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        *,
+        tick: Tick = no_tick,
+    ) -> list[Written]:
+        """What comes after prompts and texts. See :class:`~topd.engines.text.Writer`.
+
+        Nothing after a text that the tokenizer does not read back, or for which there is no room.
+        """
+        pairs = zip(prompts, texts, strict=True)
+        before = [self._ids(prompt, text, sampling.max_new_tokens) for prompt, text in pairs]
+        asked = {k: ids for k, ids in enumerate(before) if ids is not None}
+        whole = [prompts[k] + ids for k, ids in asked.items()]
+        found = self.engine.generate(whole, sampling, [seeds[k] for k in asked], tick=tick)
+        written = [NOTHING] * len(before)
+        for (k, ids), one in zip(asked.items(), found, strict=True):
+            written[k] = self._text(ids, one.tokens, one.finished)
+        return written
+
+    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
+        """Not asked of a model in this process."""
+        raise NotImplementedError
+
+    def _ids(self, prompt: Ids, text: str, more: int) -> Ids | None:
+        """A text's ids, with room for ``more`` after them; None, said and counted, without."""
+        found = self.border.ids((), text)
+        length = len(prompt) + len(found or ()) + more
+        if found is not None and (self.reach is None or length <= self.reach):
+            return found
+        why = f"no tokens of its read as {text[-40:]!r}"
+        if found is not None:
+            why = f"prompt, text and window are {length} tokens, it has {self.reach} positions"
+        self._left += 1
+        _say_left_out(f"teacher.as_text: {why}. Such a text is left out", self._left, "times")
+        return None
+
+    def _text(self, before: Ids, tokens: Ids, finished: bool) -> Written:
+        """The text of new tokens, up to the last whole character."""
+        known = self.border.text(before) or ""
+        tokens = tokens[:-1] if finished else tokens
+        for end in range(len(tokens), -1, -1):
+            text = self.border.text(before + tokens[:end])
+            if text is not None:
+                return Written(text[len(known) :], finished and end == len(tokens))
+        return NOTHING
+
+
+def text_engine(
+    spec: ModelSpec,
+    models: Sequence[PreTrainedModel],
+    tokenizers: Sequence[PreTrainedTokenizerBase],
+    options: Mapping[str, Any],
+    spans: bool = False,
+) -> TextEngine:
+    """The engine of a teacher by text: at a URL, or in this process (``as_text``).
+
+    Args:
+        spec: the teacher's.
+        models: the student, and the teacher or what stands in its place.
+        tokenizers: both.
+        options: of HFEngine, the student's.
+        spans: whether one in this process tells the log-probs of spans.
+    """
+    if spec.text is not None:
+        writer: Writer = TextServers("teacher (text)", spec.text, tokenizers[1], skips=True)
+        tells = spec.text.logprobs
+        return TextEngine(models[1], writer, tokenizers[0], name="teacher", tells=tells, **options)
+    own = HFEngine(
+        models[1],
+        name="teacher",
+        eos_ids=eos_ids(models[1], tokenizers[1]),
+        allowed=shared_ids(tokenizers[1], tokenizers[1]),
+        autocast=options["autocast"],
+    )
+    check_decoding(own)
+    rows = models[0].config.get_text_config().vocab_size
+    place = stand_in(spec.path, rows).to(models[0].device)
+    writer = EmbeddedWriter(own, tokenizers[1])
+    ends = frozenset(options["eos_ids"])
+    reader = SpanReader(own, tokenizers, ends) if spans else None
+    return TextEngine(place, writer, tokenizers[0], spans=reader, name="teacher", **options)

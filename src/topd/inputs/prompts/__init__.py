@@ -1,0 +1,382 @@
+"""Rows of data -> prompts as token ids -> rollouts. Text is tokenised here, once, and never again.
+
+A teacher may see more than the student: a Jinja template makes its user message from the columns
+of the row. The response is the same token ids for both; only the prefixes differ.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template, TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from topd.errors import TOPDError
+from topd.inputs.models.bare import named_faults
+from topd.inputs.models.vocabulary import shared_ids
+from topd.inputs.prompt_rows import (
+    Messages,
+    Row,
+    last_user,
+    plain_rows,
+    read_row,
+    with_last_user,
+)
+from topd.inputs.prompts.ends import common_end, ended, text_ids, with_another_end
+from topd.inputs.prompts.many import mapped
+from topd.inputs.prompts.references import Reference, columns_of, referred
+from topd.inputs.prompts.templates import BoundedSandbox, fill
+from topd.inputs.teachers import NO_ROUTES, Routes
+from topd.inputs.text_models import check_reaches
+from topd.types import Generation, Ids, Prompt, Rollout
+
+logger = logging.get_logger(__name__)
+
+LONGEST_TOKEN = 1000  # characters; no token of a known vocabulary has as many
+
+_TEMPLATE_FAULTS = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
+    *(MemoryError, RecursionError, TimeoutError),
+)
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Turns rows into prompts. See :meth:`encode`.
+
+    Args:
+        student: the student's tokenizer and chat template.
+        teacher: the teacher's, or of several each one's; the vocabulary must be the same.
+        teacher_prompt: Jinja template of the teacher's user message, or None. It sees the row's
+            columns, and ``prompt``: the text of the student's last user message.
+        max_length: longest prompt of either, in tokens.
+        drop_long: leave longer prompts out instead of refusing them.
+        template_kwargs: given to both chat templates.
+        routes: of several teachers, which row is whose.
+        reference: the answer that the teacher's prompt is told; see :mod:`.references`.
+        by_text: the teacher learns of a response as text: its ids need not be the teacher's.
+        with_rows: prompts keep their row, for an environment.
+    """
+
+    student: PreTrainedTokenizerBase
+    teacher: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase]
+    teacher_prompt: str | None = None
+    max_length: int = 800
+    drop_long: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    routes: Routes = NO_ROUTES
+    reference: Reference = "given"
+    by_text: bool = False
+    with_rows: bool = False
+
+    def encode(
+        self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
+    ) -> list[Prompt]:
+        """Encode rows with a ``prompt`` (string or messages) or ``messages`` column.
+
+        A string is tokenised as it is; messages go through the chat template, with the row's
+        ``tools`` and ``chat_template_kwargs``. A final assistant turn is not part of the prompt: it
+        is the reference ``solution``, unless the row has one (or a ``completion``).
+
+        Args:
+            rows: the data.
+            with_response: also encode the answer as the response, for warm start: the ids that the
+                template writes for the finished conversation, from the end of the prompt on.
+
+        Returns:
+            Prompts in order; ``index`` counts rows.
+
+        Raises:
+            TOPDError: a row lacks a prompt, has an empty one, one that is too long, or lacks a
+                column that the teacher's template names. The message names the row.
+        """
+        self._warn_of_dates()
+        template = self._template()
+        given = plain_rows(rows)
+        told = self._told(given)
+
+        def prompt_of(index: int) -> Prompt | None:
+            asked = read_row(index, given[index])
+            if self._is_huge(asked):
+                return None
+            return self._one(given[index], asked, template, with_response, told[index])
+
+        found = mapped(prompt_of, range(len(given)), "prompts")
+        prompts = [prompt for prompt in found if prompt is not None]
+        longest = [max(len(p.student), len(p.teacher)) for p in prompts]
+        for prompt, length in zip(prompts, longest, strict=True):
+            if length > self.max_length and not self.drop_long:
+                raise TOPDError(
+                    f"data row {prompt.index}: the prompt has {length} tokens, the limit is "
+                    f"{self.max_length}. Raise max_prompt_length, or set drop_long_prompts: true."
+                )
+        kept = [p for p, n in zip(prompts, longest, strict=True) if n <= self.max_length]
+        if len(kept) < len(given):
+            logger.warning(
+                f"data: {len(given) - len(kept)} of {len(given)} prompts are longer than "
+                f"{self.max_length} tokens and left out"
+            )
+        if not kept:
+            raise TOPDError("data: no prompt is left. Check the data and max_prompt_length.")
+        return kept
+
+    def _is_huge(self, asked: Row) -> bool:
+        """Whether a prompt is too long whatever its tokens are: it is not tokenised then.
+
+        Raises:
+            TOPDError: it is, and long prompts are not left out.
+        """
+        texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        size = sum(len(t if isinstance(t, str) else str(t.get("content") or "")) for t in texts)
+        if size > LONGEST_TOKEN * self.max_length and not self.drop_long:
+            raise TOPDError(
+                f"data row {asked.index}: the prompt has {size:,} characters, more than "
+                f"{self.max_length} tokens hold. Raise max_prompt_length, or set "
+                "drop_long_prompts: true."
+            )
+        return size > LONGEST_TOKEN * self.max_length
+
+    def _warn_of_dates(self) -> None:
+        for tokenizer in {id(t): t for t in (self.student, *self._teachers)}.values():
+            if "strftime_now" in str(tokenizer.chat_template or ""):
+                logger.warning(
+                    f"{tokenizer.name_or_path}: its chat template writes today's date, so on "
+                    "another day the prompts are others and a run is not resumed. Where the "
+                    "template takes one, set chat_template_kwargs: {date_string: ...}."
+                )
+
+    def _told(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """For every row what replaces its own reference in the teacher's prompt."""
+        if self.reference == "given":
+            return [{}] * len(rows)
+        columns = columns_of(self.teacher_prompt or "", Environment())  # noqa: S701 - only parsed
+        solved = [{**row, "solution": read_row(i, row).solution} for i, row in enumerate(rows)]
+        return referred(solved, columns, self.reference)
+
+    def _one(
+        self,
+        row: Mapping[str, Any],
+        asked: Row,
+        template: Template | None,
+        with_response: bool,
+        told: Mapping[str, Any],
+    ) -> Prompt:
+        index = asked.index
+        prompt, more = asked.prompt, {**self.template_kwargs, **asked.template_kwargs}
+        if not isinstance(prompt, str):
+            self._check_read(index, more)
+        check_reaches(asked, self._teachers)
+        student = self._ids(index, self.student, prompt, more)
+        name = self.routes.name_of(index, row) if self.routes.places else None
+        if template is not None:
+            text = self._fill(index, template, {**row, "solution": asked.solution, **told}, prompt)
+            teacher = self._teachers_ids(index, name, with_last_user(prompt, text), more)
+        else:
+            teacher = self._teachers_ids(index, name, prompt, more, student)
+        response = self._response(asked, student, more) if with_response else None
+        return Prompt(index, student, teacher, response, name, row if self.with_rows else None)
+
+    @property
+    def _teachers(self) -> Sequence[PreTrainedTokenizerBase]:
+        return self.teacher if isinstance(self.teacher, Sequence) else (self.teacher,)
+
+    def _teachers_ids(
+        self,
+        index: int,
+        name: str | None,
+        prompt: str | Messages,
+        more: Mapping[str, Any],
+        student: Ids | None = None,
+    ) -> Ids:
+        """Of the teacher of that name, or of all; ``student``: the ids of the same prompt."""
+        asked = self._teachers if name is None else [self._teachers[self.routes.places[name]]]
+        found = [
+            student
+            if student is not None and tokenizer is self.student
+            else self._ids(index, tokenizer, prompt, more)
+            for tokenizer in asked
+        ]
+        if any(ids != found[0] for ids in found):
+            raise TOPDError(
+                f"data row {index}: the chat templates of the teachers write it differently, and a "
+                "mean is taken after one prompt. Give all the same chat_template."
+            )
+        return found[0]
+
+    def _check_read(self, index: int, more: Mapping[str, Any]) -> None:
+        """Refuse arguments that neither chat template names. Raises TOPDError."""
+        for name in more:
+            if self._words and name not in self._words:
+                raise TOPDError(
+                    f"data row {index}: {name} is not read by the chat template, so it would have "
+                    "no effect. Correct its name (chat_template_kwargs), leave it out, or use a "
+                    "template that reads it."
+                )
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        """All words of all chat templates."""
+        templates = (str(t.chat_template or "") for t in (self.student, *self._teachers))
+        return frozenset(word for text in templates for word in re.findall(r"\w+", text))
+
+    def _fill(
+        self, index: int, template: Template, row: Mapping[str, Any], prompt: str | Messages
+    ) -> str:
+        columns = {name: value for name, value in row.items() if value is not None}
+        try:
+            text = fill({**columns, "prompt": last_user(prompt)}, template)
+        except _TEMPLATE_FAULTS as error:
+            raise TOPDError(
+                f"data row {index}: teacher_prompt cannot be filled in: {_said(error)}. "
+                f"The row has the columns {', '.join(sorted(columns))}."
+            ) from error
+        if not text.strip():
+            raise TOPDError(f"data row {index}: teacher_prompt comes out empty. Correct it.")
+        return text
+
+    def _ids(
+        self,
+        index: int,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: str | Messages,
+        more: Mapping[str, Any],
+    ) -> Ids:
+        if not isinstance(prompt, str):
+            return tuple(rendered(index, tokenizer, prompt, more, tokenize=True)["input_ids"])
+        if more:
+            raise TOPDError(
+                f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
+                "text. Give it as messages, or leave them out."
+            )
+        with _tokenised(index):
+            return text_ids(tokenizer, prompt)
+
+    def _response(self, asked: Row, prompt: Ids, more: Mapping[str, Any]) -> Ids:
+        """The answer's ids: what the template writes from the end of the prompt on, and an end."""
+        index, tokenizer = asked.index, self.student
+        if asked.answer is None or not (asked.solution or asked.answer.get("tool_calls")):
+            raise TOPDError(f"data row {index}: no solution to learn from. Map a solution column.")
+        if isinstance(asked.prompt, str):
+            with _tokenised(index):
+                ids = tokenizer(asked.solution, add_special_tokens=False)["input_ids"]
+            return self._known(index, (*ids, tokenizer.eos_token_id))
+        whole = [*asked.prompt, asked.answer]
+        other = [*asked.prompt, with_another_end(asked.answer)]
+        before, after, with_other = (
+            rendered(index, tokenizer, messages, more, tokenize=False, asks=asks)
+            for messages, asks in ((asked.prompt, True), (whole, False), (other, False))
+        )
+        if not after.startswith(before):
+            raise TOPDError(
+                f"data row {index}: the chat template does not write the answer after its prompt, "
+                f"which ends with {before[-40:]!r}. Give the part that it wants (reasoning_content "
+                "in the last message), or chat_template_kwargs such as {enable_thinking: false}."
+            )
+        ids = tuple(rendered(index, tokenizer, whole, more, tokenize=True, asks=False)["input_ids"])
+        if ids[: len(prompt)] == prompt:
+            ids = ids[len(prompt) :]
+        else:  # the first token of the answer would join the last of the prompt
+            ids = tuple(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
+        return self._known(index, ended(tokenizer, ids, common_end(after, with_other)))
+
+    def _known(self, index: int, ids: Ids) -> Ids:
+        """The same, if the teacher has all of them. Raises TOPDError."""
+        unknown = sorted(set(ids) - self._shared) if self._shared is not None else ()
+        if unknown:
+            raise TOPDError(
+                f"data row {index}: the answer has {self.student.decode(unknown[:1])!r}, a token "
+                "that the teacher does not have. Take it out, or choose another teacher."
+            )
+        return ids
+
+    @cached_property
+    def _shared(self) -> frozenset[int] | None:
+        """The ids that all have; None where all are one tokenizer, or no ids are exchanged."""
+        if self.by_text:
+            return None
+        others = [tokenizer for tokenizer in self._teachers if tokenizer is not self.student]
+        ids = [frozenset(shared_ids(self.student, tokenizer)) for tokenizer in others]
+        return frozenset.intersection(*ids) if ids else None
+
+    def _template(self) -> Template | None:
+        if self.teacher_prompt is None:
+            return None
+        sandbox = BoundedSandbox(undefined=StrictUndefined, autoescape=False)
+        try:
+            return sandbox.from_string(self.teacher_prompt)
+        except (TemplateError, RecursionError, MemoryError, ValueError) as error:
+            raise TOPDError(f"teacher_prompt: not a Jinja template: {_said(error)}.") from error
+
+
+def make_rollout(prompt: Prompt, written: Generation) -> Rollout:
+    """A prompt and what the student wrote to it."""
+    return Rollout(prompt, written.tokens, written.logprobs, written.finished)
+
+
+def repeated_ngram_share(response: Sequence[int], n: int = 4) -> float:
+    """Share of a response's n-grams that occurred before in it; 0 for a short response.
+
+    >>> repeated_ngram_share((1, 2, 3, 4, 1, 2, 3, 4))
+    0.2
+    """
+    grams = list(zip(*(response[i:] for i in range(n)), strict=False))
+    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def _tokenised(index: int) -> Iterator[None]:
+    """Say which row a tokenizer has no tokens for. Raises TOPDError."""
+    try:
+        with named_faults():
+            yield
+    except ValueError as error:
+        raise TOPDError(
+            f"data row {index}: the tokenizer cannot read it: {_said(error)}. Change the text, or "
+            "use a tokenizer that knows its characters."
+        ) from error
+
+
+def rendered(
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    more: Mapping[str, Any],
+    *,
+    tokenize: bool,
+    asks: bool = True,
+) -> Any:
+    """Messages through the chat template: the encoding, or the text. Raises TOPDError.
+
+    ``asks`` for an answer: the generation prompt is at the end.
+    """
+    name = tokenizer.name_or_path or "the tokenizer"
+    if not tokenizer.chat_template:
+        raise TOPDError(
+            f"{name} has no chat template, but the prompts are messages. Give prompts as "
+            "strings (data.chat: false), set chat_template or tokenizer: teacher in the model's "
+            "spec, or use an instruction model."
+        )
+    try:
+        with named_faults():
+            return tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=asks,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                **more,
+            )
+    except _TEMPLATE_FAULTS as error:
+        raise TOPDError(
+            f"{name}: its chat template fails at data row {index}: {_said(error)}. Check the "
+            "messages' roles, tools and chat_template_kwargs."
+        ) from error

@@ -1,0 +1,167 @@
+"""What the pages of repairs and comparisons show: arms, with intervals."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from topd.report.charts import Chart, Series, curve_table, curves, group_table, number
+from topd.report.charts.svg import FAINT, INK, PALETTE, REAL, hint
+from topd.report.text import plain
+from topd.runs.files import read_whole
+from topd.runs.records import CurvePoint, ResultRecord, SampleRecord, read_records
+
+SCORES = {"greedy": "greedy accuracy", "pass@1": "pass@1"}
+
+
+def repair_charts(folder: Path) -> list[Chart]:
+    """The figures of a repair."""
+    if not (folder / "samples.jsonl").is_file():
+        return []
+    arms: dict[str, list[float]] = defaultdict(list)
+    for record in read_records(folder, "samples.jsonl", SampleRecord):
+        if math.isfinite(record.distance):
+            arms[plain(record.arm, limit=30)].append(record.distance)
+    if not arms:
+        return []
+    return [
+        Chart(
+            "repair",
+            "How near the student's continuation comes",
+            "Optimal-transport distance to the teacher's window from the same prefix, before and "
+            "after the updates with each method. Box: quartiles and median; whiskers: 5th and 95th "
+            "percentile; diamond: mean.",
+            _boxes(dict(arms)),
+            *group_table(arms),
+        )
+    ]
+
+
+def compare_charts(folder: Path) -> list[Chart]:
+    """The figures of a comparison."""
+    content = read_whole(folder / "compare.json")
+    summary = content.get("summary", {})
+    charts = []
+    for score, name in SCORES.items():
+        if any(_interval(arm.get(score)) for arm in summary.values()):
+            charts.append(_interval_chart(score, name, summary))
+        versus = f"{score}_vs_{content.get('baseline', 'opd')}"
+        if any(_interval(arm.get(versus)) for arm in summary.values()):
+            charts.append(_interval_chart(versus, f"{name} against the baseline", summary))
+    if (folder / "results.jsonl").is_file():
+        charts += _learning_curves(list(read_records(folder, "results.jsonl", ResultRecord)))
+    return charts
+
+
+def _boxes(arms: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        drawn = axes.boxplot(
+            list(arms.values()), tick_labels=list(arms), whis=(5, 95), showfliers=False,
+            showmeans=True, patch_artist=True,
+            meanprops={"marker": "D", "markerfacecolor": INK, "markeredgecolor": INK},
+        )  # fmt: skip
+        for box, colour in zip(drawn["boxes"], PALETTE * len(arms), strict=False):
+            box.set(facecolor=colour, edgecolor=INK, alpha=0.6)
+        for median in drawn["medians"]:
+            median.set(color=INK)
+        for mean, values in zip(drawn["means"], arms.values(), strict=True):
+            hint(mean, [f"mean {np.mean(values):.3f} of {len(values):,}"])
+        axes.set(ylabel="OT distance to the teacher", ylim=(0, None))
+        axes.grid(visible=False, axis="x")
+
+    return draw
+
+
+def _interval(value: Any) -> tuple[float, float, float] | None:
+    """Mean, low and high of a summary's entry, if it is one."""
+    if not isinstance(value, dict) or not all(
+        isinstance(value.get(key), int | float) for key in ("mean", "low", "high")
+    ):
+        return None
+    return float(value["mean"]), float(value["low"]), float(value["high"])
+
+
+def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
+    found = {
+        plain(arm, limit=30): interval
+        for arm, values in summary.items()
+        if (interval := _interval(values.get(key)))
+    }
+    against = "_vs_" in key
+
+    def draw(axes: Axes) -> None:
+        for place, (arm, (mean, low, high)) in enumerate(reversed(found.items())):
+            axes.plot([low, high], [place, place], color=INK, lw=1.2)
+            (dot,) = axes.plot([mean], [place], "o", color=REAL, ms=6)
+            hint(dot, [f"{arm}: {mean:.3f}, {low:.3f} to {high:.3f}"])
+        axes.set_yticks(range(len(found)), list(found)[::-1])
+        axes.set(xlabel=name, ylim=(-0.6, len(found) - 0.4))
+        if against:
+            axes.axvline(0, color=FAINT, lw=1.5, zorder=0)
+
+    return Chart(
+        key.replace("@", "-at-"),
+        f"{name[0].upper()}{name[1:]}",
+        "Mean over seeds and the interval of compare.json."
+        + (" Right of 0: better than the baseline." if against else ""),
+        draw,
+        ("arm", "mean", "low", "high"),
+        tuple((arm, *(number(x) for x in values)) for arm, values in found.items()),
+    )
+
+
+def _learning_curves(results: Sequence[ResultRecord]) -> list[Chart]:
+    charts = []
+    for score, name in SCORES.items():
+        found = _mean_curves(results, score)
+        if found:
+            at = score.replace("@", "-at-")
+            charts.append(_learning(f"curve-{at}", name, "over the updates", found, "updates"))
+        timed = _mean_curves(results, score, seconds=True)
+        if any(max(curve.x) > 0 for curve in timed):
+            charts.append(_learning(f"time-{at}", name, "over time", timed, "seconds"))
+    return charts
+
+
+def _learning(name: str, score: str, over: str, found: Sequence[Series], unit: str) -> Chart:
+    columns, rows = curve_table(found)
+    return Chart(
+        name,
+        f"{score[0].upper()}{score[1:]} {over}",
+        "Mean over seeds, at every evaluation of a run.",
+        curves(found, unit=score, x_label=unit),
+        (unit.removesuffix("s") if unit == "updates" else unit, *columns[1:]),
+        rows,
+    )
+
+
+def _mean_curves(
+    results: Sequence[ResultRecord], score: str, *, seconds: bool = False
+) -> list[Series]:
+    """By arm, over updates; or over the mean seconds of all seeds at the same update."""
+    spent: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    arms: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        for point in result.curve:
+            value = _score(point, score)
+            if value is not None and math.isfinite(value):
+                arms[plain(result.arm, limit=30)][point.step].append(value)
+                spent[plain(result.arm, limit=30)][point.step].append(point.seconds)
+    return [
+        Series(
+            arm,
+            tuple(float(np.mean(spent[arm][s])) if seconds else s for s in sorted(steps)),
+            tuple(float(np.mean(steps[s])) for s in sorted(steps)),
+        )
+        for arm, steps in arms.items()
+    ]
+
+
+def _score(point: CurvePoint, score: str) -> float | None:
+    return point.greedy if score == "greedy" else point.pass_at_1

@@ -1,0 +1,145 @@
+"""What the page of a probe shows: is token loss a guide to where the models part?"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from scipy.stats import sem, t
+
+from topd.report.charts import Chart, group_table, histogram, number, spaced
+from topd.report.charts.svg import ALARM, FOURTH, REAL, STUDENT, hint
+from topd.runs.records import PositionRecord, read_records
+
+GROUPS = {"high": "high loss", "random": "random", "low": "low loss"}
+COLOURS = {"high loss": REAL, "random": FOURTH, "low loss": STUDENT}
+DOTS = 1500  # of the scatter; the binned means are over all positions
+BINS, LEAST = 10, 10  # bins at most, positions in each at least
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The numbers of a probe's positions; floats only, so that millions of them fit."""
+
+    distance: dict[str, list[float]]  # by group
+    loss: dict[str, list[float]]
+    rejoin: Counter[int | None]  # of the high-loss positions
+
+
+def probe_charts(folder: Path) -> list[Chart]:
+    """The figures of a probe."""
+    if not (folder / "positions.jsonl").is_file():
+        return []
+    found = _read(folder)
+    charts = []
+    if any(found.distance.values()):
+        charts = [_distances(found), _loss_against_distance(found)]
+    if any(key is not None for key in found.rejoin):
+        charts.append(_rejoin(found.rejoin))
+    return charts
+
+
+def _read(folder: Path) -> Positions:
+    found = Positions(
+        {name: [] for name in GROUPS.values()}, {name: [] for name in GROUPS.values()}, Counter()
+    )
+    for record in read_records(folder, "positions.jsonl", PositionRecord):
+        name = GROUPS.get(record.group)
+        if name is None or not math.isfinite(record.distance + record.token_loss):
+            continue
+        found.distance[name].append(record.distance)
+        found.loss[name].append(record.token_loss)
+        if record.group == "high":
+            found.rejoin[record.rejoin] += 1
+    return found
+
+
+def _distances(found: Positions) -> Chart:
+    return Chart(
+        "distances",
+        "What follows high-loss, random and low-loss tokens",
+        "Optimal-transport distance of the two models' windows from the same prefix, by how the "
+        "position was chosen. Vertical lines: medians. Where the high-loss curve lies over the "
+        "low-loss one, token loss raises false alarms.",
+        histogram(found.distance, COLOURS, unit="OT distance"),
+        *group_table(found.distance),
+    )
+
+
+def _loss_against_distance(found: Positions) -> Chart:
+    loss = np.concatenate([np.asarray(v, dtype=float) for v in found.loss.values()])
+    distance = np.concatenate([np.asarray(v, dtype=float) for v in found.distance.values()])
+    count = max(2, min(BINS, len(loss) // LEAST))
+    edges = np.unique(np.quantile(loss, np.linspace(0, 1, count + 1)))
+    place = np.clip(np.searchsorted(edges, loss, side="right") - 1, 0, max(len(edges) - 2, 0))
+    bins = [
+        (float(loss[place == b].mean()), distance[place == b]) for b in np.unique(place).tolist()
+    ]
+    rows = tuple(
+        (number(x), f"{len(v):,}", number(float(v.mean())), number(_half_width(v))) for x, v in bins
+    )
+    return Chart(
+        "loss-distance",
+        "Does a high token loss mean another path?",
+        f"Each dot a position (at most {DOTS:,} are drawn); line: means of {len(bins)} bins of "
+        "equal count over all positions, with 95 % t-intervals.",
+        _scatter(loss, distance, bins),
+        ("mean token loss, nats", "positions", "mean OT distance", "+- (95 %)"),
+        rows,
+    )
+
+
+def _half_width(values: np.ndarray) -> float:
+    """Of a 95 % t-interval of the mean; NaN for a single value."""
+    return float(t.ppf(0.975, len(values) - 1) * sem(values)) if len(values) > 1 else math.nan
+
+
+def _scatter(
+    loss: np.ndarray, distance: np.ndarray, bins: list[tuple[float, np.ndarray]]
+) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        shown = spaced(len(loss), DOTS)
+        axes.plot(loss[shown], distance[shown], "o", color=ALARM, alpha=0.4, ms=3, mew=0)
+        x, y = [x for x, _ in bins], [float(v.mean()) for _, v in bins]
+        axes.errorbar(x, y, [_half_width(v) for _, v in bins], color=REAL, capsize=2, lw=1.2)
+        (dots,) = axes.plot(x, y, "s", color=REAL, ms=4)
+        hint(
+            dots,
+            [f"mean loss {a:.3g} nats: mean OT {b:.3f}" for a, b in zip(x, y, strict=True)],
+        )
+        top = 1.05 * float(distance.max())
+        axes.set(xlabel="token loss, nats", ylabel="OT distance", ylim=(0, max(top, 1e-9)))
+
+    return draw
+
+
+def _rejoin(counts: Counter[int | None]) -> Chart:
+    total = sum(counts.values())
+    lengths = sorted(key for key in counts if key is not None)
+    shares = [counts[n] / total for n in lengths]
+    rows = tuple((str(n), f"{counts[n]:,}", f"{counts[n] / total:.1%}") for n in lengths)
+
+    def draw(axes: Axes) -> None:
+        bars = axes.bar(lengths, shares, 0.8, color=STUDENT)
+        for bar, n in zip(bars, lengths, strict=True):
+            hint(bar, [f"agree again after {n} tokens: {counts[n]:,} positions"])
+        axes.set(
+            xlabel="tokens until the windows agree again", ylabel="share of high-loss positions"
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return Chart(
+        "rejoin",
+        "How soon the windows agree again",
+        f"Of {total:,} high-loss positions, {counts[None]:,} windows ({counts[None] / total:.0%}) "
+        "never agree again within the window.",
+        draw,
+        ("tokens", "positions", "share"),
+        rows,
+    )
