@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE
 from bench.stage_one import CE
-from topd.commands.budgets import RATES, READ, cost
+from topd.commands.compare.budgets import RATES, READ, cost
 from topd.commands.recipe import in_files
 
 
@@ -26,7 +26,12 @@ SCREENING = "python -m bench.screening"
 JUDGED = {  # of larger models: title, command, whose perplexity tells what is forgotten
     ("real", "words"): (
         "SmolLM2-135M, word problems, 768 answers",
-        "python -m bench.real",
+        "python -m bench.real words",
+        "English that was not taught here, the documentation strings of Python's library",
+    ),
+    ("real", "sums"): (
+        "SmolLM2-135M, one-step word problems, 64 answers",
+        "python -m bench.real sums",
         "English that was not taught here, the documentation strings of Python's library",
     ),
     ("larger", "arithmetic"): (
