@@ -5,7 +5,7 @@
     python -m bench.imitated FAMILY SUPPLY [--folder F] [--jobs N] [--tune-only]
 
 SUPPLY is ``few`` (320 of the teacher's answers) or ``many`` (4,800), learned by forward KL, or
-``few_ce``, by cross-entropy. In five steps, each continued where it was stopped:
+``few_ce`` or ``many_ce``, by cross-entropy. In five steps, each continued where it was stopped:
 
 1. stage 1 with every number of updates and rate of ``START_*``, on validation problems, seed 100;
    the start is the shortest one whose next longer one is not ``PLATEAU`` better, at its best rate;
@@ -32,7 +32,9 @@ from topd.commands.compare import RESULTS, SUMMARY, run_compare
 from topd.runs.files import read_lines
 from topd.testbed.models import TOLD
 
-ANSWERS = {"few": 320, "few_ce": 320, "many": 4800, "all": 6000}  # all: of each training problem
+ANSWERS = {  # all: of each training problem
+    **{"few": 320, "few_ce": 320, "many": 4800, "many_ce": 4800, "all": 6000},
+}
 TOKENS = {"arithmetic": 64, "programs": 48, "logic": 64, "guesses": 48}
 ANSWER = "{{ solution.split()[-1] }}"
 READ = {"guesses": TOLD.format(prompt="{{ prompt }}", answer=ANSWER)}  # by the teacher
@@ -103,6 +105,7 @@ AT_COST = {
     "few": ("first_fork", FORK_BY_CE, "random handover"),
     "few_ce": (FORK_BY_CE,),
     "many": (FORK_BY_CE,),
+    "many_ce": (FORK_BY_CE,),
     "all": (),
 }
 AFTER_CE = ("opd", SAME_BY_CE, NEW, FORK_BY_CE)  # arms after stage 1 by cross-entropy
@@ -134,7 +137,7 @@ def main() -> None:
         references = ("opd", "opd, three times the updates", NEW, "OLIVE")
         setting = replace(setting, arms=GUESSES, rates=HIGHER, references=references, evaluations=4)
         setting = replace(setting, at_cost=GUESSES_AT_COST)
-    elif asked.supply == "few_ce":
+    elif asked.supply in ("few_ce", "many_ce"):
         arms = {arm: ARMS[arm] for arm in AFTER_CE}
         setting = replace(setting, arms=arms, at_cost=AT_COST[asked.supply], kd_ratio=0.0)
     else:
