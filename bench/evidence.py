@@ -236,7 +236,8 @@ def stage_one(worlds: Mapping[str, Found]) -> Iterator[str]:
         "**No loss is told apart greedily or served at 0.6.** At temperature 1, at which OPD's "
         "rollouts are drawn, the student of cross-entropy is ahead on arithmetic and programs: it "
         "is as sharp as the teacher's answers, which were drawn at 0.6. It is the default of "
-        "`topd warmstart`, because it also needs no reading by the teacher."
+        "`topd warmstart`, because it also needs no reading by the teacher; by the letter of the "
+        "plan's rule, written before the runs, the default had to stay half of each."
     )
     yield ""
     yield "| world | loss | rate | updates | accuracy | over cross-entropy |"

@@ -61,6 +61,27 @@ def test_every_gain_is_one_of_a_table(page: str) -> None:
     assert [gain for gain in gains if gain not in measured] == []
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/which-method.md"])
+def test_a_dagger_is_where_holms_p_is_below_0_05(page: str) -> None:
+    """Of every pair, greedy / sampled, as the tables at the ends have it."""
+
+    def told(ends: dict[str, Any]) -> str:
+        marked = (
+            (evidence._gain(ends[score]), ends[score]["holm"] < 0.05)
+            for score in ("greedy", "pass@1")
+        )
+        return " / ".join(gain.replace("**", "") + "†" * below for gain, below in marked)
+
+    known = set()
+    for path in (ROOT / "docs" / "results").glob("*-*-*.json"):
+        tables = json.loads(path.read_text(encoding="utf-8")).get("against", {})
+        known |= {told(ends) for arms in tables.values() for ends in arms.values()}
+    gain = r"[+-]\d+\.\d \[-?\d+\.\d, -?\d+\.\d\]†?"
+    pairs = re.findall(f"{gain} / {gain}", (ROOT / page).read_text(encoding="utf-8"))
+    assert pairs
+    assert [pair for pair in pairs if pair not in known] == []
+
+
 def test_every_setting_and_method_is_on_a_page() -> None:
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     inherited = TrainingArguments.__dataclass_fields__
