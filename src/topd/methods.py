@@ -15,14 +15,14 @@ my_module:function`` (docs/how-to/own-method.md shows a whole one).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from topd.detectors import teachability_of
@@ -58,14 +58,13 @@ def topd(evidence: Evidence) -> tuple[Guidance, ...]:
 
     False alarms keep their token loss. Source: arXiv 2606.00305, the published method.
     """
-    targets: list[list[SoftTarget]] = [[] for _ in _lengths(evidence)]
     windows, real = evidence.windows, evidence.real
     guided = sparse_soft_targets(evidence.transport.plan[real], windows.teacher_tokens[real])
     starts = zip(windows.row[real].tolist(), windows.start[real].tolist(), guided, strict=True)
+    found = []
     for row, start, window in starts:
-        targets[row] += [SoftTarget(start + i, *y) for i, y in enumerate(window) if y[0]]
-    plain = opd(evidence)
-    return tuple(replace(g, targets=tuple(t)) for g, t in zip(plain, targets, strict=True))
+        found += [(row, SoftTarget(start + i, *y)) for i, y in enumerate(window) if y[0]]
+    return _opd_with(evidence, "targets", found)
 
 
 def window_sft(evidence: Evidence) -> tuple[Guidance, ...]:
@@ -93,16 +92,14 @@ def first_fork(
     At the first real point t of a rollout the student learns the teacher's window in the teacher's
     own context, by ``loss``: KL(p_T || p_S), reverse_kl or cross_entropy. The token losses after t
     count ``after`` times: there the rollout is off the teacher's path, as is the teacher's advice;
-    with 0 the student does not even read them.
-    It brings settings of its own: candidates by ``surprise``, all of them real. Source: this
-    project.
+    with 0 the student does not even read them. It brings settings of its own. Source: this project.
     """
-    real = evidence.real & _first(evidence.windows.row, evidence.real)
-    guidance = _branched(replace(evidence, real=real), loss)
-    return tuple(
-        replace(g, weights=_faded(g.weights, g.branches[0].start + 1, after)) if g.branches else g
-        for g in guidance
-    )
+    found = []
+    for g in _branched(evidence, loss):
+        n = g.branches[0].start + 1 if g.branches else len(g.weights)
+        weights = *g.weights[:n], *(after * weight for weight in g.weights[n:])
+        found.append(Guidance(weights, branches=g.branches[:1]))
+    return tuple(found)
 
 
 def olive(evidence: Evidence) -> tuple[Guidance, ...]:
@@ -114,23 +111,8 @@ def olive(evidence: Evidence) -> tuple[Guidance, ...]:
     ``candidate_fraction`` that gives one cut a rollout, ``false_alarm_share: 0`` and windows as
     long as a response. Source: after OLIVE, arXiv 2609.36246.
     """
-    real = evidence.real & _first(evidence.windows.row, evidence.real)
-    guidance = _branched(replace(evidence, real=real), "cross_entropy")
-    return tuple(replace(g, weights=(0.0,) * len(g.weights)) for g in guidance)
-
-
-def _first(row: Int[Tensor, " N"], chosen: Bool[Tensor, " N"]) -> Bool[Tensor, " N"]:
-    """The first chosen window of every rollout; windows are in the order of their starts."""
-    seen: set[int] = set()
-    first = torch.zeros_like(chosen)
-    for k in chosen.nonzero()[:, 0].tolist():
-        first[k] = int(row[k]) not in seen
-        seen.add(int(row[k]))
-    return first
-
-
-def _faded(weights: Sequence[float], start: int, factor: float) -> tuple[float, ...]:
-    return (*weights[:start], *(weight * factor for weight in weights[start:]))
+    guidance = _branched(evidence, "cross_entropy")
+    return tuple(Guidance((0.0,) * len(g.weights), branches=g.branches[:1]) for g in guidance)
 
 
 def relay(evidence: Evidence, *, tokens: int = 24) -> tuple[Guidance, ...]:
@@ -144,14 +126,23 @@ def relay(evidence: Evidence, *, tokens: int = 24) -> tuple[Guidance, ...]:
 
 
 def _branched(evidence: Evidence, loss: BranchLoss, *, go_on: int = 0) -> tuple[Guidance, ...]:
-    branches: list[list[Branch]] = [[] for _ in _lengths(evidence)]
-    windows = evidence.windows
+    """The teacher's window at every real point as a branch of its rollout, by their starts."""
+    windows, found = evidence.windows, []
     for k in evidence.real.nonzero()[:, 0].tolist():
         tokens = tuple(windows.teacher_tokens[k][windows.teacher_mask[k]].tolist())
-        branch = Branch(int(windows.start[k]), tokens, loss, go_on)
-        branches[int(windows.row[k])].append(branch)
-    plain = opd(evidence)
-    return tuple(replace(g, branches=tuple(b)) for g, b in zip(plain, branches, strict=True))
+        found.append((int(windows.row[k]), Branch(int(windows.start[k]), tokens, loss, go_on)))
+    return _opd_with(evidence, "branches", found)
+
+
+def _opd_with(
+    evidence: Evidence, part: str, found: Iterable[tuple[int, Any]]
+) -> tuple[Guidance, ...]:
+    """OPD, and as ``part`` of every rollout's guidance what is ``found``, with its row, for it."""
+    parts: list[list[Any]] = [[] for _ in evidence.mask]
+    for row, value in found:
+        parts[row].append(value)
+    pairs = zip(opd(evidence), parts, strict=True)
+    return tuple(replace(g, **{part: tuple(values)}) for g, values in pairs)
 
 
 # False alarms: their token loss is held down
@@ -178,16 +169,11 @@ def downweight_matched(evidence: Evidence) -> tuple[Guidance, ...]:
 
 
 def _capped(evidence: Evidence, chosen: Bool[Tensor, " N"]) -> tuple[Guidance, ...]:
-    capped: list[list[int]] = [[] for _ in _lengths(evidence)]
-    windows = evidence.windows
-    for row, start in zip(
-        windows.row[chosen].tolist(), windows.start[chosen].tolist(), strict=True
-    ):
-        capped[row].append(start)
-    return tuple(replace(g, capped=tuple(c)) for g, c in zip(opd(evidence), capped, strict=True))
+    row, start = evidence.windows.row[chosen].tolist(), evidence.windows.start[chosen].tolist()
+    return _opd_with(evidence, "capped", zip(row, start, strict=True))
 
 
-# Tokens: some are left out, or weighted
+# Tokens: some are left out, or weighted (always of the full-vocabulary loss, where sources differ)
 
 
 def kl_top(evidence: Evidence, *, share: float = 0.2) -> tuple[Guidance, ...]:
@@ -219,8 +205,7 @@ def iw_opd(evidence: Evidence, *, gamma: float = 0.5) -> tuple[Guidance, ...]:
 
         w_t = 1 + gamma (1 - sum_{s<t} d_s / sum_s d_s),  d = |log p_T(y) - log p_S(y)|
 
-    Source: the released code of IW-OPD, arXiv 2606.22600; there they weight the sampled loss, here
-    the full-vocabulary one, as in every other method.
+    Source: the released code of IW-OPD, arXiv 2606.22600.
     """
     drift = _gap(evidence).abs() * evidence.mask
     total = drift.sum(-1, keepdim=True).clamp(min=1e-8)
@@ -234,8 +219,7 @@ def dial_opd(evidence: Evidence, *, share: float = 0.4, beta: float = 1.0) -> tu
         s = |log q - log p|^(1 - beta) |q - p|^beta,   p, q of the token, student's and teacher's
 
     with ``beta`` in [0, 1]: above 1 it is not finite where both agree. A large ratio of two tiny
-    probabilities is no reason to learn. Source: DIAL-OPD, arXiv 2610.11659; there the kept tokens
-    have the sampled loss, here the full-vocabulary one.
+    probabilities is no reason to learn. Source: DIAL-OPD, arXiv 2610.11659.
     """
     apart = evidence.logprobs.exp() - _teacher(evidence).exp()
     score = _gap(evidence).abs() ** (1 - beta) * apart.abs() ** beta
@@ -246,7 +230,7 @@ def ier_opd(evidence: Evidence, *, share: float = 0.1) -> tuple[Guidance, ...]:
     """Only the ``share`` of the batch's tokens whose sampled gradient is the most reliable.
 
     See :func:`~topd.losses.linear_token_statistics`. Source: the released code of IER-OPD, arXiv
-    2609.24432; there the kept tokens have the sampled loss, here the full-vocabulary one.
+    2609.24432.
     """
     return _kept(evidence, _statistics(evidence).reliability, share)
 
@@ -272,8 +256,27 @@ def _runs(response: Ids, marks: Sequence[bool]) -> Iterator[Branch]:
             yield Branch(run[0], response[run[0] : run[-1] + 1], "forward_kl")
 
 
+def negative(
+    evidence: Evidence, *, advantage: float = -0.5, share: float = 0.2
+) -> tuple[Guidance, ...]:
+    """The control without a teacher: one fixed negative advantage on the least likely tokens.
+
+    The ``share`` of the batch's tokens with the lowest log p_S gets ``advantage``, the mean is over
+    them. Source: arXiv 2608.31046, which reports that it matches distillation.
+    """
+    found = []
+    for rare in _kept(evidence, -evidence.logprobs, share):
+        advantages = tuple(advantage * weight for weight in rare.weights)
+        found.append(Guidance((0.0,) * len(advantages), advantages=advantages))
+    return tuple(found)
+
+
 def _kept(evidence: Evidence, score: Float[Tensor, "B T"], share: float) -> tuple[Guidance, ...]:
-    return _mean_over(evidence, _top(score, evidence.mask, share))
+    """The mean over the ``share`` of a batch's tokens that score best, and each rollout's best."""
+    mask = evidence.mask
+    batch = select_candidates(score.flatten()[None], mask.flatten()[None], fraction=share)
+    one = select_candidates(score, mask, fraction=1e-9)
+    return _mean_over(evidence, batch.reshape(mask.shape) | one)
 
 
 def _mean_over(evidence: Evidence, kept: Bool[Tensor, "B T"]) -> tuple[Guidance, ...]:
@@ -291,33 +294,9 @@ def _gap(evidence: Evidence) -> Float[Tensor, "B T"]:
     return (_teacher(evidence) - evidence.logprobs).clamp(min=NEVER)
 
 
-def _top(score: Tensor, mask: Bool[Tensor, "B T"], share: float) -> Bool[Tensor, "B T"]:
-    """The ``share`` of a batch's tokens with the highest score, and the best of every rollout."""
-    batch = select_candidates(score.flatten()[None], mask.flatten()[None], fraction=share)
-    one = select_candidates(score, mask, fraction=1e-9)
-    return batch.reshape(mask.shape) | one
-
-
 def _weighted(evidence: Evidence, weights: Float[Tensor, "B T"]) -> tuple[Guidance, ...]:
     rows = zip(weights.tolist(), _lengths(evidence), strict=True)
     return tuple(Guidance(tuple(row[:length])) for row, length in rows)
-
-
-# No teacher
-
-
-def negative(
-    evidence: Evidence, *, advantage: float = -0.5, share: float = 0.2
-) -> tuple[Guidance, ...]:
-    """The control without a teacher: one fixed negative advantage on the least likely tokens.
-
-    The ``share`` of the batch's tokens with the lowest log p_S gets ``advantage``, the mean is over
-    them. Source: arXiv 2608.31046, which reports that it matches distillation.
-    """
-    rare = _top(-evidence.logprobs, evidence.mask, share)
-    scale = float(evidence.mask.sum() / rare.sum().clamp(min=1))
-    rows = zip((rare * advantage * scale).tolist(), _lengths(evidence), strict=True)
-    return tuple(Guidance((0.0,) * n, advantages=tuple(row[:n])) for row, n in rows)
 
 
 class Method(NamedTuple):
@@ -417,5 +396,5 @@ def _statistics(evidence: Evidence) -> TokenStatistics:
 
 def _lengths(evidence: Evidence) -> Sequence[int]:
     """Up to each rollout's last token, which is the student's."""
-    counted = torch.arange(1, evidence.mask.shape[1] + 1, device=evidence.mask.device)
-    return (evidence.mask * counted).amax(-1).tolist() if len(counted) else [0] * len(evidence.mask)
+    rows = evidence.mask.tolist()
+    return [max((t for t, own in enumerate(row, 1) if own), default=0) for row in rows]
