@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
 from topd.errors import TOPDError
-from topd.inputs.models import ModelSpec, check_embedding_rows, ends_by_source, eos_ids
+from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
 from topd.inputs.models.pairs import load_pair, tokenizers_of
 from topd.inputs.models.vocabulary import check_tokenizers, shared_ids
 
@@ -109,7 +109,7 @@ def test_eos_token_makes_a_pair_of_two_ends_fit(tmp_path):
 
 def test_every_end_of_the_generation_config_ends_a_response():
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    for listed, ends in ((None, (2,)), (5, (2, 5)), ([5, 2, 4], (2, 4, 5))):
+    for listed, ends in ((None, (2,)), (0, (0, 2)), (5, (2, 5)), ([5, 2, 4], (2, 4, 5))):
         model.generation_config.eos_token_id = listed
         assert eos_ids(model, tokenizer) == ends
 
@@ -155,7 +155,7 @@ def test_several_end_tokens_all_end_a_response_and_are_saved_with_the_model(fold
     spec = ModelSpec(path=str(folder), eos_token=("</s>", "<|user|>"))
     model, tokenizer = spec.load_model(), spec.load_tokenizer()
     assert tokenizer.eos_token == "</s>"
-    assert eos_ids(model, tokenizer) == ends_by_source(spec, tokenizer) == (2, 4)
+    assert eos_ids(model, tokenizer) == eos_ids(spec, tokenizer) == (2, 4)
     model.save_pretrained(tmp_path)
     assert eos_ids(ModelSpec(path=str(tmp_path)).load_model(), tokenizer) == (2, 4)
 

@@ -267,25 +267,18 @@ def source_of(name: str, model: ModelSource | Mapping[str, Any]) -> ModelSource:
         ) from error
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a response: the tokenizer's, and the generation config's."""
-    return ends_of(getattr(model, "generation_config", None), tokenizer)
+def eos_ids(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a model's responses, known without its weights, sorted.
 
-
-def ends_of(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's end-of-sequence token and those of a generation config, sorted."""
-    listed = getattr(config, "eos_token_id", None)
-    listed = [listed] if isinstance(listed, int) else list(listed or [])
-    return tuple(sorted({tokenizer.eos_token_id, *listed}))
-
-
-def ends_by_source(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a model's responses once it is loaded, known without its weights."""
+    The tokenizer's, and those of a spec's ``eos_token``, or else of the generation config.
+    """
     named = None if isinstance(model, LOADED) else as_spec(model).eos_token
-    if isinstance(named, tuple):  # as in load_model, in place of the generation config's
+    if isinstance(named, tuple):  # as in load_model
         listed = tokenizer.convert_tokens_to_ids(list(named))
-        return tuple(sorted({tokenizer.eos_token_id, *listed}))
-    return ends_of(generation_config_of(model), tokenizer)
+    else:
+        listed = getattr(generation_config_of(model), "eos_token_id", None)
+    listed = [listed] if isinstance(listed, int) else listed or []
+    return tuple(sorted({tokenizer.eos_token_id, *listed}))
 
 
 def generation_config_of(model: ModelSource) -> GenerationConfig | None:

@@ -17,14 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from topd.errors import TOPDError
 
 ADAPTER = "adapter_config.json"
-_PEFT_FAULTS = (
-    ValueError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    LookupError,
-    AttributeError,
-)
+_PEFT_FAULTS = (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError)
 
 
 def student_of_run(folder: Path) -> Path | None:

@@ -15,7 +15,7 @@ from topd.inputs.models import (
     as_spec,
     check_embedding_rows,
     config_of,
-    ends_by_source,
+    eos_ids,
     tokenizer_of,
 )
 from topd.inputs.models.quantised import check_quantised
@@ -95,13 +95,6 @@ def load_pair(
     return ours, copy.deepcopy(ours) if alike else theirs.load_model()
 
 
-def with_tokenizer_of(student: ModelSource, teacher: ModelSource) -> ModelSource:
-    """The student, where its spec says ``tokenizer: teacher`` with the teacher's spec there."""
-    if not isinstance(student, ModelSpec) or isinstance(teacher, LOADED):
-        return student
-    return student.with_tokenizer_of(as_spec(teacher))
-
-
 def _compare_ends(
     models: tuple[ModelSource, ModelSource], tokenizers: tuple[PreTrainedTokenizerBase, ...]
 ) -> None:
@@ -111,8 +104,7 @@ def _compare_ends(
     2609.20511.
     """
     ours, theirs = (
-        set(ends_by_source(model, tokenizer))
-        for model, tokenizer in zip(models, tokenizers, strict=True)
+        set(eos_ids(model, tokenizer)) for model, tokenizer in zip(models, tokenizers, strict=True)
     )
     names = (
         tokenizers[0].convert_ids_to_tokens(sorted(ours)),

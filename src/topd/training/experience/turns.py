@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from topd.config import TOPDConfig
 from topd.engines import Engine, Tick
 from topd.errors import TOPDError
-from topd.inputs.models import ModelSource, ModelSpec, ends_by_source
+from topd.inputs.models import ModelSource, ModelSpec, eos_ids
 from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts.tools import Environment, Replies, environment_named
 from topd.inputs.text_models import is_by_text
@@ -176,7 +176,7 @@ def turns_of(
                 f"environment: {args.environment} needs student and teacher in this process. "
                 "Leave served and text out, or leave environment out."
             )
-    ends = frozenset(ends_by_source(sources[0], tokenizer))
+    ends = frozenset(eos_ids(sources[0], tokenizer))
     kwargs = args.chat_template_kwargs
     replies = Replies(tokenizer, ends, kwargs if isinstance(kwargs, dict) else {})
     environment = environment_named(args.environment)

@@ -30,7 +30,7 @@ from topd.inputs.models import (
     tokenizer_of,
 )
 from topd.inputs.models.adapters import check_apart, check_trainable, try_adapter, with_adapter
-from topd.inputs.models.pairs import load_pair, tokenizers_of, with_tokenizer_of
+from topd.inputs.models.pairs import load_pair, tokenizers_of
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
@@ -79,7 +79,9 @@ def sources_of(student: ModelSource | Mapping[str, Any], teacher: AnyTeacher | N
     if isinstance(teacher, Teachers):
         return ours, *teacher.distinct
     theirs = source_of("teacher_model", teacher)
-    return with_tokenizer_of(ours, theirs), theirs
+    if isinstance(ours, ModelSpec) and not isinstance(theirs, LOADED):
+        ours = ours.with_tokenizer_of(as_spec(theirs))
+    return ours, theirs
 
 
 def routes_of(teacher: object, args: TOPDConfig) -> Routes:
