@@ -18,7 +18,7 @@ from topd.commands.audit import audit_run, replay_step
 from topd.commands.recipe import read_recipe
 from topd.commands.train import run_recipe
 from topd.engines.hf import HFEngine
-from topd.engines.several import SeveralHeads, SeveralTeachers, reader_of
+from topd.engines.several import MeanTeacher, SeveralHeads
 from topd.errors import TOPDError
 from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.report import write_report
@@ -156,7 +156,7 @@ def test_the_mean_scores_and_writes_as_its_distribution(tmp_path) -> None:
     engines = [HFEngine(model, eos_ids=(2,)) for model in models]
     shares = Routes({"a": 0, "b": 1, "c": 0}, "mean").shares
     assert shares == (pytest.approx(2 / 3), pytest.approx(1 / 3))
-    teacher = reader_of(SeveralTeachers(engines, {}, shares), [])
+    teacher = MeanTeacher(engines, shares)
     prompt, answer = (5, 6, 7), (8, 9, 10, 11)
 
     def logprobs(text: tuple[int, ...]) -> Any:

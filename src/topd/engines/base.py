@@ -10,6 +10,7 @@ from typing import Required, TypedDict
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
@@ -140,19 +141,6 @@ class BaseEngine:
         finally:
             self.model.train(training)
 
-    def scores_of(
-        self, hidden: Float[Tensor, "B T D"], prefix: Prefix, temperature: float
-    ) -> Scores:
-        """What the states that predict the responses of ``prefix`` say of them."""
-        tokens = self.padded(prefix.responses)
-        found = linear_logprobs(
-            hidden.flatten(0, 1), self.head, tokens.flatten(), temperature=temperature
-        )
-        logprobs, likeliest = (values.reshape(tokens.shape) for values in found)
-        length = self.tensor([len(response) for response in prefix.responses])
-        outside = torch.arange(tokens.shape[1], device=tokens.device) >= length[:, None]
-        return Scores(hidden, logprobs.masked_fill(outside, 0.0), likeliest, prefix)
-
     def padded(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "N L"]:
         """Token ids, filled up on the right with 0."""
         width = max(len(row) for row in rows)
@@ -167,3 +155,16 @@ def check_seeds(seeds: Sequence[int], rows: Sequence[object]) -> None:
     """Every row has a seed. Raises TOPDError if not."""
     if len(seeds) != len(rows):
         raise TOPDError(f"{len(seeds)} seeds for {len(rows)} rows: give one a row.")
+
+
+def scores_of(
+    hidden: Float[Tensor, "B T D"], head: Head, prefix: Prefix, temperature: float
+) -> Scores:
+    """What the states that predict the responses of ``prefix`` say of them."""
+    rows = [torch.tensor(response, dtype=torch.long) for response in prefix.responses]
+    tokens = pad_sequence(rows, batch_first=True).to(hidden.device)
+    found = linear_logprobs(hidden.flatten(0, 1), head, tokens.flatten(), temperature=temperature)
+    logprobs, likeliest = (values.reshape(tokens.shape) for values in found)
+    length = torch.tensor([len(row) for row in rows], device=tokens.device)
+    outside = torch.arange(tokens.shape[1], device=tokens.device) >= length[:, None]
+    return Scores(hidden, logprobs.masked_fill(outside, 0.0), likeliest, prefix)

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from topd.engines import Scores, Tick, no_tick
-from topd.engines.base import Prefix, Wanted, check_seeds
+from topd.engines.base import Prefix, Wanted, check_seeds, scores_of
 from topd.engines.forward import ForwardEngine
 from topd.engines.graphs import Graphs
 from topd.engines.graphs.buffers import rounded
@@ -108,7 +108,7 @@ class HFEngine(ForwardEngine):
             place = place.clamp(max=states.shape[1] - 1)
             hidden = states.gather(1, place[:, :, None].expand(-1, -1, states.shape[-1]))
             prefix = Prefix(tuple(prompts), tuple(responses), cache)
-            return self.scores_of(hidden, prefix, temperature)
+            return scores_of(hidden, self.head, prefix, temperature)
 
     @torch.no_grad()
     def continue_from(

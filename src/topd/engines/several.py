@@ -8,9 +8,9 @@ by side. :class:`SeveralHeads` maps them to logits, so that nothing after it nee
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topd.engines import Engine, Scores, Tick, no_tick
+from topd.engines.base import Prefix, scores_of
 from topd.engines.draws import Noise, draw
 from topd.inputs.teachers import Routes
-from topd.losses import linear_logprobs
 from topd.types import Generation, Head, Ids, Needs, Prompt, Sampling, Starts, Texts
 
 
@@ -84,13 +84,12 @@ class SeveralHeads(Head):
         return found
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """A scoring by several teachers: of each the rows that it read, and its own scores."""
+class _Part(NamedTuple):
+    """What one of several teachers scored: its place, the rows that are its own, their scores."""
 
-    rows: tuple[tuple[int, ...], ...]
-    scores: tuple[Scores | None, ...]
-    texts: tuple[tuple[Ids, Ids], ...]
+    teacher: int
+    rows: tuple[int, ...]
+    scores: Scores
 
 
 class SeveralTeachers:
@@ -99,31 +98,29 @@ class SeveralTeachers:
     Args:
         engines: one a teacher, over one vocabulary.
         places: name of a teacher to its place among the engines.
-        shares: weights of a mean of all distributions; none: each text has one reader.
     """
 
     gives: Needs = "distributions"
 
-    def __init__(
-        self, engines: Sequence[Engine], places: dict[str, int], shares: Sequence[float] = ()
-    ) -> None:
-        self.engines, self.places, self.shares = tuple(engines), dict(places), tuple(shares)
+    def __init__(self, engines: Sequence[Engine], places: Mapping[str, int]) -> None:
+        self.engines, self.places = tuple(engines), places
 
     @property
     def head(self) -> Head:
-        """The map from the states of any of them, or of all, to logits."""
-        return SeveralHeads.of([engine.head for engine in self.engines], self.shares)
+        """The map from the states of any of them to logits."""
+        return SeveralHeads.of([engine.head for engine in self.engines])
 
     def ends(self, tokens: Ids) -> bool:
         """Whether a text ends with an end-of-sequence token."""
         return self.engines[0].ends(tokens)
 
+    def owners(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Whose each prompt is, by the teachers' places."""
+        return [self.places[prompt.teacher_name or ""] for prompt in prompts]
+
     def of(self, prompts: Sequence[Prompt]) -> Engine:
         """The engine for texts after these prompts, in this order."""
-        if self.shares:
-            return cast(Engine, _Mean(self))
-        names = [prompt.teacher_name for prompt in prompts]
-        return cast(Engine, _Routed(self, [self.places[name or ""] for name in names]))
+        return _Routed(self.engines, self.places, self.owners(prompts))
 
     def continue_from(
         self,
@@ -136,15 +133,10 @@ class SeveralTeachers:
         tick: Tick = no_tick,
     ) -> list[Generation]:
         """See :class:`~topd.engines.Engine`: each window by the teacher that scored its text."""
-        parts = scores.prefix
-        assert isinstance(parts, _Parts)
-        if self.shares:
-            prefixes = [parts.texts[b][0] + parts.texts[b][1][:t] for b, t in starts]
-            return _Mean(self).generate(prefixes, sampling, seeds, tick=tick, keep=True)
         found: dict[int, Generation] = {}
-        for k, (rows, own) in enumerate(zip(parts.rows, parts.scores, strict=True)):
+        for k, rows, own in cast(list[_Part], scores.prefix):
             asked = [i for i, (b, _) in enumerate(starts) if b in rows]
-            if own is None or not asked:
+            if not asked:
                 continue
             written = self.engines[k].continue_from(
                 own,
@@ -154,13 +146,10 @@ class SeveralTeachers:
                 rejoin=rejoin,
                 tick=tick,
             )
-            found.update(zip(asked, (self._marked(w, k) for w in written), strict=True))
+            for i, window in zip(asked, written, strict=True):
+                states = None if window.hidden is None else self.marked(window.hidden, k)
+                found[i] = replace(window, hidden=states)
         return [found[i] for i in range(len(starts))]
-
-    def _marked(self, written: Generation, k: int) -> Generation:
-        if written.hidden is None:
-            return written
-        return replace(written, hidden=self.marked(written.hidden, k))
 
     def marked(self, hidden: Float[Tensor, "... D"], k: int) -> Float[Tensor, "... W"]:
         """States of teacher ``k``, padded, with its number in the last column."""
@@ -173,31 +162,30 @@ class SeveralTeachers:
 class _Routed(SeveralTeachers):
     """Texts in an order in which it is known whose each is: ``owners``, places of engines."""
 
-    def __init__(self, several: SeveralTeachers, owners: Sequence[int]) -> None:
-        super().__init__(several.engines, several.places)
-        self.owners = tuple(owners)
-
-    def _rows(self, k: int) -> tuple[int, ...]:
-        return tuple(row for row, owner in enumerate(self.owners) if owner == k)
+    def __init__(
+        self, engines: Sequence[Engine], places: Mapping[str, int], owners: Sequence[int]
+    ) -> None:
+        super().__init__(engines, places)
+        self.rows = [  # of every engine
+            tuple(row for row, owner in enumerate(owners) if owner == k)
+            for k in range(len(self.engines))
+        ]
 
     def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
         """Input embeddings of each row's teacher, padded with zeros to the widest."""
-        parts = [(rows, e.embed(tokens[list(rows)])) for e, rows in self._shared()]
-        width = max(part.shape[-1] for _, part in parts)
-        wide = parts[0][1].new_zeros(*tokens.shape, width)
-        for rows, part in parts:
+        pairs = list(zip(self.engines, self.rows, strict=True))
+        parts = [engine.embed(tokens[list(rows)]) for engine, rows in pairs]
+        wide = parts[0].new_zeros(*tokens.shape, max(part.shape[-1] for part in parts))
+        for (_, rows), part in zip(pairs, parts, strict=True):
             wide[list(rows), :, : part.shape[-1]] = part.to(wide.dtype)
         return wide
-
-    def _shared(self) -> list[tuple[Engine, tuple[int, ...]]]:
-        return [(engine, self._rows(k)) for k, engine in enumerate(self.engines)]
 
     def generate(
         self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """See :class:`~topd.engines.Engine`."""
         found: dict[int, Generation] = {}
-        for engine, rows in self._shared():
+        for engine, rows in zip(self.engines, self.rows, strict=True):
             if rows:
                 some = [prompts[row] for row in rows]
                 own = engine.generate(some, sampling, [seeds[row] for row in rows], tick=tick)
@@ -213,30 +201,43 @@ class _Routed(SeveralTeachers):
         hidden = weight.new_zeros(len(prompts), width, weight.shape[1])
         logprobs = torch.zeros(len(prompts), width, device=weight.device)
         likeliest = torch.zeros(len(prompts), width, dtype=torch.long, device=weight.device)
-        parts: list[Scores | None] = []
-        for k, (engine, rows) in enumerate(self._shared()):
-            parts.append(None)
+        parts = []
+        for k, (engine, rows) in enumerate(zip(self.engines, self.rows, strict=True)):
             if not rows:
                 continue
             some, own = [prompts[row] for row in rows], [responses[row] for row in rows]
-            scores = parts[k] = engine.score(some, own, temperature=temperature, keep=keep)
+            scores = engine.score(some, own, temperature=temperature, keep=keep)
+            parts.append(_Part(k, rows, scores))
             long = scores.hidden.shape[1]
             hidden[list(rows), :long] = self.marked(scores.hidden, k)
             logprobs[list(rows), :long] = scores.logprobs.to(logprobs)
             likeliest[list(rows), :long] = scores.likeliest.to(likeliest)
-        owned = tuple(rows for _, rows in self._shared())
-        texts = tuple(zip(prompts, responses, strict=True))
-        return Scores(hidden, logprobs, likeliest, _Parts(owned, tuple(parts), texts))
+        return Scores(hidden, logprobs, likeliest, parts)
 
 
-class _Mean(SeveralTeachers):
-    """All teachers read every text, and their mean distribution scores and writes.
+class MeanTeacher:
+    """Several teachers that all read every text: their mean distribution scores and writes.
 
     It writes without a cache: every teacher reads the whole text again for each token.
+
+    Args:
+        engines: one a teacher, over one vocabulary.
+        shares: of each in the mean.
     """
 
-    def __init__(self, several: SeveralTeachers) -> None:
-        super().__init__(several.engines, several.places, several.shares)
+    gives: Needs = "distributions"
+
+    def __init__(self, engines: Sequence[Engine], shares: Sequence[float]) -> None:
+        self.engines, self.shares = tuple(engines), tuple(shares)
+
+    @property
+    def head(self) -> Head:
+        """The map from the states of all of them to logits."""
+        return SeveralHeads.of([engine.head for engine in self.engines], self.shares)
+
+    def ends(self, tokens: Ids) -> bool:
+        """Whether a text ends with an end-of-sequence token."""
+        return self.engines[0].ends(tokens)
 
     def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
         """Input embeddings of all teachers side by side."""
@@ -246,44 +247,44 @@ class _Mean(SeveralTeachers):
         parts = [engine.score(prompts, responses, keep=False).hidden for engine in self.engines]
         return torch.cat([part.to(self.head.weight.dtype) for part in parts], -1)
 
+    @torch.no_grad()
     def score(
         self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
     ) -> Scores:
         """See :class:`~topd.engines.Engine`; nothing is kept but the texts."""
-        with torch.no_grad():
-            return self._scored(prompts, responses, temperature)
+        prefix = Prefix(tuple(prompts), tuple(responses))
+        return scores_of(self._states(prompts, responses), self.head, prefix, temperature)
 
-    def _scored(self, prompts: Texts, responses: Texts, temperature: float) -> Scores:
-        hidden = self._states(prompts, responses)
-        width = hidden.shape[1]
-        tokens = torch.tensor(
-            [list(r) + [0] * (width - len(r)) for r in responses], device=hidden.device
-        )
-        found = linear_logprobs(
-            hidden.flatten(0, 1), self.head, tokens.flatten(), temperature=temperature
-        )
-        logprobs, likeliest = (values.reshape(tokens.shape) for values in found)
-        length = torch.tensor([len(r) for r in responses], device=hidden.device)
-        outside = torch.arange(width, device=hidden.device) >= length[:, None]
-        texts = tuple(zip(prompts, responses, strict=True))
-        return Scores(hidden, logprobs.masked_fill(outside, 0.0), likeliest, _Parts((), (), texts))
-
-    @torch.no_grad()
     def generate(
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
+    ) -> list[Generation]:
+        """See :class:`~topd.engines.Engine`."""
+        written = self._written(prompts, sampling, seeds, tick)
+        return [replace(generation, hidden=None) for generation in written]
+
+    def continue_from(
         self,
-        prompts: Texts,
+        scores: Scores,
+        starts: Starts,
         sampling: Sampling,
         seeds: Sequence[int],
         *,
+        rejoin: int = 0,
         tick: Tick = no_tick,
-        keep: bool = False,
     ) -> list[Generation]:
-        """See :class:`~topd.engines.Engine`; ``keep`` the states of what is written."""
-        head = self.head
+        """See :class:`~topd.engines.Engine`; windows are written to their end."""
+        prefix = cast(Prefix, scores.prefix)
+        texts = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
+        return self._written(texts, sampling, seeds, tick)
+
+    @torch.no_grad()
+    def _written(
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], tick: Tick
+    ) -> list[Generation]:
+        """What comes after texts, with the states that predict it."""
+        head, device = self.head, self.head.weight.device
         greedy = sampling.temperature == 0
-        noise = Noise(
-            seeds, sampling.max_new_tokens, head.vocab_size, head.weight.device, greedy=greedy
-        )
+        noise = Noise(seeds, sampling.max_new_tokens, head.vocab_size, device, greedy=greedy)
         tokens: list[list[int]] = [[] for _ in prompts]
         said: list[list[float]] = [[] for _ in prompts]
         states: list[list[Tensor]] = [[] for _ in prompts]
@@ -305,7 +306,7 @@ class _Mean(SeveralTeachers):
                 tuple(text),
                 tuple(own),
                 self.ends(tuple(text)),
-                torch.stack(kept) if keep and kept else None,
+                torch.stack(kept) if kept else None,
             )
             for text, own, kept in zip(tokens, said, states, strict=True)
         ]
@@ -318,14 +319,13 @@ def reader_of(teacher: Engine, prompts: Sequence[Prompt]) -> Engine:
 
 def owners_of(teacher: Engine, prompts: Sequence[Prompt]) -> list[int]:
     """Whose each prompt is, by the teachers' places; all 0 where one reads them all."""
-    if not isinstance(teacher, SeveralTeachers) or teacher.shares:
-        return [0] * len(prompts)
-    return [teacher.places[prompt.teacher_name or ""] for prompt in prompts]
+    return teacher.owners(prompts) if isinstance(teacher, SeveralTeachers) else [0] * len(prompts)
 
 
 def one_teacher(engines: Sequence[Engine], routes: Routes) -> Engine:
     """What reads every text: the only engine, or several as ``routes`` say."""
     if len(engines) == 1:
         return engines[0]
-    shares = routes.shares if routes.mix == "mean" else ()
-    return cast(Engine, SeveralTeachers(engines, dict(routes.places), shares))
+    if routes.mix == "mean":
+        return MeanTeacher(engines, routes.shares)
+    return cast(Engine, SeveralTeachers(engines, routes.places))

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
-from topd.engines.base import BaseEngine, Options, Prefix, check_seeds
+from topd.engines.base import BaseEngine, Options, Prefix, check_seeds, scores_of
 from topd.engines.servers import Request, Servers
 from topd.errors import TOPDError
 from topd.inputs.models.heads import head_of
@@ -226,7 +226,8 @@ class VLLMEngine(BaseEngine):
             [h[len(p) - 1 :] for h, p in zip(states, prompts, strict=True)], batch_first=True
         ).to(self.model.device)
         with self.evaluating():
-            return self.scores_of(hidden, Prefix(tuple(prompts), tuple(responses)), temperature)
+            prefix = Prefix(tuple(prompts), tuple(responses))
+            return scores_of(hidden, self.head, prefix, temperature)
 
     def states(self, texts: Texts, servers: Servers) -> list[Float[Tensor, "L D"]]:
         """Last hidden states of whole texts. Raises TOPDError if they do not fit the head."""
