@@ -43,8 +43,8 @@ from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
 from topd.inputs.models.fingerprints import model_fingerprint
 from topd.inputs.prompts import PromptEncoder
+from topd.inputs.served import ByText, TextSpec
 from topd.inputs.text_models import stand_in, text_tokenizer
-from topd.inputs.text_spec import ByText, TextSpec
 from topd.methods import METHODS
 from topd.training.startup.text_needs import check_gives
 from topd.training.warmstart import WarmstartConfig

@@ -46,8 +46,8 @@ from topd.errors import UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
+from topd.inputs.served import ByText, TextSpec
 from topd.inputs.text_models import stand_in, text_tokenizer
-from topd.inputs.text_spec import ByText, TextSpec
 from topd.losses import linear_token_divergence
 from topd.types import Prompt, Sampling
 

@@ -35,7 +35,7 @@ HOMES = {  # where each class is written
     "ProbeConfig": "commands/probe/__init__.py",
     "RepairConfig": "commands/repair/config.py",
     "ModelSpec": "inputs/models/__init__.py",
-    "ByText": "inputs/text_spec.py",
+    "ByText": "inputs/served.py",
     "DataSpec": "inputs/rows.py",
     "EvaluationSpec": "evaluate/spec.py",
     "TrainingEvaluation": "evaluate/spec.py",

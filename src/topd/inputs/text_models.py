@@ -18,7 +18,7 @@ from transformers import (
 from topd.errors import TOPDError
 from topd.inputs.models.positions import rope_switch
 from topd.inputs.prompt_rows import Row
-from topd.inputs.text_spec import ByText
+from topd.inputs.served import ByText
 
 CHAT_TEMPLATE = "{{ messages | tojson }}"  # a chat server puts its own template around them
 

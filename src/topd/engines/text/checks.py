@@ -18,8 +18,8 @@ from topd.errors import TOPDError
 from topd.inputs.border import Border, tells_places
 from topd.inputs.models import ModelSpec
 from topd.inputs.models.vocabulary import PROBE
+from topd.inputs.served import ByText
 from topd.inputs.text_models import reach_of
-from topd.inputs.text_spec import ByText
 from topd.types import Ids, Prompt, Sampling
 
 ASKED = 24  # tokens

@@ -22,8 +22,8 @@ from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.vocabulary import shared_ids
+from topd.inputs.served import TextSpec
 from topd.inputs.text_models import reach_of, stand_in
-from topd.inputs.text_spec import TextSpec
 from topd.types import Ids, Sampling
 
 logger = logging.get_logger(__name__)

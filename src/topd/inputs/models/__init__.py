@@ -31,8 +31,7 @@ from topd.inputs.models.bare import named_faults
 from topd.inputs.models.gguf_files import parsed_once, unchanged
 from topd.inputs.models.positions import rope_switch
 from topd.inputs.models.vocabulary import check_vocabulary
-from topd.inputs.served import ServedSpec
-from topd.inputs.text_spec import ByText
+from topd.inputs.served import ByText, ServedSpec
 from topd.testbed import SCHEME, weights_of
 
 PACKAGE = "package://"
@@ -53,7 +52,7 @@ class ModelSpec(ByText):
     ends in ``.jinja``. ``eos_token`` replaces the tokenizer's end-of-sequence token; of several,
     the first does, and all end a response. Weights are read from safetensors or GGUF, never from a
     pickle; code of a model repository runs only with ``trust_remote_code``. ``served`` says where
-    vLLM serves it. For ``text`` and ``as_text`` see :class:`~topd.inputs.text_spec.ByText`.
+    vLLM serves it. For ``text`` and ``as_text`` see :class:`~topd.inputs.served.ByText`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
