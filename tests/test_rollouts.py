@@ -401,13 +401,13 @@ def test_the_limit_itself_is_allowed():
 def test_a_prompt_that_no_limit_can_hold_is_not_tokenised(prompt, monkeypatch):
     data = [{"prompt": prompt}, {"prompt": "we so"}]
     read = []
-    one = PromptEncoder._one
-    monkeypatch.setattr(PromptEncoder, "_one", lambda *a: read.append(a[1]) or one(*a))
+    ids = PromptEncoder._ids
+    monkeypatch.setattr(PromptEncoder, "_ids", lambda *a: read.append(a[1]) or ids(*a))
     with pytest.raises(TOPDError, match="data row 0: the prompt has 9,001 characters, more than 9"):
         encoder(max_length=9).encode(data)
     kept = encoder(max_length=9, drop_long=True).encode(data)
     assert [p.index for p in kept] == [1]
-    assert read == [data[1]]
+    assert set(read) == {1}
 
 
 def test_dropped_rows_leave_the_numbers_of_the_others():

@@ -115,7 +115,7 @@ def read_row(index: int, row: Mapping[str, Any]) -> Row:
             answer = answer or prompt[-1]
             prompt = prompt[:-1]
     if not prompt or not last_user(prompt).strip():
-        roles = {} if isinstance(prompt, str) else {m["role"]: None for m in prompt}
+        roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
         strange = [role for role in roles if role not in ROLES]
         if strange:
             raise TOPDError(
@@ -135,10 +135,8 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
         solution = row.get("completion")
     if solution is None or (isinstance(solution, str) and not solution.strip()):
         return None
-    if not isinstance(solution, str | Sequence | Mapping):
-        solution = str(solution)
-    if isinstance(solution, str):
-        return {"role": "assistant", "content": solution}
+    if isinstance(solution, str) or not isinstance(solution, Sequence | Mapping):
+        return {"role": "assistant", "content": str(solution)}
     turns = _checked_messages(index, solution)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise TOPDError(
@@ -194,16 +192,16 @@ def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
 
 
 def _joined(content: Any) -> Any:
-    """The text of parts that are all text, end to end, as templates write them; others as given."""
+    """The text of parts that are all text, end to end, as templates write them; others as given.
+
+    A part is text as OpenAI and TRL write it.
+    """
     parts = content if isinstance(content, list) else []
-    texts = [p["text"] for p in parts if _is_text(p)]
-    return "".join(texts) if texts and len(texts) == len(parts) else content
-
-
-def _is_text(part: Any) -> bool:
-    """Whether a part of a message is text, as OpenAI and TRL write it."""
-    return (
-        isinstance(part, Mapping)
+    texts = [
+        part["text"]
+        for part in parts
+        if isinstance(part, Mapping)
         and part.get("type") == "text"
         and isinstance(part.get("text"), str)
-    )
+    ]
+    return "".join(texts) if texts and len(texts) == len(parts) else content

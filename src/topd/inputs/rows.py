@@ -94,10 +94,8 @@ class DataSpec(BaseModel):
 
     def load(self) -> list[dict[str, Any]]:
         """The rows, columns mapped. Raises TOPDError: no such data, an empty or missing column."""
-        rows = [
-            self._row(i, row)
-            for i, row in enumerate(self._task_rows() if self.task else self._stored_rows())
-        ]
+        found = self._task_rows() if self.task else self._stored_rows()
+        rows = [self._row(i, row) for i, row in enumerate(found)]
         if not rows:
             raise TOPDError(f"data {self.path or self.task}: has no rows.")
         return rows
@@ -176,9 +174,8 @@ def _inside(value: Any, key: str) -> Any:
 def _read(place: str, name: str | None, split: str) -> Any:
     """A data set, or the rows of a file of text."""
     path = Path(place).expanduser()
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    kind = (suffixes[-2:-1] if packed else suffixes[-1:] or [""])[0] if suffixes else ""
+    packed = path.suffix.lower() == ".gz"
+    kind = Path(path.stem if packed else path.name).suffix.lower()
     is_file = kind in (*TEXTS, ".parquet") and not path.is_dir()
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if name and (is_file or saved):
@@ -227,12 +224,10 @@ def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
             whole = json.loads(text, parse_float=Written)
         except ValueError:
             return _lines(text.splitlines())
-        lists = (
-            [value for value in whole.values() if isinstance(value, list)]
-            if (isinstance(whole, dict) and "prompt" not in whole and "messages" not in whole)
-            else []
-        )
-        found = whole if isinstance(whole, list) else lists[0] if len(lists) == 1 else [whole]
+        if isinstance(whole, dict) and "prompt" not in whole and "messages" not in whole:
+            lists = [value for value in whole.values() if isinstance(value, list)]
+            whole = lists[0] if len(lists) == 1 else whole
+        found = whole if isinstance(whole, list) else [whole]
         return [_mapping(i, row) for i, row in enumerate(found, 1)]
     return _lines(file)
 
@@ -265,9 +260,8 @@ def _lines(lines: Iterable[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            rows.append(
-                _mapping(number, json.loads(line, parse_float=Written, object_pairs_hook=_once))
-            )
+            row = json.loads(line, parse_float=Written, object_pairs_hook=_once)
+            rows.append(_mapping(number, row))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number} is not a row of JSON: {error}") from None
     return rows

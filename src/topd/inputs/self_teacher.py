@@ -55,15 +55,13 @@ def self_teacher_of(teacher: object) -> SelfTeacher | None:
         return SelfTeacher()
     if not isinstance(teacher, Mapping) or WORD not in teacher:
         return None
+    if len(teacher) > 1:
+        raise TOPDError("teacher: self goes with no other key. Write {self: {ema: 0.99}}.")
     try:
-        if len(teacher) > 1:
-            raise ValueError("self goes with no other key")
         return SelfTeacher.model_validate(teacher[WORD] or {})
     except ValidationError as error:
         said = error.errors()[0]["msg"]
         raise TOPDError(f"teacher.self: {said}. Write {{self: {{ema: 0.99}}}}.") from error
-    except ValueError as error:
-        raise TOPDError(f"teacher: {error}. Write {{self: {{ema: 0.99}}}}.") from error
 
 
 def check_own_prompts(prompts: Sequence[Prompt]) -> None:

@@ -27,6 +27,10 @@ class Teachers:
         sources: name to path, :class:`~topd.inputs.models.ModelSpec`, its fields, or a model.
             Names with the same source share one model.
 
+    Attributes:
+        distinct: the sources, each once: what is loaded.
+        places: name to place among the distinct ones.
+
     Raises:
         TOPDError: fewer than two names, a name that is empty, or a source that is none.
     """
@@ -40,29 +44,19 @@ class Teachers:
         if not all(isinstance(name, str) and name.strip() for name in sources):
             raise TOPDError("teachers: a name is a word such as math.")
         self.sources = {name: _spec(name, source) for name, source in sources.items()}
+        distinct: list[ModelSource] = []
+        self.places: dict[str, int] = {}
+        for name, source in self.sources.items():
+            known = (k for k, other in enumerate(distinct) if _same(source, other))
+            self.places[name] = next(known, len(distinct))
+            if self.places[name] == len(distinct):
+                distinct.append(source)
+        self.distinct = tuple(distinct)
 
     @property
     def names(self) -> tuple[str, ...]:
         """In the order given."""
         return tuple(self.sources)
-
-    @property
-    def distinct(self) -> tuple[ModelSource, ...]:
-        """The sources, each once: what is loaded."""
-        found: list[ModelSource] = []
-        for source in self.sources.values():
-            if not any(_same(source, other) for other in found):
-                found.append(source)
-        return tuple(found)
-
-    @property
-    def places(self) -> dict[str, int]:
-        """Name to place among the distinct ones."""
-        distinct = self.distinct
-        return {
-            name: next(k for k, other in enumerate(distinct) if _same(source, other))
-            for name, source in self.sources.items()
-        }
 
     @property
     def path(self) -> str:

@@ -102,10 +102,7 @@ class PromptEncoder:
         told = self._told(given)
 
         def prompt_of(index: int) -> Prompt | None:
-            asked = read_row(index, given[index])
-            if self._is_huge(asked):
-                return None
-            return self._one(given[index], asked, template, with_response, told[index])
+            return self._one(index, given[index], told[index], template, with_response)
 
         found = mapped(prompt_of, range(len(given)), "prompts")
         prompts = [prompt for prompt in found if prompt is not None]
@@ -134,13 +131,15 @@ class PromptEncoder:
         """
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         size = sum(len(t if isinstance(t, str) else str(t.get("content") or "")) for t in texts)
-        if size > LONGEST_TOKEN * self.max_length and not self.drop_long:
-            raise TOPDError(
-                f"data row {asked.index}: the prompt has {size:,} characters, more than "
-                f"{self.max_length} tokens hold. Raise max_prompt_length, or set "
-                "drop_long_prompts: true."
-            )
-        return size > LONGEST_TOKEN * self.max_length
+        if size <= LONGEST_TOKEN * self.max_length:
+            return False
+        if self.drop_long:
+            return True
+        raise TOPDError(
+            f"data row {asked.index}: the prompt has {size:,} characters, more than "
+            f"{self.max_length} tokens hold. Raise max_prompt_length, or set "
+            "drop_long_prompts: true."
+        )
 
     def _warn_of_dates(self) -> None:
         for tokenizer in {id(t): t for t in (self.student, *self._teachers)}.values():
@@ -161,13 +160,16 @@ class PromptEncoder:
 
     def _one(
         self,
+        index: int,
         row: Mapping[str, Any],
-        asked: Row,
+        told: Mapping[str, Any],
         template: Template | None,
         with_response: bool,
-        told: Mapping[str, Any],
-    ) -> Prompt:
-        index = asked.index
+    ) -> Prompt | None:
+        """A row's prompt; None for one that is too long and left out."""
+        asked = read_row(index, row)
+        if self._is_huge(asked):
+            return None
         prompt, more = asked.prompt, {**self.template_kwargs, **asked.template_kwargs}
         if not isinstance(prompt, str):
             self._check_read(index, more)
@@ -248,7 +250,7 @@ class PromptEncoder:
         more: Mapping[str, Any],
     ) -> Ids:
         if not isinstance(prompt, str):
-            return tuple(rendered(index, tokenizer, prompt, more, tokenize=True)["input_ids"])
+            return rendered(index, tokenizer, prompt, more, tokenize=True)
         if more:
             raise TOPDError(
                 f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
@@ -278,7 +280,7 @@ class PromptEncoder:
                 f"which ends with {before[-40:]!r}. Give the part that it wants (reasoning_content "
                 "in the last message), or chat_template_kwargs such as {enable_thinking: false}."
             )
-        ids = tuple(rendered(index, tokenizer, whole, more, tokenize=True, asks=False)["input_ids"])
+        ids = rendered(index, tokenizer, whole, more, tokenize=True, asks=False)
         if ids[: len(prompt)] == prompt:
             ids = ids[len(prompt) :]
         else:  # the first token of the answer would join the last of the prompt
@@ -355,7 +357,7 @@ def rendered(
     tokenize: bool,
     asks: bool = True,
 ) -> Any:
-    """Messages through the chat template: the encoding, or the text. Raises TOPDError.
+    """Messages through the chat template: their ids, or the text. Raises TOPDError.
 
     ``asks`` for an answer: the generation prompt is at the end.
     """
@@ -368,13 +370,14 @@ def rendered(
         )
     try:
         with named_faults():
-            return tokenizer.apply_chat_template(
+            found = tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=asks,
                 tokenize=tokenize,
                 return_dict=tokenize,
                 **more,
             )
+        return tuple(found["input_ids"]) if tokenize else found
     except _TEMPLATE_FAULTS as error:
         raise TOPDError(
             f"{name}: its chat template fails at data row {index}: {_said(error)}. Check the "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from topd.types import Ids
+
+Text = TypeVar("Text", str, Ids)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
@@ -33,7 +35,7 @@ def with_another_end(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**answer, "content": text + ("," if text.endswith(".") else ".")} if text else answer
 
 
-def common_end(one: str, other: str) -> str:
+def common_end(one: Text, other: Text) -> Text:
     """The longest text that both end with.
 
     >>> common_end("3 ><|im_end|>", "3 >.<|im_end|>")

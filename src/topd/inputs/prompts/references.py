@@ -20,7 +20,9 @@ def columns_of(template: str, environment: Environment) -> list[str]:
 
 
 def referred(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], reference: Reference
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    reference: Literal["wrong", "none"],
 ) -> list[dict[str, Any]]:
     """For every row the values that its template gets in the place of its own reference.
 
@@ -32,8 +34,6 @@ def referred(
     Raises:
         TOPDError: the template names no reference, or all rows have the same one.
     """
-    if reference == "given":
-        return [{} for _ in rows]
     if not columns:
         raise TOPDError(
             f"reference: {reference} has no effect: teacher_prompt names neither "

@@ -22,14 +22,15 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
-from topd.inputs.prompt_rows import Row as ReadRow
+from topd.inputs.prompt_rows import Row
 from topd.inputs.prompts import rendered
+from topd.inputs.prompts.ends import common_end
 from topd.named import row_named
 from topd.testbed import SCHEME, verify
 from topd.types import Ids
 
-Row: TypeAlias = Mapping[str, Any]
-Environment: TypeAlias = Callable[[Row, Sequence[str]], str | None]
+Columns: TypeAlias = Mapping[str, Any]
+Environment: TypeAlias = Callable[[Columns, Sequence[str]], str | None]
 
 CALL = re.compile(r"<calc>(.*?)</calc>", re.DOTALL)
 LONGEST = 200  # characters of an expression
@@ -47,7 +48,7 @@ OPERATORS: Mapping[type, Callable[..., Any]] = {
 }
 
 
-def calculator(row: Row, turns: Sequence[str]) -> str | None:
+def calculator(row: Columns, turns: Sequence[str]) -> str | None:
     """The value of the last ``<calc>...</calc>`` of the last turn; None where there is no call.
 
     >>> calculator({}, ["That is <calc>3 * (4 + 5)</calc>"]), calculator({}, ["27."])
@@ -91,7 +92,9 @@ def _value(node: ast.expr) -> int | float:
     return value
 
 
-def second_try(right: Callable[[str, Row], bool], row: Row, turns: Sequence[str]) -> str | None:
+def second_try(
+    right: Callable[[str, Columns], bool], row: Columns, turns: Sequence[str]
+) -> str | None:
     """The testbed's evaluator: the problem once more where the last answer is not right."""
     return None if right(turns[-1], row) else str(row["prompt"])
 
@@ -106,11 +109,7 @@ def environment_named(name: str) -> Environment:
     """
     if name.startswith(SCHEME):
         return partial(second_try, verify(name))
-    return row_named("environment", name, ENVIRONMENTS, _function)
-
-
-def _function(found: Environment) -> Environment:
-    return found
+    return row_named("environment", name, ENVIRONMENTS, lambda function: function)
 
 
 QUESTION, ANSWER, PROBE = "Please.", "Done.", "a reply of the environment"
@@ -135,13 +134,13 @@ class Replies:
     ends: frozenset[int]
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def check(self, rows: Iterable[ReadRow]) -> None:
+    def check(self, rows: Iterable[Row]) -> None:
         """Refuse a chat template that writes no reply in these conversations. Raises TOPDError."""
         for row in {repr(row.template_kwargs): row for row in rows}.values():
             if not self._writes(self.role, row.index, row.template_kwargs):
                 raise self._fault(f"data row {row.index}: ")
 
-    def ids(self, text: str, row: ReadRow) -> Ids:
+    def ids(self, text: str, row: Row) -> Ids:
         """The tokens of a reply to a row's student. Raises TOPDError if the template fails."""
         if isinstance(row.prompt, str):
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -176,21 +175,14 @@ class Replies:
         What follows a message is where the conversation is the same with a longer one: the empty
         reasoning that some templates put before a last message is not looked at.
         """
-        short, long = (
-            self._rendered(answer, role, text, index, more)
-            for answer in (ANSWER, f"{ANSWER} {ANSWER}")
-        )
-        pairs = zip(reversed(short), reversed(long), strict=False)
-        same = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
-        tail = short[len(short) - same :]
+        kwargs = {**self.template_kwargs, **more}
+
+        def written(answer: str) -> Ids:
+            said = zip(("user", "assistant", role), (QUESTION, answer, text), strict=True)
+            messages = [{"role": who, "content": content} for who, content in said]
+            return rendered(index, self.tokenizer, messages, kwargs, tokenize=True)
+
+        short, long = written(ANSWER), written(f"{ANSWER} {ANSWER}")
+        tail = common_end(short, long) if short != long else ()
         end = next((i + 1 for i, token in enumerate(tail) if token in self.ends), len(tail))
         return tail[end:]
-
-    def _rendered(
-        self, answer: str, role: str, text: str, index: int, more: Mapping[str, Any]
-    ) -> Ids:
-        said = zip(("user", "assistant", role), (QUESTION, answer, text), strict=True)
-        messages = [{"role": role, "content": content} for role, content in said]
-        kwargs = {**self.template_kwargs, **more}
-        found = rendered(index, self.tokenizer, messages, kwargs, tokenize=True)
-        return tuple(found["input_ids"])
