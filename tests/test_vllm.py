@@ -226,11 +226,12 @@ def text_engine(teacher: dict[str, Any], **more: Any) -> tuple[TextEngine, list[
     rows = DataSpec.model_validate(DATA).load()
     asked = PromptEncoder(ours, theirs, TEACHER_PROMPT, 640, False, {}).encode(rows)
     check_text_teacher(ByText.model_validate({"text": spec["text"]}), (ours, theirs), asked)
+    writer = TextServers("teacher", TextSpec.model_validate(spec["text"]), theirs)
     engine = TextEngine(
         stand_in("text", 49152),
-        TextServers("teacher", TextSpec.model_validate(spec["text"]), theirs),
+        writer,
         ours,
-        tells=bool(more.get("logprobs")),
+        read=writer.read if more.get("logprobs") else None,
         eos_ids=[ours.eos_token_id],
     )
     return engine, asked

@@ -6,7 +6,7 @@ would make of the whole; what is joined reads back as what was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,9 +31,9 @@ class Border:
         self.tokenizer = tokenizer
         self._lead = self._plain("\n") or self._plain(PROBE)[:1]
         self._lead_text = self._decoded(self._lead)
-        self.marks = sorted(
-            {*tokenizer.all_special_tokens, *_specials(tokenizer)} - {""}, key=len, reverse=True
-        )
+        added = tokenizer.added_tokens_decoder.values()
+        special = [str(token) for token in added if token.special]  # no text is meant by them
+        self.marks = sorted({*tokenizer.all_special_tokens, *special} - {""}, key=len, reverse=True)
 
     def text(self, ids: Ids) -> str | None:
         """What ids read as inside a text; None where they end inside a character."""
@@ -109,11 +109,14 @@ class Border:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _decoded(self, ids: Ids) -> str:
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        return decoded(self.tokenizer, ids)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ids as they are, special tokens by their names."""
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def tells_places(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -123,8 +126,3 @@ def tells_places(tokenizer: PreTrainedTokenizerBase) -> bool:
     except (NotImplementedError, KeyError, TypeError, ValueError):  # as slow ones say no
         return False
     return "offset_mapping" in known
-
-
-def _specials(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Added tokens that are special: no text is meant by them."""
-    return {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}

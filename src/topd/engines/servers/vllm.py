@@ -61,23 +61,29 @@ class Completions:
             yield one
 
     def write(
-        self, groups: Sequence[Sequence[Ids]], sampling: Sampling, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Generation]]:
+        self, texts: Texts, groups: Sequence[int], sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Generation]:
         """What comes after every text; those of a group share a prefix and go to one server.
 
         Greedy texts of a group are one request, in the order of their length: what one has left in
         the prefix cache the next one finds there. Sampled ones are a request each, with their seed.
         """
-        wanted, sizes = [], []
-        for number, (texts, own) in enumerate(zip(groups, seeds, strict=True)):
-            sizes.append(len(texts))
+        together: dict[int, list[int]] = {}
+        for k in sorted(range(len(texts)), key=lambda k: (groups[k], len(texts[k]))):
+            together.setdefault(groups[k], []).append(k)
+        wanted: list[tuple[list[int], Request]] = []
+        for number, own in enumerate(together.values()):
             if sampling.temperature == 0:
-                wanted.append(self.request(texts, sampling, own[0]))
+                some = [texts[k] for k in own]
+                wanted.append((own, self.request(some, sampling, seeds[own[0]])))
                 continue
-            for text, seed in zip(texts, own, strict=True):
-                wanted.append(self.request([text], sampling, seed, group=number))
-        written = iter([g for a in self.servers.ask(wanted) for g in self._generations(a)])
-        return [[next(written) for _ in range(size)] for size in sizes]
+            for k in own:
+                wanted.append(([k], self.request([texts[k]], sampling, seeds[k], group=number)))
+        answers = self.servers.ask([request for _, request in wanted])
+        found: dict[int, Generation] = {}
+        for (own, _), answer in zip(wanted, answers, strict=True):
+            found.update(zip(own, self._generations(answer), strict=True))
+        return [found[k] for k in range(len(texts))]
 
     def write_each(
         self, texts: Texts, sampling: Sampling, seeds: Sequence[int]
@@ -267,20 +273,5 @@ class VLLMEngine(BaseEngine):
         prefix = scores.prefix
         assert isinstance(prefix, Prefix)
         check_seeds(seeds, starts)
-        rows: dict[int, list[int]] = {}
-        for k in sorted(range(len(starts)), key=starts.__getitem__):
-            rows.setdefault(starts[k][0], []).append(k)
-        written = self.completions.write(
-            [
-                [prefix.prompts[b] + prefix.responses[b][: starts[k][1]] for k in row]
-                for b, row in rows.items()
-            ],
-            sampling,
-            [[seeds[k] for k in row] for row in rows.values()],
-        )
-        found = {
-            k: window
-            for row, windows in zip(rows.values(), written, strict=True)
-            for k, window in zip(row, windows, strict=True)
-        }
-        return [found[k] for k in range(len(starts))]
+        texts = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
+        return self.completions.write(texts, [b for b, _ in starts], sampling, seeds)

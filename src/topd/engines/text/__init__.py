@@ -6,7 +6,7 @@ at the border (:mod:`topd.inputs.border`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -47,10 +47,6 @@ class Writer(Protocol):
         """What comes after every prompt (ids of the teacher's tokenizer) and text."""
         ...
 
-    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
-        """Of every prompt and text the writer's own tokens, and their log-probs."""
-        ...
-
 
 class TextEngine(BaseEngine):
     """A teacher by text. Scores have no states: its head makes every token as likely as any other.
@@ -59,8 +55,9 @@ class TextEngine(BaseEngine):
         model: see :func:`~topd.inputs.text_models.stand_in`.
         writer: what writes.
         tokenizer: the student's.
-        tells: whether the writer can ``read``: log-probs of the student's tokens.
-        spans: what tells log-probs of spans of them, if anything does.
+        read: tells of prompts and texts the teacher's own tokens and their log-probs, if anything
+            does; they must be the student's too.
+        spans: what tells log-probs of spans of the student's tokens, if anything does.
         eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine, the student's.
     """
 
@@ -72,13 +69,14 @@ class TextEngine(BaseEngine):
         writer: Writer,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        tells: bool = False,
+        read: Callable[[Sequence[Ids], Sequence[str]], list[Pieces]] | None = None,
         spans: SpanReader | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, **options)
-        self.gives = "logprobs" if tells or spans else "windows"
-        self.writer, self.border, self.spans = writer, Border(tokenizer), spans
+        self.gives = "logprobs" if read or spans else "windows"
+        self.writer, self.read, self.spans = writer, read, spans
+        self.border = Border(tokenizer)
         self.end = int(tokenizer.eos_token_id)
         self._ends = {str(t) for t in tokenizer.convert_ids_to_tokens(sorted(self.end_ids))}
 
@@ -114,9 +112,9 @@ class TextEngine(BaseEngine):
         logprobs = hidden.new_zeros(shape, dtype=torch.float32)
         if self.spans is not None:
             return self._by_spans(self.spans, Scores(hidden, logprobs, ids, prefix))
-        if self.gives == "logprobs":
+        if self.read is not None:
             texts = [whole_text(self.border, response) for response in responses]
-            pieces = self.writer.read(prompts, texts)
+            pieces = self.read(prompts, texts)
             for row, (response, told) in enumerate(zip(responses, pieces, strict=True)):
                 found = logprobs_of_tokens(self.border, response, told)
                 logprobs[row, : len(found)] = torch.tensor(found)

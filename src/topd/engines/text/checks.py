@@ -90,9 +90,7 @@ def check_border(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
     border = Border(tokenizer)
     known = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    few = set(known) & set(
-        tokenizer.all_special_ids
-    )  # a tokenizer of few words: all others are one
+    few = set(known) & set(tokenizer.all_special_ids)  # it knows few words: all others are one
     ids = border.ids((), " " + (_known_part(tokenizer) if few else PROBE)) or ()
     whole = border.text(ids) or ""
     befores = [(ids[:end], border.text(ids[:end])) for end in range(len(ids))]

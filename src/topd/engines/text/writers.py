@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,11 +16,11 @@ from topd.engines import Tick, no_tick
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.servers import BUSY, OF_ONE, RefusedError, Request, Servers
-from topd.engines.text import TextEngine, Writer, Written
+from topd.engines.text import TextEngine, Written
 from topd.engines.text.logprobs import Pieces
 from topd.engines.text.spans import SpanReader
 from topd.errors import TOPDError
-from topd.inputs.border import Border
+from topd.inputs.border import Border, decoded
 from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.served import TextSpec
@@ -75,18 +76,13 @@ class TextServers:
         its answer has to begin with it, or none is had.
         """
         sent = [text.rstrip() if self.spec.chat else text for text in texts]
+        how = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         wanted = [
-            Request(
-                CHAT if self.spec.chat else COMPLETIONS,
-                {
-                    **self.servers.model,
-                    **self._asked(self.prompt_text(prompt), text),
-                    self.spec.limit: sampling.max_new_tokens,
-                    "temperature": sampling.temperature,
-                    "top_p": sampling.top_p,
-                    "seed": seed,
-                    **self.spec.extra,
-                },
+            self._request(
+                self._asked(self.prompt_text(prompt), text),
+                sampling.max_new_tokens,
+                **how,
+                seed=seed,
             )
             for prompt, text, seed in zip(prompts, sent, seeds, strict=True)
         ]
@@ -96,21 +92,26 @@ class TextServers:
         return [_after(answer, text[len(known) :]) for answer, text, known in pairs]
 
     def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
-        """See :class:`~topd.engines.text.Writer`. Raises TOPDError where a server tells none."""
-        asked = {self.spec.limit: 0, "temperature": 1.0, "echo": True, "logprobs": 1}
+        """Of every prompt and text the servers' own tokens, and their log-probs.
+
+        Raises TOPDError where a server tells none.
+        """
         wanted = [
-            Request(
-                COMPLETIONS,
-                {
-                    **self.servers.model,
-                    "prompt": self.prompt_text(prompt) + text,
-                    **asked,
-                    **self.spec.extra,
-                },
+            self._request(
+                {"prompt": self.prompt_text(prompt) + text},
+                0,
+                temperature=1.0,
+                echo=True,
+                logprobs=1,
             )
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         return self._answers(prompts, wanted, [self._pieces] * len(wanted), [])
+
+    def _request(self, asked: Mapping[str, Any], most: int, **how: Any) -> Request:
+        """A request for ``most`` tokens after a text."""
+        body = {**self.servers.model, **asked, self.spec.limit: most, **how, **self.spec.extra}
+        return Request(CHAT if self.spec.chat else COMPLETIONS, body)
 
     def _answers(
         self,
@@ -173,16 +174,12 @@ class TextServers:
         first = list(self.tokenizer("a")["input_ids"][:1])
         if first == [self.tokenizer.bos_token_id] == list(prompt[:1]):
             prompt = prompt[1:]
-        return str(
-            self.tokenizer.decode(
-                list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        return decoded(self.tokenizer, prompt)
 
     def _asked(self, prompt: str, text: str) -> dict[str, Any]:
         if not self.spec.chat:
             return {"prompt": prompt + text}
-        messages = messages_of(prompt, self.servers.name)
+        messages = messages_of(prompt)
         if not text:
             return {"messages": messages}
         return {
@@ -251,14 +248,12 @@ def _say_left_out(said: str, count: int, of: str) -> None:
         logger.error(f"{said}, {count} {of} so far; said again at ten times as many.")
 
 
-def messages_of(prompt: str, name: str) -> list[dict[str, Any]]:
+def messages_of(prompt: str) -> list[dict[str, Any]]:
     """The messages of a prompt that CHAT_TEMPLATE has written; a plain text is the user's."""
-    try:
+    with suppress(ValueError):
         found = json.loads(prompt)
-    except ValueError:
-        return [{"role": "user", "content": prompt}]
-    if isinstance(found, list) and all(isinstance(m, dict) for m in found):
-        return found
+        if isinstance(found, list) and all(isinstance(message, dict) for message in found):
+            return found
     return [{"role": "user", "content": prompt}]
 
 
@@ -297,10 +292,6 @@ class EmbeddedWriter:
         for (k, ids), one in zip(asked.items(), found, strict=True):
             written[k] = self._text(ids, one.tokens, one.finished)
         return written
-
-    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
-        """Not asked of a model in this process."""
-        raise NotImplementedError
 
     def _ids(self, prompt: Ids, text: str, more: int) -> Ids | None:
         """A text's ids, with room for ``more`` after them; None, said and counted, without."""
@@ -343,9 +334,9 @@ def text_engine(
         spans: whether one in this process tells the log-probs of spans.
     """
     if spec.text is not None:
-        writer: Writer = TextServers("teacher (text)", spec.text, tokenizers[1], skips=True)
-        tells = spec.text.logprobs
-        return TextEngine(models[1], writer, tokenizers[0], name="teacher", tells=tells, **options)
+        servers = TextServers("teacher (text)", spec.text, tokenizers[1], skips=True)
+        read = servers.read if spec.text.logprobs else None
+        return TextEngine(models[1], servers, tokenizers[0], name="teacher", read=read, **options)
     own = HFEngine(
         models[1],
         name="teacher",
