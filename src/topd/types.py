@@ -110,8 +110,6 @@ class Rollout:
     @property
     def own(self) -> tuple[bool, ...]:
         """Which tokens are the student's."""
-        if not self.replies:
-            return (True,) * len(self.response)
         places = range(len(self.response))
         return tuple(not any(first <= t < end for first, end in self.replies) for t in places)
 
@@ -124,8 +122,6 @@ class Rollout:
     @property
     def written(self) -> Ids:
         """All that the student wrote."""
-        if not self.replies:
-            return self.response
         return tuple(token for turn in self.turns for token in turn)
 
     def turn_end(self, t: int) -> int:

@@ -50,19 +50,8 @@ def open_engines(
         "autocast": autocast,
     }
     unshared = _unshared_ids(tokenizers[:exchanged], options["allowed"])
-    student: HFEngine | None = None
-    if isinstance(sources[0], ModelSpec) and sources[0].served:
-        if temperature != 1:
-            raise TOPDError(
-                f"temperature: {temperature:g} does not go with student.served, whose log-probs "
-                "are those of temperature 1. Set it to 1, or leave student.served out."
-            )
-        probe = probe_of(tokenizers[0])
-        student = ServedStudent(
-            models[0], sources[0].served, probe, unshared, name="student", **options
-        )
+    student = _student(sources[0], models[0], tokenizers[0], temperature, unshared, options)
     teachers = zip(sources[1:], models[1:], tokenizers[1:], strict=True)
-    student = student or HFEngine(models[0], name="student", **options)
     if text:
         assert isinstance(sources[1], ModelSpec)
         engines: list[Engine] = [text_engine(sources[1], models, tokenizers, options, spans)]
@@ -72,6 +61,25 @@ def open_engines(
         if type(engine) is HFEngine:  # others are written by servers
             check_decoding(engine)
     return student, engines
+
+
+def _student(
+    source: object,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
+    unshared: Sequence[int],
+    options: dict[str, Any],
+) -> HFEngine:
+    if not (isinstance(source, ModelSpec) and source.served):
+        return HFEngine(model, name="student", **options)
+    if temperature != 1:
+        raise TOPDError(
+            f"temperature: {temperature:g} does not go with student.served, whose log-probs "
+            "are those of temperature 1. Set it to 1, or leave student.served out."
+        )
+    probe = probe_of(tokenizer)
+    return ServedStudent(model, source.served, probe, unshared, name="student", **options)
 
 
 def _teacher(

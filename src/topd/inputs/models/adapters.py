@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -106,15 +105,11 @@ def _check_names(wrapped: PeftModel, adapter: LoraConfig) -> None:
     plain = [name.replace(".base_layer", "").replace(".modules_to_save.default", "")
              for name in every]  # fmt: skip
     chosen = wrapped.base_model.targeted_module_names
-
-    def has(names: Iterable[str], end: str) -> bool:
-        return any(name == end or name.endswith(f".{end}") for name in names)
-
     lists = {"target_modules": chosen, "modules_to_save": plain, "exclude_modules": plain}
     for key, names in lists.items():
         given = getattr(adapter, key)
         for end in sorted(given) if isinstance(given, list | set | tuple) else ():
-            if not has(names, end):
+            if not any(f".{name}".endswith(f".{end}") for name in names):
                 raise TOPDError(f"lora.{key}: no module is named {end!r}. Correct it.")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(adapter, key)

@@ -52,17 +52,12 @@ def trained_digest(model: torch.nn.Module) -> str:
 
     A collective where the model is sharded; the digest is that of the whole model.
     """
-    return _tensor_digest(
-        _fetched(
-            {
-                name.replace(WRAPPER, ""): whole(parameter).flatten()[
-                    :: max(1, parameter.numel() // 64)
-                ]
-                for name, parameter in model.named_parameters()
-                if parameter.requires_grad
-            }
-        )
-    )
+    values: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            step = max(1, parameter.numel() // 64)
+            values[name.replace(WRAPPER, "")] = whole(parameter).flatten()[::step]
+    return _tensor_digest(_fetched(values))
 
 
 def _fetched(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

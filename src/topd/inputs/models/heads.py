@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
@@ -54,20 +56,21 @@ def check_head(name: str, model: PreTrainedModel) -> None:
 
 def _softcap(config: object) -> float | None:
     """The cap that a model puts on its logits, under the names that transformers uses."""
-    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    return None
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return _first_of(config, names)
 
 
 def _logit_scale(config: object) -> float:
     """The factor that a model puts on its logits, under the names that transformers uses."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    scaling = getattr(config, "logits_scaling", None)
+    scale = _first_of(config, ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    if scale is not None:
+        return scale
+    scaling = _first_of(config, ("logits_scaling",))
     if scaling is None:
         return 1.0
-    return float(scaling if getattr(config, "model_type", "") == "hyperclovax" else 1 / scaling)
+    return scaling if getattr(config, "model_type", "") == "hyperclovax" else 1 / scaling
+
+
+def _first_of(config: object, names: Sequence[str]) -> float | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((float(value) for value in values if value is not None), None)
