@@ -34,6 +34,13 @@ CHECKPOINTING = next(  # recomputation of activations, by its name in the instal
 )
 
 
+_OF_WINDOWS = (  # settings without effect where a method looks nowhere ahead
+    *("candidate_fraction", "candidate_threshold", "window_length", "window_rejoin", "window_gap"),
+    *("look_ahead_every", "look_ahead_until", "embedding", "position_weight", "solver", "epsilon"),
+    *("false_alarm_share", "ot_threshold"),
+)
+
+
 def _field(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -268,19 +275,20 @@ class TOPDConfig(TrainingArguments):
 
     def settings_of_method(self) -> str:
         """The method, and where its own settings have been taken and where not, in a line."""
-        settings = method_named(self.method).settings
+        method, line = method_named(self.method), f"method {self.method}"
         said = [
             f"{name} {getattr(self, name)}{'' if name in self.brought else ' (given)'}"
-            for name in settings
+            for name in method.settings
         ]
-        looks = method_named(self.method).looks_ahead
-        unused = _OF_WINDOWS.split() + ["window_temperature"] * (not self.teacher_share)
-        idle = [name for name in unused if name in self._given and not looks]
-        return (
-            f"method {self.method}"
-            + (f": {', '.join(said)}" if said else "")
-            + (f" (looks nowhere ahead: no effect of {', '.join(idle)})" if idle else "")
-        )
+        if said:
+            line += f": {', '.join(said)}"
+        unused = [] if method.looks_ahead else [*_OF_WINDOWS]
+        if unused and not self.teacher_share:
+            unused.append("window_temperature")
+        idle = [name for name in unused if name in self._given]
+        if idle:
+            line += f" (looks nowhere ahead: no effect of {', '.join(idle)})"
+        return line
 
     def _check(self) -> None:
         check_options(self.method, self._method_options(), self.token_loss)
@@ -379,10 +387,3 @@ class TOPDConfig(TrainingArguments):
     def window_sampling(self, length: int) -> Sampling:
         """How the teacher writes windows of ``length`` tokens."""
         return Sampling(self.window_temperature, 1.0, 0, length)
-
-
-_OF_WINDOWS = (  # without effect where a method looks nowhere ahead
-    "candidate_fraction candidate_threshold window_length window_rejoin window_gap "
-    "look_ahead_every look_ahead_until embedding position_weight solver "
-    "epsilon false_alarm_share ot_threshold"
-)
