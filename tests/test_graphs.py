@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from conftest import torch_on_device as torch
 from topd.engines import decode_check, graphs
 from topd.engines.base import Prefix
 from topd.engines.decode_check import check_decoding
-from topd.engines.graphs import BUCKETS, attention, bucket, buffers, graphable
+from topd.engines.graphs import BUCKETS, attention, bucket, buffers, fused, graphable
 from topd.engines.graphs.buffers import entry_bytes, rounded
 from topd.engines.graphs.cast import CastWeights
 from topd.engines.hf import ROLLOUTS_SHARE, WINDOWS_SHARE, HFEngine
@@ -377,6 +378,36 @@ def test_nothing_of_the_model_is_changed_after_writing(model):
     assert buffers._stepping is None
 
 
+def test_what_is_compiled_is_looked_up_once(monkeypatch):
+    """Sources of classes are read at the first text, not at every one for every layer."""
+    read: list[object] = []
+    source = inspect.getsource
+    noting = SimpleNamespace(getsource=lambda kind: read.append(kind) or source(kind))
+    monkeypatch.setattr(fused, "inspect", noting)
+    fused._is_gated.cache_clear()
+    pieces = fused.Fused(model_of("qwen3"), on=True)
+    for _ in range(2):
+        with pieces.on():
+            pass
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, WARM, TIGHT])
+def test_a_step_waits_for_nothing_and_makes_nothing_elsewhere(model, sampling, monkeypatch):
+    """As what is captured must not: on a device without values both are refused."""
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)  # knows no such device
+    ours = HFEngine(model.to("meta"), eos_ids=(EOS,), graphs=True)
+    ids, lengths = (torch.zeros(*n, dtype=torch.long, device="meta") for n in ((4, 7), (4,)))
+    ours.graphs.open(4, rounded(7 + 20))
+    with torch.no_grad():
+        states = ours.graphs.read(ids, lengths)
+        for keep in (False, True):
+            ours.graphs._begin(states, [7] * 4, SEEDS[:4], keep=keep)
+            with ours.graphs._decoding(4):
+                ours.graphs._one(4, ours.head, sampling, keep=keep)
+    assert ours.graphs._drawn.is_meta
+
+
 def test_a_model_whose_attention_is_another_falls_back_and_says_so_once(caplog):
     """gpt-oss has sinks: unknown to the attention of one token."""
     torch.manual_seed(0)
@@ -439,10 +470,12 @@ def test_a_wrong_attention_is_found_at_the_start(monkeypatch, caplog):
 
 
 def test_a_right_one_is_kept_at_the_start(model, monkeypatch):
+    """Without the memory of the trial: buffers that grow take a quarter more than they need."""
     monkeypatch.setattr(decode_check, "_KNOWN", {})
     _, ours = pair(model)
     check_decoding(ours)
     assert ours.graphs.broken is None
+    assert not any(one.own.pair[0].numel() for one in ours.graphs.buffers.layers)
 
 
 def test_weights_that_move_at_every_call_are_written_without_graphs():

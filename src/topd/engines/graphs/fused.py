@@ -6,6 +6,7 @@ does not compile runs as it is, said once. ``TORCH_COMPILE_DISABLE=1`` leaves al
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -137,8 +138,12 @@ def _gate_of(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tens
     return gate
 
 
+@functools.cache
 def _is_gated(kind: type) -> bool:
-    """Whether a class computes the gated product that we write in another way."""
+    """Whether a class computes the gated product that we write in another way.
+
+    Its source is read once, not at every text for every layer.
+    """
     try:
         source = inspect.getsource(kind.forward)  # type: ignore[attr-defined]
     except (OSError, TypeError):
