@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
+from transformers import masking_utils
 
 from conftest import DEVICE, USE_CPU, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
-from topd.losses import linear_token_terms
+from topd.losses import chunked, linear_token_terms
 from topd.training import learning
 from topd.types import Head
 
@@ -117,6 +119,30 @@ def test_the_loss_has_the_same_gradient_every_time_with_deterministic_kernels(bi
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("options", [*METHODS, {"method": "downweight"}, {"method": "eopd"}], ids=str)
+def test_a_micro_batch_waits_for_nothing_and_makes_nothing_elsewhere(
+    options, tmp_path, monkeypatch
+):
+    """On a device without values both are refused, so that a GPU is not needed to see it."""
+    trainer = make(tmp_path, **options)
+    observer = trainer.observer
+    experience = observer.observe(trainer.train_dataset, step=0)
+    totals = trainer._totals(experience)
+    for one in (trainer.model, observer.teacher.model):
+        one.to("meta")
+    monkeypatch.setattr("torch.is_autocast_enabled", lambda *_: False)  # knows no such device
+    monkeypatch.setattr(chunked, "_without_autocast", lambda _: nullcontext())
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda _: None)  # waits once
+    rows, device = range(len(experience.rollouts)), torch.device("meta")
+    batch = learning.collate(experience, rows, totals, device)
+    assert {x.device for x in batch.values() if isinstance(x, Tensor)} == {device}
+    terms = learning.learning_terms(trainer.model, batch, observer.teacher.head, trainer.args)
+    loss, trajectory = learning.update_loss(terms, batch, trainer.args)
+    trainer._measure(terms, trajectory, batch)
+    loss.backward()
+    assert all(p.grad.is_meta for p in trainer.model.parameters())
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="a CPU is never waited for")
