@@ -248,7 +248,9 @@ def test_guidance_is_recorded_without_its_weights_of_one():
         branches=(Branch(1, (9, 8), "forward_kl", go_on=2),),
         advantages=(0.0, -0.5),
     )
-    assert json.loads(json.dumps(guidance_record(4, 1, ROLLOUT, (fork,), guidance))) == {
+    record = guidance_record(4, 1, ROLLOUT, (fork,), guidance)
+    assert record["targets"][0]["tokens"] is guidance.targets[0].tokens  # not copied by numbers
+    assert json.loads(json.dumps(record)) == {
         "step": 4,
         "rollout": 1,
         "prompt": 3,

@@ -26,7 +26,6 @@ import os
 import platform
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -234,8 +233,8 @@ def guidance_record(
         "forks": [fork.model_dump() for fork in forks],
         "weights": weights,
         "capped": guidance.capped,
-        "targets": [asdict(target) for target in guidance.targets],
-        "branches": [asdict(branch) for branch in guidance.branches],
+        "targets": [{**vars(target)} for target in guidance.targets],  # asdict copies each number
+        "branches": [{**vars(branch)} for branch in guidance.branches],
         "advantages": guidance.advantages,
     }
 
