@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from conftest import DEVICE, USE_CPU, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
+from topd.config import CHECKPOINTING
 from topd.losses import chunked, linear_token_terms
 from topd.training import learning
 from topd.types import Head
@@ -97,6 +100,33 @@ def test_attention_has_a_mask_for_packed_branches_only(method, tmp_path, monkeyp
         assert mask is None or (mask.dtype == dtype and mask is seen[0][0])
 
 
+def test_the_loss_has_the_memory_of_weights_that_autocast_made_narrow(tmp_path, monkeypatch):
+    """Where activations are recomputed nobody needs them any more, and the loss is the peak."""
+    options = {CHECKPOINTING: True, "bf16": True, "max_logprob_gap": 9.0}
+    trainer, made, held = make(tmp_path, method="opd", **options), [], []
+    shapes, terms = {p.shape for p in trainer.model.parameters()}, learning._terms
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and found.dtype == torch.bfloat16:
+                made.extend([weakref.ref(found)] * (found.shape in shapes))
+            return found
+
+    def watched(*args: Any) -> Any:
+        held.append(sum(one() is not None for one in made))
+        return terms(*args)
+
+    monkeypatch.setattr(learning, "_terms", watched)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = batch_of(trainer)
+    trainer.model.train()
+    with Noted():
+        trainer.compute_loss(trainer.model, batch).backward()
+    assert len(made) >= 2 * 2 * 7  # of two layers, in both forwards
+    assert held == [0]
+
+
 @pytest.mark.parametrize("biased", [False, True])
 def test_the_loss_has_the_same_gradient_every_time_with_deterministic_kernels(biased, monkeypatch):
     """To the bit, with places named twice; a biased head takes the eager path on a GPU too."""
@@ -121,7 +151,7 @@ def test_the_loss_has_the_same_gradient_every_time_with_deterministic_kernels(bi
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("options", [*METHODS, {"method": "downweight"}, {"method": "eopd"}], ids=str)
+@pytest.mark.parametrize("options", [*METHODS, {"method": "downweight"}, {"method": "eopd"}])
 def test_a_micro_batch_waits_for_nothing_and_makes_nothing_elsewhere(
     options, tmp_path, monkeypatch
 ):

@@ -224,6 +224,7 @@ def learning_terms(
     if not batch["teacher_hidden"].shape[1]:
         teacher_head = Head(teacher_head.weight[:, :0], barred=teacher_head.barred)
     states, balance = _forward(model, batch)
+    torch.clear_autocast_cache()  # 16-bit weights: the backward pass holds those that it needs
     linear = model.get_output_embeddings()
 
     def head_forward() -> LearningTerms:
