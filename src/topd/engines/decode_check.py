@@ -56,7 +56,7 @@ def check_decoding(engine: HFEngine) -> None:
         fault = _fault(engine, as_used=True)
         if fault is not None and not graphs.broken:
             graphs.give_up(engine.name, fault)
-        graphs.release()  # buffers that grow take more than they need: they are to begin anew
+        graphs.release()  # buffers that grow take more than they need: the trial keeps none
     engine.graphs = None
     try:
         faults = _first_exact(engine)
