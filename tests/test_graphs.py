@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from conftest import DEVICE, EOS, VOCAB
+from conftest import DEVICE, EOS, VOCAB, cpu_only
 from conftest import torch_on_device as torch
 from topd.engines import decode_check, graphs
 from topd.engines.base import Prefix
@@ -513,6 +514,44 @@ def test_a_tokens_entry_is_as_large_as_the_buffers_are(model):
         for cell in one.own.pair
     )
     assert cells == entry_bytes(model) * bucket(4) * rounded(9 + 20)
+
+
+@cpu_only
+def test_steps_that_are_tried_before_a_capture_leave_no_trace(monkeypatch):
+    """Here the captured step runs at once: all stands one token further, not three."""
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    cuda = {name: lambda *_, **__: nullcontext() for name in ("stream", "graph")}
+    cuda |= {name: lambda *_: stream for name in ("Stream", "current_stream", "CUDAGraph")}
+    cuda |= {name: lambda *_: None for name in ("graph_pool_handle", "synchronize")}
+    for name, fake in cuda.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", fake)
+    graphs.stream_of.cache_clear()
+    _, ours = pair(model_of("qwen3"))
+    own, lengths = ours.graphs, [len(prompt) for prompt in PROMPTS]
+    own.open(4, rounded(9 + 20))
+    with torch.no_grad():
+        states = own.read(ours.padded(PROMPTS), ours.tensor(lengths))
+        own._begin(states, lengths, SEEDS[:4], keep=False)
+        own._put(ours.head, states, WARM, keep=False)
+        moved = (own._token, own._place, own._step, own._slot)
+        before = [state.clone() for state in moved]
+        own._captured(4, lambda: own._one(4, ours.head, WARM, keep=False))
+    graphs.stream_of.cache_clear()
+    for state, old in zip(moved[1:], before[1:], strict=True):
+        assert (state[:4] == old[:4] + 1).all()
+    expected = ours.generate(PROMPTS, replace(WARM, max_new_tokens=2), SEEDS[:4])
+    pairs = zip(own._token.tolist(), before[0].tolist(), expected, strict=False)
+    for token, first, text in pairs:
+        assert text.tokens == (first, token)[: len(text.tokens)]
+
+
+def test_all_captures_of_a_device_have_one_stream(monkeypatch):
+    """Every evaluation within training has graphs of its own, and cuBLAS memory for each stream."""
+    graphs.stream_of.cache_clear()
+    monkeypatch.setattr("torch.cuda.Stream", lambda device: [device])
+    found = [graphs.stream_of(torch.device("cuda", k)) for k in (0, 1, 0)]
+    graphs.stream_of.cache_clear()
+    assert found[0] is found[2] is not found[1]
 
 
 def test_buckets():

@@ -14,6 +14,7 @@ Elsewhere than on a GPU the same step runs as it is, which is how it is tested.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +84,6 @@ class Graphs:
         self._casts = CastWeights()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
         self._weights: Hashable = None
         self._moves = 0
         self._make_state()
@@ -291,23 +291,23 @@ class Graphs:
 
     def _captured(self, rows: int, one: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """The step as a graph, after steps that compile and allocate what it needs."""
-        self._stream = self._stream or torch.cuda.Stream(self._device)
+        stream = stream_of(self._device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         moved = (self._token, self._place, self._step, self._slot)
         before = [state.clone() for state in moved]
         graph = torch.cuda.CUDAGraph()
         with self._decoding(rows):
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
                 for _ in range(SLACK):
                     one()
                 for state, old in zip(moved, before, strict=True):
                     state.copy_(old)
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(stream)
             torch.cuda.synchronize(self._device)
             with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
                 one()
         return graph
@@ -337,7 +337,7 @@ class Graphs:
         self.drop()
         self._casts = CastWeights()
         self._make_state()
-        self._stream = self._weights = None
+        self._weights = None
 
     def _check_weights(self) -> None:
         """Graphs end with the memory that their weights were in."""
@@ -356,6 +356,12 @@ class Graphs:
         if self._moves > MOST_MOVES:
             raise UncapturedError("its weights are moved again and again")
         self._weights = now
+
+
+@functools.cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """Where all steps are captured: cuBLAS keeps memory, 32 MiB, for each stream that it saw."""
+    return torch.cuda.Stream(device)
 
 
 def bucket(rows: int) -> int:
