@@ -100,7 +100,7 @@ class Fused:
             yield
 
     def _forward(self, module: nn.Module) -> Callable[..., Any] | None:
-        kind = type(module)
+        kind: Any = type(module)
         if kind.__name__.endswith("RMSNorm"):
             return MethodType(piece(kind.__name__, kind, kind.forward), module)
         if kind.__name__.endswith("MLP") and _is_gated(kind):
