@@ -28,7 +28,7 @@ from topd.commands.recipe import read_recipe
 from topd.commands.session import session, until_stopped
 from topd.commands.tables import show_compare
 from topd.commands.workers import VISIBLE, in_workers, visible_devices
-from topd.errors import TERMINATED, StoppedError, TOPDError
+from topd.errors import NONFINITE, TERMINATED, StoppedError, TOPDError
 from topd.runs.files import as_json, digest
 from topd.runs.lock import one_writer
 from topd.runs.verified import read_entries
@@ -144,6 +144,12 @@ def test_arms_are_compared_where_they_have_spent_the_same():
     assert equal["cost at r = 25"]["greedy"]["mean"] == pytest.approx(132 / 232 * 5 / 8 - 3 / 8)
     behind = found["equal"]["new"]["opd"]["teacher-written tokens"]
     assert behind["reached"] == 0
+    assert found["equal"]["new"]["opd"]["seconds"]["reached"] == 0.5
+    runs[2] = one("opd", 1, [0, 0, 1, 1], 40)  # more than was to be spent does not make up for less
+    found = summarise(runs, "opd", {}, references=["new"])
+    assert found["equal"]["new"]["opd"]["seconds"]["reached"] == 0.75
+    runs[2] = one("opd", 1, [0, 0, 1, 1], 10)
+    found = summarise(runs, "opd", {}, references=["opd", "new"])
     assert behind["greedy"]["mean"] == -1 / 4
     end = found["against"]["new"]["opd"]
     assert (end["greedy"]["mean"], end["seeds"]) == (-1 / 4, [0, 1])
@@ -162,6 +168,7 @@ def test_the_table_fits_a_terminal_of_80_columns():
     assert max(map(len, text.splitlines())) <= 80
     assert "+0.0 [-60.2,60.2]" in text
     assert "downweight_matched" in text
+    assert "2 seeds; 95 % intervals over both; per cent; time over opd's" in text
 
 
 # Runs
@@ -199,6 +206,36 @@ def test_a_run_that_fails_loses_no_other(recipe, tmp_path):
     (kept,) = results(tmp_path / "run")
     assert kept["arm"] == "topd, sharp"
     assert results(run_compare(recipe, words))[0] == kept
+
+
+def test_runs_after_one_that_fails_are_run_and_it_is_said_which_failed(
+    recipe, tmp_path, monkeypatch
+):
+    """A night's work is not lost with its second run; brackets in names are no markup."""
+    console, words = Console(record=True, width=200), [f"--output_dir={tmp_path / 'run'}"]
+    words.append("--compare.arms={'opd [/b]': {method: opd}, bad: {method: topd}}")
+    words.append("--compare.baseline=opd [/b]")
+
+    def run_arm(task, console):
+        if task[1]["method"] == "topd":
+            raise StoppedError(f"update {task[1]['seed']}: not finite.", NONFINITE)
+        found = one("", 0, [1.0, 0.0] * 10, 1.0)
+        return {key: value for key, value in found.items() if key not in ("arm", "seed")}
+
+    monkeypatch.setattr(compare, "run_arm", run_arm)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: None)
+    said = r"arm 'bad', seed 0: update 0: not finite\. 1 more failed: 'bad', seed 1\. .* kept"
+    with pytest.raises(StoppedError, match=said) as found:
+        run_compare(recipe, words, console=console)
+    assert found.value.exit_code == NONFINITE
+    assert [(r["arm"], r["seed"]) for r in results(tmp_path / "run")] == [
+        ("opd [/b]", 0), ("opd [/b]", 1),
+    ]  # fmt: skip
+    assert "bad, seed 0 failed: update 0" in console.export_text(clear=False)
+    assert "opd [/b], seed 1: greedy 50.0%" in console.export_text()
+    words[1] = "--compare.arms={'opd [/b]': {method: opd}}"
+    show_compare(console, json.loads((run_compare(recipe, words) / "compare.json").read_text()))
+    assert "over opd [/b]" in console.export_text()
 
 
 def test_workers_end_with_a_comparison_that_is_killed(recipe, tmp_path):
@@ -340,6 +377,24 @@ def test_every_arm_starts_from_the_warm_start(recipe, tmp_path):
     assert json.loads((folder / "run.json").read_text()) == older
 
 
+@pytest.mark.parametrize("answers", ["teacher", "data", "older.jsonl"])
+def test_the_answers_of_the_common_start_are_those_that_it_learned(recipe, tmp_path, answers):
+    """Wherever it had them from."""
+    words = [f"--output_dir={tmp_path}", "--compare.warmstart", f"--warmstart.answers={answers}"]
+    comparison = read_comparison(recipe, [*words, STAGED])
+    written = str(tmp_path / "warmstart" / "answers.jsonl") if answers == "teacher" else answers
+    assert comparison.arms["again"][0].args.answers == written
+
+
+def test_a_comparison_needs_no_recipe_file(recipe, tmp_path):
+    content = {**yaml.safe_load(RECIPE), "output_dir": str(tmp_path)}
+    del content["warmstart"]
+    words = [word for key, value in content.items() for word in (f"--{key}", json.dumps(value))]
+    comparison = read_comparison(Path(words[0]), words[1:])
+    assert (comparison.path, list(comparison.arms)) == (None, ["opd", "topd, sharp"])
+    assert comparison.keys_of({"method": "opd"}, {})["student"] == content["student"]
+
+
 STAGED = """--compare.arms={opd: {method: opd},
   again: {stage: warmstart, answers: start, max_steps: 2},
   new: {stage: warmstart, data.limit: 8, max_steps: 2}}"""
@@ -396,22 +451,22 @@ def test_a_comparison_may_get_more_arms_and_seeds_and_no_other_ones(recipe, tmp_
         run_compare(recipe, [*words, "--compare.arms={opd: {method: opd, beta: 0}}"])
 
 
-@pytest.mark.parametrize("of_before", [True, False])
-def test_arms_with_other_problems_are_refused_before_one_runs(
-    recipe, tmp_path, monkeypatch, of_before
+@pytest.mark.parametrize("changed", ["number", "rows"])
+def test_other_problems_than_those_of_runs_that_are_done_are_refused_before_one_runs(
+    recipe, tmp_path, monkeypatch, changed
 ):
     """Runs are paired by problem; rows that repeat a prompt were problems to an older version."""
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--max_steps=1"]
-    few = "{method: topd, evaluation: {path: 'testbed://programs', limit: 9, max_tokens: 48}}"
-    if of_before:
-        (stored,) = results(run_compare(recipe, [*words, "--compare.arms={opd: {method: opd}}"]))
+    (stored,) = results(run_compare(recipe, [*words, "--compare.arms={opd: {method: opd}}"]))
+    if changed == "number":
+        del stored["problems"]  # as older versions had it
         stored["solved"] = {score: [*right, 0.0] for score, right in stored["solved"].items()}
-        (tmp_path / "run" / "results.jsonl").write_text(json.dumps(stored) + "\n")
-        few = "{method: topd}"
+    else:
+        stored["problems"] = "0" * 64  # the file had other rows then
+    (tmp_path / "run" / "results.jsonl").write_text(json.dumps(stored) + "\n")
     monkeypatch.setattr(compare, "run_arm", lambda *_: pytest.fail("an arm ran"))
-    said = f"opd{', seed 0' if of_before else ''} and few have different problems"
-    with pytest.raises(TOPDError, match=said):
-        run_compare(recipe, [*words, f"--compare.arms={{opd: {{method: opd}}, few: {few}}}"])
+    with pytest.raises(TOPDError, match="opd, seed 0 and new have different problems"):
+        run_compare(recipe, [*words, "--compare.arms={opd: {method: opd}, new: {method: topd}}"])
 
 
 def test_a_folder_from_before_a_setting_has_it_at_its_default(recipe, tmp_path):
@@ -453,12 +508,19 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
     (tmp_path / "run.json").write_bytes(b"\xff{")
     with pytest.raises(TOPDError, match=r"run\.json: not valid JSON.*another folder"):
         run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(TOPDError, match="another comparison"):
-        run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
+    own = tmp_path / "results.jsonl"
+    own.write_text('{"mine": 1}\n{"mine": 2}')
+    for settings in (None, "{}", '{"recipe": {}, "config": {}}'):
+        (tmp_path / "run.json").unlink(missing_ok=True)
+        if settings:
+            (tmp_path / "run.json").write_text(settings)
+        with pytest.raises(TOPDError, match="another run"):
+            run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
+        assert own.read_text() == '{"mine": 1}\n{"mine": 2}'  # not cut: it is another's
 
 
 _ONE = "{arm: opd, key: %s, values: [1]}"
+_AGAIN = "--compare.arms={opd: {}, x: {stage: warmstart, answers: start, data.limit: 3}}"
 
 
 @pytest.mark.parametrize(
@@ -486,6 +548,15 @@ _ONE = "{arm: opd, key: %s, values: [1]}"
         (["--warmstart.answers=me", "--compare.warmstart"], "stage 1.*answers: 'me'"),
         (["--warmstart.max_steps=1"], r"warmstart\.max_steps: has no effect.*compare\.warmstart"),
         (["--compare.warmstart", "--student.served.completions=http://a:1"], "served.model"),
+        (["--compare.arms={opd: {}, x: {evaluation.limit: 9}}"], "'x': evaluation.limit is 9.*20"),
+        (["--compare.arms={opd: {}, x: {evaluation.split: test}}"], "'x': evaluation.split is 'te"),
+        (["--compare.arms={opd: {}, x: {evaluation.top_p: 0.5}}"], "'x': evaluation.top_p is 0.5"),
+        (["--compare.arms={opd: {}, x: {evaluation: null}}"], "'x': evaluation.path is missing"),
+        (["--compare.arms={opd: {}, x: {seed: 3}}"], "'x': seed: has no effect.*seeds"),
+        (["--compare.arms={opd: {}, x: {compare.jobs: 3}}"], r"'x': compare\.jobs: has no effect"),
+        (["--compare.arms={opd: {}, x: {output_dir: y}}"], "'x': output_dir: has no effect"),
+        (["--seed=3"], r"seed: has no effect.*--compare.seeds '\[3\]'"),
+        (["--compare.warmstart", _AGAIN], "'x'.*the common start only"),
         (["--evaluation=null"], "evaluation is missing"),
         (["--compare=null"], "compare is missing"),
     ],

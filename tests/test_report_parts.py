@@ -29,14 +29,17 @@ from topd.report.charts.svg import SVG, to_svg
 from topd.report.headline import (
     change,
     change_words,
+    compare_tables,
     compare_words,
     held_out_words,
     model_name,
     probe_words,
     repair_words,
+    seeds_words,
     training_words,
 )
 from topd.report.kinds import PAGES
+from topd.report.kinds.experiments import labels
 from topd.report.kinds.training import duration, training_facts
 from topd.report.paper import write_figures
 from topd.report.terminal import show
@@ -142,6 +145,25 @@ def test_intervals_are_those_of_the_summary(tmp_path):
     bars = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2]
     assert [list(bar) for bar in bars] == [pytest.approx([0.43, 0.5]), pytest.approx([0.37, 0.44])]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["topd", "opd"]
+
+
+def test_arms_with_long_names_stay_apart_and_any_baseline_names_a_file(tmp_path):
+    """Arms of a sweep differ at their ends: their curves were averaged into one."""
+    folder = make.compare(tmp_path)
+    long = {arm: f"first_fork, every second update, rate {arm}" for arm in ("opd", "topd")}
+    for name in ("compare.json", "results.jsonl"):
+        text = (folder / name).read_text().replace("greedy_vs_opd", "greedy_vs_a/b")
+        for arm, other in long.items():
+            text = text.replace(json.dumps(arm), json.dumps(other))
+        text = text.replace(f'"baseline": {json.dumps(long["opd"])}', '"baseline": "a/b"')
+        (folder / name).write_text(text)
+    charts = {chart.name: chart for chart in PAGES["compare"].charts(folder)}
+    assert "greedy_vs_a-b" in charts
+    assert [row[1] for row in charts["greedy"].rows] == ["0.4", "0.46"]
+    assert charts["curve-greedy"].rows[0][1:] == ("0.215", "0.245")
+    names = charts["curve-greedy"].columns[1:]
+    assert names == ("first_fork, eve…date, rate opd", "first_fork, eve…ate, rate topd")
+    assert labels(["x" * 40, "x" * 41])[1].endswith(" (2)")
 
 
 def test_bars_of_time_are_seconds_an_update_on_top_of_each_other(tmp_path):
@@ -382,6 +404,23 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
         "difference to be seen.",
         "alone +10.0 points over opd (greedy), 1.0 x the time, one seed alone: no interval.",
     ]
+    spent = {arm: {"seeds": [0, 1]} for arm in summary} | {"first_fork": {"seeds": [1, 7]}}
+    found = {"baseline": "opd", "summary": summary, "spent": spent | {"topd": {"seeds": [0]}}}
+    first, second, _ = compare_words(found)
+    assert first.endswith("1.9 x the time: one seed, so an interval over problems alone.")
+    assert second.endswith("the interval over problems alone holds 0, no difference to be seen.")
+    assert seeds_words(found).startswith("1 to 2 seeds an arm; 95 % intervals over both, of one")
+    assert seeds_words({"seeds": [3]}).startswith("one seed; 95 % intervals over problems alone")
+
+
+def test_a_budget_that_an_arm_did_not_spend_is_said():
+    gain = {"mean": 0.01, "low": -0.02, "high": 0.04}
+    arm = {"updates": {"reached": 1.0, "greedy": gain}, "seconds": {"reached": 0.4, "greedy": gain}}
+    (table,) = compare_tables({"equal": {"olive": {"opd": {**arm, "tokens": None}}}})
+    assert table.rows == (
+        ("opd", "+1.0 [-2.0, 4.0]", "+1.0 [-2.0, 4.0], having spent 40 %", "-"),
+    )  # fmt: skip
+    assert "at the end of an arm that spent less" in table.title
 
 
 def test_a_repair_is_told_by_method_the_best_first():

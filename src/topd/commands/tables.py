@@ -12,9 +12,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from topd.report.folder import finite, read_logs
-from topd.report.headline import DIVERGENCES, compare_words, held_out_words, probe_words
+from topd.report.headline import (
+    DIVERGENCES,
+    compare_words,
+    held_out_words,
+    probe_words,
+    seeds_words,
+)
 from topd.statistics import t_reach
 
+BASE = 12  # characters of a baseline's name that fit into a column of 80
 Summary = Mapping[str, Any]
 Log = Mapping[str, float]
 
@@ -136,9 +143,10 @@ def show_repair(console: Console, summary: Summary) -> None:
 def show_compare(console: Console, summary: Summary) -> None:
     """Print the summary of a comparison (compare.json): per cent, intervals of 95 %."""
     base = summary["baseline"]
+    over = escape(f"over {base}" if len(base) <= BASE else "over baseline")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("arm", overflow="fold", max_width=20)
-    for title in ("greedy", f"over {base}", "pass@1", f"over {base}", "time"):
+    for title in ("greedy", over, "pass@1", over, "time"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, start in summary["starts"].items():
         table.add_row(
@@ -154,11 +162,8 @@ def show_compare(console: Console, summary: Summary) -> None:
     for line in compare_words(summary):
         console.print(line, markup=False, highlight=False)
     problems = summary["summary"][base]["greedy"]["problems"]
-    console.print(
-        f"{len(summary['seeds'])} seeds, {problems} problems; per cent; 95 % intervals over both; "
-        f"time over {base}'s",
-        highlight=False,
-    )
+    line = f"{problems} problems, {seeds_words(summary)}; per cent; time over {base}'s"
+    console.print(line, markup=False, highlight=False)
 
 
 def _percent(found: Summary) -> str:

@@ -25,6 +25,8 @@ OUTCOMES = {  # the first of these that was logged
 LEAST = 4  # updates that a change can be told from
 RANKED = 4  # of so many first and last values each, being apart is a case in 35 by chance
 SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
+ARM = 100  # characters of an arm's name in a table: arms of a sweep differ at their ends
+ALL_SPENT = 0.995  # of a budget
 WEAK = (
     "So: train with method: opd, which needs no windows, after topd warmstart if the teacher may "
     "write answers. If you look ahead for this pair, do not let the sampled token loss choose "
@@ -216,19 +218,41 @@ ALIKE = (
 def compare_words(summary: Mapping[str, Any]) -> Iterator[str]:
     """Every arm against the baseline, in points, with its time."""
     base, arms = str(summary.get("baseline", "opd")), summary.get("summary", {})
+    seeds, every = _seeds(summary), set(summary.get("seeds", ()))
     for name, arm in arms.items():
         gain = arm.get(f"greedy_vs_{base}")
         if name == base or not isinstance(gain, dict) or gain.get("mean") is None:
             continue
-        noise = ""
+        alone = len(seeds.get(name, every) & seeds.get(base, every)) == 1
+        noise = ": one seed, so an interval over problems alone" * alone
         if gain.get("low") is None:
             noise = ", one seed alone: no interval"
         elif gain["low"] <= 0 <= gain["high"]:
-            noise = ": the interval holds 0, no difference to be seen"
+            over = " over problems alone" * alone
+            noise = f": the interval{over} holds 0, no difference to be seen"
         ratio = arm.get("seconds_ratio")
         time = f", {ratio:.1f} x the time" if isinstance(ratio, int | float) else ""
-        arm_name, base_name = plain(str(name), limit=60), plain(base, limit=60)
+        arm_name, base_name = plain(str(name), limit=ARM), plain(base, limit=ARM)
         yield f"{arm_name} {_points(gain)} points over {base_name} (greedy){time}{noise}."
+
+
+def seeds_words(summary: Mapping[str, Any]) -> str:
+    """How many seeds a comparison has, and what its intervals are over.
+
+    >>> seeds_words({"spent": {"a": {"seeds": [0, 1]}, "b": {"seeds": [0]}}})
+    '1 to 2 seeds an arm; 95 % intervals over both, of one seed over problems alone'
+    """
+    found = [len(seeds) for seeds in _seeds(summary).values()] or [len(summary.get("seeds", ()))]
+    least, most = min(found), max(found)
+    if most == 1:
+        return "one seed; 95 % intervals over problems alone, not over seeds"
+    count = f"{most} seeds" if least == most else f"{least} to {most} seeds an arm"
+    return f"{count}; 95 % intervals over both{', of one seed over problems alone' * (least == 1)}"
+
+
+def _seeds(summary: Mapping[str, Any]) -> dict[str, set[int]]:
+    """The seeds of every arm; older summaries do not have them."""
+    return {arm: set(spent.get("seeds", ())) for arm, spent in summary.get("spent", {}).items()}
 
 
 def compare_tables(summary: Mapping[str, Any]) -> list[SummaryTable]:
@@ -242,7 +266,7 @@ def compare_tables(summary: Mapping[str, Any]) -> list[SummaryTable]:
         for name, s in summary.get("starts", {}).items()
     ]  # fmt: skip
     for name, arm in summary.get("summary", {}).items():
-        cells = [plain(str(name), limit=40)]
+        cells = [plain(str(name), limit=ARM)]
         for score in SCORES:
             gain = arm.get(f"{score}_vs_{base}")
             cells += [_percent(arm.get(score)), "" if name == base else _points(gain)]
@@ -250,7 +274,8 @@ def compare_tables(summary: Mapping[str, Any]) -> list[SummaryTable]:
         cells.append(f"{ratio:.2f} x" if isinstance(ratio, int | float) else "-")
         cells += [number(arm.get("seconds")), number(arm.get("teacher_tokens"))]
         rows.append(tuple(cells))
-    tables = [SummaryTable("Arms", columns, tuple(rows))] if rows else []
+    title = f"Arms: {seeds_words(summary)}"
+    tables = [SummaryTable(title, columns, tuple(rows))] if rows else []
     return [*tables, *_equal_tables(summary)]
 
 
@@ -259,12 +284,25 @@ def _equal_tables(summary: Mapping[str, Any]) -> Iterator[SummaryTable]:
     for reference, arms in summary.get("equal", {}).items():
         axes = list(dict.fromkeys(axis for arm in arms.values() for axis in arm))
         rows = tuple(
-            (plain(str(name), limit=40), *(_points((arm.get(axis) or {}).get("greedy"))
-                                           for axis in axes))
+            (plain(str(name), limit=ARM), *(_at_equal(arm.get(axis)) for axis in axes))
             for name, arm in arms.items()
-        )  # fmt: skip
-        title = f"Greedy points over {plain(str(reference), limit=40)} where as much was spent"
+        )
+        title = (
+            f"Greedy points over {plain(str(reference), limit=ARM)} where as much was spent, or at "
+            "the end of an arm that spent less"
+        )
         yield SummaryTable(title, ("arm", *(plain(axis, limit=40) for axis in axes)), rows)
+
+
+def _at_equal(found: Any) -> str:
+    """Points at an equal budget, with the share of it that the arm has spent, if not all."""
+    if not isinstance(found, dict):
+        return "-"
+    reached = found.get("reached")
+    points = _points(found.get("greedy"))
+    if isinstance(reached, int | float) and reached < ALL_SPENT:
+        return f"{points}, having spent {100 * reached:.0f} %"
+    return points
 
 
 def _percent(found: Any) -> str:

@@ -24,8 +24,7 @@ So a run writes no checkpoints, unless it is told to.
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,6 +36,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from topd.commands.compare.budgets import TOKENS
+from topd.commands.compare.problems import check_problems, problems_digest
 from topd.commands.compare.start import (
     Comparison,
     apart_from_stage,
@@ -51,13 +51,12 @@ from topd.commands.compare.start import (
 from topd.commands.compare.summary import SCORES, SECONDS, Result, summarise
 from topd.commands.recipe import CompareSpec, in_files, read_recipe
 from topd.commands.session import until_stopped
-from topd.commands.train import make_evaluator, make_trainer, watch_steps
+from topd.commands.train import make_trainer, watch_steps
 from topd.commands.workers import in_workers
 from topd.config import TOPDConfig
 from topd.config.values import defaults_of
-from topd.errors import TOPDError
-from topd.evaluate import Evaluation, EvaluationCallback, Evaluator
-from topd.evaluate.evaluation import first_rows
+from topd.errors import StoppedError, TOPDError
+from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import ModelSpec
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json, file_digest, read_lines, read_whole, trim
@@ -71,7 +70,7 @@ RESULTS, SUMMARY = "results.jsonl", "compare.json"
 OWN = {k: v for k, v in defaults_of(TOPDConfig).items() if k in TOPDConfig.__annotations__}
 OWN_1 = {k: defaults_of(WarmstartConfig)[k] for k in (*OWN, *WarmstartConfig.__annotations__)}
 
-Task: TypeAlias = tuple[str, dict[str, Any]]  # the recipe and what is changed in it
+Task: TypeAlias = tuple[Path | None, dict[str, Any]]  # the recipe and what is changed in it
 
 
 def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
@@ -97,7 +96,7 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     todo = [run for run in spec.runs() if run[:2] not in done]
     waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
     check_arms(comparison, waiting)
-    _check_problems(comparison, waiting, results)
+    check_problems(comparison, waiting, results)
     run = RunFolder(folder, resume=True, chained=bool(spec.plan))
     run.write("run.json", content)
     start = starting_point(comparison, quiet=console is None)
@@ -106,46 +105,21 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     tasks = {}
     for arm, seed, keys in todo:
         own = {"seed": seed, "output_dir": _place(folder, arm, seed)}
-        tasks[arm, seed] = str(comparison.path), {**comparison.keys_of(keys, start), **own}
+        tasks[arm, seed] = comparison.path, {**comparison.keys_of(keys, start), **own}
     with closing(_run_all(tasks, spec.jobs, console)) as found:
         for result in found:
             run.append(RESULTS, [result])
             results.append(result)
             if console:
-                console.print(
+                say(
+                    console,
                     f"{result['arm']}, seed {result['seed']}: greedy {result['greedy']:.1%}, "
-                    f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s"
+                    f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s",
                 )
     begun, references = starts(comparison, start), spec.references or [spec.baseline]
     run.write(
         SUMMARY, summarise(results, spec.baseline, begun, clock=spec.clock, references=references)
     )
-
-
-def _check_problems(comparison: Comparison, arms: Sequence[str], results: Sequence[Result]) -> None:
-    """Raise TOPDError where the runs to come, or those that are done, have different problems."""
-    kinds = dict[str, Evaluator]()
-    sizes = [(f"{r['arm']}, seed {r['seed']}", len(r["solved"]["greedy"])) for r in results]
-    repeats = []
-    for arm in arms:
-        recipe, _ = comparison.arms[arm]
-        kind = json.dumps([recipe.sources(), recipe.args.chat_template_kwargs], default=str)
-        if kind not in kinds:
-            evaluator = make_evaluator(recipe)
-            assert evaluator is not None  # checked before
-            kinds[kind] = evaluator
-        prompts = kinds[kind].prompts
-        repeats.append((arm, first_rows(prompts)))
-        sizes.append((arm, len(prompts) - len(repeats[-1][1])))
-    for found in (sizes, repeats):
-        for run, problems in found:
-            if problems != found[0][1]:
-                raise TOPDError(
-                    f"compare: {found[0][0]} and {run} have different problems, and runs are "
-                    "compared problem by problem. Rows with one prompt are one problem, which "
-                    "older versions did not know and a chat template may change. Give all arms one "
-                    "evaluation, leave out rows that repeat a prompt, and choose another folder."
-                )
 
 
 def run_arm(task: Task, console: Console | None = None) -> Result:
@@ -175,6 +149,7 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     curve = _curve(trainer.state.log_history, kept.solved, answered)
     return {
         **_figures(evaluation.latest),
+        "problems": problems_digest(evaluation.evaluator.rows),
         **{time: curve[-1][time] for time in SECONDS.values()},
         "teacher_tokens": curve[-1]["teacher_written"],
         "curve": curve,
@@ -250,15 +225,54 @@ def _tokens_until(logs: Sequence[Mapping[str, float]], step: float) -> dict[str,
 def _run_all(
     tasks: Mapping[tuple[str, int], Task], jobs: int, console: Console | None
 ) -> Generator[Result, None, None]:
-    """The results as they come; in this process, and watched, if one runs at a time."""
-    if jobs == 1:
-        for number, ((arm, seed), task) in enumerate(tasks.items(), 1):
-            if console:
-                say(console, f"run {number} of {len(tasks)}: {arm}, seed {seed}")
-            yield {"arm": arm, "seed": seed, **run_arm(task, console)}
-        return
-    for (arm, seed), result in in_workers(run_arm, tasks, jobs):
-        yield {"arm": arm, "seed": seed, **result}
+    """The results as they come; in this process, and watched, if one runs at a time.
+
+    A run that fails leaves the others be. Raises TOPDError when they have ended.
+    """
+    faults = {}
+    ended = _one_by_one(tasks, console) if jobs == 1 else in_workers(try_arm, tasks, jobs)
+    for (arm, seed), result in ended:
+        if not isinstance(result, TOPDError):
+            yield {"arm": arm, "seed": seed, **result}
+            continue
+        faults[arm, seed] = result
+        if console:
+            say(console, f"{arm}, seed {seed} failed: {result}")
+    if faults:
+        raise _failed(faults)
+
+
+def _one_by_one(
+    tasks: Mapping[tuple[str, int], Task], console: Console | None
+) -> Iterator[tuple[tuple[str, int], Result | TOPDError]]:
+    for number, ((arm, seed), task) in enumerate(tasks.items(), 1):
+        if console:
+            say(console, f"run {number} of {len(tasks)}: {arm}, seed {seed}")
+        yield (arm, seed), try_arm(task, console)
+
+
+def try_arm(task: Task, console: Console | None = None) -> Result | TOPDError:
+    """One run, or why it could not end."""
+    try:
+        return run_arm(task, console)
+    except TOPDError as fault:
+        return fault
+
+
+def _failed(faults: Mapping[tuple[str, int], TOPDError]) -> TOPDError:
+    """What is said at the end where runs have failed; with the exit code of the first."""
+    runs = [f"{arm!r}, seed {seed}" for (arm, seed) in faults]
+    first, *_ = faults.values()
+    more = f" {len(runs) - 1} more failed: {'; '.join(runs[1:])}." if runs[1:] else ""
+    said = (
+        f"compare, arm {runs[0]}: {first}{more} All other runs are kept, and the same command "
+        "continues: a run that failed starts over there, without its checkpoints. For a table "
+        "without it leave out its arm or, where other seeds of that arm have ended, give the arm "
+        "those as seeds of its own."
+    )
+    if isinstance(first, StoppedError):
+        return StoppedError(said, first.exit_code)
+    return TOPDError(said)
 
 
 def _content(comparison: Comparison) -> dict[str, Any]:
@@ -273,9 +287,15 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     content = {**resolved(comparison.recipe), "compare": as_json(spec.model_dump()), **stages}
     for changing in ("jobs", "clock", "plan"):
         content["compare"].pop(changing)
-    if not (folder / "run.json").exists():
+    if not any((folder / name).exists() for name in ("run.json", RESULTS)):
         return content
-    stored, done = read_whole(folder / "run.json"), {r["arm"] for r in _stored(folder)}
+    stored = read_whole(folder / "run.json")
+    if "compare" not in stored:  # what is there is not ours to mend
+        raise TOPDError(
+            f"output_dir: {folder} holds another run, or a {RESULTS} that is not of this "
+            "comparison. Choose another folder."
+        )
+    done = {result["arm"] for result in _stored(folder)}
     begun = is_begun(folder)
     if begun or done:
         content = {key: v for key, v in content.items() if key in stored or key not in stages}

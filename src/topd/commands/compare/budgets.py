@@ -99,8 +99,9 @@ def at_equal_budgets(
         if not all(budgets.values()):
             found[axis] = None
             continue
-        used = [axes(runs[s]["curve"][-1], clock)[axis] / budgets[s] for s in seeds]
-        found[axis] = {"reached": min(1.0, float(np.mean(used)))}
+        ends = {s: axes(runs[s]["curve"][-1], clock)[axis] for s in seeds}
+        used = [min(1.0, ends[s] / budgets[s]) for s in seeds]
+        found[axis] = {"reached": float(np.mean(used))}
         for score in scores:
             gains = [
                 solved_at(runs[s]["curve"], score, axis, clock, budgets[s])

@@ -26,19 +26,26 @@ from topd.commands.keys import (
     part_of,
     read_mapping,
 )
-from topd.commands.recipe import CompareSpec, Recipe, parse_overrides, read_recipe
+from topd.commands.recipe import CompareSpec, Recipe, from_command_line, in_files, read_recipe
 from topd.commands.session import autocast_of, check_one_process, quieten
 from topd.commands.train import check_recipe, make_evaluator, train_recipe
 from topd.config import TOPDConfig
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
-from topd.errors import StoppedError, TOPDError
+from topd.errors import StoppedError, TOPDError, shown
 from topd.inputs.models import eos_ids
 from topd.inputs.models.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json
 
 PLACES = ("output_dir", "logging_dir")
+OF_ALL = {  # what the comparison sets for its arms
+    "seed": "Give it seeds: [0, 1], or set compare.seeds.",
+    "output_dir": "All runs are below the output_dir of the comparison.",
+    "compare": "Set it in the recipe's compare part.",
+    "resume_from_checkpoint": "A run that was stopped starts over.",
+}
+OWN = {"every", "batch_size", "chat", "chat_template_kwargs"}  # of an arm's evaluation
 SAVING = {"save_strategy", "save_steps", "load_best_model_at_end"}
 
 
@@ -50,7 +57,7 @@ class Comparison:
     arm, and whether that is one of stage 1.
     """
 
-    path: Path
+    path: Path | None
     overrides: Mapping[str, Any]
     recipe: Recipe
     spec: CompareSpec
@@ -73,7 +80,7 @@ class Comparison:
     def keys_of(self, keys: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
         """What is changed in the recipe for an arm that has these keys and begins at ``start``."""
         shared = of_stage(self.overrides, first=keys.get("stage") == "warmstart")
-        return {**begun_at(shared, start), **_from_start(keys, self.folder)}
+        return {**begun_at(shared, start), **_from_start(keys, self.folder, self.first)}
 
 
 def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
@@ -82,32 +89,40 @@ def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
     Raises:
         TOPDError: the recipe has no ``compare`` or ``evaluation`` part, or an arm is wrong.
     """
-    overrides = parse_overrides(words)
+    named, overrides = from_command_line(path, words)
     rest, own = apart(overrides)
-    recipe = read_recipe(path, rest)
+    if "seed" in rest:
+        raise TOPDError(
+            "seed: has no effect, as every arm is run with its seeds. Give --compare.seeds "
+            f"'[{rest['seed']}]'."
+        )
+    recipe = read_recipe(named, rest)
     check_one_process("compare", " compare.jobs spreads its runs over GPUs.")
+    path = named or Path("topd")
     spec = _checked(path, recipe)
     first, folder = None, Path(recipe.args.output_dir)
     if spec.warmstart:
         _check_served(recipe)
-        part = read_mapping(packaged(path)).get("warmstart") or {}
+        part = (read_mapping(packaged(named)).get("warmstart") or {}) if named else {}
         keys = {**of_common_start(part, overrides), "output_dir": str(_place(folder))}
         with _named("stage 1"):
-            first = read_recipe(path, keys, warmstart=True)
+            first = read_recipe(named, keys, warmstart=True)
     arms = {}
     for arm, keys in spec.all_arms().items():
         with _named(f"arm {arm!r}"):
-            of_arm, staged = apart_from_stage(_from_start(keys, folder))
+            _check_keys(keys, first)
+            of_arm, staged = apart_from_stage(_from_start(keys, folder, first))
             shared = of_stage(overrides, first=staged)
-            keys_of_arm = {**shared, **of_arm, "output_dir": str(folder)}
-            arms[arm] = read_recipe(path, keys_of_arm, warmstart=staged), staged
-            _check_start(spec, keys, warmstart=staged)
+            keys_of_arm = {**shared, **of_arm, "output_dir": str(folder / "arms" / in_files(arm))}
+            arms[arm] = read_recipe(named, keys_of_arm, warmstart=staged), staged
+            _check_answers(keys, first, arms[arm][0])
+            _check_evaluation(recipe, arms[arm][0])
     if own and not first and not any(staged for _, staged in arms.values()):
         raise TOPDError(
             f"{path}: warmstart.{next(iter(own))}: has no effect without stage 1. Set "
             "compare.warmstart: true, or leave it out."
         )
-    return Comparison(path, overrides, recipe, spec, first, arms)
+    return Comparison(named, overrides, recipe, spec, first, arms)
 
 
 def _checked(path: Path, recipe: Recipe) -> CompareSpec:
@@ -131,13 +146,41 @@ def _check_served(recipe: Recipe) -> None:
         )
 
 
-def _check_start(spec: CompareSpec, keys: Mapping[str, Any], *, warmstart: bool) -> None:
-    """What would have no effect, or nothing to work on. Raises TOPDError."""
-    if keys.get("answers") == "start" and not (warmstart and spec.warmstart):
+def _check_keys(keys: Mapping[str, Any], first: Recipe | None) -> None:
+    """What would have no effect in an arm, or nothing to work on. Raises TOPDError."""
+    for key in keys:
+        if part_of(key) in OF_ALL:
+            raise TOPDError(f"{key}: has no effect in an arm. {OF_ALL[part_of(key)]}")
+    if keys.get("answers") == "start" and not (first and keys.get("stage") == "warmstart"):
         raise TOPDError(
-            "answers: start needs a common start with answers of the teacher. Set stage: warmstart "
-            "on the arm and compare.warmstart: true."
+            "answers: start needs a common start. Set stage: warmstart on the arm and "
+            "compare.warmstart: true."
         )
+
+
+def _check_answers(keys: Mapping[str, Any], first: Recipe | None, recipe: Recipe) -> None:
+    """Whether the answers of the common start are to the arm's prompts. Raises TOPDError."""
+    if keys.get("answers") == "start" and first and recipe.data != first.data:
+        raise TOPDError(
+            "answers: start has answers to the data of the common start only. Leave data out of "
+            "the arm, or have it answered anew (answers: teacher)."
+        )
+
+
+def _check_evaluation(recipe: Recipe, of_arm: Recipe) -> None:
+    """Whether an arm is evaluated as the rest: on the same problems, sampled alike.
+
+    Raises TOPDError.
+    """
+    asked = [r.evaluation.model_dump(exclude=OWN) if r.evaluation else {} for r in (recipe, of_arm)]
+    for key, value in asked[0].items():
+        if asked[1].get(key) != value:
+            own = shown(asked[1][key]) if asked[1] else "missing"
+            raise TOPDError(
+                f"evaluation.{key} is {own}, and {shown(value)} for the rest. All arms need the "
+                f"same problems, sampled alike. Leave evaluation.{key} out of the arm (or of "
+                "warmstart), or set it for all."
+            )
 
 
 @contextmanager
@@ -171,11 +214,13 @@ def begun_at(overrides: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str
     return {**{key: v for key, v in overrides.items() if part_of(key) not in start}, **start}
 
 
-def _from_start(keys: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """An arm's keys; ``answers: start`` is the file of the common start's answers."""
-    if keys.get("answers") == "start":
-        return {**keys, "answers": str(_place(folder) / "answers.jsonl")}
-    return dict(keys)
+def _from_start(keys: Mapping[str, Any], folder: Path, first: Recipe | None) -> dict[str, Any]:
+    """An arm's keys; ``answers: start`` is where the answers of the common start are."""
+    if keys.get("answers") != "start" or first is None:
+        return dict(keys)
+    answers = getattr(first.args, "answers", "teacher")
+    own = str(_place(folder) / "answers.jsonl") if answers == "teacher" else answers
+    return {**keys, "answers": own}
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -195,7 +240,8 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> None:
     arms, rows, seen = comparison.spec.all_arms(), dict[str, list[dict[str, Any]]](), set()
     for arm in names:
         recipe, staged = comparison.arms[arm]
-        if arms[arm].get("answers") == "start":  # not written yet
+        asks = comparison.first and getattr(comparison.first.args, "answers", "") == "teacher"
+        if arms[arm].get("answers") == "start" and asks:  # not written yet
             recipe = replace(recipe, args=_asking(recipe.args))
         key = json.dumps([resolved(recipe), staged], sort_keys=True)
         data = recipe.data.model_dump_json()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from topd.report.text import plain
 from topd.runs.files import read_whole
 from topd.runs.records import CurvePoint, ResultRecord, SampleRecord, read_records
 
+LONGEST = 30  # characters of an arm's name in a figure
 SCORES = {"greedy": "greedy accuracy", "pass@1": "pass@1"}
 
 
@@ -24,12 +25,13 @@ def repair_charts(folder: Path) -> list[Chart]:
     """The figures of a repair."""
     if not (folder / "samples.jsonl").is_file():
         return []
-    arms: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[float]] = defaultdict(list)
     for record in read_records(folder, "samples.jsonl", SampleRecord):
         if math.isfinite(record.distance):
-            arms[plain(record.arm, limit=30)].append(record.distance)
-    if not arms:
+            found[record.arm].append(record.distance)
+    if not found:
         return []
+    arms = dict(zip(labels(found), found.values(), strict=True))
     return [
         Chart(
             "repair",
@@ -37,10 +39,27 @@ def repair_charts(folder: Path) -> list[Chart]:
             "Optimal-transport distance to the teacher's window from the same prefix, before and "
             "after the updates with each method. Box: quartiles and median; whiskers: 5th and 95th "
             "percentile; diamond: mean.",
-            _boxes(dict(arms)),
+            _boxes(arms),
             *group_table(arms),
         )
     ]
+
+
+def labels(arms: Iterable[str]) -> list[str]:
+    """Names of arms for a figure, of 30 characters or a little more, no two the same.
+
+    Arms of a sweep differ at their ends, so a long name is shortened in its middle.
+
+    >>> labels(["first_fork, every second update, K 12", "first_fork, every second update, K 24"])
+    ['first_fork, eve…d update, K 12', 'first_fork, eve…d update, K 24']
+    """
+    found: list[str] = []
+    for arm in arms:
+        name = plain(arm)
+        short = name if len(name) <= LONGEST else f"{name[:15]}…{name[-14:]}"
+        same = sum(known == short or known.startswith(f"{short} (") for known in found)
+        found.append(f"{short} ({same + 1})" if same else short)
+    return found
 
 
 def compare_charts(folder: Path) -> list[Chart]:
@@ -88,11 +107,8 @@ def _interval(value: Any) -> tuple[float, float, float] | None:
 
 
 def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
-    found = {
-        plain(arm, limit=30): interval
-        for arm, values in summary.items()
-        if (interval := _interval(values.get(key)))
-    }
+    of_arms = {arm: interval for arm, v in summary.items() if (interval := _interval(v.get(key)))}
+    found = dict(zip(labels(of_arms), of_arms.values(), strict=True))
     against = "_vs_" in key
 
     def draw(axes: Axes) -> None:
@@ -106,7 +122,7 @@ def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
             axes.axvline(0, color=FAINT, lw=1.5, zorder=0)
 
     return Chart(
-        key.replace("@", "-at-"),
+        "".join(c if c.isalnum() or c in "._-" else "-" for c in key.replace("@", "-at-")),
         f"{name[0].upper()}{name[1:]}",
         "Mean over seeds and the interval of compare.json."
         + (" Right of 0: better than the baseline." if against else ""),
@@ -151,15 +167,15 @@ def _mean_curves(
         for point in result.curve:
             value = _score(point, score)
             if value is not None and math.isfinite(value):
-                arms[plain(result.arm, limit=30)][point.step].append(value)
-                spent[plain(result.arm, limit=30)][point.step].append(point.seconds)
+                arms[result.arm][point.step].append(value)
+                spent[result.arm][point.step].append(point.seconds)
     return [
         Series(
-            arm,
+            label,
             tuple(float(np.mean(spent[arm][s])) if seconds else s for s in sorted(steps)),
             tuple(float(np.mean(steps[s])) for s in sorted(steps)),
         )
-        for arm, steps in arms.items()
+        for label, (arm, steps) in zip(labels(arms), arms.items(), strict=True)
     ]
 
 
