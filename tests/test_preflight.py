@@ -511,6 +511,18 @@ def test_what_is_learned_after_a_rollout_has_to_fit_too(tmp_path, options, ahead
 # What a trainer is asked for besides
 
 
+@pytest.mark.parametrize("role", [0, 1])
+@pytest.mark.parametrize("name", ["student", "adapter"])
+def test_a_run_does_not_save_its_student_over_one_of_its_models(tmp_path, unread, role, name):
+    """Nor over one in memory that was read from there."""
+    models = [tiny_model(), tiny_model(seed=1)]
+    models[role].config._name_or_path = str(tmp_path / name)
+    for source in (models[role], tmp_path / "x" / ".." / name):
+        models[role] = source
+        with pytest.raises(TOPDError, match=rf"would save its student over .*{name}.*Choose anoth"):
+            make(tmp_path, *models)
+
+
 def test_only_the_student_is_uploaded(tmp_path, monkeypatch):
     """With Trainer's arguments; a name without a namespace is in the user's."""
     made, sent = [], []

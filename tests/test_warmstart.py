@@ -286,8 +286,9 @@ def test_an_interrupted_writing_goes_on_where_it_stopped(tmp_path):
     forget_the_run(tmp_path)
     path = tmp_path / "answers.jsonl"
     whole = path.read_text()
-    for kept in (1, 5):  # the header alone; the header and four answers
-        path.write_text("".join(whole.splitlines(keepends=True)[:kept]))
+    lines = whole.splitlines(keepends=True)
+    for kept in (lines[:1], lines[:5], [lines[0][:9]]):  # the header; four answers too; half of it
+        path.write_text("".join(kept))
         make(tmp_path).train()
         assert path.read_text() == whole
         forget_the_run(tmp_path)
@@ -316,6 +317,14 @@ def test_answers_made_otherwise_are_not_used_again(tmp_path, change):
     models = [tiny_model("llama", seed=0), options.pop("teacher", tiny_model("qwen3", seed=1))]
     with pytest.raises(TOPDError, match=r"answers\.jsonl"):
         make(tmp_path, *models, **options).train()
+
+
+@pytest.mark.parametrize("content", ['{"q": "mine"}\n{"q": "cut', "one line"])
+def test_a_file_of_that_name_that_is_not_ours_is_not_cut(tmp_path, content):
+    (tmp_path / "answers.jsonl").write_text(content)
+    with pytest.raises(TOPDError, match=r"answers\.jsonl: holds answers to other prompts"):
+        make(tmp_path).train()
+    assert (tmp_path / "answers.jsonl").read_text() == content
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]\n", '{"prompts": "of others"}\n[1]\n'])

@@ -58,6 +58,7 @@ from topd.training.startup import (
     sources_of,
     tokenizers_of_all,
 )
+from topd.training.startup.preflight import check_kept
 from topd.training.stop_rules import Watch
 from topd.types import Prompt
 
@@ -171,6 +172,8 @@ class TOPDTrainer(ObservedTrainer):
         check_arguments(args, self.kind_of_args, sources, *data)
         routes = routes_of(teacher_model, args)
         agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
+        if data[0] is not None:
+            check_kept(sources, Path(args.output_dir))
         tokenizers = tokenizers_of_all(sources, *processing)
         self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
         self.turns = turns_of(args, sources, tokenizers[0])

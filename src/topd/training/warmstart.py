@@ -25,7 +25,7 @@ from topd.config import TOPDConfig, _field
 from topd.engines.several import reader_of
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import fingerprint, model_fingerprint
-from topd.runs.files import read_lines, trim
+from topd.runs.files import raw_lines, read_lines, trim
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
 from topd.seeds import Stream, sampling_seeds
@@ -272,14 +272,15 @@ def _learned_again(prompts: Sequence[Prompt], path: Path) -> list[Prompt]:
 def _answers_in(path: Path, header: dict[str, Any]) -> list[list[int]]:
     """Answers that an earlier run in this folder has to the same prompts, sampled the same way.
 
-    Starts the file if there is none; a last line that was cut off is dropped.
+    Starts the file if there is none; a last line that was cut off is dropped, in a file of ours.
     """
-    if not trim(path):
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    first, *answers = read_lines(path, object)
-    if first != header:
+    begin = json.dumps(header) + "\n"
+    if not begin.encode().startswith(next(raw_lines(path), b"")):  # whole, or cut off
         raise TOPDError(
             f"{path}: holds answers to other prompts, of another teacher or of other sampling. "
             "Choose another folder."
         )
+    if not trim(path):
+        path.write_text(begin, encoding="utf-8")
+    _, *answers = read_lines(path, object)
     return answers

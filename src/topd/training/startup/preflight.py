@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,19 @@ _UNUSED = {  # fields of a generation config that greedy decoding, or one beam, 
     "do_sample": "temperature top_p min_p top_h typical_p top_k epsilon_cutoff eta_cutoff",
     "num_beams": "early_stopping length_penalty",
 }
+
+
+def check_kept(sources: Sequence[object], run: Path) -> None:
+    """Whether a run would write over one of its own models at its end. Raises TOPDError."""
+    written = {(run / name).resolve() for name in ("student", "adapter")}
+    for source in sources:
+        place = source.config._name_or_path if isinstance(source, LOADED) else source
+        place = str(getattr(place, "path", None) or place)
+        if Path(place).expanduser().resolve() in written:
+            raise TOPDError(
+                f"output_dir: {run}: this run would save its student over {place}, one of its "
+                "models. Choose another folder."
+            )
 
 
 def check_saving(student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
