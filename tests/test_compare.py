@@ -449,6 +449,15 @@ def test_a_comparison_may_get_more_arms_and_seeds_and_no_other_ones(recipe, tmp_
     assert [(r["arm"], r["seed"]) for r in results(folder)[1:]] == [("topd", 0), ("topd", 1)]
     with pytest.raises(TOPDError, match="another comparison"):
         run_compare(recipe, [*words, "--compare.arms={opd: {method: opd, beta: 0}}"])
+    for place in ("opd-0", "topd-0"):  # as if the student there had been trained on since
+        path = folder / "arms" / place / "manifest.json"
+        content = json.loads(path.read_text())
+        content["models"]["student"]["sha256"] = "0" * 64
+        path.write_text(json.dumps(content))
+    more = f"{more}, late: {{method: opd}}"
+    with pytest.raises(TOPDError, match=r"student at testbed://.* other weights with late, seed 0"):
+        run_compare(recipe, [*words, f"--compare.arms={{{one}, {more}}}"])
+    assert len(results(folder)) == 3
 
 
 @pytest.mark.parametrize("changed", ["number", "rows"])

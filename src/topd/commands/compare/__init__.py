@@ -36,7 +36,12 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from topd.commands.compare.budgets import TOKENS
-from topd.commands.compare.problems import check_problems, problems_digest
+from topd.commands.compare.problems import (
+    check_models,
+    check_problems,
+    place_of,
+    problems_digest,
+)
 from topd.commands.compare.start import (
     Comparison,
     apart_from_stage,
@@ -49,7 +54,7 @@ from topd.commands.compare.start import (
     without_checkpoints,
 )
 from topd.commands.compare.summary import SCORES, SECONDS, Result, summarise
-from topd.commands.recipe import CompareSpec, in_files, read_recipe
+from topd.commands.recipe import CompareSpec, read_recipe
 from topd.commands.session import until_stopped
 from topd.commands.train import make_trainer, watch_steps
 from topd.commands.workers import in_workers
@@ -108,6 +113,7 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
         tasks[arm, seed] = comparison.path, {**comparison.keys_of(keys, start), **own}
     with closing(_run_all(tasks, spec.jobs, console)) as found:
         for result in found:
+            check_models(folder, result, results)
             run.append(RESULTS, [result])
             results.append(result)
             if console:
@@ -265,10 +271,10 @@ def _failed(faults: Mapping[tuple[str, int], TOPDError]) -> TOPDError:
     first, *_ = faults.values()
     more = f" {len(runs) - 1} more failed: {'; '.join(runs[1:])}." if runs[1:] else ""
     said = (
-        f"compare, arm {runs[0]}: {first}{more} All other runs are kept, and the same command "
-        "continues: a run that failed starts over there, without its checkpoints. For a table "
-        "without it leave out its arm or, where other seeds of that arm have ended, give the arm "
-        "those as seeds of its own."
+        f"compare, arm {runs[0]}: {first}{more} Checkpoints are for a run of its own: here the "
+        "same command continues, all other runs are kept, and one that failed starts over. For a "
+        "table without it leave out its arm or, where other seeds of that arm have ended, give the "
+        "arm those as seeds of its own."
     )
     if isinstance(first, StoppedError):
         return StoppedError(said, first.exit_code)
@@ -358,7 +364,7 @@ def _stored(folder: Path) -> list[Result]:
 
 def _place(folder: Path, arm: str, seed: int) -> str:
     """The run folder of an arm, emptied if a run there did not finish."""
-    place = folder / "arms" / f"{in_files(arm)}-{seed}"
+    place = place_of(folder, arm, seed)
     begin_anew(place)
     (place / "answers.jsonl").unlink(missing_ok=True)  # what they cost is the arm's
     return str(place)

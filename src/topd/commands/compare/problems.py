@@ -1,18 +1,20 @@
-"""Whether all runs of a comparison answer the same problems, which is known before one runs."""
+"""Whether all runs of a comparison have the same problems, and models that stayed as they were."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from topd.commands.compare.start import Comparison
 from topd.commands.compare.summary import Result
+from topd.commands.recipe import in_files
 from topd.commands.train import make_evaluator
 from topd.errors import TOPDError
 from topd.evaluate import Evaluator
 from topd.evaluate.evaluation import first_rows
-from topd.runs.files import digest
+from topd.runs.files import digest, read_whole
 
 
 def problems_digest(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -57,3 +59,36 @@ def check_problems(comparison: Comparison, arms: Sequence[str], results: Sequenc
                     "chat template may change. Give all arms one evaluation, leave out rows that "
                     "repeat a prompt, and choose another folder."
                 )
+
+
+def place_of(folder: Path, arm: str, seed: int) -> Path:
+    """The run folder of an arm with a seed."""
+    return folder / "arms" / f"{in_files(arm)}-{seed}"
+
+
+def check_models(folder: Path, result: Result, results: Sequence[Result]) -> None:
+    """Hold the models of a run against those of the runs before, where they are of one name.
+
+    Raises TOPDError where weights have changed: the runs would have begun from different students.
+    """
+    own = dict(_models(folder, result))
+    for before in results:
+        for model, sha256 in _models(folder, before):
+            if own.get(model, sha256) != sha256:
+                raise TOPDError(
+                    f"compare: the {' at '.join(model[:2])} has other weights with "
+                    f"{result['arm']}, seed {result['seed']} than it had with {before['arm']}, "
+                    f"seed {before['seed']}. Bring those back, or choose another folder."
+                )
+
+
+def _models(folder: Path, result: Result) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Role, path and version of a run's models, with the hash of their weights."""
+    place = place_of(folder, result["arm"], result["seed"])
+    recipe = read_whole(place / "run.json").get("recipe", {})
+    manifest = read_whole(place / "manifest.json")
+    version = manifest.get("versions", {}).get("topd", "")  # which may hash otherwise
+    for role, found in manifest.get("models", {}).items():
+        spec = recipe.get(role)
+        if isinstance(spec, dict) and spec.get("path") and "sha256" in found:
+            yield (role, spec["path"], json.dumps(spec), version), found["sha256"]

@@ -163,7 +163,7 @@ def _check_answers(keys: Mapping[str, Any], first: Recipe | None, recipe: Recipe
     if keys.get("answers") == "start" and first and recipe.data != first.data:
         raise TOPDError(
             "answers: start has answers to the data of the common start only. Leave data out of "
-            "the arm, or have it answered anew (answers: teacher)."
+            "the arm, or have the teacher answer its own (answers: teacher)."
         )
 
 
