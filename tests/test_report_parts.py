@@ -166,6 +166,23 @@ def test_arms_with_long_names_stay_apart_and_any_baseline_names_a_file(tmp_path)
     assert labels(["x" * 40, "x" * 41])[1].endswith(" (2)")
 
 
+def test_a_comparison_by_cpu_time_is_drawn_and_told_by_it(tmp_path):
+    folder = make.compare(tmp_path)
+    for name, old, new in (
+        ("compare.json", '"baseline"', '"clock": "cpu", "baseline"'),
+        ("results.jsonl", '"step": 4,', '"step": 4, "cpu_seconds": 7.0,'),
+    ):
+        path = folder / name
+        path.write_text(path.read_text().replace(old, new))
+    (chart,) = (c for c in PAGES["compare"].charts(folder) if c.name == "time-greedy")
+    assert chart.columns[0] == "CPU seconds"
+    assert {x for line in drawn(chart).lines for x in line.get_xdata()} == {0.0, 7.0}
+    summary = json.loads((folder / "compare.json").read_text())
+    assert compare_tables(summary)[0].columns[5:7] == ("CPU time", "CPU seconds")
+    summary["summary"]["topd"]["seconds_ratio"] = 2.0
+    assert "2.0 x the CPU time" in next(iter(compare_words(summary)))
+
+
 def test_bars_of_time_are_seconds_an_update_on_top_of_each_other(tmp_path):
     axes = drawn(by_name("training", tmp_path)["time"])
     tops = sorted({round(p.get_y() + p.get_height(), 6) for p in axes.patches})

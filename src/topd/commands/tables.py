@@ -162,7 +162,8 @@ def show_compare(console: Console, summary: Summary) -> None:
     for line in compare_words(summary):
         console.print(line, markup=False, highlight=False)
     problems = summary["summary"][base]["greedy"]["problems"]
-    line = f"{problems} problems, {seeds_words(summary)}; per cent; time over {base}'s"
+    time = "CPU time" if summary.get("clock") == "cpu" else "time"
+    line = f"{problems} problems, {seeds_words(summary)}; per cent; {time} over {base}'s"
     console.print(line, markup=False, highlight=False)
 
 

@@ -218,6 +218,7 @@ ALIKE = (
 def compare_words(summary: Mapping[str, Any]) -> Iterator[str]:
     """Every arm against the baseline, in points, with its time."""
     base, arms = str(summary.get("baseline", "opd")), summary.get("summary", {})
+    cpu = "CPU " * (summary.get("clock") == "cpu")
     seeds, every = _seeds(summary), set(summary.get("seeds", ()))
     for name, arm in arms.items():
         gain = arm.get(f"greedy_vs_{base}")
@@ -231,7 +232,7 @@ def compare_words(summary: Mapping[str, Any]) -> Iterator[str]:
             over = " over problems alone" * alone
             noise = f": the interval{over} holds 0, no difference to be seen"
         ratio = arm.get("seconds_ratio")
-        time = f", {ratio:.1f} x the time" if isinstance(ratio, int | float) else ""
+        time = f", {ratio:.1f} x the {cpu}time" if isinstance(ratio, int | float) else ""
         arm_name, base_name = plain(str(name), limit=ARM), plain(base, limit=ARM)
         yield f"{arm_name} {_points(gain)} points over {base_name} (greedy){time}{noise}."
 
@@ -259,7 +260,9 @@ def compare_tables(summary: Mapping[str, Any]) -> list[SummaryTable]:
     """One table by arm, in per cent, with what each started from and spent."""
     base = str(summary.get("baseline", "opd"))
     over = f"over {plain(base, limit=30)}"
-    columns = ("arm", "greedy, %", over, "pass@1, %", over, "time", "seconds", "teacher tokens")
+    cpu = "CPU " * (summary.get("clock") == "cpu")
+    spent = f"{cpu}time", f"{cpu}seconds", "teacher tokens"
+    columns = ("arm", "greedy, %", over, "pass@1, %", over, *spent)
     rows = [
         (plain(str(name), limit=40), _percent(s.get("greedy")), "", _percent(s.get("pass@1")),
          *[""] * 4)

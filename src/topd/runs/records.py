@@ -167,6 +167,7 @@ class CurvePoint(Record):
 
     step: float
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     greedy: float | None = None
     pass_at_1: float | None = Field(default=None, alias="pass@1")
 

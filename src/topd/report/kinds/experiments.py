@@ -74,7 +74,8 @@ def compare_charts(folder: Path) -> list[Chart]:
         if any(_interval(arm.get(versus)) for arm in summary.values()):
             charts.append(_interval_chart(versus, f"{name} against the baseline", summary))
     if (folder / "results.jsonl").is_file():
-        charts += _learning_curves(list(read_records(folder, "results.jsonl", ResultRecord)))
+        results = list(read_records(folder, "results.jsonl", ResultRecord))
+        charts += _learning_curves(results, cpu=content.get("clock") == "cpu")
     return charts
 
 
@@ -132,16 +133,17 @@ def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
     )
 
 
-def _learning_curves(results: Sequence[ResultRecord]) -> list[Chart]:
+def _learning_curves(results: Sequence[ResultRecord], *, cpu: bool) -> list[Chart]:
+    unit = "CPU seconds" if cpu else "seconds"
     charts = []
     for score, name in SCORES.items():
         found = _mean_curves(results, score)
         if found:
             at = score.replace("@", "-at-")
             charts.append(_learning(f"curve-{at}", name, "over the updates", found, "updates"))
-        timed = _mean_curves(results, score, seconds=True)
+        timed = _mean_curves(results, score, clock="cpu_seconds" if cpu else "seconds")
         if any(max(curve.x) > 0 for curve in timed):
-            charts.append(_learning(f"time-{at}", name, "over time", timed, "seconds"))
+            charts.append(_learning(f"time-{at}", name, "over time", timed, unit))
     return charts
 
 
@@ -158,7 +160,7 @@ def _learning(name: str, score: str, over: str, found: Sequence[Series], unit: s
 
 
 def _mean_curves(
-    results: Sequence[ResultRecord], score: str, *, seconds: bool = False
+    results: Sequence[ResultRecord], score: str, *, clock: str | None = None
 ) -> list[Series]:
     """By arm, over updates; or over the mean seconds of all seeds at the same update."""
     spent: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -168,11 +170,11 @@ def _mean_curves(
             value = _score(point, score)
             if value is not None and math.isfinite(value):
                 arms[result.arm][point.step].append(value)
-                spent[result.arm][point.step].append(point.seconds)
+                spent[result.arm][point.step].append(getattr(point, clock or "seconds"))
     return [
         Series(
             label,
-            tuple(float(np.mean(spent[arm][s])) if seconds else s for s in sorted(steps)),
+            tuple(float(np.mean(spent[arm][s])) if clock else s for s in sorted(steps)),
             tuple(float(np.mean(steps[s])) for s in sorted(steps)),
         )
         for label, (arm, steps) in zip(labels(arms), arms.items(), strict=True)
