@@ -51,6 +51,7 @@ from topd.evaluate.judge import Judge
 from topd.evaluate.spec import EvaluationSpec
 from topd.evaluate.written import plain
 from topd.inputs.models import ModelSpec
+from topd.inputs.rows import DataSpec
 from topd.report.kinds.evaluated import evaluation_tables
 from topd.runs.folder import RunFolder
 from topd.types import Generation, Ids, Prompt, Sampling
@@ -1277,7 +1278,7 @@ def test_what_a_row_gives_to_the_template_reaches_it():
 
 def run_json(run: Path, kwargs: Any = None, **data: Any) -> ModelSpec:
     run.mkdir(parents=True)
-    content = {"recipe": {"data": {"path": "a.jsonl", **data}}}
+    content = {"recipe": {"data": DataSpec(**{"path": "a.jsonl", **data}).model_dump()}}
     content["config"] = {"chat_template_kwargs": kwargs}
     (run / "run.json").write_text(json.dumps(content))
     return ModelSpec(path=str(run / "student"))
@@ -1316,6 +1317,9 @@ def test_the_student_of_a_run_is_evaluated_as_it_was_trained(tmp_path):
     tokenizer.save_pretrained(bare.path)
     tiny_model().config.save_pretrained(bare.path)
     assert evaluating.as_trained(spec, [bare])[1] == []
+    (tmp_path / "e/run.json").write_text('{"recipe": {"data": {"path": 3}}}')
+    with pytest.raises(TOPDError, match=r"e/run\.json: its data cannot be read"):
+        evaluating.as_trained(spec, [bare])
     hub = ModelSpec(path="hub/student")
     assert evaluating.as_trained(spec, [hub]) == (spec, [])
     found, _ = evaluating.as_trained(spec, [hub, ModelSpec(path=str(tmp_path / "a/checkpoint-2"))])

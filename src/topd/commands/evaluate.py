@@ -263,10 +263,16 @@ def _trained_with(model: ModelSpec) -> dict[str, Any]:
     place = Path(model.path).expanduser()
     of_training = place.name == "student" or place.name.startswith("checkpoint-")
     stored = read_whole(place.parent / "run.json") if of_training else {}
-    try:
-        data = DataSpec.model_validate((stored.get("recipe") or {}).get("data"))
-    except ValidationError:  # none, as of a trainer made in Python
+    recorded = (stored.get("recipe") or {}).get("data")
+    if not recorded:  # as of a trainer made in Python
         return {}
+    try:
+        data = DataSpec.recorded(recorded)
+    except ValidationError as error:
+        raise TOPDError(
+            f"{place.parent / 'run.json'}: its data cannot be read ({error.errors()[0]['msg']}). "
+            "Copy the model to another folder to evaluate it by itself."
+        ) from error
     kwargs = (stored.get("config") or {}).get("chat_template_kwargs") or {}
     chat = data.makes_messages
     with suppress(TOPDError):  # data that is no longer there

@@ -80,6 +80,12 @@ class DataSpec(BaseModel):
             raise ValueError(f"name has no effect with {SCHEME}")
         return self
 
+    @classmethod
+    def recorded(cls, stored: Mapping[str, Any]) -> DataSpec:
+        """Of a run's records, which have every key: those at their defaults were not given."""
+        usual = {name: known.default for name, known in cls.model_fields.items()}
+        return cls.model_validate({k: v for k, v in stored.items() if v != usual.get(k)})
+
     @property
     def makes_messages(self) -> bool:
         """Whether a prompt of text becomes a user message."""

@@ -262,7 +262,7 @@ def _recipe(
     return Recipe(
         student=ModelSpec(**sources["student"]),
         teacher=_teacher_of(sources),
-        data=_data_of(sources["data"]),
+        data=DataSpec.recorded(sources["data"]),
         eval_data=None,
         evaluation=None,
         compare=None,
@@ -278,9 +278,3 @@ def _teacher_of(sources: Mapping[str, Any]) -> ModelSpec | Teachers | SelfTeache
     if "teachers" not in sources:
         return ModelSpec(**sources["teacher"])
     return Teachers({name: ModelSpec(**spec) for name, spec in sources["teachers"].items()})
-
-
-def _data_of(stored: Mapping[str, Any]) -> DataSpec:
-    """Without the defaults: some keys exclude others."""
-    usual = {name: known.default for name, known in DataSpec.model_fields.items()}
-    return DataSpec(**{key: value for key, value in stored.items() if value != usual[key]})
