@@ -446,6 +446,10 @@ def test_the_help_of_a_command_begins_with_the_settings_that_it_alone_has(verb, 
     assert "Settings, each --NAME VALUE: method, " in shown
 
 
+def test_a_paragraph_of_help_runs_on_from_line_to_line():
+    assert "16384. Both have" in command("serve-teacher", "--help").output
+
+
 def test_help_says_how_to_do_without_a_recipe_and_so_does_the_fault():
     shown = " ".join(command("train", "--help").output.replace("│", "").split())
     assert "train [OPTIONS] [RECIPE]" in shown

@@ -17,11 +17,15 @@ from typing import Any
 import pytest
 import yaml
 from bench import evidence, settings
+from pydantic import BaseModel
 from transformers import TrainingArguments
 
 import topd.config
 from topd.commands.gate import Suite
-from topd.commands.recipe import read_recipe
+from topd.commands.recipe import CompareSpec, read_recipe
+from topd.evaluate.spec import TrainingEvaluation
+from topd.inputs.models import ModelSpec
+from topd.inputs.rows import DataSpec
 from topd.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +93,21 @@ def test_every_setting_and_method_is_on_a_page() -> None:
     assert all(f"`{name}`" in text for name in own)
     methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in methods for name in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("page", "kind"),
+    [
+        ("how-to/own-data.md", DataSpec),
+        ("how-to/own-models.md", ModelSpec),
+        ("how-to/own-models.md", CompareSpec),
+        ("evaluation.md", TrainingEvaluation),
+    ],
+)
+def test_every_key_of_a_part_is_on_a_page(page: str, kind: type[BaseModel]) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    missing = [n for n in kind.model_fields if f"`{n}`" not in text and f"  {n}: " not in text]
+    assert missing == []
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

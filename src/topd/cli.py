@@ -15,6 +15,7 @@ app = typer.Typer(
     help="On-policy distillation that looks ahead (arXiv 2606.00305).",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # joins the lines of a paragraph
     pretty_exceptions_enable=False,
 )
 PROBLEMS = (

@@ -237,7 +237,7 @@ def _change(logs: Logs, key: str) -> Fact:
     ends = f"first and last {tail}" if head == tail else f"first {head} and last {tail}"
     note = f"nats a token, mean of the {ends} of {sum(updates)} updates"
     arrow = "→" if differ else "to"
-    noise = "" if differ else "; no change to be seen"
+    noise = {True: "", False: "; no change to be seen", None: "; too few to tell a change"}[differ]
     return Fact(DIVERGENCES[key], f"{first:.3f} {arrow} {last:.3f}", note + noise)
 
 
