@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import typer
 
-from topd.commands.probe.detectors import Labelled, label_rollouts, observer_of, table
+from bench.labelled import Labelled, label_rollouts, observer_of, table
 from topd.engines.hf import HFEngine
 from topd.inputs.models import ModelSpec
 from topd.statistics import Interval

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench.detectors import MARKS, outcome_table
+from bench.labelled import observer_of
 
 from conftest import write_pair
 from topd.commands import probe
 from topd.commands.probe import run_probe
-from topd.commands.probe.detectors import observer_of
 from topd.commands.probe.outcomes import Outcome, checker_of, verify_forks
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from bench.labelled import auc, label_rollouts, observer_of, precision_recall, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
@@ -16,7 +17,6 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from topd import TOPDConfig, TOPDTrainer
-from topd.commands.probe.detectors import auc, label_rollouts, observer_of, precision_recall, table
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec

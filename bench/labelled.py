@@ -73,7 +73,7 @@ def precision_recall(scores: np.ndarray, positive: np.ndarray, chosen: int) -> t
     return hits / max(chosen, 1), hits / max(int(positive.sum()), 1)
 
 
-def table(found: Labelled, *, resamples: int = 500, seed: int = 0) -> dict[str, dict[str, object]]:
+def table(found: Labelled, *, resamples: int = 500) -> dict[str, dict[str, object]]:
     """AUC with its interval, precision and recall of every detector, on all tokens and loud ones.
 
     As many tokens are chosen as there are forks, so that precision and recall agree. The interval
