@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import combinations
 from math import comb, erf, sqrt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -39,7 +40,6 @@ from topd.evaluate import (
     Evaluator,
     Response,
     bootstrap,
-    evaluate,
     paired_bootstrap,
     pass_at_k,
     summarise,
@@ -423,23 +423,29 @@ class Scripted:
         return Generation(tokens, (0.0,) * len(tokens), finished=right)
 
 
-def scripted(prompts: Sequence[Prompt], *, samples: int = 2, batch_size: int = 3, **changes: Any):
-    engine = Scripted()
-    found = evaluate(
-        engine,
-        prompts,
-        changes.pop("rows", [{"number": i} for i in range(10)]),
-        lambda text, row: text == "1" * (row["number"] + 1),
-        **{
-            "samples": samples,
-            "sampling": Sampling(0.7, 0.9, 5, 8),
-            "seed": 3,
-            "batch_size": batch_size,
-            "decode": lambda ids: "".join(map(str, ids)),
-            **changes,
-        },
-    )
-    return found, engine
+def speaks(decode: Callable[[Ids], str]) -> Any:
+    """What stands for a tokenizer here."""
+    return SimpleNamespace(decode=lambda ids, **_: decode(tuple(ids)))
+
+
+SAMPLED = Sampling(0.7, 0.9, 5, 8)
+
+
+def scripted(
+    prompts: Sequence[Prompt],
+    *,
+    rows: Sequence[dict[str, int]] = tuple({"number": i} for i in range(10)),
+    samples: int = 2,
+    sampling: Sampling = SAMPLED,
+    batch_size: int = 3,
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[Evaluation, Scripted]:
+    engine, text = Scripted(), speaks(lambda ids: "".join(map(str, ids)))
+    evaluator = Evaluator(
+        prompts, rows, lambda text, row: text == "1" * (row["number"] + 1), text,
+        samples, sampling, 3, batch_size,
+    )  # fmt: skip
+    return evaluator(engine, tick=tick), engine
 
 
 PROMPTS = [Prompt(i, (i,) * (1 + i * 7 % 5), (i,)) for i in (4, 1, 6, 2)]
@@ -561,17 +567,14 @@ def test_a_thought_that_the_prompt_opens_is_no_answer_until_it_is_closed():
         def _one(self, prompt: Ids, sampling: Sampling, seed: int) -> Generation:
             return Generation((0, int(sampling.temperature > 0)), (0.0, 0.0), finished=True)
 
-    found = evaluate(
-        Thinking(),
+    found = Evaluator(
         [Prompt(i, (i,), (i,)) for i in (1, 2, 3)],
         [{"answer": "5"}] * 4,
         AnswerVerifier(),
+        speaks(texts.__getitem__),
         samples=1,
         sampling=Sampling(0.7),
-        seed=0,
-        batch_size=4,
-        decode=texts.__getitem__,
-    )
+    )(Thinking())
     assert found.solved(greedy=True) == [0, 1, 1]
     assert found.solved() == [1, 1, 1]
     assert {response.text for response in found.responses} == {texts[0, 0], texts[0, 1]}

@@ -2,7 +2,7 @@
 
 from topd.evaluate.answers import AnswerVerifier, Verify
 from topd.evaluate.callback import EvaluationCallback
-from topd.evaluate.evaluation import Evaluation, Evaluator, Response, evaluate, summarise
+from topd.evaluate.evaluation import Evaluation, Evaluator, Response, summarise
 from topd.statistics import (
     Interval,
     bootstrap,
@@ -20,7 +20,6 @@ __all__ = [
     "Response",
     "Verify",
     "bootstrap",
-    "evaluate",
     "paired_bootstrap",
     "pass_at_k",
     "seed_problem_interval",

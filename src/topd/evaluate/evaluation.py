@@ -6,7 +6,7 @@ spreads it, so that one can rise while the other falls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -20,6 +20,7 @@ from topd.seeds import Stream, sampling_seeds
 from topd.statistics import Interval, bootstrap, pass_at_k
 from topd.types import Generation, Ids, Prompt, Sampling
 
+Asked: TypeAlias = tuple[Prompt, int | None]  # problem, number of the sample: None is greedy
 Decode: TypeAlias = Callable[[Ids], str]
 Keep: TypeAlias = Callable[[Sequence["Response"]], None]  # a batch, as soon as it is there
 
@@ -104,67 +105,6 @@ class Evaluation:
         }
 
 
-def evaluate(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    rows: Sequence[Mapping[str, Any]],
-    verify: Verify,
-    *,
-    samples: int,
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    decode: Decode,
-    tick: Tick = no_tick,
-    done: Iterable[Response] = (),
-    keep: Keep = lambda _: None,
-) -> Evaluation:
-    """Answer every problem once greedily and ``samples`` times at ``sampling``, and verify.
-
-    A sample depends on the seed, the row's number and its own number alone: not on batches, on
-    the other problems, or on how many samples there are. Two models evaluated with one seed are
-    sampled with the same random numbers.
-
-    Args:
-        engine: the model.
-        prompts: the problems; ``Prompt.index`` is their row.
-        rows: the data, whose row a response is verified against.
-        verify: whether a response text is right; after a prompt that ends in ``<think>`` it is
-            given that mark too.
-        samples: responses a problem, besides the greedy one.
-        sampling: how they are drawn; its length limit is also that of the greedy ones.
-        seed: of the samples and of the bootstrap.
-        batch_size: responses written at a time.
-        decode: token ids to text.
-        tick: called once for every response.
-        done: responses of the same evaluation that was stopped; they are not written again.
-        keep: is given every new batch of responses.
-
-    Raises:
-        TOPDError: no problems, no samples, or a sampling at temperature 0.
-    """
-    if not prompts or samples < 1 or batch_size < 1 or sampling.temperature <= 0:
-        raise TOPDError(
-            "evaluate: needs prompts, at least one sample and a batch size of 1, and a sampling "
-            "temperature above 0 (greedy responses are always written too)."
-        )
-    ask = partial(_answer, engine, rows=rows, verify=verify, decode=decode, tick=tick, keep=keep)
-    greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
-    kept = {(response.problem, response.sample): response for response in done}
-    responses = []
-    for numbers, how in (((None,), greedy), (range(samples), sampling)):
-        asked = [(prompt, i) for prompt in prompts for i in numbers]
-        known = [kept[p.index, i] for p, i in asked if (p.index, i) in kept]
-        for _ in known:
-            tick()
-        new = [(p, i) for p, i in asked if (p.index, i) not in kept]
-        responses += [*known, *ask(new, how, seed, batch_size)]
-    place = {prompt.index: i for i, prompt in enumerate(prompts)}
-    responses.sort(key=lambda r: (place[r.problem], -1 if r.sample is None else r.sample))
-    first = first_rows(prompts)
-    return summarise([replace(r, repeats=first.get(r.problem)) for r in responses], seed=seed)
-
-
 def first_rows(prompts: Iterable[Prompt]) -> dict[int, int]:
     """The first row with the same prompt, of every row that repeats one."""
     first: dict[Ids, int] = {}
@@ -205,7 +145,23 @@ def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The arguments of :func:`evaluate` but the engine: for evaluating many times alike."""
+    """Answers every problem once greedily and ``samples`` times at ``sampling``, and verifies.
+
+    A sample depends on the seed, the row's number and its own number alone: not on batches, on
+    the other problems, or on how many samples there are. Two models evaluated with one seed are
+    sampled with the same random numbers.
+
+    Args:
+        prompts: the problems; ``Prompt.index`` is their row.
+        rows: the data, whose row a response is verified against.
+        verify: whether a response text is right; after a prompt that ends in ``<think>`` it is
+            given that mark too.
+        tokenizer: of the model.
+        samples: responses a problem, besides the greedy one.
+        sampling: how they are drawn; its length limit is also that of the greedy ones.
+        seed: of the samples and of the bootstrap.
+        batch_size: responses written at a time.
+    """
 
     prompts: Sequence[Prompt]
     rows: Sequence[Mapping[str, Any]]
@@ -228,21 +184,48 @@ class Evaluator:
         done: Iterable[Response] = (),
         keep: Keep = lambda _: None,
     ) -> Evaluation:
-        """Evaluate. See :func:`evaluate`."""
-        return evaluate(
-            engine,
-            self.prompts,
-            self.rows,
-            self.verify,
-            samples=self.samples,
-            sampling=self.sampling,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            decode=self.decode,
-            tick=tick,
-            done=done,
-            keep=keep,
-        )
+        """Evaluate.
+
+        Args:
+            engine: the model.
+            tick: called once for every response.
+            done: responses of the same evaluation that was stopped; they are not written again.
+            keep: is given every new batch of responses.
+
+        Raises:
+            TOPDError: no problems, no samples, or a sampling at temperature 0.
+        """
+        if (
+            not self.prompts
+            or self.samples < 1
+            or self.batch_size < 1
+            or self.sampling.temperature <= 0
+        ):
+            raise TOPDError(
+                "evaluate: needs prompts, at least one sample and a batch size of 1, and a "
+                "sampling temperature above 0 (greedy responses are always written too)."
+            )
+        kept = {(response.problem, response.sample): response for response in done}
+        greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
+        responses = []
+        for numbers, sampling in (((None,), greedy), (range(self.samples), self.sampling)):
+            asked = [(prompt, i) for prompt in self.prompts for i in numbers]
+            known = [kept[p.index, i] for p, i in asked if (p.index, i) in kept]
+            responses += known
+            for _ in known:
+                tick()
+            new = [(p, i) for p, i in asked if (p.index, i) not in kept]
+            for batch in self._batches(new):
+                written = self._answer(engine, batch, sampling)
+                responses += written
+                for _ in written:
+                    tick()
+                keep(written)
+        place = {prompt.index: i for i, prompt in enumerate(self.prompts)}
+        responses.sort(key=lambda r: (place[r.problem], -1 if r.sample is None else r.sample))
+        first = first_rows(self.prompts)
+        repeats = [replace(r, repeats=first.get(r.problem)) for r in responses]
+        return summarise(repeats, seed=self.seed)
 
     @property
     def count(self) -> int:
@@ -253,48 +236,27 @@ class Evaluator:
         """Token ids as text, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def _batches(self, asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
+        """Longest prompts first: little padding, and what does not fit the memory fails at once."""
+        ordered = sorted(asked, key=lambda pair: -len(pair[0].student))
+        for first in range(0, len(ordered), self.batch_size):
+            yield ordered[first : first + self.batch_size]
 
-def _answer(
-    engine: Engine,
-    asked: Sequence[tuple[Prompt, int | None]],
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    *,
-    rows: Sequence[Mapping[str, Any]],
-    verify: Verify,
-    decode: Decode,
-    tick: Tick,
-    keep: Keep,
-) -> list[Response]:
-    """Responses to (prompt, sample) pairs, longest prompts first: little padding, and a batch that
-    does not fit the memory fails at once."""
-    asked = sorted(asked, key=lambda pair: -len(pair[0].student))
-    responses = []
-    for first in range(0, len(asked), batch_size):
-        batch = asked[first : first + batch_size]
-        prompts, seeds = [prompt.student for prompt, _ in batch], _seeds(seed, batch)
-        for (prompt, sample), written in zip(
-            batch, engine.generate(prompts, sampling, seeds), strict=True
-        ):
-            responses.append(_verified(prompt, sample, written, rows, verify, decode))
-            tick()
-        keep(responses[first:])
-    return responses
+    def _answer(self, engine: Engine, batch: Sequence[Asked], sampling: Sampling) -> list[Response]:
+        prompts = [prompt.student for prompt, _ in batch]
+        seeds = [
+            sampling_seeds(self.seed, Stream.EVALUATION_SAMPLES + (i or 0), 1, first=p.index)[0]
+            for p, i in batch
+        ]
+        written = engine.generate(prompts, sampling, seeds)
+        return [self._verified(*pair, made) for pair, made in zip(batch, written, strict=True)]
 
-
-def _verified(
-    prompt: Prompt,
-    sample: int | None,
-    written: Generation,
-    rows: Sequence[Mapping[str, Any]],
-    verify: Verify,
-    decode: Decode,
-) -> Response:
-    text, row = decode(written.tokens), prompt.index
-    right = bool(verify(opened_thought(prompt.student, decode) + text, rows[row]))
-    logprob = sum(written.logprobs)
-    return Response(row, sample, written.tokens, text, right, written.finished, logprob)
+    def _verified(self, prompt: Prompt, sample: int | None, written: Generation) -> Response:
+        text, row = self.decode(written.tokens), prompt.index
+        opened = opened_thought(prompt.student, self.decode)
+        right = bool(self.verify(opened + text, self.rows[row]))
+        logprob = sum(written.logprobs)
+        return Response(row, sample, written.tokens, text, right, written.finished, logprob)
 
 
 def opened_thought(prompt: Ids, decode: Decode) -> str:
@@ -303,13 +265,6 @@ def opened_thought(prompt: Ids, decode: Decode) -> str:
     What verifies a response needs it in front: else a thought that is cut off looks like an answer.
     """
     return THOUGHT if decode(prompt[-TAIL:]).rstrip().endswith(THOUGHT) else ""
-
-
-def _seeds(seed: int, batch: Sequence[tuple[Prompt, int | None]]) -> list[int]:
-    return [
-        sampling_seeds(seed, Stream.EVALUATION_SAMPLES + (sample or 0), 1, first=prompt.index)[0]
-        for prompt, sample in batch
-    ]
 
 
 def by_problem(responses: Sequence[Response], greedy: bool) -> list[list[Response]]:
