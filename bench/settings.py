@@ -14,7 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from transformers import TrainingArguments
 
 from topd.commands.keys import SHARED
-from topd.commands.settings_table import table
+from topd.commands.settings import table
 from topd.config import TOPDConfig, rules
 from topd.methods import METHODS
 from topd.runs.settings import TABLE

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 
-from topd.commands import early, probe, recipe, repair, session, settings_table
+from topd.commands import early, probe, recipe, repair, session, settings
 from topd.commands.keys import parse_overrides
 from topd.config import TOPDConfig
 from topd.detectors import DETECTORS
@@ -44,7 +44,7 @@ def test_methods_and_detectors_are_those_of_the_tables():
 
 def test_the_table_of_settings_is_up_to_date():
     """``python -m bench.settings`` writes it."""
-    assert TABLE.read_text(encoding="utf-8") == settings_table.table()
+    assert TABLE.read_text(encoding="utf-8") == settings.table()
 
 
 def test_a_run_that_gives_nothing_differs_in_nothing(tmp_path):

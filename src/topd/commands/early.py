@@ -8,10 +8,10 @@ Values are not looked at; that is :func:`~topd.commands.recipe.read_recipe`'s.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from topd.errors import GIVE_DATA, TOPDError
 from topd.named import is_outside, unknown
 
 HERE = Path(__file__).parents[1]
-HOMES = {  # where each class is written
+THEIRS = Path(str(getattr(find_spec("transformers"), "origin", "")))  # which is not imported
+HOMES: dict[str, str | Path] = {  # where each class is written
+    "TrainingArguments": THEIRS.with_name("training_args.py"),
     "TOPDConfig": "config/__init__.py",
     "WarmstartConfig": "training/warmstart.py",
     "AnalysisConfig": "commands/session.py",
@@ -132,41 +134,20 @@ def _path_of(value: Any) -> str | None:
 @cache
 def declared(name: str) -> set[str]:
     """The fields of a class that ``HOMES`` knows, with those that it inherits."""
-    return set(_fields_of(HERE / HOMES[name], name))
+    bases = (base.id for base in _class(name).bases if isinstance(base, ast.Name))
+    return {*own_settings(name)}.union(*(declared(base) for base in bases if base in HOMES))
 
 
 def own_settings(*names: str) -> list[str]:
     """The settings that classes add to those that they inherit, in their order."""
-    return [key for name in names for key in _own_fields(_classes(HERE / HOMES[name])[name])]
-
-
-def _fields_of(file: Path, name: str) -> Iterator[str]:
-    classes = _classes(file)
-    for base in classes[name].bases:
-        if not isinstance(base, ast.Name):
-            continue
-        if base.id in HOMES:
-            yield from declared(base.id)
-        elif base.id == "TrainingArguments":
-            yield from _fields_of(_transformers() / "training_args.py", base.id)
-    yield from _own_fields(classes[name])
-
-
-def _own_fields(body: ast.ClassDef) -> Iterator[str]:
-    for node in body.body:
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        kind = ast.unparse(node.annotation)
-        if not re.search("ClassVar|InitVar", kind) and not _not_given(node.value):
-            yield node.target.id
-
-
-def _not_given(value: ast.expr | None) -> bool:
-    """Whether a field is set by the class itself: ``field(init=False)``."""
-    return isinstance(value, ast.Call) and any(
-        word.arg == "init" and isinstance(word.value, ast.Constant) and word.value.value is False
-        for word in value.keywords
-    )
+    return [
+        node.target.id
+        for name in names
+        for node in _class(name).body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and not re.search("ClassVar|InitVar", ast.unparse(node.annotation))
+    ]
 
 
 def rows_of_table(file: str) -> list[str]:
@@ -177,16 +158,9 @@ def rows_of_table(file: str) -> list[str]:
     raise AssertionError(f"{file} has no table")
 
 
-def _transformers() -> Path:
-    """Where transformers is installed; it is not imported."""
-    found = importlib.util.find_spec("transformers")
-    assert found is not None
-    assert found.submodule_search_locations
-    return Path(found.submodule_search_locations[0])
-
-
-def _classes(file: Path) -> dict[str, ast.ClassDef]:
-    return {node.name: node for node in _tree(file).body if isinstance(node, ast.ClassDef)}
+def _class(name: str) -> ast.ClassDef:
+    nodes = _tree(HERE / HOMES[name]).body
+    return next(node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name)
 
 
 def _tree(file: Path) -> ast.Module:

@@ -1,49 +1,79 @@
-"""What can be set: methods, and the keys of a recipe, as rows of text."""
+"""The settings and methods of the classes themselves: :mod:`topd.runs.settings` keeps them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from typing import Any
 
-from topd.errors import TOPDError
-from topd.runs.settings import Setting, is_current, known
+import transformers
+from transformers import TrainingArguments
 
-RECOMMENDED = (
-    "Start with opd, the default: after stage 1 (topd warmstart) if the teacher may write answers. "
-    "Take first_fork where it may write some tokens and greedy accuracy counts: "
-    "docs/which-method.md has the sizes."
-)
+from topd.config import TOPDConfig
+from topd.methods import METHODS, Method
+from topd.runs.settings import Setting
+from topd.training.warmstart import WarmstartConfig
+
+# not of a choice; the bars' default is what the process logs
+ELSEWHERE = ("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm")
 
 
-def method_rows() -> Iterable[tuple[str, str, str]]:
+def table() -> str:
+    """The file that :mod:`topd.runs.settings` reads."""
+    plain = TOPDConfig(output_dir="unused", use_cpu=True).to_dict()
+    content = {
+        "transformers": transformers.__version__,
+        "methods": list(methods()),
+        "settings": list(settings()),
+        "plain": {name: value for name, value in plain.items() if name not in ELSEWHERE},
+    }
+    return json.dumps(content, indent=1, default=str) + "\n"
+
+
+def methods() -> Iterator[tuple[str, str, str]]:
     """Name, what it needs, and its first sentence, for every method."""
-    return known().methods
+    for name, method in METHODS.items():
+        first = (inspect.getdoc(method.guide) or "").split("\n\n")[0]
+        yield name, _needs(method), " ".join(first.replace("``", "").split())
 
 
-def setting_rows(word: str = "") -> list[Setting]:
-    """Settings with their defaults and explanations.
-
-    Args:
-        word: in the name or the explanation, whatever its case; empty: all that TOPD adds or whose
-            default differs from transformers'.
-
-    Raises:
-        TOPDError: no setting has the word in it.
-    """
-    wanted = word.lower().lstrip("-").replace("-", "_")
-    found = [
-        row
-        for row in _all()
-        if (wanted in row.name.lower() or word.lower() in row.words.lower() if word else row.ours)
-    ]
-    if not found:
-        raise TOPDError(f"settings: none has {word!r} in its name or explanation. Try another.")
-    return found
+def settings() -> list[Setting]:
+    """Every setting of stage 2, then those of stage 1 that differ from it."""
+    theirs = {field.name: _default(field) for field in fields(TrainingArguments)}
+    found: dict[str, Setting] = {}
+    for kind, place in ((TOPDConfig, ""), (WarmstartConfig, "warmstart.")):
+        for field in fields(kind):
+            default, words = _default(field), _words(field)
+            same = found.get(field.name)
+            if not (place and same and same[1:3] == (default, words)):
+                ours = theirs.get(field.name) != default
+                found[place + field.name] = Setting(place + field.name, default, words, ours)
+    return list(found.values())
 
 
-def _all() -> Iterable[Setting]:
-    """From the table, or from the classes if another transformers is installed."""
-    if is_current():
-        return known().settings
-    from topd.commands.settings_table import settings
+def _needs(method: Method) -> str:
+    needs = []
+    if method.looks_ahead:
+        needs.append("the teacher writes windows")
+    if method.statistics:
+        needs.append("one more student forward")
+    options = [*inspect.signature(method.guide).parameters.values()][1:]
+    if options:
+        shown = ", ".join(f"{option.name}: {option.default}" for option in options)
+        needs.append(f"method_options {{{shown}}}")
+    if method.settings:
+        shown = ", ".join(f"{name}: {value}" for name, value in method.settings.items())
+        needs.append(f"brings {{{shown}}}")
+    return "; ".join(needs)
 
-    return settings()
+
+def _default(field: Field[Any]) -> str:
+    if field.default is not MISSING:
+        return "none" if field.default is None else str(field.default)
+    return "none" if field.default_factory is MISSING else str(field.default_factory())
+
+
+def _words(field: Field[Any]) -> str:
+    return " ".join(str(field.metadata.get("help", "")).split())

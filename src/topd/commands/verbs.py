@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -22,12 +22,18 @@ from rich.text import Text
 
 from topd.commands.early import check_data, check_early, check_model, check_run
 from topd.errors import TOPDError
+from topd.runs.settings import Setting, is_current, known, matching
 
 if TYPE_CHECKING:
     from topd.commands.audit import AuditResult
 
 Trusted: TypeAlias = tuple[bool, Sequence[str], Sequence[str], str | None]  # fields of Trust
 
+RECOMMENDED = (
+    "Start with opd, the default: after stage 1 (topd warmstart) if the teacher may write answers. "
+    "Take first_fork where it may write some tokens and greedy accuracy counts: "
+    "docs/which-method.md has the sizes."
+)
 console = Console()
 errors = Console(stderr=True)
 
@@ -54,10 +60,8 @@ def say(line: object) -> None:
 def methods() -> None:
     """Print every method, with what it needs."""
     with faults():
-        from topd.commands.settings import RECOMMENDED, method_rows
-
         console.print(RECOMMENDED, highlight=False)
-        for name, needs, words in method_rows():
+        for name, needs, words in known().methods:
             console.print(f"[bold]{name}[/bold]", highlight=False)
             _indented(words)
             _indented(needs)
@@ -66,9 +70,12 @@ def methods() -> None:
 def settings(word: str) -> None:
     """Print our own settings, or all that have a word in them."""
     with faults():
-        from topd.commands.settings import setting_rows
+        rows: Iterable[Setting] = known().settings
+        if not is_current():  # of another transformers than the one that is installed
+            from topd.commands.settings import settings
 
-        for name, default, words, _ in setting_rows(word):
+            rows = settings()
+        for name, default, words, _ in matching(word, rows):
             line = f"[bold]{escape(name)}[/bold] = {escape(default)}"
             console.print(line, highlight=False, soft_wrap=True)
             _indented(words)

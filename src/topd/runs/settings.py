@@ -6,11 +6,13 @@ Reading the classes themselves takes torch and transformers; help and pages must
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from topd.errors import TOPDError
 
 TABLE = Path(__file__).with_name("settings.json")
 
@@ -42,6 +44,23 @@ def known() -> Known:
         tuple((name, needs, words) for name, needs, words in table["methods"]),
         table["plain"],
     )
+
+
+def matching(word: str, rows: Iterable[Setting]) -> list[Setting]:
+    """The settings with a word in name or explanation, whatever its case; without one, our own.
+
+    Raises:
+        TOPDError: no setting has the word in it.
+    """
+    wanted = word.lower().lstrip("-").replace("-", "_")
+    found = [
+        row
+        for row in rows
+        if (wanted in row.name.lower() or word.lower() in row.words.lower() if word else row.ours)
+    ]
+    if not found:
+        raise TOPDError(f"settings: none has {word!r} in its name or explanation. Try another.")
+    return found
 
 
 def is_current() -> bool:
