@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from topd.commands.audit.decisions import Rederived, check_decisions, chosen_updates
 from topd.commands.audit.files import SAVED, check_end, check_records, read_chain
-from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust, started_elsewhere
+from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt, started_elsewhere
 from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
 from topd.commands.audit.settings import as_stored, by_settings, read_from, was_changed
 from topd.errors import TOPDError
@@ -55,7 +55,7 @@ def audit_run(
         stored, done = chosen_updates(folder, updates, seed), Rederived()
         for number, steps in enumerate(by_settings(folder, stored)):
             part = {step: stored[step] for step in steps}
-            with Rebuilt(folder, trust, at=steps[0] if number else None) as trainer:
+            with rebuilt(folder, trust, at=steps[0] if number else None) as trainer:
                 if number == 0:  # as the settings are now
                     _check_sources(folder, trainer, found)
                     _check_resumed(folder, entries, found)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -57,7 +57,8 @@ class Trust:
 NO_TRUST = Trust()
 
 
-class Rebuilt:
+@contextmanager
+def rebuilt(folder: Path, trust: Trust, *, at: int | None = None) -> Iterator[TOPDTrainer]:
     """The trainer of a run folder, in a folder of its own that is removed at the end.
 
     Args:
@@ -65,29 +66,21 @@ class Rebuilt:
         trust: what the auditor allows.
         at: the update whose settings it has; by default the current ones.
     """
-
-    def __init__(self, folder: Path, trust: Trust, *, at: int | None = None) -> None:
-        self.folder, self.trust, self.at = folder, trust, at
-        self.scratch = tempfile.TemporaryDirectory(prefix="topd-")
-
-    def __enter__(self) -> TOPDTrainer:
-        gc.collect()  # the models of one before
-        logging.set_verbosity_error()
-        recipe = stored_recipe(self.folder, Path(self.scratch.name), self.trust, at=self.at)
-        with _paths_named(self.folder), read_from(self.folder, "run.json"), _offline():
+    gc.collect()  # the models of one before
+    logging.set_verbosity_error()
+    with TemporaryDirectory(prefix="topd-") as scratch:
+        recipe = stored_recipe(folder, Path(scratch), trust, at=at)
+        with _paths_named(folder), read_from(folder, "run.json"), _offline():
             trainer, _ = make_trainer(
                 recipe, recipe.data.load(), warmstart=isinstance(recipe.args, WarmstartConfig)
             )
         trainer.remove_callback(PrinterCallback)
         if isinstance(trainer, WarmstartTrainer) and trainer.args.answers == "teacher":
-            answers = Path(self.scratch.name) / "answers.jsonl"
-            with read_from(self.folder, answers.name):
-                shutil.copy(self.folder / answers.name, answers)
+            answers = Path(scratch) / "answers.jsonl"
+            with read_from(folder, answers.name):
+                shutil.copy(folder / answers.name, answers)
                 trainer.train_dataset = trainer._answered(trainer.questions, answers)
-        return trainer
-
-    def __exit__(self, *_: object) -> None:
-        self.scratch.cleanup()
+        yield trainer
 
 
 def stored_recipe(
@@ -178,7 +171,7 @@ def _allowed(
         TOPDError: models or a method that run code, or a served teacher, without leave.
     """
     student, several = dict(sources["student"]), sources.get("teachers")
-    teachers = several if several else {"": sources["teacher"]}
+    teachers = several or {"": sources["teacher"]}
     if not trust.remote_code:
         _refuse_code(folder, (student, *teachers.values()), config)
     student["served"] = None  # its weights are here
@@ -188,11 +181,9 @@ def _allowed(
     served, text = teacher.get("served"), teacher.get("text")
     if text is not None:
         own = _own_servers(folder, {}, trust)
-        urls = {"url": own["completions"], "api_key_env": own["api_key_env"]}
-        teacher["text"] = {**text, **urls}
-    if served is None:
-        return {"student": student, "teacher": teacher}
-    teacher["served"] = _own_servers(folder, served, trust)
+        teacher["text"] = {**text, "url": own["completions"], "api_key_env": own["api_key_env"]}
+    if served is not None:
+        teacher["served"] = _own_servers(folder, served, trust)
     return {"student": student, "teacher": teacher}
 
 

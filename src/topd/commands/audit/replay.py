@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from topd.commands.audit.decisions import BEFORE, is_sampled
-from topd.commands.audit.rebuilt import NO_TRUST, Rebuilt, Trust
+from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
 from topd.commands.audit.result import AuditResult, disagreements
 from topd.commands.audit.settings import by_settings, format_at
 from topd.config import TOPDConfig
@@ -59,7 +59,7 @@ def replay_step(
     first = seal.step if seal else 0
     _check_settings(folder, first, step)
     written = format_at(folder, first)
-    with Rebuilt(folder, trust, at=step) as trainer:
+    with rebuilt(folder, trust, at=step) as trainer:
         if written < DRAWN and is_sampled(trainer.args):
             raise TOPDError(OTHERWISE.format(folder=folder))
         scratch = trainer.run_folder
