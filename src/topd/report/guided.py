@@ -23,7 +23,6 @@ LOSSES = {
 }
 NOTHING = "Every token loss counts once; the method asks nothing more of this rollout."
 PLACES = 8  # that are named one by one
-Guided = GuidanceRecord | RolloutRecord
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def asked_at(record: RolloutRecord, fork: ForkRecord) -> str:
     return " ".join(said) or "The method asks nothing more here than the token loss."
 
 
-def branch_words(branch: BranchRecord, record: Guided) -> str:
+def branch_words(branch: BranchRecord, record: GuidanceRecord) -> str:
     """A branch in a sentence: what is learned, where, and by which loss."""
     loss = LOSSES.get(branch.loss, branch.loss)
     by = f"{loss} with it" if branch.loss == "cross_entropy" else f"{loss} along it"
@@ -161,7 +160,7 @@ def trajectory_caption(records: Iterable[GuidanceRecord]) -> str:
     return f"L_traj, mean over guided tokens: {'; '.join(ways)}." if ways else ""
 
 
-def _is_window(branch: BranchRecord, record: Guided) -> bool:
+def _is_window(branch: BranchRecord, record: GuidanceRecord) -> bool:
     """Whether a branch begins with what the teacher wrote at its place."""
     windows = (fork.teacher_tokens for fork in record.forks if fork.position == branch.start)
     return any(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from topd.errors import TOPDError
 from topd.report.folder import kind_of
@@ -17,6 +19,8 @@ from topd.runs.records import (
     SampleRecord,
     read_records,
 )
+
+OfRollout = TypeVar("OfRollout", PositionRecord, SampleRecord)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,8 @@ def select_rollouts(folder: Path, *, limit: int) -> Selection:
     """
     if not (folder / "rollouts.jsonl").is_file():
         return Selection((), 0)
-    counts: dict[int, int] = defaultdict(int)
-    for record in read_records(folder, "rollouts.jsonl", RolloutRecord):
-        counts[record.prompt] += 1
+    every = read_records(folder, "rollouts.jsonl", RolloutRecord)
+    counts = Counter(record.prompt for record in every)
     prompts = _spaced(counts, limit)
     chosen = [
         record
@@ -67,10 +70,15 @@ def _spaced(counts: dict[int, int], limit: int) -> set[int]:
 
 def _with_forks(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
     kind = kind_of(folder)
-    if kind == "probe":
-        return _with_positions(folder, rollouts)
-    if kind == "repair":
-        return _with_samples(folder, rollouts)
+    if kind == "probe":  # positions that were chosen as low-loss or at random are forks too
+        positions = _of_each(rollouts, folder, "positions.jsonl", PositionRecord)
+        return [_with(r, positions[r.rollout]) for r in rollouts]
+    if kind == "repair":  # one fork each, with what the student wrote before and after
+        samples = _of_each(rollouts, folder, "samples.jsonl", SampleRecord)
+        return [
+            _with(r, [_repaired(r, samples[r.rollout])]) if samples[r.rollout] else r
+            for r in rollouts
+        ]
     if not (folder / "guidance.jsonl").is_file():
         return rollouts
     wanted = {(r.step, r.rollout) for r in rollouts}
@@ -82,29 +90,15 @@ def _with_forks(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutReco
     return [_guided(r, found.get((r.step, r.rollout))) for r in rollouts]
 
 
-def _with_positions(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
-    """Those of a probe; positions that were chosen as low-loss or at random are forks too."""
-    found: dict[int, list[ForkRecord]] = {r.rollout: [] for r in rollouts}
-    if (folder / "positions.jsonl").is_file():
-        for record in read_records(folder, "positions.jsonl", PositionRecord):
-            if record.rollout in found:
-                found[record.rollout].append(record)
-    return [r.model_copy(update={"forks": _sound(r, found[r.rollout])}) for r in rollouts]
-
-
-def _with_samples(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutRecord]:
-    """Those of a repair: one fork each, with what the student wrote before and after."""
-    samples: dict[int, list[SampleRecord]] = {r.rollout: [] for r in rollouts}
-    if (folder / "samples.jsonl").is_file():
-        for record in read_records(folder, "samples.jsonl", SampleRecord):
-            if record.rollout in samples:
-                samples[record.rollout].append(record)
-    return [
-        r.model_copy(update={"forks": _sound(r, [_repaired(r, samples[r.rollout])])})
-        if samples[r.rollout]
-        else r
-        for r in rollouts
-    ]
+def _of_each(
+    rollouts: list[RolloutRecord], folder: Path, name: str, kind: type[OfRollout]
+) -> dict[int | None, list[OfRollout]]:
+    """The records of a file by their rollout; none where there is no file."""
+    found: dict[int | None, list[OfRollout]] = {r.rollout: [] for r in rollouts}
+    for record in read_records(folder, name, kind) if (folder / name).is_file() else ():
+        if record.rollout in found:
+            found[record.rollout].append(record)
+    return found
 
 
 def _repaired(rollout: RolloutRecord, samples: list[SampleRecord]) -> ForkRecord:
@@ -125,31 +119,21 @@ def _repaired(rollout: RolloutRecord, samples: list[SampleRecord]) -> ForkRecord
 def _guided(rollout: RolloutRecord, guidance: GuidanceRecord | None) -> RolloutRecord:
     if guidance is None:
         return rollout
-    forks = [
-        fork.model_copy(update={"student_tokens": _window(rollout, fork)})
-        for fork in guidance.forks
-    ]
-    return rollout.model_copy(
-        update={
-            "forks": _sound(rollout, forks),
-            "targets": guidance.targets,
-            "capped": guidance.capped,
-            "weights": guidance.weights,
-            "branches": guidance.branches,
-            "advantages": guidance.advantages,
-            "guided": True,
-        }
-    )
+    forks = []
+    for fork in guidance.forks:
+        own = rollout.response_ids[fork.position : fork.position + fork.student_length]
+        forks.append(fork.model_copy(update={"student_tokens": own}))
+    return _with(rollout.model_copy(update={**dict(guidance), "guided": True}), forks)
 
 
-def _window(rollout: RolloutRecord, fork: ForkRecord) -> tuple[int, ...]:
-    return rollout.response_ids[fork.position : fork.position + fork.student_length]
+def _with(rollout: RolloutRecord, forks: Sequence[ForkRecord]) -> RolloutRecord:
+    """A rollout with its forks in the order of the text, one a position: of two the high-loss one.
 
-
-def _sound(rollout: RolloutRecord, forks: list[ForkRecord]) -> tuple[ForkRecord, ...]:
-    """In the order of the text, one a position. Raises TOPDError where one is outside."""
-    ordered = {fork.position: fork for fork in sorted(forks, key=_high_last)}
-    for fork in ordered.values():
+    Raises TOPDError where one is outside.
+    """
+    in_order = sorted(forks, key=lambda fork: (fork.position, fork.group == "high"))
+    by_position = {fork.position: fork for fork in in_order}
+    for fork in by_position.values():
         inside = fork.position < len(rollout.response_ids) and all(
             0 <= i < len(fork.student_tokens) and 0 <= j < len(fork.teacher_tokens)
             for i, j, _ in fork.plan
@@ -159,9 +143,4 @@ def _sound(rollout: RolloutRecord, forks: list[ForkRecord]) -> tuple[ForkRecord,
                 f"rollout {rollout.rollout} of update {rollout.step}: its fork at token "
                 f"{fork.position} does not fit it. Do both files come from the same run?"
             )
-    return tuple(ordered.values())
-
-
-def _high_last(fork: ForkRecord) -> tuple[int, bool]:
-    """Of two at one position the one chosen for its loss stays."""
-    return fork.position, fork.group == "high"
+    return rollout.model_copy(update={"forks": tuple(by_position.values())})

@@ -136,11 +136,10 @@ class PositionRecord(ForkRecord):
     group: str
 
 
-class RolloutRecord(Record):
+class RolloutRecord(GuidanceRecord):
     """A line of rollouts.jsonl; ``guided`` once it is joined with its line of guidance.jsonl."""
 
     step: int = 0
-    rollout: int
     prompt: int
     prompt_ids: tuple[int, ...] = ()
     response_ids: tuple[int, ...]
@@ -149,12 +148,6 @@ class RolloutRecord(Record):
     finished: bool = True
     teacher: str | None = None
     replies: tuple[tuple[Id, Id], ...] = ()
-    forks: tuple[ForkRecord, ...] = ()
-    targets: tuple[SoftTargetRecord, ...] = ()
-    capped: tuple[int, ...] = ()
-    weights: dict[int, float] = Field(default_factory=dict)
-    branches: tuple[BranchRecord, ...] = ()
-    advantages: tuple[float, ...] = ()
     guided: bool = False
 
     def is_reply(self, t: int) -> bool:
