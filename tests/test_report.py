@@ -213,7 +213,10 @@ def test_positions_of_a_probe_are_marked_by_why_they_were_chosen(tmp_path):
     seen = view(read_rollout(make.probe(tmp_path), 0), TokenTexts.read(tmp_path))
     verdicts = ["real", "real", "alarm", "real", *["quiet"] * 5]
     assert [fork.verdict for fork in seen.forks] == verdicts
-    assert [fork.rejoin for fork in seen.forks[:3]] == [None, None, 2]
+    assert [fork.facts[0][:2] for fork in seen.forks[1:3]] == [
+        ("chosen as", "high"),
+        ("agree again", "after 2 tokens"),
+    ]
 
 
 def test_positions_of_an_unfinished_probe_have_no_verdict(tmp_path):

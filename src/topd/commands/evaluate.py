@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -85,10 +84,8 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     for line in said:
         say(console, line)
     folder = Path(output or _folder(model, spec))
-    with one_writer(folder):
-        run = opened(folder, RESULT, [RESPONSES])
-        with until_stopped("eval", folder, console):
-            found = _evaluate_into(run, model, spec, console)
+    with evaluation_folder("eval", folder, RESULT, [RESPONSES], console) as run:
+        found = _evaluate_into(run, model, spec, console)
     show(found, spec, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
     return folder
@@ -109,26 +106,35 @@ def _evaluate_into(
     return found
 
 
-def opened(folder: Path, result: str, names: Collection[str]) -> RunFolder:
+@contextmanager
+def evaluation_folder(
+    command: str, folder: Path, result: str, names: Collection[str], console: Console
+) -> Iterator[RunFolder]:
     """The folder of an evaluation or a gate that is new, or that was stopped and continues.
 
-    Of one that was stopped while it ended the files of responses are removed: what they hold is in
-    those of :func:`begun` as well.
+    Nobody else writes in it. Of one that was stopped while it ended the files of responses are
+    removed: what they hold is in those of :func:`begun` as well.
 
     Args:
+        command: ``eval`` or ``gate``.
         folder: where.
         result: the file that an end leaves.
         names: the files of its responses.
+        console: where it is said how a stopped one continues.
 
     Raises:
         TOPDError: the folder holds a result, or something else.
+        StoppedError: it was stopped.
     """
-    if (folder / result).exists():
-        raise TOPDError(f"--output: {folder} already holds {result}. Choose another folder.")
-    for name in names:
-        if (folder / begun(name)).exists():
-            (folder / name).unlink(missing_ok=True)
-    return RunFolder(folder, begun=[*map(begun, names)])
+    with one_writer(folder):
+        if (folder / result).exists():
+            raise TOPDError(f"--output: {folder} already holds {result}. Choose another folder.")
+        for name in names:
+            if (folder / begun(name)).exists():
+                (folder / name).unlink(missing_ok=True)
+        run = RunFolder(folder, begun=[*map(begun, names)])
+        with until_stopped(command, folder, console):
+            yield run
 
 
 def finish(
@@ -287,7 +293,7 @@ def _shown(values: Mapping[str, Any]) -> str:
 def _references(rows: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 of the references in order: the answers, or where a family checks, its solutions."""
     known = [str(row["answer"] if "answer" in row else row["solution"]) for row in rows]
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    return digest(json.dumps(known).encode())
 
 
 def _folder(model: ModelSpec, spec: EvaluationSpec) -> str:

@@ -156,7 +156,7 @@ def render(page: Page, tokens: TokenTexts, path: Path, reload: int | None = None
         policy=policy(scripts, style),
         about=_json(_about(page.rule)),
         entries=_json(_entries(views)),
-        blocks=_blocks(views),
+        blocks=map(_json, views),
     )
     stream.enable_buffering(200)
     with open(path, "w", encoding="utf-8", errors="replace") as file:
@@ -193,10 +193,6 @@ def _json(value: Any) -> Markup:
         json.dumps, ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=vars
     )
     return htmlsafe_json_dumps(value, dumps=dumps)
-
-
-def _blocks(views: list[RolloutView]) -> Iterator[Markup]:
-    return (_json(seen) for seen in views)
 
 
 def _ours(name: str) -> Markup:

@@ -51,9 +51,6 @@ class ForkView:
     loss: float | None
     distance: float | None
     verdict: str
-    group: str | None
-    rejoin: int | None
-    capped: bool
     equal: int
     student: Window
     teacher: Window
@@ -202,22 +199,19 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
         loss=_rounded(fork.token_loss),
         distance=_rounded(fork.distance, 5),
         verdict=verdict_of(fork),
-        group=fork.group,
-        rejoin=fork.rejoin,
         facts=tuple(_facts(fork)),
-        capped=fork.position in rollout.capped,
         equal=sum(a == b for a, b in pairs),
-        student=Window(_texts(fork.student_tokens, tokens), fork.student_tokens),
-        teacher=Window(_texts(fork.teacher_tokens, tokens), fork.teacher_tokens),
+        student=_window(fork.student_tokens, tokens),
+        teacher=_window(fork.teacher_tokens, tokens),
         asked=asked_at(rollout, fork) if rollout.guided else "",
-        branch=Window(_texts(branch, tokens), branch) if branch else None,
+        branch=_window(branch, tokens) if branch else None,
         threads=tuple((i, j, _rounded(mass, 5)) for i, j, mass in fork.plan),
         targets=_targets(rollout, fork, tokens) if verdict_of(fork) == "real" else (),
         after=tuple(
             After(
                 plain(sample.arm, limit=40),
                 _rounded(sample.distance, 5),
-                Window(_texts(sample.student_tokens, tokens), sample.student_tokens),
+                _window(sample.student_tokens, tokens),
             )
             for sample in fork.after
         ),
@@ -239,6 +233,10 @@ def _targets(
             tuple((visible(tokens.texts([token])[0]), _rounded(p)) for token, p in likeliest)
         )
     return tuple(shown) if any(shown) else ()
+
+
+def _window(ids: tuple[int, ...], tokens: TokenTexts) -> Window:
+    return Window(_texts(ids, tokens), ids)
 
 
 def _texts(ids: Sequence[int], tokens: TokenTexts) -> tuple[str, ...]:

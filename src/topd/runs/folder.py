@@ -35,7 +35,7 @@ import torch
 
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import model_fingerprint
-from topd.runs.files import digest, file_digest, write_whole
+from topd.runs.files import digest, file_digest, raw_lines, write_whole
 from topd.runs.ledger import Ledger
 from topd.runs.lock import refuse_if_busy
 from topd.runs.records import FORMAT, Fork
@@ -91,7 +91,7 @@ class RunFolder:
 
         The working directory is noted too: paths of a recipe may be relative to it.
         """
-        records = {name: _lines_of(self.folder / name) for name in RECORDS}
+        records = {name: sum(1 for _ in raw_lines(self.folder / name)) for name in RECORDS}
         self.note("begin", step=step, records=records, directory=os.getcwd())
 
     def append(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
@@ -237,13 +237,6 @@ def guidance_record(
         "branches": [{**vars(branch)} for branch in guidance.branches],
         "advantages": guidance.advantages,
     }
-
-
-def _lines_of(path: Path) -> int:
-    if not path.exists():
-        return 0
-    with open(path, "rb") as file:
-        return sum(1 for _ in file)
 
 
 def _versions() -> dict[str, str]:

@@ -201,9 +201,5 @@ def _checked(kind: type[BaseModel], content: bytes, place: str) -> dict[str, Any
 
 
 def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes() if path.is_file() else b""
-    except OSError as error:
-        raise TOPDError(
-            f"{path}: cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+    """All of a file; nothing if it is missing. Raises TOPDError if it cannot be read."""
+    return b"".join(raw_lines(path))

@@ -27,10 +27,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from rich.console import Console
 from transformers.utils import logging
 
-from topd.commands.evaluate import as_trained, finish, measure, of_run, opened
+from topd.commands.evaluate import as_trained, evaluation_folder, finish, measure, of_run
 from topd.commands.gate.text import card_text, remarks, show
 from topd.commands.recipe import parse_spec, read_mapping
-from topd.commands.session import until_stopped
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Evaluator, Interval, Response, paired_bootstrap
 from topd.evaluate.evaluation import by_problem, first_rows
@@ -39,7 +38,6 @@ from topd.inputs.models import ModelSpec, check_embedding_rows
 from topd.inputs.prompts import repeated_ngram_share
 from topd.report import page_line
 from topd.runs.folder import RunFolder
-from topd.runs.lock import one_writer
 from topd.runs.model_card import replace_section
 from topd.training.progress import say
 
@@ -296,10 +294,9 @@ def run_gate(
         say(console, line)
     folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
     specs = {"base": base, "candidate": candidate}
-    with one_writer(folder):
-        run = opened(folder, RESULT, [_file(role, part) for role in specs for part in suite.parts])
-        with until_stopped("gate", folder, console):
-            figures = _gate_into(run, specs, suite, console)
+    names = [_file(role, part) for role in specs for part in suite.parts]
+    with evaluation_folder("gate", folder, RESULT, names, console) as run:
+        figures = _gate_into(run, specs, suite, console)
     good = passed(figures, strict=suite.strict)
     show(figures, suite, good, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)

@@ -23,7 +23,7 @@ from topd.commands.probe.intervals import Array, Interval, intervals, number
 from topd.commands.probe.outcomes import HALF
 from topd.commands.session import ROLLOUTS, AnalysisConfig
 from topd.errors import TOPDError
-from topd.runs.files import read_lines
+from topd.runs.files import raw_lines, read_lines
 from topd.training.experience.evidence import ALIKE
 
 POSITIONS = "positions.jsonl"
@@ -91,8 +91,7 @@ def read_sample(path: Path, *, seed: int, most: int = MOST_POSITIONS) -> Sample:
         seed: of the sample.
         most: about how many positions to keep at most.
     """
-    with open(path, "rb") as file:
-        positions = sum(1 for _ in file)
+    positions = sum(1 for _ in raw_lines(path))
     share = most / max(positions, 1)
 
     def rows() -> Iterator[tuple[Any, ...]]:

@@ -42,7 +42,11 @@ def summarise(
         "arms": {
             name: {
                 "median": float(np.median(table[name])),
-                **{kind: asdict(found[f"{kind}/{name}"]) for kind in _kinds(name, names)},
+                **{
+                    statistic.partition("/")[0]: asdict(interval)
+                    for statistic, interval in found.items()
+                    if statistic.partition("/")[2] == name
+                },
             }
             for name in names
         },
@@ -70,19 +74,14 @@ def measure(table: Array) -> dict[str, float]:
     for name in names:
         mean = float(table[name].mean())
         found[f"mean/{name}"] = mean
+        if name == "before":
+            continue
         found[f"reduction_percent/{name}"] = 100 * (1 - mean / before) if before else math.nan
         for other in ("before", "opd"):
-            if other in names:
+            if other in names and other != name:
                 difference = float((table[name] - table[other]).mean())
                 found[f"difference_to_{other}/{name}"] = difference
     return found
-
-
-def _kinds(name: str, names: Sequence[str]) -> list[str]:
-    """The statistics that say something of a method."""
-    others = [other for other in ("before", "opd") if other in names and other != name]
-    compared = [f"difference_to_{other}" for other in others if name != "before"]
-    return ["mean", *(["reduction_percent", *compared] if name != "before" else [])]
 
 
 def _seconds(folder: Path) -> dict[str, float]:
