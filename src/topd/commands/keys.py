@@ -76,7 +76,8 @@ def read_content(
     refuse_unknown(path, first, {*stage, *names}, "warmstart.")
     refuse_unknown(path, content, {*fields, *names})
     if warmstart:
-        content = _of_stage_1(content, first, overrides) | first
+        taken = _taken(first, {**first, **overrides})
+        content = {key: value for key, value in content.items() if key in taken} | first
     for key, value in overrides.items():
         for other in RECOMPUTED if key in RECOMPUTED else ():
             content.pop(other, None)
@@ -97,14 +98,6 @@ def shared_beside(own: Iterable[str]) -> set[str]:
     {'tf32'}
     """
     return {key for group in SHARED for key in group if not {*own} & {*group}}
-
-
-def _of_stage_1(
-    content: Mapping[str, Any], first: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What stage 1 takes from the rest of a recipe, beside what is its own."""
-    taken = _taken(first, {**first, **overrides})
-    return {key: value for key, value in content.items() if key in taken}
 
 
 def _taken(named: Iterable[str], own: Mapping[str, Any]) -> set[str]:
@@ -182,17 +175,18 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key if key.startswith("compare.") else key.replace("-", "_")
-            found[key] = _value(value) if equals else True
+            found[key] = parse_value(value) if equals else True
             key = None if equals else key
         elif key is None:
             raise TOPDError(f"command line: {word!r} stands alone. Write --key value.")
         else:
-            found[key] = _value(word)
+            found[key] = parse_value(word)
             key = None
     return found
 
 
-def _value(word: str) -> Any:
+def parse_value(word: str) -> Any:
+    """A value of the command line, which is YAML."""
     try:
         return parse_yaml("command line", word)
     except TOPDError:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from topd.report.charts import spaced
 from topd.report.folder import finite, read_logs
 from topd.report.headline import (
     DIVERGENCES,
@@ -55,9 +56,8 @@ def show_change(console: Console, logs: Sequence[Log]) -> None:
         console.print(f"{which}: {mean:.4f} +- {half:.4f} nats a token")
 
 
-def show_table(console: Console, logs: Sequence[Log], *, lines: int = 12) -> None:
-    """Print the updates of a run, at most ``lines`` of them, evenly spaced."""
-    spaced = {round(i * (len(logs) - 1) / max(lines - 1, 1)) for i in range(lines)}
+def show_table(console: Console, logs: Sequence[Log]) -> None:
+    """Print the updates of a run, at most 12 of them, evenly spaced."""
     table = Table(title=None)
     columns = [
         ("step", "step", "{:.0f}"),
@@ -77,7 +77,7 @@ def show_table(console: Console, logs: Sequence[Log], *, lines: int = 12) -> Non
     ]
     for title, _, _ in shown:
         table.add_column(title, justify="right")
-    for i in sorted(spaced):
+    for i in spaced(len(logs), 12):
         table.add_row(*(f.format(logs[i][key]) if key in logs[i] else "-" for _, key, f in shown))
     console.print(table)
 
@@ -229,9 +229,10 @@ def _correlations(summary: Summary) -> Table:
     return table
 
 
-def _pairs(title: str, pairs: Sequence[Summary], *, lines: int = 5) -> Table:
+def _pairs(title: str, pairs: Sequence[Summary]) -> Table:
+    """The first five."""
     table = _table(title, ("student", "teacher", "times"))
-    for pair in pairs[:lines]:
+    for pair in pairs[:5]:
         texts = (escape(repr(pair[f"{who}_text"])) for who in ("student", "teacher"))
         table.add_row(*texts, f"{pair['count']:,}")
     return table

@@ -233,12 +233,12 @@ def evaluate(
         check_model(model["path"])
         check_data(data)
         from topd.commands.evaluate import run_evaluation, spec_of
-        from topd.commands.keys import parse_overrides
+        from topd.commands.keys import parse_value
         from topd.inputs.models import ModelSpec
 
         kwargs = options["chat_template_kwargs"]
         if kwargs is not None:
-            options["chat_template_kwargs"] = parse_overrides(["--kwargs", kwargs])["kwargs"]
+            options["chat_template_kwargs"] = parse_value(kwargs)
         spec = spec_of(data, columns, **options)
         folder = run_evaluation(ModelSpec(**model), spec, output, console)
     say(f"results: {folder}")

@@ -84,7 +84,7 @@ def check_decisions(
         if trainer.turns and not judged:
             done.left_out.add(f"replies: not compared, {BEFORE}")
         if not is_suspect(found, "data:"):
-            found.faults += _door_faults(trainer, rollouts, replies=judged)
+            found.faults += _rollout_faults(trainer, rollouts, replies=judged)
         if step and trainer.own:
             continue
         again, means = _decided(trainer, step, rollouts, _divergences(folder, step, trainer.args))
@@ -110,7 +110,7 @@ def _without_verdicts(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "forks": forks}
 
 
-def _door_faults(
+def _rollout_faults(
     trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]], *, replies: bool
 ) -> Iterator[str]:
     """What a rollout says of itself against its prompt, its tokens and, if asked, the replies."""

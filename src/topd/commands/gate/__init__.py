@@ -296,8 +296,7 @@ def run_gate(
     specs = {"base": base, "candidate": candidate}
     names = [_file(role, part) for role in specs for part in suite.parts]
     with evaluation_folder("gate", folder, RESULT, names, console) as run:
-        figures = _gate_into(run, specs, suite, console)
-    good = passed(figures, strict=suite.strict)
+        figures, good = _gate_into(run, specs, suite, console)
     show(figures, suite, good, console)
     console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
     return good
@@ -316,7 +315,7 @@ def _as_trained(suite: Suite, models: Sequence[ModelSpec]) -> tuple[Suite, list[
 
 def _gate_into(
     run: RunFolder, specs: Mapping[str, ModelSpec], suite: Suite, console: Console
-) -> list[Figure]:
+) -> tuple[list[Figure], bool]:
     """Evaluate, and write all that a gate leaves behind."""
     evaluators = {role: _evaluators(spec, suite) for role, spec in specs.items()}
     _check_alike(**evaluators)
@@ -342,7 +341,7 @@ def _gate_into(
     card = Path(specs["candidate"].place) / "README.md"
     if card.is_file():
         replace_section(card, HEADING, card_text(specs["base"].path, suite, figures, lost, good))
-    return figures
+    return figures, good
 
 
 def _file(role: str, part: str) -> str:

@@ -26,6 +26,7 @@ import yaml
 
 from topd.commands.importer.rules import LISTS, trl_defaults, trl_kind, trl_rule
 from topd.commands.importer.verl import verl_defaults, verl_rule
+from topd.commands.keys import parse_value
 from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.config import TOPDConfig
 from topd.errors import TOPDError
@@ -235,13 +236,12 @@ def arguments_of(script: str) -> dict[str, Any]:
         for i, word in enumerate(words):
             dotted = _DOTTED.match(word)
             if dotted:
-                found[dotted[1]] = _parsed(dotted[2])
+                found[dotted[1]] = parse_value(dotted[2])
             elif word.startswith("--") and len(word) > 2:
                 key, equals, value = word[2:].partition("=")
                 after = words[i + 1] if i + 1 < len(words) else "--"
-                found[key] = (
-                    _parsed(value) if equals else True if after[:2] == "--" else _parsed(after)
-                )
+                said = value if equals else "true" if after[:2] == "--" else after
+                found[key] = parse_value(said)
                 if key in LISTS and not equals:
                     found[key] = [*takewhile(_NAME.fullmatch, words[i + 1 :])]
     return found
@@ -257,10 +257,3 @@ def _words(line: str) -> list[str]:
 def _value_of(match: re.Match[str], known: Mapping[str, str]) -> str:
     name = match[1] or match[3]
     return known.get(name, match[2] if match[2] is not None else match[0])
-
-
-def _parsed(word: str) -> Any:
-    try:
-        return parse_yaml("an argument", word)
-    except TOPDError:
-        return word
