@@ -216,3 +216,24 @@ class Gradient(TrainerCallback):
 
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
         self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Interrupt whoever appends to a run folder at that write, half of its last line written."""
+    from topd.runs.folder import RunFolder
+
+    append, left = RunFolder.append, iter(range(number))
+
+    def killed(self: RunFolder, name: str, lines: Any) -> None:
+        lines = list(lines)
+        if not lines:  # no new token
+            return
+        if next(left, None) is not None:
+            append(self, name, lines)
+            return
+        append(self, name, lines[:-1])
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(lines[-1])[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "append", killed)

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import EOS, tiny_model, write_pair
+from conftest import EOS, kill_at_write, tiny_model, write_pair
 from topd import cli, transport
 from topd.commands import verbs
 from topd.commands.probe import ProbeConfig, choose, run_probe
@@ -27,7 +27,6 @@ from topd.errors import StoppedError, TOPDError
 from topd.losses import token_divergence
 from topd.methods import METHODS
 from topd.runs.files import trim
-from topd.runs.folder import RunFolder
 from topd.seeds import sampling_seeds
 from topd.training.experience import Observer
 from topd.training.progress import Phases
@@ -292,20 +291,7 @@ def test_a_killed_probe_goes_on_to_the_same_result_bit_for_bit(
     recipe, finished, tmp_path, monkeypatch, writes
 ):
     """Killed at each write of a batch's records, half of the last line written."""
-    append, left = RunFolder.append, iter(range(writes))
-
-    def killed(self: RunFolder, name: str, lines: Any) -> None:
-        lines = list(lines)
-        if not lines:  # no new token
-            return
-        if next(left, None) is not None:
-            append(self, name, lines)
-            return
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(lines[0])[:20])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "append", killed)
+    kill_at_write(monkeypatch, writes)
     with pytest.raises(StoppedError, match=f"Ctrl-C.*--output_dir {tmp_path}/run continues"):
         probe(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -462,10 +448,3 @@ def test_the_folder_of_a_recipe_is_not_used_for_a_probe(tmp_path, monkeypatch):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("recipe-probe-")
     assert not (tmp_path / "training").exists()
-
-
-def test_bad_words_end_with_exit_code_2_and_one_message(recipe, tmp_path):
-    result = command(recipe, "--output_dir", str(tmp_path), "--sed", "3")
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.output

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import DEVICE, EOS, write_pair
+from conftest import DEVICE, EOS, kill_at_write, write_pair
 from topd import cli, transport
 from topd.commands import repair, verbs
 from topd.commands.probe import ProbeConfig
@@ -39,7 +39,6 @@ from topd.commands.repair.statistics import PAPER, measure, read_table
 from topd.commands.session import Pair, open_pair, read_analysis
 from topd.config import TOPDConfig
 from topd.errors import StoppedError, TOPDError
-from topd.runs.folder import RunFolder
 from topd.training.experience import Observer
 from topd.training.progress import Phases
 
@@ -465,21 +464,7 @@ def records(folder: Path) -> dict[str, Any]:
 def test_a_killed_repair_goes_on_to_the_same_result_bit_for_bit(
     recipe, finished, tmp_path, monkeypatch, writes
 ):
-    append, left = RunFolder.append, iter(range(writes))
-
-    def killed(self: RunFolder, name: str, lines: Any) -> None:
-        lines = list(lines)
-        if not lines:  # no new token
-            return
-        if next(left, None) is not None:
-            append(self, name, lines)
-            return
-        append(self, name, lines[:-1])
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(lines[-1])[:20])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(RunFolder, "append", killed)
+    kill_at_write(monkeypatch, writes)
     with pytest.raises(StoppedError, match=f"Ctrl-C.*--output_dir {tmp_path}/run continues"):
         run(recipe, tmp_path / "run")
     monkeypatch.undo()
@@ -605,11 +590,3 @@ def test_the_command_prints_a_table_within_80_columns(recipe, finished, monkeypa
         (line,) = (line for line in lines if line.split()[:1] == [name])
         assert f"{arm['mean']['value']:.3f} [{arm['mean']['low']:.3f}" in line
     assert "the paper's: before 0.538, opd 0.350, topd 0.204" in result.output
-
-
-def test_bad_words_end_with_exit_code_2_and_one_message(recipe, tmp_path):
-    words = ["--output_dir", str(tmp_path), "--methods", "[none]"]
-    result = CliRunner().invoke(cli.app, ["repair", str(recipe), *words])
-    assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.output

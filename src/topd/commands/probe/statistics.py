@@ -256,7 +256,7 @@ def summarise(
         "full_windows": {"positions": len(full), **_statistics(narrower)},
         "distributions": distributions(sample.columns, 2.0 + args.position_weight),
         "pairs": _pair_texts(frequent_pairs(sample.columns, threshold), decode),
-        "cost": _cost(folder),
+        "cost": cost_of(folder),
     }
 
 
@@ -363,8 +363,8 @@ def _pair_texts(
     }
 
 
-def _cost(folder: Path) -> dict[str, Any]:
-    """Tokens, and seconds by phase, over all batches and all the times that it was started."""
+def cost_of(folder: Path) -> dict[str, Any]:
+    """Tokens, and seconds by phase, over all that was done and all the times it was started."""
     total: Counter[str] = Counter()
     for record in read_lines(folder / METRICS):
         total.update({name: value for name, value in record.items() if name != "step"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from topd.commands.probe.intervals import Array, intervals
-from topd.commands.probe.statistics import METRICS
+from topd.commands.probe.statistics import cost_of
 from topd.runs.files import read_lines
 
 SAMPLES = "samples.jsonl"
@@ -51,7 +50,7 @@ def summarise(
             for name in names
         },
         "paper": PAPER,
-        "cost": {"seconds": _seconds(folder)},
+        "cost": {"seconds": cost_of(folder)["seconds"]},
     }
 
 
@@ -82,10 +81,3 @@ def measure(table: Array) -> dict[str, float]:
                 difference = float((table[name] - table[other]).mean())
                 found[f"difference_to_{other}/{name}"] = difference
     return found
-
-
-def _seconds(folder: Path) -> dict[str, float]:
-    total: Counter[str] = Counter()
-    for record in read_lines(folder / METRICS):
-        total.update({k.removeprefix("seconds/"): v for k, v in record.items() if k != "sample"})
-    return {**total, "all": sum(total.values())}
