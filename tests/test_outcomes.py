@@ -92,8 +92,8 @@ def test_the_teachers_answer_is_its_greedy_path_and_its_tokens_are_counted(obser
             values.append(right(rollout.prompt, prefix + more.tokens))
             spent += len(more.tokens)
         assert (outcome.before, outcome.after) == tuple(values)
-    assert found.teacher_tokens == spent
-    assert found.student_tokens > 0
+    assert found.tokens["teacher"] == spent
+    assert found.tokens["student"] > 0
 
 
 def test_a_greedy_student_goes_on_as_it_did_and_its_own_teacher_brings_nothing(observer, prompts):
@@ -150,8 +150,8 @@ def test_a_thought_that_the_prompt_opens_belongs_to_what_is_verified(monkeypatch
     )
     empty = torch.zeros(0, dtype=torch.long)
     windows = SimpleNamespace(row=empty, start=empty)
-    look = probe.Look((), empty, empty, None, (), windows, None, 0)
-    probe._verified(look, pair, lambda _, text: not asked.append(text), 0)
+    batch = probe.Batch((), empty, empty, None, (), windows, None, 0)
+    probe._with_outcomes(batch, pair, lambda _, text: not asked.append(text), 0)
     assert asked == [r"<think>Perhaps \boxed{5}", r"Perhaps \boxed{5}"]
 
 

@@ -175,11 +175,11 @@ def show(
 @app.command(context_settings=EITHER)
 def figures(
     run: RunFolder,
-    format: Annotated[options.Format, typer.Option(help="Of the files.")] = options.Format.PDF,
+    format: options.Format = "pdf",
     output: Annotated[Path | None, typer.Option(help="Folder; by default RUN/figures.")] = None,
 ) -> None:
     """Write the figures of a run as files, for a paper."""
-    verbs.figures(run, output, format.value)
+    verbs.figures(run, output, format)
 
 
 @app.command(context_settings=EITHER)

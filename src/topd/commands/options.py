@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -71,11 +70,4 @@ Host = Annotated[str, typer.Option(help="Address to listen at.")]
 Port = Annotated[int, typer.Option(help="Of the first server; a second has the next one.")]
 Python = Annotated[str, typer.Option(help="A Python that has vLLM; by default this one.")]
 Patience = Annotated[float, typer.Option(help="Seconds until the servers must answer.")]
-
-
-class Format(StrEnum):
-    """Of pictures."""
-
-    SVG = "svg"
-    PNG = "png"
-    PDF = "pdf"
+Format = Annotated[Literal["svg", "png", "pdf"], typer.Option(help="Of the files.")]

@@ -83,7 +83,7 @@ class ProbeConfig(AnalysisConfig):
 
 
 @dataclass(frozen=True)
-class Look:
+class Batch:
     """One batch of rollouts as the probe sees it. Tensors are on the CPU.
 
     ``loss`` [B T] is the token loss that ranks candidates, ``terms`` [B T] the other quantities;
@@ -100,6 +100,12 @@ class Look:
     transport: Transport
     decoded: int
     verified: Verified | None = None
+
+    @property
+    def starts(self) -> list[tuple[int, int, str]]:
+        """Row, token and group of every position."""
+        row, start = self.windows.row.tolist(), self.windows.start.tolist()
+        return list(zip(row, start, self.groups, strict=True))
 
 
 def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
@@ -127,7 +133,7 @@ def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None 
 def _probe(
     args: ProbeConfig, pair: Pair, run: RunFolder, phases: Phases, check: Check | None
 ) -> None:
-    """Look at batch after batch; what is done is on disk."""
+    """Probe batch after batch; what is done is on disk."""
     size = args.rollout_batch_size
     first = resume_at(run.folder, args.rollouts, size)
     texts = pair.token_writer(run.folder)
@@ -136,20 +142,20 @@ def _probe(
     for number, prompts in batches(questions, first, size, args.rollouts):
         seeds = sampling_seeds(args.seed, 0, len(prompts), first=number)
         with torch.no_grad():
-            look = look_at(pair, pair.observer.roll_out(prompts, seeds), seeds, number)
-            look = _verified(look, pair, check, number) if check else look
-        positions = list(position_records(look, number))
-        run.append(TOKENS, texts.records(_all_ids(look, positions)))
+            batch = probe_batch(pair, pair.observer.roll_out(prompts, seeds), seeds, number)
+            batch = _with_outcomes(batch, pair, check, number) if check else batch
+        positions = list(position_records(batch, number))
+        run.append(TOKENS, texts.records(_all_ids(batch, positions)))
         run.append(POSITIONS, positions)
         spent = {f"seconds/{name}": spent for name, spent in phases.take().items()}
-        run.append(METRICS, [{"step": number // size, **_tokens(look), **spent}])
-        run.append(ROLLOUTS, _rollout_records(look, number, size, pair))  # last: it is done
+        run.append(METRICS, [{"step": number // size, **_tokens(batch), **spent}])
+        run.append(ROLLOUTS, _rollout_records(batch, number, size, pair))  # last: it is done
         phases.step_done(number // size + 1)
 
 
-def _all_ids(look: Look, positions: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[int]]:
+def _all_ids(batch: Batch, positions: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[int]]:
     """Every token of a batch: prompts, responses, windows."""
-    for rollout in look.rollouts:
+    for rollout in batch.rollouts:
         yield from (rollout.prompt.student, rollout.prompt.teacher, rollout.response)
     for position in positions:
         yield from (position["student_tokens"], position["teacher_tokens"])
@@ -167,7 +173,9 @@ def resume_at(folder: Path, rollouts: int, size: int) -> int:
     return done
 
 
-def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], number: int) -> Look:
+def probe_batch(
+    pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], number: int
+) -> Batch:
     """Score rollouts, choose positions, and compare what both models write from there.
 
     Args:
@@ -196,7 +204,7 @@ def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], numbe
     starts = [start for _, start in chosen]
     written = observer.look_ahead(scores, starts, seeds, args.length)
     windows = pair_windows(rollouts, starts, written, args.length)
-    return Look(
+    return Batch(
         tuple(rollouts),
         scores.logprobs.cpu(),
         loss,
@@ -208,12 +216,11 @@ def look_at(pair: Pair, rollouts: Sequence[Rollout], seeds: Sequence[int], numbe
     )
 
 
-def _verified(look: Look, pair: Pair, check: Check, number: int) -> Look:
+def _with_outcomes(batch: Batch, pair: Pair, check: Check, number: int) -> Batch:
     """With the outcomes of its candidates."""
-    windows, args = look.windows, pair.observer.args
+    args = pair.observer.args
     assert isinstance(args, ProbeConfig)
-    starts = zip(windows.row.tolist(), windows.start.tolist(), look.groups, strict=True)
-    high = [(row, t) for row, t, group in starts if group == "high"]
+    high = [(row, t) for row, t, group in batch.starts if group == "high"]
 
     def decode(ids: Ids) -> str:
         return str(pair.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -222,9 +229,9 @@ def _verified(look: Look, pair: Pair, check: Check, number: int) -> Look:
         return check(prompt.index, opened_thought(prompt.student, decode) + decode(response))
 
     found = verify_forks(
-        pair.observer, look.rollouts, high, right, samples=args.verify, number=number
+        pair.observer, batch.rollouts, high, right, samples=args.verify, number=number
     )
-    return replace(look, verified=found)
+    return replace(batch, verified=found)
 
 
 def choose(
@@ -258,30 +265,29 @@ def choose(
     return found
 
 
-def position_records(look: Look, number: int) -> Iterator[dict[str, Any]]:
+def position_records(batch: Batch, number: int) -> Iterator[dict[str, Any]]:
     """Lines of positions.jsonl; ``real`` is decided once all positions are known."""
-    windows, transport = look.windows, look.transport
+    windows, transport = batch.windows, batch.transport
     plans = sparse_plans(transport.plan)
-    outcomes = iter(look.verified.outcomes if look.verified else ())
-    starts = zip(windows.row.tolist(), windows.start.tolist(), look.groups, strict=True)
-    for k, (row, t, group) in enumerate(starts):
+    outcomes = iter(batch.verified.outcomes if batch.verified else ())
+    for k, (row, t, group) in enumerate(batch.starts):
         student = windows.student_tokens[k][windows.student_mask[k]].tolist()
         teacher = windows.teacher_tokens[k][windows.teacher_mask[k]].tolist()
         yield {
             "rollout": number + row,
-            "prompt": look.rollouts[row].prompt.index,
+            "prompt": batch.rollouts[row].prompt.index,
             "position": t,
             "group": group,
-            "token_loss": float(look.loss[row, t]),
-            "reverse_kl": float(look.terms.divergence[row, t]),
-            "entropy": float(look.terms.entropy[row, t]),
+            "token_loss": float(batch.loss[row, t]),
+            "reverse_kl": float(batch.terms.divergence[row, t]),
+            "entropy": float(batch.terms.entropy[row, t]),
             "distance": float(transport.distance[k]),
             "real": None,
             "rejoin": rejoin(student, teacher),
             "student_tokens": student,
             "teacher_tokens": teacher,
             "plan": plans[k],
-            **({"outcome": asdict(next(outcomes))} if group == "high" and look.verified else {}),
+            **({"outcome": asdict(next(outcomes))} if group == "high" and batch.verified else {}),
         }
 
 
@@ -308,29 +314,30 @@ def _token_terms(pair: Pair, rollouts: Sequence[Rollout], scores: Scores) -> Tok
     return TokenTerms(*(term.cpu().unflatten(0, shape) for term in terms))
 
 
-def _tokens(look: Look) -> dict[str, int]:
+def _tokens(batch: Batch) -> dict[str, int]:
     """What a batch cost in tokens; scoring reads prompt and response once a model."""
-    responses = sum(len(r.response) for r in look.rollouts)
+    responses = sum(len(r.response) for r in batch.rollouts)
+    verifying = batch.verified.tokens if batch.verified else {}
     return {
         "student_sampled": responses,
-        "student_scored": responses + sum(len(r.prompt.student) for r in look.rollouts),
-        "teacher_scored": responses + sum(len(r.prompt.teacher) for r in look.rollouts),
-        "teacher_decoded": look.decoded,
-        **({f"{k}_verifying": n for k, n in look.verified.tokens.items()} if look.verified else {}),
+        "student_scored": responses + sum(len(r.prompt.student) for r in batch.rollouts),
+        "teacher_scored": responses + sum(len(r.prompt.teacher) for r in batch.rollouts),
+        "teacher_decoded": batch.decoded,
+        **{f"{model}_verifying": tokens for model, tokens in verifying.items()},
     }
 
 
-def _rollout_records(look: Look, number: int, size: int, pair: Pair) -> Iterator[dict[str, Any]]:
-    for i, rollout in enumerate(look.rollouts):
+def _rollout_records(batch: Batch, number: int, size: int, pair: Pair) -> Iterator[dict[str, Any]]:
+    for i, rollout in enumerate(batch.rollouts):
         length = len(rollout.response)
         yield {
             **rollout_record(
                 number // size,
                 number + i,
                 rollout,
-                look.teacher_logprobs[i, :length].tolist(),
+                batch.teacher_logprobs[i, :length].tolist(),
                 pair.tokenizer.decode(list(rollout.response)),
             ),
-            "reverse_kl": look.terms.divergence[i, :length].tolist(),
-            "entropy": look.terms.entropy[i, :length].tolist(),
+            "reverse_kl": batch.terms.divergence[i, :length].tolist(),
+            "entropy": batch.terms.entropy[i, :length].tolist(),
         }

@@ -57,16 +57,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verified:
-    """The outcomes of some starts, in order, and what they took: tokens written by each model."""
+    """The outcomes of some starts, in order, and the tokens that teacher and student wrote."""
 
     outcomes: tuple[Outcome, ...]
-    teacher_tokens: int
-    student_tokens: int
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """By the model that wrote them."""
-        return {"teacher": self.teacher_tokens, "student": self.student_tokens}
+    tokens: dict[str, int]
 
 
 def verify_forks(
@@ -99,7 +93,7 @@ def verify_forks(
         student, own = asked.values(observer.student, sorted({*starts}))
     pairs = zip(starts, after, strict=True)
     found = tuple(Outcome(teacher[s], teacher[a], student[s]) for s, a in pairs)
-    return Verified(found, theirs, own)
+    return Verified(found, {"teacher": theirs, "student": own})
 
 
 @dataclass(frozen=True)
