@@ -120,12 +120,6 @@ def check_data(place: str | None) -> None:
         )
 
 
-def check_run(folder: Path) -> None:
-    """Raises TOPDError for what is not a folder."""
-    if not folder.is_dir():
-        raise TOPDError(f"run folder {folder}: the folder does not exist. Give one under runs/.")
-
-
 def _path_of(value: Any) -> str | None:
     value = value.get("path") if isinstance(value, Mapping) else value
     return value if isinstance(value, str) else None

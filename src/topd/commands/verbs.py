@@ -20,8 +20,9 @@ from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
-from topd.commands.early import check_data, check_early, check_model, check_run
+from topd.commands.early import check_data, check_early, check_model
 from topd.errors import TOPDError
+from topd.runs.files import check_is_folder
 from topd.runs.settings import Setting, is_current, known, matching
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def _page(folder: Path) -> None:
 def report(folder: Path, *, rollouts: int = 1000) -> None:
     """Write the page of a run and say where it is."""
     with faults():
-        check_run(folder)
+        check_is_folder(folder)
         from topd.report import write_report
 
         page = write_report(folder, rollouts=rollouts)
@@ -194,7 +195,7 @@ def report(folder: Path, *, rollouts: int = 1000) -> None:
 def watch(folder: Path, *, rollouts: int = 1000) -> None:
     """Have the page of a run follow it until it ends, or until Ctrl-C."""
     with faults():
-        check_run(folder)
+        check_is_folder(folder)
         from topd.report.follow import follow
 
         try:
@@ -264,7 +265,7 @@ def gate(base: Mapping[str, Any], candidate: Mapping[str, Any], suite: Path, out
 def audit(run: Path, trust: Trusted, *, updates: int, seed: int | None, tolerance: float) -> None:
     """Audit a run folder. Exit code 1 if it has faults."""
     with faults():
-        check_run(run)
+        check_is_folder(run)
         from topd.commands.audit import Trust, audit_run
 
         allowed = Trust(*trust)
@@ -275,7 +276,7 @@ def audit(run: Path, trust: Trusted, *, updates: int, seed: int | None, toleranc
 def replay(run: Path, trust: Trusted, *, step: int, tolerance: float) -> None:
     """Repeat an update of a run. Exit code 1 if it differs."""
     with faults():
-        check_run(run)
+        check_is_folder(run)
         from topd.commands.audit import Trust, replay_step
 
         found = replay_step(run, step, tolerance=tolerance, trust=Trust(*trust))

@@ -161,6 +161,9 @@ class Evaluator:
         sampling: how they are drawn; its length limit is also that of the greedy ones.
         seed: of the samples and of the bootstrap.
         batch_size: responses written at a time.
+
+    Raises:
+        TOPDError: no problems, no samples, or a sampling at temperature 0.
     """
 
     prompts: Sequence[Prompt]
@@ -175,6 +178,12 @@ class Evaluator:
     def __post_init__(self) -> None:
         if not all(isinstance(prompt, Prompt) for prompt in self.prompts):
             raise TOPDError("prompts: give token ids, as trainer.encoder.encode(rows) makes them.")
+        least = min(len(self.prompts), self.samples, self.batch_size)
+        if least < 1 or self.sampling.temperature <= 0:
+            raise TOPDError(
+                "evaluate: needs prompts, at least one sample and a batch size of 1, and a "
+                "sampling temperature above 0 (greedy responses are always written too)."
+            )
 
     def __call__(
         self,
@@ -191,20 +200,7 @@ class Evaluator:
             tick: called once for every response.
             done: responses of the same evaluation that was stopped; they are not written again.
             keep: is given every new batch of responses.
-
-        Raises:
-            TOPDError: no problems, no samples, or a sampling at temperature 0.
         """
-        if (
-            not self.prompts
-            or self.samples < 1
-            or self.batch_size < 1
-            or self.sampling.temperature <= 0
-        ):
-            raise TOPDError(
-                "evaluate: needs prompts, at least one sample and a batch size of 1, and a "
-                "sampling temperature above 0 (greedy responses are always written too)."
-            )
         kept = {(response.problem, response.sample): response for response in done}
         greedy = replace(self.sampling, temperature=0.0, top_p=1.0, top_k=0)
         responses = []

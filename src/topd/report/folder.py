@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.errors import TOPDError
-from topd.runs.files import read_lines, read_whole
+from topd.runs.files import check_is_folder, read_lines, read_whole
 from topd.runs.records import check_format, updates_in
 
 Kind = Literal["training", "probe", "repair", "compare", "evaluation", "gate"]
@@ -24,8 +24,7 @@ MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # which files make which ki
 
 def kind_of(folder: Path) -> Kind:
     """What kind of run a folder holds. Raises TOPDError: no folder, or no run in it."""
-    if not folder.is_dir():
-        raise TOPDError(f"run folder {folder}: the folder does not exist. Give one under runs/.")
+    check_is_folder(folder)
     for kind, names in MARKS:
         if any((folder / name).is_file() for name in names):
             check_format(folder)

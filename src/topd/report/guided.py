@@ -135,9 +135,9 @@ def asked_at(record: RolloutRecord, fork: ForkRecord) -> str:
     weight = record.weights.get(fork.position, 1.0)
     if weight != 1:
         said.append(f"The token loss counts {weight:.4g} times.")
-    advantage = _at(record.advantages, fork.position)
-    if advantage:
-        said.append(f"Advantage {advantage:.4g} on the log-prob of the sampled token.")
+    advantage = record.advantages[fork.position : fork.position + 1]
+    if any(advantage):
+        said.append(f"Advantage {advantage[0]:.4g} on the log-prob of the sampled token.")
     return " ".join(said) or "The method asks nothing more here than the token loss."
 
 
@@ -267,10 +267,6 @@ def _many(name: str) -> str:
     'false alarms by quota'
     """
     return re.sub(r"(point|alarm)\b", r"\1s", name, count=1)
-
-
-def _at(values: Sequence[float], position: int) -> float:
-    return values[position] if position < len(values) else 0.0
 
 
 def _tokens(count: int) -> str:

@@ -14,9 +14,14 @@ from topd.errors import TOPDError
 
 UNREADABLE = (ValueError, RecursionError)  # not UTF-8, not JSON, not the right keys, too deep
 
-
 LOCK = ".lock"  # of the process that writes to a run folder, which touches it (topd.runs.lock)
 PATIENCE = 60.0  # seconds that a lock from another host is watched: attributes on NFS may be as old
+
+
+def check_is_folder(folder: Path) -> None:
+    """Raises TOPDError for a run folder that is not there."""
+    if not folder.is_dir():
+        raise TOPDError(f"run folder {folder}: the folder does not exist. Give one under runs/.")
 
 
 def is_written_to(folder: Path) -> bool:

@@ -176,7 +176,13 @@ def _allowed(
         _refuse_code(folder, (student, *teachers.values()), config)
     student["served"] = None  # its weights are here
     if several:
-        return {"student": student, "teachers": _unserved(folder, several)}
+        for name, spec in several.items():
+            if spec.get("served"):
+                raise TOPDError(
+                    f"{folder}: its teacher {name} was served, beside others. An audit connects to "
+                    "servers of one teacher only: audit it with --updates 0."
+                )
+        return {"student": student, "teachers": several}
     teacher = dict(sources["teacher"])
     served, text = teacher.get("served"), teacher.get("text")
     if text is not None:
@@ -215,17 +221,6 @@ def _own_servers(folder: Path, served: Mapping[str, Any], trust: Trust) -> dict[
         "api_key_env": trust.api_key_env,
         "weights": None,
     }
-
-
-def _unserved(folder: Path, teachers: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Several teachers, if none was served. Raises TOPDError."""
-    served = [name for name, spec in teachers.items() if spec.get("served")]
-    if served:
-        raise TOPDError(
-            f"{folder}: its teacher {served[0]} was served, beside others. An audit connects to "
-            "servers of one teacher only: audit it with --updates 0."
-        )
-    return teachers
 
 
 @contextmanager
