@@ -365,7 +365,10 @@ def test_the_command(tmp_path, monkeypatch) -> None:
     run = CliRunner().invoke(app, ["import", "gkd.json", "--output", "recipe.yaml"])
     assert run.exit_code == 0, run.output
     assert read_recipe(Path("recipe.yaml"), {**CPU, "tf32": None}).student.path == "student"
-    assert CliRunner().invoke(app, ["import", "gkd.json", "--output", "recipe.yaml"]).exit_code == 2
+    for place in ("recipe.yaml", "nowhere/recipe.yaml"):  # is there; its folder is not
+        run = CliRunner().invoke(app, ["import", "gkd.json", "--output", place])
+        assert run.exit_code == 2
+        assert run.stderr.startswith(f"error: --output: {place}")
     Path("gkd.json").write_text(json.dumps({**TRL, "learning_rate": "fast"}))
     for _ in range(2):  # refused before it is written
         run = CliRunner().invoke(app, ["import", "gkd.json", "--output", "other.yaml"])

@@ -110,7 +110,10 @@ def import_config(config: Path, output: Path | None) -> None:
             raise TOPDError(f"{config}: its recipe cannot be used: {error}") from error
         if output is None:
             return
-        output.write_text(text, encoding="utf-8")
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise TOPDError(f"--output: {output} cannot be written ({error.strerror}).") from error
         say(f"{output}: read it, then: topd train {output}")
 
 
