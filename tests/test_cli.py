@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 
 from conftest import rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, cli
-from topd.commands import verbs
+from topd.commands import terminal
 from topd.commands.recipe import parse_overrides
 from topd.commands.tables import show_change, show_table
 from topd.inputs.models import ModelSpec
@@ -110,11 +110,11 @@ def config(folder: Path) -> dict[str, Any]:
 def finished(folders, tmp_path_factory) -> tuple[str, Path]:
     """The output and the run folder of one run in a wide terminal."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    before, verbs.console = verbs.console, Console(width=200)
+    before, terminal.console = terminal.console, Console(width=200)
     try:
         return topd(folders, folder), folder
     finally:
-        verbs.console = before
+        terminal.console = before
 
 
 def test_a_run_prints_one_line_an_update_within_80_columns(finished):

@@ -26,7 +26,7 @@ from typer.testing import CliRunner, Result
 from conftest import DEVICE, EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands import evaluate as evaluating
-from topd.commands import verbs
+from topd.commands import terminal
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_evaluator
 from topd.engines.hf import HFEngine
@@ -852,7 +852,7 @@ def invoke(root, monkeypatch) -> Iterator[Callable[..., Result]]:
     """Runs ``topd eval`` in the folder of the models."""
     monkeypatch.chdir(root)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(verbs, "console", Console(width=80))
+    monkeypatch.setattr(terminal, "console", Console(width=80))
 
     def run(*words: str) -> Result:
         short = ["--max-tokens", "8", "--samples", "2"]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from conftest import EOS, kill_at_write, tiny_model, write_pair
 from topd import cli, transport
-from topd.commands import verbs
+from topd.commands import terminal
 from topd.commands.probe import ProbeConfig, choose, run_probe
 from topd.commands.probe.statistics import GROUPS
 from topd.commands.session import open_pair, read_analysis
@@ -423,7 +423,7 @@ def command(recipe: Path, *words: str) -> Any:
 
 
 def test_the_command_prints_tables_within_80_columns(recipe, finished, monkeypatch):
-    monkeypatch.setattr(verbs, "console", Console(width=80))
+    monkeypatch.setattr(terminal, "console", Console(width=80))
     result = command(recipe, *WORDS, "--output_dir", str(finished), "--quiet")
     assert result.exit_code == 0, result.output
     assert max(map(len, result.output.splitlines())) <= 80 + len(str(finished))

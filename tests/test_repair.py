@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from conftest import DEVICE, EOS, kill_at_write, write_pair
 from topd import cli, transport
-from topd.commands import repair, verbs
+from topd.commands import repair, terminal
 from topd.commands.probe import ProbeConfig
 from topd.commands.probe.intervals import intervals
 from topd.commands.repair import (
@@ -579,7 +579,7 @@ def test_models_that_hardly_part_end_in_words(recipe, tmp_path, monkeypatch, cha
 
 
 def test_the_command_prints_a_table_within_80_columns(recipe, finished, monkeypatch):
-    monkeypatch.setattr(verbs, "console", Console(width=80))
+    monkeypatch.setattr(terminal, "console", Console(width=80))
     words = [*WORDS, "--output_dir", str(finished), "--quiet"]
     result = CliRunner().invoke(cli.app, ["repair", str(recipe), *words])
     assert result.exit_code == 0, result.output

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from conftest import rows, write_pair
 from test_resume import lines, make, records
 from topd import TOPDConfig, TOPDTrainer
-from topd.commands import verbs
+from topd.commands import terminal
 from topd.commands.train import run_recipe
 from topd.errors import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
 from topd.methods import Method
@@ -372,7 +372,7 @@ def test_sigterm_ends_the_writing_of_answers_too(tmp_path):
 
 def test_a_command_ends_with_the_exit_code_of_its_fault():
     for error, code in ((TOPDError("a"), 2), (StoppedError("b", TERMINATED), 75)):
-        with pytest.raises(typer.Exit) as found, verbs.faults():
+        with pytest.raises(typer.Exit) as found, terminal.faults():
             raise error
         assert found.value.exit_code == code
 

@@ -31,6 +31,13 @@ RecipeFile = Annotated[
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Log lines instead of progress bars.")]
+Problems = Annotated[
+    str,
+    typer.Argument(
+        help="JSONL, JSON, CSV, TSV or Parquet: GSM8K, MATH-500, AIME, HMMT, or another with "
+        "--columns."
+    ),
+]
 Columns = Annotated[str, typer.Option(help="prompt=NAME,answer=NAME, if the format is unknown.")]
 Split = Annotated[str | None, typer.Option(help="Of data with several: the one to evaluate on.")]
 Samples = Annotated[int, typer.Option(help="Responses a problem, besides the greedy one.")]
@@ -52,6 +59,12 @@ TemplateKwargs = Annotated[
 Output = Annotated[
     str,
     typer.Option("--output", "--output-dir", help="Folder of the results; by default below runs/."),
+]
+Updates = Annotated[
+    int, typer.Option(min=0, help="Updates whose decisions are re-derived; 0: no models.")
+]
+UpdatesSeed = Annotated[
+    int | None, typer.Option(help="Which updates; by default a random one, which is printed.")
 ]
 Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may differ.")]
 TrustCode = Annotated[

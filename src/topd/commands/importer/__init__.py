@@ -50,6 +50,11 @@ class Line:
     note: str = ""
     names: tuple[str, ...] = ()  # in the recipe, where others
 
+    def __str__(self) -> str:
+        names = f" -> {', '.join(self.names)}" if self.names else ""
+        note = f": {self.note}" if self.note else ""
+        return f"{self.outcome:<10}  {self.key} = {self.value}{names}{note}"
+
 
 @dataclass
 class Imported:
