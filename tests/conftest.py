@@ -218,6 +218,16 @@ class Gradient(TrainerCallback):
         self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def load(path: Path) -> dict[str, Any]:
+    """A JSON file."""
+    return json.loads(path.read_text())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def kill_at_write(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Interrupt whoever appends to a run folder at that write, half of its last line written."""
     from topd.runs.folder import RunFolder

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
-from conftest import rows, tiny_model, tiny_tokenizer
+from conftest import read, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, cli
 from topd.commands import terminal
 from topd.commands.recipe import parse_overrides
@@ -93,10 +93,6 @@ def topd(folders: Path, folder: Path, *words: str, command: str = "train") -> st
     result = invoke(folders, "--output_dir", str(folder), *words, command=command)
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def config(folder: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from scipy.stats import binomtest
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
-from conftest import DEVICE, EOS, USE_CPU, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, EOS, USE_CPU, read, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands import evaluate as evaluating
 from topd.commands import terminal
@@ -731,10 +731,6 @@ def test_the_example_of_the_page_evaluates_and_takes_no_messages(tmp_path):
     assert "eval/pass@4" in read(tmp_path / "metrics.jsonl")[0]
     with pytest.raises(TOPDError, match=r"prompts: .*trainer\.encoder\.encode\(rows\)"):
         replace(space["evaluator"], prompts=[row["prompt"] for row in space["rows"]])
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import EOS, kill_at_write, tiny_model, write_pair
+from conftest import EOS, kill_at_write, load, read, tiny_model, write_pair
 from topd import cli, transport
 from topd.commands import terminal
 from topd.commands.probe import ProbeConfig, choose, run_probe
@@ -55,14 +55,6 @@ def probe(recipe: Path, folder: Path, *words: str) -> Path:
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory) -> Path:
     return probe(recipe, tmp_path_factory.mktemp("finished") / "run")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 # What is in the records

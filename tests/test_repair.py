@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import DEVICE, EOS, kill_at_write, write_pair
+from conftest import DEVICE, EOS, kill_at_write, load, read, write_pair
 from topd import cli, transport
 from topd.commands import repair, terminal
 from topd.commands.probe import ProbeConfig
@@ -78,14 +78,6 @@ def prepared(recipe: Path, folder: Path, *words: str) -> tuple[Pair, RepairConfi
 def some_samples(pair: Pair, args: RepairConfig, count: int = 3) -> list[Sample]:
     found = find_samples(pair, args, 0)
     return [next(found) for _ in range(count)]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
 
 
 def weights_hash(model: nn.Module) -> str:

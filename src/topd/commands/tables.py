@@ -150,12 +150,12 @@ def show_compare(console: Console, summary: Summary) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for name, start in summary["starts"].items():
         table.add_row(
-            escape(name), _percent(start["greedy"]), "", _percent(start["pass@1"]), "", ""
+            escape(name), _mean_percent(start["greedy"]), "", _mean_percent(start["pass@1"]), "", ""
         )
     for name, arm in summary["summary"].items():
         gains = [_gain(arm[f"{score}_vs_{base}"]) for score in ("greedy", "pass@1")]
         versus = ["", ""] if name == base else gains
-        scores = [_percent(arm[score]) for score in ("greedy", "pass@1")]
+        scores = [_mean_percent(arm[score]) for score in ("greedy", "pass@1")]
         time = f"{arm['seconds_ratio']:.2f}"
         table.add_row(escape(name), scores[0], versus[0], scores[1], versus[1], time)
     console.print(table)
@@ -167,7 +167,7 @@ def show_compare(console: Console, summary: Summary) -> None:
     console.print(line, markup=False, highlight=False)
 
 
-def _percent(found: Summary) -> str:
+def _mean_percent(found: Summary) -> str:
     return f"{100 * found['mean']:.1f}"
 
 

@@ -192,8 +192,7 @@ def distributions(columns: Array, highest: float) -> dict[str, Any]:
     """
     edges = np.linspace(0, highest, 41)
     found: dict[str, Any] = {"edges": edges.tolist()}
-    for i, name in enumerate(GROUPS):
-        some = columns[columns["group"] == i]
+    for name, some in _by_group(columns).items():
         levels = {str(q): number(_quantile(some["distance"], q / 100)) for q in (5, 25, 50, 75, 95)}
         tokens = np.sort(some["rejoin"])
         found[name] = {
@@ -208,7 +207,7 @@ def distributions(columns: Array, highest: float) -> dict[str, Any]:
 
 def frequent_pairs(columns: Array, threshold: float, *, most: int = 10) -> dict[str, Any]:
     """The commonest (student token, teacher token, count) at false alarms and at forks."""
-    high = columns[columns["group"] == GROUPS.index("high")]
+    high = _by_group(columns)["high"]
     real, alarm = _verdicts(high, threshold)
     found = {}
     for name, some in (("false_alarms", high[alarm]), ("forks", high[real])):
@@ -262,7 +261,7 @@ def summarise(
 
 def _no_threshold(columns: Array, args: AnalysisConfig) -> str:
     """Why there is no low-loss position, and what to do."""
-    if (columns["group"] == GROUPS.index("high")).any() or getattr(args, "group_size", None):
+    if len(_by_group(columns)["high"]) or getattr(args, "group_size", None):
         return (
             "probe: no low-loss position in any rollout: they are too short. Raise "
             "max_completion_length or low_share."
