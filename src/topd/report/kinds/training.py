@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,8 +35,20 @@ from topd.runs.records import GuidanceRecord, read_records, updates_in
 Logs = Sequence[Mapping[str, float]]
 BARS = 40
 PHASE = "seconds/"
-CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
-    (
+
+
+class Curves(NamedTuple):
+    """A figure of some keys of the logs, each with the label of its curve."""
+
+    name: str
+    title: str
+    caption: str
+    unit: str
+    keys: tuple[tuple[str, str], ...]
+
+
+CURVES = (
+    Curves(
         "divergence",
         "Divergence from the teacher",
         "Mean over response tokens of the token divergence, on the student's own rollouts. Every "
@@ -48,14 +60,14 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
             ("eval_loss", "held out"),
         ),
     ),
-    (
+    Curves(
         "loss",
         "Loss",
         "What an update minimises, mean over response tokens; no divergence was computed.",
         "nats a token",
         (("loss", "loss"),),
     ),
-    (
+    Curves(
         "held_out",
         "Held-out problems",
         "Share of the problems of the recipe's evaluation that the student solves, greedily and by "
@@ -63,14 +75,14 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "share of the problems",
         (("eval/greedy", "greedy"), ("eval/pass@1", "sampled")),
     ),
-    (
+    Curves(
         "trajectory",
         "Trajectory loss",
         "L_traj, mean over guided tokens.",
         "nats a guided token",
         (("topd/trajectory_loss", "L_traj"),),
     ),
-    (
+    Curves(
         "distance",
         "Distance of the windows",
         "Mean optimal-transport distance between what student and teacher write next, over the "
@@ -78,21 +90,21 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
         "mean OT distance",
         (("topd/mean_ot", "mean OT distance"),),
     ),
-    (
+    Curves(
         "alarms",
         "False alarms among the candidates",
         "Share of the candidates that the verdict of this run counts as false alarms.",
         "share of candidates",
         (("topd/false_alarm_share", "false alarms"),),
     ),
-    (
+    Curves(
         "length",
         "Length of the responses",
         "Mean length of the student's rollouts.",
         "tokens",
         (("completions/mean_length", "mean length"),),
     ),
-    (
+    Curves(
         "health",
         "Signs of collapse",
         "Share of rollouts cut by the length limit, and of 4-grams that repeat within a rollout.",
@@ -102,7 +114,7 @@ CURVES: tuple[tuple[str, str, str, str, tuple[tuple[str, str], ...]], ...] = (
             ("completions/repeated_4gram_share", "repeated 4-grams"),
         ),
     ),
-    (
+    Curves(
         "entropy",
         "Entropy of the student",
         "Mean over response tokens. A steep fall is a student that stops exploring.",
@@ -137,9 +149,9 @@ def training_charts(folder: Path) -> list[Chart]:
         left_out.add("loss")
     charts = [
         chart
-        for name, title, caption, unit, keys in _with_sets(logs)
-        if name not in left_out
-        and (chart := _curve_chart(logs, name, title, captions.get(name) or caption, unit, keys))
+        for shown in _with_sets(logs)
+        if shown.name not in left_out
+        and (chart := _curve_chart(logs, shown, captions.get(shown.name) or shown.caption))
     ]
     if teachers := _by_teacher(logs):
         charts.insert(1, teachers)
@@ -149,13 +161,13 @@ def training_charts(folder: Path) -> list[Chart]:
     return [*charts, _time_chart(logs, times)] if times else charts
 
 
-def _with_sets(logs: Logs) -> Iterator[tuple[str, str, str, str, tuple[tuple[str, str], ...]]]:
+def _with_sets(logs: Logs) -> list[Curves]:
     """``CURVES``, with a curve of each of several evaluation sets: ``eval_NAME_loss``."""
     found = dict.fromkeys(key for log in logs for key in log)
     named = (key[5:-5] for key in found if key.startswith("eval_") and key.endswith("_loss"))
     sets = tuple((f"eval_{name}_loss", f"held out, {plain(name, limit=30)}") for name in named)
-    for name, title, caption, unit, keys in CURVES:
-        yield name, title, caption, unit, (*keys, *sets) if name == "divergence" else keys
+    divergence, *others = CURVES
+    return [divergence._replace(keys=(*divergence.keys, *sets)), *others]
 
 
 def _captions(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -211,13 +223,12 @@ def duration(seconds: float) -> str:
     return "{} h {} min".format(*divmod(round(seconds / 60), 60))
 
 
-def _curve_chart(
-    logs: Logs, name: str, title: str, caption: str, unit: str, keys: tuple[tuple[str, str], ...]
-) -> Chart | None:
-    found = [curve for key, label in keys if (curve := series(logs, key, label))]
+def _curve_chart(logs: Logs, shown: Curves, caption: str) -> Chart | None:
+    found = [curve for key, label in shown.keys if (curve := series(logs, key, label))]
     if not found:
         return None
-    return Chart(name, title, caption, curves(found, unit=unit), *curve_table(found))
+    draw = curves(found, unit=shown.unit)
+    return Chart(shown.name, shown.title, caption, draw, *curve_table(found))
 
 
 def _by_teacher(logs: Logs) -> Chart | None:
@@ -226,7 +237,8 @@ def _by_teacher(logs: Logs) -> Chart | None:
     ours = dict.fromkeys(k for log in logs for k in log if k.startswith(start) and k.endswith(end))
     keys = tuple((k, plain(k.removeprefix(start).removesuffix(end), limit=40)) for k in ours)
     caption = "Sampled reverse KL on the rollouts of each teacher, mean over response tokens."
-    return _curve_chart(logs, "teachers", "By teacher", caption, "nats a token", keys)
+    shown = Curves("teachers", "By teacher", caption, "nats a token", keys)
+    return _curve_chart(logs, shown, caption)
 
 
 def _change(logs: Logs, key: str) -> Fact:
