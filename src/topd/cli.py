@@ -227,7 +227,7 @@ def evaluate_model(
         batch_size=batch_size,
         seed=seed,
         chat=chat,
-        chat_template_kwargs=chat_template_kwargs and parse_value(chat_template_kwargs),
+        chat_template_kwargs=parse_value(chat_template_kwargs or "null"),
     )
     evaluated = ModelSpec(path=model, gguf_file=gguf_file, dtype=dtype)
     folder = run_evaluation(evaluated, spec, output, terminal.console)

@@ -88,8 +88,8 @@ def write_report(folder: Path, *, rollouts: int = 1000, reload: int | None = Non
     Raises:
         TOPDError: the folder holds no run, or one of its files is broken.
     """
-    page = make_page(folder, rollouts=rollouts)
     tokens = TokenTexts.read(folder)
+    page = make_page(folder, tokens, rollouts=rollouts)
     path = folder / "report.html"
     partial_path = path.with_suffix(".partial")
     try:
@@ -111,10 +111,11 @@ def page_line(folder: Path) -> str:
         return f"no page was made: {error} Try again with: topd report {folder}"
 
 
-def make_page(folder: Path, *, rollouts: int) -> Page:
+def make_page(folder: Path, tokens: TokenTexts, *, rollouts: int) -> Page:
     """Read everything that the page of a run folder shows. Raises TOPDError."""
     kind = kind_of(folder)
-    shown, stage1 = PAGES[kind], kind == "training" and is_stage1(settings_of(folder))
+    shown, settings = PAGES[kind], settings_of(folder) if kind == "training" else {}
+    stage1 = is_stage1(settings)
     summary = {} if kind == "training" else read_whole(folder / f"{kind}.json")
     selection = select_rollouts(folder, limit=rollouts)
     return Page(
@@ -122,7 +123,7 @@ def make_page(folder: Path, *, rollouts: int) -> Page:
         title=plain(folder.resolve().name, limit=80),
         heading="Warm start" if stage1 else shown.title,
         stage1=stage1,
-        subtitle=_subtitle(folder),
+        subtitle=_subtitle(folder, None if stage1 else settings.get("method")),
         headline=tuple(shown.words(folder, summary)),
         verdict=verdict_in(summary),
         facts=tuple(shown.facts(folder)),
@@ -130,7 +131,7 @@ def make_page(folder: Path, *, rollouts: int) -> Page:
         tables=tuple(shown.tables(folder, summary)),
         changed=settings_table(folder),
         settings=settings_files(folder),
-        notes=tuple(_notes(folder, kind, summary, selection)),
+        notes=tuple(_notes(folder, kind, summary, selection, tokens)),
         selection=selection,
         rule=rule_of(folder),
     )
@@ -206,17 +207,14 @@ def _drawing(chart: Chart) -> Drawing:
     return Drawing(chart, Markup(drawn))  # noqa: S704 - XML by matplotlib, which escapes texts
 
 
-def _subtitle(folder: Path) -> str:
-    """Student, teacher and method, as far as the folder names them."""
-    names = model_names(folder)
-    settings = settings_of(folder) if kind_of(folder) == "training" else {}
-    method = None if is_stage1(settings) else settings.get("method")
-    parts = [f"{side} {name}" for side, name in names.items()]
+def _subtitle(folder: Path, method: Any) -> str:
+    """Student, teacher and method, as far as they are known."""
+    parts = [f"{side} {name}" for side, name in model_names(folder).items()]
     return plain(", ".join([*parts, *([f"method {method}"] if method else [])]), limit=200)
 
 
 def _notes(
-    folder: Path, kind: Kind, summary: dict[str, Any], selection: Selection
+    folder: Path, kind: Kind, summary: dict[str, Any], selection: Selection, tokens: TokenTexts
 ) -> Iterator[str]:
     """What the folder lacks, what the page leaves out, or what it tells only the last of."""
     if changes := [*changes_on_resuming(folder)]:
@@ -229,7 +227,7 @@ def _notes(
         )
     if kind != "training" and not summary:
         yield f"There is no {kind}.json: the run has not finished, and this page shows a part."
-    if shown and not TokenTexts.read(folder).pieces:
+    if shown and not tokens.pieces:
         yield "There is no tokens.jsonl, so that tokens are shown as their numbers."
     if kind == "training" and not selection.total:
         yield "There is no rollouts.jsonl (log_rollouts was off), so that no fork can be shown."
