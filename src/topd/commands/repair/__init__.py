@@ -98,24 +98,8 @@ def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None
     recipe = read_analysis("repair", path, words, RepairConfig)
     with session("repair", recipe, console) as (pair, run, phases):
         _repair(recipe.args, pair, run, phases)
-        run.write("repair.json", _summary(run.folder, recipe.args))
+        run.write("repair.json", summarise(run.folder, recipe.args))
     return run.folder
-
-
-def _summary(folder: Path, args: RepairConfig) -> dict[str, Any]:
-    """The content of repair.json."""
-    return summarise(
-        folder,
-        args.method_names,
-        repeats=args.bootstrap,
-        seed=args.seed,
-        updates=args.updates,
-        learning_rate=args.learning_rate,
-        window_length=args.window_length,
-        trajectory_weight={
-            name: args.loss_of(name).trajectory_weight for name in args.method_names
-        },
-    )
 
 
 def _repair(args: RepairConfig, pair: Pair, run: RunFolder, phases: Phases) -> None:

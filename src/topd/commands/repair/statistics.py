@@ -12,31 +12,27 @@ import numpy as np
 
 from topd.commands.probe.intervals import Array, intervals
 from topd.commands.probe.statistics import cost_of
+from topd.commands.repair.config import RepairConfig
 from topd.runs.files import read_lines
 
 SAMPLES = "samples.jsonl"
 PAPER = {"before": 0.538, "opd": 0.350, "topd": 0.204}
 
 
-def summarise(
-    folder: Path, methods: Sequence[str], *, repeats: int, seed: int, **settings: Any
-) -> dict[str, Any]:
-    """The content of repair.json, from the records in the folder.
-
-    Args:
-        folder: the repair.
-        methods: those that were tried.
-        repeats: resamples behind an interval.
-        seed: of the resamples.
-        **settings: written as they are.
-    """
-    names = ("before", *methods)
+def summarise(folder: Path, args: RepairConfig) -> dict[str, Any]:
+    """The content of repair.json, from the records in the folder."""
+    names = ("before", *args.method_names)
     table = read_table(folder / SAMPLES, names)
-    found = intervals(table, measure, repeats=repeats, seed=seed)
+    found = intervals(table, measure, repeats=args.bootstrap, seed=args.seed)
     return {
         "samples": len(table),
-        **settings,
-        "interval": f"95 % percentile bootstrap over prompts, {repeats} resamples",
+        "updates": args.updates,
+        "learning_rate": args.learning_rate,
+        "window_length": args.window_length,
+        "trajectory_weight": {
+            name: args.loss_of(name).trajectory_weight for name in args.method_names
+        },
+        "interval": f"95 % percentile bootstrap over prompts, {args.bootstrap} resamples",
         "mean_distance_found": float(table["found"].mean()),
         "arms": {
             name: {
