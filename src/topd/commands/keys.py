@@ -91,21 +91,15 @@ def read_content(
     return content
 
 
-def shared_beside(own: Iterable[str]) -> set[str]:
-    """Which settings of the rest of a recipe stage 1 shares, beside its own.
-
-    >>> {"bf16", "tf32"} & shared_beside(["fp16"])
-    {'tf32'}
-    """
-    return {key for group in SHARED for key in group if not {*own} & {*group}}
-
-
 def _taken(named: Iterable[str], own: Mapping[str, Any]) -> set[str]:
-    """The parts and settings that stage 1 takes, beside those that it names.
+    """The parts and settings of a recipe that stage 1 shares, but for groups of which it names one.
 
     Where nobody asks the teacher, what it is told is left out.
+
+    >>> {"bf16", "tf32"} & _taken(["fp16"], {})
+    {'tf32'}
     """
-    taken = {*PARTS, *shared_beside(named)}
+    taken = {*PARTS, *(key for group in SHARED for key in group if not {*named} & {*group})}
     if own.get("answers") == "data" and not own.get("kd_ratio"):
         taken.discard("teacher_prompt")
     return taken
