@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from topd.commands.probe import ProbeConfig
-from topd.commands.probe.intervals import Interval, intervals
+from topd.commands.probe.intervals import Estimate, intervals
 from topd.commands.probe.statistics import (
     COLUMNS,
     GROUPS,
@@ -208,7 +208,7 @@ def mean(columns: np.ndarray) -> dict[str, float]:
 def test_the_interval_of_two_prompts_is_their_range():
     """Resampled means of 0 and 1 are 0, 1/2, 1 with probability 1/4, 1/2, 1/4."""
     found = intervals(table(high=[0.0, 1.0]), mean, repeats=400, seed=0)["mean"]
-    assert found == Interval(0.5, 0.0, 1.0)
+    assert found == Estimate(0.5, 0.0, 1.0)
 
 
 def test_the_interval_of_a_mean_is_near_the_normal_one():
@@ -243,7 +243,7 @@ def test_a_prompt_is_drawn_with_all_its_positions():
         return {"prompts": 3.0}
 
     drawn: set[int] = set()
-    assert intervals(columns, count, repeats=100, seed=0)["prompts"] == Interval(3.0, None, None)
+    assert intervals(columns, count, repeats=100, seed=0)["prompts"] == Estimate(3.0, None, None)
     assert drawn == {3}
 
 
@@ -254,7 +254,7 @@ def test_equal_values_are_not_certainty():
     share, bound = found["false_alarm_share"], 1 - 0.025 ** (1 / 28)
     assert (share.value, share.low) == (0.0, 0.0)
     assert share.high == pytest.approx(bound)
-    assert found["median/high"] == Interval(0.5, None, None)
+    assert found["median/high"] == Estimate(0.5, None, None)
     assert verdict(share, found["spearman/token_loss/random"]) == "undecided"
 
 
@@ -268,8 +268,8 @@ def test_a_share_knows_no_more_than_the_prompts_with_a_position_in_it():
     assert (behind["rejoined/low"], behind["rejoined/random"]) == (38, 0)
     found = intervals(columns, measure, repeats=200, seed=0, behind=behind)
     bound = 0.025**0.5
-    assert found["false_alarm_share"] == Interval(0.0, 0.0, pytest.approx(1 - bound))
-    assert found["verified/all"] == Interval(1.0, pytest.approx(bound), 1.0)
+    assert found["false_alarm_share"] == Estimate(0.0, 0.0, pytest.approx(1 - bound))
+    assert found["verified/all"] == Estimate(1.0, pytest.approx(bound), 1.0)
     assert found["rejoined/low"].high == pytest.approx(1 - 0.025 ** (1 / 38))
 
 
@@ -290,15 +290,15 @@ def test_so_it_is_of_full_windows(tmp_path):
 
 
 def test_an_interval_needs_two_prompts_and_half_of_the_resamples():
-    assert intervals(table(high=[1.0]), mean, repeats=10, seed=0)["mean"] == Interval(1, None, None)
+    assert intervals(table(high=[1.0]), mean, repeats=10, seed=0)["mean"] == Estimate(1, None, None)
 
     def rare(columns: np.ndarray) -> dict[str, float]:
         whole = len(set(columns["prompt"].tolist())) == 8  # seldom in a resample of eight
         return {"rare": 1.0 if whole else math.nan, "never": math.nan}
 
     found = intervals(table(high=[1.0] * 8), rare, repeats=50, seed=0)
-    assert found["rare"] == Interval(1.0, None, None)
-    assert found["never"] == Interval(None, None, None)
+    assert found["rare"] == Estimate(1.0, None, None)
+    assert found["never"] == Estimate(None, None, None)
 
 
 def test_the_seed_decides_the_interval():
@@ -323,14 +323,14 @@ def test_the_seed_decides_the_interval():
     ],
 )
 def test_the_verdict_by_its_rule(share, rho, expected):
-    assert verdict(Interval(0.2, *share), Interval(0.5, *rho)) == expected
+    assert verdict(Estimate(0.2, *share), Estimate(0.5, *rho)) == expected
 
 
 def test_the_papers_own_pair_would_be_a_poor_guide():
     """218 high-loss tokens, 29.23 % false alarms, rho 0.143: normal intervals."""
     half = 1.96 * math.sqrt(0.2923 * 0.7077 / 218)
-    share = Interval(0.2923, 0.2923 - half, 0.2923 + half)
-    assert verdict(share, Interval(0.143, 0.123, 0.163)) == "poor"
+    share = Estimate(0.2923, 0.2923 - half, 0.2923 + half)
+    assert verdict(share, Estimate(0.143, 0.123, 0.163)) == "poor"
 
 
 # Reading

@@ -21,7 +21,7 @@ Array: TypeAlias = np.ndarray
 
 
 @dataclass(frozen=True)
-class Interval:
+class Estimate:
     """An estimate and its 95 % interval; None where it is not defined."""
 
     value: float | None
@@ -36,7 +36,7 @@ def intervals(
     repeats: int,
     seed: int,
     behind: Mapping[str, int] = MappingProxyType({}),
-) -> dict[str, Interval]:
+) -> dict[str, Estimate]:
     """Every statistic of ``measure`` with a bootstrap interval over prompts.
 
     Args:
@@ -66,7 +66,7 @@ def intervals(
         if low is not None and low == high:
             exact = bootstrap([value] * behind[name]) if name in behind else None
             low, high = (exact.low, exact.high) if exact else (None, None)
-        found[name] = Interval(number(value), low, high)
+        found[name] = Estimate(number(value), low, high)
     return found
 
 

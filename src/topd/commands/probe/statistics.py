@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from topd.commands.probe.intervals import Array, Interval, intervals, number
+from topd.commands.probe.intervals import Array, Estimate, intervals, number
 from topd.commands.probe.outcomes import HALF
 from topd.commands.session import ROLLOUTS, AnalysisConfig
 from topd.errors import TOPDError
@@ -172,7 +172,7 @@ def pearson(x: Array, y: Array) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def verdict(false_alarms: Interval, correlation: Interval) -> str:
+def verdict(false_alarms: Estimate, correlation: Estimate) -> str:
     """good, poor or undecided, by ``RULE``."""
     share, rho = false_alarms, correlation
     if share.low is None or share.high is None or rho.low is None or rho.high is None:
@@ -282,12 +282,12 @@ def _no_threshold(columns: Array, args: AnalysisConfig) -> str:
     )
 
 
-def _measured(columns: Array, args: AnalysisConfig) -> dict[str, Interval]:
+def _measured(columns: Array, args: AnalysisConfig) -> dict[str, Estimate]:
     behind = prompts_behind(columns)
     return intervals(columns, measure, repeats=args.bootstrap, seed=args.seed, behind=behind)
 
 
-def _statistics(found: dict[str, Interval]) -> dict[str, Any]:
+def _statistics(found: dict[str, Estimate]) -> dict[str, Any]:
     return {
         "threshold": asdict(found["threshold"]),
         "false_alarm_share": asdict(found["false_alarm_share"]),
@@ -338,7 +338,7 @@ def _mean(values: Array) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def _nested(found: dict[str, Interval], prefix: str) -> dict[str, Any]:
+def _nested(found: dict[str, Estimate], prefix: str) -> dict[str, Any]:
     """The statistics under ``prefix/`` by the rest of their name."""
     head = prefix + "/"
     return {k.removeprefix(head): asdict(v) for k, v in found.items() if k.startswith(head)}
