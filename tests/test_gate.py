@@ -404,8 +404,9 @@ def test_a_folder_with_a_result_is_refused(place):
 
 
 def test_a_gate_that_is_stopped_continues_in_its_folder(place, monkeypatch):
-    """The base's 38 responses and half of the candidate's are there."""
-    assert gate("base", "other").exit_code in (0, 1)
+    """The base's 38 responses and half of the candidate's are there. A card may be unreadable."""
+    Path("other/README.md").write_bytes(b"\xff")
+    assert "README.md has no section of this gate" in " ".join(gate("base", "other").output.split())
     Path("out").rename("whole")
     asked, generate = list[int](), HFEngine.generate
 

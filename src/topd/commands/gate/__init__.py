@@ -340,7 +340,11 @@ def _gate_into(
     finish(run, RESULT, record, responses)
     card = Path(specs["candidate"].place) / "README.md"
     if card.is_file():
-        replace_section(card, HEADING, card_text(specs["base"].path, suite, figures, lost, good))
+        text = card_text(specs["base"].path, suite, figures, lost, good)
+        try:
+            replace_section(card, HEADING, text)
+        except (OSError, UnicodeDecodeError) as error:  # another's model: the gate is done
+            say(console, f"warning: {card} has no section of this gate: {error}")
     return figures, good
 
 
