@@ -171,6 +171,9 @@ def test_one_rollout_is_found_by_its_line(tmp_path):
     assert (found.step, found.rollout, found.forks[0].distance) == (1, 1, 0.503)
     with pytest.raises(TOPDError, match=r"--rollout 6: .* has rollouts 0 to 5\."):
         read_rollout(tmp_path, 6)
+    (tmp_path / "rollouts.jsonl").write_text("")  # stopped in its first batch, and resumed
+    with pytest.raises(TOPDError, match=r"--rollout 0: .* has no rollout yet\."):
+        read_rollout(tmp_path, 0)
 
 
 # What is shown of a rollout

@@ -56,7 +56,8 @@ def read_rollout(folder: Path, index: int) -> RolloutRecord:
     for last, record in enumerate(read_records(folder, "rollouts.jsonl", RolloutRecord)):
         if last == index:
             return _with_forks(folder, [record])[0]
-    raise TOPDError(f"--rollout {index}: {folder} has rollouts 0 to {last}.")
+    there = f"rollouts 0 to {last}" if last >= 0 else "no rollout yet"
+    raise TOPDError(f"--rollout {index}: {folder} has {there}.")
 
 
 def _spaced(counts: dict[int, int], limit: int) -> set[int]:
