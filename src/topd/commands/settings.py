@@ -13,11 +13,8 @@ from transformers import TrainingArguments
 
 from topd.config import TOPDConfig
 from topd.methods import METHODS, Method
-from topd.runs.settings import Setting
+from topd.runs.settings import NO_CHOICE, Setting
 from topd.training.warmstart import WarmstartConfig
-
-# not of a choice; the bars' default is what the process logs
-ELSEWHERE = ("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm")
 
 
 def table() -> str:
@@ -27,7 +24,7 @@ def table() -> str:
         "transformers": transformers.__version__,
         "methods": list(methods()),
         "settings": list(settings()),
-        "plain": {name: value for name, value in plain.items() if name not in ELSEWHERE},
+        "plain": {name: value for name, value in plain.items() if name not in NO_CHOICE},
     }
     return json.dumps(content, indent=1, default=str) + "\n"
 

@@ -11,9 +11,8 @@ from typing import Any
 from topd.report.summary import SummaryTable
 from topd.report.text import plain, visible
 from topd.runs.files import read_whole
-from topd.runs.settings import differing, known
+from topd.runs.settings import NO_CHOICE, differing, known
 
-PLACES = {"output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm"}
 FILES = ("run.json", "manifest.json")
 RESULTS = ("evaluation.json", "gate.json")  # these hold their own settings
 # of models and data, what nobody needs to be told
@@ -91,7 +90,7 @@ def _changed(config: Any) -> Iterator[tuple[str, str, str]]:
             yield name, _text(value), _text(default)
     own = {s.name.removeprefix("warmstart."): s.default for s in known().settings}
     for name, value in config.items():
-        if name not in known().plain and name not in PLACES and own.get(name) != _text(value):
+        if name not in known().plain and name not in NO_CHOICE and own.get(name) != _text(value):
             yield name, _text(value), own.get(name, "")
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from topd.errors import TOPDError
 
 TABLE = Path(__file__).with_name("settings.json")
+# places and machines, not chosen for what is learned; the bars' default is what the process logs
+NO_CHOICE = ("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm")
 
 
 class Setting(NamedTuple):
