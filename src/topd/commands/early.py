@@ -157,5 +157,6 @@ def _class(name: str) -> ast.ClassDef:
     return next(node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name)
 
 
+@cache
 def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))

@@ -40,7 +40,6 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.count, self.head = 0, START
         path = folder / LEDGER
         lines = list(raw_lines(path))
         whole = lines[:-1] if lines and _end_at(lines[-1]) is None else lines
