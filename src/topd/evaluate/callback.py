@@ -22,7 +22,7 @@ from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.inputs.models import eos_ids
 from topd.inputs.models.vocabulary import shared_ids
-from topd.statistics import paired_bootstrap
+from topd.statistics import Interval, paired_bootstrap
 
 TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")
 
@@ -139,10 +139,9 @@ def logged(evaluation: Evaluation) -> dict[str, float]:
     """
     logs: dict[str, float] = {}
     for name, interval in evaluation.intervals().items():
-        logs[f"eval/{name}"] = interval.mean
-        if name == "greedy" or name.startswith("pass@"):
-            logs[f"eval/{name}_low"] = interval.low
-            logs[f"eval/{name}_high"] = interval.high
+        solved = name == "greedy" or name.startswith("pass@")
+        key = f"eval/{name}"
+        logs |= _with_ends(key, interval) if solved else {key: interval.mean}
     logs["eval/problems"] = evaluation.problems
     logs["eval/samples"] = evaluation.samples
     return logs
@@ -158,7 +157,9 @@ def changes(first: Evaluation | None, last: Evaluation) -> dict[str, float]:
         return logs
     for name, greedy in (("greedy", True), ("pass@1", False)):
         gain = paired_bootstrap(last.solved(greedy=greedy), first.solved(greedy=greedy))
-        logs[f"eval/{name}_change"] = gain.mean
-        logs[f"eval/{name}_change_low"] = gain.low
-        logs[f"eval/{name}_change_high"] = gain.high
+        logs |= _with_ends(f"eval/{name}_change", gain)
     return logs
+
+
+def _with_ends(key: str, found: Interval) -> dict[str, float]:
+    return {key: found.mean, f"{key}_low": found.low, f"{key}_high": found.high}

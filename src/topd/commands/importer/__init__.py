@@ -100,7 +100,9 @@ def import_file(path: Path) -> Imported:
         if not isinstance(content, dict):
             raise TOPDError(f"{path}: must be a mapping of keys to values.")
         return imported(str(path), content)
-    return imported(str(path), arguments_of(text), kind=_kind(text))
+    started = _STARTED.search(text)  # one of TRL's trainers
+    kind = started[1].lower() if started else None
+    return imported(str(path), arguments_of(text), kind=kind)
 
 
 def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None) -> Imported:
@@ -127,12 +129,6 @@ def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None)
         f"{place}: is neither TRL's, which has teacher_model_name_or_path, nor verl's, which has "
         "actor_rollout_ref. Give the file that its command line or --config names."
     )
-
-
-def _kind(script: str) -> str | None:
-    """Which of TRL's trainers a script starts; None: none of them."""
-    named = _STARTED.search(script)
-    return named[1].lower() if named else None
 
 
 def _ruled(
