@@ -376,6 +376,8 @@ def test_the_command(tmp_path, monkeypatch) -> None:
         said = " ".join(run.stderr.split())
         assert "gkd.json: its recipe cannot be used" in said
         assert "learning_rate" in said
+    Path("other.yaml").write_text("teacher_model_name_or_path: t\n1: 2\n")
+    assert [line.key for line in import_file(Path("other.yaml")).unknown] == ["1"]
     Path("other.yaml").write_text("a: 1\n")
     with pytest.raises(TOPDError, match="neither TRL's"):
         import_file(Path("other.yaml"))

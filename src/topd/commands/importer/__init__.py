@@ -111,6 +111,7 @@ def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None)
     ``kind``: whose defaults a configuration of TRL has, ``gkd``'s, ``gold``'s or
     ``distillation``'s; None: not known.
     """
+    content = {str(key): value for key, value in content.items()}
     # in verl before 0.8 distillation was a part of actor_rollout_ref
     before = "actor_rollout_ref.distillation."
     flat = {k.replace(before, "distillation."): v for k, v in _flat(content)}
