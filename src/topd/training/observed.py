@@ -157,11 +157,29 @@ class ObservedTrainer(RecordedTrainer):
         A prompt that fills up the last batch of a rank counts once.
         """
         self.evaluation: dict[int, tuple[float, int]] = {}
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        with self._not_prepared():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         by_prompt = {n: pair for found in everywhere(self.evaluation) for n, pair in found.items()}
         divergence, tokens = (sum(column) for column in zip(*by_prompt.values(), strict=True))
         output.metrics[f"{metric_key_prefix}_loss"] = divergence / tokens
         return output
+
+    @contextmanager
+    def _not_prepared(self) -> Iterator[None]:
+        """Keep Trainer from preparing the model for an evaluation before the training.
+
+        accelerate would not wrap it for the training then: ranks would train apart, each on its own
+        gradients. With FSDP2 it prepares no model without an optimiser.
+        """
+        models = self.accelerator._models
+        if models:
+            yield
+            return
+        models.append(self.model)
+        try:
+            yield
+        finally:
+            models.clear()
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean token divergence on fresh rollouts of the prompts, nats.
