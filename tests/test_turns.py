@@ -538,6 +538,8 @@ def test_an_environment_that_never_replies_changes_nothing(tmp_path) -> None:
         weights = load_file(folder / "student/model.safetensors")
         parts = [read(folder / f"{part}.jsonl") for part in ("rollouts", "guidance", "metrics")]
         found[name] = parts, weights
+    for log in found["test_turns:silent"][0][2]:
+        assert "loss" not in log or log.pop("completions/mean_turns") == 1.0
     assert found[None][0] == found["test_turns:silent"][0]
     both = [found[name][1] for name in found]
     assert all(torch.equal(both[0][key], both[1][key]) for key in both[0])

@@ -243,9 +243,8 @@ def check_ranks(config: TOPDConfig) -> None:
             f"method: {config.method} chooses among all rollouts of an update, and a rank has "
             f"only its own. Run one process, with gradient_accumulation_steps."
         )
-    for name in ("environment", "window_replay"):
-        if getattr(config, name):
-            raise TOPDError(f"{name}: goes with one process only. Leave it out, or run one.")
+    if config.window_replay:
+        raise TOPDError("window_replay: goes with one process only. Leave it out, or run one.")
     size = config.score_batch_size or config.per_device_train_batch_size
     if config.detector.whole_batch and config.per_device_train_batch_size % size:
         raise TOPDError(

@@ -106,7 +106,7 @@ def measure_experience(means: Means, experience: Experience) -> None:
     if experience.spans:
         spanned = sum(b - a for row in experience.spans for a, b in row)
         means.add("completions/share_in_spans", spanned, sum(lengths))
-    if any(r.replies for r in rollouts):
+    if any(r.prompt.row is not None for r in rollouts):  # there is an environment
         means.add("completions/mean_turns", sum(len(r.turns) for r in rollouts), len(rollouts))
     forks = [fork for row in experience.forks for fork in row]
     real = sum(fork.real is True for fork in forks)

@@ -155,7 +155,8 @@ def _decided(
 
     ``logged`` are the divergences of the updates before.
     """
-    rollouts = [_rollout(record, trainer.observer.teacher) for record in records]
+    turned = any(record.get("replies") for record in records)
+    rollouts = [_rollout(record, trainer.observer.teacher, turned) for record in records]
     seeds = sampling_seeds(trainer.args.seed, step, len(rollouts))
     look = trainer.args.looks_ahead(step, logged)
     look &= step == 0 or not _needs_student(trainer.args)
@@ -197,7 +198,7 @@ def _mean_faults(
             )
 
 
-def _rollout(record: Mapping[str, Any], teacher: Engine) -> Rollout:
+def _rollout(record: Mapping[str, Any], teacher: Engine, turned: bool) -> Rollout:
     own = teacher.head.vocab_size
     theirs = len(teacher.writer.tokenizer) if isinstance(teacher, TextEngine) else own
     sizes = {"prompt_ids": own, "teacher_prompt_ids": theirs, "response_ids": own}
@@ -212,6 +213,7 @@ def _rollout(record: Mapping[str, Any], teacher: Engine) -> Rollout:
         tuple(record["prompt_ids"]),
         tuple(record["teacher_prompt_ids"]),
         teacher_name=record.get("teacher"),
+        row={} if turned else None,  # by which turns are counted
     )
     return Rollout(
         prompt,
