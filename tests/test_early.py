@@ -7,7 +7,9 @@ import sys
 from dataclasses import fields
 
 import pytest
+from typer.testing import CliRunner
 
+from topd.cli import app
 from topd.commands import early, probe, recipe, repair, session, settings
 from topd.commands.keys import parse_overrides
 from topd.config import TOPDConfig
@@ -25,6 +27,25 @@ CONFIGS = [
 ]  # fmt: skip
 SPECS = [ModelSpec, DataSpec, EvaluationSpec, TrainingEvaluation, recipe.CompareSpec]
 PAIR = "student: no/student\nteacher: no/teacher\ndata: {path: prompts.jsonl}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "no/model", "p.jsonl"],
+        ["gate", "no/base", "no/model", "--suite", "s.yaml"],
+        ["audit", "run"],
+        ["replay", "run", "--step", "0"],
+    ],
+)
+def test_a_launcher_of_several_processes_is_refused(monkeypatch, words):
+    """Each would do the work: one was refused as a second writer, an audit saw faults."""
+    for ranks, said in (("2", f"topd {words[0]} runs in one process"), ("1", "")):
+        monkeypatch.setenv("WORLD_SIZE", ranks)
+        result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+        assert result.exit_code == 2
+        assert ("runs in one process" in result.output) is bool(said)
+        assert said in result.output
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

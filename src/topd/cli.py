@@ -14,7 +14,13 @@ import typer
 from rich.markup import escape
 
 from topd.commands import options, terminal
-from topd.commands.early import check_data, check_early, check_model, own_settings
+from topd.commands.early import (
+    check_data,
+    check_early,
+    check_model,
+    check_one_process,
+    own_settings,
+)
 from topd.commands.options import NO_RECIPE, Quiet, RecipeFile, RunFolder
 from topd.commands.terminal import bars, faults, indented, say, summarise
 from topd.errors import TOPDError
@@ -209,6 +215,7 @@ def evaluate_model(
     output: options.Output = "",
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
+    check_one_process("eval")
     check_model(model)
     check_data(data)
     from topd.commands.evaluate import run_evaluation, spec_of
@@ -245,6 +252,7 @@ def gate(
     output: options.Output = "",
 ) -> None:
     """Did anything get worse? Paired evaluation of a suite; exit code 1 on a regression."""
+    check_one_process("gate")
     from topd.commands.keys import read_mapping
 
     read_mapping(suite, "problems: PATH")
@@ -320,6 +328,7 @@ def audit(
     api_key_env: options.OwnKey = None,
 ) -> None:
     """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
+    check_one_process("audit")
     check_is_folder(run)
     from topd.commands.audit import Trust, audit_run
 
@@ -340,6 +349,7 @@ def replay(
     api_key_env: options.OwnKey = None,
 ) -> None:
     """Repeat an update from the checkpoint before it and compare it with the records."""
+    check_one_process("replay")
     check_is_folder(run)
     from topd.commands.audit import Trust, replay_step
 

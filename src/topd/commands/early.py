@@ -8,6 +8,7 @@ Values are not looked at; that is :func:`~topd.commands.recipe.read_recipe`'s.
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -52,6 +53,13 @@ SPECS = {
     "compare": "CompareSpec",
 }
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # each also with .gz
+ALONE = "accelerate: topd {command} runs in one process. Start it without a launcher."
+
+
+def check_one_process(command: str) -> None:
+    """Refuse a launcher's several processes, which would all do the same. Raises TOPDError."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise TOPDError(ALONE.format(command=command))
 
 
 def check_early(

@@ -24,6 +24,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
+from topd.commands.early import ALONE
 from topd.commands.recipe import Recipe, from_command_line, one_teacher, read_recipe
 from topd.config import TOPDConfig, _field
 from topd.distributed import several
@@ -168,9 +169,7 @@ def session(
 def check_one_process(command: str, instead: str = "") -> None:
     """Refuse several processes, which would all do the same work. Raises TOPDError."""
     if several():
-        raise TOPDError(
-            f"accelerate: topd {command} runs in one process. Start it without a launcher.{instead}"
-        )
+        raise TOPDError(f"{ALONE.format(command=command)}{instead}")
 
 
 @contextmanager
