@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from conftest import rows
 from test_trainer import lines, make, student, teacher
@@ -120,12 +120,18 @@ def emptied(guided: Callable[..., Experience], ranks: int, *, weights: bool) -> 
     return changed
 
 
+def reply(_: Mapping[str, Any], turns: Sequence[str]) -> str:
+    """An environment that says two words of it again."""
+    return " ".join(turns[-1].split()[:2]) or "3"
+
+
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "opd": (None, {"method": "opd", **SAVED}),
     "topd": (None, {"method": "topd"}),
     "first_fork": (None, FORK),
     "topd, nothing on rank 1": (without, {"method": "topd"}),
     "first_fork, no fork on rank 1": (without_forks, FORK),
+    "turns": (None, {"method": "topd", "environment": "rank_worker:reply", "max_turns": 3}),
 }
 
 
@@ -240,12 +246,27 @@ def faults(folder: Path, ranks: int) -> dict[str, str]:
     return found
 
 
-def evaluated(folder: Path, ranks: int) -> float:
-    """The evaluation of 7 prompts: the last batch of a rank is filled up."""
-    trainer = make(
-        folder, data=rows(8), eval_dataset=rows(7), per_device_eval_batch_size=2, max_steps=1
-    )
-    return trainer.evaluate()["eval_loss"]
+def evaluated(folder: Path, ranks: int) -> dict[str, Any]:
+    """The evaluation of 7 prompts, after which the last batch of a rank is filled up; before the
+    training, in it, and after it. How often a rank writes its state is counted.
+    """
+    best = {**SAVED, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    options = {"per_device_eval_batch_size": 2, "method": "opd", "eval_dataset": rows(7), **best}
+    trainer, written, write = made(folder, ranks, **options), [], TrainerState.save_to_json
+    loss = trainer.evaluate()["eval_loss"]
+    TrainerState.save_to_json = lambda self, path: written.append(path) or write(self, path)
+    try:
+        trainer.train()
+    finally:
+        TrainerState.save_to_json = write
+    losses = [loss, trainer.evaluate()["eval_loss"]]
+    return {"losses": losses, "written": len(written), **left(trainer)}
+
+
+def fsdp_evaluated(folder: Path, ranks: int) -> dict[str, Any]:
+    """The same under FSDP2."""
+    os.environ.update(launched())
+    return evaluated(folder, ranks)
 
 
 def pretended() -> None:

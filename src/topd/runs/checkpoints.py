@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +40,11 @@ PARTIAL = ".partial"
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 SHARDED = {"optimizer.pt": "optimizer.bin"}  # what FSDP2 calls it
 FREE = ("output_dir", "logging_dir", "run_name", "resume_from_checkpoint")  # may always change
+SIZES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+OTHER_RANKS = (
+    "resume_from_checkpoint: an update of {run} has {before} rollouts, of {then} rank(s); of {now} "
+    "it would have {here}. Launch as many, or set gradient_accumulation_steps to keep {before}."
+)
 OTHER = (
     "resume_from_checkpoint: {run} was begun with {what} (manifest.json). Go on with the same, or "
     "start over in another folder."
@@ -294,7 +300,8 @@ def check_same(
         ``resumed`` of run.json: at which updates the run went on, and what was changed there.
 
     Raises:
-        TOPDError: other data or models, by their fingerprints, or no record of what they were.
+        TOPDError: other data or models, by their fingerprints, or no record of what they were; or
+            other ranks, with more or fewer rollouts an update.
     """
     before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
     for part in ("data", "models"):
@@ -315,6 +322,16 @@ def check_same(
         for key, value in new.items()
         if key not in FREE and then.get(key) != value
     }
+    ranks = [stored.get("ranks", asked["ranks"]), asked["ranks"]]  # earlier versions did not say
+    if ranks[0] != ranks[1]:
+        changed["ranks"] = ranks
+        sizes = [math.prod(part[n] for n in SIZES) for part in (stored["config"], asked["config"])]
+        before, here = (n * size for n, size in zip(ranks, sizes, strict=True))
+        if before != here:
+            said = OTHER_RANKS.format(
+                run=run, then=ranks[0], now=ranks[1], before=before, here=here
+            )
+            raise TOPDError(said)
     if stored.get("format", 1) != FORMAT:
         changed["format"] = [stored.get("format", 1), FORMAT]
     if changed:

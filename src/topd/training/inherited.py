@@ -20,7 +20,7 @@ _WORKS = """
     logging_first_step log_on_each_node logging_nan_inf_filter log_level log_level_replica
     disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size
-    eval_on_start do_eval save_only_model save_strategy save_steps save_on_each_node
+    eval_on_start do_eval save_only_model save_strategy save_steps
     save_total_limit hub_private_repo hub_model_id hub_revision load_best_model_at_end
     metric_for_best_model greater_is_better ignore_data_skip
     restore_callback_states_from_checkpoint full_determinism seed use_cpu accelerator_config
@@ -67,6 +67,7 @@ REFUSED: Mapping[str, str] = {
         "at SIGTERM topd train saves a run already, and so does train() in Python inside "
         "`with trainer.watch.until_terminated():`"
     ),
+    "save_on_each_node": "one rank writes the run folder, which all nodes see",
     "hub_strategy": "nothing is uploaded while a run is under way",
     "hub_always_push": "nothing is uploaded while a run is under way",
     "parallelism_config": "ranks are the launcher's to say (docs/scaling.md)",

@@ -38,7 +38,7 @@ from topd.runs.tokens import TokenTexts, TokenWriter
 from topd.training.experience.evidence import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.progress import Phases, say
-from topd.training.sharded import WholeCopy, whole_copy
+from topd.training.sharded import WholeCopy, check_kind, whole_copy
 from topd.training.startup.preflight import check_saved
 from topd.training.stop_rules import save_done
 from topd.training.trackers import Tables, log_tables, tables_of
@@ -168,15 +168,12 @@ class RecordedTrainer(Trainer):
             device=self.accelerator.device,
         )
         self._begun = None
-        settings = {"recipe": self.recipe, "config": self.args.to_dict()}
+        args = self.args
+        settings = {"recipe": self.recipe, "config": args.to_dict(), "ranks": args.world_size}
         if checkpoint:
             settings["resumed"] = self._go_back(checkpoint, settings)
-        self.run = RunFolder(
-            self.args.output_dir,
-            resume=bool(checkpoint),
-            active=self.is_world_process_zero(),
-            chained=True,
-        )
+        active = self.is_world_process_zero()
+        self.run = RunFolder(args.output_dir, resume=bool(checkpoint), active=active, chained=True)
         self.run.begin(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
         self.run.write("run.json", settings)
         if not checkpoint:
@@ -190,6 +187,7 @@ class RecordedTrainer(Trainer):
                 with other data or another teacher.
         """
         seal = self.examined.pop(checkpoint, None) or checkpoints.check(checkpoint, resumable=True)
+        check_kind(checkpoint, seal.files, self.copy)
         history = checkpoints.check_same(
             self.run_folder,
             seal.step,
@@ -243,7 +241,8 @@ class RecordedTrainer(Trainer):
                 self.average.save(place)
             if self.state.best_model_checkpoint == str(place):
                 self.state.best_model_checkpoint = str(run / place.name)
-                self.state.save_to_json(str(place / "trainer_state.json"))
+                if active:
+                    self.state.save_to_json(str(place / "trainer_state.json"))
             self.accelerator.wait_for_everyone()
         self.accelerator.wait_for_everyone()  # it has its name
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -73,6 +74,20 @@ def whole_copy(student: PreTrainedModel, accelerator: Accelerator) -> WholeCopy 
     student.to(accelerator.device)
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy
     return WholeCopy(student, policy.param_dtype if policy else None)
+
+
+def check_kind(checkpoint: Path, files: Collection[str], copy: WholeCopy | None) -> None:
+    """Refuse a checkpoint of FSDP2 where it is not launched, and another where it is: the files of
+    the optimiser differ. Raises TOPDError.
+    """
+    sharded = "optimizer.bin" in files
+    if sharded == (copy is not None):
+        return
+    was, now = ("by FSDP2", "without it") if sharded else ("without FSDP2", "with it")
+    raise TOPDError(
+        f"resume_from_checkpoint: {checkpoint} was saved {was} and does not resume {now}. Launch "
+        "the run as it was launched (docs/scaling.md), or begin a new one with this student."
+    )
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:

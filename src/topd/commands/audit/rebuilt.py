@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import PrinterCallback
 from transformers.utils import logging
 
-from topd.commands.audit.settings import ALONE, as_stored, read_from, settings_at
+from topd.commands.audit.settings import ALONE, as_stored, ranks_at, read_from, settings_at
 from topd.commands.recipe import Recipe
 from topd.commands.train import make_trainer
 from topd.config import TOPDConfig
@@ -88,7 +88,8 @@ def stored_recipe(
 ) -> Recipe:
     """The recipe of a run as ``run.json`` has it, without evaluation, writing into ``output``.
 
-    Its settings are those of update ``at``, by default the current ones. Relative paths that are
+    Its settings are those of update ``at``, by default the current ones; one process does what
+    several ranks did by as many times the accumulation. Relative paths that are
     not there are those of the directory that the run was started in.
 
     Raises:
@@ -97,6 +98,7 @@ def stored_recipe(
     with read_from(folder, "run.json"):
         sources, config = settings_at(as_stored(folder), at)
         check_format(folder)
+        config["gradient_accumulation_steps"] *= ranks_at(folder, at)
         directory = _directory(folder)
         if directory:
             sources = _located(sources, directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from topd.commands.audit.decisions import BEFORE, is_sampled
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
 from topd.commands.audit.result import AuditResult, disagreements
-from topd.commands.audit.settings import by_settings, format_at
+from topd.commands.audit.settings import by_settings, format_at, ranks_at
 from topd.config import TOPDConfig
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.models.fingerprints import trained_digest
@@ -29,6 +30,11 @@ OTHERWISE = (
     "does not make. Replay it with the version that manifest.json names, or audit it: "
     "topd audit {folder}."
 )
+SEVERAL = (
+    "--step {step}: {ranks} ranks made it, which add gradients up in another order than one "
+    "process does, so it repeats up to rounding. Give a --tolerance, e.g. 1e-3; weights are not "
+    "compared then."
+)
 JUDGED_OTHERWISE = (
     "{folder}: update {step} repeats otherwise, as a version before format {judged} wrote it "
     "(run.json): equal windows were not at distance 0 there, and replies were written otherwise. "
@@ -41,12 +47,14 @@ def replay_step(
 ) -> AuditResult:
     """Repeat an update from the checkpoint before it, or from the start, and compare.
 
-    Compared are every record from there on and, where the ledger has them, the weights. A loss that
-    is not finite is re-derived too. See :func:`audit_run` for the arguments.
+    Compared are every record from there on and, where the ledger has them, the weights; of several
+    ranks' run, which one process repeats up to rounding, the records alone. A loss that is not
+    finite is re-derived too. See :func:`audit_run` for the arguments.
 
     Raises:
         TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
-            loaded or are others, or its texts were sampled by a version with other random numbers.
+            loaded or are others, its texts were sampled by a version with other random numbers, or
+            several ranks made it and there is no tolerance.
     """
     recorded = read_records(folder, "rollouts.jsonl")
     if not recorded:
@@ -58,10 +66,15 @@ def replay_step(
     seal = checkpoints.check(start, resumable=True) if start else None
     first = seal.step if seal else 0
     _check_settings(folder, first, step)
+    ranks = ranks_at(folder, step)
+    if ranks > 1 and not tolerance:
+        raise TOPDError(SEVERAL.format(step=step, ranks=ranks))
     written = format_at(folder, first)
     with rebuilt(folder, trust, at=step) as trainer:
         if written < DRAWN and is_sampled(trainer.args):
             raise TOPDError(OTHERWISE.format(folder=folder))
+        if ranks > 1:
+            _check_filled(trainer, (first, step), ranks)
         scratch = trainer.run_folder
         if start and seal:
             _as_at(start, scratch)
@@ -76,7 +89,10 @@ def replay_step(
         aside = TIMES if written >= JUDGED else (*TIMES, "tokens/")
         for name in RECORDS:
             _compare_records(folder, scratch, name, (first, step), tolerance, found, aside)
-        _compare_weights(folder, scratch, trainer, step, found)
+        if ranks == 1:
+            _compare_weights(folder, scratch, trainer, step, found)
+        else:
+            found.checked.append(f"weights: not compared, {ranks} ranks made them")
         if written < JUDGED:
             found.checked.append(f"tokens/ in metrics.jsonl: not compared, {BEFORE}")
             if found.faults:
@@ -95,6 +111,23 @@ def _check_settings(folder: Path, first: int, step: int) -> None:
             f"--step {step}: the run was resumed with other settings at update {changed}, and "
             f"there is no checkpoint of it from then on: a replay from update {first} would need "
             f"both. Choose an update before {changed}, or audit it: topd audit {folder}."
+        )
+
+
+def _check_filled(trainer: TOPDTrainer, steps: tuple[int, int], ranks: int) -> None:
+    """Raises TOPDError if one of the updates ends an epoch that ranks end otherwise."""
+    args = trainer.args
+    rollouts = len(trainer.train_dataset) * args.num_generations
+    micro = args.per_device_train_batch_size
+    at_once = micro * ranks
+    rounds = rollouts // at_once if args.dataloader_drop_last else math.ceil(rollouts / at_once)
+    updates = math.ceil(rounds * ranks / args.gradient_accumulation_steps)
+    last = [n for n in range(steps[0], steps[1] + 1) if (n + 1) % updates == 0]
+    if last and rollouts % at_once:
+        raise TOPDError(
+            f"--step {steps[1]}: update {last[0]} is the last of an epoch, whose rollouts do not "
+            f"fill up the micro-batches of {ranks} ranks: they met others there than one process "
+            "does. Choose an update before it, or audit the run."
         )
 
 

@@ -14,6 +14,7 @@ from topd.runs.records import check_format
 
 ALONE: dict[str, Any] = {  # a repetition writes nothing but records
     "save_strategy": "no",
+    "save_on_each_node": False,
     "eval_strategy": "no",
     "load_best_model_at_end": False,
     "resume_from_checkpoint": None,
@@ -80,6 +81,16 @@ def format_at(folder: Path, step: int) -> int:
         for changed in _changed_after(as_stored(folder), step):
             found = int(changed.get("format", (found,))[0])
     return found
+
+
+def ranks_at(folder: Path, step: int | None) -> int:
+    """How many ranks made an update, by default the latest. Raises TOPDError as above."""
+    with read_from(folder, "run.json"):
+        stored = as_stored(folder)
+        found = stored.get("ranks", 1)  # earlier versions did not say
+        for changed in _changed_after(stored, step):
+            found = changed.get("ranks", (found,))[0]
+        return int(found)
 
 
 def was_changed(folder: Path) -> bool:
