@@ -94,7 +94,7 @@ def _with_forks(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutReco
 def _of_each(
     rollouts: list[RolloutRecord], folder: Path, name: str, kind: type[OfRollout]
 ) -> dict[int | None, list[OfRollout]]:
-    """The records of a file by their rollout; none where there is no file."""
+    """The records of a file by their rollout, if the file exists."""
     found: dict[int | None, list[OfRollout]] = {r.rollout: [] for r in rollouts}
     for record in read_records(folder, name, kind) if (folder / name).is_file() else ():
         if record.rollout in found:
