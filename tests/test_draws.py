@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -143,9 +145,19 @@ def test_rounding_the_logits_to_bfloat16_moves_few_tokens():
     assert (tokens[0] == tokens[1]).float().mean() > 0.99
 
 
-def test_the_race_draws_what_gumbel_max_draws():
+@pytest.fixture(params=[False, True])
+def algorithms(request) -> Iterator[bool]:
+    """Whether they are to be deterministic, as under ``full_determinism``."""
+    torch.use_deterministic_algorithms(request.param)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_race_draws_what_gumbel_max_draws(algorithms, monkeypatch):
     """With G = -log E, in float64; and tells the log-prob before top-k and top-p."""
     torch.manual_seed(0)
+    if algorithms:  # on a GPU torch then refuses to sum floats one after another
+        monkeypatch.setattr("topd.engines.draws.TopPLogitsWarper", None)
     logits, found = torch.randn(300, 1000) * 3, numbers(list(range(300)), 1, 1000)[:, 0]
     for sampling in (Sampling(), Sampling(0.6), Sampling(top_k=20), Sampling(top_p=0.8)):
         token, logprob = draw(logits, found, sampling)

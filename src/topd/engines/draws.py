@@ -29,6 +29,7 @@ AT_ONCE = 1 << 16  # numbers: fewer cost little more than the calls that make th
 TABLE = 1 << 22  # numbers that are kept at most
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # lowbias32
 STEP = 0x9E3779B9 - (1 << 32)  # odd: no two steps of a row have the same key
+WHOLE = 1 << 40  # a probability of 1 as an integer
 UNIT = -(1 - 2.0**-24) / 2.0**31  # of the numbers 0.5 to 2^31 - 0.5: -u, and u is never 1
 
 
@@ -51,10 +52,24 @@ def draw(
     if sampling.top_k:
         kept = TopKLogitsWarper(min(sampling.top_k, kept.shape[-1]))(None, kept)
     if sampling.top_p < 1:
-        kept = TopPLogitsWarper(sampling.top_p)(None, kept)
+        kept = _nucleus(kept, sampling.top_p)
     rates = p if kept is scaled else p.masked_fill(kept == -torch.inf, 0)
     token = _largest(rates / numbers)
     return token, p.gather(-1, token[:, None])[:, 0].log()
+
+
+def _nucleus(scores: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, "N V"]:
+    """The scores, -inf outside the likeliest tokens whose probabilities come to ``top_p``.
+
+    torch refuses a sum of floats one after another on a GPU if its algorithms are to be
+    deterministic (``full_determinism``), so that one is of integers.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return TopPLogitsWarper(top_p)(None, scores)
+    ordered, places = scores.sort(-1)
+    outside = (ordered.softmax(-1) * WHOLE).long().cumsum(-1) <= int((1 - top_p) * WHOLE)
+    outside[:, -1] = False
+    return scores.masked_fill(outside.scatter(-1, places, outside), -torch.inf)
 
 
 def _largest(values: Float[Tensor, "N V"]) -> Int[Tensor, " N"]:
