@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 import warnings
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -112,6 +114,22 @@ def test_every_end_of_the_generation_config_ends_a_response():
     for listed, ends in ((None, (2,)), (0, (0, 2)), (5, (2, 5)), ([5, 2, 4], (2, 4, 5))):
         model.generation_config.eos_token_id = listed
         assert eos_ids(model, tokenizer) == ends
+    tokenizer.eos_token = None
+    with pytest.raises(TOPDError, match="has no end-of-sequence token"):
+        tokenizers_of(model, tiny_model(seed=1), tokenizer, tokenizer)
+
+
+@pytest.mark.parametrize("listed", [None, 0, 5, [5, 4]])
+@pytest.mark.parametrize("file", [None, {}, {"eos_token_id": [2, 6]}, {"eos_token_id": 0}])
+def test_ends_are_known_without_weights_as_they_are_once_loaded(folder, tmp_path, listed, file):
+    copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": listed}))
+    (tmp_path / "generation_config.json").unlink()
+    if file is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    spec, tokenizer = ModelSpec(path=str(tmp_path)), tiny_tokenizer()
+    assert eos_ids(spec, tokenizer) == eos_ids(spec.load_model(), tokenizer)
 
 
 # Pairs
@@ -289,3 +307,12 @@ def test_slow_smollm2_loads_and_can_be_saved_and_reloads_with_equal_logits(tmp_p
         logits = model(ids).logits
         assert torch.equal(saved.load_model()(ids).logits, logits)
     assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+
+
+@needs_smollm2
+def test_a_gguf_file_knows_its_ends_whatever_lies_beside_it(tmp_path):
+    assert SMOLLM2.gguf_file
+    (tmp_path / SMOLLM2.gguf_file).symlink_to(Path(SMOLLM2.place) / SMOLLM2.gguf_file)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    spec = ModelSpec(path=str(tmp_path), gguf_file=SMOLLM2.gguf_file)
+    assert eos_ids(spec, spec.load_tokenizer()) == (2,)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -269,8 +270,11 @@ def source_of(name: str, model: ModelSource | Mapping[str, Any]) -> ModelSource:
 def eos_ids(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a model's responses, known without its weights, sorted.
 
-    The tokenizer's, and those of a spec's ``eos_token``, or else of the generation config.
+    The tokenizer's, which must have one, and those of a spec's ``eos_token``, or else of the
+    generation config.
     """
+    if tokenizer.eos_token_id is None:
+        raise TOPDError("processing_class: has no end-of-sequence token. Set its eos_token.")
     named = None if isinstance(model, LOADED) else as_spec(model).eos_token
     if isinstance(named, tuple):  # as in load_model
         listed = tokenizer.convert_tokens_to_ids(list(named))
@@ -281,20 +285,24 @@ def eos_ids(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int
 
 
 def generation_config_of(model: ModelSource) -> GenerationConfig | None:
-    """A model's generation config, read without its weights; None where it has none."""
+    """A model's generation config as it is once loaded, read without its weights.
+
+    Without a file of its own it is made of the configuration, as it always is of GGUF.
+    """
     if isinstance(model, LOADED):
         return getattr(model, "generation_config", None)
-    spec = as_spec(model)
+    if (spec := as_spec(model)).gguf_file:
+        return GenerationConfig.from_model_config(spec.load_config())
+    read = partial(GenerationConfig.from_pretrained, spec.place, revision=spec.revision or "main")
     try:
-        return GenerationConfig.from_pretrained(
-            spec.place, **({"revision": spec.revision} if spec.revision else {})
-        )
-    except OSError:
-        return None
+        for more in ({}, {"config_file_name": "config.json", "_from_model_config": True}):
+            with suppress(OSError):  # as transformers looks for it
+                return read(**more)
     except (ValueError, TypeError) as error:
         raise TOPDError(
             f"model {spec.path}: its generation_config.json cannot be used: {error} Correct it."
         ) from error
+    return None
 
 
 def check_context(name: str, model: ModelSource, tokens: int, window: int = 0) -> None:
