@@ -12,7 +12,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,8 @@ from rank_worker import CASES
 from test_trainer import student
 from topd import TOPDConfig
 from topd.commands.audit import audit_run, replay_step
+from topd.commands.audit.replay import _check_filled
+from topd.commands.audit.settings import ranks_at
 from topd.commands.train import run_recipe
 from topd.errors import TOPDError
 from topd.training.sharded import WholeCopy, check_kind, check_launch, fsdp_plugin
@@ -162,14 +166,22 @@ def test_resumed_ranks_are_those_that_were_not_stopped(two):
             assert found[name] == whole[name]
 
 
+def without_ranks(settings: dict[str, Any]) -> dict[str, Any]:
+    """As an earlier version wrote run.json."""
+    return {key: value for key, value in settings.items() if key != "ranks"}
+
+
 def test_one_process_resumes_what_two_ranks_began_with_as_many_rollouts(two, folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(folder / "ddp" / "opd", run)
     shutil.rmtree(run / "student")
     place = str(run / "checkpoint-1")
-    with pytest.raises(TOPDError, match=r"has 16 rollouts, of 2 rank\(s\); of 1 it would have 8"):
-        rank_worker.made(run, 2, **CASES["opd"][1]).train(resume_from_checkpoint=place)
-    assert (run / "checkpoint-2").exists()
+    for edit in (dict, without_ranks):
+        (run / "run.json").write_text(json.dumps(edit(json.loads((run / "run.json").read_text()))))
+        with pytest.raises(TOPDError, match=r"has 16 rollouts, of 2 rank\(s\); of 1 it would have"):
+            rank_worker.made(run, 2, **CASES["opd"][1]).train(resume_from_checkpoint=place)
+        assert ranks_at(run, 0) == 2
+        assert (run / "checkpoint-2").exists()
     trainer = rank_worker.made(run, 1, **CASES["opd"][1])
     trainer.train(resume_from_checkpoint=place)
     torch.testing.assert_close(trainer.model.state_dict(), two[0]["ddp"]["opd"]["weights"], **NEAR)
@@ -185,6 +197,8 @@ def test_a_checkpoint_of_another_launch_is_refused_before_records_are_cut(two, f
     with pytest.raises(TOPDError, match="was saved by FSDP2 and does not resume without it"):
         rank_worker.made(run, 1, **CASES["opd"][1]).train(str(run / "checkpoint-1"))
     assert (run / "checkpoint-2").exists()
+    with pytest.raises(TOPDError, match=r"checkpoint-1 was saved by FSDP2, .*before the first"):
+        replay_step(run, 1, tolerance=1e-3)
     with pytest.raises(TOPDError, match="was saved without FSDP2 and does not resume with it"):
         check_kind(run / "checkpoint-1", ["optimizer.pt"], WholeCopy(student()))
 
@@ -222,6 +236,23 @@ def test_an_evaluation_counts_every_prompt_once_and_changes_no_training(two, tmp
             assert found["losses"] == pytest.approx(whole["losses"], rel=1e-5)
             torch.testing.assert_close(found["weights"], whole["weights"], **NEAR)
             assert found["written"] == (0 if number else whole["written"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "drops", "steps", "fails"),
+    [  # micro-batches of 4, two at a time; an epoch of 5 has two updates if the last is dropped
+        *((20, True, (n, n), n > 0) for n in (0, 1, 2, 3)),
+        *((20, False, (n, n), n in (2, 5)) for n in (0, 1, 2, 3, 4, 5)),
+        (20, False, (0, 3), True),
+        (16, True, (0, 5), False),
+    ],
+)
+def test_updates_that_ranks_filled_up_or_dropped_are_not_replayed(prompts, drops, steps, fails):
+    args = SimpleNamespace(num_generations=1, per_device_train_batch_size=4)
+    args.gradient_accumulation_steps, args.dataloader_drop_last = 2, drops
+    trainer: Any = SimpleNamespace(args=args, train_dataset=range(prompts))
+    with pytest.raises(TOPDError, match="fill up") if fails else nullcontext():
+        _check_filled(trainer, steps, 2)
 
 
 RECIPE: dict[str, Any] = {

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging
 
 from topd.errors import DISK, StoppedError, TOPDError
-from topd.runs.files import as_json, file_digest, read_whole, sync
+from topd.runs.files import as_json, file_digest, ranks_of, read_whole, sync
 from topd.runs.folder import LINES
 from topd.runs.ledger import HEAD, LEDGER
 from topd.runs.records import FORMAT
@@ -322,7 +322,7 @@ def check_same(
         for key, value in new.items()
         if key not in FREE and then.get(key) != value
     }
-    ranks = [stored.get("ranks", asked["ranks"]), asked["ranks"]]  # earlier versions did not say
+    ranks = [stored.get("ranks") or ranks_of(run / f"checkpoint-{step}"), asked["ranks"]]
     if ranks[0] != ranks[1]:
         changed["ranks"] = ranks
         sizes = [math.prod(part[n] for n in SIZES) for part in (stored["config"], asked["config"])]

@@ -24,6 +24,11 @@ def check_is_folder(folder: Path) -> None:
         raise TOPDError(f"run folder {folder}: the folder does not exist. Give one under runs/.")
 
 
+def ranks_of(checkpoint: Path) -> int:
+    """How many ranks saved a checkpoint: each has a file of its random state there."""
+    return len(list(checkpoint.glob("rng_state*.pth"))) or 1
+
+
 def is_written_to(folder: Path) -> bool:
     """Whether a process has touched the folder's lock of late. Takes no lock."""
     try:

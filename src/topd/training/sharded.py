@@ -76,11 +76,16 @@ def whole_copy(student: PreTrainedModel, accelerator: Accelerator) -> WholeCopy 
     return WholeCopy(student, policy.param_dtype if policy else None)
 
 
+def is_sharded(files: Collection[str]) -> bool:
+    """Whether files of a checkpoint are FSDP2's: it has another name for those of the optimiser."""
+    return "optimizer.bin" in files
+
+
 def check_kind(checkpoint: Path, files: Collection[str], copy: WholeCopy | None) -> None:
     """Refuse a checkpoint of FSDP2 where it is not launched, and another where it is: the files of
     the optimiser differ. Raises TOPDError.
     """
-    sharded = "optimizer.bin" in files
+    sharded = is_sharded(files)
     if sharded == (copy is not None):
         return
     was, now = ("by FSDP2", "without it") if sharded else ("without FSDP2", "with it")

@@ -22,6 +22,7 @@ from topd.runs.folder import LINES, RECORDS
 from topd.runs.ledger import LEDGER
 from topd.runs.records import DRAWN, JUDGED
 from topd.runs.verified import read_entries, read_records
+from topd.training.sharded import is_sharded
 from topd.training.trainer import TOPDTrainer
 
 TIMES = ("seconds/", "tokens_per_second", "train_", "total_flos", "eval/", "eval_", "epoch")
@@ -34,6 +35,10 @@ SEVERAL = (
     "--step {step}: {ranks} ranks made it, which add gradients up in another order than one "
     "process does, so it repeats up to rounding. Give a --tolerance, e.g. 1e-3; weights are not "
     "compared then."
+)
+BY_FSDP2 = (
+    "--step {step}: {start} was saved by FSDP2, from which one process does not resume. Choose an "
+    "update before the first checkpoint, or audit it: topd audit {folder}."
 )
 JUDGED_OTHERWISE = (
     "{folder}: update {step} repeats otherwise, as a version before format {judged} wrote it "
@@ -53,8 +58,8 @@ def replay_step(
 
     Raises:
         TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
-            loaded or are others, its texts were sampled by a version with other random numbers, or
-            several ranks made it and there is no tolerance.
+            loaded or are others, its texts were sampled by a version with other random numbers,
+            several ranks made it and there is no tolerance, or its checkpoint is one of FSDP2.
     """
     recorded = read_records(folder, "rollouts.jsonl")
     if not recorded:
@@ -64,6 +69,8 @@ def replay_step(
         raise TOPDError(f"--step {step}: {folder} has the updates 0 to {last}. Choose one.")
     found, start = AuditResult(), checkpoints.last(folder, step)
     seal = checkpoints.check(start, resumable=True) if start else None
+    if seal and is_sharded(seal.files):
+        raise TOPDError(BY_FSDP2.format(step=step, start=start, folder=folder))
     first = seal.step if seal else 0
     _check_settings(folder, first, step)
     ranks = ranks_at(folder, step)
@@ -115,17 +122,21 @@ def _check_settings(folder: Path, first: int, step: int) -> None:
 
 
 def _check_filled(trainer: TOPDTrainer, steps: tuple[int, int], ranks: int) -> None:
-    """Raises TOPDError if one of the updates ends an epoch that ranks end otherwise."""
+    """Raises TOPDError if the updates are at or after the end of an epoch that ranks end otherwise.
+
+    With dataloader_drop_last what comes after it differs too: one process leaves out fewer.
+    """
     args = trainer.args
     rollouts = len(trainer.train_dataset) * args.num_generations
     micro = args.per_device_train_batch_size
     at_once = micro * ranks
     rounds = rollouts // at_once if args.dataloader_drop_last else math.ceil(rollouts / at_once)
     updates = math.ceil(rounds * ranks / args.gradient_accumulation_steps)
-    last = [n for n in range(steps[0], steps[1] + 1) if (n + 1) % updates == 0]
-    if last and rollouts % at_once:
+    ends = [n for n in range(steps[1] + 1) if (n + 1) % updates == 0]
+    met = ends if args.dataloader_drop_last else [n for n in ends if n >= steps[0]]
+    if met and rollouts % at_once:
         raise TOPDError(
-            f"--step {steps[1]}: update {last[0]} is the last of an epoch, whose rollouts do not "
+            f"--step {steps[1]}: update {met[0]} is the last of an epoch, whose rollouts do not "
             f"fill up the micro-batches of {ranks} ranks: they met others there than one process "
             "does. Choose an update before it, or audit the run."
         )

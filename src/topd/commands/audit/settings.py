@@ -10,6 +10,8 @@ from typing import Any
 
 from topd.errors import TOPDError
 from topd.inputs.self_teacher import WORD
+from topd.runs.checkpoints import last
+from topd.runs.files import ranks_of
 from topd.runs.records import check_format
 
 ALONE: dict[str, Any] = {  # a repetition writes nothing but records
@@ -87,7 +89,10 @@ def ranks_at(folder: Path, step: int | None) -> int:
     """How many ranks made an update, by default the latest. Raises TOPDError as above."""
     with read_from(folder, "run.json"):
         stored = as_stored(folder)
-        found = stored.get("ranks", 1)  # earlier versions did not say
+        found = stored.get("ranks")
+        if found is None:  # earlier versions did not say
+            saved = last(folder)
+            found = ranks_of(saved) if saved else 1
         for changed in _changed_after(stored, step):
             found = changed.get("ranks", (found,))[0]
         return int(found)
