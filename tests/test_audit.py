@@ -131,6 +131,7 @@ def test_a_run_as_it_was_has_no_fault(copied):
         ({"method": "kl_top"}, 2),
         ({"candidate_loss": "reverse_kl"}, 2),
         ({"embedding": "student"}, 2),
+        ({"data": {"path": "prompts.jsonl", "limit": 6}, "dataloader_drop_last": True}, 2),
         ({"method": "downweight_matched", "window_temperature": 1.0}, 2),
         ({"teacher_prompt": "{{ prompt }} so {{ solution }}"}, 2),
         ({"warmstart": {**SMALL, "method": "opd", "answers": "data"}}, 1),

@@ -14,7 +14,7 @@ from topd.commands.audit.decisions import Rederived, check_decisions, chosen_upd
 from topd.commands.audit.files import SAVED, check_end, check_records, read_chain
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt, started_elsewhere
 from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
-from topd.commands.audit.settings import as_stored, by_settings, read_from, was_changed
+from topd.commands.audit.settings import as_stored, by_settings, ranks_at, read_from, was_changed
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import fingerprint, model_fingerprint, trained_digest
 from topd.runs.ledger import LEDGER, Entry, ended
@@ -105,6 +105,9 @@ def _check_settings(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> N
     records = read_records(folder, "rollouts.jsonl")
     records.sort(key=lambda record: (record["step"], record["rollout"]))
     order = [trainer.train_dataset[i].index for i in trainer._get_train_sampler()]
+    if trainer.args.dataloader_drop_last:  # an epoch leaves out its last ones
+        at_once = trainer.args.per_device_train_batch_size * ranks_at(folder, None)
+        order = order[: len(order) // at_once * at_once]
     met = [record["prompt"] for record in records][: len(order)]
     if met != order[: len(met)]:
         first = next(i for i, pair in enumerate(zip(met, order, strict=False)) if len({*pair}) > 1)
