@@ -33,7 +33,14 @@ from topd.errors import TOPDError
 from topd.inputs.models.adapters import merged
 from topd.report.kinds.training import training_charts
 from topd.training.inherited import ELSEWHERE, REFUSED, WORKS, check_inherited
-from topd.training.startup.preflight import MOST_KL, check_forward, check_saved, kl, without_dropout
+from topd.training.startup.preflight import (
+    MOST_KL,
+    check_forward,
+    check_kept,
+    check_saved,
+    kl,
+    without_dropout,
+)
 from topd.training.warmstart import WarmstartConfig
 
 IDS = torch.arange(4, 20)[None]
@@ -521,6 +528,10 @@ def test_a_run_does_not_save_its_student_over_one_of_its_models(tmp_path, unread
         models[role] = source
         with pytest.raises(TOPDError, match=rf"would save its student over .*{name}.*Choose anoth"):
             make(tmp_path, *models)
+
+
+def test_a_name_that_begins_like_a_home_is_no_folder_of_the_run(tmp_path):
+    check_kept(["~nobody-of-this-name/student"], tmp_path)
 
 
 def test_only_the_student_is_uploaded(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,7 @@ def check_kept(sources: Sequence[object], run: Path) -> None:
     for source in sources:
         place = source.config._name_or_path if isinstance(source, LOADED) else source
         place = str(getattr(place, "path", None) or place)
-        if Path(place).expanduser().resolve() in written:
+        if Path(os.path.expanduser(place)).resolve() in written:
             raise TOPDError(
                 f"output_dir: {run}: this run would save its student over {place}, one of its "
                 "models. Choose another folder."
