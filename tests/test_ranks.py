@@ -245,6 +245,7 @@ def test_an_evaluation_counts_every_prompt_once_and_changes_no_training(two, tmp
         *((20, False, (n, n), n in (2, 5)) for n in (0, 1, 2, 3, 4, 5)),
         (20, False, (0, 3), True),
         (16, True, (0, 5), False),
+        (4, True, (0, 0), True),  # no run has that, but a folder may say so
     ],
 )
 def test_updates_that_ranks_filled_up_or_dropped_are_not_replayed(prompts, drops, steps, fails):

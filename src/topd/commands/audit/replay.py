@@ -131,7 +131,7 @@ def _check_filled(trainer: TOPDTrainer, steps: tuple[int, int], ranks: int) -> N
     micro = args.per_device_train_batch_size
     at_once = micro * ranks
     rounds = rollouts // at_once if args.dataloader_drop_last else math.ceil(rollouts / at_once)
-    updates = math.ceil(rounds * ranks / args.gradient_accumulation_steps)
+    updates = math.ceil(rounds * ranks / args.gradient_accumulation_steps) or 1
     ends = [n for n in range(steps[1] + 1) if (n + 1) % updates == 0]
     met = ends if args.dataloader_drop_last else [n for n in ends if n >= steps[0]]
     if met and rollouts % at_once:
