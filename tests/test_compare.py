@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from typer.testing import CliRunner
@@ -22,6 +25,7 @@ from conftest import USE_CPU
 from topd import cli
 from topd.commands import compare
 from topd.commands.compare import OWN, run_compare
+from topd.commands.compare.problems import check_models
 from topd.commands.compare.start import read_comparison
 from topd.commands.compare.summary import summarise
 from topd.commands.recipe import read_recipe
@@ -236,6 +240,33 @@ def test_runs_after_one_that_fails_are_run_and_it_is_said_which_failed(
     words[1] = "--compare.arms={'opd [/b]': {method: opd}}"
     show_compare(console, json.loads((run_compare(recipe, words) / "compare.json").read_text()))
     assert "over opd [/b]" in console.export_text()
+
+
+def test_a_run_that_fails_leaves_its_models_no_memory(recipe, tmp_path, monkeypatch):
+    """What the next runs need on the same GPU; one that had none itself is a run that failed."""
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.arms={opd: {}, b: {}, c: {}}"]
+    models = []
+
+    class Model:
+        """Of the run that fails."""
+
+    def run_arm(task, console):
+        gc.collect()
+        alive = [model() for model in models]
+        assert alive == [None] * len(alive)
+        own = Model()
+        models.append(weakref.ref(own))
+        fault = torch.OutOfMemoryError("CUDA out of memory.")
+        raise fault if len(models) > 1 else StoppedError("not finite.", NONFINITE) from fault
+
+    monkeypatch.setattr(compare, "run_arm", run_arm)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: None)
+    console = Console(record=True, width=200)
+    said = r"arm 'opd', seed 0: not finite\. 2 more failed: 'b', seed 0; 'c', seed 0"
+    with pytest.raises(StoppedError, match=said) as found:
+        run_compare(recipe, [*words, "--compare.seeds=[0]"], console=console)
+    assert (found.value.exit_code, len(models)) == (NONFINITE, 3)
+    assert "CUDA out of memory. Lower per_device_train_batch_size" in console.export_text()
 
 
 def test_workers_end_with_a_comparison_that_is_killed(recipe, tmp_path):
@@ -460,13 +491,36 @@ def test_a_comparison_may_get_more_arms_and_seeds_and_no_other_ones(recipe, tmp_
     assert len(results(folder)) == 3
 
 
-@pytest.mark.parametrize("changed", ["number", "rows"])
+def test_what_an_adapter_trains_whole_makes_no_other_student(tmp_path):
+    """It is in the hash of the student's weights; a stand-in for a teacher of text has none."""
+    adapters = {"opd": None, "whole": {"r": 4, "modules_to_save": ["norm"]}, "alike": {"r": 4}}
+    for i, (arm, lora) in enumerate(adapters.items()):
+        place = tmp_path / "arms" / f"{arm}-0"
+        place.mkdir(parents=True)
+        recipe = {"student": {"path": "a"}, "teacher": {"path": "b", "text": {}}, "lora": lora}
+        models = {"student": {"sha256": f"{i}"}, "teacher": {"sha256": f"{i}"}}
+        (place / "run.json").write_text(json.dumps({"recipe": recipe}))
+        (place / "manifest.json").write_text(json.dumps({"models": models}))
+    *before, last = [{"arm": arm, "seed": 0} for arm in adapters]
+    check_models(tmp_path, last, before)
+    (tmp_path / "arms/alike-0/run.json").write_text(
+        json.dumps({"recipe": {**recipe, "lora": None}})
+    )
+    with pytest.raises(TOPDError, match="the student at a has other weights with alike"):
+        check_models(tmp_path, last, before)
+
+
+@pytest.mark.parametrize("changed", ["number", "rows", "rows, and all runs are done"])
 def test_other_problems_than_those_of_runs_that_are_done_are_refused_before_one_runs(
     recipe, tmp_path, monkeypatch, changed
 ):
     """Runs are paired by problem; rows that repeat a prompt were problems to an older version."""
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--max_steps=1"]
-    (stored,) = results(run_compare(recipe, [*words, "--compare.arms={opd: {method: opd}}"]))
+    arms, new = "--compare.arms={opd: {method: opd}}", "new"
+    more = "--compare.arms={opd: {method: opd}, new: {method: topd}}"
+    if "done" in changed:  # the student before and after stage 1 is still to be evaluated
+        words, more, new = [*words, "--compare.warmstart"], arms, "opd"
+    (stored,) = results(run_compare(recipe, [*words, arms]))
     if changed == "number":
         del stored["problems"]  # as older versions had it
         stored["solved"] = {score: [*right, 0.0] for score, right in stored["solved"].items()}
@@ -474,8 +528,8 @@ def test_other_problems_than_those_of_runs_that_are_done_are_refused_before_one_
         stored["problems"] = "0" * 64  # the file had other rows then
     (tmp_path / "run" / "results.jsonl").write_text(json.dumps(stored) + "\n")
     monkeypatch.setattr(compare, "run_arm", lambda *_: pytest.fail("an arm ran"))
-    with pytest.raises(TOPDError, match="opd, seed 0 and new have different problems"):
-        run_compare(recipe, [*words, "--compare.arms={opd: {method: opd}, new: {method: topd}}"])
+    with pytest.raises(TOPDError, match=f"opd, seed 0 and {new} have different problems"):
+        run_compare(recipe, [*words, more])
 
 
 def test_a_folder_from_before_a_setting_has_it_at_its_default(recipe, tmp_path):

@@ -23,12 +23,14 @@ So a run writes no checkpoints, unless it is told to.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from pydantic import ValidationError
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
@@ -60,7 +62,7 @@ from topd.commands.train import make_trainer, watch_steps
 from topd.commands.workers import in_workers
 from topd.config import TOPDConfig
 from topd.config.values import defaults_of
-from topd.errors import StoppedError, TOPDError
+from topd.errors import StoppedError, TOPDError, first_line
 from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import ModelSpec
 from topd.runs.checkpoints import begin_anew
@@ -101,7 +103,8 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     todo = [run for run in spec.runs() if run[:2] not in done]
     waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
     check_arms(comparison, waiting)
-    check_problems(comparison, waiting, results)
+    begun = [spec.baseline] if spec.warmstart else []  # evaluated at the end, whatever is done
+    check_problems(comparison, waiting or begun, results)
     run = RunFolder(folder, resume=True, chained=bool(spec.plan))
     run.write("run.json", content)
     start = starting_point(comparison, quiet=console is None)
@@ -122,9 +125,9 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
                     f"{result['arm']}, seed {result['seed']}: greedy {result['greedy']:.1%}, "
                     f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s",
                 )
-    begun, references = starts(comparison, start), spec.references or [spec.baseline]
+    before, references = starts(comparison, start), spec.references or [spec.baseline]
     run.write(
-        SUMMARY, summarise(results, spec.baseline, begun, clock=spec.clock, references=references)
+        SUMMARY, summarise(results, spec.baseline, before, clock=spec.clock, references=references)
     )
 
 
@@ -262,7 +265,12 @@ def try_arm(task: Task, console: Console | None = None) -> Result | TOPDError:
     try:
         return run_arm(task, console)
     except TOPDError as fault:
-        return fault
+        return copy.copy(fault)  # without its traceback, which has the models of the run
+    except torch.OutOfMemoryError as fault:
+        return TOPDError(
+            f"{first_line(fault)} Lower per_device_train_batch_size (with more "
+            "gradient_accumulation_steps), or compare.jobs."
+        )
 
 
 def _failed(faults: Mapping[tuple[str, int], TOPDError]) -> TOPDError:

@@ -83,12 +83,18 @@ def check_models(folder: Path, result: Result, results: Sequence[Result]) -> Non
 
 
 def _models(folder: Path, result: Result) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Role, path and version of a run's models, with the hash of their weights."""
+    """Role, path and version of a run's models, with the hash of their weights.
+
+    What an adapter trains whole is in a student's hash, so the adapter is told too. A teacher of
+    text has no weights here.
+    """
     place = place_of(folder, result["arm"], result["seed"])
     recipe = read_whole(place / "run.json").get("recipe", {})
     manifest = read_whole(place / "manifest.json")
     version = manifest.get("versions", {}).get("topd", "")  # which may hash otherwise
     for role, found in manifest.get("models", {}).items():
         spec = recipe.get(role)
-        if isinstance(spec, dict) and spec.get("path") and "sha256" in found:
-            yield (role, spec["path"], json.dumps(spec), version), found["sha256"]
+        known = isinstance(spec, dict) and spec.get("path") and spec.get("text") is None
+        if known and "sha256" in found:
+            made_of = [spec, recipe.get("lora") if role == "student" else None, version]
+            yield (role, spec["path"], json.dumps(made_of)), found["sha256"]
