@@ -15,6 +15,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -25,6 +26,10 @@ from transformers import (
     Qwen3ForCausalLM,
     TrainerCallback,
 )
+
+# A second of a busy machine is no fault of the code.
+settings.register_profile("topd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("topd")
 
 VOCAB = 64
 EOS = 2

@@ -894,7 +894,7 @@ def changed_value(data: st.DataObject, record: Any) -> None:
 LOST = object()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data(), name=st.sampled_from(FILES))
 def test_any_byte_changed_in_any_record_file_is_found_there(other, data, name):
     content = changed_bytes(data, (other / RUN / name).read_bytes())
@@ -903,7 +903,7 @@ def test_any_byte_changed_in_any_record_file_is_found_there(other, data, name):
     assert any(name in fault for fault in faults), faults
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), name=st.sampled_from(FILES))
 def test_any_value_changed_in_any_record_file_is_found_there_and_decisions_end_in_words(
     other, data, name

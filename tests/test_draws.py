@@ -148,9 +148,10 @@ def test_rounding_the_logits_to_bfloat16_moves_few_tokens():
 @pytest.fixture(params=[False, True])
 def algorithms(request) -> Iterator[bool]:
     """Whether they are to be deterministic, as under ``full_determinism``."""
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(request.param)
     yield request.param
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode(before)
 
 
 def test_the_race_draws_what_gumbel_max_draws(algorithms, monkeypatch):

@@ -24,9 +24,7 @@ from topd.inputs.rows import DataSpec
 from topd.runs.ledger import check_chain
 from topd.types import Prompt
 
-RARE = settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+RARE = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.sampled_from(
     sorted({f.name for f in fields(TOPDConfig) if f.init} | {*PARTS, "warmstart"} - {"report_to"})
 )

@@ -168,7 +168,7 @@ def test_jsd_scaled_tends_to_a_kl_at_either_end(beta, scale, limit):
 
 
 @kinds
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_divergence_is_never_negative_zero_at_equality_and_ignores_shift_and_order(
     kind, beta, data

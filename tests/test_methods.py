@@ -481,7 +481,7 @@ def test_a_capped_token_still_learns_with_the_weight_median_over_loss():
     assert loss.grad.tolist() == [1.0, 1.0, 2 / 8]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(0, 20, width=32), min_size=1, max_size=7))
 def test_a_capped_loss_is_the_smaller_of_loss_and_median(row):
     half = len(row) // 2

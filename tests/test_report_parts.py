@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
@@ -262,7 +262,6 @@ def test_the_facts_are_those_of_the_logs(tmp_path):
 
 
 @given(st.integers(0, 400), st.integers(2, 60))
-@settings(deadline=None)
 def test_spaced_numbers_hold_both_ends_and_rise(count, limit):
     found = spaced(count, limit)
     assert len(found) == min(count, limit)

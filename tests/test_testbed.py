@@ -174,7 +174,7 @@ def test_another_program_that_gives_the_same_has_no_fork():
     assert labels(family, "double then add 3 :", wrong.split()).count("fork") == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=5), st.data())
 def test_arithmetic_is_that_of_python_modulo_ten(digits, data):
     operators = [data.draw(st.sampled_from("+-*")) for _ in digits[1:]]

@@ -179,7 +179,7 @@ costs = st.integers(1, 5).flatmap(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(costs)
 def test_exact_plan_is_a_coupling_no_worse_than_others_and_no_better_than_possible(array):
     cost = torch.from_numpy(array)
@@ -191,7 +191,7 @@ def test_exact_plan_is_a_coupling_no_worse_than_others_and_no_better_than_possib
     assert distance >= cost.amin(-2).mean().item() - 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(costs, st.floats(-1, 1), st.floats(0.1, 4))
 def test_distance_is_symmetric_and_follows_shift_and_scale_of_the_cost(array, shift, scale):
     cost = torch.from_numpy(array)
