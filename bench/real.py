@@ -35,6 +35,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -335,21 +336,18 @@ def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
 
 WORLDS = {
     "words": World(
-        *(written, 96),
-        parts={
-            **{"test": 400, "validation": 200, "answers": 768, "prompts": 2560},
-            "teacher": 1 << 40,
-        },
+        written,
+        96,
+        {"test": 400, "validation": 200, "answers": 768, "prompts": 2560, "teacher": 1 << 40},
         teacher={"max_steps": 600, "per_device_train_batch_size": 128, "learning_rate": 5e-4},
         **{"batch": 64, "at_once": 32, "updates": 40, "arms": arms_of_words()},
         **{"rates": (3e-5, 1e-4, 3e-4), "start_updates": (100, 200, 400), "start_rate": 5e-4},
         judged={},
     ),
     "sums": World(
-        *(lambda: bench.sums.problems(SEED), 16),
-        parts={
-            **{"test": 200, "validation": 120, "answers": 64, "prompts": 640, "teacher": 1200},
-        },
+        partial(bench.sums.problems, SEED),
+        16,
+        {"test": 200, "validation": 120, "answers": 64, "prompts": 640, "teacher": 1200},
         teacher={"max_steps": 150, "per_device_train_batch_size": 16, "learning_rate": 1e-4},
         **{"batch": 16, "at_once": 16, "updates": 40, "arms": arms_of_sums()},
         **{"rates": (2e-5, 6e-5), "start_updates": (10, 20, 40), "start_rate": 1e-4},

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from topd.distributed import WRAPPER, whole
 from topd.errors import TOPDError
+from topd.runs.checkpoints import SHARDED
 
 
 class WholeCopy:
@@ -78,7 +79,7 @@ def whole_copy(student: PreTrainedModel, accelerator: Accelerator) -> WholeCopy 
 
 def is_sharded(files: Collection[str]) -> bool:
     """Whether files of a checkpoint are FSDP2's: it has another name for those of the optimiser."""
-    return "optimizer.bin" in files
+    return SHARDED["optimizer.pt"] in files
 
 
 def check_kind(checkpoint: Path, files: Collection[str], copy: WholeCopy | None) -> None:
