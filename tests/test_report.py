@@ -165,6 +165,14 @@ def test_a_long_run_keeps_whole_prompts_evenly_spaced(tmp_path):
     assert len(parsed.data("entries")) == 15
 
 
+def test_of_long_rollouts_a_page_has_fewer_unless_it_is_told_how_many(tmp_path, monkeypatch):
+    make.training(tmp_path, rollouts=60, prompts=20, length=40)
+    assert len(select_rollouts(tmp_path).rollouts) == 60
+    monkeypatch.setattr("topd.report.rollouts.MOST_TOKENS", 40 * 15)
+    assert len(page(tmp_path).data("entries")) == 15
+    assert len(page(tmp_path, rollouts=60).data("entries")) == 60
+
+
 def test_one_rollout_is_found_by_its_line(tmp_path):
     make.training(tmp_path)
     found = read_rollout(tmp_path, 3)

@@ -271,7 +271,10 @@ def gate(
 @faults()
 def report(
     run: RunFolder,
-    rollouts: Annotated[int, typer.Option(min=1, help="Most rollouts in the page.")] = 1000,
+    rollouts: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most rollouts in the page; by itself 1,000, fewer of long ones."),
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow a run until it ends.")] = False,
 ) -> None:
     """Write RUN/report.html: figures and the fork viewer, one file that needs no network."""

@@ -17,7 +17,7 @@ SHARE = 5  # a page is made again after so many times what it took
 def follow(
     folder: Path,
     *,
-    rollouts: int = 1000,
+    rollouts: int | None = None,
     say: Callable[[str], None] = print,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:

@@ -77,12 +77,13 @@ class Page:
         return any(rollout.replies for rollout in self.selection.rollouts)
 
 
-def write_report(folder: Path, *, rollouts: int = 1000, reload: int | None = None) -> Path:
+def write_report(folder: Path, *, rollouts: int | None = None, reload: int | None = None) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
     Args:
         folder: of any command of :data:`topd.report.kinds.PAGES`.
-        rollouts: at most about so many are put into the page, evenly spaced over the prompts.
+        rollouts: at most about so many are put into the page, evenly spaced over the prompts;
+            None: as many as a browser shows at once, 1,000 or, of long ones, 500,000 tokens.
         reload: seconds after which a browser loads the page again; None: never.
 
     Raises:
@@ -111,7 +112,7 @@ def page_line(folder: Path) -> str:
         return f"no page was made: {error} Try again with: topd report {folder}"
 
 
-def make_page(folder: Path, tokens: TokenTexts, *, rollouts: int) -> Page:
+def make_page(folder: Path, tokens: TokenTexts, *, rollouts: int | None) -> Page:
     """Read everything that the page of a run folder shows. Raises TOPDError."""
     kind = kind_of(folder)
     shown, settings = PAGES[kind], settings_of(folder) if kind == "training" else {}

@@ -20,6 +20,7 @@ from topd.runs.records import (
     read_records,
 )
 
+MOST, MOST_TOKENS = 1000, 500_000  # on a page of its own size: about 25 MB
 OfRollout = TypeVar("OfRollout", PositionRecord, SampleRecord)
 
 
@@ -31,23 +32,26 @@ class Selection:
     total: int
 
 
-def select_rollouts(folder: Path, *, limit: int) -> Selection:
-    """At most about ``limit`` rollouts with their forks.
+def select_rollouts(folder: Path, *, limit: int | None = None) -> Selection:
+    """At most about ``limit`` rollouts with their forks; None: 1,000, and about 500,000 tokens.
 
     Where a folder has more, prompts are chosen evenly spaced by their number, each with all its
     rollouts, so that a prompt can be followed through the run. Raises TOPDError.
     """
     if not (folder / "rollouts.jsonl").is_file():
         return Selection((), 0)
-    every = read_records(folder, "rollouts.jsonl", RolloutRecord)
-    counts = Counter(record.prompt for record in every)
-    prompts = _spaced(counts, limit)
+    counts, tokens = Counter[int](), 0
+    for record in read_records(folder, "rollouts.jsonl", RolloutRecord):
+        counts[record.prompt] += 1
+        tokens += len(record.response_ids)
+    total = sum(counts.values())
+    prompts = _spaced(counts, limit or min(MOST, total * MOST_TOKENS // max(tokens, 1)))
     chosen = [
         record
         for record in read_records(folder, "rollouts.jsonl", RolloutRecord)
         if record.prompt in prompts
     ]
-    return Selection(tuple(_with_forks(folder, chosen)), sum(counts.values()))
+    return Selection(tuple(_with_forks(folder, chosen)), total)
 
 
 def read_rollout(folder: Path, index: int) -> RolloutRecord:
