@@ -6,6 +6,7 @@ Imports nothing heavy, so that a mistyped key is told at once (:mod:`topd.comman
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,11 +181,17 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_value(word: str) -> Any:
-    """A value of the command line, which is YAML."""
+    """A value of the command line, which is YAML, but for comments: a prompt may have a ``#``.
+
+    >>> parse_value("1e-5"), parse_value("# Task"), parse_value("a #1")
+    (1e-05, '# Task', 'a #1')
+    """
     try:
-        return parse_yaml("command line", word)
+        value = parse_yaml("command line", word)
     except TOPDError:
         return word  # text that is no YAML, a template for instance
+    cut = re.search(r"(^|\s)#", word) and word[0] not in "'\""
+    return word if cut and (value is None or isinstance(value, str)) else value
 
 
 def read_mapping(path: Path, begin: str = "student: PATH") -> dict[str, Any]:
