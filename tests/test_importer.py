@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from topd import TOPDConfig
 from topd.cli import app
-from topd.commands.importer import arguments_of, import_file, imported
+from topd.commands.importer import import_file, imported, training_of
 from topd.commands.importer.rules import TRL_COMMON, TRL_DEFAULTS, trl_defaults
 from topd.commands.importer.verl import ACTOR, MODEL, OPTIM
 from topd.commands.recipe import read_recipe
@@ -30,7 +30,7 @@ TRL = {
     "use_vllm": True,
     "warmup_ratio": 0.1,
 }
-OF_TRL = "from a TRL configuration"
+OF_TRL = "from a TRL configuration (DistillationConfig)"
 CPU = {"use_cpu": True}  # bf16 is TRL's default and verl's, and not every machine has it
 VERL: dict[str, Any] = {
     "actor_rollout_ref.model.path": "student",
@@ -113,7 +113,8 @@ def test_a_recipe_says_that_something_differs_only_where_it_does() -> None:
     assert imported("x", TRL).text().startswith(f"# Imported {OF_TRL}; see what differs:\n# ")
     said = {**TRL_COMMON, **TRL_DEFAULTS["distillation"]}
     named = {key: TRL[key] for key in TRL if key.endswith(("_path", "_name"))}
-    assert imported("x", {**named, **said}).text().startswith(f"# Imported {OF_TRL}\n\n")
+    found = imported("x", {**named, **said}, kind="distillation")
+    assert found.text().startswith(f"# Imported {OF_TRL}\n\n")
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,8 @@ def test_a_recipe_says_that_something_differs_only_where_it_does() -> None:
         ({"max_new_tokens": 64}, "lmbda: 0.5 .*its default there"),
         ({"load_in_4bit": True}, "load_in_4bit: a quantised student"),
         ({"use_uld_loss": True}, "use_uld_loss: losses across tokenizers"),
+        ({"reward_funcs": ["accuracy"]}, "reward_funcs: rewards are not in the loss"),
+        ({"config": "more.yaml"}, "config: the rest of it is in that file"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_refused(more, reason) -> None:
@@ -135,6 +138,14 @@ def test_a_gkd_config_that_is_on_policy_keeps_its_defaults() -> None:
     found = imported("x", {**TRL, "lmbda": 1.0, "max_new_tokens": 64}).recipe
     assert found["max_completion_length"] == 64
     assert found["temperature"] == 0.9
+
+
+def test_both_models_get_what_the_scripts_of_trl_give_them_and_what_is_off_is_left_out() -> None:
+    off = {"seq_kd": False, "use_uld_loss": False, "uld_skip_student_eos": True, "min_p": None}
+    found = imported("x", {**TRL, **off, "lmbda": 1, "attn_implementation": "eager"})
+    assert found.recipe["student"] == {"path": "student", "attn_implementation": "eager"}
+    assert found.recipe["teacher"] == {"path": "teacher", "attn_implementation": "eager"}
+    assert {line.outcome for line in found.lines if line.key in off} == {"left out"}
 
 
 def test_lora_and_precision() -> None:
@@ -239,13 +250,22 @@ def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
         (f"{OPTIM}betas", [0.9, 0.95], {"adam_beta1": 0.9, "adam_beta2": 0.95}),
         (f"{OPTIM}lr_scheduler_type", "cosine", {"lr_scheduler_type": "cosine"}),
         (f"{OPTIM}warmup_style", "cosine", {"lr_scheduler_type": "cosine"}),
-        (f"{OPTIM}lr_warmup_steps", 20, {"warmup_steps": 20}),
+        (f"{OPTIM}lr_warmup_steps", 20, {"warmup_steps": 40}),
         ("data.apply_chat_template_kwargs.so", 1, {"chat_template_kwargs": {"so": 1}}),
         (f"{MODEL}trust_remote_code", True, {"student": {"path": "student",
                                                          "trust_remote_code": True}}),
         (f"{OPTIM}optimizer", "Muon", "unknown"),
         (f"{ACTOR}loss_agg_mode", "seq-mean-token-sum", "unknown"),
+        ("trainer.total_training_steps", 10, {"max_steps": 20}),  # of 2 updates each
+        ("trainer.save_freq", 10, {"save_steps": 20}),
+        (f"{MODEL}override_config.attn_implementation", "sdpa",
+         {"student": {"path": "student", "attn_implementation": "sdpa"}}),
+        ("distillation.num_workers", 8, "left out"),
+        ("config-name", "ppo_trainer.yaml", "left out"),
+        ("config-name", "mine", "unknown"),
         (f"{ACTOR}surprise", 1, "unknown"),
+        (f"{ACTOR}use_surprise", 1, "unknown"),
+        ("algorithm.surprise", 1, "unknown"),
         (f"{MODEL}surprise", 1, "unknown"),
         ("distillation.distillation_loss.use_policy_gradient", True, "unknown"),
         (f"{OPTIM}lr_scheduler_type", "wsd", "refused"),
@@ -261,6 +281,20 @@ def test_what_verl_learns_by_is_not_left_out(key, value, became) -> None:
     else:
         found = imported("x", content).recipe
         assert {name: found[name] for name in became} == became
+
+
+def test_a_divergence_of_verl_whose_coefficient_is_zero_is_off() -> None:
+    content = {**VERL, f"{ACTOR}use_kl_loss": True, f"{ACTOR}kl_loss_coef": 0.0}
+    assert outcomes(content)[f"{ACTOR}use_kl_loss"] == "left out"
+
+
+def test_the_gkd_of_verl_recipe_is_a_recipe() -> None:
+    content = {k: v for k, v in VERL.items() if not k.startswith("distillation.")}
+    theirs = {"actor_rollout_ref.ref.teacher_path": "teacher", f"{ACTOR}kd_loss_type": "reverse_kl"}
+    found = imported("x", {**content, **theirs})
+    assert not found.refused
+    assert found.recipe["teacher"] == {"path": "teacher"}
+    assert found.recipe["beta"] == 1.0
 
 
 def test_a_cosine_of_verl_ends_at_its_least_rate() -> None:
@@ -286,12 +320,12 @@ def test_a_cosine_of_verl_ends_at_its_least_rate() -> None:
 )
 def test_a_variable_where_a_number_is_wanted_is_refused_in_words(words, said) -> None:
     with pytest.raises(TOPDError, match=said):
-        imported("x", {**VERL, **arguments_of(f"run {' '.join(words)}")})
+        imported("x", {**VERL, **training_of(f"run {' '.join(words)}")[1]})
 
 
 def test_a_variable_for_a_share_is_refused_in_words() -> None:
     with pytest.raises(TOPDError, match=r"lmbda: '\$L' is not a number. Write the number"):
-        imported("x", {**TRL, **arguments_of("run --lmbda $L")})
+        imported("x", {**TRL, **training_of("run --lmbda $L")[1]})
 
 
 def test_several_teachers_of_verl() -> None:
@@ -339,17 +373,97 @@ DATA=(
 python3 -m verl.trainer.main_ppo "${DATA[@]}" \\
     actor_rollout_ref.model.path=$MODEL --config-name=x --bf16 --beta 0.5 $@
 """
-    found = arguments_of(script)
+    found = training_of(script)[1]
     assert found == {
         "data.train_batch_size": 32,
-        "data.train_files": ["$HOME/a.parquet"],
+        "data.train_files": ["~/a.parquet"],
         "actor_rollout_ref.model.path": "Qwen/x",
         "config-name": "x",
         "bf16": True,
         "beta": 0.5,
     }
-    found = arguments_of("run --lora_target_modules q_proj v_proj --lora_r 8 2>&1 | tee log")
+    found = training_of("run --lora_target_modules q_proj v_proj --lora_r 8 2>&1 | tee log")[1]
     assert found == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8}
+
+
+OF_BOTH = "--teacher_model_name_or_path t"
+
+
+@pytest.mark.parametrize(
+    ("script", "found"),
+    [
+        ("CUDA_VISIBLE_DEVICES=0,1 A='b c' python x.py --beta 1", {"beta": 1}),
+        ("# run x.py \\\nA=0 python x.py --beta 1", {"beta": 1}),
+        ("torchrun --nproc 4 -m a.b --beta 1 &> log", {"beta": 1}),
+        ("python -m torch.distributed.run --seed 1 x.py --beta 1", {"beta": 1}),
+        ("srun -c 8 bash -c 'accelerate launch --bf16 x.py --beta 1'", {"beta": 1}),
+        ("sbatch <<'END'\npython don't.py --beta 1\nEND", {"beta": 1}),
+        ("X='x.py --beta 1'\nX+=' --bf16'\neval \"python $X\"", {"beta": 1, "bf16": True}),
+        ("X=(--beta 1)\nX+=(--bf16)\nrun \"${X[@]}\"", {"beta": 1, "bf16": True}),
+        ("X=(q_proj v_proj)\nrun --lora_target_modules ${X[@]} --beta 1 # c",
+         {"lora_target_modules": ["q_proj", "v_proj"], "beta": 1}),
+        ("N=2\nrun a.b=${A:-${B:-$N}} --c ${D:-$((N * (3 + 4)))}", {"a.b": 2, "c": 14}),
+        ("run a.b=$((2 ** 9)) --c $((N / 0))", {"a.b": "$((2**9))", "c": "$((N/0))"}),
+        ("run a.b='{c:1}' --d \"x # \\\"y\\\"\" $MORE \"$@\"",
+         {"a.b": {"c": 1}, "d": 'x # "y"', "$MORE": "not set by the file"}),
+        ("vllm serve t --seed 1 --dtype half --x 1\n"
+         f"python x.py {OF_BOTH} --beta 1\npython eval.py --beta 2 --a b --c d --e f",
+         {"teacher_model_name_or_path": "t", "beta": 1}),
+    ],
+)  # fmt: skip
+def test_a_script_is_read_as_a_shell_reads_it(script, found) -> None:
+    assert training_of(script)[1] == found
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (f"run {OF_BOTH} --a 1\nrun {OF_BOTH} --a 2", "x.sh: it starts 2 trainings. Give a file"),
+        ("A=aaaaaaaaaa\n" + "A=$A$A\n" * 30, "x.sh: the variables of this script become too"),
+        ("run " + "${A:-" * 9999 + "}" * 9999, "x.sh: a variable of this script is nested too"),
+    ],
+)
+def test_a_script_that_cannot_be_read_is_refused_in_words(script, said, tmp_path) -> None:
+    (tmp_path / "x.sh").write_text(script)
+    with pytest.raises(TOPDError, match=said):
+        import_file(tmp_path / "x.sh")
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("python gkd.py --lmbda 1", "gkd"),
+        ("torchrun -m src.gold_vision --lmbda 1", "gold"),
+        ("trl distillation --lmbda 1", "distillation"),
+        ("python my_distillation.py --lmbda 1 --max_completion_length 9", "gold"),
+        ("python gkd_or_not/mine.py --lmbda 1", "gkd"),
+        ("python mine.py  # not gold.py", "distillation"),
+    ],
+)
+def test_a_recipe_says_whose_defaults_it_has(command, kind, tmp_path) -> None:
+    words = " ".join(f"--{key} {value}" for key, value in TRL.items())
+    (tmp_path / "x.sh").write_text(command.replace("--", f"{words} --", 1) + "\n")
+    if "--" not in command:
+        (tmp_path / "x.sh").write_text(f"python mine.py {words}  # not gold.py")
+    found = import_file(tmp_path / "x.sh")
+    assert found.kind == kind
+    named = {"gkd": "GKD", "gold": "GOLD", "distillation": "Distillation"}[kind]
+    assert f"configuration ({named}Config)" in found.text()
+
+
+def test_an_evaluation_of_trl_is_on_its_split_for_tests() -> None:
+    found = imported("x", {**TRL, "eval_strategy": "steps", "dataset_config": "main"}).recipe
+    assert found["eval_data"] == {"path": "prompts.jsonl", "name": "main", "split": "test"}
+    more = {"eval_strategy": "epoch", "dataset_test_split": "val"}
+    assert imported("x", {**TRL, **more}).recipe["eval_data"]["split"] == "val"
+    off = imported("x", {**TRL, "eval_strategy": "no", "dataset_test_split": "val"})
+    assert not {"eval_data", "eval_strategy"} & set(off.recipe)
+    assert not off.unknown
+
+
+def test_a_variable_in_a_text_is_told() -> None:
+    found = imported("x", {**TRL, "dataset_name": "$DATA/a.jsonl"})
+    assert "# dataset_name: it has a variable that the file does not set\n" in found.text()
 
 
 def test_a_script_of_gkd_has_its_defaults(tmp_path) -> None:
@@ -379,7 +493,7 @@ def test_the_command(tmp_path, monkeypatch) -> None:
     Path("other.yaml").write_text("teacher_model_name_or_path: t\n1: 2\n")
     assert [line.key for line in import_file(Path("other.yaml")).unknown] == ["1"]
     Path("other.yaml").write_text("a: 1\n")
-    with pytest.raises(TOPDError, match="neither TRL's"):
+    with pytest.raises(TOPDError, match="neither a distillation of TRL's"):
         import_file(Path("other.yaml"))
     with pytest.raises(TOPDError, match="cannot be read"):
         import_file(Path("none.yaml"))

@@ -1,13 +1,13 @@
 """``topd import``: a configuration of TRL or verl as a recipe, key by key, or the reason why not.
 
 Read are YAML and JSON, as ``trl`` and TrlParser take them or nested as verl's, and shell scripts
-that start either: ``--key value``, ``a.b=value``. Every key ends as one of
+that start either (:mod:`topd.commands.importer.shell`). Every key ends as one of
 
 ==========  ==========================================================================
 kept        the recipe has it under its own name
 translated  under another name, which is told, or in another unit; the note says what differs
 left out    it says where and how fast something runs, not what is learned, or is off
-unknown     not a key that is known here; look at it
+unknown     a key, or a value of it, that has no counterpart here; look at it
 refused     it changes what is learned and a recipe cannot say it: there is no recipe
 ==========  ==========================================================================
 """
@@ -15,8 +15,7 @@ refused     it changes what is learned and a recipe cannot say it: there is no r
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
@@ -25,19 +24,23 @@ from typing import Any, Literal, TypeAlias
 import yaml
 
 from topd.commands.importer.rules import LISTS, trl_defaults, trl_kind, trl_rule
-from topd.commands.importer.verl import verl_defaults, verl_rule
+from topd.commands.importer.shell import commands_of
+from topd.commands.importer.verl import DISTILLS, verl_defaults, verl_rule
 from topd.commands.keys import parse_value
 from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.config import TOPDConfig
 from topd.errors import TOPDError
 
+UNSET = "it has a variable that the file does not set"
 DEFAULT = "its default there"
+_CLASSES = {
+    **{"gkd": " (GKDConfig)", "gold": " (GOLDConfig)", "distillation": " (DistillationConfig)"},
+    "verl": "",
+}
 Outcome: TypeAlias = Literal["kept", "translated", "left out", "unknown", "refused"]
-_STARTED = re.compile(r"(\bgkd|\bgold|distillation)\w*\.py\b", re.IGNORECASE)
-_NAME = re.compile(r"\w[\w.-]*")
-_ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)=(.*)$")
-_VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^}]*))?\}|\$(\w+)")
-_DOTTED = re.compile(r"^\+{0,2}([a-z_]\w*(?:\.\w+)+)=(.*)$")
+_STARTED = re.compile(r"(?:^|[/.])(?:(gkd|gold)\w*|(distillation))(?:\.py)?$")
+_DOTTED = re.compile(r"^\+{0,2}([a-z_]\w*(?:\.\w+)+)=(.*)$", re.DOTALL)
+_MAPPED = re.compile(r"(?<=\w):(?=[\w{\['\"])(?=.*\}$)")  # {a:1} of Hydra is {a: 1}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Imported:
     """A recipe in the making, and what became of every key."""
 
     framework: Literal["TRL", "verl"]
+    kind: str = "verl"  # whose defaults it has
     recipe: dict[str, Any] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
 
@@ -71,7 +75,7 @@ class Imported:
 
     @property
     def unknown(self) -> list[Line]:
-        """Keys that are not known here, and may matter."""
+        """Keys that have no counterpart here, and may matter."""
         return [line for line in self.lines if line.outcome == "unknown" and not line.note]
 
     def text(self) -> str:
@@ -81,9 +85,9 @@ class Imported:
             raise TOPDError(
                 f"no recipe says what this {self.framework} configuration says. {reasons}"
             )
-        strange = [f"# {line.key}: {line.value} is not known here" for line in self.unknown]
+        strange = [f"# {line.key} = {line.value}: no counterpart here" for line in self.unknown]
         notes = [f"# {line.key}: {line.note}" for line in self.lines if line.note] + strange
-        head = f"# Imported from a {self.framework} configuration"
+        head = f"# Imported from a {self.framework} configuration{_CLASSES[self.kind]}"
         head += "; see what differs:" if notes else ""
         body = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
         return "\n".join([head, *notes, "", body])
@@ -100,9 +104,11 @@ def import_file(path: Path) -> Imported:
         if not isinstance(content, dict):
             raise TOPDError(f"{path}: must be a mapping of keys to values.")
         return imported(str(path), content)
-    started = _STARTED.search(text)  # one of TRL's trainers
-    kind = started[1].lower() if started else None
-    return imported(str(path), arguments_of(text), kind=kind)
+    try:
+        kind, arguments = training_of(text)
+    except TOPDError as error:
+        raise TOPDError(f"{path}: {error}") from error
+    return imported(str(path), arguments, kind=kind)
 
 
 def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None) -> Imported:
@@ -115,21 +121,28 @@ def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None)
     # in verl before 0.8 distillation was a part of actor_rollout_ref
     before = "actor_rollout_ref.distillation."
     flat = {k.replace(before, "distillation."): v for k, v in _flat(content)}
-    if any(key.startswith(("actor_rollout_ref.", "distillation.")) for key in flat):
-        found = Imported("verl")
-        return _ruled(found, flat, verl_rule, verl_defaults(flat))
-    if "teacher_model_name_or_path" in content:
-        found = Imported("TRL")
-        own = trl_kind(content)
-        kind = kind if own is None or kind in ("gkd", "gold") else own
-        if kind is None and "max_completion_length" not in content:
-            note = "read as a DistillationConfig; a GKDConfig has half of the answers on-policy"
-            found.lines.append(Line("lmbda", None, "unknown", note))
-        return _ruled(found, content, trl_rule, trl_defaults(kind or "distillation", content))
-    raise TOPDError(
-        f"{place}: is neither TRL's, which has teacher_model_name_or_path, nor verl's, which has "
-        "actor_rollout_ref. Give the file that its command line or --config names."
-    )
+    framework = _framework(flat)
+    if framework == "verl":
+        return _ruled(Imported("verl"), flat, verl_rule, verl_defaults(flat))
+    if framework is None:
+        raise TOPDError(
+            f"{place}: is neither a distillation of TRL's, which has teacher_model_name_or_path, "
+            "nor verl's, which has actor_rollout_ref. Give the file that its command line or "
+            "--config names."
+        )
+    kind = kind or trl_kind(content)
+    found = Imported("TRL", kind or "distillation")
+    if kind is None:
+        note = "read as a DistillationConfig; a GKDConfig and a GOLDConfig have half of the answers"
+        found.lines.append(Line("lmbda", None, "unknown", f"{note} on-policy"))
+    return _ruled(found, content, trl_rule, trl_defaults(found.kind, content))
+
+
+def _framework(content: Mapping[str, Any]) -> Literal["TRL", "verl"] | None:
+    """Whose a distillation is; None: it is none."""
+    if any(key.startswith(("actor_rollout_ref.", "distillation.")) for key in content):
+        return "verl"
+    return "TRL" if "teacher_model_name_or_path" in content else None
 
 
 def _ruled(
@@ -146,6 +159,8 @@ def _ruled(
         for name, new in changes.items():
             _refuse_variable(key, name, new)
             _set(found.recipe, name, new)
+        if changes and "$" in str(value):
+            note = f"{note}; {UNSET}" if note else UNSET
         if default:
             note = f"{note} ({DEFAULT})" if note else DEFAULT
         if not default or outcome == "refused" or changes:
@@ -178,7 +193,7 @@ def _finish_verl(found: Imported, content: Mapping[str, Any]) -> None:
     """What follows from several keys: is it distillation at all, and how large is an update?"""
     estimator = str(content.get("algorithm.adv_estimator", ""))
     on = content.get("distillation.enabled") is True
-    if not on and "opd" not in estimator and "distill" not in estimator:
+    if not on and not content.get(DISTILLS) and not re.search("opd|distill", estimator):
         reason = "it is not on: this trains by rewards"
         found.lines.append(Line("distillation.enabled", False, "refused", reason))
     loss = "distillation.distillation_loss."  # use_policy_loss: before verl 0.8
@@ -218,44 +233,42 @@ def _flat(content: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, A
             yield name, value
 
 
-def arguments_of(script: str) -> dict[str, Any]:
-    """The arguments in a shell script: ``--key value``, ``--key=value``, ``a.b=value``.
+def training_of(script: str) -> tuple[str | None, dict[str, Any]]:
+    """The training that a shell script starts: whose trainer it is, if known, and its arguments.
 
-    Variables that the script itself sets are filled in; others stay as they are.
+    Those are ``--key value``, ``--key=value`` and ``a.b=value``, from after the trainer's name.
+    Raises TOPDError if there are several trainings.
 
-    >>> arguments_of("LR=${LR:-1e-6}\\nrun --learning_rate $LR \\\\\\n  --bf16")
-    {'learning_rate': 1e-06, 'bf16': True}
+    >>> training_of("LR=${LR:-1e-6}\\nA=0 run gkd.py --learning_rate $LR \\\\\\n  --bf16")
+    ('gkd', {'learning_rate': 1e-06, 'bf16': True})
     """
-    known: dict[str, str] = {}
+    found = [_training(words) for words in commands_of(script)]
+    distilled = [(kind, arguments) for kind, arguments in found if _framework(arguments)]
+    if any(one != distilled[0] for one in distilled):
+        raise TOPDError(f"it starts {len(distilled)} trainings. Give a file that has one of them.")
+    return max(distilled or found, key=lambda one: len(one[1]), default=(None, {}))
+
+
+def _training(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+    begin = next((i for i in range(len(words)) if _starts(words, i)), 0)
+    started = _STARTED.search(words[begin])
     found: dict[str, Any] = {}
-    for line in script.replace("\\\n", " ").splitlines():
-        plain = _VARIABLE.sub(lambda m: _value_of(m, known), line)
-        assigned = _ASSIGNED.match(plain)
-        if assigned and not assigned[2].startswith("("):
-            known[assigned[1]] = assigned[2].partition(" #")[0].strip().strip("\"'")
-            continue
-        words = _words(plain)
-        for i, word in enumerate(words):
-            dotted = _DOTTED.match(word)
-            if dotted:
-                found[dotted[1]] = parse_value(dotted[2])
-            elif word.startswith("--") and len(word) > 2:
-                key, equals, value = word[2:].partition("=")
-                after = words[i + 1] if i + 1 < len(words) else "--"
-                said = value if equals else "true" if after[:2] == "--" else after
-                found[key] = parse_value(said)
-                if key in LISTS and not equals:
-                    found[key] = [*takewhile(_NAME.fullmatch, words[i + 1 :])]
-    return found
+    for i, word in enumerate(words[begin:], begin):
+        before, after = words[i - 1] if i else "", [*words, "--"][i + 1]
+        if dotted := _DOTTED.match(word):
+            found[dotted[1]] = parse_value(_MAPPED.sub(": ", dotted[2]))
+        elif word.startswith("--") and len(word) > 2:
+            key, equals, value = word[2:].partition("=")
+            found[key] = parse_value(value if equals else "true" if after[:2] == "--" else after)
+            if key in LISTS and not equals:
+                found[key] = [*takewhile(lambda one: one[:2] != "--", words[i + 1 :])]
+        elif word[:1] == "$" and len(word) > 2 and not before.startswith("--"):
+            found[word] = "not set by the file"
+    return started and (started[1] or started[2]), found
 
 
-def _words(line: str) -> list[str]:
-    try:
-        return shlex.split(line, comments=True)
-    except ValueError:  # a quote that another line closes
-        return line.split()
-
-
-def _value_of(match: re.Match[str], known: Mapping[str, str]) -> str:
-    name = match[1] or match[3]
-    return known.get(name, match[2] if match[2] is not None else match[0])
+def _starts(words: Sequence[str], i: int) -> bool:
+    """Whether this word is what is started: before it are the launcher and its options."""
+    before, word = words[i - 1] if i else "", words[i]
+    module = before == "-m" and not word.startswith(("torch.", "accelerate"))
+    return module or Path(before).name == "trl" or (word.endswith(".py") and "=" not in word)

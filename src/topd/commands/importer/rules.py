@@ -41,7 +41,6 @@ _SAME = {f.name for f in fields(TOPDConfig)} - {"method", "teacher_prompt"}
 _TRL_MOVED = {
     "model_name_or_path": "student/path",
     "model_revision": "student/revision",
-    "attn_implementation": "student/attn_implementation",
     "teacher_model_name_or_path": "teacher/path",
     "teacher_model_revision": "teacher/revision",
     "dataset_name": "data/path",
@@ -57,6 +56,8 @@ _TRL_REFUSED = {
     "use_uld_loss": "losses across tokenizers are not importable",
     "min_p": "sampling has no min_p here",
     "max_tool_calling_iterations": "rollouts with tools are not importable",
+    "reward_funcs": "rewards are not in the loss",
+    "config": "the rest of it is in that file: write both into one, and import that",
 }
 _LORA = {
     **{"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"},
@@ -65,7 +66,11 @@ _LORA = {
     **{"use_rslora": "use_rslora", "use_dora": "use_dora"},
 }
 LISTS = ("lora_target_modules", "lora_modules_to_save", "lora_target_parameters")
-_TRL_MACHINES = ("vllm_", "use_vllm", "ds3_", "log_completions", "num_completions", "log_unique")
+_TRL_MACHINES = (  # where and how fast, and what belongs to what is refused
+    *("vllm_", "use_vllm", "ds3_", "log_completions", "num_completions", "log_unique", "wandb_"),
+    *("dataset_num_proc", "pad_to_multiple_of", "uld_", "use_extended_uld", "bnb_", "use_bnb"),
+    "teacher_tokenizer_name_or_path",
+)
 
 
 def number(key: str, value: Any, kind: type[int] | type[float] = int) -> Any:
@@ -100,8 +105,8 @@ def trl_defaults(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     """A key of GKDConfig or DistillationConfig, of ScriptArguments or ModelConfig."""
-    if key in _TRL_REFUSED and value not in (None, False, 0):
-        return "refused", _TRL_REFUSED[key], {}
+    if key in _TRL_REFUSED:
+        return ("refused", _TRL_REFUSED[key], {}) if value not in (None, False, 0) else OUT
     if key == "lmbda":
         if number(key, value, float) == 1:
             return "translated", "all answers are the student's own, as always here", {}
@@ -119,9 +124,11 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return OUT
     if key in ("model_init_kwargs", "teacher_model_init_kwargs") and isinstance(value, Mapping):
         return _init_kwargs(key, value)
-    if key == "trust_remote_code" and value:
-        paths = ("student/trust_remote_code", "teacher/trust_remote_code")
-        return "translated", "", dict.fromkeys(paths, True)
+    if key in ("trust_remote_code", "attn_implementation"):  # its scripts give both models it
+        paths = (f"student/{key}", f"teacher/{key}")
+        return ("translated", "", dict.fromkeys(paths, value)) if value else OUT
+    if key in ("eval_strategy", "dataset_test_split"):
+        return _evaluated(key, value, content)
     if key in _LORA or key == "use_peft":
         return _lora(key, value, bool(content.get("use_peft")))
     if key in _TRL_MOVED:
@@ -137,6 +144,16 @@ def _shared(key: str, value: Any, machines: Sequence[str]) -> Ruled:
     if key in _SAME or key in WORKS:
         return "kept", "", {key: value}
     return "unknown", "", {}
+
+
+def _evaluated(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
+    """Evaluation is on the data's split for tests."""
+    on = content.get("eval_strategy") not in (None, False, "no")
+    if not on or key != "eval_strategy":
+        return ("translated", "", {}) if on else OUT
+    named = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_test_split"}
+    data = {f"eval_data/{ours}": content[key] for ours, key in named.items() if content.get(key)}
+    return "translated", "", {key: value, "eval_data/split": "test", **data}
 
 
 def _init_kwargs(key: str, given: Mapping[str, Any]) -> Ruled:

@@ -16,6 +16,7 @@ from topd.inputs.prompt_rows import UNREAD
 ACTOR, MODEL = "actor_rollout_ref.actor.", "actor_rollout_ref.model."
 OPTIM, ROLLOUT = f"{ACTOR}optim.", "actor_rollout_ref.rollout."
 LOSS, TEMPLATE = "distillation.distillation_loss.", "data.apply_chat_template_kwargs."
+DISTILLS = f"{ACTOR}kd_loss_type"  # of verl-recipe's GKD
 VERL_DEFAULTS: dict[str, Any] = {  # that differ from ours
     f"{OPTIM}lr": 1e-6,
     f"{OPTIM}weight_decay": 0.01,
@@ -39,7 +40,10 @@ _LORA = {
 _VERL_MOVED = {
     f"{MODEL}path": "student/path",
     f"{MODEL}enable_gradient_checkpointing": "gradient_checkpointing",
-    "actor_rollout_ref.ref.model.path": "teacher/path",
+    f"{MODEL}override_config.attn_implementation": "student/attn_implementation",
+    **dict.fromkeys(
+        ("actor_rollout_ref.ref.model.path", "actor_rollout_ref.ref.teacher_path"), "teacher/path"
+    ),
     "distillation.teacher_model.model_path": "teacher/path",
     f"{OPTIM}lr": "learning_rate",
     f"{OPTIM}weight_decay": "weight_decay",
@@ -52,7 +56,6 @@ _VERL_MOVED = {
     "data.filter_overlong_prompts": "drop_long_prompts",
     "data.prompt_key": "data/columns/prompt",
     "trainer.total_epochs": "num_train_epochs",
-    "trainer.total_training_steps": "max_steps",
     "trainer.experiment_name": "run_name",
 }
 _VERL_SETTLED = (  # by what follows from several keys
@@ -89,24 +92,30 @@ _VERL_PLAIN: dict[str, Any] = {  # a value with which nothing is learned otherwi
     "data.train_max_samples": -1,
 }
 _VERL_MACHINES = (  # where and how fast, and what belongs to rewards, which are off
-    *(f"{MODEL}use_", f"{MODEL}enable_activation_offload", f"{MODEL}fused_kernel_options."),
+    *(f"{MODEL}use_{name}" for name in ("shm", "remove_padding", "liger", "fused_kernels")),
+    *(f"{MODEL}enable_activation_offload", f"{MODEL}fused_kernel_options."),
     *(f"{MODEL}tiled_mlp.", f"{MODEL}mtp.", f"{MODEL}lora.", f"{MODEL}truncate_padding"),
     *(f"{ACTOR}fsdp_config.", f"{ACTOR}megatron.", f"{ACTOR}checkpoint.", f"{ACTOR}profiler."),
-    *(f"{ACTOR}ppo_micro_batch_size", f"{ACTOR}ppo_max_token_len", f"{ACTOR}use_", f"{ACTOR}pad_"),
+    *(f"{ACTOR}ppo_micro_batch_size", f"{ACTOR}ppo_max_token_len", f"{ACTOR}pad_"),
+    *(f"{ACTOR}use_{name}" for name in ("dynamic_bsz", "torch_compile", "fused_kernels")),
+    *(f"{ACTOR}use_{name}" for name in ("remove_padding", "prefix_grouper", "rollout_log_probs")),
     *(f"{ACTOR}strategy", f"{ACTOR}ulysses_", f"{ACTOR}entropy_", f"{ACTOR}calculate_"),
     *(f"{ACTOR}rollout_n", f"{ACTOR}router_replay.", f"{ACTOR}qat.", f"{ACTOR}shuffle"),
     *(f"{ACTOR}data_loader_seed", f"{ACTOR}kl_loss_", f"{ACTOR}clip_ratio", f"{ACTOR}tau_"),
     *(f"{ACTOR}policy_loss.", f"{OPTIM}total_training_steps", f"{OPTIM}lr_wsd_"),
     *("actor_rollout_ref.ref.", ROLLOUT, "actor_rollout_ref.hybrid_engine"),
     *("actor_rollout_ref.nccl_timeout", "trainer.", "ray_kwargs.", "critic.", "reward"),
-    *("custom_reward", "sandbox_fusion.", "global_profiler.", "transfer_queue.", "config-"),
-    *("algorithm.", "skip.", "distillation.teacher_model", "distillation.n_gpus"),
-    *("distillation.nnodes", "distillation.enable_resource_pool", f"{LOSS}topk"),
+    *("custom_reward", "sandbox_fusion.", "global_profiler.", "transfer_queue.", "config-path"),
+    *(f"algorithm.{name}" for name in ("gamma", "lam", "norm_adv", "kl_", "use_pf_ppo", "pf_ppo.")),
+    *("algorithm.filter_groups.", "algorithm._target_", "skip.", "distillation.teacher_model"),
+    *("distillation.n_gpus", "distillation.num_workers", "distillation.nnodes"),
+    *("distillation.enable_resource_pool", f"{LOSS}topk"),
     *(f"{LOSS}policy_loss_mode", f"{LOSS}clip_ratio", "data.val", "data.dataloader"),
     *("data.return", "data.train_batch", "data.seed", "data.use_shm", "data.image_patch_size"),
     *("data.reward_fn_key", "data.filter_overlong_prompts_workers", "data.audio_key"),
     *("data.tool_config_path", "data.function_tool_path", "data.trust_remote_code"),
 )
+_STEPS = {"trainer.save_freq": "save_steps", "trainer.total_training_steps": "max_steps"}
 _LOSSES = {  # loss_mode: beta, and what differs
     "k1": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
     "k2": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
@@ -115,6 +124,7 @@ _LOSSES = {  # loss_mode: beta, and what differs
     "forward_kl_topk": (0.0, "over the likeliest tokens there, over the vocabulary here"),
     "jsd_topk": (0.5, "over the likeliest tokens there, over the vocabulary here"),
 }
+_LOSSES |= {name: _LOSSES[f"{name}_topk"] for name in ("reverse_kl", "forward_kl")}
 
 
 def verl_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +158,7 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         keys = (content.get(f"{place}.key"), content.get(f"{place}.domain"), key.split(".")[2])
         named = str(next(name for name in keys if name))
         return "translated", "", {f"teachers/{named.replace('/', '|')}": value}
-    if key == "distillation.distillation_loss.loss_mode":
+    if key == f"{LOSS}loss_mode" or (key == DISTILLS and value is not None):
         known = _LOSSES.get(str(value))
         if known is None:
             return "refused", f"{value} is not a divergence that is known here", {}
@@ -159,6 +169,8 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return "refused", "images are not read; take the key out if the data has none", {}
     if key.endswith(("loss_max_clamp", "log_prob_min_clamp")) and value is not None:
         return "translated", f"losses are not clamped here (there: {value})", {}
+    if key == f"{ACTOR}use_kl_loss" and value and content.get(f"{ACTOR}kl_loss_coef") == 0:
+        return OUT
     if key in (f"{ACTOR}use_kl_loss", "algorithm.use_kl_in_reward") and value:
         return "refused", "a second divergence, from another model, is not in the loss", {}
     if key == f"{ACTOR}entropy_coeff" and value:
@@ -177,9 +189,14 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return _update(value, content)
     if key == f"{ROLLOUT}top_k":
         return "translated", "", {"top_k": max(0, number(key, value))}
-    if key == "trainer.save_freq":
-        steps = number(key, value)
-        return "translated", "", {"save_strategy": "no"} if steps < 1 else {"save_steps": steps}
+    if key == "trainer.save_freq" and number(key, value) < 1:
+        return "translated", "", {"save_strategy": "no"}
+    if key in _STEPS and value is not None:
+        note = f"in updates, {_updates(content)} a step there" if _updates(content) > 1 else ""
+        return "translated", note, {_STEPS[key]: number(key, value) * _updates(content)}
+    if key == "config-name":
+        note = f"what {value} sets is not read; verl's own defaults are taken"
+        return OUT if str(value).startswith("ppo_") else ("unknown", note, {})
     if value in (None, {}, []) or key.endswith("._target_"):
         return OUT
     plain = value == _VERL_PLAIN[key] if key in _VERL_PLAIN else key.startswith(_VERL_MACHINES)
@@ -190,6 +207,7 @@ def _optimiser(name: str, value: Any, content: Mapping[str, Any]) -> Ruled | Non
     """A key of the optimiser that is not only named otherwise."""
     steps = number(f"{OPTIM}lr_warmup_steps", content.get(f"{OPTIM}lr_warmup_steps") or 0)
     if name == "lr_warmup_steps":  # none: the ratio counts
+        steps *= _updates(content)
         return ("translated", "", {"warmup_steps": steps}) if steps > 0 else OUT
     if name == "lr_warmup_steps_ratio":
         return OUT if steps > 0 or value is None else ("translated", "", {"warmup_steps": value})
@@ -226,6 +244,13 @@ def _files(value: Any) -> Ruled:
     return "translated", "", {"data/path": files[0]}
 
 
+def _updates(content: Mapping[str, Any]) -> int:
+    """Of verl's step, which answers a batch and learns it by mini-batches."""
+    size = number(f"{ACTOR}ppo_mini_batch_size", content.get(f"{ACTOR}ppo_mini_batch_size") or 1)
+    batch = number("data.train_batch_size", content.get("data.train_batch_size") or size)
+    return max(1, int(batch // max(1, size)))
+
+
 def _update(prompts: Any, content: Mapping[str, Any]) -> Ruled:
     """An update of so many prompts, each answered n times, as micro-batches."""
 
@@ -243,6 +268,6 @@ def _update(prompts: Any, content: Mapping[str, Any]) -> Ruled:
     sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rollouts // micro}
     note = "for one process; divide gradient_accumulation_steps by the number of processes"
     if batch != size:
-        updates = f"{batch // size} updates"
+        updates = f"{_updates(content)} updates"
         note += f"; {batch} prompts are answered before {updates} there, here before each"
     return "translated", note, sizes

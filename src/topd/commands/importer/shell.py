@@ -1,0 +1,212 @@
+"""The commands of a shell script, word by word, with its variables filled in; nothing is run.
+
+Known are quotes, continued lines, comments, heredocs, arrays, ``$A``, ``${A:-b}``, ``$((A + 1))``,
+``A=1 command``, ``eval`` and ``bash -c``. Of ``if`` and ``case`` the last branch counts. What is
+not known stays as it is written.
+"""
+
+from __future__ import annotations
+
+import re
+
+from topd.commands.yaml_text import LONGEST
+from topd.errors import TOPDError
+
+_ASSIGNED = re.compile(r"([A-Za-z_]\w*)(\+?)=")
+_PLAIN = re.compile(r"\$([A-Za-z_]\w*)")
+_BRACED = re.compile(r"(\w+)(\[[@*]\])?(?:(:?[-=])(.*))?", re.DOTALL)
+_ARRAY = re.compile(r'"\$\{(\w+\[@\])\}"')
+_ENDS = " \t\r\n;&|()<>"
+_COMMENT = re.compile(r"(?m)^[ \t]*#.*\n?")
+_HEREDOC = re.compile(r"(?ms)<<-?\s*(['\"]?)(\w+)\1([^\n]*)\n(.*?)^\s*\2[ \t]*$")
+_FIRST = ("export", "local", "declare", "readonly", "then", "else", "do", "{")
+_SHELLS = re.compile(r"(.*/)?(ba|z|da)?sh")
+_DEEPEST = 9  # evals in evals
+
+
+def commands_of(script: str) -> list[list[str]]:
+    """Every command's words. Raises TOPDError if variables that hold each other grow too long.
+
+    >>> commands_of('X=(--a 1)\\nY=2 run "${X[@]}" --b $Y  # a test')
+    [['run', '--a', '1', '--b', '$Y']]
+    """
+    shell = _Shell()
+    try:
+        shell.read(script)
+    except RecursionError:
+        raise TOPDError("a variable of this script is nested too deep.") from None
+    return shell.commands
+
+
+class _Shell:
+    """The variables and commands found so far."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, str | list[str]] = {"HOME": "~"}
+        self.commands: list[list[str]] = []
+        self._deep = self._length = 0
+
+    def read(self, text: str) -> None:
+        bodies = [found[4] for found in _HEREDOC.finditer(text)]
+        text = _COMMENT.sub("", _HEREDOC.sub(r"\3", text))
+        at = 0
+        self._deep += 1
+        while at < len(text):
+            words, at = self._command(text, at)
+            self._done(words)
+        for body in bodies if self._deep < _DEEPEST else ():
+            self.read(body)
+        self._deep -= 1
+
+    def _done(self, words: list[str]) -> None:
+        """Keep a command, and what it assigns."""
+        while words and (words[0] in _FIRST or _ASSIGNED.match(words[0])):
+            if found := _ASSIGNED.match(words[0]):
+                before = self.known.get(found[1], "") if found[2] else ""
+                self.known[found[1]] = f"{before}{words[0][found.end() :]}"
+            words = words[1:]
+        if not words or words[0] in ("echo", "printf"):
+            return
+        inner = [words[i + 2] for i, word in enumerate(words[:-2])
+                 if _SHELLS.fullmatch(word) and re.fullmatch(r"-\w*c", words[i + 1])]  # fmt: skip
+        if words[0] == "eval":
+            inner = [" ".join(words[1:])]
+        if not inner:
+            self.commands.append(words)
+        elif self._deep < _DEEPEST:
+            self.read(inner[0])
+
+    def _command(self, text: str, at: int, *, array: bool = False) -> tuple[list[str], int]:
+        """The words up to the end of a command, or of an array, and where that is."""
+        words: list[str] = []
+        aside = False  # the next word is the file of a redirection
+        while at < len(text):
+            c = text[at]
+            if c == "#":
+                at = text.find("\n", at) % (len(text) + 1)  # -1: the end
+            elif c in " \t\r" or (array and c == "\n"):
+                at += 1
+            elif c in "<>" or text.startswith("&>", at) or (c == "&" and aside):
+                if c in "<>" and text[at - 1].isdigit() and words and words[-1].isdigit():
+                    words.pop()  # 2>
+                aside, at = True, at + 1
+            elif c == "(" and words and (name := _ASSIGNED.fullmatch(words[-1])):
+                words.pop()
+                found, at = self._command(text, at + 1, array=True)
+                before = self.known.get(name[1], []) if name[2] else []
+                self.known[name[1]] = [*([before] if isinstance(before, str) else before), *found]
+            elif c in _ENDS:
+                at += 1
+                if not array or c == ")":
+                    break
+            else:
+                first = all(word in _FIRST or _ASSIGNED.match(word) for word in words)
+                found, at = self._word(text, at, first=first)
+                words += [] if aside else found
+                aside = False
+        return words, at
+
+    def _word(self, text: str, at: int, *, first: bool) -> tuple[list[str], int]:
+        """One word; several where something without quotes holds spaces, none where it is empty."""
+        words: list[str] = []
+        word: str | None = None
+        while at < len(text) and text[at] not in _ENDS:
+            c, after = text[at], text[at + 1 : at + 2]
+            found = [c]
+            if c == "\\":
+                found, at = [] if after == "\n" else [after], at + 2
+            elif c == "'" and (end := text.find("'", at + 1)) > 0:
+                found, at = [text[at + 1 : end]], end + 1
+            elif array := _ARRAY.match(text, at):
+                found, at = self._braced(array[1]), array.end()
+            elif c == '"' and text.find('"', at + 1) > 0:
+                more, at = self._quoted(text, at + 1)
+                found = [more]
+            elif c in "$`":
+                found, at = self._expanded(text, at)
+                value = " ".join(found)
+                found = [value] if first and _ASSIGNED.match(word or "") else value.split()
+            else:
+                at += 1
+            for n, piece in enumerate(found):
+                words += [word or ""] if n else []
+                word = piece if n else (word or "") + piece
+        return [*words, word] if word is not None else words, at
+
+    def _quoted(self, text: str, at: int) -> tuple[str, int]:
+        """The text of double quotes, from after the first of them."""
+        value = ""
+        while at < len(text) and text[at] != '"':
+            if text[at] == "\\":
+                after = text[at + 1 : at + 2]
+                value += after if after in '"$`\\' else "" if after == "\n" else f"\\{after}"
+                at += 2
+            elif text[at] in "$`":
+                found, at = self._expanded(text, at)
+                value += " ".join(found)
+            else:
+                value += text[at]
+                at += 1
+        return value, at + 1
+
+    def _expanded(self, text: str, at: int) -> tuple[list[str], int]:
+        """What a ``$`` or a backtick stands for, and where it ends."""
+        end = _closing(text, at)
+        if text.startswith("${", at) and end:
+            found = self._braced(text[at + 2 : end - 1])
+        elif text.startswith("$((", at) and end:
+            found = [self._reckoned(text[at + 3 : end - 2]) or text[at:end].replace(" ", "")]
+        elif end:
+            inner = text[at:end].strip("$()` \n").split()
+            found = [f"$({inner[0] if inner else ''})"]  # what it would print is not known
+        elif name := _PLAIN.match(text, at):
+            end = name.end()
+            value = self.known.get(name[1], name[0])
+            found = [value] if isinstance(value, str) else value[:1]
+        else:
+            end = at + 2
+            found = [text[at:end]]
+        self._length += sum(map(len, found))
+        if self._length > 10 * LONGEST:
+            raise TOPDError("the variables of this script become too long. Is it the right file?")
+        return found, end
+
+    def _braced(self, inner: str) -> list[str]:
+        found = _BRACED.fullmatch(inner)
+        if found is None:
+            return [f"${{{inner}}}"]
+        name, whole, sign, default = found.groups()
+        value = self.known.get(name)
+        if value is None or (not value and (sign or "").startswith(":")):
+            if default is None:
+                return [f"${{{inner}}}"]
+            value = " ".join(self._command(default, 0, array=True)[0])
+            if "=" in sign:
+                self.known[name] = value
+        return [value] if isinstance(value, str) else value if whole else value[:1]
+
+    def _reckoned(self, text: str) -> str | None:
+        """The value of whole numbers and signs; None: there is something else."""
+        filled = re.sub(
+            r"\$?\{?([A-Za-z_]\w*)\}?", lambda name: str(self.known.get(name[1], name[0])), text
+        )
+        if not re.fullmatch(r"[\d\s()+*/%-]{1,200}", filled) or "**" in filled:
+            return None
+        try:
+            return str(int(eval(filled.replace("/", "//"))))  # noqa: S307 - digits and signs
+        except (SyntaxError, TypeError, ZeroDivisionError):
+            return None
+
+
+def _closing(text: str, at: int) -> int:
+    """After the bracket, or backtick, that closes the one here; 0: none does, or there is none."""
+    if text[at] == "`":
+        return text.find("`", at + 1) + 1
+    opened = text[at + 1 : at + 2]
+    closed = {"{": "}", "(": ")"}.get(opened)
+    depth = 0
+    for end in range(at + 1, len(text) if closed else at):
+        depth += (text[end] == opened) - (text[end] == closed)
+        if not depth:
+            return end + 1
+    return 0
