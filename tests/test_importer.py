@@ -65,6 +65,13 @@ SAVED: dict[str, Any] = {  # of a saved configuration, at its defaults
     **{"actor_rollout_ref.rollout.do_sample": True, "actor_rollout_ref.hybrid_engine": True},
     **{"data.train_max_samples": -1, "distillation.distillation_loss.topk": 32},
     **{"trainer.total_training_steps": None, "algorithm.use_kl_in_reward": False},
+    **{
+        f"algorithm.{name}": 1.0
+        for name in ("gamma", "lam", "kl_ctrl.kl_coef", "pf_ppo.weight_pow")
+    },
+    **{"algorithm.rollout_correction.rollout_is": None, "algorithm._target_": "x"},
+    **{"algorithm.rollout_correction.rollout_is_threshold": 2.0, f"{ACTOR}sum_pi_squared_x": False},
+    **{f"actor_rollout_ref.rollout.{name}_length": f"${{data.{name}}}" for name in ("prompt",)},
 }
 
 
@@ -159,6 +166,7 @@ def test_lora_and_precision() -> None:
     assert imported("x", {**TRL, "bf16": None}).recipe["bf16"] is True  # as if it were not there
     half = imported("x", {**TRL, "dtype": "float16"}).recipe
     assert half["fp16"] is True
+    assert half["teacher"] == {"path": "teacher", "dtype": "float16"}
     assert "bf16" not in half
 
 
@@ -257,12 +265,16 @@ def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
         (f"{OPTIM}optimizer", "Muon", "unknown"),
         (f"{ACTOR}loss_agg_mode", "seq-mean-token-sum", "unknown"),
         ("trainer.total_training_steps", 10, {"max_steps": 20}),  # of 2 updates each
+        ("actor_rollout_ref.rollout.response_length", 99, {"max_completion_length": 99}),
+        ("actor_rollout_ref.rollout.prompt_length", 99, {"max_prompt_length": 99}),
+        (f"{ACTOR}fsdp_config.model_dtype", "bf16", "translated"),
+        ("algorithm.rollout_correction.rollout_is", "token", "unknown"),
         ("trainer.save_freq", 10, {"save_steps": 20}),
         (f"{MODEL}override_config.attn_implementation", "sdpa",
          {"student": {"path": "student", "attn_implementation": "sdpa"}}),
         ("distillation.num_workers", 8, "left out"),
-        ("config-name", "ppo_trainer.yaml", "left out"),
-        ("config-name", "mine", "unknown"),
+        ("config_name", "ppo_trainer.yaml", "left out"),
+        ("config_name", "mine", "unknown"),
         (f"{ACTOR}surprise", 1, "unknown"),
         (f"{ACTOR}use_surprise", 1, "unknown"),
         ("algorithm.surprise", 1, "unknown"),
@@ -378,7 +390,7 @@ python3 -m verl.trainer.main_ppo "${DATA[@]}" \\
         "data.train_batch_size": 32,
         "data.train_files": ["~/a.parquet"],
         "actor_rollout_ref.model.path": "Qwen/x",
-        "config-name": "x",
+        "config_name": "x",
         "bf16": True,
         "beta": 0.5,
     }
@@ -394,7 +406,7 @@ OF_BOTH = "--teacher_model_name_or_path t"
     [
         ("CUDA_VISIBLE_DEVICES=0,1 A='b c' python x.py --beta 1", {"beta": 1}),
         ("# run x.py \\\nA=0 python x.py --beta 1", {"beta": 1}),
-        ("torchrun --nproc 4 -m a.b --beta 1 &> log", {"beta": 1}),
+        ("torchrun --nproc 4 -m a.b --beta 1 --max-length=2 &> log", {"beta": 1, "max_length": 2}),
         ("python -m torch.distributed.run --seed 1 x.py --beta 1", {"beta": 1}),
         ("srun -c 8 bash -c 'accelerate launch --bf16 x.py --beta 1'", {"beta": 1}),
         ("sbatch <<'END'\npython don't.py --beta 1\nEND", {"beta": 1}),

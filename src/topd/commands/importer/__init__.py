@@ -259,6 +259,7 @@ def _training(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
             found[dotted[1]] = parse_value(_MAPPED.sub(": ", dotted[2]))
         elif word.startswith("--") and len(word) > 2:
             key, equals, value = word[2:].partition("=")
+            key = key.replace("-", "_")  # which are the same there
             found[key] = parse_value(value if equals else "true" if after[:2] == "--" else after)
             if key in LISTS and not equals:
                 found[key] = [*takewhile(lambda one: one[:2] != "--", words[i + 1 :])]

@@ -113,7 +113,8 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return "refused", f"{value} of the answers are the student's own; a recipe has all", {}
     if key in ("dtype", "torch_dtype") and value in _HALF:
         note = "the student stays in float32 and computes in 16 bits"
-        return "translated", note, {"bf16" if value == "bfloat16" else "fp16": True}
+        half = {"bf16" if value == "bfloat16" else "fp16": True}
+        return "translated", note, {**half, "teacher/dtype": value}
     if key in ("dtype", "torch_dtype") and value in ("auto", "float32"):
         return OUT
     if key in ("bf16", "fp16") and not value and _HALF[key == "fp16"] in _dtypes(content):

@@ -105,9 +105,11 @@ _VERL_MACHINES = (  # where and how fast, and what belongs to rewards, which are
     *(f"{ACTOR}policy_loss.", f"{OPTIM}total_training_steps", f"{OPTIM}lr_wsd_"),
     *("actor_rollout_ref.ref.", ROLLOUT, "actor_rollout_ref.hybrid_engine"),
     *("actor_rollout_ref.nccl_timeout", "trainer.", "ray_kwargs.", "critic.", "reward"),
-    *("custom_reward", "sandbox_fusion.", "global_profiler.", "transfer_queue.", "config-path"),
+    *("custom_reward", "sandbox_fusion.", "global_profiler.", "transfer_queue.", "config_path"),
     *(f"algorithm.{name}" for name in ("gamma", "lam", "norm_adv", "kl_", "use_pf_ppo", "pf_ppo.")),
-    *("algorithm.filter_groups.", "algorithm._target_", "skip.", "distillation.teacher_model"),
+    *(f"algorithm.rollout_correction.{name}" for name in ("rollout_is_", "rollout_rs_", "bypass_")),
+    *("algorithm.rollout_correction.loss_type", "algorithm.filter_groups.", f"{ACTOR}sum_pi_"),
+    *("skip.", "distillation.teacher_model"),
     *("distillation.n_gpus", "distillation.num_workers", "distillation.nnodes"),
     *("distillation.enable_resource_pool", f"{LOSS}topk"),
     *(f"{LOSS}policy_loss_mode", f"{LOSS}clip_ratio", "data.val", "data.dataloader"),
@@ -115,6 +117,7 @@ _VERL_MACHINES = (  # where and how fast, and what belongs to rewards, which are
     *("data.reward_fn_key", "data.filter_overlong_prompts_workers", "data.audio_key"),
     *("data.tool_config_path", "data.function_tool_path", "data.trust_remote_code"),
 )
+_LENGTHS = {f"data.max_{name}_length": f"{ROLLOUT}{name}_length" for name in ("prompt", "response")}
 _STEPS = {"trainer.save_freq": "save_steps", "trainer.total_training_steps": "max_steps"}
 _LOSSES = {  # loss_mode: beta, and what differs
     "k1": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
@@ -146,8 +149,12 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return found
     if key.startswith(TEMPLATE) and len(key) > len(TEMPLATE):
         return "translated", "", {f"chat_template_kwargs/{key.removeprefix(TEMPLATE)}": value}
+    if key in _LENGTHS and isinstance(content.get(_LENGTHS[key]), int):
+        value = content[_LENGTHS[key]]  # where it is a number, it is the one that counts
     if key in _VERL_MOVED:
         return "translated", "", {} if value is None else {_VERL_MOVED[key]: value}
+    if key in _LENGTHS.values() and isinstance(value, int):
+        return "translated", "", {}
     if key in _VERL_SETTLED:
         return "translated", "", {}
     if key == "data.train_files":
@@ -183,6 +190,8 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key == f"{MODEL}trust_remote_code" and value:
         note = "of the student; give it to the teacher too, if it needs it"
         return "translated", note, {"student/trust_remote_code": True}
+    if key == f"{ACTOR}fsdp_config.model_dtype" and value in ("bfloat16", "bf16"):
+        return "translated", "the student stays in float32 and computes in 16 bits", {}
     if key == f"{ACTOR}fsdp_config.dtype":
         return "translated", "", {"bf16": True} if value in ("bfloat16", "bf16") else {}
     if key == f"{ACTOR}ppo_mini_batch_size":
@@ -194,7 +203,7 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key in _STEPS and value is not None:
         note = f"in updates, {_updates(content)} a step there" if _updates(content) > 1 else ""
         return "translated", note, {_STEPS[key]: number(key, value) * _updates(content)}
-    if key == "config-name":
+    if key == "config_name":
         note = f"what {value} sets is not read; verl's own defaults are taken"
         return OUT if str(value).startswith("ppo_") else ("unknown", note, {})
     if value in (None, {}, []) or key.endswith("._target_"):
