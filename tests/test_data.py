@@ -199,6 +199,12 @@ STORED = """{"prompt": "q", "answer": "2024-02-29", "digits": 123456789012345678
 """
 
 
+def test_a_long_cell_of_a_table_is_read(tmp_path) -> None:
+    (tmp_path / "x.csv").write_text(f"prompt\n{'a ' * 100_000}\n")
+    (row,) = DataSpec(path=str(tmp_path / "x.csv"), chat=False).load()
+    assert len(row["prompt"]) == 200_000
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "X.JSONL", "x.ndjson", "x.jsonl.gz", "x.v2.jsonl"])
 def test_json_lines_are_read_as_they_are_written(tmp_path, name):
     content = b"\xef\xbb\xbf" + STORED.replace("\n", "\r\n").encode()

@@ -98,6 +98,12 @@ ROWS = {
     "a value too many": (".csv", "prompt,solution\n3,7,8\n", "line 2 has more values"),
     "a value too few": (".tsv", "prompt\tsolution\n3\t7\n3\n", "line 3 has fewer values"),
     "a key twice": (".jsonl", '{"prompt": "3", "prompt": "4"}\n', "a key is there twice"),
+    "a key twice in a list": (
+        ".json",
+        '[\n{"prompt": "3", "prompt": "4"}\n]',
+        "key is there twice",
+    ),
+    "a column twice": (".csv", "prompt,prompt\n3,4\n", "its first line has a name twice"),
     "a key twice inside": (".jsonl", '{"prompt": "3", "m": {"a": 1, "a": 2}}\n', "there twice"),
     "6,000 digits": (".jsonl", '{"prompt": "3", "n": ' + "9" * 6000 + "}\n", "4300 digits"),
     "5,000 lists": (".jsonl", '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}\n", "recursion"),

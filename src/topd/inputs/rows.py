@@ -20,6 +20,7 @@ from topd.errors import GIVE_DATA, TOPDError
 from topd.inputs.prompt_rows import plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
 
+csv.field_size_limit(1 << 30)  # a cell may be longer than 131,072 characters
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
 
 
@@ -227,8 +228,8 @@ def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
     if kind == ".json":
         text = file.read()
         try:
-            whole = json.loads(text, parse_float=Written)
-        except ValueError:
+            whole = json.loads(text, parse_float=Written, object_pairs_hook=_once)
+        except json.JSONDecodeError:
             return _lines(text.splitlines())
         if isinstance(whole, dict) and "prompt" not in whole and "messages" not in whole:
             lists = [value for value in whole.values() if isinstance(value, list)]
@@ -241,6 +242,9 @@ def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
 def _table(reader: csv.DictReader[str]) -> list[dict[str, Any]]:
     """Rows that have a value in every column of the first line, and no more."""
     rows = []
+    names = [name for name in reader.fieldnames or () if name]
+    if len(set(names)) < len(names):
+        raise ValueError("its first line has a name twice")
     for row in reader:
         if None in row or None in row.values():
             more = "more" if None in row else "fewer"
