@@ -415,6 +415,8 @@ OF_BOTH = "--teacher_model_name_or_path t"
         ("X=(q_proj v_proj)\nrun --lora_target_modules ${X[@]} --beta 1 # c",
          {"lora_target_modules": ["q_proj", "v_proj"], "beta": 1}),
         ("N=2\nrun a.b=${A:-${B:-$N}} --c ${D:-$((N * (3 + 4)))}", {"a.b": 2, "c": 14}),
+        ("M=1\nif [ $X ]; then\n M=2\nelse M=3; fi\nY=(--beta $M)\nX=$M\nX=4\nrun ${Y[@]} --c $X",
+         {"$M": "3, of the last branch of an if or case", "beta": 3, "c": 4}),
         ("run a.b=$((2 ** 9)) --c $((N / 0))", {"a.b": "$((2**9))", "c": "$((N/0))"}),
         ("run a.b='{c:1}' --d \"x # \\\"y\\\"\" $MORE \"$@\"",
          {"a.b": {"c": 1}, "d": 'x # "y"', "$MORE": "not set by the file"}),
@@ -471,6 +473,11 @@ def test_an_evaluation_of_trl_is_on_its_split_for_tests() -> None:
     off = imported("x", {**TRL, "eval_strategy": "no", "dataset_test_split": "val"})
     assert not {"eval_data", "eval_strategy"} & set(off.recipe)
     assert not off.unknown
+
+
+def test_what_the_recipe_says_of_a_key_without_counterpart() -> None:
+    text = imported("x", {**TRL, "packing": True, "$MORE": "not set by the file"}).text()
+    assert "# packing = True: no counterpart here\n# $MORE = not set by the file\n" in text
 
 
 def test_a_variable_in_a_text_is_told() -> None:

@@ -85,12 +85,16 @@ class Imported:
             raise TOPDError(
                 f"no recipe says what this {self.framework} configuration says. {reasons}"
             )
-        strange = [f"# {line.key} = {line.value}: no counterpart here" for line in self.unknown]
+        strange = [f"# {line.key} = {line.value}{_what(line)}" for line in self.unknown]
         notes = [f"# {line.key}: {line.note}" for line in self.lines if line.note] + strange
         head = f"# Imported from a {self.framework} configuration{_CLASSES[self.kind]}"
         head += "; see what differs:" if notes else ""
         body = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
         return "\n".join([head, *notes, "", body])
+
+
+def _what(line: Line) -> str:
+    return "" if line.key.startswith("$") else ": no counterpart here"  # of a script's variable
 
 
 def import_file(path: Path) -> Imported:
@@ -242,17 +246,22 @@ def training_of(script: str) -> tuple[str | None, dict[str, Any]]:
     >>> training_of("LR=${LR:-1e-6}\\nA=0 run gkd.py --learning_rate $LR \\\\\\n  --bf16")
     ('gkd', {'learning_rate': 1e-06, 'bf16': True})
     """
-    found = [_training(words) for words in commands_of(script)]
+    found = [_training(*command) for command in commands_of(script)]
     distilled = [(kind, arguments) for kind, arguments in found if _framework(arguments)]
     if any(one != distilled[0] for one in distilled):
         raise TOPDError(f"it starts {len(distilled)} trainings. Give a file that has one of them.")
     return max(distilled or found, key=lambda one: len(one[1]), default=(None, {}))
 
 
-def _training(words: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
+def _training(
+    words: Sequence[str], guessed: Mapping[str, Any]
+) -> tuple[str | None, dict[str, Any]]:
     begin = next((i for i in range(len(words)) if _starts(words, i)), 0)
     started = _STARTED.search(words[begin])
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {
+        f"${name}": f"{value}, of the last branch of an if or case"
+        for name, value in guessed.items()
+    }
     for i, word in enumerate(words[begin:], begin):
         before, after = words[i - 1] if i else "", [*words, "--"][i + 1]
         if dotted := _DOTTED.match(word):

@@ -1,13 +1,14 @@
 """The commands of a shell script, word by word, with its variables filled in; nothing is run.
 
 Known are quotes, continued lines, comments, heredocs, arrays, ``$A``, ``${A:-b}``, ``$((A + 1))``,
-``A=1 command``, ``eval`` and ``bash -c``. Of ``if`` and ``case`` the last branch counts. What is
-not known stays as it is written.
+``A=1 command``, ``eval`` and ``bash -c``. Of ``if`` and ``case`` the last branch counts, and which
+variables that concerns is kept. What is not known stays as it is written.
 """
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from topd.commands.yaml_text import LONGEST
 from topd.errors import TOPDError
@@ -24,11 +25,15 @@ _SHELLS = re.compile(r"(.*/)?(ba|z|da)?sh")
 _DEEPEST = 9  # evals in evals
 
 
-def commands_of(script: str) -> list[list[str]]:
-    """Every command's words. Raises TOPDError if variables that hold each other grow too long.
+def commands_of(script: str) -> list[tuple[list[str], dict[str, Any]]]:
+    """Every command's words, and the variables in them that were set otherwise in a branch.
+
+    Raises TOPDError: variables that hold each other grow too long.
 
     >>> commands_of('X=(--a 1)\\nY=2 run "${X[@]}" --b $Y  # a test')
-    [['run', '--a', '1', '--b', '$Y']]
+    [(['run', '--a', '1', '--b', '$Y'], {})]
+    >>> commands_of('case $A in\\n a) X=1;;\\n b) X=2;;\\nesac\\nrun $X')[-1]
+    (['run', '2'], {'X': '2'})
     """
     shell = _Shell()
     try:
@@ -43,8 +48,10 @@ class _Shell:
 
     def __init__(self) -> None:
         self.known: dict[str, str | list[str]] = {"HOME": "~"}
-        self.commands: list[list[str]] = []
-        self._deep = self._length = 0
+        self.commands: list[tuple[list[str], dict[str, Any]]] = []
+        self._roots: dict[str, set[str]] = {}  # of a variable: those set in branches that it holds
+        self._used: set[str] = set()  # of these, by the words of the command that is read
+        self._deep = self._length = self._branch = 0
 
     def read(self, text: str) -> None:
         bodies = [found[4] for found in _HEREDOC.finditer(text)]
@@ -63,18 +70,28 @@ class _Shell:
         while words and (words[0] in _FIRST or _ASSIGNED.match(words[0])):
             if found := _ASSIGNED.match(words[0]):
                 before = self.known.get(found[1], "") if found[2] else ""
-                self.known[found[1]] = f"{before}{words[0][found.end() :]}"
+                self._assign(found, f"{before}{words[0][found.end() :]}")
             words = words[1:]
+        used, self._used = self._used, set()
         if not words or words[0] in ("echo", "printf"):
             return
+        self._branch += (words[0] in ("if", "case")) - (words[0] in ("fi", "esac"))
         inner = [words[i + 2] for i, word in enumerate(words[:-2])
                  if _SHELLS.fullmatch(word) and re.fullmatch(r"-\w*c", words[i + 1])]  # fmt: skip
         if words[0] == "eval":
             inner = [" ".join(words[1:])]
         if not inner:
-            self.commands.append(words)
+            self.commands.append((words, {name: self.known[name] for name in sorted(used)}))
         elif self._deep < _DEEPEST:
+            self._used = used
             self.read(inner[0])
+
+    def _assign(self, found: re.Match[str], value: str | list[str]) -> None:
+        name = found[1]
+        kept = self._roots.get(name, set()) if found[2] or self._branch else set()
+        guessed = self._branch and self.known.get(name, value) != value
+        self._roots[name] = self._used | kept | ({name} if guessed else set())
+        self.known[name] = value
 
     def _command(self, text: str, at: int, *, array: bool = False) -> tuple[list[str], int]:
         """The words up to the end of a command, or of an array, and where that is."""
@@ -94,7 +111,7 @@ class _Shell:
                 words.pop()
                 found, at = self._command(text, at + 1, array=True)
                 before = self.known.get(name[1], []) if name[2] else []
-                self.known[name[1]] = [*([before] if isinstance(before, str) else before), *found]
+                self._assign(name, [*([before] if isinstance(before, str) else before), *found])
             elif c in _ENDS:
                 at += 1
                 if not array or c == ")":
@@ -162,6 +179,7 @@ class _Shell:
         elif name := _PLAIN.match(text, at):
             end = name.end()
             value = self.known.get(name[1], name[0])
+            self._used |= self._roots.get(name[1], set())
             found = [value] if isinstance(value, str) else value[:1]
         else:
             end = at + 2
@@ -177,6 +195,7 @@ class _Shell:
             return [f"${{{inner}}}"]
         name, whole, sign, default = found.groups()
         value = self.known.get(name)
+        self._used |= self._roots.get(name, set())
         if value is None or (not value and (sign or "").startswith(":")):
             if default is None:
                 return [f"${{{inner}}}"]
