@@ -480,6 +480,14 @@ def test_what_the_recipe_says_of_a_key_without_counterpart() -> None:
     assert "# packing = True: no counterpart here\n# $MORE = not set by the file\n" in text
 
 
+def test_a_value_of_several_lines_is_one_line_of_a_comment() -> None:
+    more = {"system_prompt": "Think.\nbeta: 0.1\n" + "x" * 999, "chat_template": "{% a %}\nb"}
+    found = imported("x", {**TRL, **more})
+    assert yaml.safe_load(found.text()) == found.recipe
+    assert "# system_prompt = Think. beta: 0.1 xxx" in found.text()
+    assert found.recipe["student"]["chat_template"] == "{% a %}\nb"
+
+
 def test_a_variable_in_a_text_is_told() -> None:
     found = imported("x", {**TRL, "dataset_name": "$DATA/a.jsonl"})
     assert "# dataset_name: it has a variable that the file does not set\n" in found.text()

@@ -31,6 +31,7 @@ from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.config import TOPDConfig
 from topd.errors import TOPDError
 
+LONG = 300
 UNSET = "it has a variable that the file does not set"
 DEFAULT = "its default there"
 _CLASSES = {
@@ -56,7 +57,13 @@ class Line:
     def __str__(self) -> str:
         names = f" -> {', '.join(self.names)}" if self.names else ""
         note = f": {self.note}" if self.note else ""
-        return f"{self.outcome:<10}  {self.key} = {self.value}{names}{note}"
+        return f"{self.outcome:<10}  {self.said}{names}{note}"
+
+    @property
+    def said(self) -> str:
+        """Key and value in one line, which a comment of YAML is."""
+        text = " ".join(f"{self.key} = {self.value}".split())
+        return text if len(text) <= LONG else f"{text[:LONG]}..."
 
 
 @dataclass
@@ -85,7 +92,7 @@ class Imported:
             raise TOPDError(
                 f"no recipe says what this {self.framework} configuration says. {reasons}"
             )
-        strange = [f"# {line.key} = {line.value}{_what(line)}" for line in self.unknown]
+        strange = [f"# {line.said}{_what(line)}" for line in self.unknown]
         notes = [f"# {line.key}: {line.note}" for line in self.lines if line.note] + strange
         head = f"# Imported from a {self.framework} configuration{_CLASSES[self.kind]}"
         head += "; see what differs:" if notes else ""

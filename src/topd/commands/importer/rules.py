@@ -41,6 +41,7 @@ _SAME = {f.name for f in fields(TOPDConfig)} - {"method", "teacher_prompt"}
 _TRL_MOVED = {
     "model_name_or_path": "student/path",
     "model_revision": "student/revision",
+    "chat_template": "student/chat_template",
     "teacher_model_name_or_path": "teacher/path",
     "teacher_model_revision": "teacher/revision",
     "dataset_name": "data/path",
