@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, product
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +15,9 @@ from matplotlib.ticker import MaxNLocator
 
 from topd.report.charts.svg import PALETTE, STYLE, hint
 
+HEIGHT = 2.9  # inches of a figure
 MARKS = 120  # points of a curve that have a tooltip
+DASHES = ("-", "--", ":", "-.")  # curves beyond the colours
 LINES = 24  # lines of a table of numbers
 
 
@@ -49,11 +52,17 @@ class Series:
 
 
 def figure_of(chart: Chart) -> Figure:
-    """The chart alone on a figure of 5.6 x 2.9 inches."""
+    """The chart alone on a figure of 5.6 x 2.9 inches, higher where :func:`make_room` asks."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 2.9), layout="constrained")
+        figure = Figure(figsize=(5.6, HEIGHT), layout="constrained")
         chart.draw(figure.add_subplot())
     return figure
+
+
+def make_room(axes: Axes, height: float) -> None:
+    """Make the figure so many inches high, if it is not: nothing is left out or printed over."""
+    if isinstance(figure := axes.figure, Figure):
+        figure.set_size_inches(5.6, max(HEIGHT, height))
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -64,7 +73,7 @@ def number(value: float | None, digits: int = 4) -> str:
     """
     if value is None or not math.isfinite(value):
         return "-"
-    if abs(value) >= 10**digits or float(value).is_integer():
+    if abs(value) >= 10**digits - 0.5 or float(value).is_integer():
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 
@@ -85,26 +94,31 @@ def curves(
     """Curves over updates; long ones faint, with their running mean over a tenth of the run."""
 
     def draw(axes: Axes) -> None:
-        for colour, curve in zip(PALETTE, found, strict=False):
-            _curve(axes, curve, colour, unit, x_label)
+        for (dash, colour), curve in zip(cycle(product(DASHES, PALETTE)), found, strict=False):
+            _curve(axes, curve, colour, dash, unit, x_label)
         axes.set(xlabel=x_label, ylabel=unit)
         if x_label == "updates":  # there is no half of one
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if len(found) > 1:
+        if len(found) > len(PALETTE):
+            make_room(axes, HEIGHT + 0.18 * math.ceil(len(found) / 2))
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
+        elif len(found) > 1:
             axes.legend()
 
     return draw
 
 
-def _curve(axes: Axes, curve: Series, colour: str, unit: str, x_label: str) -> None:
+def _curve(axes: Axes, curve: Series, colour: str, dash: str, unit: str, x_label: str) -> None:
     width = len(curve.x) // 10
     smooth = width >= 2
-    axes.plot(curve.x, curve.y, color=colour, alpha=0.35 if smooth else 1, lw=1 if smooth else 1.6,
-              label=None if smooth else curve.name)  # fmt: skip
+    axes.plot(
+        curve.x, curve.y, dash, color=colour, alpha=0.35 if smooth else 1,
+        lw=1 if smooth else 1.6, label=None if smooth else curve.name,
+    )  # fmt: skip
     if smooth:
         mean = np.convolve(curve.y, np.ones(width) / width, mode="valid")
         start = (width - 1) // 2
-        axes.plot(curve.x[start : start + len(mean)], mean, color=colour, label=curve.name)
+        axes.plot(curve.x[start : start + len(mean)], mean, dash, color=colour, label=curve.name)
     marked = spaced(len(curve.x), MARKS)
     (dots,) = axes.plot(
         [curve.x[i] for i in marked],

@@ -11,12 +11,21 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from topd.report.charts import Chart, Series, curve_table, curves, group_table, number
+from topd.report.charts import (
+    Chart,
+    Series,
+    curve_table,
+    curves,
+    group_table,
+    make_room,
+    number,
+)
 from topd.report.charts.svg import FAINT, INK, PALETTE, REAL, hint
 from topd.report.text import plain
 from topd.runs.files import read_whole
 from topd.runs.records import CurvePoint, ResultRecord, SampleRecord, read_records
 
+ROW = 0.2  # inches of an arm
 LONGEST = 30  # characters of an arm's name in a figure
 SCORES = {"greedy": "greedy accuracy", "pass@1": "pass@1"}
 
@@ -71,8 +80,9 @@ def compare_charts(folder: Path) -> list[Chart]:
         if any(_interval(arm.get(score)) for arm in summary.values()):
             charts.append(_interval_chart(score, name, summary))
         versus = f"{score}_vs_{content.get('baseline', 'opd')}"
-        if any(_interval(arm.get(versus)) for arm in summary.values()):
-            charts.append(_interval_chart(versus, f"{name} against the baseline", summary))
+        others = {arm: v for arm, v in summary.items() if arm != content.get("baseline", "opd")}
+        if any(_interval(arm.get(versus)) for arm in others.values()):
+            charts.append(_interval_chart(versus, f"{name} against the baseline", others))
     if (folder / "results.jsonl").is_file():
         results = list(read_records(folder, "results.jsonl", ResultRecord))
         charts += _learning_curves(results, cpu=content.get("clock") == "cpu")
@@ -82,18 +92,19 @@ def compare_charts(folder: Path) -> list[Chart]:
 def _boxes(arms: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         drawn = axes.boxplot(
-            list(arms.values()), tick_labels=list(arms), whis=(5, 95), showfliers=False,
-            showmeans=True, patch_artist=True,
+            list(arms.values())[::-1], tick_labels=list(arms)[::-1], whis=(5, 95),
+            showfliers=False, showmeans=True, patch_artist=True, orientation="horizontal",
             meanprops={"marker": "D", "markerfacecolor": INK, "markeredgecolor": INK},
         )  # fmt: skip
-        for box, colour in zip(drawn["boxes"], PALETTE * len(arms), strict=False):
+        for box, colour in zip(drawn["boxes"][::-1], PALETTE * len(arms), strict=False):
             box.set(facecolor=colour, edgecolor=INK, alpha=0.6)
         for median in drawn["medians"]:
             median.set(color=INK)
-        for mean, values in zip(drawn["means"], arms.values(), strict=True):
+        for mean, values in zip(drawn["means"][::-1], arms.values(), strict=True):
             hint(mean, [f"mean {np.mean(values):.3f} of {len(values):,}"])
-        axes.set(ylabel="OT distance to the teacher", ylim=(0, None))
-        axes.grid(visible=False, axis="x")
+        axes.set(xlabel="OT distance to the teacher's window", xlim=(0, None))
+        axes.grid(visible=False, axis="y")
+        make_room(axes, 0.9 + ROW * len(arms))
 
     return draw
 
@@ -119,6 +130,7 @@ def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
             hint(dot, [f"{arm}: {mean:.3f}, {low:.3f} to {high:.3f}"])
         axes.set_yticks(range(len(found)), list(found)[::-1])
         axes.set(xlabel=name, ylim=(-0.6, len(found) - 0.4))
+        make_room(axes, 0.9 + ROW * len(found))
         if against:
             axes.axvline(0, color=FAINT, lw=1.5, zorder=0)
 
