@@ -145,6 +145,7 @@ def probe(folder: Path) -> Path:
             rows.append(
                 {
                     "rollout": 0,
+                    "prompt": position % 3,
                     "position": position,
                     "group": group,
                     "token_loss": 4.0 - position / 4,

@@ -133,6 +133,7 @@ class PositionRecord(ForkRecord):
     """A line of a probe's positions.jsonl."""
 
     rollout: int
+    prompt: int
     group: str
 
 

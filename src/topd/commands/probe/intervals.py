@@ -2,7 +2,10 @@
 
 Intervals are percentiles of a bootstrap that draws prompts with replacement, each with all its
 positions: those of one rollout are not independent. Every statistic is recomputed on each
-resample, quantiles and ranks too.
+resample, quantiles and ranks too. Resampled means of n values vary too little, by (n - 1) / n, and
+have no heavy tails, so the percentiles lie further out for few prompts: where those of a normal
+reach as far as Student's t with sqrt(n / (n - 1)) (Hesterberg 2015, arXiv 1411.5279). Resamples
+never leave the range of their values, and that of five prompts has less than 95 %.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 import numpy as np
+from scipy.stats import norm, t
 
 from topd.statistics import bootstrap
 
 Array: TypeAlias = np.ndarray
+LEAST_PROMPTS = 6  # the range of six values holds the median in 97 % of cases, of five in 94 %
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ def intervals(
         behind: of the statistics that are shares, in [0, 1], the number of prompts behind each.
 
     Returns:
-        The statistics of ``columns`` and the 2.5 and 97.5 percentiles over the resamples in which
-        they are defined; no interval where that is less than half of them, or with one prompt.
+        The statistics of ``columns`` and percentiles over the resamples in which they are defined;
+        no interval where that is less than half of them, or with fewer than ``LEAST_PROMPTS``.
         Equal values are not certainty: a share that no resample changes has the exact interval of
         so many prompts (:func:`topd.statistics.bootstrap`), and other figures have none.
     """
@@ -62,10 +67,13 @@ def intervals(
         drawn.append(measure(columns[offset.repeat(size[unit]) + np.arange(size[unit].sum())]))
     found = {}
     for name, value in values.items():
-        low, high = _percentiles([one.get(name, math.nan) for one in drawn])
-        if low is not None and low == high:
-            exact = bootstrap([value] * behind[name]) if name in behind else None
-            low, high = (exact.low, exact.high) if exact else (None, None)
+        prompts = behind.get(name, len(start))
+        low, high = _percentiles([one.get(name, math.nan) for one in drawn], prompts)
+        if low is not None and low == high and name in behind:
+            exact = bootstrap([value] * prompts)
+            low, high = exact.low, exact.high
+        elif low == high or prompts < LEAST_PROMPTS:
+            low = high = None
         found[name] = Estimate(number(value), low, high)
     return found
 
@@ -75,9 +83,11 @@ def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _percentiles(values: Sequence[float]) -> tuple[float | None, float | None]:
+def _percentiles(values: Sequence[float], prompts: int) -> tuple[float | None, float | None]:
     defined = [value for value in values if math.isfinite(value)]
     if len(defined) * 2 < len(values) or not defined:
         return None, None
-    low, high = np.percentile(defined, [2.5, 97.5])
+    degrees = max(prompts - 1, 1)
+    tail = 100 * norm.cdf(-math.sqrt(prompts / degrees) * t.ppf(0.975, degrees))
+    low, high = np.percentile(defined, [tail, 100 - tail])
     return float(low), float(high)

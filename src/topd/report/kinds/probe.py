@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import sem, t
+from scipy.stats import t
 
 from topd.report.charts import Chart, group_table, histogram, number, spaced
 from topd.report.charts.svg import ALARM, FOURTH, REAL, STUDENT, hint
+from topd.report.folder import settings_of
+from topd.report.summary import loss_name
 from topd.runs.records import PositionRecord, read_records
 
 GROUPS = {"high": "high loss", "random": "random", "low": "low loss"}
@@ -29,7 +31,17 @@ class Positions:
 
     distance: dict[str, list[float]]  # by group
     loss: dict[str, list[float]]
+    prompt: dict[str, list[int]]
     rejoin: Counter[int | None]  # of the high-loss positions
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Positions of about one loss: its mean, their distances, half of the mean's interval."""
+
+    loss: float
+    distance: np.ndarray
+    reach: float
 
 
 def probe_charts(folder: Path) -> list[Chart]:
@@ -39,82 +51,96 @@ def probe_charts(folder: Path) -> list[Chart]:
     found = _read(folder)
     charts = []
     if any(found.distance.values()):
-        charts = [_distances(found), _loss_against_distance(found)]
+        loss = loss_name(settings_of(folder).get("candidate_loss"))
+        charts = [_distances(found, loss), _loss_against_distance(found, loss)]
     if any(key is not None for key in found.rejoin):
         charts.append(_rejoin(found.rejoin))
     return charts
 
 
 def _read(folder: Path) -> Positions:
-    found = Positions(
-        {name: [] for name in GROUPS.values()}, {name: [] for name in GROUPS.values()}, Counter()
-    )
+    found = Positions({}, {}, {}, Counter())
+    for name in GROUPS.values():
+        found.distance[name], found.loss[name], found.prompt[name] = [], [], []
     for record in read_records(folder, "positions.jsonl", PositionRecord):
-        name = GROUPS.get(record.group)
-        if name is None or not math.isfinite(record.distance + record.token_loss):
+        group = GROUPS.get(record.group)
+        if group is None or not math.isfinite(record.distance + record.token_loss):
             continue
-        found.distance[name].append(record.distance)
-        found.loss[name].append(record.token_loss)
+        found.distance[group].append(record.distance)
+        found.loss[group].append(record.token_loss)
+        found.prompt[group].append(record.prompt)
         if record.group == "high":
             found.rejoin[record.rejoin] += 1
     return found
 
 
-def _distances(found: Positions) -> Chart:
+def _distances(found: Positions, loss: str) -> Chart:
     return Chart(
         "distances",
         "What follows high-loss, random and low-loss tokens",
         "Optimal-transport distance of the two models' windows from the same prefix, by how the "
         "position was chosen. Vertical lines: medians. Where the high-loss curve lies over the "
-        "low-loss one, token loss raises false alarms.",
+        f"low-loss one, {loss} raises false alarms.",
         histogram(found.distance, COLOURS, unit="OT distance"),
         *group_table(found.distance),
     )
 
 
-def _loss_against_distance(found: Positions) -> Chart:
-    loss = np.concatenate([np.asarray(v, dtype=float) for v in found.loss.values()])
-    distance = np.concatenate([np.asarray(v, dtype=float) for v in found.distance.values()])
+def _loss_against_distance(found: Positions, name: str) -> Chart:
+    loss, distance, prompt = (
+        np.concatenate([np.asarray(v, dtype=float) for v in groups.values()])
+        for groups in (found.loss, found.distance, found.prompt)
+    )
+    label = f"{name}, nats" if name == "token loss" else name
     count = max(2, min(BINS, len(loss) // LEAST))
     edges = np.unique(np.quantile(loss, np.linspace(0, 1, count + 1)))
     place = np.clip(np.searchsorted(edges, loss, side="right") - 1, 0, max(len(edges) - 2, 0))
     bins = [
-        (float(loss[place == b].mean()), distance[place == b]) for b in np.unique(place).tolist()
+        Bin(float(loss[some].mean()), distance[some], _reach(distance[some], prompt[some]))
+        for some in (place == b for b in np.unique(place).tolist())
     ]
     rows = tuple(
-        (number(x), f"{len(v):,}", number(float(v.mean())), number(_half_width(v))) for x, v in bins
+        (number(b.loss), f"{len(b.distance):,}", number(float(b.distance.mean())), number(b.reach))
+        for b in bins
     )
     return Chart(
         "loss-distance",
-        "Does a high token loss mean another path?",
+        f"Does a high {name} mean another path?",
         f"Each dot a position (at most {DOTS:,} are drawn); line: means of {len(bins)} bins of "
-        "equal count over all positions, with 95 % t-intervals.",
-        _scatter(loss, distance, bins),
-        ("mean token loss, nats", "positions", "mean OT distance", "+- (95 %)"),
+        "about equal count over all positions, with 95 % t-intervals over prompts.",
+        _scatter(loss, distance, bins, label),
+        (f"mean {label}", "positions", "mean OT distance", "+- (95 %)"),
         rows,
     )
 
 
-def _half_width(values: np.ndarray) -> float:
-    """Of a 95 % t-interval of the mean; NaN for a single value."""
-    return float(t.ppf(0.975, len(values) - 1) * sem(values)) if len(values) > 1 else math.nan
+def _reach(values: np.ndarray, prompt: np.ndarray) -> float:
+    """Half of a 95 % t-interval of the mean of values that are dependent within a prompt.
+
+    By the prompts' sums of residuals (cluster-robust); NaN for a single prompt.
+    """
+    prompts, which = np.unique(prompt, return_inverse=True)
+    if (count := len(prompts)) < 2:
+        return math.nan
+    sums = np.bincount(which, values - values.mean())
+    return float(t.ppf(0.975, count - 1) * np.sqrt(count / (count - 1) * sums @ sums) / len(values))
 
 
 def _scatter(
-    loss: np.ndarray, distance: np.ndarray, bins: list[tuple[float, np.ndarray]]
+    loss: np.ndarray, distance: np.ndarray, bins: list[Bin], label: str
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         shown = spaced(len(loss), DOTS)
         axes.plot(loss[shown], distance[shown], "o", color=ALARM, alpha=0.4, ms=3, mew=0)
-        x, y = [x for x, _ in bins], [float(v.mean()) for _, v in bins]
-        axes.errorbar(x, y, [_half_width(v) for _, v in bins], color=REAL, capsize=2, lw=1.2)
+        x, y = [b.loss for b in bins], [float(b.distance.mean()) for b in bins]
+        axes.errorbar(x, y, [b.reach for b in bins], color=REAL, capsize=2, lw=1.2)
         (dots,) = axes.plot(x, y, "s", color=REAL, ms=4)
         hint(
             dots,
-            [f"mean loss {a:.3g} nats: mean OT {b:.3f}" for a, b in zip(x, y, strict=True)],
+            [f"mean {label} {a:.3g}: mean OT {b:.3f}" for a, b in zip(x, y, strict=True)],
         )
         top = 1.05 * float(distance.max())
-        axes.set(xlabel="token loss, nats", ylabel="OT distance", ylim=(0, max(top, 1e-9)))
+        axes.set(xlabel=label, ylabel="OT distance", ylim=(0, max(top, 1e-9)))
 
     return draw
 
@@ -130,8 +156,9 @@ def _rejoin(counts: Counter[int | None]) -> Chart:
         for bar, n in zip(bars, lengths, strict=True):
             hint(bar, [f"agree again after {n} tokens: {counts[n]:,} positions"])
         axes.set(
-            xlabel="tokens until the windows agree again", ylabel="share of high-loss positions"
-        )
+            xlabel="tokens until the windows agree again", ylabel="share of high-loss positions",
+            xlim=(-1, max(lengths) + 1),
+        )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return Chart(
