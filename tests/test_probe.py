@@ -425,8 +425,8 @@ def test_the_command_prints_tables_within_80_columns(recipe, finished, monkeypat
     for shown in (
         f"{summary['median_distance']['high']['value']:.3f} [",
         f"ot_threshold for training: {summary['threshold']['value']:.3f}",
-        f"false alarms among high-loss tokens: {summary['false_alarm_share']['value']:.1%}",
-        f"token loss as a guide: {summary['verdict']}",
+        f"False alarms among high-loss tokens: {100 * summary['false_alarm_share']['value']:.1f} %",
+        f"Token loss as a guide: {summary['verdict']}",
         f"run folder: {finished}",
     ):
         assert shown in result.output

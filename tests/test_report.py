@@ -267,11 +267,9 @@ def test_numbers_that_are_not_finite_do_not_break_the_page(tmp_path):
     block = page(tmp_path).data("rollout-0")
     assert block["teacher"] == [-0.5, None, -0.7]
     (fork,) = block["forks"]
-    assert (fork["distance"], fork["loss"], fork["threads"]) == (
-        None,
-        None,
-        [[0, 0, None], [1, 1, 0.25]],
-    )
+    assert (fork["distance"], fork["loss"]) == (None, 0.0)
+    assert fork["threads"] == [[0, 0, None], [1, 1, 0.25]]
+    assert fork["facts"][-1][:2] == ["candidate_loss", "not finite"]
     assert fork["targets"][0] == [[" three", None], [" two", 0.75]]
     file = StringIO()
     show(tmp_path, 0, Console(file=file, width=80))
@@ -326,6 +324,7 @@ def test_quartiles_of_the_page_are_those_of_the_forks(tmp_path):
 
 
 def test_every_fork_stands_in_the_page_with_its_numbers(tmp_path):
+    """Its token loss is what the text is shaded by, t/10; 2.5 is what ``candidate_loss`` counts."""
     make.training(tmp_path)
     parsed = page(tmp_path)
     guided = list(read_records(tmp_path, "guidance.jsonl", GuidanceRecord))
@@ -333,8 +332,9 @@ def test_every_fork_stands_in_the_page_with_its_numbers(tmp_path):
     for n, record in enumerate(guided):
         shown = parsed.data(f"rollout-{n}")["forks"]
         assert [(f["position"], f["distance"], f["loss"]) for f in shown] == [
-            (f.position, f.distance, f.token_loss) for f in record.forks
+            (f.position, f.distance, f.position / 10) for f in record.forks
         ]
+        assert all(f["facts"][-1][:2] == ["candidate_loss", "2.5"] for f in shown)
         assert parsed.data("entries")[n]["forks"] == [
             [f.position, f.distance, "real" if f.real else "alarm"] for f in record.forks
         ]
@@ -358,15 +358,22 @@ def test_a_probe_shows_groups_correlations_and_verdict(tmp_path):
     assert rejoin == {"2": "50.0%"}  # two of four high-loss positions
 
 
-def test_binned_means_are_over_all_positions_with_t_intervals(tmp_path):
-    """Nine positions make two bins at the median loss; the median itself is in the upper one."""
+def test_binned_means_are_over_all_positions_with_t_intervals_over_prompts(tmp_path):
+    """Nine positions make two bins at the median loss; the median itself is in the upper one.
+
+    Those of one of the three prompts are not independent: residuals are summed before squaring.
+    """
     parsed = page(make.probe(tmp_path))
     (table,) = [t for t in parsed.tables if t[0][0] == "mean token loss, nats"]
     distances = np.concatenate(list(make.POSITIONS.values()))  # from the loudest to the quietest
     losses = 4.0 - np.arange(9) / 4
     for row, part in zip(table[1:], (slice(5, 9), slice(0, 5)), strict=True):
         some = distances[part]
-        half = {4: 3.182446, 5: 2.776445}[len(some)] * some.std(ddof=1) / len(some) ** 0.5
+        residuals = dict.fromkeys(range(3), 0.0)
+        for place in range(*part.indices(9)):
+            residuals[place % 3] += distances[place] - some.mean()
+        spread = (3 / 2 * sum(r * r for r in residuals.values())) ** 0.5
+        half = 4.302653 * spread / len(some)  # two degrees of freedom
         shown = (losses[part].mean(), len(some), some.mean(), half)
         assert row == [number(float(x)) for x in shown]
 
@@ -397,7 +404,7 @@ def test_a_comparison_shows_means_with_intervals_and_curves_over_seeds(tmp_path)
     assert "{" not in parsed.text.partition("Arms")[2].partition("run.json")[0]
     arms = [t for t in parsed.tables if t[0] == ["arm", "mean", "low", "high"]]
     assert arms[0][1:] == [["opd", "0.4", "0.37", "0.44"], ["topd", "0.46", "0.43", "0.5"]]
-    assert arms[1][2] == ["topd", "0.06", "0.04", "0.08"]  # against the baseline
+    assert arms[1][1:] == [["topd", "0.06", "0.04", "0.08"]]  # against the baseline: not itself
     curve = next(t for t in parsed.tables if t[0] == ["update", "opd", "topd"])
     assert curve[1:] == [["2", "0.215", "0.245"], ["4", "0.415", "0.475"]]
 
@@ -492,7 +499,7 @@ def test_a_resume_with_other_settings_is_said(tmp_path):
     entries = [{"step": 2, "changed": changed}, {"step": 3, "changed": {}}]
     (tmp_path / "run.json").write_text(json.dumps({"config": {}, "resumed": entries}))
     assert (
-        "From update 2 on with other settings: ot_threshold none → 0.25, "
+        "After 2 updates with other settings: ot_threshold none → 0.25, "
         "recipe.evaluation.data.path a → <b>⟨U+202E⟩, versions.torch 2.1 → 2.2. "
         "This page tells the last ones." in page(tmp_path).text
     )

@@ -168,7 +168,7 @@ def test_choosing_a_fork_shows_both_windows_threads_and_targets(page):
     assert page.text(".side .target .word") == " two"
     assert page.text(".side .target") == " two75 % +1"
     assert "OT distance0.500" in page.text("#fork .facts")
-    assert "token loss2.50 nats" in page.text("#fork .facts")
+    assert "token loss0.20 nats" in page.text("#fork .facts")
     assert page.run("return location.hash") == "#/forks/0/0"
 
 
@@ -223,6 +223,27 @@ def test_the_same_prompt_is_shown_at_its_other_visits(page):
     assert elsewhere == ["update 125", "update 375"]
     page.click("#fork .elsewhere button")
     assert "update 125" in page.text("#rollout h2")
+
+
+def test_a_chosen_fork_is_seen_where_no_teacher_scored_and_no_shading_is_spoken_of(
+    browser, tmp_path
+):
+    """Its text had the colour of the paper, on the paper: the rule for tokens without shade won."""
+    make.training(tmp_path, rollouts=1)
+    row = {**make.rollout(0, 0, 0, range(9)), "teacher_logprobs": []}
+    make.lines(tmp_path / "rollouts.jsonl", [row])
+    page = Page(browser, write_report(tmp_path), "#/forks/0/0")
+    ground = page.run(
+        "return getComputedStyle(document.querySelector('[aria-pressed=true]')).backgroundColor"
+    )
+    assert ground == page.run("return getComputedStyle(document.body).color")
+    assert "token loss" not in page.text("#fork .facts") + page.text(".legend")
+    assert "candidate_loss2.5" in page.text("#fork .facts")
+
+
+def test_a_probe_s_rollouts_are_of_no_update(browser, tmp_path):
+    page = Page(browser, write_report(make.probe(tmp_path)), "#/forks/0")
+    assert "update" not in page.text("#rollouts") + page.text("#rollout h2")
 
 
 def test_a_repair_shows_what_each_arm_makes_of_the_same_prefix(browser, tmp_path):

@@ -189,6 +189,7 @@ def test_a_verdict_is_told_with_its_rule(settings, reason, tmp_path):
     assert reason in " ".join(about.values())
     assert reason in in_terminal(tmp_path, 0)
     quota = settings == {"false_alarm_share": 0.3}
+    assert ("False alarm by quota: Among the 30 %" in text) == quota  # of which group it speaks
     assert ("a quota, not a finding" in text) == quota
     assert "another word on the same path" not in text
 

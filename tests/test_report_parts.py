@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import unicodedata
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.patches import Rectangle
 from rich.console import Console
@@ -39,9 +41,10 @@ from topd.report.headline import (
     training_words,
 )
 from topd.report.kinds import PAGES
-from topd.report.kinds.experiments import labels
-from topd.report.kinds.training import duration, training_facts
+from topd.report.kinds.experiments import _interval_chart, labels
+from topd.report.kinds.training import _time_bars, duration, training_facts
 from topd.report.paper import write_figures
+from topd.report.summary import verdict_in
 from topd.report.terminal import show
 from topd.report.text import JOINERS, plain, visible
 from topd.runs.model_card import write_model_card
@@ -124,6 +127,25 @@ def test_a_long_curve_is_shown_with_its_running_mean():
     assert len(chart.rows) == 24
 
 
+def test_no_curve_phase_or_name_is_left_out_or_printed_over_another():
+    """Twenty arms were six curves; their names, of 2.4 inches together, lay on each other."""
+    arms = [f"arm {n}" for n in range(20)]
+    axes = drawn_by(curves([Series(arm, (0, 1), (0.0, n)) for n, arm in enumerate(arms)], unit="u"))
+    lines = [line for line in axes.lines if line.get_label() in arms]
+    assert [line.get_label() for line in lines] == arms
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
+    summary = {arm: {"greedy": {"mean": 0.5, "low": 0.4, "high": 0.6}} for arm in arms}
+    axes = drawn_by(_interval_chart("greedy", "greedy accuracy", summary).draw)
+    assert axes.figure.get_figheight() > 20 * 0.2
+    phases = {f"seconds/{name}": 1.0 for name in "abcdefgh"}
+    axes = drawn_by(_time_bars([{"step": 1.0, **phases}], tuple("abcdefgh")))
+    assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(8.0)
+
+
+def drawn_by(draw: Callable[[Axes], None]) -> Axes:
+    return figure_of(Chart("x", "x", "x", draw, (), ())).axes[0]
+
+
 def test_histograms_are_shares_of_their_group_with_medians(tmp_path):
     axes = drawn(by_name("probe", tmp_path)["distances"])
     outlines = [patch for patch in axes.patches if not patch.get_fill()]
@@ -133,11 +155,11 @@ def test_histograms_are_shares_of_their_group_with_medians(tmp_path):
 
 def test_boxes_are_the_arms_quartiles(tmp_path):
     axes = drawn(by_name("repair", tmp_path)["repair"])
-    assert [label.get_text() for label in axes.get_xticklabels()] == list(make.SAMPLES)
-    for patch, values in zip(axes.patches, make.SAMPLES.values(), strict=True):
-        heights = patch.get_path().vertices[:, 1]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(make.SAMPLES)[::-1]
+    for patch, values in zip(axes.patches[::-1], make.SAMPLES.values(), strict=True):
+        ends = patch.get_path().vertices[:, 0]
         quartiles = np.quantile(values, (0.25, 0.75))
-        assert (heights.min(), heights.max()) == pytest.approx(tuple(quartiles))
+        assert (ends.min(), ends.max()) == pytest.approx(tuple(quartiles))
 
 
 def test_intervals_are_those_of_the_summary(tmp_path):
@@ -289,7 +311,8 @@ def test_a_terminal_of_80_columns_shows_forks_windows_and_plan(tmp_path):
     assert max(map(len, text.splitlines())) <= 80
     assert "rollout 0: prompt 0, update 0, 12 tokens, ended by itself" in text
     assert " so the[◆1] sum is two three[○2]." in text
-    assert "token 2, token loss 2.50 nats, OT distance 0.500" in text
+    assert "token 2, token loss 0.20 nats, OT distance 0.500" in text
+    assert "candidate_loss 2.5" in text
     row = next(line for line in text.splitlines() if "33.3%" in line)
     assert row.split()[1:6] == ["0", "sum", "33.3%", "~>", "so"]
     assert "false alarm" in text
@@ -425,9 +448,12 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
 def test_a_budget_that_an_arm_did_not_spend_is_said():
     gain = {"mean": 0.01, "low": -0.02, "high": 0.04}
     arm = {"updates": {"reached": 1.0, "greedy": gain}, "seconds": {"reached": 0.4, "greedy": gain}}
-    (table,) = compare_tables({"equal": {"olive": {"opd": {**arm, "tokens": None}}}})
+    against = {"olive": {"opd": {"greedy": {"holm": 0.0312}}}}
+    found = {"equal": {"olive": {"opd": {**arm, "tokens": None}}}, "against": against}
+    (table,) = compare_tables(found)
+    assert table.columns[-1] == "p at the ends, by Holm"
     assert table.rows == (
-        ("opd", "+1.0 [-2.0, 4.0]", "+1.0 [-2.0, 4.0], having spent 40 %", "-"),
+        ("opd", "+1.0 [-2.0, 4.0]", "+1.0 [-2.0, 4.0], having spent 40 %", "-", "0.031"),
     )  # fmt: skip
     assert "at the end of an arm that spent less" in table.title
 
@@ -437,20 +463,43 @@ def test_a_repair_is_told_by_method_the_best_first():
         return {"reduction_percent": dict(zip(("value", "low", "high"), gain, strict=True))}
 
     arms = {"before": {"median": 1.0}, "opd": arm(1.0, -2.0, 4.0), "topd": arm(9.04, 3.0, 13.0)}
-    arms["olive"] = arm(0.0, None, None)
+    arms["olive"], arms["relay"] = arm(0.0, None, None), arm(-5.0, -8.0, -2.0)
+    arms["topd"]["difference_to_opd"] = {"value": -0.02, "low": -0.05, "high": 0.01}
+    arms["relay"]["difference_to_opd"] = {"value": 0.03, "low": 0.01, "high": 0.05}
     assert list(repair_words({"samples": 4, "updates": 5, "arms": arms})) == [
-        "5 updates at each of 4 forks bring the student's continuation nearer to the teacher's "
-        "window by:",
-        "topd 9.0 % [3.0, 13.0].",
+        "5 updates at each of 4 forks lower the mean OT distance from the student's continuation "
+        "to the teacher's by:",
+        "topd 9.0 % [3.0, 13.0]; OT distance less opd's -0.020 [-0.050, 0.010], no difference to "
+        "be seen.",
         "opd 1.0 % [-2.0, 4.0]: the interval holds 0, no change to be seen.",
         "olive 0.0 %: too few forks for an interval.",
+        "relay -5.0 % [-8.0, -2.0]: farther away than before; OT distance less opd's +0.030 "
+        "[0.010, 0.050].",
     ]
 
 
 @pytest.mark.parametrize("verdict", ["good", "poor", "undecided"])
 def test_a_probe_ends_with_what_to_do(verdict):
-    (said,) = probe_words({"verdict": verdict})
-    assert said.startswith("So: ")
+    share = {"value": 0.6458, "low": 0.477, "high": 0.76}
+    rho = {"random": {"value": 0.2, "low": None, "high": None}}
+    summary = {"verdict": verdict, "false_alarm_share": share}
+    summary["correlations"] = {"spearman": {"token_loss": rho}}
+    figures, so = probe_words(summary)
+    assert figures == (
+        "False alarms among high-loss tokens: 64.6 % [47.7, 76.0]. Spearman's rho between token "
+        "loss and OT over random tokens: 0.20, no interval (too few prompts)."
+    )
+    assert so.startswith("So: ")
+    figures, so = probe_words({"verdict": verdict, "token_loss": "surprise"})
+    assert "between candidate_loss surprise and OT over random tokens: -." in figures
+    assert "token loss" not in so
+    assert "candidate_loss: surprise" not in so  # it was just tried
+
+
+def test_a_verdict_names_the_loss_that_it_is_of():
+    assert verdict_in({"verdict": "poor", "token_loss": "entropy"})[0] == (
+        "Candidate_loss entropy as a guide: poor"
+    )
 
 
 def test_a_pair_with_nothing_to_learn_is_said_to_be_one(tmp_path):

@@ -20,6 +20,7 @@ from topd.report.headline import (
     probe_words,
     seeds_words,
 )
+from topd.report.summary import loss_name, verdict_in
 from topd.statistics import t_reach
 
 BASE = 12  # characters of a baseline's name that fit into a column of 80
@@ -91,11 +92,10 @@ def show_probe(console: Console, summary: Summary) -> None:
     cost = summary["cost"]
     tokens, seconds = cost["tokens"], cost["seconds"]["all"]
     lines = (
-        f"false alarms among high-loss tokens: {percent(summary['false_alarm_share'])}",
         f"ot_threshold for training: {interval(summary['threshold'])}",
         f"cost: {tokens['student_sampled']:,} tokens sampled, {tokens['teacher_scored']:,} scored "
         f"and {tokens['teacher_decoded']:,} written by the teacher, {seconds:,.0f} s",
-        f"token loss as a guide: {summary['verdict']} ({summary['rule']})",
+        "{} ({})".format(*verdict_in(summary)),
     )
     for line in (*lines, *_outcomes(summary), *probe_words(summary)):
         console.print(line, markup=False, highlight=False)
@@ -217,12 +217,13 @@ def _groups(summary: Summary) -> Table:
 
 def _correlations(summary: Summary) -> Table:
     table = _table("Correlation with OT", ("over", "loss", "Pearson", "Spearman"))
+    ranks = loss_name(summary["token_loss"]).removeprefix("candidate_loss ")
     pearson, spearman = (summary["correlations"][kind] for kind in ("pearson", "spearman"))
     for over in ("random", "high", "all"):
         for loss in pearson:
             table.add_row(
                 over if loss == "token_loss" else "",
-                loss.replace("_", " "),
+                ranks if loss == "token_loss" else loss.replace("_", " "),
                 interval(pearson[loss][over], "{:.2f}"),
                 interval(spearman[loss][over], "{:.2f}"),
             )

@@ -11,7 +11,7 @@ function story(fork, rollout) {
 function figures(fork, rollout) {
   const rows = [
     ["OT distance", fixed(fork.distance, 3), "0: the same tokens, about 1: unrelated ones"],
-    ["token loss", `${fixed(fork.loss, 2)} nats`, "how much likelier the token was to the student"],
+    ...(fork.loss === null ? [] : [["token loss", `${fixed(fork.loss, 2)} nats`, "how much likelier the token was to the student"]]),
     ["place", `token ${fork.position}`, `of ${rollout.texts.length}`],
     ["equal tokens", `${fork.equal} of ${Math.min(fork.student.ids.length, fork.teacher.ids.length)}`, "at the same place in both windows"],
   ];
@@ -35,7 +35,7 @@ function samePrefix(index, rollout, fork) {
     ...shown.map((other) => {
       const theirs = readRollout(other);
       const words = theirs.texts.slice(fork.position, fork.position + length);
-      return h("div", { class: "window of-student" }, h("button", { type: "button", class: "visit", "data-open": other }, `update ${theirs.step}`),
+      return h("div", { class: "window of-student" }, h("button", { type: "button", class: "visit", "data-open": other }, whenOf(theirs)),
         h("div", { class: "text", lang: "" }, ...words.map((text, i) => h("span", { class: theirs.ids[fork.position + i] === fork.teacher.ids[i] ? "t shared" : "t parted" }, text))));
     }));
 }

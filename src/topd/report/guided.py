@@ -43,6 +43,12 @@ class Verdict:
         """Names of all that are real, and of all false alarms."""
         return _many(self.real), _many(self.alarm)
 
+    @property
+    def told(self) -> str:
+        """The rule in sentences that need nothing beside them."""
+        pairs = ((self.real, self.why_real), (self.alarm, self.why_alarm))
+        return " ".join(f"{name[:1].upper()}{name[1:]}: {why}" for name, why in pairs if why)
+
     def why(self, verdict: str) -> str:
         """The reason for ``real``, ``alarm`` or ``quiet``, in a sentence."""
         quiet = "A position for comparison, or one whose verdict is still to come."

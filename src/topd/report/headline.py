@@ -11,7 +11,7 @@ import numpy as np
 
 from topd.report.charts import number
 from topd.report.folder import finite, is_stage1, read_logs, settings_of
-from topd.report.summary import SummaryTable
+from topd.report.summary import SummaryTable, loss_name
 from topd.report.text import plain
 from topd.runs.files import read_whole
 from topd.statistics import t_reach
@@ -27,25 +27,48 @@ RANKED = 4  # of so many first and last values each, being apart is a case in 35
 SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
 ARM = 100  # characters of an arm's name in a table: arms of a sweep differ at their ends
 ALL_SPENT = 0.995  # of a budget
-WEAK = (
-    "So: train with method: opd, which needs no windows, after topd warmstart if the teacher may "
-    "write answers. If you look ahead for this pair, do not let the sampled token loss choose "
-    "where: rank candidates by another loss (candidate_loss: surprise, which first_fork brings)."
-)
 SO = {
     "good": (
-        "So: for this pair the token loss can choose where to look (candidate_loss: sampled). That "
-        "looking ahead then pays is not shown: method: opd is the default (docs/which-method.md)."
+        "So: for this pair the {loss} can choose where to look. That looking ahead then pays is "
+        "not shown: method: opd is the default (docs/which-method.md)."
     ),
-    "poor": WEAK,
+    "poor": (
+        "So: train with method: opd, which needs no windows, after topd warmstart if the teacher "
+        "may write answers. If you look ahead for this pair, do not let the {loss} choose where: "
+        "rank candidates by another loss{such}."
+    ),
     "undecided": "So: nothing yet. Run the probe again with more rollouts (--rollouts).",
 }
 
 
-def probe_words(summary: Mapping[str, Any]) -> list[str]:
-    """What follows from a probe; empty until it has finished."""
-    verdict = summary.get("verdict")
-    return [SO[verdict]] if isinstance(verdict, str) and verdict in SO else []
+def probe_words(summary: Mapping[str, Any]) -> Iterator[str]:
+    """The two figures of a probe's verdict, and what follows; nothing until it has finished."""
+    verdict, loss = summary.get("verdict"), loss_name(summary.get("token_loss"))
+    if not isinstance(verdict, str) or verdict not in SO:
+        return
+    share = _estimate(summary, 100, "false_alarm_share")
+    rho = _estimate(summary, 1, "correlations", "spearman", "token_loss", "random")
+    yield (
+        f"False alarms among high-loss tokens: {share}. Spearman's rho between {loss} and OT "
+        f"over random tokens: {rho}."
+    )
+    such = " (candidate_loss: surprise, which first_fork brings)" * ("surprise" not in loss)
+    yield SO[verdict].format(loss=loss, such=such)
+
+
+def _estimate(summary: Mapping[str, Any], scale: int, *path: str) -> str:
+    """A figure of an analysis with its interval, times ``scale``."""
+    found: Any = summary
+    for key in path:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or found.get("value") is None:
+        return "-"
+    value, low, high = found["value"], found.get("low"), found.get("high")
+    digits, unit = (1, " %") if scale == 100 else (2, "")
+    said = f"{scale * value:.{digits}f}{unit}"
+    if low is None or high is None:
+        return f"{said}, no interval (too few prompts)"
+    return f"{said} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
 
 
 def model_names(folder: Path) -> dict[str, str]:
@@ -142,15 +165,16 @@ def _gain_words(log: Mapping[str, float], key: str) -> str:
 def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
     """How much nearer each method brings the student's window to the teacher's, and who leads."""
     found = summary.get("arms")
+    by_name = found if isinstance(found, dict) else {}
     arms = {
         name: gain
-        for name, arm in (found.items() if isinstance(found, dict) else ())
+        for name, arm in by_name.items()
         if isinstance(gain := arm.get("reduction_percent"), dict) and gain.get("value") is not None
     }
     if not arms:
         return
     each = f"{summary.get('updates', 'a few')} updates at each of {summary.get('samples')} forks"
-    yield f"{each} bring the student's continuation nearer to the teacher's window by:"
+    yield f"{each} lower the mean OT distance from the student's continuation to the teacher's by:"
     ranked = sorted(arms.items(), key=lambda pair: -pair[1]["value"])
     for name, gain in ranked:
         said, low, high = (
@@ -162,7 +186,18 @@ def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"{said}: too few forks for an interval."
             continue
         noise = ": the interval holds 0, no change to be seen" * (low <= 0 <= high)
-        yield f"{said} [{low:.1f}, {high:.1f}]{noise}."
+        worse = ": farther away than before" * (high < 0)
+        yield f"{said} [{low:.1f}, {high:.1f}]{noise}{worse}{_against_opd(by_name[name])}."
+
+
+def _against_opd(arm: Mapping[str, Any]) -> str:
+    """The paired difference of a method's mean distance to that of opd, where both were tried."""
+    found = arm.get("difference_to_opd")
+    if not isinstance(found, Mapping) or found.get("low") is None or found.get("high") is None:
+        return ""
+    value, low, high = found["value"], found["low"], found["high"]
+    noise = ", no difference to be seen" * (low <= 0 <= high)
+    return f"; OT distance less opd's {value:+.3f} [{low:.3f}, {high:.3f}]{noise}"
 
 
 def training_words(folder: Path) -> Iterator[str]:
@@ -286,15 +321,21 @@ def _equal_tables(summary: Mapping[str, Any]) -> Iterator[SummaryTable]:
     """How arms compare with a reference where both have spent the same, by what is held equal."""
     for reference, arms in summary.get("equal", {}).items():
         axes = list(dict.fromkeys(axis for arm in arms.values() for axis in arm))
+        ends = summary.get("against", {}).get(reference, {})
         rows = tuple(
-            (plain(str(name), limit=ARM), *(_at_equal(arm.get(axis)) for axis in axes))
+            (
+                plain(str(name), limit=ARM),
+                *(_at_equal(arm.get(axis)) for axis in axes),
+                number(ends.get(name, {}).get("greedy", {}).get("holm"), 2),
+            )
             for name, arm in arms.items()
         )
         title = (
             f"Greedy points over {plain(str(reference), limit=ARM)} where as much was spent, or at "
             "the end of an arm that spent less"
         )
-        yield SummaryTable(title, ("arm", *(plain(axis, limit=40) for axis in axes)), rows)
+        columns = ("arm", *(plain(axis, limit=40) for axis in axes), "p at the ends, by Holm")
+        yield SummaryTable(title, columns, rows)
 
 
 def _at_equal(found: Any) -> str:

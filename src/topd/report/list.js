@@ -35,7 +35,7 @@ function line(index) {
   const farthest = Math.max(...entry.forks.map(([, distance]) => distance ?? 0), 0);
   const found = `${counted(entry.forks.length, "candidate")}, largest OT ${fixed(farthest, 3)}`;
   return h("li", {}, h("button", { type: "button", "data-open": index, "aria-current": index === state.open ? "true" : null },
-    h("span", { class: "line" }, h("b", { title: `Prompt ${entry.prompt}`, lang: "" }, entry.words || `Prompt ${entry.prompt}`), h("small", {}, `update ${entry.step}`), h("span", { class: "marks", title: found, "aria-label": found }, ...marks, entry.forks.length > 12 ? "…" : null)),
+    h("span", { class: "line" }, h("b", { title: `Prompt ${entry.prompt}`, lang: "" }, entry.words || `Prompt ${entry.prompt}`), h("small", {}, whenOf(entry)), h("span", { class: "marks", title: found, "aria-label": found }, ...marks, entry.forks.length > 12 ? "…" : null)),
     h("span", { class: "preview", lang: "" }, entry.preview)));
 }
 

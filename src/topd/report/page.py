@@ -72,6 +72,11 @@ class Page:
         return any(rollout.forks for rollout in self.selection.rollouts)
 
     @property
+    def scored(self) -> bool:
+        """Whether the teacher scored any rollout: a teacher that gives only text does not."""
+        return any(rollout.teacher_logprobs for rollout in self.selection.rollouts)
+
+    @property
     def replies(self) -> bool:
         """Whether an environment wrote a part of any rollout."""
         return any(rollout.replies for rollout in self.selection.rollouts)
@@ -156,7 +161,7 @@ def render(page: Page, tokens: TokenTexts, path: Path, reload: int | None = None
         scripts=scripts,
         style=style,
         policy=policy(scripts, style),
-        about=_json(_about(page.rule)),
+        about=_json({**_about(page.rule), "trained": page.kind == "training"}),
         entries=_json(_entries(views)),
         blocks=map(_json, views),
     )
@@ -165,7 +170,7 @@ def render(page: Page, tokens: TokenTexts, path: Path, reload: int | None = None
         file.writelines(stream)
 
 
-def _about(rule: Verdict) -> dict[str, dict[str, str]]:
+def _about(rule: Verdict) -> dict[str, Any]:
     """Names and reasons of the verdicts, for the fork viewer."""
     verdicts = ("real", "alarm", "quiet")
     return {"names": {v: rule.name(v) for v in verdicts}, "why": {v: rule.why(v) for v in verdicts}}
@@ -230,5 +235,5 @@ def _notes(
         yield f"There is no {kind}.json: the run has not finished, and this page shows a part."
     if shown and not tokens.pieces:
         yield "There is no tokens.jsonl, so that tokens are shown as their numbers."
-    if kind == "training" and not selection.total:
+    if kind == "training" and not selection.total and not settings_of(folder).get("log_rollouts"):
         yield "There is no rollouts.jsonl (log_rollouts was off), so that no fork can be shown."

@@ -53,7 +53,7 @@ function token(rollout, position, number, fork, less) {
   const kind = `t ${shade(lossAt(rollout, position))}${less.has(position) ? " less" : ""}`;
   if (!fork) return h("span", { class: kind, "data-at": position }, text);
   const label = `Candidate ${number}, ${NAMES[fork.verdict]}, OT distance ${fixed(fork.distance, 3)}, `
-    + `token loss ${fixed(fork.loss, 2)} nats, token ${JSON.stringify(text)}`;
+    + `${fork.loss === null ? "" : `token loss ${fixed(fork.loss, 2)} nats, `}token ${JSON.stringify(text)}`;
   return h("button", { type: "button", class: `${kind} fork ${fork.verdict}`, "data-at": position, "data-fork": number - 1, "aria-label": label, "aria-pressed": "false" },
     h("span", { class: "badge", "aria-hidden": "true" }, `${SIGNS[fork.verdict]}${number}`), text);
 }
@@ -110,7 +110,7 @@ function drawRollout(index, words) {
   const alarmed = about.why.alarm ? `, ${counted(alarms, "false alarm")}` : "";
   const found = rollout.forks.length ? ` · ${real} real${alarmed}` : "";
   const parts = [
-    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `update ${rollout.step} · rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}${rollout.replies.length ? ` in ${rollout.replies.length + 1} turns` : ""}, ${end}${found}`)),
+    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `${about.trained ? `update ${rollout.step} · ` : ""}rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}${rollout.replies.length ? ` in ${rollout.replies.length + 1} turns` : ""}, ${end}${found}`)),
     rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
     isAnswer(rollout) ? h("p", { class: "note" }, "The student did not write this: it is an answer to learn from, so without shading by loss.") : null,
     rollout.asked.length ? h("ul", { class: "asked", "aria-label": "What the method asks of this rollout" }, ...rollout.asked.map((words) => h("li", {}, words))) : null,
@@ -125,14 +125,14 @@ function drawRollout(index, words) {
 function beforeAndAfter(index, rollout) {
   const same = visits(index);
   if (same.length < 2) return null;
-  const links = same.map((other) => h("button", { type: "button", class: "visit", "data-open": other, "aria-current": other === index ? "true" : null }, `update ${entries[other].step}`));
+  const links = same.map((other) => h("button", { type: "button", class: "visit", "data-open": other, "aria-current": other === index ? "true" : null }, whenOf(entries[other])));
   const first = same[0], last = same[same.length - 1];
   const other = index === last ? first : last;
   const theirs = readRollout(other);
   const shared = commonPrefix(rollout.ids, theirs.ids);
   return h("section", { class: "visits", "aria-label": "The same prompt in this run" },
     h("h3", {}, "The same prompt in this run"), h("p", { class: "links" }, ...links),
-    h("details", {}, h("summary", {}, `${isAnswer(theirs) ? "The answer" : "What the student wrote"} at update ${theirs.step}`),
+    h("details", {}, h("summary", {}, `${isAnswer(theirs) ? "The answer" : "What the student wrote"}, ${whenOf(theirs)}`),
       h("p", { class: "note" }, `The two answers share their first ${counted(shared, "token")}; after that their prefixes differ.`),
       h("div", { class: "text calm", lang: "" }, ...theirs.texts.slice(0, FIRST_TOKENS).map((text, at) => h("span", { class: at < shared ? "t shared" : `t ${shade(lossAt(theirs, at))}` }, text)))));
 }

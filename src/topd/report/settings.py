@@ -40,7 +40,7 @@ def changes_on_resuming(folder: Path) -> Iterator[str]:
     for resumed in read_whole(folder / "run.json").get("resumed", ()):
         found = [words for key, pair in resumed["changed"].items() for words in _change(key, *pair)]
         if found:
-            yield f"From update {resumed['step']} on with other settings: {', '.join(found)}."
+            yield f"After {resumed['step']} updates with other settings: {', '.join(found)}."
 
 
 def _change(key: str, old: Any, new: Any) -> Iterator[str]:

@@ -47,6 +47,11 @@ function select(filters) {
   return found.sort((a, b) => farthest(b) - farthest(a) || a - b);
 }
 
+// Probes and repairs make no updates that last.
+function whenOf({ step, number }) {
+  return about.trained ? `update ${step}` : `rollout ${number}`;
+}
+
 // Rollouts of the same prompt, in the order of the run.
 function visits(index) {
   const { prompt } = entries[index];

@@ -25,14 +25,24 @@ class SummaryTable:
     prose: bool = False
 
 
+def loss_name(loss: Any) -> str:
+    """What ranks candidates, in words: the token loss, or another ``candidate_loss`` by name."""
+    if loss is None or loss == "sampled":
+        return "token loss"
+    return f"candidate_loss {plain(str(loss), limit=60)}"
+
+
 def verdict_in(content: Mapping[str, Any]) -> tuple[str, str]:
     """The plain verdict of a summary, and the rule after it; empty where there is none."""
     inner = content.get("summary")
     for place in (content, inner if isinstance(inner, dict) else {}):
         verdict, rule = place.get("verdict"), place.get("rule")
         if isinstance(verdict, str):
-            words = verdict if " " in verdict else f"Token loss as a guide: {verdict}"
-            return plain(words), plain(rule) if isinstance(rule, str) else ""
+            name = loss_name(place.get("token_loss"))
+            words = verdict if " " in verdict else f"{name} as a guide: {verdict}"
+            return plain(words[:1].upper() + words[1:]), plain(rule) if isinstance(
+                rule, str
+            ) else ""
     return "", ""
 
 

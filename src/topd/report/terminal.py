@@ -72,8 +72,9 @@ def fork_panel(fork: ForkView, number: int, rule: Verdict) -> Panel:
     """One candidate: why its verdict, what is asked there, both windows, the heaviest threads."""
     title = f"{SIGNS[fork.verdict]} {number}. {rule.name(fork.verdict)}"
     facts = Text(
-        f"token {fork.position}, token loss {_number(fork.loss, 2)} nats, OT distance "
-        f"{_number(fork.distance, 3)}, {fork.equal} tokens equal in place"
+        f"token {fork.position}, "
+        + (f"token loss {fork.loss:.2f} nats, " if fork.loss is not None else "")
+        + f"OT distance {_number(fork.distance, 3)}, {fork.equal} tokens equal in place"
         + "".join(f", {name} {value}" for name, value, _ in fork.facts)
     )
     windows = Table(expand=True, box=None, padding=(0, 1), header_style="dim")

@@ -16,6 +16,7 @@ from topd.report.text import join_visible, plain, visible
 from topd.runs.records import ForkRecord, RolloutRecord
 from topd.runs.tokens import TokenTexts
 
+ALIKE = 1e-3  # nats: the same loss, rounded
 SHOWN_TARGETS = 4  # likeliest tokens of a soft target
 
 
@@ -38,7 +39,7 @@ class After:
 
 @dataclass(frozen=True)
 class ForkView:
-    """A candidate as the page shows it.
+    """A candidate as the page shows it; ``loss`` is the sampled token loss, None if unknown.
 
     ``threads`` are (row, column, mass); ``targets`` the likeliest tokens and probabilities at each
     student position, empty where there is no soft target; ``equal`` counts the places at which
@@ -172,7 +173,18 @@ def verdict_of(fork: ForkRecord) -> str:
     return "real" if fork.real else "alarm"
 
 
-def _facts(fork: ForkRecord) -> Iterator[tuple[str, str, str]]:
+def _sampled_loss(rollout: RolloutRecord, fork: ForkRecord) -> float | None:
+    """log p_S - log p_T of the token, nats, as the text is shaded; None where one is not known.
+
+    The record's ``token_loss`` is what ranked the candidates: of ``candidate_loss``, in its unit.
+    """
+    place = fork.position
+    if min(len(rollout.logprobs), len(rollout.teacher_logprobs)) <= place:
+        return None
+    return rollout.logprobs[place] - rollout.teacher_logprobs[place]
+
+
+def _facts(rollout: RolloutRecord, fork: ForkRecord) -> Iterator[tuple[str, str, str]]:
     """What is known of some forks only; a new column of the page is a line here."""
     if fork.rejoin is not None:
         yield "agree again", f"after {fork.rejoin} token{'s' * (fork.rejoin != 1)}", ""
@@ -189,6 +201,10 @@ def _facts(fork: ForkRecord) -> Iterator[tuple[str, str, str]]:
         )
     if fork.converged is False:
         yield "plan", "did not converge", "its mass does not fit both windows: an estimate"
+    loss = _sampled_loss(rollout, fork)
+    if loss is None or not abs(loss - fork.token_loss) < ALIKE:
+        score = f"{fork.token_loss:.4g}" if math.isfinite(fork.token_loss) else "not finite"
+        yield "candidate_loss", score, "what ranks the candidates of this run"
 
 
 def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkView:
@@ -196,10 +212,10 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
     branch = next((b.tokens for b in rollout.branches if b.start == fork.position), ())
     return ForkView(
         position=fork.position,
-        loss=_rounded(fork.token_loss),
+        loss=None if (loss := _sampled_loss(rollout, fork)) is None else _rounded(loss),
         distance=_rounded(fork.distance, 5),
         verdict=verdict_of(fork),
-        facts=tuple(_facts(fork)),
+        facts=tuple(_facts(rollout, fork)),
         equal=sum(a == b for a, b in pairs),
         student=_window(fork.student_tokens, tokens),
         teacher=_window(fork.teacher_tokens, tokens),

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from topd.report.charts import (
     series,
     spaced,
 )
-from topd.report.charts.svg import ALARM, PALETTE, REAL, hint
+from topd.report.charts.svg import ALARM, FAINT, INK, PALETTE, REAL, hint
 from topd.report.folder import finite, is_stage1, read_logs, settings_of
 from topd.report.guided import Verdict, rule_of, trajectory_caption
 from topd.report.headline import DIVERGENCES, change
@@ -140,7 +140,7 @@ def training_charts(folder: Path) -> list[Chart]:
     captions = {
         **_captions(settings),
         "trajectory": found.trajectory,
-        "alarms": f"{rule.why_real} {rule.why_alarm}",
+        "alarms": rule.told,
     }
     left_out = {"alarms"} if not rule.why_alarm else set()
     if is_stage1(settings):
@@ -278,7 +278,7 @@ def _fork_chart(found: Found, rule: Verdict) -> Chart:
         "forks",
         "How far apart the candidates' windows are",
         "Every candidate of the run by the distance of its two windows. Vertical lines: medians. "
-        f"{rule.why_real} {rule.why_alarm}",
+        + rule.told,
         histogram(groups, {real: REAL, alarm: ALARM}, unit="OT distance"),
         *group_table(groups),
     )
@@ -326,7 +326,7 @@ def _time_bars(logs: Logs, phases: tuple[str, ...]) -> Callable[[Axes], None]:
 
     def draw(axes: Axes) -> None:
         bottom, widths = np.zeros(len(parts)), 0.8 * np.array(counts)
-        for colour, phase in zip(PALETTE, phases, strict=False):
+        for colour, phase in zip(cycle((*PALETTE, INK, FAINT)), phases, strict=False):
             sums = [sum(log.get(PHASE + phase, 0.0) for log in timed[part]) for part in parts]
             means = np.array(sums) / counts
             bars = axes.bar(places, means, widths, bottom=bottom, color=colour, label=phase)
