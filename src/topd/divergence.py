@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from topd.errors import TOPDError
+from topd.types import wide_dtype
 
 
 def select_candidates(
@@ -54,7 +55,7 @@ def select_candidates(
     # A real loss of -inf ties with the filling: put masked tokens last among equals.
     order = order.gather(-1, (~mask).gather(-1, order).int().argsort(dim=-1, stable=True))
     rank = order.argsort(dim=-1)
-    count = (mask.sum(-1).double() * fraction).round().clamp(min=1)
+    count = (mask.sum(-1).to(wide_dtype(mask.device)) * fraction).round().clamp(min=1)
     return mask & (rank < count[:, None]) & (token_loss >= threshold)
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from topd.types import Head
+from topd.types import Head, wide_dtype
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
 
@@ -43,14 +43,14 @@ class Upstream(NamedTuple):
         return Upstream(divergence, own, targets)
 
     def flat(self, like: Int[Tensor, "P M"]) -> Float[Tensor, "P 2+M"]:
-        """All factors of a token side by side, shaped after the target tokens, in float64."""
-        zero = like.new_zeros(len(like), dtype=torch.float64)
+        """All factors of a token side by side, shaped after the target tokens, as wide as can be."""
+        zero = like.new_zeros(len(like), dtype=wide_dtype(like.device))
         parts = [
             zero if self.divergence is None else self.divergence,
             zero if self.logprob is None else self.logprob,
             zero[:, None].expand_as(like) if self.target_logprobs is None else self.target_logprobs,
         ]
-        return torch.cat([part.double().reshape(len(like), -1) for part in parts], 1)
+        return torch.cat([part.to(zero.dtype).reshape(len(like), -1) for part in parts], 1)
 
 
 def importance(

@@ -112,7 +112,7 @@ class SpanReader:
             scores = self.engine.score(
                 [prompts[k] for k in asked], [rows[k].ids for k in asked], keep=False
             )
-            for k, logprobs in zip(asked, scores.logprobs.double().cpu(), strict=True):
+            for k, logprobs in zip(asked, scores.logprobs.cpu().double(), strict=True):
                 told[k] = [float(logprobs[a:b].sum()) for a, b in rows[k].theirs]
                 if any(map(math.isnan, told[k])):
                     raise TOPDError(

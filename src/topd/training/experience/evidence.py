@@ -108,7 +108,7 @@ def differing(
     the mean. Every quota finds forks there too, and a student that is its teacher would be trained
     away from it. ``teacher`` are its log-probs [B T], or [B 0] if it tells none.
     """
-    alike, told = set(), teacher.double().cpu()  # one copy, not one a row
+    alike, told = set(), teacher.cpu().double()  # one copy, not one a row
     for row, rollout in enumerate(rollouts):
         own = torch.tensor(rollout.logprobs, dtype=torch.float64)
         teachers = told[row, : len(rollout.response)]
