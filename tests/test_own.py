@@ -72,6 +72,54 @@ def test_the_example_of_the_page_trains_and_is_audited(own):
     assert not audit_run(Path("run"), trust=Trust(remote_code=True)).faults
 
 
+def test_the_example_of_the_page_knows_rollouts_of_several_turns(own):
+    with open("my_guides.py", "a") as file:
+        file.write("def reply(row, turns):\n    return None if turns[1:] else 'so the sum is'\n")
+    keys = ("method", "method_options", "candidate_loss")
+    changes = {key: yaml.safe_load(block("yaml"))[key] for key in keys}
+    data = {"path": str(own / "prompts.jsonl"), "chat": False}
+    turns = {"environment": "my_guides:reply", "max_turns": 2, "max_completion_length": 40}
+    path = write_pair(own, **{**SMALL, **turns, **changes}, data=data, window_length=4)
+    run_recipe(path, quiet=True)
+    assert any(rollout.get("replies") for rollout in lines("rollouts"))
+
+
+WRONG = """
+from topd.types import Guidance
+
+def few(evidence):
+    return [Guidance((1.0,)) for _ in evidence.rollouts]
+
+def other(evidence):
+    return [Guidance((1.0,) * len(r.response), advantages=(0.5,)) for r in evidence.rollouts]
+
+def one(evidence):
+    return Guidance(()),
+
+def turned(tokens):
+    return tokens.student.T
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "wrong:few"}, r"^method: gave 1 weights and 0 advantages to a rollout of \d+ "),
+        ({"method": "wrong:other"}, r"^method: gave \d+ weights and 1 advantages to a rollout of"),
+        ({"method": "wrong:one"}, r"^method: must return 4 Guidance here, .* returned \(Guidance"),
+        (
+            {"method": "window_sft", "candidate_loss": "wrong:turned", "window_length": 4},
+            r"^candidate_loss: must return a tensor \[B T\], here \(4, 12\), and returned \(12, 4\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_rollouts_is_refused(own, changes, said):
+    Path("wrong.py").write_text(WRONG)
+    path = write_pair(own, **SMALL, **changes)
+    with pytest.raises(TOPDError, match=said):
+        run_recipe(path, quiet=True)
+
+
 def test_plain_functions_become_rows(own):
     assert not method_named("my_guides:silence").looks_ahead
     assert method_named("my_guides:quiet_alarms").looks_ahead

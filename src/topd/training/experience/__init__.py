@@ -31,6 +31,7 @@ from topd.training.experience.evidence import (
     Seen,
     by_token_loss,
     candidates_of,
+    checked_scores,
     differing,
     forks_of,
     logprobs_of,
@@ -284,7 +285,8 @@ class Observer:
         if detector.statistics and statistics is None:
             statistics = self.statistics(rollouts, scores)
         rewritten = self.rewritten(rollouts, scores, seeds) if detector.windows else None
-        loss = detector.score(token_scores(rollouts, scores, statistics, rewritten))
+        tokens = token_scores(rollouts, scores, statistics, rewritten)
+        loss = checked_scores(detector.score(tokens), tokens.mask)
         return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
 
     def statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:

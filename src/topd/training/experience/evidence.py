@@ -15,6 +15,7 @@ from topd.config import TOPDConfig
 from topd.divergence import select_candidates, thin_candidates
 from topd.engines import Scores
 from topd.engines.text.spans import share_evenly
+from topd.errors import TOPDError
 from topd.methods import NEVER
 from topd.runs.records import Fork
 from topd.types import (
@@ -258,10 +259,44 @@ def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     return tuple(tuple(row) for row in forks)
 
 
+def _check_guidance(found: object, rollouts: Sequence[Rollout]) -> None:
+    """Raises TOPDError where a method has not given a Guidance a rollout, a weight a token."""
+    given = found if isinstance(found, Sequence) else ()
+    if len(given) != len(rollouts) or not all(isinstance(guide, Guidance) for guide in given):
+        raise TOPDError(
+            f"method: must return {len(rollouts)} Guidance here, one a rollout in their order, and "
+            f"returned {str(found)[:80]}."
+        )
+    for guide, rollout in zip(given, rollouts, strict=True):
+        tokens, weights, advantages = map(
+            len, (rollout.response, guide.weights, guide.advantages)
+        )
+        if weights != tokens or advantages not in (0, tokens):
+            raise TOPDError(
+                f"method: gave {weights} weights and {advantages} advantages to a rollout of "
+                f"{tokens} tokens. Give each of its tokens a weight, and an advantage or none."
+            )
+
+
+def checked_scores(scores: object, mask: Tensor) -> Tensor:
+    """What a detector has returned, as floats. Raises TOPDError if it is not [B T]."""
+    if not isinstance(scores, Tensor) or scores.shape != mask.shape:
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise TOPDError(
+            f"candidate_loss: must return a tensor [B T], here {tuple(mask.shape)}, and returned "
+            f"{shape}."
+        )
+    return scores if scores.is_floating_point() else scores.float()
+
+
 def of_own_tokens(
     guidance: Sequence[Guidance], rollouts: Sequence[Rollout]
 ) -> tuple[Guidance, ...]:
-    """The guidance without weights and advantages of tokens that an environment wrote."""
+    """The guidance without weights and advantages of tokens that an environment wrote.
+
+    Raises TOPDError where it does not fit the rollouts.
+    """
+    _check_guidance(guidance, rollouts)
     return tuple(
         replace(
             guide,
