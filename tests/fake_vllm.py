@@ -26,7 +26,7 @@ class Fake:
 
     ``statuses`` are answered first, one a request. ``sharpened`` log-probs are those of the
     temperature that a text is written at; ``noise`` is added to those that are read, another time
-    with another sign. With ``loads`` off it only says that it has loaded weights, with ``heeds``
+    with another sign. So many answers break off as ``breaks`` says. With ``loads`` off it only says that it has loaded weights, with ``heeds``
     off it knows no logit_bias. To a prompt of text it answers with text, as its ``manner`` says: it
     continues it, starts ``over``, answers ``anew`` (chat), or ``strips`` white space. What it
     ``refuses`` it answers with a status, or ends with such a finish_reason.
@@ -43,6 +43,7 @@ class Fake:
     noise: float = 0.0
     finish: str = "stop"
     loads: bool = True
+    breaks: int = 0
     manner: str = "continues"
     tells: bool = True
     heeds: bool = True
@@ -202,9 +203,14 @@ def running(fake: Fake) -> Iterator[Fake]:
         def reply(self, status: int, content: bytes) -> None:
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
+            if status == 429:
+                self.send_header("Retry-After", "1")
             if status == 307:
                 self.send_header("Location", "http://elsewhere.invalid/")
             self.end_headers()
+            if fake.breaks:
+                fake.breaks -= 1
+                content, self.close_connection = content[:-1], True
             self.wfile.write(content)
 
         def log_message(self, *_: Any) -> None:

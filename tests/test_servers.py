@@ -117,6 +117,20 @@ def test_a_busy_server_is_asked_again_and_not_left_out(start, statuses):
     assert fake.seen["/tokenize"] == len(statuses) + 1
 
 
+def test_an_answer_that_breaks_off_is_asked_for_once_more(start):
+    fake = start(breaks=1)
+    assert servers(fake.url, retries=1).ask([LIST]) == [ANSWER]
+    fake.breaks = 9
+    with pytest.raises(StoppedError, match="IncompleteRead"):
+        servers(fake.url, retries=9).ask([LIST])
+    assert fake.seen["/tokenize"] == 4
+
+
+def test_pauses_that_a_server_asks_for_are_not_its_time(start):
+    fake = start(statuses=[429])
+    assert servers(fake.url, retries=1, timeout=0.5).ask([LIST]) == [ANSWER]
+
+
 @pytest.mark.parametrize("status", [429, 500])
 def test_tries_are_bounded_and_the_last_answer_says_why(start, status):
     fake = start(statuses=[status] * 9)

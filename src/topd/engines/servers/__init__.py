@@ -128,9 +128,14 @@ class Servers:
             if answer is not None:
                 return answer
 
-    def _answer(self, method: str, url: str, path: str, body: Any) -> bytes | None:
-        """What a server says; None if it fails, which is then left out."""
-        end = time.monotonic() + self.served.timeout
+    def _answer(
+        self, method: str, url: str, path: str, body: Any, again: bool = True
+    ) -> bytes | None:
+        """What a server says; None if it fails, which is then left out.
+
+        An answer that breaks off is asked for once more, as is one that does not come.
+        """
+        answer: requests.Response | None = None
         try:
             with self.session.request(
                 method,
@@ -139,9 +144,12 @@ class Servers:
                 timeout=(CONNECT, self.served.timeout),
                 allow_redirects=False,
                 stream=True,
-            ) as answer:
+            ) as answer:  # from here on: pauses before it are not its time
+                end = time.monotonic() + self.served.timeout
                 content = self._content(answer, url + path, end)
         except (requests.RequestException, HTTPError, OSError) as error:
+            if answer is not None and again and self.served.retries:
+                return self._answer(method, url, path, body, again=False)
             self._leave_out(url, self._reason(error))
             return None
         if answer.status_code == 200:
