@@ -563,6 +563,15 @@ def test_a_url_with_a_path_is_that_of_the_api(given, asked):
 def test_what_would_end_a_text_otherwise_is_not_taken(key):
     with pytest.raises(ValueError, match=f"{key} is set by TOPD"):
         TextSpec(url="http://h", extra={key: ["\n"]})
+    with pytest.raises(ValueError, match=f"{key} is set by TOPD"):
+        TextSpec(url="http://h", extra={key: None})
+
+
+def test_what_is_null_is_not_sent():
+    spec = TextSpec(url="http://h", extra={"seed": None, "top_p": None, "top_k": -1})
+    servers = TextServers("teacher", spec, tiny_tokenizer())
+    body = servers._request({"prompt": "so"}, 3, temperature=1.0, top_p=1.0, seed=7).body
+    assert body == {"prompt": "so", "max_tokens": 3, "temperature": 1.0, "top_k": -1}
 
 
 def test_a_teacher_by_text_is_the_same_at_another_url():

@@ -144,8 +144,9 @@ class TextSpec(ServerSpec):
     name to ask for. ``chat``: ask ``/chat/completions``, with the text so far as the beginning of
     the assistant's message, which is what a server without completions needs. ``limit`` is what it
     calls the most tokens that it may write. ``extra`` is sent with every request, e.g.
-    ``{top_k: -1}``. ``logprobs``: it tells those of a prompt's tokens (``echo``), and splits a text
-    as the student's tokenizer does. See :class:`ServerSpec` for the rest.
+    ``{top_k: -1}``; what is None there is not sent, ``seed`` too. ``logprobs``: it tells those of a
+    prompt's tokens (``echo``), and splits a text as the student's tokenizer does. See
+    :class:`ServerSpec` for the rest.
     """
 
     place: ClassVar[str] = "text"
@@ -177,7 +178,7 @@ class TextSpec(ServerSpec):
     @classmethod
     def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
         for name in OURS:
-            if name in extra:
+            if name in extra and (name, extra[name]) != ("seed", None):
                 raise ValueError(f"{name} is set by TOPD. Leave it out")
         return extra
 

@@ -111,7 +111,8 @@ class TextServers:
     def _request(self, asked: Mapping[str, Any], most: int, **how: Any) -> Request:
         """A request for ``most`` tokens after a text."""
         body = {**self.servers.model, **asked, self.spec.limit: most, **how, **self.spec.extra}
-        return Request(CHAT if self.spec.chat else COMPLETIONS, body)
+        sent = {key: value for key, value in body.items() if value is not None}
+        return Request(CHAT if self.spec.chat else COMPLETIONS, sent)
 
     def _answers(
         self,
