@@ -26,10 +26,11 @@ class Fake:
 
     ``statuses`` are answered first, one a request. ``sharpened`` log-probs are those of the
     temperature that a text is written at; ``noise`` is added to those that are read, another time
-    with another sign. So many answers break off as ``breaks`` says. With ``loads`` off it only says that it has loaded weights, with ``heeds``
-    off it knows no logit_bias. To a prompt of text it answers with text, as its ``manner`` says: it
-    continues it, starts ``over``, answers ``anew`` (chat), or ``strips`` white space. What it
-    ``refuses`` it answers with a status, or ends with such a finish_reason.
+    with another sign. ``breaks`` answers break off. With ``loads`` off it only says that it has
+    loaded weights, with ``heeds`` off it knows no logit_bias. To a prompt of text it answers with
+    text, as its ``manner`` says: it continues it, starts ``over``, answers ``anew`` (chat), or
+    ``strips`` white space. What it ``refuses`` it answers with a status, or ends with such a
+    finish_reason.
     """
 
     engine: HFEngine

@@ -128,6 +128,24 @@ def test_padded_embedding_rows_are_accepted_and_never_sampled(run, tmp_path, stu
     assert all(0 <= token < 80 for line in rollouts for token in line["response_ids"])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            {"model": torch.compile(tiny_model())},
+            r"model: OptimizedModule is no source\. Give a path, ",
+        ),
+        ({"teacher_model": ["a", "b"]}, r"teacher_model: list is no source\. Give a path, "),
+        ({"peft_config": {"r": 4}}, r"peft_config: a dict is not supported\. Give a peft\.LoraCon"),
+    ],
+)
+def test_what_is_no_model_and_no_adapter_is_refused(tmp_path, given, said):
+    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True, max_completion_length=8)
+    whole = {"model": tiny_model(), "teacher_model": tiny_model(seed=1), "args": args, **given}
+    with pytest.raises(TOPDError, match=said):
+        TOPDTrainer(**whole, train_dataset=rows(2), processing_class=tiny_tokenizer())
+
+
 def test_the_student_as_its_own_teacher_is_refused(tmp_path):
     args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True, max_completion_length=8)
     model = tiny_model()

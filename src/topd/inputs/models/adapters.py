@@ -48,8 +48,9 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
         adapter: what to wrap it in.
         student: the source of the student; a PeftModel has an adapter already.
     """
-    if adapter.peft_type != PeftType.LORA or not isinstance(adapter, LoraConfig):
-        raise TOPDError(f"peft_config: {adapter.peft_type} is not supported. Use LoRA.")
+    if not isinstance(adapter, LoraConfig) or adapter.peft_type != PeftType.LORA:
+        kind = getattr(adapter, "peft_type", f"a {type(adapter).__name__}")
+        raise TOPDError(f"peft_config: {kind} is not supported. Give a peft.LoraConfig.")
     _check_numbers(adapter)
     if isinstance(student, PeftModel):
         raise TOPDError(

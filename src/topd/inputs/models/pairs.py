@@ -13,13 +13,12 @@ from topd.inputs.models import (
     ModelSource,
     ModelSpec,
     as_spec,
-    check_embedding_rows,
     config_of,
     eos_ids,
     tokenizer_of,
 )
 from topd.inputs.models.quantised import check_quantised
-from topd.inputs.models.vocabulary import check_tokenizers
+from topd.inputs.models.vocabulary import check_embedding_rows, check_tokenizers
 from topd.inputs.text_models import is_by_text, stand_in, text_tokenizer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
 
@@ -80,3 +80,16 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
         != (teacher(PROBE, add_special_tokens=False)["input_ids"])
     ):
         raise TOPDError(f"tokenizers split the same text differently: {PROBE!r}. {FAMILY}")
+
+
+def check_embedding_rows(
+    name: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Every token needs an embedding row; more rows are padding. Raises TOPDError."""
+    rows = config.get_text_config().vocab_size
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if rows < needed:
+        raise TOPDError(
+            f"{name}: {rows} embedding rows for {needed} tokens of its tokenizer. "
+            "Use the tokenizer that belongs to the model."
+        )

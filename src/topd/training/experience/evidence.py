@@ -268,9 +268,7 @@ def _check_guidance(found: object, rollouts: Sequence[Rollout]) -> None:
             f"returned {str(found)[:80]}."
         )
     for guide, rollout in zip(given, rollouts, strict=True):
-        tokens, weights, advantages = map(
-            len, (rollout.response, guide.weights, guide.advantages)
-        )
+        tokens, weights, advantages = map(len, (rollout.response, guide.weights, guide.advantages))
         if weights != tokens or advantages not in (0, tokens):
             raise TOPDError(
                 f"method: gave {weights} weights and {advantages} advantages to a rollout of "
