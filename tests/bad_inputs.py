@@ -223,6 +223,12 @@ CASES: tuple[Case, ...] = (
         "evaluation without data", "needs data", "eval_data in a recipe", eval_strategy="steps"
     ),
     setting(
+        "data for no evaluation",
+        "no effect without eval_strategy",
+        "Set it",
+        eval_data="prompts.jsonl",
+    ),
+    setting(
         "smoothed labels", "0.1 has no effect here", "Leave it out", label_smoothing_factor=0.1
     ),
     setting("a compiled student", "has no effect here", "Leave it out", torch_compile=True),
@@ -312,7 +318,13 @@ CASES: tuple[Case, ...] = (
         changes={"data": {"path": "prompts.jsonl", "chat": False}},
     ),
     *(
-        prompt(given, "here stands", "row 0", "a string or a list of messages", {"prompt": bad})
+        prompt(
+            given,
+            "content of text, not",
+            "row 0",
+            "a string or a list of messages",
+            {"prompt": bad},
+        )
         for given, bad in (
             ("a number", 3),
             ("a list of texts", ["what", "is"]),
@@ -424,7 +436,7 @@ CASES: tuple[Case, ...] = (
         "no such file",
         "data no.jsonl",
         "Give a .jsonl",
-        {"eval_data": "no.jsonl"},
+        {"eval_data": "no.jsonl", "eval_strategy": "steps"},
     ),
     Case(
         "Files of data",

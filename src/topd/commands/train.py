@@ -44,7 +44,11 @@ def train_recipe(
     A run that is not ``alone``, but a part of another command, ends at once when it is interrupted.
     Raises TOPDError for bad input.
     """
-    recipe.args.output_dir = everywhere(recipe.args.output_dir)[0]  # it may have a rank's time
+    args = recipe.args
+    asked = args.eval_strategy != "no" or args.eval_on_start
+    if recipe.eval_data and not asked and alone and not warmstart:  # which share their recipes
+        raise TOPDError("eval_data: has no effect without eval_strategy. Set it, e.g. to steps.")
+    args.output_dir = everywhere(args.output_dir)[0]  # it may have a rank's time
     folder = Path(recipe.args.output_dir)
     resume = bool(recipe.args.resume_from_checkpoint)
     agreed(lambda: check_run_folder(folder, resume=resume))  # none removes what others have made

@@ -18,7 +18,7 @@ REFUSED = {
     "fsdp": "FSDP2 is the launcher's to say: accelerate launch, see docs/scaling.md. Leave it out.",
     "deepspeed": "is not supported. Leave it out.",
     "push_to_hub": "would publish the run folder with all prompts and rollouts. Upload its "
-    "student/ folder instead.",
+    "student/ folder instead (in Python, after train(): trainer.push_to_hub()).",
     "hub_token": "a secret would be written into the run folder. Set HF_TOKEN in the environment "
     "instead, and revoke this one if it was in a file.",
 }

@@ -185,7 +185,7 @@ def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
         if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
             raise TOPDError(
                 f"data row {index}: a prompt is a string or a list of messages, each with a role "
-                f"and a content of text; here stands {message!r}."
+                f"and a content of text, not {message!r}."
             )
         checked.append(fields)
     return checked
