@@ -38,6 +38,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     trainer = (tmp_path / "api" / "trainer" / "index.html").read_text(encoding="utf-8")
     assert "teacher_processing_class" in trainer  # docstrings are in it
+    for name in ("train", "evaluate", "push_to_hub", "check"):  # inherited ones too
+        assert f'id="topd.training.trainer.TOPDTrainer.{name}"' in trainer
     for page in tmp_path.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert 'src="http' not in text, page

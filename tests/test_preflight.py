@@ -569,6 +569,8 @@ def test_only_the_student_is_uploaded(tmp_path, monkeypatch):
 def test_no_data_to_evaluate_and_no_batch_to_learn_are_said(tmp_path):
     with pytest.raises(TOPDError, match="eval_dataset: none was given"):
         make(tmp_path).evaluate()
+    with pytest.raises(TOPDError, match="no prompt is left"):
+        make(tmp_path).evaluate([])
     little = make(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=16)
     with pytest.raises(TOPDError, match="dataloader_drop_last: leaves no batch"):
         little.train()

@@ -195,7 +195,8 @@ class ObservedTrainer(RecordedTrainer):
             raise TOPDError("eval_dataset: none was given. Give evaluate() rows, or the trainer.")
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
             rows = list(rows_of(eval_dataset))
-            eval_dataset = rows if isinstance(rows[0], Prompt) else self.encoder.encode(rows)
+            known = rows and isinstance(rows[0], Prompt)
+            eval_dataset = rows if known else self.encoder.encode(rows)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, *_: Any, **__: Any) -> Any:
