@@ -293,6 +293,15 @@ CASES: tuple[Case, ...] = (
         {"warmstart": {**STAGE, "method": "topd"}},
         stage=1,
     ),
+    Case(
+        "Settings",
+        "windows in a warm start",
+        "has no effect in a warm start",
+        "window_length",
+        "Leave it out",
+        {"warmstart": {**STAGE, "window_length": 9}},
+        stage=1,
+    ),
     *(
         prompt(given, "the prompt is empty", "row 1", "Remove the row", {key: [ASKED]}, {key: bad})
         for given, key, bad in (

@@ -334,7 +334,8 @@ def test_a_stopped_command_says_how_it_continues(tmp_path, number):
 def test_arms_share_prompts_and_sampling_seeds(recipe, tmp_path):
     """With lambda 0 the guided arm is the baseline, rollout by rollout."""
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[3]"]
-    plain = "{method: topd, trajectory_weight: 0, save_strategy: steps, logging_steps: 4}"
+    plain = "{method: topd, trajectory_weight: 0, save_strategy: steps}"
+    recipe.write_text(f"{recipe.read_text()}\nlogging_steps: 4")
     words += [f"--compare.arms={{opd: {{method: opd}}, plain: {plain}}}"]
     folder = run_compare(recipe, words)
     first, second = results(folder)
@@ -366,6 +367,7 @@ def test_a_common_start_has_every_part_that_stage_1_reads(recipe):
     """What it names itself, here or in its part of the recipe, is its own."""
     words = ["--student.path=mine", "--teacher.dtype=bfloat16", "--data.path=other", "--lora.r=4"]
     words += ["--chat_template_kwargs.x=1", "--evaluation.limit=5", "--max_steps=9"]
+    words += ["--window_length=9"]  # says nothing to stage 1
     words += ["--warmstart.data.limit=3", "--warmstart.fp16=false", "--bf16"]
     comparison = read_comparison(recipe, ["--compare.warmstart", *words, STAGED])
     first = comparison.first
@@ -377,6 +379,7 @@ def test_a_common_start_has_every_part_that_stage_1_reads(recipe):
     assert (first.args.bf16, comparison.recipe.args.bf16) == (False, True)
     assert comparison.arms["again"][0].data.limit == 3  # an arm of stage 1 is as its part says
     assert comparison.arms["new"][0].data.limit == 8
+    assert [comparison.arms[arm][0].args.window_length for arm in ("opd", "new")] == [9, 50]
     assert comparison.arms["opd"][0].data.limit == 40
 
 
@@ -618,6 +621,9 @@ _AGAIN = "--compare.arms={opd: {}, x: {stage: warmstart, answers: start, data.li
         (["--compare.arms={opd: {}, x: {seed: 3}}"], "'x': seed: has no effect.*seeds"),
         (["--compare.arms={opd: {}, x: {compare.jobs: 3}}"], r"'x': compare\.jobs: has no effect"),
         (["--compare.arms={opd: {}, x: {output_dir: y}}"], "'x': output_dir: has no effect"),
+        (["--compare.arms={opd: {}, x: {stop_length: 3}}"], "'x': stop_length: has no effect"),
+        ([f"--compare.sweeps=[{_ONE % 'logging_steps'}]"], "logging_steps: has no effect in an"),
+        (["--stop_patience=3"], "stop_patience: has no effect on a comparison.*is a result"),
         (["--seed=3"], r"seed: has no effect.*--compare.seeds '\[3\]'"),
         (["--compare.warmstart", _AGAIN], "'x'.*the common start only"),
         (["--evaluation=null"], "evaluation is missing"),

@@ -80,7 +80,8 @@ def test_the_commands_on_a_recipe_run_in_the_order_of_readme(own: Path) -> None:
     Path("suite.yaml").write_text("problems: {path: test.jsonl, samples: 1, max_tokens: 8}\n")
     one = [*SIZES, "--max_steps", "1"]
     ran(command("topd warmstart"), *one, "--answers", "data", "--output_dir", "runs/STAGE1")
-    ran(command("topd probe"), *SIZES, "--rollouts", "4", "--window_length", "2")
+    few = ["--max_completion_length", "8", "--use_cpu", "true", "--rollouts", "4"]
+    ran(command("topd probe"), *few, "--window_length", "2")
     ran(command("topd train recipe"), *one, *FOLDER)
     ran(command("topd report"))
     ran(command("topd eval"), "--max-tokens", "8", "--samples", "1")

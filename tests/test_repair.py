@@ -494,6 +494,8 @@ def refusal(recipe: Path, *words: str) -> str:
     [
         (("--samples", "0"), "samples: 0 must be at least 1"),
         (("--updates", "0"), "updates: 0 must be at least 1"),
+        (("--overlap", "true"), "overlap: has no effect on topd repair. Leave it out."),
+        (("--per_device_train_batch_size", "9"), "per_device_train_batch_size: has no effect"),
         (("--methods", "[opd, sft]"), "methods: 'sft' is not one of opd, first_fork"),
         (("--methods", "[opd, topd, opd]"), "methods: opd is there twice. Name it once."),
         (("--methods", "[downweight]"), "methods: downweight holds down the loss of false alarms"),

@@ -21,7 +21,7 @@ from topd.errors import TOPDError
 from topd.losses import TokenTerms, token_divergence
 from topd.report.headline import training_words
 from topd.training.learning import LearningTerms, Totals, update_loss
-from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
+from topd.training.warmstart import OF_ROLLOUTS, WarmstartConfig, WarmstartTrainer
 
 SMALL = {
     "max_steps": 1,
@@ -338,6 +338,17 @@ def test_a_file_that_has_not_the_answers_is_refused(tmp_path, content):
 def test_a_warm_start_takes_no_method_that_looks_ahead(tmp_path):
     with pytest.raises(TOPDError, match="a warm start takes opd"):
         make(tmp_path, method="topd")
+
+
+@pytest.mark.parametrize("name", OF_ROLLOUTS)
+def test_what_is_said_of_the_students_own_samples_is_refused(name):
+    """Their defaults are not: a configuration that is read back has them all."""
+    words = {"solver": "sinkhorn", "embedding": "student", "candidate_loss": "surprise"}
+    words |= {"trajectory_reduction": "sum", "overlap": True}
+    number = 0.5 if name in ("candidate_fraction", "false_alarm_share") else 7
+    WarmstartConfig(output_dir="unused", use_cpu=True, **{name: getattr(WarmstartConfig, name)})
+    with pytest.raises(TOPDError, match=f"{name}: has no effect"):
+        WarmstartConfig(output_dir="unused", use_cpu=True, **{name: words.get(name, number)})
 
 
 # Both stages, from nothing. Over six seeds the reverse KL fell to 0.40-0.48 of what it was in the

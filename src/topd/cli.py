@@ -51,7 +51,8 @@ def _settings(*classes: str) -> str:
     first = f"Settings of this command: {', '.join(own)}. " if own else ""
     return (
         f"{first}Settings, each --NAME VALUE: {', '.join(ours)}; and those of transformers' "
-        "Trainer. topd settings WORD explains those with a word in them, topd methods the methods."
+        "Trainer; what has no effect here is refused, or said. topd settings WORD explains those "
+        "with a word in them, topd methods the methods."
     )
 
 

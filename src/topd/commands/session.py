@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from datetime import datetime
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import datasets
 import torch
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging
 
 from topd.commands.early import ALONE
+from topd.commands.keys import part_of
 from topd.commands.recipe import Recipe, from_command_line, one_teacher, read_recipe
 from topd.config import TOPDConfig, _field
 from topd.distributed import several
@@ -47,10 +48,17 @@ from topd.training.startup import encoder_of
 from topd.types import Prompt
 
 ROLLOUTS = "rollouts.jsonl"
-# of transformers' arguments, those that an analysis depends on
-SHARED = (
-    *("seed", "bf16", "fp16", "use_cpu", "learning_rate", "weight_decay", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+LEARNING = (  # of transformers' arguments, those of a repair's updates
+    *("learning_rate", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2"),
+    "adam_epsilon",
+)
+SHARED = ("seed", "bf16", "fp16", "use_cpu", *LEARNING)  # those that an analysis depends on
+IDLE = (  # of a recipe, what no analysis reads, besides the rest of transformers' arguments
+    *("eval_data", "evaluation", "compare", "lora", "teacher_share", "max_turns"),
+    *("teacher_column", "teachers_mix", "look_ahead_every", "look_ahead_until", "window_replay"),
+    *("score_batch_size", "disable_dropout", "max_logprob_gap", "nonfinite", "log_rollouts"),
+    *("log_completions", "overlap", "max_importance", "stop_length", "stop_finished"),
+    *("stop_fresh", "stop_entropy", "stop_divergence", "stop_patience"),
 )
 FREE = {"rollouts", "samples", "bootstrap"}  # what may change when an analysis continues
 Config = TypeVar("Config", bound="AnalysisConfig")
@@ -59,6 +67,8 @@ Config = TypeVar("Config", bound="AnalysisConfig")
 @dataclass
 class AnalysisConfig(TOPDConfig):
     """TOPDConfig with what every analysis needs besides. Raises TOPDError, as TOPDConfig does."""
+
+    idle: ClassVar[tuple[str, ...]] = IDLE  # what it has no use for
 
     rollout_batch_size: int = _field(16, "Rollouts at a time.")
     bootstrap: int = _field(1000, "Resamples behind every 95 % interval.")
@@ -135,11 +145,21 @@ def read_analysis(command: str, path: Path, words: Sequence[str], config: type[C
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     overrides.setdefault("output_dir", f"runs/{named.stem if named else 'topd'}-{command}-{now}")
     recipe = read_recipe(named, overrides, config=config)
+    _check_used(command, overrides, config)
     one_teacher(recipe)
     folder = Path(recipe.args.output_dir)
     check_run_folder(folder, resume=True)
     _check_same(folder, command, recipe)
     return recipe
+
+
+def _check_used(command: str, given: Mapping[str, Any], config: type[AnalysisConfig]) -> None:
+    """Refuse on the command line what has no effect. A recipe is a training run's too."""
+    theirs = {f.name for f in fields(TrainingArguments)} - {*SHARED, "output_dir", "tf32"}
+    for key, value in given.items():
+        name = part_of(key)
+        if name in {*theirs, *config.idle} and value != getattr(config, name, None):
+            raise TOPDError(f"{key}: has no effect on topd {command}. Leave it out.")
 
 
 @contextmanager

@@ -34,7 +34,7 @@ CHECKPOINTING = next(  # recomputation of activations, by its name in the instal
 )
 
 
-_OF_WINDOWS = (  # settings without effect where a method looks nowhere ahead
+OF_WINDOWS = (  # settings without effect where a method looks nowhere ahead
     *("candidate_fraction", "candidate_threshold", "window_length", "window_rejoin", "window_gap"),
     *("look_ahead_every", "look_ahead_until", "embedding", "position_weight", "solver", "epsilon"),
     *("false_alarm_share", "ot_threshold"),
@@ -282,7 +282,7 @@ class TOPDConfig(TrainingArguments):
         ]
         if said:
             line += f": {', '.join(said)}"
-        unused = [] if method.looks_ahead else [*_OF_WINDOWS]
+        unused = [] if method.looks_ahead else [*OF_WINDOWS]
         if unused and not self.teacher_share:
             unused.append("window_temperature")
         idle = [name for name in unused if name in self._given]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from topd import distributed as ranks
-from topd.config import TOPDConfig, _field
+from topd.config import OF_WINDOWS, TOPDConfig, _field
 from topd.engines.several import reader_of
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import fingerprint, model_fingerprint
@@ -37,6 +37,11 @@ from topd.types import Prompt
 logger = logging.getLogger(__name__)
 
 ENOUGH = 64  # answers after which it is known whether answers end
+OF_ROLLOUTS = (  # settings of what the student writes
+    *(*OF_WINDOWS, "candidate_loss", "window_temperature", "trajectory_weight"),
+    *("trajectory_reduction", "max_logprob_gap", "overlap", "max_importance"),
+    *("stop_length", "stop_finished", "stop_fresh", "stop_entropy"),
+)
 
 
 @dataclass
@@ -95,6 +100,12 @@ class WarmstartConfig(TOPDConfig):
             raise TOPDError("teacher_share: the student writes no responses here. Leave it out.")
         if self.num_generations != 1:
             raise TOPDError("num_generations: a warm start has one answer a prompt. Leave it at 1.")
+        for name in OF_ROLLOUTS:
+            if getattr(self, name) != getattr(type(self), name):
+                raise TOPDError(
+                    f"{name}: has no effect in a warm start: the student writes nothing here. "
+                    "Leave it out."
+                )
         if self.beta != type(self).beta and not self.kd_ratio:
             raise TOPDError("beta: has no effect with kd_ratio: 0. Set kd_ratio, or leave it out.")
         if self.answer_batch_size < 1:

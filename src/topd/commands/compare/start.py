@@ -37,6 +37,7 @@ from topd.inputs.models import eos_ids
 from topd.inputs.models.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json
+from topd.training.warmstart import OF_ROLLOUTS
 
 PLACES = ("output_dir", "logging_dir")
 OF_ALL = {  # what the comparison sets for its arms
@@ -44,6 +45,16 @@ OF_ALL = {  # what the comparison sets for its arms
     "output_dir": "All runs are below the output_dir of the comparison.",
     "compare": "Set it in the recipe's compare part.",
     "resume_from_checkpoint": "A run that was stopped starts over.",
+}
+FIXED = {  # what it does with every run, whatever is asked
+    **dict.fromkeys(
+        ("logging_steps", "logging_strategy", "logging_first_step"),
+        "Every update is logged: the log has what a run spent.",
+    ),
+    **dict.fromkeys(
+        (name for name in TOPDConfig.__annotations__ if name.startswith("stop_")),
+        "No rule stops a run: an arm that collapses is a result.",
+    ),
 }
 OWN = {"every", "batch_size", "chat", "chat_template_kwargs"}  # of an arm's evaluation
 SAVING = {"save_strategy", "save_steps", "load_best_model_at_end"}
@@ -97,6 +108,8 @@ def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
             f"'[{rest['seed']}]'."
         )
     recipe = read_recipe(named, rest)
+    for key in rest.keys() & FIXED.keys():
+        raise TOPDError(f"{key}: has no effect on a comparison. {FIXED[key]} Leave it out.")
     check_one_process("compare", " compare.jobs spreads its runs over GPUs.")
     path = named or Path("topd")
     spec = _checked(path, recipe)
@@ -151,6 +164,8 @@ def _check_keys(keys: Mapping[str, Any], first: Recipe | None) -> None:
     for key in keys:
         if part_of(key) in OF_ALL:
             raise TOPDError(f"{key}: has no effect in an arm. {OF_ALL[part_of(key)]}")
+        if key in FIXED:
+            raise TOPDError(f"{key}: has no effect in an arm. {FIXED[key]} Leave it out.")
     if keys.get("answers") == "start" and not (first and keys.get("stage") == "warmstart"):
         raise TOPDError(
             "answers: start needs a common start. Set stage: warmstart on the arm and "
@@ -204,9 +219,14 @@ def apart_from_stage(keys: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 def of_stage(overrides: Mapping[str, Any], *, first: bool) -> dict[str, Any]:
-    """The overrides that arms of a stage share: all but those of stage 1, or with them."""
+    """The overrides that arms of a stage share: all but those of stage 1, or with them.
+
+    Stage 1 has no rollouts, so nothing is said to it of theirs.
+    """
     rest, own = apart(overrides)
-    return over(rest, own) if first else rest
+    if not first:
+        return rest
+    return over({key: value for key, value in rest.items() if key not in OF_ROLLOUTS}, own)
 
 
 def begun_at(overrides: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:

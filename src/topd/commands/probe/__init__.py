@@ -33,6 +33,8 @@ from torch import Tensor
 from topd.commands.probe.outcomes import Check, Verified, checker_of, verify_forks
 from topd.commands.probe.statistics import METRICS, POSITIONS, rejoin, summarise
 from topd.commands.session import (
+    IDLE,
+    LEARNING,
     ROLLOUTS,
     AnalysisConfig,
     Pair,
@@ -58,6 +60,11 @@ from topd.types import Ids, Prompt, Rollout, Transport, Windows
 @dataclass
 class ProbeConfig(AnalysisConfig):
     """What a probe does: TOPDConfig's rollouts, candidates, windows and transport, and these."""
+
+    idle = (
+        *(*IDLE, *LEARNING, "beta", "kd_ratio", "token_loss", "trajectory_weight"),
+        *("trajectory_reduction", "false_alarm_share", "ot_threshold"),
+    )
 
     rollouts: int = _field(200, "Rollouts in all.")
     group_size: int | None = _field(
