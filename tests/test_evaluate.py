@@ -1300,9 +1300,10 @@ def test_the_student_of_a_run_is_evaluated_as_it_was_trained(tmp_path):
     tokenizer.save_pretrained(bare.path)
     tiny_model().config.save_pretrained(bare.path)
     assert evaluating.as_trained(spec, [bare])[1] == []
-    (tmp_path / "e/run.json").write_text('{"recipe": {"data": {"path": 3}}}')
-    with pytest.raises(TOPDError, match=r"e/run\.json: its data cannot be read"):
-        evaluating.as_trained(spec, [bare])
+    for data in ({"path": 3}, "a.jsonl"):
+        (tmp_path / "e/run.json").write_text(json.dumps({"recipe": {"data": data}}))
+        with pytest.raises(TOPDError, match=r"e/run\.json: its data cannot be read"):
+            evaluating.as_trained(spec, [bare])
     hub = ModelSpec(path="hub/student")
     assert evaluating.as_trained(spec, [hub]) == (spec, [])
     found, _ = evaluating.as_trained(spec, [hub, ModelSpec(path=str(tmp_path / "a/checkpoint-2"))])

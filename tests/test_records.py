@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,15 @@ from rich.console import Console
 
 from conftest import write_pair
 from topd.commands.audit import audit_run, replay_step
+from topd.commands.evaluate import as_trained
+from topd.commands.probe import run_probe
 from topd.commands.train import run_recipe
 from topd.errors import TOPDError
+from topd.evaluate.spec import EvaluationSpec
+from topd.inputs.models import ModelSpec
 from topd.report.page import write_report
 from topd.report.terminal import show
+from topd.runs.checkpoints import begin_anew
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS
 from topd.runs.ledger import HEAD, LEDGER, Ledger
@@ -50,8 +56,6 @@ def run(trained, monkeypatch) -> Path:
 
 def edited(folder: Path, **changes: object) -> Path:
     """The run with other forks, whose chain was made again; ``format`` None leaves it out."""
-    import shutil
-
     shutil.copytree(RUN, folder)
     stored = json.loads((folder / "run.json").read_text())
     number = changes.pop("format", FORMAT)
@@ -127,6 +131,38 @@ def test_a_later_format_is_refused_in_words(run, tmp_path, number):
             TOPDError, match=r"run\.json: format .* is none that this version reads"
         ):
             read(later)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"recipe": "x", "config": {}}',
+        '{"recipe": {"data": "x"}, "config": 3}',
+        '{"recipe": {}, "config": {}, "resumed": [3]}',
+        '{"recipe": {}, "config": {}, "command": 3}',
+        '["recipe", "config"]',
+    ],
+)
+def test_a_run_json_that_no_run_wrote_is_refused_by_all_who_read_it(run, tmp_path, text):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "student").mkdir(exist_ok=True)
+    (folder / "run.json").write_text(text)
+    student, spec = ModelSpec(path=str(folder / "student")), EvaluationSpec(path="x")
+    readers = [
+        lambda: write_report(folder),
+        lambda: as_trained(spec, [student]),
+        lambda: begin_anew(folder),
+        lambda: replay_step(folder, 0),
+        lambda: run_recipe(
+            Path("recipe.yaml"), ["--resume_from_checkpoint=last", f"--output_dir={folder}"]
+        ),
+        lambda: run_probe(Path("recipe.yaml"), [f"--output_dir={folder}"]),
+    ]
+    for read in readers:
+        with pytest.raises(TOPDError, match=r"run\.json: "):
+            read()
+    assert audit_run(folder, updates=0).faults
 
 
 def test_only_fields_that_are_new_are_left_out():

@@ -273,7 +273,10 @@ def test_a_template_that_writes_the_date_is_named_and_a_fixed_date_resumes(tmp_p
 @pytest.mark.parametrize("name", ["manifest.json", "run.json"])
 def test_a_run_whose_beginnings_are_lost_is_not_resumed(run, name):
     (run / name).write_text("{")
-    with pytest.raises(TOPDError, match=f"{name} cannot be read"):
+    with pytest.raises(TOPDError, match=f"{name}: not valid JSON"):
+        resume(run)
+    (run / name).unlink()
+    with pytest.raises(TOPDError, match=f"{name} is missing"):
         resume(run)
 
 

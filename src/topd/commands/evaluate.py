@@ -33,9 +33,10 @@ from topd.inputs.models.heads import check_head
 from topd.inputs.models.vocabulary import check_embedding_rows, shared_ids
 from topd.inputs.rows import DataSpec
 from topd.report import page_line
-from topd.runs.files import as_json, digest, read_lines, read_whole, trim
+from topd.runs.files import as_json, digest, read_lines, trim
 from topd.runs.folder import BEGUN, RunFolder, manifest
 from topd.runs.lock import one_writer
+from topd.runs.records import read_run
 from topd.statistics import Interval
 from topd.training.progress import say
 
@@ -268,7 +269,7 @@ def _trained_with(model: ModelSpec) -> dict[str, Any]:
     """How the run that a student or a checkpoint is of wrote prompts; empty if it is of none."""
     place = Path(model.path).expanduser()
     of_training = place.name == "student" or place.name.startswith("checkpoint-")
-    stored = read_whole(place.parent / "run.json") if of_training else {}
+    stored = read_run(place.parent) if of_training else {}
     recorded = (stored.get("recipe") or {}).get("data")
     if not recorded:  # as of a trainer made in Python
         return {}

@@ -39,6 +39,7 @@ from topd.inputs.models.pairs import load_pair, tokenizers_of
 from topd.runs.files import as_json, read_lines, read_whole, trim
 from topd.runs.folder import RunFolder, check_run_folder, manifest
 from topd.runs.lock import one_writer
+from topd.runs.records import read_run
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenWriter
 from topd.training.experience import Observer
@@ -311,7 +312,7 @@ def _run_record(command: str, recipe: Recipe) -> dict[str, Any]:
 
 def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
     """Refuse to continue with what was begun otherwise."""
-    stored, ours = read_whole(folder / "run.json"), _run_record(command, recipe)
+    stored, ours = read_run(folder), _run_record(command, recipe)
     if not stored:
         check_run_folder(folder)
         return
@@ -323,7 +324,7 @@ def _check_same(folder: Path, command: str, recipe: Recipe) -> None:
     own = {f.name for f in fields(recipe.args)} - {f.name for f in fields(TrainingArguments)} - FREE
     for part, keys in (("recipe", set(ours["recipe"])), ("config", {*own, *SHARED})):
         for key in sorted(keys):
-            before, now = stored[part].get(key), ours[part][key]
+            before, now = (stored.get(part) or {}).get(key), ours[part][key]
             if before != now:
                 raise TOPDError(
                     f"output_dir: {folder} holds a {command} with {key} = {before!r}, now it is "

@@ -19,9 +19,9 @@ from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
 from topd.runs import checkpoints
-from topd.runs.files import read_whole
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
+from topd.runs.records import read_run
 from topd.training.footprint import memory_warning
 from topd.training.progress import Phases, log_line, say
 from topd.training.trainer import TOPDTrainer
@@ -113,7 +113,7 @@ def watch_steps(trainer: TOPDTrainer, console: Console) -> None:
 
 def _begin_anew(folder: Path) -> None:
     """Empty the folder of a run that was stopped before its first checkpoint, and of no other."""
-    settings = read_whole(folder / "run.json")
+    settings = read_run(folder)
     ended = (folder / "student" / "README.md").exists()  # the model card is written last
     if ended or {"command", "compare"} & set(settings):
         kind = "a run that has ended" if ended else "another command's run"

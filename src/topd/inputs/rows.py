@@ -82,8 +82,10 @@ class DataSpec(BaseModel):
         return self
 
     @classmethod
-    def recorded(cls, stored: Mapping[str, Any]) -> DataSpec:
+    def recorded(cls, stored: object) -> DataSpec:
         """Of a run's records, which have every key: those at their defaults were not given."""
+        if not isinstance(stored, Mapping):
+            return cls.model_validate(stored)  # which says so
         usual = {name: known.default for name, known in cls.model_fields.items()}
         return cls.model_validate({k: v for k, v in stored.items() if v != usual.get(k)})
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from topd.errors import TOPDError
-from topd.runs.files import check_is_folder, read_lines, read_whole
-from topd.runs.records import check_format, updates_in
+from topd.runs.files import check_is_folder, read_lines
+from topd.runs.records import check_format, read_run, updates_in
 
 Kind = Literal["training", "probe", "repair", "compare", "evaluation", "gate"]
 MARKS: tuple[tuple[Kind, tuple[str, ...]], ...] = (  # which files make which kind, first hit
@@ -35,8 +35,7 @@ def kind_of(folder: Path) -> Kind:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """The settings in a run's run.json; empty where there are none."""
-    found = read_whole(folder / "run.json").get("config")
-    return found if isinstance(found, dict) else {}
+    return read_run(folder).get("config") or {}
 
 
 def is_stage1(settings: Mapping[str, Any]) -> bool:

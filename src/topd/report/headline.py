@@ -14,6 +14,7 @@ from topd.report.folder import finite, is_stage1, read_logs, settings_of
 from topd.report.summary import SummaryTable, loss_name
 from topd.report.text import plain
 from topd.runs.files import read_whole
+from topd.runs.records import read_run
 from topd.statistics import t_reach
 
 DIVERGENCES = {"reverse_kl": "reverse KL", "forward_kl": "forward KL", "jsd": "generalised JSD"}
@@ -85,7 +86,7 @@ def model_names(folder: Path) -> dict[str, str]:
         for side in ("student", "teacher")
         if isinstance(models.get(side), dict)
     }
-    recipe = read_whole(folder / "run.json").get("recipe")
+    recipe = read_run(folder).get("recipe")
     several = recipe.get("teachers") if isinstance(recipe, dict) else None
     if isinstance(several, dict) and several:
         found["teacher"] = " and ".join(map(str, several))

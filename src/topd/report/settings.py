@@ -11,6 +11,7 @@ from typing import Any
 from topd.report.summary import SummaryTable
 from topd.report.text import plain, visible
 from topd.runs.files import read_whole
+from topd.runs.records import read_run
 from topd.runs.settings import NO_CHOICE, differing, known
 
 FILES = ("run.json", "manifest.json")
@@ -23,7 +24,7 @@ ASKED = ("settings", "suite", "models", "versions", "machine", "data")
 
 def settings_table(folder: Path) -> SummaryTable | None:
     """Models and data of a run, and every setting that is not its default; None: nothing known."""
-    run = read_whole(folder / "run.json")
+    run = read_run(folder)
     rows = [*_made_of(run.get("recipe")), *_changed(run.get("config")), *_of_results(folder)]
     if not rows:
         return None
@@ -37,7 +38,7 @@ def settings_table(folder: Path) -> SummaryTable | None:
 
 def changes_on_resuming(folder: Path) -> Iterator[str]:
     """Where a run went on with other settings than before, and which: a sentence each time."""
-    for resumed in read_whole(folder / "run.json").get("resumed", ()):
+    for resumed in read_run(folder).get("resumed", ()):
         found = [words for key, pair in resumed["changed"].items() for words in _change(key, *pair)]
         if found:
             yield f"After {resumed['step']} updates with other settings: {', '.join(found)}."

@@ -31,7 +31,7 @@ from topd.errors import DISK, StoppedError, TOPDError
 from topd.runs.files import as_json, file_digest, ranks_of, read_whole, sync
 from topd.runs.folder import LINES
 from topd.runs.ledger import HEAD, LEDGER
-from topd.runs.records import FORMAT
+from topd.runs.records import FORMAT, read_run
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +45,7 @@ OTHER_RANKS = (
     "resume_from_checkpoint: an update of {run} has {before} rollouts, of {then} rank(s); of {now} "
     "it would have {here}. Launch as many, or set gradient_accumulation_steps to keep {before}."
 )
+LOST = "resume_from_checkpoint: {path} is missing. Bring it back, or start over in another folder."
 OTHER = (
     "resume_from_checkpoint: {run} was begun with {what} (manifest.json). Go on with the same, or "
     "start over in another folder."
@@ -303,7 +304,10 @@ def check_same(
         TOPDError: other data or models, by their fingerprints, or no record of what they were; or
             other ranks, with more or fewer rollouts an update.
     """
-    before, stored = (_stored(run / name) for name in ("manifest.json", "run.json"))
+    before, stored = read_whole(run / "manifest.json"), read_run(run)
+    for name, content in (("manifest.json", before), ("run.json", stored)):
+        if not content:
+            raise TOPDError(LOST.format(path=run / name))
     for part in ("data", "models"):
         if _without_names(before.get(part)) != _without_names(record[part]):
             if part == "data" and dated:
@@ -314,7 +318,7 @@ def check_same(
         what = "a teacher at a server called {}, not {}".format(*teachers)
         raise TOPDError(OTHER.format(run=run, what=what))
     asked = as_json(settings)
-    pairs = [(part, stored.get(part, {}), asked[part]) for part in ("recipe", "config")]
+    pairs = [(part, stored.get(part) or {}, asked[part]) for part in ("recipe", "config")]
     pairs.append(("versions", before.get("versions", {}), record["versions"]))
     changed = {
         f"{part}.{key}": [then.get(key), value]
@@ -346,16 +350,6 @@ def _without_names(fingerprints: Any) -> Any:
     return {key: _without_names(own) for key, own in fingerprints.items() if key != "name"}
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TOPDError(
-            f"resume_from_checkpoint: {path} cannot be read ({error}). Bring it back, or start "
-            "over in another folder."
-        ) from error
-
-
 def begin_anew(run: Path) -> None:
     """Remove the records and checkpoints of a run that did not finish; nothing if there is none.
 
@@ -364,7 +358,7 @@ def begin_anew(run: Path) -> None:
     Raises:
         TOPDError: ``run.json`` is not valid JSON.
     """
-    if not {"recipe", "config"} <= read_whole(run / "run.json").keys():
+    if not {"recipe", "config"} <= read_run(run).keys():
         return
     for name in (*LINES, LEDGER, HEAD):
         (run / name).unlink(missing_ok=True)

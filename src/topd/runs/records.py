@@ -236,7 +236,29 @@ class GateRecord(Record):
     models: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
+class _Resumed(Record):
+    step: int
+    changed: dict[str, tuple[Any, Any]]
+
+
+class _Run(Record):
+    """Of run.json what its readers rely on."""
+
+    command: str = ""
+    recipe: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None
+    compare: dict[str, Any] | None = None
+    resumed: tuple[_Resumed, ...] = ()
+
+
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A folder's run.json; empty if there is none. Raises TOPDError for one that no run wrote."""
+    content = read_whole(folder / "run.json")
+    _checked(_Run, content, str(folder / "run.json"))
+    return content
 
 
 def check_format(folder: Path) -> int:

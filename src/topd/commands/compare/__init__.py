@@ -66,9 +66,10 @@ from topd.errors import StoppedError, TOPDError, first_line
 from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import ModelSpec
 from topd.runs.checkpoints import begin_anew
-from topd.runs.files import as_json, file_digest, read_lines, read_whole, trim
+from topd.runs.files import as_json, file_digest, read_lines, trim
 from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
+from topd.runs.records import read_run
 from topd.training.progress import say
 from topd.training.warmstart import Answered, WarmstartConfig, WarmstartTrainer
 
@@ -303,7 +304,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         content["compare"].pop(changing)
     if not any((folder / name).exists() for name in ("run.json", RESULTS)):
         return content
-    stored = read_whole(folder / "run.json")
+    stored = read_run(folder)
     if "compare" not in stored:  # what is there is not ours to mend
         raise TOPDError(
             f"output_dir: {folder} holds another run, or a {RESULTS} that is not of this "

@@ -15,6 +15,7 @@ from topd.errors import TOPDError
 from topd.evaluate import Evaluator
 from topd.evaluate.evaluation import first_rows
 from topd.runs.files import digest, read_whole
+from topd.runs.records import read_run
 
 
 def problems_digest(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -89,7 +90,7 @@ def _models(folder: Path, result: Result) -> Iterator[tuple[tuple[str, ...], str
     text has no weights here.
     """
     place = place_of(folder, result["arm"], result["seed"])
-    recipe = read_whole(place / "run.json").get("recipe", {})
+    recipe = read_run(place).get("recipe") or {}
     manifest = read_whole(place / "manifest.json")
     version = manifest.get("versions", {}).get("topd", "")  # which may hash otherwise
     for role, found in manifest.get("models", {}).items():
