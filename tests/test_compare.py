@@ -535,6 +535,23 @@ def test_other_problems_than_those_of_runs_that_are_done_are_refused_before_one_
         run_compare(recipe, [*words, more])
 
 
+def test_other_data_than_that_of_runs_that_are_done_is_refused_before_one_runs(
+    recipe, tmp_path, monkeypatch
+):
+    """Seeds of old and new rows would be averaged as those of one arm."""
+    path = tmp_path / "train.jsonl"
+    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
+    path.write_text("".join(rows))
+    words = [f"--output_dir={tmp_path / 'run'}", f"--data.path={path}", "--max_steps=1"]
+    words += ["--data.chat=false", "--compare.arms={opd: {method: opd}}"]
+    run_compare(recipe, [*words, "--compare.seeds=[0]"])
+    monkeypatch.setattr(compare, "run_arm", lambda *_: pytest.fail("an arm ran"))
+    path.write_text("".join(reversed(rows)))
+    with pytest.raises(TOPDError, match=r"train\.jsonl has other rows than when opd, seed 0 learn"):
+        run_compare(recipe, [*words, "--compare.seeds=[0, 1]"])
+    assert len(results(tmp_path / "run")) == 1
+
+
 def test_a_folder_from_before_a_setting_has_it_at_its_default(recipe, tmp_path):
     """Its finished runs stay; another value of the new setting is another comparison."""
     one = "--compare.arms={opd: {method: opd}}"

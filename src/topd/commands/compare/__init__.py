@@ -39,10 +39,11 @@ from transformers.utils import logging
 
 from topd.commands.compare.budgets import TOKENS
 from topd.commands.compare.problems import (
+    check_data,
     check_models,
     check_problems,
     place_of,
-    problems_digest,
+    rows_digest,
 )
 from topd.commands.compare.start import (
     Comparison,
@@ -103,7 +104,7 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     done = {(result["arm"], result["seed"]) for result in results}
     todo = [run for run in spec.runs() if run[:2] not in done]
     waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
-    check_arms(comparison, waiting)
+    check_data(comparison, check_arms(comparison, waiting), results)
     begun = [spec.baseline] if spec.warmstart else []  # evaluated at the end, whatever is done
     check_problems(comparison, waiting or begun, results)
     run = RunFolder(folder, resume=True, chained=bool(spec.plan))
@@ -143,7 +144,9 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     recipe.args.disable_tqdm = True
     recipe.args.stop_patience = None  # an arm that collapses is a result
     recipe.args.logging_strategy, recipe.args.logging_steps = IntervalStrategy.STEPS, 1  # the costs
-    trainer, evaluation = make_trainer(recipe, recipe.data.load(), warmstart=warmstart)
+    rows = recipe.data.load()
+    learned = rows_digest(rows)
+    trainer, evaluation = make_trainer(recipe, rows, warmstart=warmstart)
     trainer.remove_callback(PrinterCallback)
     if console:
         watch_steps(trainer, console)
@@ -159,7 +162,8 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     curve = _curve(trainer.state.log_history, kept.solved, answered)
     return {
         **_figures(evaluation.latest),
-        "problems": problems_digest(evaluation.evaluator.rows),
+        "problems": rows_digest(evaluation.evaluator.rows),
+        "data": learned,
         **{time: curve[-1][time] for time in SECONDS.values()},
         "teacher_tokens": curve[-1]["teacher_written"],
         "curve": curve,

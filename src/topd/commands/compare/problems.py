@@ -18,8 +18,8 @@ from topd.runs.files import digest, read_whole
 from topd.runs.records import read_run
 
 
-def problems_digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of the rows that are asked, with their references, in order."""
+def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of rows of data, in order."""
     return digest(json.dumps([dict(row) for row in rows], default=str, sort_keys=True).encode())
 
 
@@ -49,7 +49,7 @@ def check_problems(comparison: Comparison, arms: Sequence[str], results: Sequenc
         prompts = kinds[kind].prompts
         repeats.append((arm, first_rows(prompts)))
         sizes.append((arm, len(prompts) - len(repeats[-1][1])))
-        rows.append((arm, problems_digest(kinds[kind].rows)))
+        rows.append((arm, rows_digest(kinds[kind].rows)))
     for found in (sizes, repeats, rows):
         for run, problems in found:
             if problems != found[0][1]:
@@ -60,6 +60,27 @@ def check_problems(comparison: Comparison, arms: Sequence[str], results: Sequenc
                     "chat template may change. Give all arms one evaluation, leave out rows that "
                     "repeat a prompt, and choose another folder."
                 )
+
+
+def check_data(
+    comparison: Comparison,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    results: Sequence[Result],
+) -> None:
+    """Hold what the runs to come learn from (``rows``, by their ``data``) against what runs had.
+
+    Raises TOPDError where that has changed.
+    """
+    now = {data: rows_digest(found) for data, found in rows.items()}
+    for result in results:
+        recipe, _ = comparison.arms.get(result["arm"], (None, False))
+        known = recipe and now.get(recipe.data.model_dump_json())
+        if recipe and known and result.get("data", known) != known:
+            raise TOPDError(
+                f"compare: {recipe.data.path or recipe.data.task} has other rows than when "
+                f"{result['arm']}, seed {result['seed']} learned from it. Bring those back, or "
+                "choose another folder."
+            )
 
 
 def place_of(folder: Path, arm: str, seed: int) -> Path:
@@ -90,7 +111,7 @@ def _models(folder: Path, result: Result) -> Iterator[tuple[tuple[str, ...], str
     text has no weights here.
     """
     place = place_of(folder, result["arm"], result["seed"])
-    recipe = read_run(place).get("recipe") or {}
+    recipe: dict[str, Any] = read_run(place).get("recipe") or {}
     manifest = read_whole(place / "manifest.json")
     version = manifest.get("versions", {}).get("topd", "")  # which may hash otherwise
     for role, found in manifest.get("models", {}).items():

@@ -250,8 +250,10 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def check_arms(comparison: Comparison, names: Sequence[str]) -> None:
+def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Make the start-up checks of arms that read no weights, with the student before stage 1.
+
+    Returns the rows that the arms learn from, by their ``data``.
 
     Raises:
         TOPDError: an arm could not begin.
@@ -272,6 +274,7 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> None:
             if data not in rows:
                 rows[data] = recipe.data.load()
             check_recipe(recipe, rows[data], warmstart=staged)
+    return rows
 
 
 def _asking(args: TOPDConfig) -> TOPDConfig:
