@@ -600,6 +600,11 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
         with pytest.raises(TOPDError, match="another run"):
             run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.seeds=[0]"])
         assert own.read_text() == '{"mine": 1}\n{"mine": 2}'  # not cut: it is another's
+    for path in tmp_path.glob("r*.json*"):
+        path.unlink()
+    (tmp_path / "warmstart" / "student").mkdir(parents=True)  # nor is that the start of the arms
+    with pytest.raises(TOPDError, match="another run"):
+        run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.warmstart"])
 
 
 _ONE = "{arm: opd, key: %s, values: [1]}"

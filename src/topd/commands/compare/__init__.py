@@ -306,13 +306,14 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     content = {**resolved(comparison.recipe), "compare": as_json(spec.model_dump()), **stages}
     for changing in ("jobs", "clock", "plan"):
         content["compare"].pop(changing)
-    if not any((folder / name).exists() for name in ("run.json", RESULTS)):
+    own = ("run.json", RESULTS, *(["warmstart"] if comparison.first else []))
+    if not any((folder / name).exists() for name in own):
         return content
     stored = read_run(folder)
     if "compare" not in stored:  # what is there is not ours to mend
         raise TOPDError(
-            f"output_dir: {folder} holds another run, or a {RESULTS} that is not of this "
-            "comparison. Choose another folder."
+            f"output_dir: {folder} holds another run, or a {RESULTS} or a warmstart/ that is not "
+            "of this comparison. Choose another folder."
         )
     done = {result["arm"] for result in _stored(folder)}
     begun = is_begun(folder)

@@ -116,7 +116,8 @@ def _models(folder: Path, result: Result) -> Iterator[tuple[tuple[str, ...], str
     version = manifest.get("versions", {}).get("topd", "")  # which may hash otherwise
     for role, found in manifest.get("models", {}).items():
         spec = recipe.get(role)
-        known = isinstance(spec, dict) and spec.get("path") and spec.get("text") is None
-        if known and "sha256" in found:
+        if not isinstance(spec, dict) or not spec.get("path") or spec.get("text") is not None:
+            continue
+        if "sha256" in found:
             made_of = [spec, recipe.get("lora") if role == "student" else None, version]
             yield (role, spec["path"], json.dumps(made_of)), found["sha256"]
