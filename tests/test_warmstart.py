@@ -160,6 +160,17 @@ def test_answers_from_the_data_are_its_solutions_and_an_end(tmp_path):
     assert not (tmp_path / "answers.jsonl").exists()
 
 
+def test_answers_that_are_there_need_the_positions_that_they_have(tmp_path):
+    """However long others may be; the teacher's may be that long."""
+    limit = tiny_model().config.max_position_embeddings
+    make(tmp_path, answers="data", max_completion_length=limit)
+    with pytest.raises(TOPDError, match="positions"):
+        make(tmp_path, max_completion_length=limit)
+    data = [{"prompt": "what ?", "solution": "so " * (limit - 2)}]
+    with pytest.raises(TOPDError, match="positions"):
+        make(tmp_path, data=data, answers="data", max_completion_length=limit)
+
+
 def test_a_solution_longer_than_the_limit_is_refused_with_its_row(tmp_path):
     data = [*rows(2), {"prompt": "what ?", "solution": "so " * 24}]
     with pytest.raises(TOPDError, match="data row 2: the solution has 25 tokens"):

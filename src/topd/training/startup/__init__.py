@@ -211,10 +211,16 @@ def encoder_of(
 def check_sources(
     sources: Sources, tokenizers: Tokenizers, prompts: Sequence[Prompt], args: TOPDConfig
 ) -> None:
-    """Whether contexts and servers are long enough for these prompts. Raises TOPDError."""
+    """Whether contexts and servers are long enough for these prompts. Raises TOPDError.
+
+    An answer that is there is as long as it is; one to come may have ``max_completion_length``.
+    """
     response = args.max_completion_length
-    student = response + max((len(prompt.student) for prompt in prompts), default=0)
-    teacher = response + max((len(prompt.teacher) for prompt in prompts), default=0)
+    answers = [response if p.response is None else len(p.response) for p in prompts]
+    student, teacher = (
+        max((len(ids) + own for ids, own in zip(texts, answers, strict=True)), default=response)
+        for texts in ([p.student for p in prompts], [p.teacher for p in prompts])
+    )
     method = args.guidance_method()
     ahead = max(method.beyond(args.longest_window), REWRITTEN if args.detector.windows else 0)
     learned = ahead if "branches" in method.learns else 0
