@@ -236,7 +236,7 @@ def test_of_logs_that_are_rare_all_is_told_by_the_update(tmp_path):
     assert "first 6 and last 9 of 18 updates" in note
     make.lines(tmp_path / "metrics.jsonl", [make.log(1)])
     note = {fact.label: fact.note for fact in training_facts(tmp_path)}["reverse KL"]
-    assert note.endswith("of 1 updates; too few to tell a change")
+    assert note.endswith("of 1 update; too few to tell a change")
 
 
 def test_marks_on_the_page_have_tooltips_and_colours_of_the_theme(tmp_path):

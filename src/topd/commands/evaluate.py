@@ -33,6 +33,7 @@ from topd.inputs.models.heads import check_head
 from topd.inputs.models.vocabulary import check_embedding_rows, shared_ids
 from topd.inputs.rows import DataSpec
 from topd.report import page_line
+from topd.report.text import counted
 from topd.runs.files import as_json, digest, read_lines, trim
 from topd.runs.folder import BEGUN, RunFolder, manifest
 from topd.runs.lock import one_writer
@@ -329,9 +330,10 @@ def show(found: Evaluation, spec: EvaluationSpec, console: Console) -> None:
     for name, interval, write in lines:
         table.add_row(name, write(interval.mean), f"{write(interval.low)} - {write(interval.high)}")
     console.print(table)
-    rows = f" ({found.rows} rows)" if found.rows > found.problems else ""
+    rows = f" ({counted(found.rows, 'row')})" if found.rows > found.problems else ""
+    drawn = counted(found.samples, "sample")
     console.print(
-        f"{found.problems} problems{rows}, {found.samples} samples each at temperature "
+        f"{counted(found.problems, 'problem')}{rows}, {drawn} each at temperature "
         f"{spec.temperature:g}, top-p {spec.top_p:g}, seed {spec.seed}; intervals over problems",
         highlight=False,
     )

@@ -21,6 +21,7 @@ from topd.report.headline import (
     seeds_words,
 )
 from topd.report.summary import loss_name, verdict_in
+from topd.report.text import counted
 from topd.statistics import t_reach
 
 BASE = 12  # characters of a baseline's name that fit into a column of 80
@@ -122,7 +123,8 @@ def _outcomes(summary: Summary) -> Iterator[str]:
 def show_repair(console: Console, summary: Summary) -> None:
     """Print the summary of a repair (repair.json)."""
     table = _table(
-        f"{summary['samples']} forks, {summary['updates']} updates each, learning rate "
+        f"{counted(summary['samples'], 'fork')}, {counted(summary['updates'], 'update')} each, "
+        "learning rate "
         f"{summary['learning_rate']:g}, windows of {summary['window_length']} tokens",
         ("method", "mean OT", "reduction", "against opd"),
         box.SIMPLE_HEAD,
@@ -163,7 +165,7 @@ def show_compare(console: Console, summary: Summary) -> None:
         console.print(line, markup=False, highlight=False)
     problems = summary["summary"][base]["greedy"]["problems"]
     time = "CPU time" if summary.get("clock") == "cpu" else "time"
-    line = f"{problems} problems, {seeds_words(summary)}; per cent; {time} over {base}'s"
+    line = f"{counted(problems, 'problem')}, {seeds_words(summary)}; per cent; {time} over {base}'s"
     console.print(line, markup=False, highlight=False)
 
 
@@ -199,7 +201,7 @@ def percent(found: Summary) -> str:
 
 def _groups(summary: Summary) -> Table:
     table = _table(
-        f"{summary['rollouts']} rollouts, windows of {summary['window_length']} tokens",
+        f"{counted(summary['rollouts'], 'rollout')}, windows of {summary['window_length']} tokens",
         ("tokens", "number", "median OT", "join again", "after"),
     )
     for name in ("high", "random", "low"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.report.folder import Kind, kind_of, read_logs, settings_of
+from topd.report.text import counted
 from topd.runs.files import read_whole
 from topd.runs.records import BranchRecord, ForkRecord, GuidanceRecord, RolloutRecord
 
@@ -156,7 +157,7 @@ def branch_words(branch: BranchRecord, record: GuidanceRecord) -> str:
         whose += ", continued by the student,"
     return (
         f"At token {branch.start} the student learns {whose} in that window's own context, by "
-        f"{by}: {_tokens(len(branch.tokens))}."
+        f"{by}: {counted(len(branch.tokens), 'token')}."
     )
 
 
@@ -223,15 +224,15 @@ def _weighed(record: RolloutRecord) -> Iterator[str]:
     elif 0 in values and len(kept_values) == 1:
         (value,) = kept_values
         yield (
-            f"{len(kept)} of {_tokens(len(own))} count, {value:.4g} times each; the other token "
-            "losses count nothing."
+            f"{len(kept)} of {counted(len(own), 'token')} count, {value:.4g} times each; the other "
+            "token losses count nothing."
         )
     elif len(set(values)) == 1 and places == [t for t in own if t >= places[0]]:
         yield f"Token losses count {values[0]:.4g} times from token {places[0]} on."
     else:
         yield (
             f"Token losses are weighted: {min(values):.4g} to {max(values):.4g} at "
-            f"{len(values)} of {_tokens(len(own))}."
+            f"{len(values)} of {counted(len(own), 'token')}."
         )
 
 
@@ -241,8 +242,8 @@ def _advantages(record: RolloutRecord) -> Iterator[str]:
         low, high = f"{min(found):.4g}", f"{max(found):.4g}"
         yield (
             f"Advantage {low if low == high else f'{low} to {high}'} on the log-prob of "
-            f"{len(found)} of {_tokens(len(_learnable(record)))}; these were sampled, and below 0 "
-            "they are made less likely."
+            f"{len(found)} of {counted(len(_learnable(record)), 'token')}; these were sampled, and "
+            "below 0 they are made less likely."
         )
 
 
@@ -263,7 +264,8 @@ def _places(places: Sequence[int]) -> str:
 
 def _targets(record: RolloutRecord) -> Iterator[str]:
     if record.targets:
-        yield f"Soft targets at {_tokens(len(record.targets))} of the student's own windows."
+        places = counted(len(record.targets), "token")
+        yield f"Soft targets at {places} of the student's own windows."
 
 
 def _many(name: str) -> str:
@@ -273,7 +275,3 @@ def _many(name: str) -> str:
     'false alarms by quota'
     """
     return re.sub(r"(point|alarm)\b", r"\1s", name, count=1)
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,} token{'' if count == 1 else 's'}"

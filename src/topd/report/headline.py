@@ -12,7 +12,7 @@ import numpy as np
 from topd.report.charts import number
 from topd.report.folder import finite, is_stage1, read_logs, settings_of
 from topd.report.summary import SummaryTable, loss_name
-from topd.report.text import plain
+from topd.report.text import counted, plain
 from topd.runs.files import read_whole
 from topd.runs.records import read_run
 from topd.statistics import t_reach
@@ -126,7 +126,7 @@ def change_words(name: str, values: Sequence[float], updates: int) -> str:
     'Loss 0.12 to 0.1 over 20 updates: too few logs to tell a change.'
     """
     first, last, _, differ = change(values)
-    over = f"{updates:,} update{'' if updates == 1 else 's'}"
+    over = counted(updates, "update")
     words = {
         None: f"too few {'logs ' * (updates > len(values))}to tell a change",
         False: "no change to be seen",
@@ -150,8 +150,8 @@ def held_out_words(logs: Sequence[Mapping[str, float]]) -> Iterator[str]:
         if len(evaluations) > 1 and all(key in log for log in evaluations):
             before, after = (f"{100 * evaluations[i][key]:.1f} %" for i in (0, -1))
             said = f"Held-out problems, {name}: {before} before, {after} after"
-            problems = f"({evaluations[0]['eval/problems']:.0f} problems)"
-            yield f"{said}{_gain_words(evaluations[-1], key)} {problems}."
+            problems = counted(evaluations[0]["eval/problems"], "problem")
+            yield f"{said}{_gain_words(evaluations[-1], key)} ({problems})."
 
 
 def _gain_words(log: Mapping[str, float], key: str) -> str:

@@ -13,7 +13,7 @@ from topd.errors import TOPDError
 from topd.report.folder import kind_of
 from topd.report.guided import Verdict, rule_of
 from topd.report.rollouts import read_rollout
-from topd.report.text import visible
+from topd.report.text import counted, visible
 from topd.report.viewer import ForkView, RolloutView, view
 from topd.runs.tokens import TokenTexts
 
@@ -50,7 +50,7 @@ def rollout_text(seen: RolloutView, index: int, rule: Verdict) -> RenderableType
     end = "ended by itself" if seen.finished else "cut by the length limit"
     heading = Text(f"rollout {index}: prompt {seen.prompt}, update {seen.step}, ", style="bold")
     turns = f" in {len(seen.replies) + 1} turns" if seen.replies else ""
-    heading.append(f"{len(seen.texts)} tokens{turns}, {end}")
+    heading.append(f"{counted(len(seen.texts), 'token')}{turns}, {end}")
     signs = f"◆ {rule.real}  " + f"○ {rule.alarm}  " * bool(rule.why_alarm)
     legend = Text(f"{signs if seen.forks else ''}underlined: token loss over 1 nat", "dim")
     legend.append("  italic: the environment" if seen.replies else "")

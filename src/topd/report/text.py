@@ -33,6 +33,15 @@ def plain(text: str, *, limit: int = 4000) -> str:
     return visible(" ".join(text.split()), limit=limit)
 
 
+def counted(count: float, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "token"), counted(2000, "token")
+    ('1 token', '2,000 tokens')
+    """
+    return f"{count:,.0f} {what}{'s' * (count != 1)}"
+
+
 def join_visible(texts: Iterable[str]) -> str:
     """Tokens as running text, with line breaks kept and everything else visible."""
     return "".join(visible(text).replace("↵\n", "\n").replace("⇥\t", "\t") for text in texts)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from topd.report.guided import asked_at, asked_of
-from topd.report.text import join_visible, plain, visible
+from topd.report.text import counted, join_visible, plain, visible
 from topd.runs.records import ForkRecord, RolloutRecord
 from topd.runs.tokens import TokenTexts
 
@@ -187,7 +187,7 @@ def _sampled_loss(rollout: RolloutRecord, fork: ForkRecord) -> float | None:
 def _facts(rollout: RolloutRecord, fork: ForkRecord) -> Iterator[tuple[str, str, str]]:
     """What is known of some forks only; a new column of the page is a line here."""
     if fork.rejoin is not None:
-        yield "agree again", f"after {fork.rejoin} token{'s' * (fork.rejoin != 1)}", ""
+        yield "agree again", f"after {counted(fork.rejoin, 'token')}", ""
     if fork.group:
         yield "chosen as", plain(fork.group, limit=20), ""
     if fork.outcome:

@@ -22,6 +22,7 @@ from topd.engines import Engine
 from topd.engines.text import TextEngine
 from topd.errors import TOPDError
 from topd.inputs.models import eos_ids
+from topd.report.text import counted
 from topd.runs.folder import guidance_record, rollout_record
 from topd.runs.records import DRAWN, JUDGED
 from topd.runs.verified import read_records
@@ -48,9 +49,11 @@ class Rederived:
         """For what was checked; ``seed`` is that of the updates that were chosen."""
         yield from sorted(self.left_out)
         if self.updates:
+            which = f"update{'s' * (len(self.updates) > 1)}"
             yield (
-                f"decisions: {self.rollouts} rollouts and {self.candidates} candidates of the "
-                f"updates {', '.join(map(str, sorted(self.updates)))} re-derived (--seed {seed})"
+                f"decisions: {counted(self.rollouts, 'rollout')} and "
+                f"{counted(self.candidates, 'candidate')} of the {which} "
+                f"{', '.join(map(str, sorted(self.updates)))} re-derived (--seed {seed})"
             )
 
 

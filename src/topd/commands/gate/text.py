@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from topd.report.text import counted
+
 if TYPE_CHECKING:
     from topd.commands.gate import Figure, Suite
 
@@ -31,8 +33,9 @@ def card_text(
     base: str, suite: Suite, figures: Sequence[Figure], lost: Sequence[int], good: bool
 ) -> str:
     """The gate's result as a section of a model card: evidence, and known failures."""
+    asked = counted(figures[0].harm.problems, "problem")
     lines = [
-        f"{'Passed' if good else 'FAILED'} against `{base}` on {figures[0].harm.problems} problems "
+        f"{'Passed' if good else 'FAILED'} against `{base}` on {asked} "
         f"of `{suite.problems.path}`, same prompts and random numbers. Harm is how much worse. "
         "Where all harms are within their limits, some figure is called worse in about "
         f"{suite.error:.0%} of cases at most.",

@@ -12,7 +12,7 @@ from topd.report.charts import Chart, number
 from topd.report.charts.svg import ALARM, FAINT, INK, REAL, hint
 from topd.report.headline import model_name
 from topd.report.summary import SummaryTable
-from topd.report.text import plain
+from topd.report.text import counted, plain
 from topd.runs.records import (
     EvaluationRecord,
     GateFigure,
@@ -50,7 +50,7 @@ def evaluation_words(folder: Path) -> Iterator[str]:
         samples = f", and {_share(drawn)} of its samples are right" if drawn else ""
         yield (
             f"{_model(found.settings.get('model', {}))} solves {_share(greedy)} of "
-            f"{found.problems:,} problems of {_file(data)} greedily{samples}."
+            f"{counted(found.problems, 'problem')} of {_file(data)} greedily{samples}."
         )
     if cut and cut.mean > CUT_OFF:
         limit = data.get("max_tokens")
@@ -120,9 +120,10 @@ def gate_words(folder: Path) -> Iterator[str]:
         return
     problems = found.suite.get("problems", {})
     base, candidate = (_model(found.models.get(role, {})) for role in ("base", "candidate"))
-    count = f"{max(f.harm.problems for f in found.figures):,} " if found.figures else ""
+    most = max((f.harm.problems for f in found.figures), default=0)
+    asked = counted(most, "problem") if most else "problems"
     told = "Passed" if found.passed else "FAILED"
-    yield f"{told}: {candidate} against {base} on {count}problems of {_file(problems)}."
+    yield f"{told}: {candidate} against {base} on {asked} of {_file(problems)}."
     for figure in found.figures:
         if figure.verdict == "worse":
             yield f"{_title(figure)} is worse: {_harm(figure)}; the limit is {_limit(figure)}."

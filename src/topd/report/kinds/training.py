@@ -29,7 +29,7 @@ from topd.report.charts.svg import ALARM, FAINT, INK, PALETTE, REAL, hint
 from topd.report.folder import finite, is_stage1, read_logs, settings_of
 from topd.report.guided import Verdict, rule_of, trajectory_caption
 from topd.report.headline import DIVERGENCES, change
-from topd.report.text import plain
+from topd.report.text import counted, plain
 from topd.runs.records import GuidanceRecord, read_records, updates_in
 
 Logs = Sequence[Mapping[str, float]]
@@ -247,7 +247,7 @@ def _change(logs: Logs, key: str) -> Fact:
     first, last, count, differ = change(values)
     head, tail = sum(updates[:count]), sum(updates[-count:])
     ends = f"first and last {tail}" if head == tail else f"first {head} and last {tail}"
-    note = f"nats a token, mean of the {ends} of {sum(updates)} updates"
+    note = f"nats a token, mean of the {ends} of {counted(sum(updates), 'update')}"
     arrow = "→" if differ else "to"
     noise = {True: "", False: "; no change to be seen", None: "; too few to tell a change"}[differ]
     return Fact(DIVERGENCES[key], f"{first:.3f} {arrow} {last:.3f}", note + noise)
