@@ -425,6 +425,15 @@ def test_the_help_of_a_command_begins_with_the_settings_that_it_alone_has(verb, 
     assert "Settings, each --NAME VALUE: method, " in shown
 
 
+@pytest.mark.parametrize("verb", [one.callback.__name__ for one in cli.app.registered_commands])
+def test_help_cuts_no_name_off_at_80_columns(verb, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = {"import_": "import", "evaluate_model": "eval"}
+    shown = command(names.get(verb, verb.replace("_", "-")), "--help").output
+    assert "Usage: " in shown
+    assert "…" not in shown
+
+
 def test_a_paragraph_of_help_runs_on_from_line_to_line():
     assert "16384. Both have" in command("serve-teacher", "--help").output
 

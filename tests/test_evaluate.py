@@ -950,7 +950,7 @@ BAD = [
     (["model", "gsm8k.jsonl", "--batch-size", "-1"], "or equal to 1 (given: -1)"),
     (["model", "gsm8k.jsonl", "--seed", "-1"], "--seed: Input should be greater than or equal"),
     (
-        ["model", "gsm8k.jsonl", "--template-kwargs", "a"],
+        ["model", "gsm8k.jsonl", "--chat-template-kwargs", "a"],
         "--chat-template-kwargs: Input should be a valid dictionary (given: 'a')",
     ),
 ]

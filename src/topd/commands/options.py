@@ -46,13 +46,14 @@ TopP = Annotated[float, typer.Option(help="Of the samples.")]
 MaxTokens = Annotated[int, typer.Option(help="Longest response.")]
 Limit = Annotated[int | None, typer.Option(help="Take the first problems only.")]
 BatchSize = Annotated[int, typer.Option(help="Responses at a time; changes no result.")]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"],
+    typer.Option(metavar="<str>", help="Of the weights: float32, bfloat16 or float16."),
+]
 Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat template, if there.")]
 TemplateKwargs = Annotated[
     str | None,
     typer.Option(
-        "--chat-template-kwargs",
-        "--template-kwargs",
         help="As in a recipe, e.g. '{enable_thinking: false}'; by default those of the run.",
     ),
 ]
