@@ -159,3 +159,6 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_to_do(monkeypatch):
     monkeypatch.setattr(TOPDConfig, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     assert "the GPU has 1." in str(memory_warning(model, model, args, prompts))
+    gpu.total_memory = 2 * GIB
+    assert memory_warning(model, tiny_model(), args, prompts) is None
+    assert memory_warning(model, tiny_model(), args, prompts, GIB) is not None  # with an average

@@ -122,6 +122,7 @@ def test_an_average_of_small_steps_is_not_rounded_away(tmp_path, dtype) -> None:
             one.update()
     assert torch.equal(other.weight, teacher.weight)
     assert teacher.weight.dtype == kind
+    assert average.bytes == (0 if kind == torch.float32 else 4 * 2500)
     due = 0.5 + 0.0625 * (1 - 0.99**150)
     torch.testing.assert_close(teacher.weight, torch.full_like(teacher.weight, due))
 

@@ -81,8 +81,9 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool, alone:
     if checkpoint:
         say(console, f"resuming from {checkpoint.name}")
     say(console, trainer.args.settings_of_method())
+    average = trainer.average.bytes if trainer.average else 0
     large = memory_warning(
-        trainer.model, trainer.teacher_model, trainer.args, trainer.train_dataset
+        trainer.model, trainer.teacher_model, trainer.args, trainer.train_dataset, average
     )
     if large:
         say(console, f"warning: {large}")

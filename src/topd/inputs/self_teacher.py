@@ -93,6 +93,12 @@ class Average(TrainerCallback):
         }
         self._student, self.ema = student, ema
 
+    @property
+    def bytes(self) -> int:
+        """Of what it keeps besides the teacher's own weights."""
+        kept = (p for name, p in self._average.items() if p is not self._read[name])
+        return sum(p.numel() * p.element_size() for p in kept)
+
     def on_step_end(self, *_: object, **__: object) -> None:
         """An update is done."""
         self.update()

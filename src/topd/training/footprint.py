@@ -212,13 +212,17 @@ def memory_warning(
     teacher: PreTrainedModel | TeacherSet,
     args: TOPDConfig,
     prompts: Sequence[Prompt],
+    average: int = 0,
 ) -> str | None:
-    """A warning where an update is predicted not to fit on this process's GPU; else None."""
+    """A warning where an update is predicted not to fit on this process's GPU; else None.
+
+    ``average``: bytes of a self-teacher's besides its weights.
+    """
     if args.device.type != "cuda" or not prompts:
         return None
     capacity = torch.cuda.get_device_properties(args.device).total_memory
     own, other = size_of(student, trained=True), size_of_all(teacher)
-    sizes = own, replace(other, bytes=0) if teacher is student else other
+    sizes = own, replace(other, bytes=0 if teacher is student else other.bytes + average)
     return warning(highest(peaks(*sizes, work_of(args, prompts)), args), capacity)
 
 
