@@ -227,7 +227,7 @@ def test_runs_after_one_that_fails_are_run_and_it_is_said_which_failed(
         return {key: value for key, value in found.items() if key not in ("arm", "seed")}
 
     monkeypatch.setattr(compare, "run_arm", run_arm)
-    monkeypatch.setattr(compare, "check_arms", lambda *_: None)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: {})
     said = r"arm 'bad', seed 0: update 0: not finite\. 1 more failed: 'bad', seed 1\. .* kept"
     with pytest.raises(StoppedError, match=said) as found:
         run_compare(recipe, words, console=console)
@@ -260,7 +260,7 @@ def test_a_run_that_fails_leaves_its_models_no_memory(recipe, tmp_path, monkeypa
         raise fault if len(models) > 1 else StoppedError("not finite.", NONFINITE) from fault
 
     monkeypatch.setattr(compare, "run_arm", run_arm)
-    monkeypatch.setattr(compare, "check_arms", lambda *_: None)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: {})
     console = Console(record=True, width=200)
     said = r"arm 'opd', seed 0: not finite\. 2 more failed: 'b', seed 0; 'c', seed 0"
     with pytest.raises(StoppedError, match=said) as found:

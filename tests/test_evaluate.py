@@ -1023,7 +1023,7 @@ def test_rows_that_repeat_a_prompt_are_told(root, invoke, tmp_path, caplog):
     result = invoke("model", str(tmp_path / "twice.jsonl"), "--output", str(tmp_path / "a"))
     assert result.exit_code == 0, result.output
     assert "twice.jsonl: 3 rows, 1 different prompts." in caplog.text
-    assert "1 problems (3 rows), 2 samples each" in result.stdout
+    assert "1 problem (3 rows), 2 samples each" in result.stdout
     assert [table.title for table in evaluation_tables(tmp_path / "a")] == ["Figures", "Rows"]
 
 
