@@ -43,7 +43,7 @@ class Upstream(NamedTuple):
         return Upstream(divergence, own, targets)
 
     def flat(self, like: Int[Tensor, "P M"]) -> Float[Tensor, "P 2+M"]:
-        """All factors of a token side by side, shaped after the target tokens, as wide as can be."""
+        """All factors of a token side by side, after the target tokens, as wide as can be."""
         zero = like.new_zeros(len(like), dtype=wide_dtype(like.device))
         parts = [
             zero if self.divergence is None else self.divergence,
