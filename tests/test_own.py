@@ -85,7 +85,7 @@ def test_the_example_of_the_page_knows_rollouts_of_several_turns(own):
 
 
 WRONG = """
-from topd.types import Guidance
+from topd.types import Guidance, SoftTarget
 
 def few(evidence):
     return [Guidance((1.0,)) for _ in evidence.rollouts]
@@ -95,6 +95,13 @@ def other(evidence):
 
 def one(evidence):
     return Guidance(()),
+
+def beyond(evidence):
+    rows = [r.response for r in evidence.rollouts]
+    return [Guidance((1.0,) * len(r), (SoftTarget(len(r), (3,), (1.0,)),)) for r in rows]
+
+def before(evidence):
+    return [Guidance((1.0,) * len(r.response), capped=(-1,)) for r in evidence.rollouts]
 
 def turned(tokens):
     return tokens.student.T
@@ -107,6 +114,11 @@ def turned(tokens):
         ({"method": "wrong:few"}, r"^method: gave 1 weights and 0 advantages to a rollout of \d+ "),
         ({"method": "wrong:other"}, r"^method: gave \d+ weights and 1 advantages to a rollout of"),
         ({"method": "wrong:one"}, r"^method: must return 4 Guidance here, .* returned \(Guidance"),
+        (
+            {"method": "wrong:beyond"},
+            r"^method: has a target, .* at \d+ of a rollout of \d+ tokens",
+        ),
+        ({"method": "wrong:before"}, r"^method: has a target, .* at -1 of a rollout of \d+ tokens"),
         (
             {"method": "window_sft", "candidate_loss": "wrong:turned", "window_length": 4},
             r"^candidate_loss: must return a tensor \[B T\], here \(4, 12\), .* returned \(12, 4\)",

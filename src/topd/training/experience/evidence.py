@@ -260,7 +260,7 @@ def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
 
 
 def _check_guidance(found: object, rollouts: Sequence[Rollout]) -> None:
-    """Raises TOPDError where a method has not given a Guidance a rollout, a weight a token."""
+    """Raises TOPDError where a method has not given a Guidance a rollout that fits it."""
     given = found if isinstance(found, Sequence) else ()
     if len(given) != len(rollouts) or not all(isinstance(guide, Guidance) for guide in given):
         raise TOPDError(
@@ -274,6 +274,13 @@ def _check_guidance(found: object, rollouts: Sequence[Rollout]) -> None:
                 f"method: gave {weights} weights and {advantages} advantages to a rollout of "
                 f"{tokens} tokens. Give each of its tokens a weight, and an advantage or none."
             )
+        places = [*guide.capped, *(target.position for target in guide.targets)]
+        for place in (*places, *(branch.start for branch in guide.branches)):
+            if not 0 <= place < tokens:
+                raise TOPDError(
+                    f"method: has a target, a branch or a capped token at {place} of a rollout of "
+                    f"{tokens} tokens. Count them from 0."
+                )
 
 
 def checked_scores(scores: object, mask: Tensor) -> Tensor:
