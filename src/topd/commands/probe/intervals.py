@@ -11,7 +11,7 @@ never leave the range of their values, and that of five prompts has less than 95
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TypeAlias
@@ -41,6 +41,7 @@ def intervals(
     repeats: int,
     seed: int,
     behind: Mapping[str, int] = MappingProxyType({}),
+    shares: Collection[str] = (),
 ) -> dict[str, Estimate]:
     """Every statistic of ``measure`` with a bootstrap interval over prompts.
 
@@ -49,7 +50,8 @@ def intervals(
         measure: statistics by name; NaN where one is not defined.
         repeats: resamples.
         seed: of the resampling.
-        behind: of the statistics that are shares, in [0, 1], the number of prompts behind each.
+        behind: the number of prompts behind each statistic that not all prompts are behind.
+        shares: the statistics that are shares, in [0, 1].
 
     Returns:
         The statistics of ``columns`` and percentiles over the resamples in which they are defined;
@@ -69,13 +71,18 @@ def intervals(
     for name, value in values.items():
         prompts = behind.get(name, len(start))
         low, high = _percentiles([one.get(name, math.nan) for one in drawn], prompts)
-        if low is not None and low == high and name in behind:
+        if low is not None and low == high and name in shares:
             exact = bootstrap([value] * prompts)
             low, high = exact.low, exact.high
         elif low == high or prompts < LEAST_PROMPTS:
             low = high = None
         found[name] = Estimate(number(value), low, high)
     return found
+
+
+def method_of(repeats: int) -> str:
+    """What a summary says of its intervals; before 2026-11-28 they were plain percentiles."""
+    return f"95 % expanded percentile bootstrap over prompts, {repeats} resamples"
 
 
 def number(value: float) -> float | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
-from topd.commands.probe.intervals import Array, Estimate, intervals, number
+from topd.commands.probe.intervals import Array, Estimate, intervals, method_of, number
 from topd.commands.probe.outcomes import HALF
 from topd.commands.session import ROLLOUTS, AnalysisConfig
 from topd.errors import TOPDError
@@ -124,9 +124,12 @@ def measure(columns: Array) -> dict[str, float]:
 
 
 def prompts_behind(columns: Array) -> dict[str, int]:
-    """Of each share in :func:`measure` how many prompts have a position that it is taken over."""
-    shares = _shares(_by_group(columns))
-    return {name: len(np.unique(some["prompt"])) for name, (some, _) in shares.items()}
+    """Of each figure in :func:`measure` how many prompts have a position that it is taken over."""
+    groups = _by_group(columns)
+    behind = {name: groups.get(name.rpartition("/")[2], columns) for name in measure(columns)}
+    behind |= {name: some for name, (some, _) in _shares(groups).items()}
+    behind["threshold"] = groups["low"]
+    return {name: len(np.unique(some["prompt"])) for name, some in behind.items()}
 
 
 def is_real(distance: Array, threshold: float) -> Array:
@@ -246,7 +249,7 @@ def summarise(
         "prompts": len(np.unique(sample.columns["prompt"])),
         "positions": sample.positions,
         "positions_in_statistics": len(sample.columns),
-        "interval": f"95 % percentile bootstrap over prompts, {args.bootstrap} resamples",
+        "interval": method_of(args.bootstrap),
         "window_length": args.window_length,
         "token_loss": args.candidate_loss,
         "verdict": verdict(found["false_alarm_share"], found["spearman/token_loss/random"]),
@@ -283,8 +286,14 @@ def _no_threshold(columns: Array, args: AnalysisConfig) -> str:
 
 
 def _measured(columns: Array, args: AnalysisConfig) -> dict[str, Estimate]:
-    behind = prompts_behind(columns)
-    return intervals(columns, measure, repeats=args.bootstrap, seed=args.seed, behind=behind)
+    return intervals(
+        columns,
+        measure,
+        repeats=args.bootstrap,
+        seed=args.seed,
+        behind=prompts_behind(columns),
+        shares=_shares(_by_group(columns)),
+    )
 
 
 def _statistics(found: dict[str, Estimate]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from topd.commands.probe.intervals import Array, intervals
+from topd.commands.probe.intervals import Array, intervals, method_of
 from topd.commands.probe.statistics import cost_of
 from topd.commands.repair.config import RepairConfig
 from topd.runs.files import read_lines
@@ -32,7 +32,7 @@ def summarise(folder: Path, args: RepairConfig) -> dict[str, Any]:
         "trajectory_weight": {
             name: args.loss_of(name).trajectory_weight for name in args.method_names
         },
-        "interval": f"95 % percentile bootstrap over prompts, {args.bootstrap} resamples",
+        "interval": method_of(args.bootstrap),
         "mean_distance_found": float(table["found"].mean()),
         "arms": {
             name: {
