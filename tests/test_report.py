@@ -412,6 +412,8 @@ def test_a_comparison_shows_means_with_intervals_and_curves_over_seeds(tmp_path)
 def test_a_summary_keeps_every_figure_whatever_its_depth():
     (figures,) = summary_tables({"a": {"b": {"mean": 0.5, "low": 0.25, "high": 1}}, "n": 3})
     assert figures.rows == (("A · b", "0.5", "0.25 to 1"), ("N", "3", ""))
+    (figures,) = summary_tables({"few": {"value": 0.5, "low": None, "high": None}})
+    assert figures.rows == (("Few", "0.5", "-"),)
 
 
 def test_a_verdict_stands_with_its_rule_and_histograms_are_not_printed():

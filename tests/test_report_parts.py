@@ -320,8 +320,17 @@ def test_a_terminal_of_80_columns_shows_forks_windows_and_plan(tmp_path):
 
 def test_a_terminal_shows_what_a_repair_made_of_the_prefix(tmp_path):
     text = terminal(make.repair(tmp_path), 1)
+    assert "rollout 1: prompt 1, 6 tokens" in text  # of no update
+    assert "underlined: token loss over 1 nat" in text
     for arm, distances in make.SAMPLES.items():
         assert f"{arm}, OT distance {distances[1]:.3f}" in text
+
+
+def test_a_terminal_speaks_of_no_loss_where_no_teacher_scored(tmp_path):
+    make.training(tmp_path, rollouts=1)
+    row = {**make.rollout(0, 0, 0, range(9)), "teacher_logprobs": []}
+    make.lines(tmp_path / "rollouts.jsonl", [row])
+    assert "token loss over 1 nat" not in terminal(tmp_path)
 
 
 def test_hostile_text_sends_no_control_to_the_terminal(tmp_path):
@@ -467,12 +476,12 @@ def test_a_repair_is_told_by_method_the_best_first():
     arms["topd"]["difference_to_opd"] = {"value": -0.02, "low": -0.05, "high": 0.01}
     arms["relay"]["difference_to_opd"] = {"value": 0.03, "low": 0.01, "high": 0.05}
     assert list(repair_words({"samples": 4, "updates": 5, "arms": arms})) == [
-        "5 updates at each of 4 forks lower the mean OT distance from the student's continuation "
-        "to the teacher's by:",
+        "5 updates at each of 4 forks: the mean OT distance from the student's continuation to "
+        "the teacher's falls by:",
         "topd 9.0 % [3.0, 13.0]; OT distance less opd's -0.020 [-0.050, 0.010], no difference to "
         "be seen.",
         "opd 1.0 % [-2.0, 4.0]: the interval holds 0, no change to be seen.",
-        "olive 0.0 %: too few forks for an interval.",
+        "olive 0.0 %, no interval (too few prompts, or equal values).",
         "relay -5.0 % [-8.0, -2.0]: farther away than before; OT distance less opd's +0.030 "
         "[0.010, 0.050].",
     ]
@@ -487,7 +496,7 @@ def test_a_probe_ends_with_what_to_do(verdict):
     figures, so = probe_words(summary)
     assert figures == (
         "False alarms among high-loss tokens: 64.6 % [47.7, 76.0]. Spearman's rho between token "
-        "loss and OT over random tokens: 0.20, no interval (too few prompts)."
+        "loss and OT over random tokens: 0.20, no interval (too few prompts, or equal values)."
     )
     assert so.startswith("So: ")
     figures, so = probe_words({"verdict": verdict, "token_loss": "surprise"})

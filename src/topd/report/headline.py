@@ -28,6 +28,7 @@ RANKED = 4  # of so many first and last values each, being apart is a case in 35
 SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
 ARM = 100  # characters of an arm's name in a table: arms of a sweep differ at their ends
 ALL_SPENT = 0.995  # of a budget
+NO_INTERVAL = "no interval (too few prompts, or equal values)"
 SO = {
     "good": (
         "So: for this pair the {loss} can choose where to look. That looking ahead then pays is "
@@ -68,7 +69,7 @@ def _estimate(summary: Mapping[str, Any], scale: int, *path: str) -> str:
     digits, unit = (1, " %") if scale == 100 else (2, "")
     said = f"{scale * value:.{digits}f}{unit}"
     if low is None or high is None:
-        return f"{said}, no interval (too few prompts)"
+        return f"{said}, {NO_INTERVAL}"
     return f"{said} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
 
 
@@ -174,8 +175,9 @@ def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
     }
     if not arms:
         return
-    each = f"{summary.get('updates', 'a few')} updates at each of {summary.get('samples')} forks"
-    yield f"{each} lower the mean OT distance from the student's continuation to the teacher's by:"
+    updates, forks = (summary.get(key, 0) for key in ("updates", "samples"))
+    each = f"{counted(updates, 'update')} at each of {counted(forks, 'fork')}"
+    yield f"{each}: the mean OT distance from the student's continuation to the teacher's falls by:"
     ranked = sorted(arms.items(), key=lambda pair: -pair[1]["value"])
     for name, gain in ranked:
         said, low, high = (
@@ -184,7 +186,7 @@ def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
             gain["high"],
         )
         if low is None or high is None:
-            yield f"{said}: too few forks for an interval."
+            yield f"{said}, {NO_INTERVAL}."
             continue
         noise = ": the interval holds 0, no change to be seen" * (low <= 0 <= high)
         worse = ": farther away than before" * (high < 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from topd.report.summary import SummaryTable
-from topd.report.text import plain, visible
+from topd.report.text import counted, plain, visible
 from topd.runs.files import read_whole
 from topd.runs.records import read_run
 from topd.runs.settings import NO_CHOICE, differing, known
@@ -41,7 +41,8 @@ def changes_on_resuming(folder: Path) -> Iterator[str]:
     for resumed in read_run(folder).get("resumed", ()):
         found = [words for key, pair in resumed["changed"].items() for words in _change(key, *pair)]
         if found:
-            yield f"After {resumed['step']} updates with other settings: {', '.join(found)}."
+            done = counted(resumed["step"], "update")
+            yield f"After {done} with other settings: {', '.join(found)}."
 
 
 def _change(key: str, old: Any, new: Any) -> Iterator[str]:

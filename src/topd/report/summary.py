@@ -40,9 +40,8 @@ def verdict_in(content: Mapping[str, Any]) -> tuple[str, str]:
         if isinstance(verdict, str):
             name = loss_name(place.get("token_loss"))
             words = verdict if " " in verdict else f"{name} as a guide: {verdict}"
-            return plain(words[:1].upper() + words[1:]), plain(rule) if isinstance(
-                rule, str
-            ) else ""
+            said = plain(rule) if isinstance(rule, str) else ""
+            return plain(words[:1].upper() + words[1:]), said
     return "", ""
 
 
@@ -61,8 +60,8 @@ def _figures(content: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tupl
         if isinstance(value, dict):
             centre = next((name for name in CENTRES if name in value), None)
             if centre and {"low", "high"} <= value.keys():
-                interval = f"{_text(value['low'])} to {_text(value['high'])}"
-                yield _label(here), _text(value[centre]), interval
+                ends = [_text(value[end]) for end in ("low", "high") if value[end] is not None]
+                yield _label(here), _text(value[centre]), " to ".join(ends) or "-"
             else:
                 yield from _figures(value, here)
         elif not _records(value):

@@ -35,25 +35,30 @@ def show(folder: Path, index: int, console: Console) -> None:
         )
     seen = view(read_rollout(folder, index), TokenTexts.read(folder))
     rule = rule_of(folder)
-    console.print(rollout_text(seen, index, rule))
+    console.print(rollout_text(seen, index, rule, trained=kind == "training"))
     for number, fork in enumerate(seen.forks, 1):
         console.print(fork_panel(fork, number, rule))
     if not seen.forks:
         console.print("No candidate in this rollout.", style="dim")
 
 
-def rollout_text(seen: RolloutView, index: int, rule: Verdict) -> RenderableType:
+def rollout_text(seen: RolloutView, index: int, rule: Verdict, *, trained: bool) -> RenderableType:
     """Heading, what the method asks, legend, and the text with its candidates marked.
 
     Tokens of a high loss are underlined, those that count less than once are faint.
     """
     end = "ended by itself" if seen.finished else "cut by the length limit"
-    heading = Text(f"rollout {index}: prompt {seen.prompt}, update {seen.step}, ", style="bold")
+    update = f"update {seen.step}, " * trained  # of probes and repairs there is none
+    heading = Text(f"rollout {index}: prompt {seen.prompt}, {update}", style="bold")
     turns = f" in {len(seen.replies) + 1} turns" if seen.replies else ""
     heading.append(f"{counted(len(seen.texts), 'token')}{turns}, {end}")
-    signs = f"◆ {rule.real}  " + f"○ {rule.alarm}  " * bool(rule.why_alarm)
-    legend = Text(f"{signs if seen.forks else ''}underlined: token loss over 1 nat", "dim")
-    legend.append("  italic: the environment" if seen.replies else "")
+    signs = (
+        (f"◆ {rule.real}", seen.forks),
+        (f"○ {rule.alarm}", seen.forks and rule.why_alarm),
+        ("underlined: token loss over 1 nat", seen.teacher),
+        ("italic: the environment", seen.replies),
+    )
+    legend = Text("  ".join(words for words, there in signs if there), "dim")
     less = {t for t, weight in seen.weights if weight is not None and weight < 1}
     body, forks = Text(), {fork.position: (n, fork) for n, fork in enumerate(seen.forks, 1)}
     for position, text in enumerate(seen.texts):
