@@ -39,7 +39,10 @@ SO = {
         "may write answers. If you look ahead for this pair, do not let the {loss} choose where: "
         "rank candidates by another loss{such}."
     ),
-    "undecided": "So: nothing yet. Run the probe again with more rollouts (--rollouts).",
+    "undecided": (
+        "So: nothing yet. Run the probe again with more rollouts (--rollouts), of six prompts at "
+        "least."
+    ),
 }
 
 
