@@ -458,6 +458,11 @@ def test_stage_1_is_an_arm_like_any_other_and_its_answers_cost(recipe, tmp_path)
     assert set(content["equal"]["new"]) == {"opd", "again"}
     stored = (folder / "results.jsonl").read_text().splitlines(keepends=True)
     (folder / "results.jsonl").write_text("".join(stored[:2]))  # stopped in the third
+    content = json.loads((folder / "run.json").read_text())
+    content["compare"]["arms"]["again"]["overlap"] = True  # without effect, not refused before
+    for stage in (content["start"], content["staged"]["again"]):
+        stage["config"]["window_length"] = 7
+    (folder / "run.json").write_text(json.dumps(content))
     run_compare(recipe, [*words, STAGED, "--compare.references=[opd, new]"])
     assert results(folder)[2]["curve"][-1]["teacher_written"] == written[2]  # its answers too
     content = json.loads((folder / "run.json").read_text())
@@ -563,6 +568,8 @@ def test_a_folder_from_before_a_setting_has_it_at_its_default(recipe, tmp_path):
         if content["config"].get(name) == as_json(OWN[name]):
             del content["config"][name]
     del content["recipe"]["teacher"]["as_text"]
+    content["config"]["logging_steps"] = 7  # without effect, and not refused by older versions
+    content["compare"]["arms"]["opd"]["stop_length"] = 3
     stored.write_text(json.dumps(content))
     assert results(run_compare(recipe, words)) == first
     stored.write_text(json.dumps(content))

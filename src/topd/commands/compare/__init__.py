@@ -46,6 +46,7 @@ from topd.commands.compare.problems import (
     rows_digest,
 )
 from topd.commands.compare.start import (
+    FIXED,
     Comparison,
     apart_from_stage,
     check_arms,
@@ -72,12 +73,13 @@ from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
 from topd.runs.records import read_run
 from topd.training.progress import say
-from topd.training.warmstart import Answered, WarmstartConfig, WarmstartTrainer
+from topd.training.warmstart import OF_ROLLOUTS, Answered, WarmstartConfig, WarmstartTrainer
 
 RESULTS, SUMMARY = "results.jsonl", "compare.json"
 # settings of ours, which an older version may lack, at their defaults
 OWN = {k: v for k, v in defaults_of(TOPDConfig).items() if k in TOPDConfig.__annotations__}
 OWN_1 = {k: defaults_of(WarmstartConfig)[k] for k in (*OWN, *WarmstartConfig.__annotations__)}
+IDLE_1 = (*FIXED, *OF_ROLLOUTS)  # without effect in an arm of stage 1
 
 Task: TypeAlias = tuple[Path | None, dict[str, Any]]  # the recipe and what is changed in it
 
@@ -337,26 +339,34 @@ def _fixed(content: Mapping[str, Any], done: Collection[str], *, begun: bool) ->
     except ValidationError:
         return content
     arms = spec.all_arms()
-    own = {arm: {k: v for k, v in arms.get(arm, {}).items() if k != "seeds"} for arm in done}
+    own = {arm: _with_effect(arms.get(arm, {})) for arm in done}
     stages = {arm: part for arm, part in content.get("staged", {}).items() if arm in done}
     start = content.get("start") if begun else None
     of_records = ("format", "start", "staged")
     return {
         **{key: part for key, part in content.items() if key not in of_records},
-        **_filled(content, OWN),
+        **_filled(content, OWN, FIXED),
         "compare": {"arms": own, "warmstart": spec.warmstart},
-        "stages": {arm: _filled(part, OWN_1) for arm, part in stages.items()},
-        "start": start and _filled(start, OWN_1),
+        "stages": {arm: _filled(part, OWN_1, IDLE_1) for arm, part in stages.items()},
+        "start": start and _filled(start, OWN_1, OF_ROLLOUTS),
     }
 
 
-def _filled(stage: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _with_effect(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's keys without its seeds, and without what an older version did not refuse."""
+    idle = IDLE_1 if keys.get("stage") == "warmstart" else FIXED
+    return {key: value for key, value in keys.items() if key not in ("seeds", *idle)}
+
+
+def _filled(
+    stage: Mapping[str, Any], own: Mapping[str, Any], idle: Collection[str]
+) -> dict[str, Any]:
     """Recipe and config of a stage; what a version had no setting for is at its default.
 
-    A comparison continues anyway, whether or not it is told to.
+    A comparison continues anyway, whether or not it is told to. ``idle`` has no effect.
     """
     config = {**as_json(own), **stage.get("config", {})}
-    for changing in ("disable_tqdm", "resume_from_checkpoint"):
+    for changing in ("disable_tqdm", "resume_from_checkpoint", *idle):
         config.pop(changing, None)
     return {"recipe": _given(stage.get("recipe")), "config": config}
 
