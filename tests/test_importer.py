@@ -416,7 +416,11 @@ OF_BOTH = "--teacher_model_name_or_path t"
          {"lora_target_modules": ["q_proj", "v_proj"], "beta": 1}),
         ("N=2\nrun a.b=${A:-${B:-$N}} --c ${D:-$((N * (3 + 4)))}", {"a.b": 2, "c": 14}),
         ("M=1\nif [ $X ]; then\n M=2\nelse M=3; fi\nY=(--beta $M)\nX=$M\nX=4\nrun ${Y[@]} --c $X",
-         {"$M": "3, of the last branch of an if or case", "beta": 3, "c": 4}),
+         {"$M": "3, of one branch of an if, case or &&", "beta": 3, "c": 4}),
+        ("M=1 N=2 L=3\nwhile [ $# -gt 0 ]; do case $1 in\n --n) N=$2; shift 2;;\nesac; done\n"
+         "[ $X ] && M=(7)\nrun a.b=$M --c $N --d $L",
+         {"$M": "7, of one branch of an if, case or &&", "a.b": 7, "d": 3,
+          "$N": "2, of one branch of an if, case or &&", "c": 2}),
         ("run a.b=$((2 ** 9)) --c $((N / 0))", {"a.b": "$((2**9))", "c": "$((N/0))"}),
         ("run a.b='{c:1}' --d \"x # \\\"y\\\"\" $MORE \"$@\"",
          {"a.b": {"c": 1}, "d": 'x # "y"', "$MORE": "not set by the file"}),

@@ -266,7 +266,7 @@ def _training(
     begin = next((i for i in range(len(words)) if _starts(words, i)), 0)
     started = _STARTED.search(words[begin])
     found: dict[str, Any] = {
-        f"${name}": f"{value}, of the last branch of an if or case"
+        f"${name}": f"{value}, of one branch of an if, case or &&"
         for name, value in guessed.items()
     }
     for i, word in enumerate(words[begin:], begin):

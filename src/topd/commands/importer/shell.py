@@ -1,14 +1,14 @@
 """The commands of a shell script, word by word, with its variables filled in; nothing is run.
 
 Known are quotes, continued lines, comments, heredocs, arrays, ``$A``, ``${A:-b}``, ``$((A + 1))``,
-``A=1 command``, ``eval`` and ``bash -c``. Of ``if`` and ``case`` the last branch counts, and which
-variables that concerns is kept. What is not known stays as it is written.
+``A=1 command``, ``eval`` and ``bash -c``. Of ``if``, ``case`` and ``&&`` the last branch counts
+that sets a variable by what the file says, and which variables that concerns is kept. What is not
+known stays as it is written.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from topd.commands.yaml_text import LONGEST
 from topd.errors import TOPDError
@@ -25,8 +25,8 @@ _SHELLS = re.compile(r"(.*/)?(ba|z|da)?sh")
 _DEEPEST = 9  # evals in evals
 
 
-def commands_of(script: str) -> list[tuple[list[str], dict[str, Any]]]:
-    """Every command's words, and the variables in them that were set otherwise in a branch.
+def commands_of(script: str) -> list[tuple[list[str], dict[str, str]]]:
+    """Every command's words, and the variables in them that a branch sets.
 
     Raises TOPDError: variables that hold each other grow too long.
 
@@ -44,14 +44,15 @@ def commands_of(script: str) -> list[tuple[list[str], dict[str, Any]]]:
 
 
 class _Shell:
-    """The variables and commands found so far."""
+    """The variables and commands found so far. A variable is a list; without (), of one."""
 
     def __init__(self) -> None:
-        self.known: dict[str, str | list[str]] = {"HOME": "~"}
-        self.commands: list[tuple[list[str], dict[str, Any]]] = []
+        self.known = {"HOME": ["~"]}
+        self.commands: list[tuple[list[str], dict[str, str]]] = []
         self._roots: dict[str, set[str]] = {}  # of a variable: those set in branches that it holds
         self._used: set[str] = set()  # of these, by the words of the command that is read
         self._deep = self._length = self._branch = 0
+        self._after = False  # && or ||
 
     def read(self, text: str) -> None:
         bodies = [found[4] for found in _HEREDOC.finditer(text)]
@@ -59,6 +60,7 @@ class _Shell:
         at = 0
         self._deep += 1
         while at < len(text):
+            self._after = text[:at].endswith(("&&", "||"))
             words, at = self._command(text, at)
             self._done(words)
         for body in bodies if self._deep < _DEEPEST else ():
@@ -69,8 +71,8 @@ class _Shell:
         """Keep a command, and what it assigns."""
         while words and (words[0] in _FIRST or _ASSIGNED.match(words[0])):
             if found := _ASSIGNED.match(words[0]):
-                before = self.known.get(found[1], "") if found[2] else ""
-                self._assign(found, f"{before}{words[0][found.end() :]}")
+                before = "".join(self.known.get(found[1], [])) if found[2] else ""
+                self._assign(found, [before + words[0][found.end() :]])
             words = words[1:]
         used, self._used = self._used, set()
         if not words or words[0] in ("echo", "printf"):
@@ -81,16 +83,20 @@ class _Shell:
         if words[0] == "eval":
             inner = [" ".join(words[1:])]
         if not inner:
-            self.commands.append((words, {name: self.known[name] for name in sorted(used)}))
+            guessed = {name: " ".join(self.known[name]) for name in sorted(used)}
+            self.commands.append((words, guessed))
         elif self._deep < _DEEPEST:
             self._used = used
             self.read(inner[0])
 
-    def _assign(self, found: re.Match[str], value: str | list[str]) -> None:
-        name = found[1]
-        kept = self._roots.get(name, set()) if found[2] or self._branch else set()
-        guessed = self._branch and self.known.get(name, value) != value
-        self._roots[name] = self._used | kept | ({name} if guessed else set())
+    def _assign(self, found: re.Match[str], value: list[str]) -> None:
+        name, in_branch = found[1], self._branch or self._after
+        before = self.known.get(name, value)
+        kept = self._roots.get(name, set()) if found[2] or in_branch else set()
+        guessed = {name} if in_branch and before != value else set()
+        if guessed and "$" in str(value) and "$" not in str(before):
+            value = before  # as of LR=$2, for arguments that the script may get
+        self._roots[name] = self._used | kept | guessed
         self.known[name] = value
 
     def _command(self, text: str, at: int, *, array: bool = False) -> tuple[list[str], int]:
@@ -110,39 +116,45 @@ class _Shell:
             elif c == "(" and words and (name := _ASSIGNED.fullmatch(words[-1])):
                 words.pop()
                 found, at = self._command(text, at + 1, array=True)
-                before = self.known.get(name[1], []) if name[2] else []
-                self._assign(name, [*([before] if isinstance(before, str) else before), *found])
+                self._assign(name, [*(self.known.get(name[1], []) if name[2] else []), *found])
             elif c in _ENDS:
                 at += 1
                 if not array or c == ")":
                     break
             else:
-                first = all(word in _FIRST or _ASSIGNED.match(word) for word in words)
-                found, at = self._word(text, at, first=first)
+                whole = all(word in _FIRST or _ASSIGNED.match(word) for word in words)
+                found, at = self._word(text, at, whole=whole)
                 words += [] if aside else found
                 aside = False
         return words, at
 
-    def _word(self, text: str, at: int, *, first: bool) -> tuple[list[str], int]:
-        """One word; several where something without quotes holds spaces, none where it is empty."""
+    def _word(
+        self, text: str, at: int, *, whole: bool = False, ends: str = _ENDS
+    ) -> tuple[list[str], int]:
+        """One word; several where something without quotes holds spaces, none where it is empty.
+
+        An assignment is ``whole``, spaces or not, and so is what ``ends`` with a double quote.
+        """
         words: list[str] = []
-        word: str | None = None
-        while at < len(text) and text[at] not in _ENDS:
+        word = None
+        while at < len(text) and text[at] not in ends:
             c, after = text[at], text[at + 1 : at + 2]
-            found = [c]
+            quoted, found = ends == '"', [c]
             if c == "\\":
-                found, at = [] if after == "\n" else [after], at + 2
-            elif c == "'" and (end := text.find("'", at + 1)) > 0:
+                plain = quoted and after not in '"$`\\\n'
+                found, at = [] if after == "\n" else [c * plain + after], at + 2
+            elif c == "'" and not quoted and (end := text.find("'", at + 1)) > 0:
                 found, at = [text[at + 1 : end]], end + 1
-            elif array := _ARRAY.match(text, at):
-                found, at = self._braced(array[1]), array.end()
+            elif not quoted and (array := _ARRAY.match(text, at)):
+                found, at = self._value(array[1], array[0][1:-1]), array.end()
             elif c == '"' and text.find('"', at + 1) > 0:
-                more, at = self._quoted(text, at + 1)
-                found = [more]
+                found, at = self._word(text, at + 1, ends='"')
+                found, at = found or [""], at + 1
             elif c in "$`":
                 found, at = self._expanded(text, at)
                 value = " ".join(found)
-                found = [value] if first and _ASSIGNED.match(word or "") else value.split()
+                one = quoted or (whole and _ASSIGNED.match(word or ""))
+                found = [value] if one else value.split()
             else:
                 at += 1
             for n, piece in enumerate(found):
@@ -150,27 +162,11 @@ class _Shell:
                 word = piece if n else (word or "") + piece
         return [*words, word] if word is not None else words, at
 
-    def _quoted(self, text: str, at: int) -> tuple[str, int]:
-        """The text of double quotes, from after the first of them."""
-        value = ""
-        while at < len(text) and text[at] != '"':
-            if text[at] == "\\":
-                after = text[at + 1 : at + 2]
-                value += after if after in '"$`\\' else "" if after == "\n" else f"\\{after}"
-                at += 2
-            elif text[at] in "$`":
-                found, at = self._expanded(text, at)
-                value += " ".join(found)
-            else:
-                value += text[at]
-                at += 1
-        return value, at + 1
-
     def _expanded(self, text: str, at: int) -> tuple[list[str], int]:
         """What a ``$`` or a backtick stands for, and where it ends."""
         end = _closing(text, at)
         if text.startswith("${", at) and end:
-            found = self._braced(text[at + 2 : end - 1])
+            found = self._value(text[at + 2 : end - 1], text[at:end])
         elif text.startswith("$((", at) and end:
             found = [self._reckoned(text[at + 3 : end - 2]) or text[at:end].replace(" ", "")]
         elif end:
@@ -178,9 +174,7 @@ class _Shell:
             found = [f"$({inner[0] if inner else ''})"]  # what it would print is not known
         elif name := _PLAIN.match(text, at):
             end = name.end()
-            value = self.known.get(name[1], name[0])
-            self._used |= self._roots.get(name[1], set())
-            found = [value] if isinstance(value, str) else value[:1]
+            found = self._value(name[1], name[0])
         else:
             end = at + 2
             found = [text[at:end]]
@@ -189,25 +183,26 @@ class _Shell:
             raise TOPDError("the variables of this script become too long. Is it the right file?")
         return found, end
 
-    def _braced(self, inner: str) -> list[str]:
+    def _value(self, inner: str, written: str) -> list[str]:
+        """Of a variable with a default or none; what is ``written`` if that is not known."""
         found = _BRACED.fullmatch(inner)
         if found is None:
-            return [f"${{{inner}}}"]
-        name, whole, sign, default = found.groups()
+            return [written]
+        name, every, sign, default = found.groups()
         value = self.known.get(name)
         self._used |= self._roots.get(name, set())
-        if value is None or (not value and (sign or "").startswith(":")):
+        if value is None or ((sign or "").startswith(":") and not any(value)):
             if default is None:
-                return [f"${{{inner}}}"]
-            value = " ".join(self._command(default, 0, array=True)[0])
+                return [written]
+            value = [" ".join(self._command(default, 0, array=True)[0])]
             if "=" in sign:
                 self.known[name] = value
-        return [value] if isinstance(value, str) else value if whole else value[:1]
+        return value if every else value[:1]
 
     def _reckoned(self, text: str) -> str | None:
         """The value of whole numbers and signs; None: there is something else."""
         filled = re.sub(
-            r"\$?\{?([A-Za-z_]\w*)\}?", lambda name: str(self.known.get(name[1], name[0])), text
+            r"\$?\{?([A-Za-z_]\w*)\}?", lambda m: "".join(self._value(m[1], m[0])), text
         )
         if not re.fullmatch(r"[\d\s()+*/%-]{1,200}", filled) or "**" in filled:
             return None
