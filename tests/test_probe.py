@@ -310,6 +310,11 @@ def test_a_probe_goes_on_to_more_rollouts_or_fewer(recipe, finished, tmp_path, o
     assert load(tmp_path / "run" / "run.json")["config"]["rollouts"] == 10
 
 
+def test_an_analysis_has_no_update_for_rollouts_of_a_prompt_to_divide(tmp_path):
+    """Its remedy, per_device_train_batch_size, has no effect here and is refused."""
+    assert options(tmp_path, num_generations=3).num_generations == 3
+
+
 def test_a_file_is_cut_before_its_first_bad_line(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"n": 0}\n{"n": 1}\n{"n": 2}\n{"n"')

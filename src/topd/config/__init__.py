@@ -12,6 +12,7 @@ from pydantic import Field
 from transformers import TrainingArguments
 
 from topd.config.rules import (
+    check_groups,
     check_learns,
     check_options,
     check_ranks,
@@ -297,6 +298,7 @@ class TOPDConfig(TrainingArguments):
 
     def _check_learns(self) -> None:
         """Where updates follow ``method``."""
+        check_groups(self)
         check_learns(self.method, self.token_loss, self.trajectory_weight)
 
     def _method_options(self) -> dict[str, Any]:

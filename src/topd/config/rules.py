@@ -105,12 +105,6 @@ def check_values(config: TOPDConfig) -> None:
             "kd_ratio: cross-entropy on the student's own samples has no signal. Leave it at "
             "1, or run a warm start."
         )
-    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if rollouts % config.num_generations:
-        raise TOPDError(
-            f"num_generations: {config.num_generations} does not divide the {rollouts} rollouts "
-            "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
-        )
     if config.window_replay and not method_named(config.method).looks_ahead:
         raise TOPDError(
             f"window_replay: {config.method} does not look ahead, so it has no windows to learn "
@@ -234,6 +228,16 @@ def check_learns(name: str, token_loss: str, trajectory_weight: float) -> None:
         f"trajectory_weight: 0 leaves {name} nothing to learn: L_traj is all that it learns"
         f"{' with token_loss: none' if none else ''}. Raise it."
     )
+
+
+def check_groups(config: TOPDConfig) -> None:
+    """Whether an update has all rollouts of a prompt. Raises TOPDError."""
+    rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    if rollouts % config.num_generations:
+        raise TOPDError(
+            f"num_generations: {config.num_generations} does not divide the {rollouts} rollouts "
+            "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
+        )
 
 
 def check_ranks(config: TOPDConfig) -> None:
