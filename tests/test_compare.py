@@ -25,7 +25,7 @@ from conftest import USE_CPU
 from topd import cli
 from topd.commands import compare
 from topd.commands.compare import OWN, run_compare
-from topd.commands.compare.problems import check_models
+from topd.commands.compare.problems import check_models, rows_digest
 from topd.commands.compare.start import read_comparison
 from topd.commands.compare.summary import summarise
 from topd.commands.recipe import read_recipe
@@ -555,6 +555,11 @@ def test_other_data_than_that_of_runs_that_are_done_is_refused_before_one_runs(
     with pytest.raises(TOPDError, match=r"train\.jsonl has other rows than when opd, seed 0 learn"):
         run_compare(recipe, [*words, "--compare.seeds=[0, 1]"])
     assert len(results(tmp_path / "run")) == 1
+
+
+def test_rows_with_a_picture_are_the_same_when_they_are_read_again():
+    first, second = ([{"prompt": "a", "seen": object()}] for _ in range(2))
+    assert rows_digest(first) == rows_digest(second) != rows_digest([{"prompt": "a", "seen": None}])
 
 
 def test_a_folder_from_before_a_setting_has_it_at_its_default(recipe, tmp_path):
