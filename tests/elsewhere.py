@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("elsewhere")
-DEVICE = torch.device("elsewhere", 0)
+DEVICE = torch.device("privateuseone", 0)  # "elsewhere:0" once it is there
 INDICES = ("index.", "index_put", "_index_put", "_unsafe_index")  # may lie on the CPU
 
 
@@ -107,7 +105,10 @@ def empty(size: Any, *_: Any, dtype: Any = None, **__: Any) -> Any:
 
 
 def main(folder: str, *methods: str) -> None:
-    """A training there by each method."""
+    """A training there by each method; the device stays with the process."""
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend("elsewhere")
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)
     library = torch.library.Library("aten", "IMPL")
     library.impl("empty_strided", lambda size, stride, **k: empty(size, **k), "PrivateUse1")

@@ -390,8 +390,8 @@ def test_last_never_empties_the_folder_of_another_run(tmp_path, kind):
     if kind == "ended":
         (run / "student" / "README.md").touch()
     else:
-        key = "command" if kind == "probe" else "compare"
-        (run / "run.json").write_text(json.dumps({key: "something"}))
+        found = {"command": "probe"} if kind == "probe" else {"compare": {"arms": {}}}
+        (run / "run.json").write_text(json.dumps(found))
     with pytest.raises(TOPDError, match=r"holds a(nother command's)? run .*no checkpoint"):
         run_recipe(recipe, [f"--output_dir={run}", "--resume_from_checkpoint=last"])
     assert (run / "positions.jsonl").exists()
