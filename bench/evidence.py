@@ -1,4 +1,4 @@
-"""docs/evidence.md from the committed results: ``python -m bench.evidence``."""
+"""docs/evidence.md and docs/evidence/ from the committed results: ``python -m bench.evidence``."""
 
 import json
 import re
@@ -20,21 +20,22 @@ def _alone(window: int, until: int, more: str = "") -> str:
     return f'--evaluation.limit 400 --compare.sweeps "[]" --compare.arms "{arms}"'
 
 
-RESULTS = Path("docs/results")
+DOCS = Path("docs")
+RESULTS = DOCS / "results"
 FEW = "topd compare recipes/testbed/imitated-few.yaml"
 SCREENING = "python -m bench.screening"
 JUDGED = {  # of larger models: title, command, whose perplexity tells what is forgotten
-    ("real", "words"): (
+    "real-words": (
         "SmolLM2-135M, word problems, 768 answers",
         "python -m bench.real words",
         "English that was not taught here, the documentation strings of Python's library",
     ),
-    ("real", "sums"): (
+    "real-sums": (
         "SmolLM2-135M, one-step word problems, 64 answers",
         "python -m bench.real sums",
         "English that was not taught here, the documentation strings of Python's library",
     ),
-    ("larger", "arithmetic"): (
+    "larger-arithmetic": (
         "30 M parameters, arithmetic, 320 answers",
         "python -m bench.larger",
         "texts of the kind that the base student was made from",
@@ -71,7 +72,11 @@ LABELS = {  # of arms, in text for readers
 }
 BY_CE = "_ce"  # stage 1 by cross-entropy; that of other tables is by forward KL
 READ_PRICES = (READ, 0.1, 0.05, 0.02)
-BEST = ", every method at its own best rate"
+BEST = ": every method at its own best rate"
+READ_FIRST = (
+    "From one student after stage 1. [Evidence](../evidence.md) says what follows from it, and "
+    "[how to read the tables](../evidence.md#how-to-read-the-tables)."
+)
 SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE}
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
 # without "over" the accuracy itself; "at 0.6": sampled as students are served
@@ -79,49 +84,65 @@ FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+|
 
 
 def main() -> None:
-    """Write the page."""
-    Path("docs/evidence.md").write_text(page(), encoding="utf-8")
+    """Write the pages."""
+    DOCS.joinpath("evidence").mkdir(exist_ok=True)
+    for name, text in pages().items():
+        (DOCS / name).write_text(text, encoding="utf-8")
 
 
-def page() -> str:
-    """Introduction and tables."""
+def pages() -> dict[str, str]:
+    """What is read first, with what is short; and the tables of each world. By file."""
+    worlds = _read("imitated", TUNED)
+    tables = {name: [*imitated(found, *_tuned_title(name))] for name, found in worlds.items()}
+    larger = {name: _found(name) for name in JUDGED if _found(name)}
+    for name, found in larger.items():
+        title, command, texts = JUDGED[name]
+        tables[name] = [*imitated(found, title, command), *judged(found, texts)]
+    screened = _found("screening-arithmetic-few")
+    tables["screening"] = [*imitated(screened, "arithmetic, 320 answers: all methods", SCREENING)]
+    for name, found in (worlds | larger | {"screening": screened}).items():
+        tables[name] += tuned(found)
+    tables["screening"] += missing(screened)
+    one_rate = "arithmetic, 320 answers: one rate for all"
+    tables["one-rate"] = [*imitated(_found("imitated-few"), one_rate, FEW)]
+    tables["own-habits"] = [*own_habits()]
+    tables["detectors"] = ["# Detectors: how well each finds the forks", ""]
+    for family, found in _read("detectors", (*FAMILIES, "guesses")).items():
+        tables["detectors"] += [*detectors(family, found), ""]
+    links = {f"evidence/{name}.md": lines[0].removeprefix("# ") for name, lines in tables.items()}
+    written = {page: "\n".join(lines) for page, lines in zip(links, tables.values(), strict=True)}
+    written["evidence.md"] = introduction(worlds, links)
+    return {page: f"{text.strip()}\n" for page, text in written.items()}
+
+
+def introduction(worlds: Mapping[str, Found], links: Mapping[str, str]) -> str:
+    """What is read first, the tables over all worlds, and where those of each are."""
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
-    tuned_worlds = _read("imitated", TUNED)
-    usual = {name: found for name, found in tuned_worlds.items() if not name.endswith(BY_CE)}
-    parts = [filled(text.strip(), tuned_worlds), "\n".join(in_short(usual))]
-    parts.append("\n".join(served(_sharpness())))
-    parts.append("\n".join(reading(tuned_worlds)))
+    usual = {name: found for name, found in worlds.items() if not name.endswith(BY_CE)}
     first = _read("stage-one", [f"{family}-{n}" for n in ("few", "many") for family in FAMILIES])
-    parts.append("\n".join(stage_one(first)))
-    for name, found in tuned_worlds.items():
-        parts.append("\n".join([*imitated(found, *_tuned_title(name)), *tuned(found)]))
-    for (kind, world), (title, command, texts) in JUDGED.items():
-        for found in _read(kind, (world,)).values():
-            parts.append(
-                "\n".join([*imitated(found, title, command), *judged(found, texts), *tuned(found)])
-            )
-    for found in _read("screening", ("arithmetic-few",)).values():
-        title = "arithmetic, 320 answers, a screening of all methods"
-        parts.append(
-            "\n".join([*imitated(found, title, SCREENING), *tuned(found), *missing(found)])
-        )
-    for found in _read("imitated", ("few",)).values():
-        parts.append("\n".join(imitated(found, "arithmetic, 320 answers, one rate for all", FEW)))
-    parts.append((RESULTS / "evidence_older.md").read_text(encoding="utf-8").strip())
-    compared, detected = _read("compare"), _read("detectors", (*FAMILIES, "guesses"))
-    parts.append("\n".join(overview([*compared.items(), *_read("default").items()])))
+    parts = [
+        [filled(text.strip(), worlds)],
+        ["## All tables", "", *(f"- [{title}]({page})" for page, title in links.items())],
+        in_short(usual),
+        served(_sharpness()),
+        reading(worlds),
+        stage_one(first),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def own_habits() -> Iterator[str]:
+    """Students that were warmed up on their own habits: what it says, and every family."""
+    compared, default = _read("compare"), _read("default")
+    yield from (RESULTS / "evidence_older.md").read_text(encoding="utf-8").splitlines()
+    yield ""
+    yield from overview([*compared.items(), *default.items()])
     for family, found in compared.items():
-        parts.append(
-            "\n".join(
-                comparison(family.capitalize(), _command(family) + SHORTER.get(family, ""), found)
-            )
-        )
-    for family, found in _read("default").items():
+        command = _command(family) + SHORTER.get(family, "")
+        yield from ["", *comparison(family.capitalize(), command, found)]
+    for family, found in default.items():
         title = f"first_fork as it comes, on {family}, and what fits into 1.2 times OPD's time"
-        command = f"{_command(family)} {DEFAULT[family]}"
-        parts.append("\n".join(comparison(title, command, found)))
-    parts += ["\n".join(detectors(*found)) for found in detected.items()]
-    return "\n\n".join(parts) + "\n"
+        yield from ["", *comparison(title, f"{_command(family)} {DEFAULT[family]}", found)]
 
 
 def filled(text: str, worlds: Mapping[str, Found]) -> str:
@@ -153,7 +174,7 @@ def filled(text: str, worlds: Mapping[str, Found]) -> str:
 
 def in_short(worlds: Mapping[str, Found]) -> Iterator[str]:
     """Every arm in every world: points over OPD at the ends, and at equal cost for r = 5."""
-    names = [_world(name) for name in worlds]
+    names = [f"[{_world(name)}](evidence/{name}.md)" for name in worlds]
     yield "## In short: points over OPD after imitation, greedy / sampled"
     yield ""
     yield (
@@ -284,13 +305,19 @@ def _command(family: str) -> str:
 
 def _read(kind: str, names: Iterable[str] = FAMILIES) -> dict[str, Found]:
     """What is measured of every family, of those where it is."""
-    paths = {name: RESULTS / f"{kind}-{name}.json" for name in names}
-    return {f: json.loads(path.read_text()) for f, path in paths.items() if path.exists()}
+    return {name: found for name in names if (found := _found(f"{kind}-{name}"))}
+
+
+def _found(name: str) -> Found:
+    """One file of results; empty where it is not measured."""
+    path = RESULTS / f"{name}.json"
+    found: Found = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 def _sharpness() -> dict[str, Found]:
     """What ``bench.sharpness`` found of every world."""
-    return json.loads((RESULTS / "sharpness.json").read_text())
+    return dict(_found("sharpness"))
 
 
 def _tuned_title(name: str) -> tuple[str, str]:
@@ -311,8 +338,10 @@ def _world(name: str) -> str:
 def tuned(found: Found) -> Iterator[str]:
     """What was tried to choose the start and the rates."""
     yield ""
+    yield "## Tuning"
+    yield ""
     yield (
-        "Tuning, on validation problems with seed 100, mean of greedy and pass@1; the best in "
+        "On validation problems with seed 100, mean of greedy and pass@1; the best in "
         "bold. Start (updates at rate): "
         f"{_tried(found['start']['tried'], '{max_steps} at {learning_rate:g}', found)}."
     )
@@ -329,7 +358,7 @@ def judged(found: Found, texts: str) -> Iterator[str]:
     ways = ("temperature 1", "temperature 0.6, top-p 0.95")
     problems = found["judged"]["teacher"][ways[0]]["greedy"]["problems"]
     yield ""
-    yield "### Sharpness is not skill"
+    yield "## Sharpness is not skill"
     yield ""
     yield (
         f"The same students, eight samples of each of {problems} problems; means over seeds, "
@@ -369,7 +398,7 @@ def _spread(values: Sequence[float]) -> str:
 def missing(found: Found) -> Iterator[str]:
     """What a screening left out, and why."""
     yield ""
-    yield "Left out:"
+    yield "## Left out"
     yield ""
     for arm, why in found["left_out"].items():
         yield f"- {arm}: {why}"
@@ -385,7 +414,9 @@ def imitated(found: Found, title: str, command: str) -> Iterator[str]:
     """Methods from a student that has already imitated, and what they spent."""
     references = list(found["against"])
     problems = found["summary"][found["baseline"]]["greedy"]["problems"]
-    yield f"## From a student that has already imitated: {title}"
+    yield f"# {title[0].upper()}{title[1:]}"
+    yield ""
+    yield READ_FIRST
     yield ""
     yield f"`{command}`, {problems} test problems. {START if found['starts'] else SHARED}"
     yield ""
@@ -430,7 +461,7 @@ def _differences(found: Found, reference: str) -> Iterator[str]:
     axes = ["teacher-written tokens", *(f"cost at r = {rate}" for rate in (1, 5, 25))]
     axes = ["seconds"] * bool(found["starts"]) + axes  # as in SHARED
     yield ""
-    yield f"### Against {named(reference)}"
+    yield f"## Against {named(reference)}"
     yield ""
     yield f"| method | score | at the ends | Holm p | equal {' | equal '.join(axes)} |"
     yield f"|---|---|---|---|{'---|' * len(axes)}"
