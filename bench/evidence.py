@@ -71,6 +71,7 @@ LABELS = {  # of arms, in text for readers
     "true fork to the end": "labelled fork, windows to the end",
 }
 BY_CE = "_ce"  # stage 1 by cross-entropy; that of other tables is by forward KL
+DRAWN = (NEW, FORK_BY_CE, FORK_BY_CE + AS_OPD, "first_fork", "topd", "OLIVE", SAME_BY_CE)
 READ_PRICES = (READ, 0.1, 0.05, 0.02)
 BEST = ": every method at its own best rate"
 READ_FIRST = (
@@ -88,6 +89,7 @@ def main() -> None:
     DOCS.joinpath("evidence").mkdir(exist_ok=True)
     for name, text in pages().items():
         (DOCS / name).write_text(text, encoding="utf-8")
+    write_figure(_usual(_read("imitated", TUNED)))
 
 
 def pages() -> dict[str, str]:
@@ -115,15 +117,44 @@ def pages() -> dict[str, str]:
     return {page: f"{text.strip()}\n" for page, text in written.items()}
 
 
+def write_figure(worlds: Mapping[str, Found]) -> None:
+    """Points over OPD of the methods that matter most, in every world."""
+    from matplotlib import pyplot, rcParams
+
+    rcParams.update({"svg.hashsalt": "evidence", "font.size": 9})
+    figure, axes = pyplot.subplots(
+        1, len(worlds), sharey=True, figsize=(12, 3.6), layout="constrained"
+    )
+    places = list(range(len(DRAWN)))[::-1]
+    for axis, (name, found) in zip(axes, worlds.items(), strict=True):
+        axis.axvline(0, color="0.6", linewidth=1)
+        for score, shift, colour in (("greedy", 0.14, "#1f4e9c"), ("pass@1", -0.14, "#c05a00")):
+            known = [
+                (place + shift, *(100 * gain[score][key] for key in ("mean", "low", "high")))
+                for place, arm in zip(places, DRAWN, strict=True)
+                if (gain := found["against"]["opd"].get(arm))
+            ]
+            at, mean, low, high = zip(*known, strict=True)
+            axis.hlines(at, low, high, color=colour, linewidth=1.5)
+            axis.plot(mean, at, "o", color=colour, markersize=4, label=score)
+        if not name.startswith("guesses"):
+            axis.set_xlim(-26, 14)  # the same for all; in guesses olive is 80 points ahead
+        axis.set_title(_world(name).replace(", ", "\n"), fontsize=9)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
+    axes[0].set_yticks(places, [named(arm) for arm in DRAWN])
+    figure.supxlabel("points over OPD; blue: greedy, orange: sampled at temperature 1", fontsize=9)
+    figure.savefig(DOCS / "images" / "over_opd.svg", metadata={"Date": None})
+
+
 def introduction(worlds: Mapping[str, Found], links: Mapping[str, str]) -> str:
     """What is read first, the tables over all worlds, and where those of each are."""
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
-    usual = {name: found for name, found in worlds.items() if not name.endswith(BY_CE)}
     first = _read("stage-one", [f"{family}-{n}" for n in ("few", "many") for family in FAMILIES])
     parts = [
         [filled(text.strip(), worlds)],
         ["## All tables", "", *(f"- [{title}]({page})" for page, title in links.items())],
-        in_short(usual),
+        in_short(_usual(worlds)),
         served(_sharpness()),
         reading(worlds),
         stage_one(first),
@@ -143,6 +174,11 @@ def own_habits() -> Iterator[str]:
     for family, found in default.items():
         title = f"first_fork as it comes, on {family}, and what fits into 1.2 times OPD's time"
         yield from ["", *comparison(title, f"{_command(family)} {DEFAULT[family]}", found)]
+
+
+def _usual(worlds: Mapping[str, Found]) -> dict[str, Found]:
+    """Worlds whose stage 1 is by forward KL, in which all methods ran."""
+    return {name: found for name, found in worlds.items() if not name.endswith(BY_CE)}
 
 
 def filled(text: str, worlds: Mapping[str, Found]) -> str:
