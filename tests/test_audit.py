@@ -218,7 +218,8 @@ def test_a_run_whose_settings_were_changed_at_a_resume_has_no_fault(copied):
     assert any("update 0, rollout 0: forks" in fault for fault in audit_run(RUN, updates=9).faults)
 
 
-def test_settings_of_an_update_are_those_of_the_run_that_made_it(copied, tmp_path):
+@pytest.mark.parametrize("newer", [{"versions.topd": ["0.1", "0.2"]}, {"format": [1, 6]}])
+def test_settings_of_an_update_are_those_of_the_run_that_made_it(copied, tmp_path, newer):
     """From 40 on it was resumed, then again from 20: those of 30 are the last run's."""
     stored = json.loads((RUN / "run.json").read_text())
     stored["resumed"] = [
@@ -228,7 +229,7 @@ def test_settings_of_an_update_are_those_of_the_run_that_made_it(copied, tmp_pat
             "changed": {"recipe.teacher": [{"self": {"ema": 0.5}}, {"self": {"ema": 0.9}}]},
         },
         {"step": 20, "changed": {"config.beta": [0.5, 1.0], "config.gone": [1, 2]}},
-        {"step": 60, "changed": {"versions.topd": ["0.1", "0.2"], "config.seed": [None, 3]}},
+        {"step": 60, "changed": {**newer, "config.seed": [None, 3]}},
     ]
     stored["config"]["beta"] = 1.0
     stored["recipe"]["teacher"] = {"self": {"ema": 0.9}}

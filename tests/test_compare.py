@@ -557,6 +557,17 @@ def test_other_data_than_that_of_runs_that_are_done_is_refused_before_one_runs(
     assert len(results(tmp_path / "run")) == 1
 
 
+def test_a_comparison_of_a_version_that_did_not_count_tokens_is_refused(recipe, tmp_path):
+    words = [f"--output_dir={tmp_path / 'run'}", "--max_steps=1", "--compare.seeds=[0]"]
+    words += ["--compare.arms={opd: {method: opd}}"]
+    (stored,) = results(run_compare(recipe, words))
+    for point in stored["curve"]:
+        del point["teacher_written"]
+    (tmp_path / "run" / "results.jsonl").write_text(json.dumps(stored) + "\n")
+    with pytest.raises(TOPDError, match=r"did not count tokens \(0\.1\.0\)"):
+        run_compare(recipe, words)
+
+
 def test_rows_with_a_picture_are_the_same_when_they_are_read_again():
     first, second = ([{"prompt": "a", "seen": object()}] for _ in range(2))
     assert rows_digest(first) == rows_digest(second) != rows_digest([{"prompt": "a", "seen": None}])

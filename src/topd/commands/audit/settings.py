@@ -120,7 +120,7 @@ def settings_at(stored: Mapping[str, Any], step: int | None) -> tuple[Any, dict[
     """
     sources, config = stored["recipe"], dict(stored["config"])
     for changed in _changed_after(stored, step):
-        others = any(name.startswith("versions.") for name in changed)
+        others = any(name == "format" or name.startswith("versions.") for name in changed)
         for name, (before, _) in changed.items():
             if name == "recipe.lora" or (name == "recipe.teacher" and _is_own(before)):
                 sources = {**sources, name.removeprefix("recipe."): before}

@@ -317,7 +317,13 @@ def _content(comparison: Comparison) -> dict[str, Any]:
             f"output_dir: {folder} holds another run, or a {RESULTS} or a warmstart/ that is not "
             "of this comparison. Choose another folder."
         )
-    done = {result["arm"] for result in _stored(folder)}
+    results = _stored(folder)
+    if not all(key in point for result in results for point in result["curve"] for key in TOKENS):
+        raise TOPDError(
+            f"output_dir: {folder} was begun by a version that did not count tokens (0.1.0), so it "
+            "cannot go on. topd report shows it; choose another folder."
+        )
+    done = {result["arm"] for result in results}
     begun = is_begun(folder)
     if begun or done:
         content = {key: v for key, v in content.items() if key in stored or key not in stages}
