@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +27,8 @@ from transformers import (
     Qwen3ForCausalLM,
     TrainerCallback,
 )
+
+from topd.types import Ids
 
 # A second of a busy machine is no fault of the code.
 settings.register_profile("topd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -121,51 +124,10 @@ def model_kind(request) -> str:
     return request.param
 
 
-WORDS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<|user|>",
-    "<|assistant|>",
-    "0",
-    "1",
-    "2",
-    "3",
-    "4",
-    "5",
-    "6",
-    "7",
-    "8",
-    "9",
-    "+",
-    "-",
-    "*",
-    "=",
-    "(",
-    ")",
-    ".",
-    ",",
-    "?",
-]
-WORDS += [
-    "what",
-    "is",
-    "the",
-    "sum",
-    "of",
-    "so",
-    "and",
-    "then",
-    "thus",
-    "we",
-    "have",
-    "answer",
-    "add",
-    "take",
-    "two",
-    "first",
-]
+WORDS = (  # noqa: SIM905 - words in a string
+    "<pad> <s> </s> <unk> <|user|> <|assistant|> 0 1 2 3 4 5 6 7 8 9 + - * = ( ) . , ? what is the "
+    "sum of so and then thus we have answer add take two first"
+).split()
 WORDS += [f"w{i}" for i in range(VOCAB - len(WORDS))]  # every row of tiny models is a token's
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} {% endfor %}"
@@ -214,6 +176,28 @@ def write_pair(root: Path, **recipe: Any) -> Path:
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(content))
     return root / "recipe.yaml"
+
+
+@torch.no_grad()
+def greedy_by_transformers(model: PreTrainedModel, ids: Sequence[int], steps: int) -> Ids:
+    """What transformers' own greedy decoding writes next."""
+    given = torch.tensor([ids], device=model.device)
+    found = model.generate(
+        given,
+        attention_mask=torch.ones_like(given),
+        do_sample=False,
+        max_new_tokens=steps,
+        eos_token_id=EOS,
+        pad_token_id=0,
+    )
+    return tuple(found[0, len(ids) :].tolist())
+
+
+def losses(*rows: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of token losses, padded with the loudest loss there is, and their mask."""
+    width = max(len(row) for row in rows)
+    padded = torch.tensor([row + [1e9] * (width - len(row)) for row in rows])
+    return padded, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
 
 
 class Gradient(TrainerCallback):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import losses
 from topd.divergence import (
     moved_to_random,
     moved_to_start,
@@ -21,13 +22,6 @@ from topd.divergence import (
 from topd.errors import TOPDError
 
 INF = math.inf
-
-
-def losses(*rows: list[float]) -> tuple[Tensor, Tensor]:
-    """Rows of token losses, padded with the loudest loss there is, and their mask."""
-    width = max(len(row) for row in rows)
-    padded = torch.tensor([row + [1e9] * (width - len(row)) for row in rows])
-    return padded, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
 
 
 def chosen(candidates: Tensor) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import DEVICE, EOS, USE_CPU, VOCAB, cpu_only, tiny_model
+from conftest import DEVICE, EOS, USE_CPU, VOCAB, cpu_only, greedy_by_transformers, tiny_model
 from conftest import torch_on_device as torch
 from topd.engines import Engine, decoding, draws, hf, windows
 from topd.engines import packed as packing
@@ -77,18 +77,6 @@ def greedy_by_hand(model: PreTrainedModel, ids: Ids, steps: int, eos_ids: Ids) -
     while len(written) < steps and not (written and written[-1] in eos_ids):
         written += (int(logits_of(model, ids + written)[-1].argmax()),)
     return written
-
-
-def greedy_by_transformers(model: PreTrainedModel, ids: Ids, steps: int) -> Ids:
-    found = model.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        do_sample=False,
-        max_new_tokens=steps,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    return tuple(found[0, len(ids) :].tolist())
 
 
 def cut(b: int, t: int) -> Ids:

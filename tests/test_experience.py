@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import EOS, USE_CPU, VOCAB, tiny_model
+from conftest import greedy_by_transformers as greedy
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, transport
 from topd.detectors import DETECTORS
@@ -62,21 +63,6 @@ def logprobs(model: PreTrainedModel, prompt: Sequence[int], response: Sequence[i
     """All log-probs [T V] from the model's own logits."""
     ids = torch.tensor([[*prompt, *response]])
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-
-
-@torch.no_grad()
-def greedy(model: PreTrainedModel, ids: Sequence[int], length: int) -> tuple[int, ...]:
-    """What transformers' own greedy decoding writes next."""
-    given = torch.tensor([ids])
-    out = model.generate(
-        given,
-        attention_mask=torch.ones_like(given),
-        do_sample=False,
-        max_new_tokens=length,
-        eos_token_id=EOS,
-        pad_token_id=0,
-    )
-    return tuple(out[0, len(ids) :].tolist())
 
 
 def token_loss(rollout: Rollout, kind: str, temperature: float = 1.0) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from conftest import losses
 from topd.config.rules import check_learns, check_options
 from topd.detectors import teachability_of
 from topd.errors import TOPDError
@@ -31,13 +31,6 @@ from topd.types import (
 )
 
 INF = math.inf
-
-
-def losses(*rows: list[float]) -> tuple[Tensor, Tensor]:
-    """Rows of token losses, padded with the loudest loss there is, and their mask."""
-    width = max(len(row) for row in rows)
-    padded = torch.tensor([row + [1e9] * (width - len(row)) for row in rows])
-    return padded, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
 
 
 # ---- methods ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import DEVICE, EOS, kill_at_write, load, read, write_pair
+from conftest import DEVICE, greedy_by_transformers, kill_at_write, load, read, write_pair
 from topd import cli, transport
 from topd.commands import repair, terminal
 from topd.commands.probe import ProbeConfig
@@ -200,16 +200,8 @@ def test_samples_are_real_divergent_points_with_a_whole_window_one_a_rollout(rec
         assert fork.prompt.teacher == rollout.prompt.teacher + rollout.response[:t]
         assert fork.response == rollout.response[t : t + K]
         assert rollout.finished or len(fork.response) == K
-        given = torch.tensor([rollout.prompt.teacher + rollout.response[:t]])
-        out = teacher.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            do_sample=False,
-            max_new_tokens=K,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-        assert sample.teacher_tokens == tuple(out[0, given.shape[1] :].tolist())
+        ids = rollout.prompt.teacher + rollout.response[:t]
+        assert sample.teacher_tokens == greedy_by_transformers(teacher, ids, K)
         cost = transport.ground_cost(
             table[torch.tensor(fork.response)][None],
             table[torch.tensor(sample.teacher_tokens[: len(fork.response)])][None],
@@ -357,16 +349,8 @@ def test_the_distance_before_is_that_of_the_students_greedy_continuation(recipe,
     rollouts = {one["rollout"]: one for one in read(finished / "rollouts.jsonl")}
     for one in (one for one in read(finished / "samples.jsonl") if one["arm"] == "before"):
         rollout = rollouts[one["rollout"]]
-        given = torch.tensor([rollout["prompt_ids"] + rollout["response_ids"][: one["position"]]])
-        out = student.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            do_sample=False,
-            max_new_tokens=K,
-            eos_token_id=EOS,
-            pad_token_id=0,
-        )
-        assert one["student_tokens"] == out[0, given.shape[1] :].tolist()
+        ids = rollout["prompt_ids"] + rollout["response_ids"][: one["position"]]
+        assert tuple(one["student_tokens"]) == greedy_by_transformers(student, ids, K)
         windows = (one["student_tokens"], one["teacher_tokens"])
         cost = transport.ground_cost(*(table[torch.tensor(window)][None] for window in windows))
         assert one["distance"] == pytest.approx(transport.solve(cost).distance.item(), abs=1e-5)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
@@ -35,15 +33,6 @@ SMALL = {
     "use_cpu": USE_CPU,
     "disable_tqdm": True,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_garbage_collection() -> Iterator[None]:
-    """Trainer.train collects garbage: spare it all that the imports left behind."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def make(folder: Path, *models: PreTrainedModel, data=None, **options) -> WarmstartTrainer:
