@@ -183,11 +183,8 @@ def repair_words(summary: Mapping[str, Any]) -> Iterator[str]:
     yield f"{each}: the mean OT distance from the student's continuation to the teacher's falls by:"
     ranked = sorted(arms.items(), key=lambda pair: -pair[1]["value"])
     for name, gain in ranked:
-        said, low, high = (
-            f"{plain(name, limit=40)} {gain['value']:.1f} %",
-            gain["low"],
-            gain["high"],
-        )
+        said = f"{plain(name, limit=40)} {gain['value']:.1f} %"
+        low, high = gain["low"], gain["high"]
         if low is None or high is None:
             yield f"{said}, {NO_INTERVAL}."
             continue

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from topd.report.charts.svg import PALETTE, STYLE, hint
+from topd.report.charts.svg import INK, PALETTE, REAL, STYLE, hint
+from topd.runs.records import IntervalRecord
 
 HEIGHT = 2.9  # inches of a figure
 MARKS = 120  # points of a curve that have a tooltip
@@ -139,6 +140,16 @@ def curve_table(found: Sequence[Series]) -> tuple[tuple[str, ...], tuple[tuple[s
         for i in spaced(len(steps), LINES)
     )
     return ("update", *(curve.name for curve in found)), rows
+
+
+def draw_intervals(axes: Axes, found: dict[str, IntervalRecord], unit: str) -> None:
+    """Means with their intervals, one below the other."""
+    for place, (name, of) in enumerate(reversed(found.items())):
+        axes.plot([of.low, of.high], [place, place], color=INK, lw=1.2)
+        (dot,) = axes.plot([of.mean], [place], "o", color=REAL, ms=6)
+        hint(dot, [f"{name}: {of.mean:.3f}, {of.low:.3f} to {of.high:.3f}"])
+    axes.set_yticks(range(len(found)), list(found)[::-1])
+    axes.set(xlabel=unit, ylim=(-0.6, len(found) - 0.4))
 
 
 def histogram(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from topd.report.charts import Chart, Fact
 from topd.report.folder import Kind
@@ -28,58 +28,47 @@ from topd.report.kinds.experiments import compare_charts, repair_charts
 from topd.report.kinds.probe import probe_charts
 from topd.report.kinds.training import training_charts, training_facts
 from topd.report.summary import SummaryTable, summary_tables
+from topd.runs.files import read_whole
 
-Summary = Mapping[str, Any]
+Told = TypeVar("Told")
 
 
 @dataclass(frozen=True)
 class KindOfPage:
-    """What the page of one kind of run holds. Charts, sentences and tables follow from its folder
-    and, where there is one, its summary file."""
+    """What the page of one kind of run holds; all of it follows from the folder."""
 
     title: str
     charts: Callable[[Path], list[Chart]]
-    words: Callable[[Path, Summary], Iterable[str]]
-    tables: Callable[[Path, Summary], list[SummaryTable]]
+    words: Callable[[Path], Iterable[str]]
+    tables: Callable[[Path], list[SummaryTable]] = lambda _: []
     facts: Callable[[Path], list[Fact]] = lambda _: []
 
 
+def _of(name: str, told: Callable[[dict[str, Any]], Told]) -> Callable[[Path], Told]:
+    """What follows from the summary file of that name, if there is one."""
+    return lambda folder: told(read_whole(folder / name))
+
+
 PAGES: dict[Kind, KindOfPage] = {
-    "training": KindOfPage(
-        "Training run",
-        training_charts,
-        lambda folder, _: training_words(folder),
-        lambda *_: [],
-        training_facts,
-    ),
+    "training": KindOfPage("Training run", training_charts, training_words, facts=training_facts),
     "probe": KindOfPage(
         "Probe",
         probe_charts,
-        lambda _, summary: probe_words(summary),
-        lambda _, summary: summary_tables(summary),
+        _of("probe.json", probe_words),
+        _of("probe.json", summary_tables),
     ),
     "repair": KindOfPage(
         "Local repair",
         repair_charts,
-        lambda _, summary: repair_words(summary),
-        lambda _, summary: summary_tables(summary),
+        _of("repair.json", repair_words),
+        _of("repair.json", summary_tables),
     ),
     "compare": KindOfPage(
         "Comparison",
         compare_charts,
-        lambda _, summary: compare_words(summary),
-        lambda _, summary: compare_tables(summary),
+        _of("compare.json", compare_words),
+        _of("compare.json", compare_tables),
     ),
-    "evaluation": KindOfPage(
-        "Evaluation",
-        evaluation_charts,
-        lambda folder, _: evaluation_words(folder),
-        lambda folder, _: evaluation_tables(folder),
-    ),
-    "gate": KindOfPage(
-        "Release gate",
-        gate_charts,
-        lambda folder, _: gate_words(folder),
-        lambda folder, _: gate_tables(folder),
-    ),
+    "evaluation": KindOfPage("Evaluation", evaluation_charts, evaluation_words, evaluation_tables),
+    "gate": KindOfPage("Release gate", gate_charts, gate_words, gate_tables),
 }

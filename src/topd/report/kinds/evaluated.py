@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from topd.report.charts import Chart, number
-from topd.report.charts.svg import ALARM, FAINT, INK, REAL, hint
+from topd.report.charts import Chart, draw_intervals, number
+from topd.report.charts.svg import ALARM, FAINT, hint
 from topd.report.headline import model_name
 from topd.report.summary import SummaryTable
 from topd.report.text import counted, plain
@@ -64,10 +64,16 @@ def evaluation_words(folder: Path) -> Iterator[str]:
 def evaluation_charts(folder: Path) -> list[Chart]:
     """Accuracies with their intervals."""
     found = read_record(folder, "evaluation.json", EvaluationRecord)
-    shares = {n: i for n, i in found.figures.items() if not _counts(n)} if found else {}
-    shares = {n: i for n, i in shares.items() if "truncated" not in n}
+    figures = found.figures if found else {}
+    shares = {n: i for n, i in figures.items() if not n.endswith(("length", "truncated"))}
+    named = {_name(n): i for n, i in shares.items()}
     if not shares:
         return []
+
+    def draw(axes: Axes) -> None:
+        draw_intervals(axes, named, "share of the problems")
+        axes.set_xlim(0, 1)
+
     return [
         Chart(
             "accuracy",
@@ -75,7 +81,7 @@ def evaluation_charts(folder: Path) -> list[Chart]:
             "Dot: mean over problems. Line: the 95 % interval over problems of this kind; equal "
             "answers to few problems are not certainty, so it never has width 0. pass@k: at least "
             "one of k samples is right.",
-            _intervals({_name(n): (i, None) for n, i in shares.items()}, "share of the problems"),
+            draw,
             ("", "mean", "95 % interval"),
             tuple((_name(n), *_cells(n, i)) for n, i in shares.items()),
         )
@@ -138,7 +144,16 @@ def gate_charts(folder: Path) -> list[Chart]:
     found = read_record(folder, "gate.json", GateRecord)
     if found is None or not found.figures:
         return []
-    level = 100 * found.figures[0].harm.level
+    figures = found.figures
+    level = 100 * figures[0].harm.level
+
+    def draw(axes: Axes) -> None:
+        draw_intervals(axes, {_title(f): f.harm for f in figures}, "harm")
+        for place, figure in enumerate(reversed(figures)):
+            (stroke,) = axes.plot([figure.limit], [place], "|", color=ALARM, ms=16, mew=2.5)
+            hint(stroke, [f"{_title(figure)}: limit {figure.limit:.4g}"])
+        axes.axvline(0, color=FAINT, lw=1.5, zorder=0)
+
     return [
         Chart(
             "harm",
@@ -147,9 +162,9 @@ def gate_charts(folder: Path) -> list[Chart]:
             f"{level:.4g} % interval; stroke: the limit. A whole line right of its stroke is a "
             "regression, one left of it is within. Shares of responses; the length as a share of "
             "the base's mean length; calibration is the Brier score.",
-            _intervals({_title(f): (f.harm, f.limit) for f in found.figures}, "harm"),
+            draw,
             ("", "harm", "interval", "limit"),
-            tuple((_title(f), *_harm_cells(f), _limit(f)) for f in found.figures),
+            tuple((_title(f), *_harm_cells(f), _limit(f)) for f in figures),
         )
     ]
 
@@ -247,39 +262,11 @@ def _name(figure: str) -> str:
     return NAMES.get(figure, plain(figure, limit=40))
 
 
-def _counts(figure: str) -> bool:
-    return figure.endswith("length")
-
-
 def _share(found: IntervalRecord) -> str:
     return f"{100 * found.mean:.1f} % [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 def _cells(figure: str, found: IntervalRecord) -> tuple[str, str]:
-    if _counts(figure):
+    if figure.endswith("length"):
         return number(found.mean), f"{number(found.low)} to {number(found.high)}"
     return f"{100 * found.mean:.1f} %", f"{100 * found.low:.1f} to {100 * found.high:.1f} %"
-
-
-def _intervals(
-    found: Mapping[str, tuple[IntervalRecord, float | None]], unit: str
-) -> Callable[[Axes], None]:
-    """Means with their intervals, first on top, and a stroke at each limit."""
-
-    def draw(axes: Axes) -> None:
-        for place, (name, (interval, limit)) in enumerate([*found.items()][::-1]):
-            axes.plot([interval.low, interval.high], [place, place], color=INK, lw=1.2)
-            (dot,) = axes.plot([interval.mean], [place], "o", color=REAL, ms=6)
-            ends = f"{interval.low:.3f} to {interval.high:.3f}"
-            hint(dot, [f"{name}: {interval.mean:.3f}, {ends}"])
-            if limit is not None:
-                (stroke,) = axes.plot([limit], [place], "|", color=ALARM, ms=16, mew=2.5)
-                hint(stroke, [f"{name}: limit {limit:.4g}"])
-        axes.set_yticks(range(len(found)), list(found)[::-1])
-        axes.set(xlabel=unit, ylim=(-0.6, len(found) - 0.4))
-        if any(limit is not None for _, limit in found.values()):
-            axes.axvline(0, color=FAINT, lw=1.5, zorder=0)
-        else:
-            axes.set_xlim(0, 1)
-
-    return draw

@@ -16,14 +16,15 @@ from topd.report.charts import (
     Series,
     curve_table,
     curves,
+    draw_intervals,
     group_table,
     make_room,
     number,
 )
-from topd.report.charts.svg import FAINT, INK, PALETTE, REAL, hint
+from topd.report.charts.svg import FAINT, INK, PALETTE, hint
 from topd.report.text import plain
 from topd.runs.files import read_whole
-from topd.runs.records import CurvePoint, ResultRecord, SampleRecord, read_records
+from topd.runs.records import IntervalRecord, ResultRecord, SampleRecord, read_records
 
 ROW = 0.2  # inches of an arm
 LONGEST = 30  # characters of an arm's name in a figure
@@ -109,13 +110,13 @@ def _boxes(arms: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:
     return draw
 
 
-def _interval(value: Any) -> tuple[float, float, float] | None:
-    """Mean, low and high of a summary's entry, if it is one."""
+def _interval(value: Any) -> IntervalRecord | None:
+    """A summary's entry, if it is an interval."""
     if not isinstance(value, dict) or not all(
         isinstance(value.get(key), int | float) for key in ("mean", "low", "high")
     ):
         return None
-    return float(value["mean"]), float(value["low"]), float(value["high"])
+    return IntervalRecord(mean=value["mean"], low=value["low"], high=value["high"])
 
 
 def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
@@ -124,12 +125,7 @@ def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
     against = "_vs_" in key
 
     def draw(axes: Axes) -> None:
-        for place, (arm, (mean, low, high)) in enumerate(reversed(found.items())):
-            axes.plot([low, high], [place, place], color=INK, lw=1.2)
-            (dot,) = axes.plot([mean], [place], "o", color=REAL, ms=6)
-            hint(dot, [f"{arm}: {mean:.3f}, {low:.3f} to {high:.3f}"])
-        axes.set_yticks(range(len(found)), list(found)[::-1])
-        axes.set(xlabel=name, ylim=(-0.6, len(found) - 0.4))
+        draw_intervals(axes, found, name)
         make_room(axes, 0.9 + ROW * len(found))
         if against:
             axes.axvline(0, color=FAINT, lw=1.5, zorder=0)
@@ -141,7 +137,7 @@ def _interval_chart(key: str, name: str, summary: Mapping[str, Any]) -> Chart:
         + (" Right of 0: better than the baseline." if against else ""),
         draw,
         ("arm", "mean", "low", "high"),
-        tuple((arm, *(number(x) for x in values)) for arm, values in found.items()),
+        tuple((arm, number(i.mean), number(i.low), number(i.high)) for arm, i in found.items()),
     )
 
 
@@ -172,26 +168,22 @@ def _learning(name: str, score: str, over: str, found: Sequence[Series], unit: s
 
 
 def _mean_curves(
-    results: Sequence[ResultRecord], score: str, *, clock: str | None = None
+    results: Sequence[ResultRecord], score: str, *, clock: str = "step"
 ) -> list[Series]:
     """By arm, over updates; or over the mean seconds of all seeds at the same update."""
     spent: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     arms: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         for point in result.curve:
-            value = _score(point, score)
+            value = getattr(point, score.replace("@", "_at_"))
             if value is not None and math.isfinite(value):
                 arms[result.arm][point.step].append(value)
-                spent[result.arm][point.step].append(getattr(point, clock or "seconds"))
+                spent[result.arm][point.step].append(getattr(point, clock))
     return [
         Series(
             label,
-            tuple(float(np.mean(spent[arm][s])) if clock else s for s in sorted(steps)),
+            tuple(float(np.mean(spent[arm][s])) for s in sorted(steps)),
             tuple(float(np.mean(steps[s])) for s in sorted(steps)),
         )
         for label, (arm, steps) in zip(labels(arms), arms.items(), strict=True)
     ]
-
-
-def _score(point: CurvePoint, score: str) -> float | None:
-    return point.greedy if score == "greedy" else point.pass_at_1
