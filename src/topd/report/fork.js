@@ -2,10 +2,9 @@
 
 // Why it has this verdict, and what both models gave the token: numbers, no reading of them.
 function story(fork, rollout) {
-  const [own, teachers] = [rollout.student[fork.position], rollout.teacher[fork.position]];
-  const known = [own, teachers].every((value) => value !== null && value !== undefined);
-  const shares = known ? ` The student gave this token ${percent(Math.exp(own))}, the teacher ${percent(Math.exp(teachers))}.` : "";
-  return about.why[fork.verdict] + shares;
+  const why = about.why[fork.verdict], at = fork.position;
+  if (lossAt(rollout, at) === null) return why;
+  return `${why} The student gave this token ${percent(Math.exp(rollout.student[at]))}, the teacher ${percent(Math.exp(rollout.teacher[at]))}.`;
 }
 
 function figures(fork, rollout) {
@@ -14,39 +13,43 @@ function figures(fork, rollout) {
     ...(fork.loss === null ? [] : [["token loss", `${fixed(fork.loss, 2)} nats`, "how much likelier the token was to the student"]]),
     ["place", `token ${fork.position}`, `of ${rollout.texts.length}`],
     ["equal tokens", `${fork.equal} of ${Math.min(fork.student.ids.length, fork.teacher.ids.length)}`, "at the same place in both windows"],
+    ...fork.facts,
   ];
-  rows.push(...fork.facts);
   return h("dl", { class: "facts small" }, ...rows.map(([name, value, note]) => h("div", { "data-tip": note || null }, h("dt", {}, name), h("dd", {}, value))));
 }
 
+// Tokens as text, marked where another window has another token at the same place.
+function compared({ texts, ids }, other) {
+  return h("div", { class: "text", lang: "" }, ...texts.map((text, i) => h("span", { class: ids[i] === other.ids[i] ? "t shared" : "t parted" }, text)));
+}
+
 function windowText(side, name, other) {
-  const words = side.texts.map((text, i) => h("span", { class: side.ids[i] === other.ids[i] ? "t shared" : "t parted" }, text));
-  return h("div", { class: `window ${name}` }, h("h4", {}, name === "of-student" ? "Student wrote" : "Teacher would write"), h("div", { class: "text", lang: "" }, ...(words.length ? words : ["nothing: the answer ends here"])));
+  const box = compared(side, other);
+  if (!side.texts.length) box.append("nothing: the answer ends here");
+  return h("div", { class: `window ${name}` }, h("h4", {}, name === "of-student" ? "Student wrote" : "Teacher would write"), box);
 }
 
 // What the student wrote from this very prefix at other visits of the prompt, first and last.
 function samePrefix(index, rollout, fork) {
   const others = visits(index).filter((other) => other !== index
     && commonPrefix(readRollout(other).ids, rollout.ids) >= fork.position && readRollout(other).ids.length > fork.position);
-  if (!others.length) return null;
+  if (!others.length) return "";
   const shown = others.length > 1 ? [others[0], others[others.length - 1]] : others;
-  const length = Math.max(fork.student.ids.length, 1);
+  const end = fork.position + Math.max(fork.student.ids.length, 1);
   return h("section", { class: "elsewhere" }, h("h4", {}, "From the same prefix at another time"),
     ...shown.map((other) => {
       const theirs = readRollout(other);
-      const words = theirs.texts.slice(fork.position, fork.position + length);
-      return h("div", { class: "window of-student" }, h("button", { type: "button", class: "visit", "data-open": other }, whenOf(theirs)),
-        h("div", { class: "text", lang: "" }, ...words.map((text, i) => h("span", { class: theirs.ids[fork.position + i] === fork.teacher.ids[i] ? "t shared" : "t parted" }, text))));
+      const window = { texts: theirs.texts.slice(fork.position, end), ids: theirs.ids.slice(fork.position, end) };
+      return h("div", { class: "window of-student" }, h("button", { type: "button", class: "visit", "data-open": other }, whenOf(theirs)), compared(window, fork.teacher));
     }));
 }
 
 // A repair: the same prefix before and after a few updates on it, one arm after another.
 function repaired(fork) {
-  if (!fork.after.length) return null;
+  if (!fork.after.length) return "";
   return h("section", { class: "elsewhere" }, h("h4", {}, "From the same prefix, before and after the updates of each arm"),
     ...fork.after.map(({ arm, distance, window }) => h("div", { class: "window of-student" },
-      h("p", { class: "arm" }, h("b", {}, arm), ` OT distance ${fixed(distance, 3)}`),
-      h("div", { class: "text", lang: "" }, ...window.texts.map((text, i) => h("span", { class: window.ids[i] === fork.teacher.ids[i] ? "t shared" : "t parted" }, text))))));
+      h("p", { class: "arm" }, h("b", {}, arm), ` OT distance ${fixed(distance, 3)}`), compared(window, fork.teacher))));
 }
 
 // Threads where a plan was recorded.
@@ -79,8 +82,8 @@ function drawFork(index, number) {
     h("div", { class: "windows" }, windowText(fork.student, "of-student", fork.teacher), windowText(fork.teacher, "of-teacher", fork.student)),
     h("p", { class: "note" }, "Marked: another token than the other model's at the same place."),
     branch(fork),
-    samePrefix(index, rollout, fork) ?? "",
-    repaired(fork) ?? "",
+    samePrefix(index, rollout, fork),
+    repaired(fork),
     ...matching(fork),
   );
   byId("fork").scrollTop = 0;

@@ -6,7 +6,7 @@ const SIGNS = { real: "◆", alarm: "○", quiet: "·" };
 
 function lossAt(rollout, position) {
   const own = rollout.student[position], teachers = rollout.teacher[position];
-  return own === undefined || own === null || teachers === undefined || teachers === null ? null : own - teachers;
+  return (own ?? null) === null || (teachers ?? null) === null ? null : own - teachers;
 }
 
 // Half a nat a level: up to 8 where the student is surer than the teacher, up to 4 where less.
@@ -34,9 +34,9 @@ function isAnswer(rollout) {
 }
 
 function tokenTip(rollout, position) {
-  if (isReply(rollout, position)) return `token ${position} of ${rollout.texts.length}, id ${rollout.ids[position]}\nwritten by the environment: not learned`;
   const loss = lossAt(rollout, position);
   const parts = [`token ${position} of ${rollout.texts.length}, id ${rollout.ids[position]}`];
+  if (isReply(rollout, position)) return `${parts[0]}\nwritten by the environment: not learned`;
   if (loss === null) return `${parts[0]}\nno log-probs of both models`;
   const one = (name, value) => `${name}: ${percent(Math.exp(value))} (log-prob ${fixed(value, 3)} nats)`;
   parts.push(`token loss ${fixed(loss, 3)} nats`);
@@ -47,25 +47,22 @@ function tokenTip(rollout, position) {
   return parts.join("\n");
 }
 
-function token(rollout, position, number, fork, less) {
-  const text = rollout.texts[position];
+function token(rollout, position, number, less) {
+  const text = rollout.texts[position], fork = rollout.forks[number];
   if (isReply(rollout, position)) return h("span", { class: "t reply", "data-at": position }, text);
   const kind = `t ${shade(lossAt(rollout, position))}${less.has(position) ? " less" : ""}`;
   if (!fork) return h("span", { class: kind, "data-at": position }, text);
-  const label = `Candidate ${number}, ${NAMES[fork.verdict]}, OT distance ${fixed(fork.distance, 3)}, `
+  const label = `Candidate ${number + 1}, ${NAMES[fork.verdict]}, OT distance ${fixed(fork.distance, 3)}, `
     + `${fork.loss === null ? "" : `token loss ${fixed(fork.loss, 2)} nats, `}token ${JSON.stringify(text)}`;
-  return h("button", { type: "button", class: `${kind} fork ${fork.verdict}`, "data-at": position, "data-fork": number - 1, "aria-label": label, "aria-pressed": "false" },
-    h("span", { class: "badge", "aria-hidden": "true" }, `${SIGNS[fork.verdict]}${number}`), text);
+  return h("button", { type: "button", class: `${kind} fork ${fork.verdict}`, "data-at": position, "data-fork": number, "aria-label": label, "aria-pressed": "false" },
+    h("span", { class: "badge", "aria-hidden": "true" }, `${SIGNS[fork.verdict]}${number + 1}`), text);
 }
 
 function tokensOf(rollout, from, to) {
   const numbers = new Map(rollout.forks.map((fork, i) => [fork.position, i]));
   const less = new Set(rollout.weights.filter(([, weight]) => weight < 1).map(([at]) => at));
   const made = [];
-  for (let position = from; position < to; position += 1) {
-    const number = numbers.get(position);
-    made.push(token(rollout, position, number === undefined ? 0 : number + 1, number === undefined ? null : rollout.forks[number], less));
-  }
+  for (let position = from; position < to; position += 1) made.push(token(rollout, position, numbers.get(position), less));
   return made;
 }
 
@@ -109,15 +106,14 @@ function drawRollout(index, words) {
   const real = rollout.forks.filter((fork) => fork.verdict === "real").length;
   const alarmed = about.why.alarm ? `, ${counted(alarms, "false alarm")}` : "";
   const found = rollout.forks.length ? ` · ${real} real${alarmed}` : "";
-  const parts = [
+  byId("rollout").replaceChildren(...[
     h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `${about.trained ? `update ${rollout.step} · ` : ""}rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}${rollout.replies.length ? ` in ${rollout.replies.length + 1} turns` : ""}, ${end}${found}`)),
     rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
     isAnswer(rollout) ? h("p", { class: "note" }, "The student did not write this: it is an answer to learn from, so without shading by loss.") : null,
     rollout.asked.length ? h("ul", { class: "asked", "aria-label": "What the method asks of this rollout" }, ...rollout.asked.map((words) => h("li", {}, words))) : null,
     box,
     beforeAndAfter(index, rollout),
-  ];
-  byId("rollout").replaceChildren(...parts.filter((part) => part !== null));
+  ].filter((part) => part !== null));
   return box;
 }
 

@@ -212,7 +212,7 @@ def _fork(rollout: RolloutRecord, fork: ForkRecord, tokens: TokenTexts) -> ForkV
     branch = next((b.tokens for b in rollout.branches if b.start == fork.position), ())
     return ForkView(
         position=fork.position,
-        loss=None if (loss := _sampled_loss(rollout, fork)) is None else _rounded(loss),
+        loss=_rounded(_sampled_loss(rollout, fork)),
         distance=_rounded(fork.distance, 5),
         verdict=verdict_of(fork),
         facts=tuple(_facts(rollout, fork)),
@@ -259,5 +259,5 @@ def _texts(ids: Sequence[int], tokens: TokenTexts) -> tuple[str, ...]:
     return tuple(visible(text) for text in tokens.texts(ids))
 
 
-def _rounded(value: float, digits: int = 4) -> float | None:
-    return round(value, digits) if math.isfinite(value) else None
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, digits)
