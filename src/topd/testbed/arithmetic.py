@@ -21,6 +21,7 @@ from topd.testbed.world import State, Step
 
 SO, EQUALS, ANSWER = ("so", "then", "next"), ("=", "is", "gives"), ("answer", "result", "total")
 OPERATORS = "+-*"
+LENGTHS = (2, 3, 4)  # operators of a problem
 LARGE = 6
 
 Terms = tuple[str, ...]  # digits and operators in turn
@@ -35,21 +36,18 @@ class Reasoning:
 
 
 class Arithmetic:
-    """The family. ``operators`` are the numbers of operators of its problems."""
+    """The family."""
 
     name = "arithmetic"
     result_is_proof = False
     vocabulary = (*map(str, range(10)), *OPERATORS, "plan", ";", ":", ".", *SO, *EQUALS, *ANSWER)
-
-    def __init__(self, operators: Sequence[int] = (2, 3, 4)) -> None:
-        self.operators = tuple(operators)
 
     def prompts(self, rng: random.Random, count: int) -> list[str]:
         """Different expressions."""
         found: dict[str, None] = {}
         while len(found) < count:
             words = [str(rng.randrange(10))]
-            for _ in range(rng.choice(self.operators)):
+            for _ in range(rng.choice(LENGTHS)):
                 words += [rng.choice(OPERATORS), str(rng.randrange(10))]
             found[" ".join([*words, "="])] = None
         return list(found)

@@ -149,11 +149,7 @@ def make(
 
 
 def _texts(
-    family: Family,
-    role: Role,
-    count: int,
-    seed: int,
-    tokenizer: PreTrainedTokenizerBase,
+    family: Family, role: Role, count: int, seed: int, tokenizer: PreTrainedTokenizerBase
 ) -> Dataset:
     rng, held_out = random.Random(seed), set(problems(family.name, "test"))
     rows = []

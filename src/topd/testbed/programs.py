@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from topd.testbed.world import State, Step
 
 NAMES, RETURN = ("abcde", "pqrst", "uvwyz"), ("return", "give", "out")
+SIZES = (2, 3, 4)  # operations of a problem
 CONSTANTS = tuple(map(str, range(2, 8)))
 INPUTS = (-7, -2, 0, 1, 3, 6, 11)
 BARE, WITH_CONSTANT = ("double", "square", "negate", "twist"), ("add", "less", "from", "clip")
@@ -38,7 +39,7 @@ class Reasoning:
 
 
 class Programs:
-    """The family. ``sizes`` are the numbers of operations of its problems."""
+    """The family."""
 
     name = "programs"
     result_is_proof = True
@@ -49,14 +50,11 @@ class Programs:
         )
     )
 
-    def __init__(self, sizes: Sequence[int] = (2, 3, 4)) -> None:
-        self.sizes = tuple(sizes)
-
     def prompts(self, rng: random.Random, count: int) -> list[str]:
         """Different descriptions; half of them name the last operation first, with "after"."""
         found: dict[str, None] = {}
         while len(found) < count:
-            operations = [_draw(rng) for _ in range(rng.choice(self.sizes))]
+            operations = [_draw(rng) for _ in range(rng.choice(SIZES))]
             joint = rng.choice((" then ", " after "))
             found[joint.join(map(" ".join, operations)) + " :"] = None
         return list(found)

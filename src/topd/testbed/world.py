@@ -63,42 +63,30 @@ REFERENCE = Author(habit=STUDENT.habit)  # writes solutions: no mistakes, the st
 
 
 class Family(Protocol):
-    """A kind of problem. Texts are words with blanks between them."""
+    """A kind of problem. Texts are words with blanks between them.
 
-    @property
-    def name(self) -> str:
-        """One word."""
-        ...
+    ``name`` is one word, ``vocabulary`` every word of its prompts and responses;
+    ``result_is_proof``: a right result cannot be luck.
+    """
 
-    @property
-    def vocabulary(self) -> tuple[str, ...]:
-        """Every word of its prompts and responses."""
-        ...
-
-    @property
-    def result_is_proof(self) -> bool:
-        """Whether a right result cannot be luck."""
-        ...
+    name: str
+    vocabulary: tuple[str, ...]
+    result_is_proof: bool
 
     def prompts(self, rng: random.Random, count: int) -> list[str]:
         """Different problems of mixed difficulty."""
-        ...
 
     def start(self, prompt: str) -> State:
         """The state of the reasoning before the first word."""
-        ...
 
     def steps(self, state: State) -> Sequence[Step]:
         """All right next steps."""
-        ...
 
     def mistakes(self, state: State) -> Sequence[Step]:
         """The wrong steps that a misled author takes here; often none."""
-        ...
 
     def check(self, prompt: str, response: str) -> bool:
         """Whether the response answers the problem, however it got there."""
-        ...
 
 
 def write(family: Family, prompt: str, author: Author, rng: random.Random) -> str:
@@ -140,9 +128,8 @@ def labels(family: Family, prompt: str, response: Sequence[str]) -> list[Label]:
     return found + ["derailed"] * (len(response) - len(found))
 
 
-Place = tuple[
-    Step | None, int
-]  # a step under way and the number of its words so far; None: the end
+# a step under way and the number of its words so far; None: the end
+Place = tuple[Step | None, int]
 
 
 def _places(family: Family, state: State | None) -> set[Place]:
