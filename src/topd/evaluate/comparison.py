@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from itertools import chain
 from typing import TypeAlias
 
@@ -27,7 +28,7 @@ from topd.evaluate.structures import (
 )
 from topd.evaluate.units import SHORT, converted, quantity
 
-Ask: TypeAlias = Callable[[str, str], bool]
+Ask: TypeAlias = Callable[[str, str], bool]  # whether two are equal, the reference first
 
 MONTHS = "jan feb mar apr may jun jul aug sep oct nov dec".split()
 DATE = re.compile(
@@ -79,11 +80,12 @@ def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
     if ("?" in claim) != ("?" in gold):
         return False
     gold, claim = _joined(gold), _joined(claim)
+    inner = partial(same, ask=ask, deep=deep + 1)
     for kind in (_choices, _literals, _matrices, _quantities, _words):
-        verdict = kind(gold, claim, ask, deep)
+        verdict = kind(gold, claim, inner)
         if verdict is not None:
             return verdict
-    return _parts(gold, claim, ask, deep)
+    return _parts(gold, claim, inner, ask)
 
 
 def _tight(text: str) -> str:
@@ -116,7 +118,7 @@ def _joined(text: str) -> str:
 # Text
 
 
-def _choices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+def _choices(gold: str, claim: str, inner: Ask) -> bool | None:
     """A letter, or a list of letters, against letters with or without what they stand for."""
     ours, theirs = _unmarked(gold), _unmarked(claim)
     if CHOICE.fullmatch(ours):
@@ -131,7 +133,7 @@ def _choices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
     return None
 
 
-def _literals(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+def _literals(gold: str, claim: str, inner: Ask) -> bool | None:
     """Dates, times of day and telephone numbers: text, whatever an algebra makes of them."""
     pair = [_unmarked(text) for text in (gold, claim)]
     times = [TIME.fullmatch(text) for text in pair]
@@ -148,7 +150,7 @@ def _time(found: re.Match[str]) -> tuple[int, str, str]:
     return int(found[1]), found[2], re.sub(r"[.\s]", "", found[3] or "").lower()
 
 
-def _words(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+def _words(gold: str, claim: str, inner: Ask) -> bool | None:
     """Where either side has words, both are text: the same words in the same order."""
     if not (_wordy(gold) or _wordy(claim)):
         return None
@@ -180,7 +182,7 @@ def _letters(text: str) -> list[str]:
 # Numbers
 
 
-def _quantities(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+def _quantities(gold: str, claim: str, inner: Ask) -> bool | None:
     """Numbers with or without units. A side without a unit is taken to be in the other's."""
     ours, theirs = quantity(gold), quantity(claim)
     if (ours.unit, ours.scale, theirs.unit, theirs.scale) == ("", 1, "", 1):
@@ -203,7 +205,7 @@ def _quantities(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
         return mine * ours.scale * sizes[0] == other * theirs.scale * sizes[1]
     if sizes[0] != sizes[1] or ours.scale != theirs.scale:
         return False
-    return same(ours.core, theirs.core, ask, deep=deep + 1)
+    return inner(ours.core, theirs.core)
 
 
 def _numbers(gold: str, claim: str) -> bool | None:
@@ -243,7 +245,7 @@ def _proportional(ours: Sequence[Fraction | None], theirs: Sequence[Fraction | N
 # Structures
 
 
-def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
+def _parts(gold: str, claim: str, inner: Ask, ask: Ask) -> bool:
     """Matrices, sets of numbers, lists, equations; then algebra."""
     number = None if has_relation(gold + claim) else _numbers(gold, claim)
     if number is not None:
@@ -253,7 +255,7 @@ def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
     gold, claim = (re.sub(rf"^{VARIABLE}\s*\\in\b\s*", "", text) for text in (gold, claim))
     region, other = intervals(gold), intervals(claim)
     if region and (other or "\\cup" in gold or has_relation(gold)):
-        return other is not None and _all_same(region, other, ask, deep, ordered=False)
+        return other is not None and _all_same(region, other, inner, ordered=False)
     if other and (has_relation(claim) or "\\cup" in claim):
         return False
     if ("\\land" in gold and "\\lor" in claim) or ("\\lor" in gold and "\\land" in claim):
@@ -262,11 +264,11 @@ def _parts(gold: str, claim: str, ask: Ask, deep: int) -> bool:
     ours, theirs = listed(gold), listed(claim)
     lists = len(ours[1]) > 1 or len(theirs[1]) > 1 or ours[0] or theirs[0]
     if lists or assigned(ours[1]) or assigned(theirs[1]):
-        return _lists(ours, theirs, ask, deep)
-    return _equation(gold, claim, ask, deep)
+        return _lists(ours, theirs, inner)
+    return _equation(gold, claim, inner, ask)
 
 
-def _matrices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
+def _matrices(gold: str, claim: str, inner: Ask) -> bool | None:
     """By their entries, whatever their brackets."""
     if "\\begin" not in gold + claim:
         return None
@@ -277,26 +279,26 @@ def _matrices(gold: str, claim: str, ask: Ask, deep: int) -> bool | None:
     if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
         return False
     pairs = zip(*(chain.from_iterable(entries) for entries in rows), strict=True)
-    return all(same(a.strip(), b.strip(), ask, deep=deep + 1) for a, b in pairs)
+    return all(inner(a.strip(), b.strip()) for a, b in pairs)
 
 
-def _lists(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], ask: Ask, deep: int) -> bool:
+def _lists(ours: tuple[str, list[str]], theirs: tuple[str, list[str]], inner: Ask) -> bool:
     """Tuples are ordered, sets and bare lists are not. A bare list may be for either."""
     (kind, gold), (other, claim) = ours, theirs
     mine, named = assigned(gold), assigned(claim)
     letters = {name.partition("_")[0] for name in named}  # x_1 and x_2 may be roots in any order
     if mine or (named and kind != "{" and (kind or len(letters) > 1)):
-        return _named(mine, named, ours, theirs, ask, deep)
+        return _named(mine, named, ours, theirs, inner)
     if not kind and not other and len(gold) == 1 < len(claim):  # 17, 17 or 3/4, 0.75
         values = {exact(item) for item in claim}
-        return len(values) == 1 and None not in values and _item(gold[0], claim[0], ask, deep)
+        return len(values) == 1 and None not in values and _item(gold[0], claim[0], inner)
     if kind == "(":
         sides = [item.partition("=")[0].strip() for item in claim if "=" in item]
         once = len(set(sides)) == len(sides)  # x=1, x=2 are roots
-        return once and other in ("(", "") and _all_same(gold, claim, ask, deep, ordered=True)
+        return once and other in ("(", "") and _all_same(gold, claim, inner, ordered=True)
     if kind == "[":
-        return other == "[" and _all_same(gold, claim, ask, deep, ordered=True)
-    return other in ("{", "") and _all_same(gold, claim, ask, deep, ordered=False)
+        return other == "[" and _all_same(gold, claim, inner, ordered=True)
+    return other in ("{", "") and _all_same(gold, claim, inner, ordered=False)
 
 
 def _named(
@@ -304,8 +306,7 @@ def _named(
     named: Mapping[str, str],
     ours: tuple[str, list[str]],
     theirs: tuple[str, list[str]],
-    ask: Ask,
-    deep: int,
+    inner: Ask,
 ) -> bool:
     """Values with names on one side or both. Without names they count in the order of names."""
     if mine and named and mine.keys() != named.keys():
@@ -315,51 +316,49 @@ def _named(
         return False
     gold = [mine[name] for name in order] if mine else ours[1]
     claim = [named[name] for name in order] if named else theirs[1]
-    return _all_same(gold, claim, ask, deep, ordered=True)
+    return _all_same(gold, claim, inner, ordered=True)
 
 
-def _all_same(
-    gold: Sequence[str], claim: Sequence[str], ask: Ask, deep: int, *, ordered: bool
-) -> bool:
+def _all_same(gold: Sequence[str], claim: Sequence[str], inner: Ask, *, ordered: bool) -> bool:
     if len(gold) != len(claim) or len(gold) > MOST_PARTS or "\\ldots" in (*gold, *claim):
         return False
     left = list(claim)
     for item in gold:
         choices = left[:1] if ordered else left
-        found = next((other for other in choices if _item(item, other, ask, deep)), None)
+        found = next((other for other in choices if _item(item, other, inner)), None)
         if found is None:
             return False
         left.remove(found)
     return True
 
 
-def _item(gold: str, claim: str, ask: Ask, deep: int) -> bool:
+def _item(gold: str, claim: str, inner: Ask) -> bool:
     """Two items of lists; regions by their brackets and ends."""
     if ";" not in gold + claim:
         if has_relation(gold) and _variables(gold) != _variables(claim):
             return False  # x > 1, y < 2
-        return same(gold, claim, ask, deep=deep + 1)
+        return inner(gold, claim)
     if gold[0] + gold[-1] != claim[0] + claim[-1]:
         return False
     ends = zip(gold[1:-1].split(";"), claim[1:-1].split(";"), strict=True)
-    return all(same(a.strip(), b.strip(), ask, deep=deep + 1) for a, b in ends)
+    return all(inner(a.strip(), b.strip()) for a, b in ends)
 
 
-def _equation(gold: str, claim: str, ask: Ask, deep: int) -> bool:
+def _equation(gold: str, claim: str, inner: Ask, ask: Ask) -> bool:
     """Equations: the side of a lone variable is its name, and may be missing on one side."""
     ours, theirs = gold.split("="), claim.split("=")
     if len(ours) == len(theirs) == 2:
         if _tight(ours[0]) == _tight(theirs[0]):
-            return same(ours[1].strip(), theirs[1].strip(), ask, deep=deep + 1)
+            return inner(ours[1].strip(), theirs[1].strip())
         if all(re.fullmatch(VARIABLE, side[0].strip()) for side in (ours, theirs)):
             return False
     elif len(ours) == 2 and len(theirs) == 1 and re.fullmatch(VARIABLE, ours[0].strip()):
-        return same(ours[1].strip(), claim, ask, deep=deep + 1)
+        return inner(ours[1].strip(), claim)
     elif len(ours) == 1 and len(theirs) > 1:
         named = re.fullmatch(VARIABLE, theirs[0].strip())
         values = {exact(side.strip()) for side in (theirs if not named else theirs[1:])}
         if (len(values) == 1 and None not in values) or (named and len(theirs) == 2):
-            return same(gold, theirs[-1].strip(), ask, deep=deep + 1)
+            return inner(gold, theirs[-1].strip())
         return False
     elif len(ours) != len(theirs):
         return False

@@ -122,23 +122,20 @@ def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
     samples = sum(r.problem == drawn[0][0].problem for r in drawn[0])
     right = [_right_by_row(group) for group in drawn]
     longest = float(max(len(response.ids) for response in responses))
-    length = partial(bootstrap, bounds=(0.0, longest), seed=seed)
+    share = partial(bootstrap, seed=seed)
+    length = partial(share, bounds=(0.0, longest))
     return Evaluation(
         problems=len(drawn),
         samples=samples,
-        greedy=bootstrap([_mean(r.verified for r in group) for group in greedy], seed=seed),
+        greedy=share([_mean(r.verified for r in group) for group in greedy]),
         pass_at={
-            k: bootstrap(
-                [_mean(pass_at_k(samples, c, k) for c in counts) for counts in right], seed=seed
-            )
+            k: share([_mean(pass_at_k(samples, c, k) for c in counts) for counts in right])
             for k in _ks(samples)
         },
         greedy_length=length([_mean(len(r.ids) for r in group) for group in greedy]),
         mean_length=length([_mean(len(r.ids) for r in group) for group in drawn]),
-        greedy_truncated=bootstrap(
-            [_mean(not r.finished for r in group) for group in greedy], seed=seed
-        ),
-        truncated=bootstrap([_mean(not r.finished for r in group) for group in drawn], seed=seed),
+        greedy_truncated=share([_mean(not r.finished for r in group) for group in greedy]),
+        truncated=share([_mean(not r.finished for r in group) for group in drawn]),
         responses=tuple(responses),
     )
 

@@ -163,8 +163,7 @@ def _marked(found: re.Match[str]) -> str:
 
 def _fractions(text: str) -> str:
     """``\\frac12`` and ``\\sqrt2`` with their braces."""
-    text = re.sub(r"\\[dtc]frac\b", r"\\frac", text)
-    text = re.sub(r"\\[dtc]frac(?=\d)", r"\\frac", text)
+    text = re.sub(r"\\[dtc]frac(?![^\W\d])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\w)", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*(\{)", r"\\frac\1\2", text)
