@@ -72,10 +72,15 @@ def recipe(given: str, fault: str, place: str, remedy: str, **more: Any) -> Case
     return Case("Recipes", given, fault, place, remedy, **more)
 
 
-def setting(given: str, fault: str, remedy: str, stage: int = 2, **changes: Any) -> Case:
+def setting(given: str, fault: str, remedy: str, **changes: Any) -> Case:
     """The key that is wrong is the place: the first of the changes."""
-    place = next(iter(changes))
-    return Case("Settings", given, fault, place, remedy, changes=changes, stage=stage)
+    return Case("Settings", given, fault, next(iter(changes)), remedy, changes)
+
+
+def warm(given: str, fault: str, remedy: str, **changes: Any) -> Case:
+    """The same of the warm start."""
+    both = {"warmstart": {**STAGE, **changes}}
+    return Case("Settings", given, fault, next(iter(changes)), remedy, both, stage=1)
 
 
 def prompt(given: str, fault: str, place: str, remedy: str, *data: Any, **more: Any) -> Case:
@@ -108,6 +113,10 @@ def several(given: str, fault: str, place: str, remedy: str, **more: Any) -> Cas
 def own(given: str, fault: str, place: str, remedy: str, **more: Any) -> Case:
     changes = {"teacher": "self", **more}
     return Case("A teacher that is the student", given, fault, place, remedy, changes)
+
+
+def turns(given: str, fault: str, place: str, remedy: str, **changes: Any) -> Case:
+    return Case("Turns", given, fault, place, remedy, changes)
 
 
 def folder(given: str, fault: str, place: str, remedy: str, **more: Any) -> Case:
@@ -284,23 +293,9 @@ CASES: tuple[Case, ...] = (
         "See peft.LoraConfig",
         lora={"rank": 2},
     ),
-    Case(
-        "Settings",
-        "guidance in a warm start",
-        "needs rollouts",
-        "method",
-        "takes opd",
-        {"warmstart": {**STAGE, "method": "topd"}},
-        stage=1,
-    ),
-    Case(
-        "Settings",
-        "windows in a warm start",
-        "has no effect in a warm start",
-        "window_length",
-        "Leave it out",
-        {"warmstart": {**STAGE, "window_length": 9}},
-        stage=1,
+    warm("guidance in a warm start", "needs rollouts", "takes opd", method="topd"),
+    warm(
+        "windows in a warm start", "has no effect in a warm start", "Leave it out", window_length=9
     ),
     *(
         prompt(given, "the prompt is empty", "row 1", "Remove the row", {key: [ASKED]}, {key: bad})
@@ -735,45 +730,38 @@ CASES: tuple[Case, ...] = (
         "Leave it out",
         {"teachers_mix": "mean"},
     ),
-    Case(
-        "Turns",
-        "turns without an environment",
-        "has no effect",
-        "max_turns",
-        "Leave it out",
-        {"max_turns": 2},
+    turns(
+        "turns without an environment", "has no effect", "max_turns", "Leave it out", max_turns=2
     ),
-    Case(
-        "Turns",
+    turns(
         "an unknown environment",
         "'abacus' is not one of calculator",
         "environment",
         "Choose one",
-        {"environment": "abacus"},
+        environment="abacus",
     ),
-    Case(
-        "Turns",
+    turns(
         "one turn with an environment",
         "nothing to reply to",
         "max_turns: 1",
         "Raise it",
-        {"environment": "calculator", "max_turns": 1},
+        environment="calculator",
+        max_turns=1,
     ),
-    Case(
-        "Turns",
+    turns(
         "an environment and overlap",
         "does not go with environment",
         "overlap",
         "Leave one of them out",
-        {"environment": "calculator", "overlap": True},
+        environment="calculator",
+        overlap=True,
     ),
-    Case(
-        "Turns",
+    turns(
         "a template that ends no message",
         "writes no message of a tool or a user",
         "chat template",
         "Choose another",
-        {"environment": "calculator"},
+        environment="calculator",
     ),
     own("its student's prompt", "self reads the same prompts", "teacher", "teacher_prompt"),
     own(

@@ -91,6 +91,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no {WANTED.type} device on this machine"))
 
 
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "initializer_range": 0.6,  # sharp distributions: greedy paths without ties
+}
+
+
 def tiny_model(
     kind: str = "qwen3", *, seed: int = 0, vocab: int = VOCAB, **changes
 ) -> PreTrainedModel:
@@ -98,21 +114,7 @@ def tiny_model(
 
     On the device of the suite.
     """
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": EOS,
-        "pad_token_id": 0,
-        "initializer_range": 0.6,  # sharp distributions: greedy paths without ties
-        **changes,
-    }
+    sizes = {**TINY, "vocab_size": vocab, **changes}
     torch.manual_seed(seed)
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(DEVICE)
@@ -200,11 +202,15 @@ def losses(*rows: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
     return padded, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
 
 
-class Gradient(TrainerCallback):
-    """Keeps that of the first update."""
+class Gradients(TrainerCallback):
+    """Keeps those of every update."""
+
+    def __init__(self) -> None:
+        self.kept: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
-        self.found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        named = model.named_parameters()
+        self.kept.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -301,3 +301,6 @@ def gate(folder: Path) -> Path:
         right = role == "base"
         lines(folder / f"{role}_problems.jsonl", [answer(2, None, right, f"{role} says")])
     return folder
+
+
+KINDS = {make.__name__: make for make in (training, probe, repair, compare, evaluation, gate)}

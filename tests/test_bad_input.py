@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from bad_inputs import CASES, PAGE, Case, make_models, message, row, write_case
-from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from conftest import EOS, read, rows, tiny_model, tiny_tokenizer
 from topd import TOPDConfig, TOPDTrainer
 from topd.cli import app
 from topd.errors import TOPDError
@@ -70,10 +69,6 @@ def run(recipe, tmp_path) -> Callable[..., list[dict[str, float]]]:
         return read(tmp_path / "run" / "metrics.jsonl")
 
     return run
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # What no recipe can say, and what is accepted

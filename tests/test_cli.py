@@ -16,14 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 from typer.testing import CliRunner, Result
 
-from conftest import read, rows, tiny_model, tiny_tokenizer
+from conftest import read, tiny_tokenizer, write_pair
 from topd import TOPDConfig, cli
 from topd.commands import terminal
 from topd.commands.recipe import parse_overrides
@@ -57,14 +56,8 @@ LITTLE = {
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory) -> Path:
-    """A student, a teacher and prompts."""
-    root = tmp_path_factory.mktemp("cli")
-    for seed, name in enumerate(("student", "teacher")):
-        tiny_model(seed=seed).save_pretrained(root / name)
-        tiny_tokenizer().save_pretrained(root / name)
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(8)))
-    (root / "recipe.yaml").write_text(yaml.safe_dump(LITTLE))
-    return root
+    """A student, a teacher, prompts and a recipe."""
+    return write_pair(tmp_path_factory.mktemp("cli"), **LITTLE).parent
 
 
 @pytest.fixture(autouse=True)

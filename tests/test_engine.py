@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from conftest import DEVICE, EOS, USE_CPU, VOCAB, cpu_only, greedy_by_transformers, tiny_model
+from conftest import DEVICE, EOS, TINY, USE_CPU, VOCAB, cpu_only, greedy_by_transformers, tiny_model
 from conftest import torch_on_device as torch
 from topd.engines import Engine, decoding, draws, hf, windows
 from topd.engines import packed as packing
@@ -672,21 +672,7 @@ def test_a_token_of_probability_0_is_never_drawn():
 
 # ---- other architectures ----------------------------------------------------------------------
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.6,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
-    "pad_token_id": 0,
-}
-PLAIN = {name: size for name, size in SIZES.items() if name != "head_dim"}
+PLAIN = {name: size for name, size in TINY.items() if name != "head_dim"}
 
 
 def sliding_qwen3() -> PreTrainedModel:
@@ -695,13 +681,13 @@ def sliding_qwen3() -> PreTrainedModel:
 
 
 SLIDING = {
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**TINY, sliding_window=8)),
     "qwen3": sliding_qwen3,
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=8)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**TINY, sliding_window=8)),
 }
 HEADS = {
     "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, sliding_window=64, final_logit_softcapping=5.0)
+        Gemma2Config(**TINY, sliding_window=64, final_logit_softcapping=5.0)
     ),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(**PLAIN, logits_scaling=4.0)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**PLAIN, logit_scale=0.25)),

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
 from conftest import DEVICE, EOS, USE_CPU, read, rows, tiny_model, tiny_tokenizer
+from report_folders import lines as write
 from topd import TOPDConfig, TOPDTrainer, cli
 from topd.commands import evaluate as evaluating
 from topd.commands import terminal
@@ -837,10 +838,6 @@ def root(tmp_path_factory) -> Path:
     write(root / "blank.jsonl", [{"question": " ", "answer": "2"}])
     write(root / "long.jsonl", [{"question": "what " * 510, "answer": "2"}])
     return root
-
-
-def write(path: Path, lines: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 @pytest.fixture

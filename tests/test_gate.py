@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from report_folders import lines
 from topd.cli import app
 from topd.commands.gate import (
     MEASURES,
@@ -294,10 +295,6 @@ def place(tmp_path, monkeypatch) -> Path:
     lines(tmp_path / "refusals.jsonl", asked)
     write_suite()
     return tmp_path
-
-
-def lines(path: Path, records: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_suite(**changes: Any) -> None:

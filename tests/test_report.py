@@ -30,15 +30,6 @@ from topd.runs.records import ForkRecord, GuidanceRecord, read_records
 from topd.runs.settings import known
 from topd.runs.tokens import TokenTexts
 
-KINDS = {
-    "training": make.training,
-    "probe": make.probe,
-    "repair": make.repair,
-    "compare": make.compare,
-    "evaluation": make.evaluation,
-    "gate": make.gate,
-}
-
 
 class Parsed(HTMLParser):
     """Elements with their attributes, the text of scripts, and tables as rows of cells."""
@@ -96,9 +87,9 @@ def column(parsed: Parsed, *heads: str) -> dict[str, str]:
 # What is read
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", make.KINDS)
 def test_a_folder_is_known_by_its_files(kind, tmp_path):
-    assert kind_of(KINDS[kind](tmp_path)) == kind
+    assert kind_of(make.KINDS[kind](tmp_path)) == kind
 
 
 def test_a_folder_without_a_run_is_an_error_that_names_what_is_missing(tmp_path):
@@ -573,9 +564,9 @@ def test_hostile_names_of_arms_are_text_in_figures_too(tmp_path):
 # What the page may do
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", make.KINDS)
 def test_only_the_scripts_and_the_style_of_the_page_are_allowed(kind, tmp_path):
-    text = write_report(KINDS[kind](tmp_path)).read_text(encoding="utf-8")
+    text = write_report(make.KINDS[kind](tmp_path)).read_text(encoding="utf-8")
     parsed = Parsed(text)
     (policy,) = [a["content"] for t, a in parsed.elements if a.get("http-equiv")]
     styles = re.findall(r"<style>(.*?)</style>", text, re.DOTALL)
@@ -590,9 +581,9 @@ def test_only_the_scripts_and_the_style_of_the_page_are_allowed(kind, tmp_path):
     assert "unsafe" not in policy
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", make.KINDS)
 def test_nothing_is_loaded_and_no_attribute_runs(kind, tmp_path):
-    parsed = page(KINDS[kind](tmp_path))
+    parsed = page(make.KINDS[kind](tmp_path))
     for tag, attributes in parsed.elements:
         assert not [name for name in attributes if name.startswith("on") or name == "style"]
         for name in ("src", "href", "xlink:href", "action", "srcset", "data"):

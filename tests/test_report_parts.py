@@ -50,12 +50,6 @@ from topd.report.text import JOINERS, plain, visible
 from topd.runs.model_card import write_model_card
 
 TEACHERS = "tokens that the teacher wrote"
-KINDS = {
-    "training": make.training,
-    "probe": make.probe,
-    "repair": make.repair,
-    "compare": make.compare,
-}
 
 
 # Text
@@ -89,10 +83,10 @@ def drawn(chart: Chart) -> Any:
 
 
 def by_name(kind: str, folder: Path) -> dict[str, Chart]:
-    return {chart.name: chart for chart in PAGES[kind].charts(KINDS[kind](folder))}
+    return {chart.name: chart for chart in PAGES[kind].charts(make.KINDS[kind](folder))}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", make.KINDS)
 def test_every_kind_of_run_has_its_figures(kind, tmp_path):
     names = {
         "training": [
@@ -103,6 +97,8 @@ def test_every_kind_of_run_has_its_figures(kind, tmp_path):
         "repair": ["repair"],
         "compare": ["greedy", "greedy_vs_opd", "pass-at-1", "curve-greedy",
                     "time-greedy", "curve-pass-at-1", "time-pass-at-1"],
+        "evaluation": ["accuracy"],
+        "gate": ["harm"],
     }  # fmt: skip
     assert list(by_name(kind, tmp_path)) == names[kind]
 

@@ -23,7 +23,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from conftest import EOS, Gradient, rows, tiny_model, tiny_tokenizer, write_pair
+from conftest import EOS, Gradients, rows, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
 from topd import TOPDTrainer
 from topd.cli import app
@@ -247,12 +247,12 @@ def learned(root: Path, teacher: Any, **changes: Any) -> tuple[Any, dict[str, to
     )
     recipe = read_recipe(root / "recipe.yaml")
     trainer, _ = make_trainer(recipe, recipe.data.load())
-    gradient = Gradient()
-    trainer.add_callback(gradient)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
     trainer.train()
     lines = (root / "run" / "guidance.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return [(r["branches"], r["weights"], r["targets"]) for r in records], gradient.found
+    return [(r["branches"], r["weights"], r["targets"]) for r in records], gradients.kept[-1]
 
 
 @pytest.mark.parametrize(

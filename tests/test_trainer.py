@@ -24,7 +24,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from conftest import DEVICE, EOS, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, EOS, USE_CPU, VOCAB, Gradients, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer, transport
 from topd.config import CHECKPOINTING
@@ -91,16 +91,6 @@ def make(
 def double(folder: Path, **options) -> TOPDTrainer:
     """The same in float64, where only a wrong formula shows."""
     return make(folder, student().double(), teacher().double(), **options)
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of every update."""
-
-    def __init__(self) -> None:
-        self.kept: list[dict[str, Tensor]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_) -> None:
-        self.kept.append({n: p.grad.clone() for n, p in model.named_parameters()})
 
 
 class Run(NamedTuple):

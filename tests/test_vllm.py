@@ -29,7 +29,7 @@ import yaml
 from bench import served as served_bench
 from typer.testing import CliRunner
 
-from conftest import Gradient, tiny_model, tiny_tokenizer, write_pair
+from conftest import Gradients, tiny_model, tiny_tokenizer, write_pair
 from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
@@ -265,11 +265,11 @@ def learned(root: Path, teacher: dict[str, Any], student: str) -> tuple[Any, dic
     )
     recipe = read_recipe(path)
     trainer, _ = make_trainer(recipe, recipe.data.load())
-    gradient = Gradient()
-    trainer.add_callback(gradient)
+    gradients = Gradients()
+    trainer.add_callback(gradients)
     trainer.train()
     found = records(root / "run", "guidance.jsonl")
-    return [(r["branches"], r["weights"]) for r in found], gradient.found
+    return [(r["branches"], r["weights"]) for r in found], gradients.kept[-1]
 
 
 class TestByText:
