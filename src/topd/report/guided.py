@@ -115,14 +115,15 @@ def _quota(share: float, whose: str) -> Verdict:
 
 def asked_of(record: RolloutRecord) -> tuple[str, ...]:
     """What the method asks of a rollout, one sentence a kind of guidance."""
-    said = [
-        *_weighed(record),
-        *_advantages(record),
-        *_capped(record.capped),
-        *_targets(record),
-        *_own_tokens(record),
-        *(branch_words(b, record) for b in record.branches if not _is_own(b, record)),
-    ]
+    said = [*_weighed(record), *_advantages(record)]
+    if record.capped:
+        places = _places(record.capped)
+        said.append(f"The token loss is held down to the rollout's median at {places}.")
+    if record.targets:
+        places = counted(len(record.targets), "token")
+        said.append(f"Soft targets at {places} of the student's own windows.")
+    said += _own_tokens(record)
+    said += (branch_words(b, record) for b in record.branches if not _is_own(b, record))
     return tuple(said) or (NOTHING,)
 
 
@@ -195,12 +196,10 @@ def _ways(record: GuidanceRecord) -> Iterator[str]:
     if record.targets:
         yield "KL from the soft targets to the student, along the student's own window"
     for branch in record.branches:
-        along = "the teacher's window and what the student wrote after it" if branch.go_on else (
-            "the teacher's window"
-        )  # fmt: skip
+        after = " and what the student wrote after it" if branch.go_on else ""
         loss = LOSSES.get(branch.loss, branch.loss)
         if _is_window(branch, record):
-            yield f"{loss} along {along}, in that window's own context"
+            yield f"{loss} along the teacher's window{after}, in that window's own context"
         else:
             yield f"{loss} on tokens that the method chose"
 
@@ -247,11 +246,6 @@ def _advantages(record: RolloutRecord) -> Iterator[str]:
         )
 
 
-def _capped(capped: Sequence[int]) -> Iterator[str]:
-    if capped:
-        yield f"The token loss is held down to the rollout's median at {_places(capped)}."
-
-
 def _places(places: Sequence[int]) -> str:
     """The first of them one by one, the others as a number.
 
@@ -260,12 +254,6 @@ def _places(places: Sequence[int]) -> str:
     """
     named = ", ".join(map(str, sorted(places)[:PLACES]))
     return f"token {named}" + (f" and {len(places) - PLACES} more" * (len(places) > PLACES))
-
-
-def _targets(record: RolloutRecord) -> Iterator[str]:
-    if record.targets:
-        places = counted(len(record.targets), "token")
-        yield f"Soft targets at {places} of the student's own windows."
 
 
 def _many(name: str) -> str:

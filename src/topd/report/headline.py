@@ -25,7 +25,7 @@ OUTCOMES = {  # the first of these that was logged
 }
 LEAST = 4  # updates that a change can be told from
 RANKED = 4  # of so many first and last values each, being apart is a case in 35 by chance
-SCORES = {"greedy": "greedy", "pass@1": "pass@1"}
+SCORES = ("greedy", "pass@1")
 ARM = 100  # characters of an arm's name in a table: arms of a sweep differ at their ends
 ALL_SPENT = 0.995  # of a budget
 NO_INTERVAL = "no interval (too few prompts, or equal values)"
@@ -352,22 +352,15 @@ def _at_equal(found: Any) -> str:
     return points
 
 
-def _percent(found: Any) -> str:
+def _percent(found: Any, sign: str = "") -> str:
     """A share with its interval in per cent; a start is a number or one with an interval."""
-    if isinstance(found, int | float):
-        return f"{100 * found:.1f}"
-    if not isinstance(found, dict) or found.get("mean") is None:
+    parts = found if isinstance(found, dict) else {"mean": found}
+    mean, low, high = (parts.get(key) for key in ("mean", "low", "high"))
+    if not isinstance(mean, int | float):
         return "-"
-    return f"{100 * found['mean']:.1f}{_ends(found)}"
+    ends = "" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * mean:{sign}.1f}{ends}"
 
 
-def _points(found: Any) -> str:
-    if not isinstance(found, dict) or found.get("mean") is None:
-        return "-"
-    return f"{100 * found['mean']:+.1f}{_ends(found)}"
-
-
-def _ends(found: Mapping[str, Any]) -> str:
-    if found.get("low") is None or found.get("high") is None:
-        return ""
-    return f" [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+def _points(gain: Any) -> str:
+    return _percent(gain, "+")

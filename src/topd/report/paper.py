@@ -18,6 +18,8 @@ FONTS: dict[Any, Any] = {
     "svg.fonttype": "path",
     "savefig.dpi": 300,
 }  # as journals ask for
+# the same figure is the same file, whenever it is made
+UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 
 
 def write_figures(folder: Path, output: Path, *, format: Format = "pdf") -> list[Path]:
@@ -36,12 +38,7 @@ def write_figures(folder: Path, output: Path, *, format: Format = "pdf") -> list
         for chart, path in zip(charts, paths, strict=True):
             figure = figure_of(chart)
             with mpl.rc_context({**FONTS, "svg.hashsalt": chart.name}):
-                figure.savefig(path, format=format, metadata=_undated(format))
+                figure.savefig(path, format=format, metadata=UNDATED[format])
     except OSError as error:
         raise TOPDError(f"--output: {output} cannot be written ({error.strerror}).") from error
     return paths
-
-
-def _undated(format: Format) -> dict[str, None]:
-    """The same figure is the same file, whenever it is made."""
-    return {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}[format]

@@ -95,8 +95,6 @@ class Entry:
     step: int
     number: int
     prompt: int
-    length: int
-    finished: bool
     preview: str
     words: str  # of the prompt, where it differs from the others
     forks: tuple[tuple[int, float | None, str], ...]  # position, distance, verdict
@@ -155,8 +153,6 @@ def entry(seen: RolloutView, words: str = "") -> Entry:
         seen.step,
         seen.number,
         seen.prompt,
-        len(seen.ids),
-        seen.finished,
         plain("".join(seen.texts[:40]).replace("↵", ""), limit=90),
         words,
         tuple((fork.position, fork.distance, fork.verdict) for fork in seen.forks),
