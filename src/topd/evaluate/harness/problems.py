@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import datasets
 from topd.errors import TOPDError
 from topd.evaluate.answers import AnswerVerifier, reference_text
 from topd.evaluate.spec import EvaluationSpec
+
+VERIFY = AnswerVerifier()
 
 
 def load(*, file: str, data_dir: str | None = None, **_: object) -> dict[str, datasets.Dataset]:
@@ -32,10 +33,5 @@ def load(*, file: str, data_dir: str | None = None, **_: object) -> dict[str, da
 def score(doc: Mapping[str, Any], results: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """The share of right responses to one problem: pass@1 over its repeats."""
     responses = [results[0]] if isinstance(results[0], str) else list(results[0])
-    right = [_verifier()(response, doc) for response in responses]
+    right = [VERIFY(response, doc) for response in responses]
     return {"pass@1": sum(right) / len(right)}
-
-
-@cache
-def _verifier() -> AnswerVerifier:
-    return AnswerVerifier()
