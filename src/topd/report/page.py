@@ -30,7 +30,7 @@ from topd.report.rollouts import Selection, select_rollouts
 from topd.report.settings import changes_on_resuming, settings_files, settings_table
 from topd.report.summary import SummaryTable, verdict_in
 from topd.report.text import plain
-from topd.report.viewer import Entry, RolloutView, entry, prompt_words, view
+from topd.report.viewer import entry, prompt_words, view
 from topd.runs.files import read_whole
 from topd.runs.tokens import TokenTexts
 
@@ -39,16 +39,11 @@ SCRIPTS = ("dom.js", "store.js", "rollout.js", "threads.js", "fork.js", "list.js
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """A chart and its picture."""
-
-    chart: Chart
-    svg: Markup
-
-
-@dataclass(frozen=True)
 class Page:
-    """All that the template shows; every text in it is data and is escaped there."""
+    """All that the template shows; every text in it is data and is escaped there.
+
+    ``drawings`` are charts with their pictures.
+    """
 
     kind: Kind
     title: str
@@ -58,7 +53,7 @@ class Page:
     headline: tuple[str, ...]
     verdict: tuple[str, str]
     facts: tuple[Fact, ...]
-    drawings: tuple[Drawing, ...]
+    drawings: tuple[tuple[Chart, Markup], ...]
     tables: tuple[SummaryTable, ...]
     changed: SummaryTable | None
     settings: dict[str, str]
@@ -133,7 +128,7 @@ def make_page(folder: Path, tokens: TokenTexts, *, rollouts: int | None) -> Page
         headline=tuple(shown.words(folder)),
         verdict=verdict_in(summary),
         facts=tuple(shown.facts(folder)),
-        drawings=tuple(map(_drawing, shown.charts(folder))),
+        drawings=tuple((chart, _picture(chart)) for chart in shown.charts(folder)),
         tables=tuple(shown.tables(folder)),
         changed=settings_table(folder),
         settings=settings_files(folder),
@@ -155,6 +150,7 @@ def render(page: Page, tokens: TokenTexts, path: Path, reload: int | None = None
     scripts = [_ours(name) for name in SCRIPTS]
     style = _ours("page.css")
     views = [view(rollout, tokens) for rollout in page.selection.rollouts]
+    words = prompt_words([seen.prompt_text for seen in views])
     stream = environment.get_template("page.html.j2").stream(
         page=page,
         reload=reload,
@@ -162,7 +158,7 @@ def render(page: Page, tokens: TokenTexts, path: Path, reload: int | None = None
         style=style,
         policy=policy(scripts, style),
         about=_json({**_about(page.rule), "trained": page.kind == "training"}),
-        entries=_json(_entries(views)),
+        entries=_json([*map(entry, views, words)]),
         blocks=map(_json, views),
     )
     stream.enable_buffering(200)
@@ -185,11 +181,6 @@ def policy(scripts: list[Markup], style: Markup) -> str:
     )
 
 
-def _entries(views: list[RolloutView]) -> list[Entry]:
-    words = prompt_words([seen.prompt_text for seen in views])
-    return [entry(seen, told) for seen, told in zip(views, words, strict=True)]
-
-
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -207,10 +198,10 @@ def _ours(name: str) -> Markup:
     return Markup((HERE / name).read_text(encoding="utf-8"))  # noqa: S704 - nothing of a run in it
 
 
-def _drawing(chart: Chart) -> Drawing:
+def _picture(chart: Chart) -> Markup:
     label = f"{chart.title}. {chart.caption}"
     drawn = to_svg(figure_of(chart), name=chart.name, label=label)
-    return Drawing(chart, Markup(drawn))  # noqa: S704 - XML by matplotlib, which escapes texts
+    return Markup(drawn)  # noqa: S704 - XML by matplotlib, which escapes texts
 
 
 def _subtitle(folder: Path, method: Any) -> str:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,12 +36,12 @@ class Positions:
     rejoin: Counter[int | None]  # of the high-loss positions
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Positions of about one loss: its mean, their distances, half of the mean's interval."""
+class Bin(NamedTuple):
+    """Positions of about one loss: how many, both means, half of the distance's interval."""
 
+    size: int
     loss: float
-    distance: np.ndarray
+    distance: float
     reach: float
 
 
@@ -95,14 +96,11 @@ def _loss_against_distance(found: Positions, name: str) -> Chart:
     count = max(2, min(BINS, len(loss) // LEAST))
     edges = np.unique(np.quantile(loss, np.linspace(0, 1, count + 1)))
     place = np.clip(np.searchsorted(edges, loss, side="right") - 1, 0, max(len(edges) - 2, 0))
-    bins = [
-        Bin(float(loss[some].mean()), distance[some], _reach(distance[some], prompt[some]))
-        for some in (place == b for b in np.unique(place).tolist())
-    ]
-    rows = tuple(
-        (number(b.loss), f"{len(b.distance):,}", number(float(b.distance.mean())), number(b.reach))
-        for b in bins
-    )
+    bins = []
+    for b in np.unique(place).tolist():
+        near, far, whose = (values[place == b] for values in (loss, distance, prompt))
+        bins.append(Bin(len(near), float(near.mean()), float(far.mean()), _reach(far, whose)))
+    rows = tuple((number(b.loss), f"{b.size:,}", number(b.distance), number(b.reach)) for b in bins)
     return Chart(
         "loss-distance",
         f"Does a high {name} mean another path?",
@@ -132,13 +130,10 @@ def _scatter(
     def draw(axes: Axes) -> None:
         shown = spaced(len(loss), DOTS)
         axes.plot(loss[shown], distance[shown], "o", color=ALARM, alpha=0.4, ms=3, mew=0)
-        x, y = [b.loss for b in bins], [float(b.distance.mean()) for b in bins]
-        axes.errorbar(x, y, [b.reach for b in bins], color=REAL, capsize=2, lw=1.2)
+        _, x, y, reach = zip(*bins, strict=True)
+        axes.errorbar(x, y, reach, color=REAL, capsize=2, lw=1.2)
         (dots,) = axes.plot(x, y, "s", color=REAL, ms=4)
-        hint(
-            dots,
-            [f"mean {label} {a:.3g}: mean OT {b:.3f}" for a, b in zip(x, y, strict=True)],
-        )
+        hint(dots, [f"mean {label} {b.loss:.3g}: mean OT {b.distance:.3f}" for b in bins])
         top = 1.05 * float(distance.max())
         axes.set(xlabel=label, ylabel="OT distance", ylim=(0, max(top, 1e-9)))
 
