@@ -7,7 +7,7 @@ as they are recorded, so that a method from outside is told truly too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,9 @@ def branch_words(branch: BranchRecord, record: GuidanceRecord) -> str:
     )
 
 
-def trajectory_caption(records: Iterable[GuidanceRecord]) -> str:
-    """What L_traj is taken along in a run; empty where no line of guidance has a part in it."""
-    ways = dict.fromkeys(way for record in records for way in _ways(record))
-    return f"L_traj, mean over guided tokens: {'; '.join(ways)}." if ways else ""
+def trajectory_caption(found: Mapping[str, None]) -> str:
+    """What L_traj is taken along in a run, by its :func:`ways`; empty where there are none."""
+    return f"L_traj, mean over guided tokens: {'; '.join(found)}." if found else ""
 
 
 def _is_window(branch: BranchRecord, record: GuidanceRecord) -> bool:
@@ -192,7 +191,8 @@ def _own_tokens(record: RolloutRecord) -> Iterator[str]:
         yield f"{LOSSES.get(loss, loss)} as well, on the rollout's own {_places(places)}."
 
 
-def _ways(record: GuidanceRecord) -> Iterator[str]:
+def ways(record: GuidanceRecord) -> Iterator[str]:
+    """What L_traj is taken along by one line of guidance."""
     if record.targets:
         yield "KL from the soft targets to the student, along the student's own window"
     for branch in record.branches:

@@ -33,7 +33,6 @@ NAMES = {
     "truncated": "sampled, cut off at the limit",
 }
 RIGHT = ("accuracy", "sampled_accuracy", "refusals")  # a gate's figures that are told as shares
-VERDICTS = {"worse": "worse", "within": "within the limit", "open": "open"}
 
 
 # Evaluations
@@ -177,7 +176,7 @@ def gate_tables(folder: Path) -> list[SummaryTable]:
     columns = ("", "base", "candidate", "harm", "interval", "limit", "verdict")
     rows = tuple(
         (_title(f), _value(f, f.base), _value(f, f.candidate), *_harm_cells(f), _limit(f),
-         VERDICTS.get(f.verdict, plain(f.verdict, limit=20)))
+         "within the limit" if f.verdict == "within" else plain(f.verdict, limit=20))
         for f in found.figures
     )  # fmt: skip
     tables = [SummaryTable("Figures", columns, rows)]

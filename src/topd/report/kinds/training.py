@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from topd.report.charts import (
 )
 from topd.report.charts.svg import ALARM, FAINT, INK, PALETTE, REAL, hint
 from topd.report.folder import finite, is_stage1, read_logs, settings_of
-from topd.report.guided import Verdict, rule_of, trajectory_caption
+from topd.report.guided import Verdict, rule_of, trajectory_caption, ways
 from topd.report.headline import DIVERGENCES, change
 from topd.report.text import counted, plain
 from topd.runs.records import GuidanceRecord, read_records, updates_in
@@ -128,9 +128,9 @@ CURVES = (
 class Found:
     """What guidance.jsonl says of a run: distances by verdict, and what L_traj is taken along."""
 
-    real: tuple[float, ...] = ()
-    alarm: tuple[float, ...] = ()
-    trajectory: str = ""
+    real: list[float]
+    alarm: list[float]
+    ways: dict[str, None]
 
 
 def training_charts(folder: Path) -> list[Chart]:
@@ -139,7 +139,7 @@ def training_charts(folder: Path) -> list[Chart]:
     settings = settings_of(folder)
     captions = {
         **_captions(settings),
-        "trajectory": found.trajectory,
+        "trajectory": trajectory_caption(found.ways),
         "alarms": rule.told,
     }
     left_out = {"alarms"} if not rule.why_alarm else set()
@@ -255,20 +255,15 @@ def _change(logs: Logs, key: str) -> Fact:
 
 def _found(folder: Path) -> Found:
     """One pass over guidance.jsonl."""
+    found = Found([], [], {})
     if not (folder / "guidance.jsonl").is_file():
-        return Found()
-    real: list[float] = []
-    alarm: list[float] = []
-
-    def seen() -> Iterator[GuidanceRecord]:
-        for record in read_records(folder, "guidance.jsonl", GuidanceRecord):
-            for fork in record.forks:
-                if math.isfinite(fork.distance):
-                    (real if fork.real else alarm).append(fork.distance)
-            yield record
-
-    caption = trajectory_caption(seen())
-    return Found(tuple(real), tuple(alarm), caption)
+        return found
+    for record in read_records(folder, "guidance.jsonl", GuidanceRecord):
+        for fork in record.forks:
+            if math.isfinite(fork.distance):
+                (found.real if fork.real else found.alarm).append(fork.distance)
+        found.ways.update(dict.fromkeys(ways(record)))
+    return found
 
 
 def _fork_chart(found: Found, rule: Verdict) -> Chart:
