@@ -170,10 +170,8 @@ def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
     Raises:
         TOPDError: a line is no such record.
     """
-    records = []
-    for number, line in enumerate(split_lines(folder / name)[0], 1):
-        records.append(_checked(LINES[name], line, f"{name}, line {number}"))
-    return records
+    lines, _ = split_lines(folder / name)
+    return [_checked(LINES[name], line, f"{name}, line {n}") for n, line in enumerate(lines, 1)]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
