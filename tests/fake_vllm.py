@@ -80,17 +80,12 @@ class Fake:
         """To messages; a last one of the assistant's is continued where the server is told to."""
         messages = body["messages"]
         last = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+        assert not last or body["continue_final_message"]
+        if self.manner == "anew":  # a turn that is over, and a new one
+            last = ""
         text = self.tokenizer.apply_chat_template(
             messages[:-1] if last else messages, tokenize=False, add_generation_prompt=True
         )
-        assert not last or body["continue_final_message"]
-        if self.manner == "anew":  # a turn that is over, and a new one
-            text, last = (
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                ),
-                "",
-            )
         choice = self.continued(text.rstrip() + last, body)
         return {"message": {"content": choice["text"]}, "finish_reason": choice["finish_reason"]}
 

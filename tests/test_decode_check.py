@@ -30,8 +30,6 @@ from topd.inputs.models.positions import rope_switch, takes_masks
 from topd.training.learning.layout import can_pack
 from topd.types import Sampling
 
-GREEDY = Sampling(0.0, max_new_tokens=6)
-
 
 @pytest.fixture(autouse=True)
 def afresh(monkeypatch) -> None:

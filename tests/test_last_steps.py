@@ -22,7 +22,6 @@ TURNS = [
     for question, answer in ANSWERS
 ]
 PLAIN = [{"prompt": question, "solution": answer, "answer": answer} for question, answer in ANSWERS]
-ASKED = [{"role": "user", "content": "3 + 4"}]
 RENAMED = {"columns": {"prompt": "q", "answer": "meta.a", "solution": "meta.a"}}
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
