@@ -38,8 +38,6 @@ def select_rollouts(folder: Path, *, limit: int | None = None) -> Selection:
     Where a folder has more, prompts are chosen evenly spaced by their number, each with all its
     rollouts, so that a prompt can be followed through the run. Raises TOPDError.
     """
-    if not (folder / "rollouts.jsonl").is_file():
-        return Selection((), 0)
     counts, tokens = Counter[int](), 0
     for record in read_records(folder, "rollouts.jsonl", RolloutRecord):
         counts[record.prompt] += 1
@@ -84,8 +82,6 @@ def _with_forks(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutReco
             _with(r, [_repaired(r, samples[r.rollout])]) if samples[r.rollout] else r
             for r in rollouts
         ]
-    if not (folder / "guidance.jsonl").is_file():
-        return rollouts
     wanted = {(r.step, r.rollout) for r in rollouts}
     found = {
         (g.step, g.rollout): g
@@ -98,9 +94,9 @@ def _with_forks(folder: Path, rollouts: list[RolloutRecord]) -> list[RolloutReco
 def _of_each(
     rollouts: list[RolloutRecord], folder: Path, name: str, kind: type[OfRollout]
 ) -> dict[int | None, list[OfRollout]]:
-    """The records of a file by their rollout, if the file exists."""
+    """The records of a file by their rollout."""
     found: dict[int | None, list[OfRollout]] = {r.rollout: [] for r in rollouts}
-    for record in read_records(folder, name, kind) if (folder / name).is_file() else ():
+    for record in read_records(folder, name, kind):
         if record.rollout in found:
             found[record.rollout].append(record)
     return found

@@ -299,12 +299,9 @@ def updates_in(logs: Sequence[Mapping[str, float]]) -> list[int]:
 
 
 def read_records(folder: Path, name: str, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
-    """The lines of a JSONL file, one by one. Raises TOPDError: no file, or a line that is wrong."""
-    path = folder / name
-    if not path.is_file():
-        raise TOPDError(f"run folder {folder}: {name} is missing. Was the run interrupted?")
-    for number, line in numbered_lines(path):
-        yield _checked(kind, line, f"{path}, line {number}")
+    """The lines of a JSONL file, none if it is missing. Raises TOPDError: a line is wrong."""
+    for number, line in numbered_lines(folder / name):
+        yield _checked(kind, line, f"{folder / name}, line {number}")
 
 
 def read_record(folder: Path, name: str, kind: type[AnyRecord]) -> AnyRecord | None:

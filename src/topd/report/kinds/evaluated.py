@@ -241,9 +241,8 @@ def _greedy_text(answers: Sequence[ResponseRecord]) -> str:
 def _by_problem(folder: Path, name: str) -> dict[int, list[ResponseRecord]]:
     """Answers by row of the data, in the order of the file; empty where there is no such file."""
     found: dict[int, list[ResponseRecord]] = {}
-    if (folder / name).is_file():
-        for record in read_records(folder, name, ResponseRecord):
-            found.setdefault(record.problem, []).append(record)
+    for record in read_records(folder, name, ResponseRecord):
+        found.setdefault(record.problem, []).append(record)
     return found
 
 

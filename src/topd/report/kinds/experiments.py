@@ -33,8 +33,6 @@ SCORES = {"greedy": "greedy accuracy", "pass@1": "pass@1"}
 
 def repair_charts(folder: Path) -> list[Chart]:
     """The figures of a repair."""
-    if not (folder / "samples.jsonl").is_file():
-        return []
     found: dict[str, list[float]] = defaultdict(list)
     for record in read_records(folder, "samples.jsonl", SampleRecord):
         if math.isfinite(record.distance):
@@ -84,10 +82,8 @@ def compare_charts(folder: Path) -> list[Chart]:
         others = {arm: v for arm, v in summary.items() if arm != content.get("baseline", "opd")}
         if any(_interval(arm.get(versus)) for arm in others.values()):
             charts.append(_interval_chart(versus, f"{name} against the baseline", others))
-    if (folder / "results.jsonl").is_file():
-        results = list(read_records(folder, "results.jsonl", ResultRecord))
-        charts += _learning_curves(results, cpu=content.get("clock") == "cpu")
-    return charts
+    results = list(read_records(folder, "results.jsonl", ResultRecord))
+    return [*charts, *_learning_curves(results, cpu=content.get("clock") == "cpu")]
 
 
 def _boxes(arms: Mapping[str, Sequence[float]]) -> Callable[[Axes], None]:

@@ -47,8 +47,6 @@ class Bin(NamedTuple):
 
 def probe_charts(folder: Path) -> list[Chart]:
     """The figures of a probe."""
-    if not (folder / "positions.jsonl").is_file():
-        return []
     found = _read(folder)
     charts = []
     if any(found.distance.values()):

@@ -256,8 +256,6 @@ def _change(logs: Logs, key: str) -> Fact:
 def _found(folder: Path) -> Found:
     """One pass over guidance.jsonl."""
     found = Found([], [], {})
-    if not (folder / "guidance.jsonl").is_file():
-        return found
     for record in read_records(folder, "guidance.jsonl", GuidanceRecord):
         for fork in record.forks:
             if math.isfinite(fork.distance):
