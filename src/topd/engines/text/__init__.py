@@ -18,7 +18,7 @@ from topd.engines.base import BaseEngine, Prefix, check_seeds
 from topd.engines.text.logprobs import Pieces, logprobs_of_tokens, whole_text
 from topd.engines.text.spans import SpanReader
 from topd.inputs.border import BROKEN, Border
-from topd.types import Generation, Ids, Needs, Sampling
+from topd.types import Generation, Ids, Needs, Sampling, Starts, Texts
 
 SPARE = 8  # tokens that are written beyond a window, so that its last word is a whole one
 
@@ -37,7 +37,7 @@ class Writer(Protocol):
 
     def write(
         self,
-        prompts: Sequence[Ids],
+        prompts: Texts,
         texts: Sequence[str],
         sampling: Sampling,
         seeds: Sequence[int],
@@ -69,7 +69,7 @@ class TextEngine(BaseEngine):
         writer: Writer,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        read: Callable[[Sequence[Ids], Sequence[str]], list[Pieces]] | None = None,
+        read: Callable[[Texts, Sequence[str]], list[Pieces]] | None = None,
         spans: SpanReader | None = None,
         **options: Any,
     ) -> None:
@@ -81,23 +81,13 @@ class TextEngine(BaseEngine):
         self._ends = {str(t) for t in tokenizer.convert_ids_to_tokens(sorted(self.end_ids))}
 
     def generate(
-        self,
-        prompts: Sequence[Ids],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
+        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """Write one response a prompt, as the student's tokens. No log-probs are known."""
         return self._tokens([()] * len(prompts), prompts, sampling, seeds, tick)
 
     def score(
-        self,
-        prompts: Sequence[Ids],
-        responses: Sequence[Ids],
-        *,
-        temperature: float = 1.0,
-        keep: bool = True,
+        self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
     ) -> Scores:
         """States of zeros; log-probs, zeros as well unless the writer tells them.
 
@@ -133,7 +123,7 @@ class TextEngine(BaseEngine):
     def continue_from(
         self,
         scores: Scores,
-        starts: Sequence[tuple[int, int]],
+        starts: Starts,
         sampling: Sampling,
         seeds: Sequence[int],
         *,
@@ -152,12 +142,7 @@ class TextEngine(BaseEngine):
         return self._tokens(before, prompts, sampling, seeds, tick)
 
     def _tokens(
-        self,
-        before: Sequence[Ids],
-        prompts: Sequence[Ids],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        tick: Tick,
+        self, before: Texts, prompts: Texts, sampling: Sampling, seeds: Sequence[int], tick: Tick
     ) -> list[Generation]:
         """What the writer continues ``before`` with, as tokens; at most ``max_new_tokens``."""
         check_seeds(seeds, before)

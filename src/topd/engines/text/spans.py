@@ -20,7 +20,7 @@ from topd.engines.text.logprobs import whole_text
 from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.text_models import reach_of
-from topd.types import Ids, Spans
+from topd.types import Ids, Spans, Texts
 
 
 class Aligned(NamedTuple):
@@ -65,10 +65,7 @@ class SpanReader:
     """
 
     def __init__(
-        self,
-        engine: HFEngine,
-        tokenizers: Sequence[PreTrainedTokenizerBase],
-        ends: frozenset[int],
+        self, engine: HFEngine, tokenizers: Sequence[PreTrainedTokenizerBase], ends: frozenset[int]
     ) -> None:
         self.engine, self.ends = engine, ends
         self.tokenizers = tokenizers
@@ -95,9 +92,7 @@ class SpanReader:
             ids = (*ids, self._end(response[-1]))
         return Aligned(ids, own, theirs)
 
-    def read(
-        self, prompts: Sequence[Ids], responses: Sequence[Ids]
-    ) -> list[tuple[Spans, list[float]]]:
+    def read(self, prompts: Texts, responses: Texts) -> list[tuple[Spans, list[float]]]:
         """Of every response its spans, and the teacher's log-probs of them, nats.
 
         One that is too long for the teacher has none. Raises TOPDError where a log-prob is NaN.

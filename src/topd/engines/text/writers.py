@@ -25,7 +25,7 @@ from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.served import TextSpec
 from topd.inputs.text_models import reach_of, stand_in
-from topd.types import Ids, Sampling
+from topd.types import Ids, Sampling, Texts
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class TextServers:
 
     def write(
         self,
-        prompts: Sequence[Ids],
+        prompts: Texts,
         texts: Sequence[str],
         sampling: Sampling,
         seeds: Sequence[int],
@@ -91,7 +91,7 @@ class TextServers:
         pairs = zip(found, texts, sent, strict=True)
         return [_after(answer, text[len(known) :]) for answer, text, known in pairs]
 
-    def read(self, prompts: Sequence[Ids], texts: Sequence[str]) -> list[Pieces]:
+    def read(self, prompts: Texts, texts: Sequence[str]) -> list[Pieces]:
         """Of every prompt and text the servers' own tokens, and their log-probs.
 
         Raises TOPDError where a server tells none.
@@ -116,7 +116,7 @@ class TextServers:
 
     def _answers(
         self,
-        prompts: Sequence[Ids],
+        prompts: Texts,
         wanted: Sequence[Request],
         reads: Sequence[Callable[[Any], T]],
         none: T,
@@ -273,7 +273,7 @@ class EmbeddedWriter:
 
     def write(
         self,
-        prompts: Sequence[Ids],
+        prompts: Texts,
         texts: Sequence[str],
         sampling: Sampling,
         seeds: Sequence[int],
