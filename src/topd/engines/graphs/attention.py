@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,21 +28,13 @@ class Prefixes(NamedTuple):
     known: Int[Tensor, " R"]
 
 
-def attend(
-    query: Tensor,
-    new: tuple[Tensor, Tensor],
-    cache: tuple[Tensor, Tensor],
-    place: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-    prefixes: Prefixes | None = None,
-) -> Tensor:
-    """As :func:`topd.engines.graphs.decode_kernel.attend`, by it or without it."""
-    windowed, continuing = window is not None, prefixes is not None
-    kernel = _kernel(query, cache[0], windowed=windowed, continuing=continuing)
-    way = _plain if kernel is None else kernel.attend
-    return way(query, new, cache, place, scale=scale, window=window, prefixes=prefixes)
+def way_to_attend(
+    query: Tensor, keys: Tensor, *, windowed: bool, continuing: bool
+) -> Callable[..., Tensor]:
+    """:func:`topd.engines.graphs.decode_kernel.attend` where it serves, else :func:`_plain`."""
+    shape = (query.shape[1], keys.shape[1], keys.shape[3])
+    kernel = _tried(shape, query.dtype, keys.dtype, keys.device, windowed, continuing)
+    return _plain if kernel is None else kernel.attend
 
 
 def _plain(
@@ -99,12 +92,6 @@ def _continued(
     return found.flatten(1, 2)[:, None]
 
 
-def _kernel(query: Tensor, keys: Tensor, *, windowed: bool, continuing: bool = False) -> Any:
-    """The module of the Triton kernel where it serves; None elsewhere."""
-    shape = (query.shape[1], keys.shape[1], keys.shape[3])
-    return _tried(shape, query.dtype, keys.dtype, keys.device, windowed, continuing)
-
-
 @functools.cache
 def _tried(
     shape: tuple[int, int, int],
@@ -112,7 +99,7 @@ def _tried(
     kept: torch.dtype,
     device: torch.device,
     windowed: bool,
-    continuing: bool = False,
+    continuing: bool,
 ) -> Any:
     """The kernel's module, if it gives what attention without it gives on a small example."""
     try:

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from topd.engines.graphs.attention import Prefixes, attend
+from topd.engines.graphs.attention import Prefixes, way_to_attend
 from topd.types import autocast_dtype
 
 NAME = "topd_one_token"  # of the attention; transformers makes no mask for a name it has none for
@@ -264,6 +264,7 @@ def one_token(
     fresh, layer.fresh = layer.fresh, None
     place, prefixes = _stepping.place[: len(query)], layer.prefixes(len(query))
     cache, window = (key, value), layer.window
+    attend = way_to_attend(query, key, windowed=window is not None, continuing=prefixes is not None)
     return attend(query, fresh, cache, place, scale=scale, window=window, prefixes=prefixes), None
 
 
