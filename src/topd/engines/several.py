@@ -88,22 +88,28 @@ class _Part(NamedTuple):
     """What one of several teachers scored: its place, the rows that are its own, their scores."""
 
     teacher: int
-    rows: tuple[int, ...]
+    rows: list[int]
     scores: Scores
 
 
 class SeveralTeachers:
-    """Teachers that each read their own texts. Use what :meth:`of` returns, as an Engine.
+    """Teachers that each read their own texts. Use what :meth:`of` returns for texts.
 
     Args:
         engines: one a teacher, over one vocabulary.
         places: name of a teacher to its place among the engines.
+        owners: whose each text is, by the teachers' places.
     """
 
     gives: Needs = "distributions"
 
-    def __init__(self, engines: Sequence[Engine], places: Mapping[str, int]) -> None:
+    def __init__(
+        self, engines: Sequence[Engine], places: Mapping[str, int], owners: Sequence[int] = ()
+    ) -> None:
         self.engines, self.places = tuple(engines), places
+        self.rows: list[list[int]] = [[] for _ in engines]  # of every engine
+        for row, owner in enumerate(owners):
+            self.rows[owner].append(row)
 
     @property
     def head(self) -> Head:
@@ -118,9 +124,9 @@ class SeveralTeachers:
         """Whose each prompt is, by the teachers' places."""
         return [self.places[prompt.teacher_name or ""] for prompt in prompts]
 
-    def of(self, prompts: Sequence[Prompt]) -> Engine:
+    def of(self, prompts: Sequence[Prompt]) -> SeveralTeachers:
         """The engine for texts after these prompts, in this order."""
-        return _Routed(self.engines, self.places, self.owners(prompts))
+        return SeveralTeachers(self.engines, self.places, self.owners(prompts))
 
     def continue_from(
         self,
@@ -158,26 +164,13 @@ class SeveralTeachers:
         wide[..., -1] = k
         return wide
 
-
-class _Routed(SeveralTeachers):
-    """Texts in an order in which it is known whose each is: ``owners``, places of engines."""
-
-    def __init__(
-        self, engines: Sequence[Engine], places: Mapping[str, int], owners: Sequence[int]
-    ) -> None:
-        super().__init__(engines, places)
-        self.rows = [  # of every engine
-            tuple(row for row, owner in enumerate(owners) if owner == k)
-            for k in range(len(self.engines))
-        ]
-
     def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
         """Input embeddings of each row's teacher, padded with zeros to the widest."""
         pairs = list(zip(self.engines, self.rows, strict=True))
-        parts = [engine.embed(tokens[list(rows)]) for engine, rows in pairs]
+        parts = [engine.embed(tokens[rows]) for engine, rows in pairs]
         wide = parts[0].new_zeros(*tokens.shape, max(part.shape[-1] for part in parts))
         for (_, rows), part in zip(pairs, parts, strict=True):
-            wide[list(rows), :, : part.shape[-1]] = part.to(wide.dtype)
+            wide[rows, :, : part.shape[-1]] = part.to(wide.dtype)
         return wide
 
     def generate(
@@ -209,9 +202,9 @@ class _Routed(SeveralTeachers):
             scores = engine.score(some, own, temperature=temperature, keep=keep)
             parts.append(_Part(k, rows, scores))
             long = scores.hidden.shape[1]
-            hidden[list(rows), :long] = self.marked(scores.hidden, k)
-            logprobs[list(rows), :long] = scores.logprobs.to(logprobs)
-            likeliest[list(rows), :long] = scores.likeliest.to(likeliest)
+            hidden[rows, :long] = self.marked(scores.hidden, k)
+            logprobs[rows, :long] = scores.logprobs.to(logprobs)
+            likeliest[rows, :long] = scores.likeliest.to(likeliest)
         return Scores(hidden, logprobs, likeliest, parts)
 
 
@@ -328,4 +321,4 @@ def one_teacher(engines: Sequence[Engine], routes: Routes) -> Engine:
         return engines[0]
     if routes.mix == "mean":
         return MeanTeacher(engines, routes.shares)
-    return cast(Engine, SeveralTeachers(engines, routes.places))
+    return SeveralTeachers(engines, routes.places)
