@@ -31,12 +31,14 @@ class Stream(IntEnum):
     EVALUATION_ROLLOUTS = (1 << 31) - 1
 
 
+def seed_of(seed: int, step: int, number: int) -> int:
+    """The seed of one rollout of an update, or of what else has a stream and a number."""
+    return int(np.random.SeedSequence((seed, step, number)).generate_state(1, np.uint32)[0])
+
+
 def sampling_seeds(seed: int, step: int, count: int, *, first: int = 0) -> list[int]:
     """Independent seeds for ``count`` rollouts of one update, numbered from ``first`` on.
 
     They depend on nothing else: any split into batches gives the same rollouts.
     """
-    return [
-        int(np.random.SeedSequence((seed, step, first + i)).generate_state(1, np.uint32)[0])
-        for i in range(count)
-    ]
+    return [seed_of(seed, step, first + i) for i in range(count)]

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from topd.engines import Engine, Tick, no_tick
 from topd.errors import TOPDError
 from topd.evaluate.answers import Verify
-from topd.seeds import Stream, sampling_seeds
+from topd.seeds import Stream, seed_of
 from topd.statistics import Interval, bootstrap, pass_at_k
 from topd.types import Generation, Ids, Prompt, Sampling
 
@@ -237,10 +237,8 @@ class Evaluator:
 
     def _answer(self, engine: Engine, batch: Sequence[Asked], sampling: Sampling) -> list[Response]:
         prompts = [prompt.student for prompt, _ in batch]
-        seeds = [
-            sampling_seeds(self.seed, Stream.EVALUATION_SAMPLES + (i or 0), 1, first=p.index)[0]
-            for p, i in batch
-        ]
+        first = Stream.EVALUATION_SAMPLES
+        seeds = [seed_of(self.seed, first + (i or 0), p.index) for p, i in batch]
         written = engine.generate(prompts, sampling, seeds)
         return [self._verified(*pair, made) for pair, made in zip(batch, written, strict=True)]
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from topd.seeds import Stream, sampling_seeds
+from topd.seeds import Stream, seed_of
 from topd.training.experience.evidence import Experience
 from topd.training.metrics import Means
 from topd.types import Branch, Guidance, Rollout
@@ -43,7 +43,7 @@ class EarlierWindows:
         """
         if not self.count:
             return experience
-        draw = random.Random(sampling_seeds(self.seed, Stream.REPLAY, 1, first=step)[0])
+        draw = random.Random(seed_of(self.seed, Stream.REPLAY, step))
         drawn = draw.sample(list(self._kept), min(self.count, len(self._kept)))
         self._kept += _windows(experience)
         nothing = experience.teacher_hidden[0][:0] if experience.teacher_hidden else None

@@ -18,7 +18,7 @@ from topd.engines import Engine
 from topd.errors import TOPDError
 from topd.evaluate.answers import AnswerVerifier
 from topd.inputs.rows import DataSpec
-from topd.seeds import Stream, sampling_seeds
+from topd.seeds import Stream, seed_of
 from topd.testbed import SCHEME
 from topd.testbed import verify as testbed_verifier
 from topd.training.experience import Observer
@@ -144,8 +144,7 @@ class _Asked:
 
 def _seed(seed: int, row: int, t: int, k: int) -> int:
     """Of continuation ``k`` from token ``t``: the same for both models."""
-    own = sampling_seeds(seed, Stream.OUTCOMES, 1, first=row)[0]
-    return sampling_seeds(own, t, 1, first=k)[0]
+    return seed_of(seed_of(seed, Stream.OUTCOMES, row), t, k)
 
 
 def checker_of(data: DataSpec) -> Check:

@@ -23,7 +23,7 @@ from topd.errors import TOPDError
 from topd.inputs.prompts import make_rollout
 from topd.losses import linear_token_statistics
 from topd.methods import Method
-from topd.seeds import Stream, sampling_seeds
+from topd.seeds import Stream, seed_of
 from topd.training.experience.branches import branch_states, gone_on
 from topd.training.experience.evidence import (
     TOLD,
@@ -96,7 +96,7 @@ class Observer:
             TOPDError: here or on another rank.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
-        seeds = [sampling_seeds(self.args.seed, step, 1, first=n)[0] for n in numbers]
+        seeds = [seed_of(self.args.seed, step, n) for n in numbers]
         method = self.args.guidance_method(look_ahead=look_ahead)
         write = self.answered if teacher_writes else self.roll_out
         rollouts = agreed(lambda: write(prompts, seeds), self._waiting)
@@ -228,10 +228,9 @@ class Observer:
         self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, seen: Seen
     ) -> Experience:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
-        asked, phases = of_own_tokens(method.guide(seen.evidence), rollouts), self.phases
+        asked = of_own_tokens(method.guide(seen.evidence), rollouts)
         asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs, seen.spans)
-        sampling, spent = self.args.sampling, self.spent
-        guidance = gone_on(self.student, rollouts, asked, seeds, sampling, phases, spent)
+        guidance = gone_on(self, rollouts, asked, seeds)
         windows = dict(zip(seen.starts, seen.written, strict=True))
         return Experience(
             tuple(rollouts),
@@ -239,10 +238,10 @@ class Observer:
             tuple(seen.logprobs),
             forks_of(seen.evidence, len(rollouts)),
             guidance,
-            branch_states(self.teacher, rollouts, guidance, windows, seen.hidden, phases, spent),
+            branch_states(self, rollouts, guidance, windows, seen.hidden),
             tuple(window.effort for window in seen.written),
             tuple(seen.spans),
-            spent,
+            self.spent,
         )
 
     def score(self, rollouts: Sequence[Rollout], first: int = 0, *, keep: bool = True) -> Scores:
@@ -332,7 +331,7 @@ class Observer:
         if not starts:
             return []
         sampling, rejoin = self.args.window_sampling(length), self.args.window_rejoin
-        own = [sampling_seeds(seeds[row], Stream.WINDOWS, 1, first=t)[0] for row, t in starts]
+        own = [seed_of(seeds[row], Stream.WINDOWS, t) for row, t in starts]
         with self.phases.phase("windows", length) as tick:
             written = self.teacher.continue_from(
                 scores, starts, sampling, own, rejoin=rejoin, tick=tick
@@ -360,8 +359,8 @@ class Observer:
         real = torch.zeros(len(starts), dtype=torch.bool)
         logprobs, _ = padded([torch.tensor(logprobs_of(r)) for r in rollouts])
         theirs = None if teacher is None else padded(teacher)[0]
-        found = Evidence(token_loss, logprobs, mask, windows, solved, real)
-        return replace(found, teacher_logprobs=theirs, rollouts=tuple(rollouts))
+        seen = token_loss, logprobs, mask, windows, solved, real
+        return Evidence(*seen, teacher_logprobs=theirs, rollouts=tuple(rollouts))
 
     def compare(
         self,

@@ -2,58 +2,47 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from topd.engines import Engine
 from topd.engines.several import reader_of
-from topd.seeds import Stream, sampling_seeds
-from topd.training.progress import Phases
-from topd.types import Generation, Guidance, Rollout, Sampling
+from topd.seeds import Stream, seed_of
+from topd.types import Generation, Guidance, Rollout
+
+if TYPE_CHECKING:
+    from topd.training.experience import Observer
 
 
 def gone_on(
-    student: Engine,
+    watch: Observer,
     rollouts: Sequence[Rollout],
     guidance: Sequence[Guidance],
     seeds: Sequence[int],
-    sampling: Sampling,
-    phases: Phases,
-    spent: Counter[str],
 ) -> tuple[Guidance, ...]:
-    """The guidance, with the student's own tokens after the branches that ask for them.
-
-    They are counted in ``spent``.
-    """
+    """The guidance, with the student's own tokens after the branches that ask for them."""
     asked = [
-        (row, k)
+        (row, k, branch)
         for row, guide in enumerate(guidance)
         for k, branch in enumerate(guide.branches)
-        if branch.go_on and not student.ends(branch.tokens)
+        if branch.go_on and not watch.student.ends(branch.tokens)
     ]
     if not asked:
         return tuple(guidance)
-    branches = [list(guide.branches) for guide in guidance]
-    limit = max(branches[row][k].go_on for row, k in asked)
     prompts = [
-        rollouts[row].prompt.student
-        + rollouts[row].response[: branches[row][k].start]
-        + branches[row][k].tokens
-        for row, k in asked
+        rollouts[row].prompt.student + rollouts[row].response[: branch.start] + branch.tokens
+        for row, _, branch in asked
     ]
-    own = [
-        sampling_seeds(seeds[row], Stream.RELAY, 1, first=branches[row][k].start)[0]
-        for row, k in asked
-    ]
-    with phases.phase("windows", limit) as tick:
-        limited = replace(sampling, max_new_tokens=limit)
-        written = student.generate(prompts, limited, own, tick=tick)
-    spent["student_written"] += sum(len(more.tokens) for more in written)
-    for (row, k), more in zip(asked, written, strict=True):
-        branch = branches[row][k]
+    own = [seed_of(seeds[row], Stream.RELAY, branch.start) for row, _, branch in asked]
+    limit = max(branch.go_on for _, _, branch in asked)
+    with watch.phases.phase("windows", limit) as tick:
+        limited = replace(watch.args.sampling, max_new_tokens=limit)
+        written = watch.student.generate(prompts, limited, own, tick=tick)
+    watch.spent["student_written"] += sum(len(more.tokens) for more in written)
+    branches = [list(guide.branches) for guide in guidance]
+    for (row, k, branch), more in zip(asked, written, strict=True):
         branches[row][k] = replace(branch, tokens=branch.tokens + more.tokens[: branch.go_on])
     return tuple(
         replace(guide, branches=tuple(found))
@@ -62,19 +51,17 @@ def gone_on(
 
 
 def branch_states(
-    teacher: Engine,
+    watch: Observer,
     rollouts: Sequence[Rollout],
     guidance: Sequence[Guidance],
     written: Mapping[tuple[int, int], Generation],
     hidden: Sequence[Tensor],
-    phases: Phases,
-    spent: Counter[str],
 ) -> tuple[tuple[Tensor, ...], ...]:
     """The teacher's states along every branch: of its window, of the rollout, or scored now.
 
-    What it reads then is counted in ``spent``. One by text has none, and is not asked.
+    One by text has none, and is not asked.
     """
-    weight = teacher.head.weight
+    weight = watch.teacher.head.weight
     states: dict[tuple[int, int], Tensor] = {}
     unknown: list[tuple[int, int]] = []
     for row, guide in enumerate(guidance):
@@ -84,12 +71,12 @@ def branch_states(
                 states[row, k] = window.hidden[:count]
             elif branch.is_part_of(rollouts[row].response):
                 states[row, k] = hidden[row][branch.start : branch.start + count]
-            elif teacher.gives != "distributions":
+            elif watch.teacher.gives != "distributions":
                 states[row, k] = weight.new_zeros(count, weight.shape[1])
             else:
                 unknown.append((row, k))
     if unknown:
-        states.update(_scored(teacher, rollouts, guidance, unknown, phases, spent))
+        states.update(_scored(watch, rollouts, guidance, unknown))
     return tuple(
         tuple(states[row, k] for k in range(len(guide.branches)))
         for row, guide in enumerate(guidance)
@@ -97,12 +84,10 @@ def branch_states(
 
 
 def _scored(
-    teacher: Engine,
+    watch: Observer,
     rollouts: Sequence[Rollout],
     guidance: Sequence[Guidance],
     places: Sequence[tuple[int, int]],
-    phases: Phases,
-    spent: Counter[str],
 ) -> dict[tuple[int, int], Tensor]:
     branches = [guidance[row].branches[k] for row, k in places]
     prompts = [
@@ -110,9 +95,9 @@ def _scored(
         for (row, _), branch in zip(places, branches, strict=True)
     ]
     tokens = [branch.tokens for branch in branches]
-    spent["teacher_read"] += sum(map(len, prompts)) + sum(map(len, tokens))
-    reader = reader_of(teacher, [rollouts[row].prompt for row, _ in places])
-    with phases.phase("scoring"):
+    watch.spent["teacher_read"] += sum(map(len, prompts)) + sum(map(len, tokens))
+    reader = reader_of(watch.teacher, [rollouts[row].prompt for row, _ in places])
+    with watch.phases.phase("scoring"):
         hidden = reader.score(prompts, tokens, keep=False).hidden
     return {
         place: states[: len(branch.tokens)]

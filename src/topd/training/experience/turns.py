@@ -19,7 +19,7 @@ from topd.inputs.models import ModelSource, ModelSpec, eos_ids
 from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts.tools import Environment, Replies, environment_named
 from topd.inputs.text_models import is_by_text
-from topd.seeds import Stream, sampling_seeds
+from topd.seeds import Stream, seed_of
 from topd.types import Ids, Prompt, Rollout, Sampling, Spans
 
 Asked: TypeAlias = list[tuple[int, Ids]]  # rows and the tokens of their replies
@@ -101,7 +101,7 @@ class Turns:
                 for r, (_, ids) in zip(before, asked, strict=True)
             ],
             replace(self.sampling, max_new_tokens=max(rooms)),
-            [sampling_seeds(seeds[row], Stream.TURNS, 1, first=turn)[0] for row, _ in asked],
+            [seed_of(seeds[row], Stream.TURNS, turn) for row, _ in asked],
             tick=tick,
         )
         for (row, ids), room, old, new in zip(asked, rooms, before, written, strict=True):
