@@ -107,7 +107,7 @@ def solve(
     rows, columns = _masks(cost, student_mask, teacher_mask)
     given = _at_least_float32(cost.detach())
     if student_mask is not None or teacher_mask is not None:
-        given = given.masked_fill(~_both(rows, columns), 0.0)
+        given = given.masked_fill(~(rows[:, :, None] & columns[:, None, :]), 0.0)
     if not given.sum().isfinite():
         raise TOPDError("transport.solve: a cost is NaN or infinite. Check the embeddings.")
     if method == "exact":
@@ -151,7 +151,8 @@ def soft_targets(
         [N n V], every row sums to 1 (0 where the plan's row is empty). The paper's y~ has row sum
         1/n; scaling by n makes it a distribution.
     """
-    rows = _row_distributions(plan)
+    mass = plan.sum(-1, keepdim=True)
+    rows = plan / mass.where(mass > 0, 1.0)
     tokens = teacher_tokens.masked_fill(plan.sum(-2) == 0, 0)  # after the mask anything may be
     targets = rows.new_zeros(*plan.shape[:2], vocab_size)
     return targets.scatter_add(-1, tokens[:, None, :].expand(plan.shape), rows)
@@ -212,19 +213,10 @@ def sparse_plans(plan: Float[Tensor, "N n m"]) -> list[tuple[tuple[int, int, flo
     return [tuple(entries[first:last]) for first, last in pairwise(ends)]
 
 
-def _row_distributions(plan: Tensor) -> Tensor:
-    mass = plan.sum(-1, keepdim=True)
-    return plan / mass.where(mass > 0, torch.ones_like(mass))
-
-
 def _masks(cost: Tensor, student: Tensor | None, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
     count, n, m = cost.shape
-    rows = (
-        torch.ones(count, n, dtype=torch.bool, device=cost.device) if student is None else student
-    )
-    columns = (
-        torch.ones(count, m, dtype=torch.bool, device=cost.device) if teacher is None else teacher
-    )
+    rows = cost.new_ones(count, n, dtype=torch.bool) if student is None else student
+    columns = cost.new_ones(count, m, dtype=torch.bool) if teacher is None else teacher
     if rows.shape != (count, n) or columns.shape != (count, m):
         raise TOPDError(
             f"transport.solve: masks {tuple(rows.shape)} and {tuple(columns.shape)} do not fit "
@@ -340,10 +332,6 @@ def _rounded(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
     rest_a, rest_b = (a - plan.sum(-1)).clamp(min=0), (b - plan.sum(-2)).clamp(min=0)
     mass = rest_a.sum(-1).clamp(min=tiny)
     return plan + rest_a[:, :, None] * rest_b[:, None, :] / mass[:, None, None]
-
-
-def _both(rows: Tensor, columns: Tensor) -> Tensor:
-    return rows[:, :, None] & columns[:, None, :]
 
 
 def _uniform(mask: Tensor, like: Tensor) -> Tensor:
