@@ -19,7 +19,7 @@ from topd.distributed import agreed
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSource
 from topd.inputs.self_teacher import check_own_prompts, self_teacher_of
-from topd.inputs.teachers import Teachers, TeacherSet
+from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.inputs.text_models import is_by_text
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
@@ -44,12 +44,12 @@ from topd.training.startup import (
     AnyTeacher,
     DataRows,
     Rows,
-    Started,
+    Sources,
+    Tokenizers,
     check_arguments,
     check_optimizer,
     check_sources,
     check_student,
-    check_training,
     encoder_of,
     load_models,
     routes_of,
@@ -58,7 +58,8 @@ from topd.training.startup import (
     sources_of,
     tokenizers_of_all,
 )
-from topd.training.startup.preflight import check_kept
+from topd.training.startup.preflight import check_kept, check_saving
+from topd.training.startup.trials import check_settings
 from topd.training.stop_rules import Watch
 from topd.types import Prompt
 
@@ -111,11 +112,10 @@ class TOPDTrainer(ObservedTrainer):
     ) -> None:
         args = self.kind_of_args() if args is None else args
         processing = processing_class, teacher_processing_class
-        start = self._started(
+        sources, routes, tokenizers, train, evaluation = self._started(
             model, teacher_model, args, (train_dataset, eval_dataset), peft_config, processing,
             optimizers,
         )  # fmt: skip
-        sources, tokenizers, train = start.sources, start.tokenizers, start.train
         models = load_models(sources, args, peft_config, trained=train is not None, own=self.own)
         super().__init__(
             models[0],
@@ -125,13 +125,13 @@ class TOPDTrainer(ObservedTrainer):
             args,
             tokenizers[0],
             train_dataset=train,
-            eval_dataset=start.evaluation,
+            eval_dataset=evaluation,
             callbacks=callbacks,
             optimizers=optimizers,
         )
         self.loss_is_scaled_for_ga = True  # over the whole update: no division by accumulation
         self.compute_loss_func = update_loss  # says the same to transformers before 5.19
-        self._observe_with(sources, models, tokenizers, start.routes)
+        self._observe_with(sources, models, tokenizers, routes)
         self.fetched: list[list[Prompt]] = []  # of the update ahead
         self.update_loss = torch.zeros(())  # of the update under way
         self.batches: list[LearningBatch] = []  # likewise
@@ -164,7 +164,7 @@ class TOPDTrainer(ObservedTrainer):
         lora: PeftConfig | None,
         processing: tuple[PreTrainedTokenizerBase | None, ...] = (None, None),
         optimizers: tuple[Any, Any] = (None, None),
-    ) -> Started:
+    ) -> tuple[Sources, Routes, Tokenizers, list[Prompt] | None, Any]:
         """The start-up checks, and what they have made by the way. Raises TOPDError."""
         silence_others()
         self.own = self_teacher_of(teacher_model)
@@ -184,9 +184,10 @@ class TOPDTrainer(ObservedTrainer):
         check_launch()
         if train is not None:
             check_optimizer(sources[0], lora, optimizers[0])
-            check_training(sources, tokenizers, args, optimizers)
+            check_settings(args, optimizers)
+            check_saving(sources[0], tokenizers[0])
         check_student(sources, args, lora, self.own)
-        return Started(sources, routes, tokenizers, train, evaluation)
+        return sources, routes, tokenizers, train, evaluation
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""

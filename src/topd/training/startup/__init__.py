@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -39,9 +38,8 @@ from topd.training.experience import REWRITTEN
 from topd.training.experience.overlap import check_overlap
 from topd.training.inherited import check_inherited
 from topd.training.learning.router import check_router
-from topd.training.startup.preflight import check_saving, without_dropout
+from topd.training.startup.preflight import without_dropout
 from topd.training.startup.text_needs import check_gives
-from topd.training.startup.trials import check_settings
 from topd.types import Prompt
 
 logger = logging.get_logger(__name__)
@@ -51,17 +49,6 @@ Rows: TypeAlias = DataRows | Sequence[str]
 Sources: TypeAlias = tuple[ModelSource, ...]  # the student's, then those of its teachers
 Tokenizers: TypeAlias = tuple[PreTrainedTokenizerBase, ...]  # likewise
 AnyTeacher: TypeAlias = ModelSource | Mapping[str, Any] | Teachers | SelfTeacher
-
-
-@dataclass(frozen=True)
-class Started:
-    """What the start-up checks of a run have made by the way."""
-
-    sources: Sources
-    routes: Routes
-    tokenizers: Tokenizers
-    train: list[Prompt] | None
-    evaluation: Any
 
 
 def sources_of(student: ModelSource | Mapping[str, Any], teacher: AnyTeacher | None) -> Sources:
@@ -238,14 +225,6 @@ def check_sources(
             continue
         check_context("teacher", source, teacher, ahead)
         check_servers("teacher", source, tokenizer, teacher, ahead)
-
-
-def check_training(
-    sources: Sources, tokenizers: Tokenizers, args: TOPDConfig, optimizers: tuple[Any, Any]
-) -> None:
-    """Try what a run needs besides: logging, optimiser, schedule, saving. Raises TOPDError."""
-    check_settings(args, optimizers)
-    check_saving(sources[0], tokenizers[0])
 
 
 def check_optimizer(
