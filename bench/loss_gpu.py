@@ -266,7 +266,7 @@ def tiles(case: Case, timer: Timer) -> Found:
         name = f"{block}x{warps}"
         read = partial(kernels._read, logits, teacher, found, task, shape)
         results["read"][name] = timer(read)
-        write = partial(kernels._write, logits, teacher, at, places, factors, found, task, shape)
+        write = partial(kernels._write, logits, teacher, at, places, factors, found, shape)
         results["write"][name] = timer(write)
     kernels.READ_BLOCK, kernels.READ_WARPS, kernels.WRITE_BLOCK, kernels.WRITE_WARPS = before
     return results

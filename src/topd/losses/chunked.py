@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +48,9 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def head_terms(hidden: Float[Tensor, "P D"], head: Head, task: Task) -> TokenTerms:
-    """The terms of all tokens. Gradients flow to ``hidden`` and ``head``, once."""
+def head_terms(hidden: Float[Tensor, "P D"], task: Task) -> TokenTerms:
+    """The terms of all tokens. Gradients flow to ``hidden`` and the student's head, once."""
+    head = task.student
     needed = tuple(x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
     if not (torch.is_grad_enabled() and any(needed)):
         with torch.no_grad(), _without_autocast(hidden):
@@ -356,10 +357,9 @@ def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _empty(task: Task, dtype: torch.dtype) -> TokenTerms:
-    wide = task.teacher_hidden.new_empty(0, dtype=dtype)
+    made = partial(task.teacher_hidden.new_empty, dtype=dtype)
     count, breadth = task.target_tokens.shape
-    one, two, three = (wide.new_empty(count) for _ in range(3))
-    return TokenTerms(one, two, three, wide.new_empty(count, breadth))
+    return TokenTerms(made(count), made(count), made(count), made(count, breadth))
 
 
 def _zeros(hidden: Tensor, weight: Tensor, needed: tuple[bool, ...]) -> Gradients:

@@ -80,7 +80,7 @@ def block(
         values.logprob[here], values.target_logprobs[here] = logprobs[:, 0], logprobs[:, 1:]
         if upstream is not None:
             factors = _factors(upstream.at(here, logprobs[:, 0]), places)
-            _write(logits, teacher, at, places, factors, found, task, shape)
+            _write(logits, teacher, at, places, factors, found, shape)
 
 
 def _shape(task: Task, logits: Tensor) -> dict[str, Any]:
@@ -129,7 +129,6 @@ def _write(
     places: Tensor,
     factors: tuple[Tensor, Tensor, Tensor],
     found: Tensor,
-    task: Task,
     shape: dict[str, Any],
 ) -> None:
     """The second pass; then the few places where a token's own log-prob counts, all summands."""

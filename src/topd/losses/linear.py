@@ -60,21 +60,10 @@ def linear_token_terms(
     """
     check_divergence(kind, beta, temperature)
     _check_chunk(chunk_tokens)
-    student_head, teacher_head = _on_one_vocabulary(student_head, teacher_head)
-    task = Task(
-        student_head,
-        teacher_head,
-        teacher_hidden,
-        tokens,
-        target_tokens,
-        kind,
-        beta,
-        temperature,
-        chunk_tokens,
-        expected,
-        promised,
-    )
-    return head_terms(student_hidden, student_head, task)
+    heads = _on_one_vocabulary(student_head, teacher_head)
+    given = *heads, teacher_hidden, tokens, target_tokens
+    task = Task(*given, kind, beta, temperature, chunk_tokens, expected, promised)
+    return head_terms(student_hidden, task)
 
 
 def linear_token_divergence(
