@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topd.engines.base import Wanted
-from topd.engines.decoding import growing_cache, select_rows
+from topd.engines.decoding import Window, growing_cache, select_rows
 from topd.engines.draws import draw
 from topd.engines.forward import ForwardEngine
 from topd.engines.graphs import Graphs
@@ -98,25 +98,20 @@ def write_in_graphs(
 ) -> list[Generation]:
     """The same in graphs; prompts are padded on the right."""
     lengths = [len(prompt) for prompt in prompts]
-    written: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+    texts = [Window(row, length, (), wanted.steps) for row, length in enumerate(lengths)]
 
     def take(
         rows: list[int], drawn: list[list[int]], said: list[list[float]], _: Tensor | None
     ) -> list[int]:
-        going = []
         for row, new, values in zip(rows, drawn, said, strict=True):
-            end = next((k + 1 for k, one in enumerate(new) if one in engine.end_ids), None)
-            written[row][0].extend(new[:end])
-            written[row][1].extend(values[:end])
-            if end is None:
-                going.append(row)
-        return going
+            texts[row].write(new, values, engine.end_ids)
+        return [row for row in rows if texts[row].going]
 
     with graphs.casting(engine.head) as head:
         graphs.open(len(prompts), rounded(max(lengths) + wanted.steps))
         hidden = graphs.read(engine.padded(prompts), engine.tensor(lengths))
         graphs.write(head, hidden, lengths, wanted, take, keep=False)
-    return _generations(engine, written)
+    return _generations(engine, [(text.tokens, text.logprobs) for text in texts])
 
 
 def _generations(

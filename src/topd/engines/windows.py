@@ -107,7 +107,7 @@ def write_windows_in_graphs(
     known = [window.known for window in found.windows]
     with graphs.casting(engine.head) as head:
         graphs.open(len(starts), own_entries(wanted.steps), continuing=True)
-        graphs.share(cache, [b for b, _ in starts], known)
+        graphs.buffers.share(cache, [b for b, _ in starts], known)
         hidden = scores.hidden[tuple(engine.tensor(starts).unbind(-1))]
         graphs.write(head, hidden, known, wanted, found.take, keep=True)
     return _generations(engine, found.windows, found.states)

@@ -123,7 +123,7 @@ class Graphs:
     def open(self, rows: int, length: int, *, continuing: bool = False) -> None:
         """Have buffers for so many rows, of ``length`` entries each.
 
-        ``continuing`` rows have what comes before these from :meth:`share`.
+        ``continuing`` rows have what comes before these from :meth:`Buffers.share`.
         """
         self._check_weights()
         self.buffers.open(bucket(rows), length, continuing=continuing)
@@ -133,10 +133,6 @@ class Graphs:
         with self.buffers.noting() as cache:
             states = self._forward(ids, None, None, cache)
         return states[torch.arange(len(ids), device=ids.device), lengths - 1]
-
-    def share(self, cache: DynamicCache, rows: Sequence[int], known: Sequence[int]) -> None:
-        """Have the first ``known`` entries of some rows of another cache before those here."""
-        self.buffers.share(cache, rows, known)
 
     # Writing
 
@@ -281,7 +277,9 @@ class Graphs:
 
             return plain
         how = (sampling.temperature, sampling.top_k, sampling.top_p, keep, head.vocab_size)
-        key = (rows, self.buffers.key, how, autocast_dtype(self._device))
+        # how far apart rows are, not how many there are
+        buffers = self.buffers.length, self.buffers.continuing
+        key = (rows, buffers, how, autocast_dtype(self._device))
         if key not in self._graphs:
             if len(self._graphs) >= MOST_GRAPHS:
                 self._graphs.clear()

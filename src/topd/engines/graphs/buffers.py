@@ -166,11 +166,6 @@ class Buffers:
         ]
         self.cache.layers = [*self.layers]
 
-    @property
-    def key(self) -> tuple[int, bool]:
-        """What a captured step depends on: how far apart rows are, not how many there are."""
-        return self.length, self.continuing
-
     @contextmanager
     def noting(self) -> Iterator[DynamicCache]:
         """Inside, what is read into the cache that this yields is noted from entry 0 on."""
