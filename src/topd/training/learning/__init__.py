@@ -263,44 +263,35 @@ def _added(visible: Bool[Tensor, "B 1 L L"], dtype: torch.dtype) -> Float[Tensor
 def _terms(
     states: Tensor, head: Head, batch: LearningBatch, teacher_head: Head, args: TOPDConfig
 ) -> LearningTerms:
-    terms = linear_token_terms(
-        states[batch["place"]],
-        head,
-        batch["teacher_hidden"],
-        teacher_head,
-        batch["tokens"],
-        batch["target_tokens"],
-        kind=args.divergence,
-        beta=args.beta,
-        temperature=args.loss_temperature,
-        chunk_tokens=args.chunk_tokens,
-        expected=_expected(batch, args),
-        promised=_promised(states),
-    )
-    parts = [_branch_loss(states, head, part, teacher_head, args) for part in batch["branches"]]
+    def terms_of(
+        part: LearningBatch | BranchBatch, targets: Tensor, kind: Kind, expected: Upstream | None
+    ) -> TokenTerms:
+        return linear_token_terms(
+            states[part["place"]],
+            head,
+            part["teacher_hidden"],
+            teacher_head,
+            part["tokens"],
+            targets,
+            kind=kind,
+            beta=args.beta,
+            temperature=args.loss_temperature,
+            chunk_tokens=args.chunk_tokens,
+            expected=expected,
+            promised=_promised(states),
+        )
+
+    def branch_loss(part: BranchBatch) -> Tensor:
+        """The sum of one kind of branch loss over its tokens, nats."""
+        loss, factor = part["loss"], states.new_ones(len(part["tokens"]))
+        none = part["tokens"].new_zeros(len(factor), 0)
+        if loss == "cross_entropy":
+            return -terms_of(part, none, "reverse_kl", Upstream(None, -factor, None)).logprob.sum()
+        return terms_of(part, none, loss, Upstream(factor, None, None)).divergence.sum()
+
+    terms = terms_of(batch, batch["target_tokens"], args.divergence, _expected(batch, args))
+    parts = [branch_loss(part) for part in batch["branches"]]
     return LearningTerms(terms, sum(parts, terms.divergence.new_zeros(())))
-
-
-def _branch_loss(
-    states: Tensor, head: Head, batch: BranchBatch, teacher_head: Head, args: TOPDConfig
-) -> Tensor:
-    """The sum of one kind of branch loss over its tokens, nats."""
-    kind: Kind = "forward_kl" if batch["loss"] == "forward_kl" else "reverse_kl"
-    sft, factor = batch["loss"] == "cross_entropy", states.new_ones(len(batch["tokens"]))
-    terms = linear_token_terms(
-        states[batch["place"]],
-        head,
-        batch["teacher_hidden"],
-        teacher_head,
-        batch["tokens"],
-        batch["tokens"].new_zeros(len(batch["tokens"]), 0),
-        kind=kind,
-        temperature=args.loss_temperature,
-        chunk_tokens=args.chunk_tokens,
-        expected=Upstream(None, -factor, None) if sft else Upstream(factor, None, None),
-        promised=_promised(states),
-    )
-    return -terms.logprob.sum() if sft else terms.divergence.sum()
 
 
 def _promised(states: Tensor) -> bool:
