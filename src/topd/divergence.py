@@ -60,9 +60,7 @@ def select_candidates(
 
 
 def surprise(
-    teacher_logprobs: Float[Tensor, " P"],
-    likeliest: Int[Tensor, " P"],
-    tokens: Int[Tensor, " P"],
+    teacher_logprobs: Float[Tensor, " P"], likeliest: Int[Tensor, " P"], tokens: Int[Tensor, " P"]
 ) -> Float[Tensor, " P"]:
     """How surprised the teacher is by each token, less where the student has a habit; [P], nats.
 

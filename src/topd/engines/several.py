@@ -296,10 +296,7 @@ class MeanTeacher:
             tick()
         return [
             Generation(
-                tuple(text),
-                tuple(own),
-                self.ends(tuple(text)),
-                torch.stack(kept) if kept else None,
+                tuple(text), tuple(own), self.ends(tuple(text)), torch.stack(kept) if kept else None
             )
             for text, own, kept in zip(tokens, said, states, strict=True)
         ]

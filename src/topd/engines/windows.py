@@ -24,11 +24,7 @@ def write_windows(
     """Write windows: read some tokens of each, draw after each, keep what agrees."""
     prefix, cache = _prefix_of(scores)
     windows, rows = open_windows(
-        starts,
-        prefix.prompts,
-        prefix.responses,
-        limit=wanted.steps,
-        width=scores.hidden.shape[-1],
+        starts, prefix.prompts, prefix.responses, limit=wanted.steps, width=scores.hidden.shape[-1]
     )
     hidden = scores.hidden[tuple(engine.tensor(starts).unbind(-1))]
     noise, rejoin = engine.noise(head, wanted), wanted.rejoin

@@ -26,13 +26,7 @@ from topd.runs.folder import check_run_folder
 from topd.training.experience.evidence import Experience
 from topd.training.experience.overlap import Overlap
 from topd.training.experience.turns import turns_of
-from topd.training.learning import (
-    LearningBatch,
-    LearningTerms,
-    Totals,
-    collate,
-    update_loss,
-)
+from topd.training.learning import LearningBatch, LearningTerms, Totals, collate, update_loss
 from topd.training.learning.layout import can_pack, dealt
 from topd.training.metrics import warn_of_cuts
 from topd.training.observed import ObservedTrainer

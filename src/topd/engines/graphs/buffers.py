@@ -159,8 +159,7 @@ class Buffers:
         self._config = model.config.get_text_config()
         self.layers = [
             FixedLayer(
-                self,
-                layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None,
+                self, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
             )
             for layer in self.cache.layers
         ]

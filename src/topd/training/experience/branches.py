@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 def gone_on(
-    watch: Observer,
-    rollouts: Sequence[Rollout],
-    guidance: Sequence[Guidance],
-    seeds: Sequence[int],
+    watch: Observer, rollouts: Sequence[Rollout], guidance: Sequence[Guidance], seeds: Sequence[int]
 ) -> tuple[Guidance, ...]:
     """The guidance, with the student's own tokens after the branches that ask for them."""
     asked = [

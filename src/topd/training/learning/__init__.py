@@ -22,14 +22,7 @@ from transformers import PreTrainedModel
 
 from topd.config import TOPDConfig
 from topd.inputs.models.heads import head_of
-from topd.losses import (
-    Kind,
-    TokenTerms,
-    Upstream,
-    importance,
-    linear_token_terms,
-    soft_target_kl,
-)
+from topd.losses import Kind, TokenTerms, Upstream, importance, linear_token_terms, soft_target_kl
 from topd.training.experience.evidence import Experience
 from topd.training.learning.layout import Layout, lay_out, learned_part, own_parts, sent, support_of
 from topd.training.learning.router import balanced_forward, router_weight

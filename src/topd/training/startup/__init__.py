@@ -174,11 +174,7 @@ def sets_of(evaluation: Any) -> dict[str, Any]:
 
 
 def encoder_of(
-    tokenizers: Tokenizers,
-    args: TOPDConfig,
-    routes: Routes = NO_ROUTES,
-    *,
-    by_text: bool = False,
+    tokenizers: Tokenizers, args: TOPDConfig, routes: Routes = NO_ROUTES, *, by_text: bool = False
 ) -> PromptEncoder:
     """Encodes prompts for a student and its teachers with the templates and limits of ``args``."""
     return PromptEncoder(
