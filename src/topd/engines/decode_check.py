@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -174,15 +174,11 @@ def _prompts(engine: HFEngine) -> list[Ids]:
         return []
     barred = () if engine.barred is None else engine.barred.nonzero()[:, 0].tolist()
     unfit = {*barred, *engine.end_ids}
-    allowed = torch.tensor([k for k in _tokens(engine) if k not in unfit])
+    some = range(0, engine.vocab_size, max(1, engine.vocab_size // 4096))
+    allowed = torch.tensor([k for k in some if k not in unfit])
     drawn = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0))
     ids = allowed[(drawn * len(allowed)).long()].split(lengths)
     return [tuple(part.tolist()) for part in ids]
-
-
-def _tokens(engine: HFEngine) -> Iterator[int]:
-    """At most some thousand of the tokens that may be sampled."""
-    yield from range(0, engine.vocab_size, max(1, engine.vocab_size // 4096))
 
 
 def _ending(engine: HFEngine, ends: Ids) -> HFEngine:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import NamedTuple, cast
 
 import torch
@@ -41,9 +42,7 @@ class SeveralHeads(Head):
     def of(cls, heads: Sequence[Head], shares: Sequence[float] = ()) -> SeveralHeads:
         """From heads of one vocabulary; ``weight`` only says how wide a state is."""
         widths = [head.weight.shape[1] for head in heads]
-        dtype = heads[0].weight.dtype
-        for head in heads:
-            dtype = torch.promote_types(dtype, head.weight.dtype)
+        dtype = reduce(torch.promote_types, (head.weight.dtype for head in heads))
         width = sum(widths) if shares else max(widths) + 1
         weight = heads[0].weight.new_zeros(1, dtype=dtype).expand(heads[0].vocab_size, width)
         barred = heads[0].barred

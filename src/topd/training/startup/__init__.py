@@ -141,18 +141,15 @@ def _check_rows(name: str, rows: Any) -> None:
         raise TOPDError(
             f"{name}: is a path. Load it: topd.inputs.rows.DataSpec(path={str(rows)!r}).load()."
         )
-    if isinstance(rows, Sequence) and not (_are_texts(rows) or _are(rows, Mapping)):
+    mappings = isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)
+    if isinstance(rows, Sequence) and not (_are_texts(rows) or mappings):
         raise TOPDError(
             f"{name}: its rows must be texts, or mappings such as {{'prompt': 'What is 1 + 2?'}}."
         )
 
 
-def _are(rows: Sequence[Any], kind: Any) -> bool:
-    return all(isinstance(row, kind) for row in rows)
-
-
 def _are_texts(rows: Any) -> bool:
-    return isinstance(rows, list | tuple) and _are(rows, str)
+    return isinstance(rows, list | tuple) and all(isinstance(row, str) for row in rows)
 
 
 def rows_of(data: Any) -> Any:
