@@ -51,29 +51,24 @@ class Gradients(NamedTuple):
 def head_terms(hidden: Float[Tensor, "P D"], task: Task) -> TokenTerms:
     """The terms of all tokens. Gradients flow to ``hidden`` and the student's head, once."""
     head = task.student
-    needed = tuple(x is not None and x.requires_grad for x in (hidden, head.weight, head.bias))
-    if not (torch.is_grad_enabled() and any(needed)):
+    inputs = hidden, head.weight, head.bias
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)):
         with torch.no_grad(), _without_autocast(hidden):
-            return _compute(hidden, head.weight, head.bias, task, None, (False,) * 3)[0]
-    return TokenTerms(*_HeadTerms.apply(hidden, head.weight, head.bias, task, needed))
+            return _compute(*inputs, task, None, (False,) * 3)[0]
+    return TokenTerms(*_HeadTerms.apply(*inputs, task))
 
 
 class _HeadTerms(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        task: Task,
-        needed: tuple[bool, bool, bool],
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task
     ) -> tuple[Tensor, ...]:
-        ctx.task, ctx.needed = task, needed
+        ctx.task, ctx.needed = task, ctx.needs_input_grad[:3]
         ctx.save_for_backward(hidden, weight, bias)
         ctx.dtype = _compute_dtype(hidden)
         expected = None if ctx.dtype == torch.float16 else task.expected
         with _without_autocast(hidden):
-            values, ready = _compute(hidden, weight, bias, task, expected, needed, ctx.dtype)
+            values, ready = _compute(hidden, weight, bias, task, expected, ctx.needed, ctx.dtype)
         ctx.ready = ready if expected else None
         ctx.expected = expected and expected.at(slice(None), values.logprob)
         ctx.set_materialize_grads(False)
@@ -85,38 +80,32 @@ class _HeadTerms(torch.autograd.Function):
     def backward(ctx: Any, *factors: Tensor | None) -> tuple[Tensor | None, ...]:
         actual = Upstream(factors[0], factors[2], factors[3])
         hidden, weight, bias = ctx.saved_tensors
-        found = _scaled(ctx.ready, actual, ctx.expected, ctx.task, ctx.needed)
+        found = _scaled(ctx, actual)
         ctx.ready = None  # scaled in place
         if found is None:
             with torch.no_grad(), _without_autocast(hidden):
                 _, found = _compute(hidden, weight, bias, ctx.task, actual, ctx.needed, ctx.dtype)
         given = zip(found, (hidden, weight, bias), strict=True)
-        return *(None if g is None else g.to(x.dtype) for g, x in given), None, None
+        return *(None if g is None else g.to(x.dtype) for g, x in given), None
 
 
-def _scaled(
-    ready: Gradients | None,
-    actual: Upstream,
-    expected: Upstream | None,
-    task: Task,
-    needed: tuple[bool, bool, bool],
-) -> Gradients | None:
+def _scaled(ctx: Any, actual: Upstream) -> Gradients | None:
     """The gradients for the actual factors, if these are a multiple of the expected ones.
 
     If that was promised nobody waits for the device to compare them: gradients of a promise that
     was not kept are NaN.
     """
-    like = task.target_tokens
-    if ready is None or expected is None or not len(like):
+    like = ctx.task.target_tokens
+    if ctx.ready is None or not len(like):
         return None
-    learns = needed[1] or needed[2]
-    scale, kept = common_factor(actual.flat(like), expected.flat(like), per_token=not learns)
-    if task.promised:
+    learns = ctx.needed[1] or ctx.needed[2]
+    scale, kept = common_factor(actual.flat(like), ctx.expected.flat(like), per_token=not learns)
+    if ctx.task.promised:
         scale = scale.where(kept, math.nan)
     elif not kept:
         return None
     scale = scale.reshape(()) if learns else scale  # a bias has one axis
-    return Gradients(*(None if g is None else g.mul_(scale.to(g.dtype)) for g in ready))
+    return Gradients(*(None if g is None else g.mul_(scale.to(g.dtype)) for g in ctx.ready))
 
 
 def common_factor(
