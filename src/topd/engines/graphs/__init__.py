@@ -270,12 +270,7 @@ class Graphs:
             self._one(rows, head, sampling, keep=keep)
 
         if self._device.type != "cuda":
-
-            def plain() -> None:
-                with self._decoding(rows):
-                    one()
-
-            return plain
+            return self._decoding(rows)(one)
         how = (sampling.temperature, sampling.top_k, sampling.top_p, keep, head.vocab_size)
         # how far apart rows are, not how many there are
         buffers = self.buffers.length, self.buffers.continuing

@@ -58,26 +58,12 @@ def _plain(
     seen, query = entry <= at, query.to(key.dtype)
     if window is not None:
         seen &= entry > at - window
-    if prefixes is not None:
-        return _continued(query, cache, seen, prefixes, place, scale=scale, window=window)
-    found = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=seen[:, None, None], scale=scale, enable_gqa=True
-    )
-    return found.transpose(1, 2)
-
-
-def _continued(
-    query: Tensor,
-    cache: tuple[Tensor, Tensor],
-    seen: Tensor,
-    prefixes: Prefixes,
-    place: Tensor,
-    *,
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Attention [R 1 H D] over shared entries and own ones, of which ``seen`` [R L] are seen."""
-    (keys, values, first, known), (key, value) = prefixes, cache
+    if prefixes is None:
+        found = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen[:, None, None], scale=scale, enable_gqa=True
+        )
+        return found.transpose(1, 2)
+    keys, values, first, known = prefixes
     entry = torch.arange(len(keys), device=keys.device) - first[:, None]
     before = (entry >= 0) & (entry < known[:, None])
     if window is not None:
