@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from itertools import groupby
 from typing import Any, Unpack
 
 import torch
@@ -68,17 +69,13 @@ class Completions:
         Greedy texts of a group are one request, in the order of their length: what one has left in
         the prefix cache the next one finds there. Sampled ones are a request each, with their seed.
         """
-        together: dict[int, list[int]] = {}
-        for k in sorted(range(len(texts)), key=lambda k: (groups[k], len(texts[k]))):
-            together.setdefault(groups[k], []).append(k)
+        order = sorted(range(len(texts)), key=lambda k: (groups[k], len(texts[k])))
+        greedy = sampling.temperature == 0
         wanted: list[tuple[list[int], Request]] = []
-        for number, own in enumerate(together.values()):
-            if sampling.temperature == 0:
-                some = [texts[k] for k in own]
-                wanted.append((own, self.request(some, sampling, seeds[own[0]])))
-                continue
-            for k in own:
-                wanted.append(([k], self.request([texts[k]], sampling, seeds[k], group=number)))
+        for number, (_, group) in enumerate(groupby(order, key=lambda k: groups[k])):
+            for own in [[*group]] if greedy else [[k] for k in group]:
+                some, to = [texts[k] for k in own], None if greedy else number
+                wanted.append((own, self.request(some, sampling, seeds[own[0]], to)))
         answers = self.servers.ask([request for _, request in wanted])
         found: dict[int, Generation] = {}
         for (own, _), answer in zip(wanted, answers, strict=True):
