@@ -33,9 +33,7 @@ from topd.types import (
     Windows,
 )
 
-ALIKE = (
-    1e-3  # nats a token; float32 rounding is about 1e-5 (docs/method.md), a pair that differs 0.1
-)
+ALIKE = 1e-3  # nats a token; rounding is about 1e-5 (docs/method.md), a pair that differs 0.1
 
 logger = logging.get_logger(__name__)
 
@@ -132,7 +130,7 @@ def token_scores(
     statistics: Sequence[Tensor] | None = None,
     rewritten: Sequence[Tensor] | None = None,
 ) -> TokenScores:
-    """What detectors look at, on the CPU; ``statistics`` [4 T] a rollout, if there are any.
+    """What detectors look at, on the CPU; ``statistics`` [6 T] a rollout, if there are any.
 
     Likewise ``rewritten`` [T].
     """
@@ -234,28 +232,22 @@ def pair_windows(
 
 
 def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
-    forks: list[list[Fork]] = [[] for _ in range(count)]
     windows, solved = evidence.windows, evidence.transport
-    rows = windows.row.tolist()
-    loss = evidence.token_loss[windows.row, windows.start].tolist()
-    distance, real, converged = (
-        x.tolist() for x in (solved.distance, evidence.real, solved.converged)
-    )
-    plans, start = transport.sparse_plans(solved.plan), windows.start.tolist()
-    own, theirs = (m.sum(-1).tolist() for m in (windows.student_mask, windows.teacher_mask))
-    for k, (row, tokens) in enumerate(zip(rows, windows.teacher_tokens.tolist(), strict=True)):
-        forks[row].append(
-            Fork(
-                position=start[k],
-                token_loss=loss[k],
-                distance=distance[k],
-                real=real[k],
-                teacher_tokens=tuple(tokens[: theirs[k]]),
-                student_length=own[k],
-                plan=plans[k],
-                converged=converged[k],
-            )
-        )
+    lengths = windows.teacher_mask.sum(-1).tolist()
+    theirs = zip(windows.teacher_tokens.tolist(), lengths, strict=True)
+    columns = {
+        "position": windows.start.tolist(),
+        "token_loss": evidence.token_loss[windows.row, windows.start].tolist(),
+        "distance": solved.distance.tolist(),
+        "real": evidence.real.tolist(),
+        "teacher_tokens": [tuple(tokens[:length]) for tokens, length in theirs],
+        "student_length": windows.student_mask.sum(-1).tolist(),
+        "plan": transport.sparse_plans(solved.plan),
+        "converged": solved.converged.tolist(),
+    }
+    forks: list[list[Fork]] = [[] for _ in range(count)]
+    for row, *fork in zip(windows.row.tolist(), *columns.values(), strict=True):
+        forks[row].append(Fork(**dict(zip(columns, fork, strict=True))))
     return tuple(tuple(row) for row in forks)
 
 
