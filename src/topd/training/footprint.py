@@ -175,8 +175,7 @@ def _learned(student: ModelSize, teacher: ModelSize, work: Work, byte: int) -> f
     kept = tokens * student.width * 4 * student.layers
     logits = min(work.chunk, tokens) * (student.vocab + teacher.vocab) * (byte + 2)
     head = student.vocab * student.width * 4
-    backward = layer if work.recomputed else 0.0
-    alive = kept + backward if work.recomputed else layer * student.layers
+    alive = kept + layer if work.recomputed else layer * student.layers
     return alive + max(logits + head, layer)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -97,9 +96,8 @@ def measure_experience(means: Means, experience: Experience) -> None:
     means.add("completions/mean_length", sum(lengths), len(rollouts))
     means.add("completions/clipped_ratio", clipped, len(rollouts))
     means.add("completions/repeated_4gram_share", repeated, len(rollouts))
-    told = zip(rollouts, experience.teacher_logprobs, strict=True)
+    told = list(zip(rollouts, experience.teacher_logprobs, strict=True))
     sampled = [r for r, theirs in told if r.logprobs and len(theirs)]
-    told = zip(rollouts, experience.teacher_logprobs, strict=True)
     ratio = sum(sum(r.logprobs) for r in sampled) - sum(_total(r, p) for r, p in told)
     count = sum(len(r.written) for r in sampled)
     means.add("reverse_kl_sampled", ratio if sampled else 0.0, count)
@@ -146,7 +144,7 @@ def _total(rollout: Rollout, logprobs: Tensor) -> float:
 
 def _count_tokens(means: Means, experience: Experience) -> None:
     """What an update cost in tokens: written and read by either model, learned by the student."""
-    rollouts, guidance, spent = experience.rollouts, experience.guidance, Counter(experience.spent)
+    rollouts, guidance, spent = experience.rollouts, experience.guidance, experience.spent
     written = sum(len(r.written) for r in rollouts if r.logprobs)
     branches = sum(
         len(branch.tokens)

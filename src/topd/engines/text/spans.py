@@ -68,7 +68,6 @@ class SpanReader:
         self, engine: HFEngine, tokenizers: Sequence[PreTrainedTokenizerBase], ends: frozenset[int]
     ) -> None:
         self.engine, self.ends = engine, ends
-        self.tokenizers = tokenizers
         self.own, self.theirs = (Border(tokenizer) for tokenizer in tokenizers)
         self.reach = reach_of(engine.model.config)
 
@@ -118,7 +117,7 @@ class SpanReader:
 
     def _end(self, token: int) -> int:
         """How the teacher ends: by the token of the same name, else by its tokenizer's own."""
-        student, teacher = self.tokenizers
+        student, teacher = self.own.tokenizer, self.theirs.tokenizer
         same = teacher.get_vocab().get(str(student.convert_ids_to_tokens(token)))
         if same in self.engine.end_ids:
             return int(same)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 
@@ -76,7 +77,7 @@ class Experience:
     branch_hidden: tuple[tuple[Tensor, ...], ...]
     efforts: tuple[Effort, ...] = ()
     spans: tuple[Spans, ...] = ()
-    spent: Mapping[str, int] = field(default_factory=dict)
+    spent: Counter[str] = field(default_factory=Counter)
 
 
 def candidates_of(
