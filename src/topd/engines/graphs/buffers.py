@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from topd.engines.graphs.attention import Prefixes, way_to_attend
@@ -158,10 +158,7 @@ class Buffers:
         self.pending: FixedLayer | None = None
         self._config = model.config.get_text_config()
         self.layers = [
-            FixedLayer(
-                self, layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-            )
-            for layer in self.cache.layers
+            FixedLayer(self, getattr(layer, "sliding_window", None)) for layer in self.cache.layers
         ]
         self.cache.layers = [*self.layers]
 
