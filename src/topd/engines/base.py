@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from topd.engines import Scores, Tick, no_tick
 from topd.errors import TOPDError
-from topd.inputs.models.heads import head_of
+from topd.inputs.models.heads import evaluating, head_of
 from topd.losses import linear_logprobs
 from topd.types import Head, Ids, Needs, Sampling
 
@@ -133,13 +133,8 @@ class BaseEngine:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Inside, the model is in eval mode, and computes as training does."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self.autocast():
-                yield
-        finally:
-            self.model.train(training)
+        with evaluating(self.model), self.autocast():
+            yield
 
     def padded(self, rows: Sequence[Sequence[int]]) -> Int[Tensor, "N L"]:
         """Token ids, filled up on the right with 0."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from topd.errors import TOPDError
@@ -28,24 +30,32 @@ def head_of(model: PreTrainedModel) -> Head:
     )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is in eval mode; then it is in the mode of before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def check_head(name: str, model: PreTrainedModel) -> None:
     """Make sure that ``head_of`` gives the model's own logits. Raises TOPDError if not."""
     ids = torch.arange(4, device=model.device)[None]
-    training = model.training
-    model.eval()
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    try:
-        states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        gap = (head_of(model).logits(states) - expected).abs().max().item()
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise TOPDError(
-            f"{name}: {type(model).__name__} names no decoder whose hidden states its head takes "
-            f"({type(error).__name__}: {str(error)[:100]}). It is not supported: use a causal "
-            "language model of text."
-        ) from error
-    finally:
-        model.train(training)
+    with evaluating(model):
+        expected = model(input_ids=ids, use_cache=False).logits.float()
+        try:
+            states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            gap = (head_of(model).logits(states) - expected).abs().max().item()
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise TOPDError(
+                f"{name}: {type(model).__name__} names no decoder whose hidden states its head "
+                f"takes ({type(error).__name__}: {str(error)[:100]}). It is not supported: use a "
+                "causal language model of text."
+            ) from error
     rounding = 1e-4 if model.dtype in (torch.float32, torch.float64) else 1e-2
     if gap > rounding * expected.abs().max().item():  # a NaN is for score to report
         raise TOPDError(

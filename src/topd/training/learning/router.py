@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from topd.errors import TOPDError
+from topd.inputs.models.heads import evaluating
 
 _WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")  # names that transformers' models read
 _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
@@ -38,12 +39,12 @@ def check_router(model: PreTrainedModel | PeftModel) -> None:
     """
     if not getattr(model.config.get_text_config(), "output_router_logits", False):
         return
-    weight, training = router_weight(model), model.training
+    weight = router_weight(model)
     ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
-    model.eval()
+    nothing = torch.full_like(ids, -100)
     try:
-        nothing = torch.full_like(ids, -100)
-        output = model(input_ids=ids, labels=nothing, num_items_in_batch=1, use_cache=False)
+        with evaluating(model):
+            output = model(input_ids=ids, labels=nothing, num_items_in_batch=1, use_cache=False)
         added, loss = float(output.loss.detach()), getattr(output, "aux_loss", None)
         given = 0.0
         if isinstance(loss, Tensor) and loss.requires_grad:
@@ -51,8 +52,6 @@ def check_router(model: PreTrainedModel | PeftModel) -> None:
         said = f"its own forward adds {added:.4g}, and its balance times the weight is {given:.4g}"
     except _FAULTS as error:
         added, given, said = 1.0, 0.0, f"{type(error).__name__}: {str(error)[:100]}"
-    finally:
-        model.train(training)
     if not abs(added - given) <= 1e-3 * abs(added) or (weight and not given):
         raise TOPDError(
             f"student: its configuration has output_router_logits, a load-balancing loss of weight "

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from topd.errors import TOPDError
 from topd.inputs.models import LOADED, ModelSource, generation_config_of
 from topd.inputs.models.bare import named_faults
+from topd.inputs.models.heads import evaluating
 
 logger = logging.get_logger(__name__)
 MOST_KL = 1e-2  # nats a token between the student in memory and the one on disk
@@ -133,27 +134,25 @@ def check_forward(model: PreTrainedModel) -> None:
 def _noise(model: PreTrainedModel) -> float:
     """How far last hidden states differ between training and evaluation; 0 for rounding alone."""
     ids = torch.arange(16, device=model.device)[None] % model.config.get_text_config().vocab_size
-    training, decoder = model.training, model.get_decoder()
+    decoder = model.get_decoder()
 
     def states(mode: bool) -> Tensor:
         model.train(mode)
         return decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
 
-    expected = states(False)
-    gap = max((states(True) - expected).abs().max().item() for _ in range(2))
-    model.train(training)
+    with evaluating(model):
+        expected = states(False)
+        gap = max((states(True) - expected).abs().max().item() for _ in range(2))
     return gap if gap > 1e-2 * expected.abs().max().item() else 0.0  # a NaN is for score to report
 
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
     """[16 16 V] logits of random tokens in evaluation; 0 for NaN."""
-    training, size = model.training, model.config.get_text_config().vocab_size
+    size = model.config.get_text_config().vocab_size
     ids = torch.randint(size, (16, 16), generator=torch.Generator().manual_seed(0))
-    model.eval()
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
-    model.train(training)
-    return logits.nan_to_num()
+    with evaluating(model):
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.nan_to_num()
 
 
 @torch.no_grad()
@@ -173,13 +172,10 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     size = base.config.get_text_config().vocab_size
     ids = torch.randint(size, (1, 16), generator=torch.Generator().manual_seed(0))
-    training = model.training
-    model.eval()
     forward = getattr(model, "_original_forward", model)  # not accelerate's, with its autocast
     half = base.dtype.itemsize == 2
-    with _wide(model) if half else nullcontext():
+    with evaluating(model), _wide(model) if half else nullcontext():
         ours = forward(input_ids=ids.to(model.device), use_cache=False).logits
-    model.train(training)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
