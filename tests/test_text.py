@@ -32,6 +32,7 @@ from topd.commands.audit.rebuilt import Trust
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
 from topd.config import TOPDConfig
+from topd.engines.base import Wanted
 from topd.engines.hf import HFEngine
 from topd.engines.servers import RefusedError
 from topd.engines.text import TextEngine, Written
@@ -398,7 +399,7 @@ def test_a_server_that_refuses_all_prompts_stops_the_run(start, said):
     def write(*answered: bool, first: int = 0) -> list[bool]:
         prompts = [(first + k, good) for k, good in enumerate(answered)]
         asked = Sampling(0.0, max_new_tokens=2)
-        found = server.write(prompts, [""] * len(prompts), asked, [0] * len(prompts))
+        found = server.write(prompts, [""] * len(prompts), Wanted(asked, [0] * len(prompts)))
         return [bool(one.text) for one in found]
 
     server = Server("teacher", spec, tokenizer, skips=True)
@@ -411,7 +412,7 @@ def test_a_server_that_refuses_all_prompts_stops_the_run(start, said):
         write(False, first=200)
     assert [one.partition("left out, ")[2].split()[0] for one in said] == ["1", "10", "100"]
     with pytest.raises(TOPDError, match="answers 422"):  # as at the start
-        Server("teacher", spec, tokenizer).write([(0, False)], [""], Sampling(0.0), [0])
+        Server("teacher", spec, tokenizer).write([(0, False)], [""], Wanted(Sampling(0.0), [0]))
 
 
 # What servers answer
@@ -441,7 +442,7 @@ def chat(content: Any, finish: str = "stop", **rest: Any) -> dict[str, Any]:
 
 
 def written(writer: TextServers, text: str = "") -> Written:
-    return writer.write([(5,)], [text], Sampling(0.0, max_new_tokens=9), [0])[0]
+    return writer.write([(5,)], [text], Wanted(Sampling(0.0, max_new_tokens=9), [0]))[0]
 
 
 PARTS = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "so"},
@@ -803,7 +804,9 @@ def test_a_text_that_a_teacher_here_cannot_read_has_no_window(said):
     texts = ["so", "R is 5 \u2126", "so" * 40, "\u212b"]
 
     def answers(prompts: list[tuple[int, ...]], texts: list[str]) -> list[Written]:
-        return writer.write(prompts, texts, Sampling(0.0, max_new_tokens=4), [0] * len(texts))
+        return writer.write(
+            prompts, texts, Wanted(Sampling(0.0, max_new_tokens=4), [0] * len(texts))
+        )
 
     found = answers([(5, 6)] * 4, texts)
     assert found[1:] == [NOTHING] * 3

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from topd.engines import Engine, Scores, Tick, no_tick
-from topd.engines.base import Prefix, scores_of
+from topd.engines.base import Prefix, Wanted, scores_of
 from topd.engines.draws import Noise, draw
 from topd.inputs.teachers import Routes
 from topd.types import Generation, Head, Ids, Needs, Prompt, Sampling, Starts, Texts
@@ -251,7 +251,7 @@ class MeanTeacher:
         self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """See :class:`~topd.engines.Engine`."""
-        written = self._written(prompts, sampling, seeds, tick)
+        written = self._written(prompts, Wanted(sampling, seeds, tick))
         return [replace(generation, hidden=None) for generation in written]
 
     def continue_from(
@@ -267,32 +267,30 @@ class MeanTeacher:
         """See :class:`~topd.engines.Engine`; windows are written to their end."""
         prefix = cast(Prefix, scores.prefix)
         texts = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
-        return self._written(texts, sampling, seeds, tick)
+        return self._written(texts, Wanted(sampling, seeds, tick))
 
     @torch.no_grad()
-    def _written(
-        self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], tick: Tick
-    ) -> list[Generation]:
+    def _written(self, prompts: Texts, wanted: Wanted) -> list[Generation]:
         """What comes after texts, with the states that predict it."""
         head, device = self.head, self.head.weight.device
-        greedy = sampling.temperature == 0
-        noise = Noise(seeds, sampling.max_new_tokens, head.vocab_size, device, greedy=greedy)
+        greedy = wanted.sampling.temperature == 0
+        noise = Noise(wanted.seeds, wanted.steps, head.vocab_size, device, greedy=greedy)
         tokens: list[list[int]] = [[] for _ in prompts]
         said: list[list[float]] = [[] for _ in prompts]
         states: list[list[Tensor]] = [[] for _ in prompts]
-        for step in range(sampling.max_new_tokens):
+        for step in range(wanted.steps):
             going = [row for row, text in enumerate(tokens) if not self.ends(tuple(text))]
             if not going:
                 break
             read = [(*prompts[row], *tokens[row]) for row in going]
             hidden = self._states(read, [(0,)] * len(going))[:, 0]
             at = torch.tensor(going, device=hidden.device)
-            drawn, logprobs = draw(head.logits(hidden), noise.at(at, step, step), sampling)
+            drawn, logprobs = draw(head.logits(hidden), noise.at(at, step, step), wanted.sampling)
             for i, row in enumerate(going):
                 tokens[row].append(int(drawn[i]))
                 said[row].append(float(logprobs[i]))
                 states[row].append(hidden[i])
-            tick()
+            wanted.tick()
         return [
             Generation(
                 tuple(text), tuple(own), self.ends(tuple(text)), torch.stack(kept) if kept else None

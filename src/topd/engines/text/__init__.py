@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from topd.engines import Scores, Tick, no_tick
-from topd.engines.base import BaseEngine, Prefix, check_seeds
+from topd.engines.base import BaseEngine, Prefix, Wanted, check_seeds
 from topd.engines.text.logprobs import Pieces, logprobs_of_tokens, whole_text
 from topd.engines.text.spans import SpanReader
 from topd.inputs.border import BROKEN, Border
@@ -35,15 +35,7 @@ class Writer(Protocol):
 
     tokenizer: PreTrainedTokenizerBase
 
-    def write(
-        self,
-        prompts: Texts,
-        texts: Sequence[str],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = ...,
-    ) -> list[Written]:
+    def write(self, prompts: Texts, texts: Sequence[str], wanted: Wanted) -> list[Written]:
         """What comes after every prompt (ids of the teacher's tokenizer) and text."""
         ...
 
@@ -84,7 +76,7 @@ class TextEngine(BaseEngine):
         self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = no_tick
     ) -> list[Generation]:
         """Write one response a prompt, as the student's tokens. No log-probs are known."""
-        return self._tokens([()] * len(prompts), prompts, sampling, seeds, tick)
+        return self._tokens([()] * len(prompts), prompts, Wanted(sampling, seeds, tick))
 
     def score(
         self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
@@ -139,22 +131,19 @@ class TextEngine(BaseEngine):
         assert isinstance(prefix, Prefix)
         before = [prefix.responses[row][:t] for row, t in starts]
         prompts = [prefix.prompts[row] for row, _ in starts]
-        return self._tokens(before, prompts, sampling, seeds, tick)
+        return self._tokens(before, prompts, Wanted(sampling, seeds, tick))
 
-    def _tokens(
-        self, before: Texts, prompts: Texts, sampling: Sampling, seeds: Sequence[int], tick: Tick
-    ) -> list[Generation]:
+    def _tokens(self, before: Texts, prompts: Texts, wanted: Wanted) -> list[Generation]:
         """What the writer continues ``before`` with, as tokens; at most ``max_new_tokens``."""
-        check_seeds(seeds, before)
+        check_seeds(wanted.seeds, before)
         known = [self.border.text(ids) for ids in before]
         asked = [k for k, text in enumerate(known) if text is not None]
-        limit = sampling.max_new_tokens
+        limit = wanted.steps
+        longer = replace(wanted.sampling, max_new_tokens=limit + SPARE)
         written = self.writer.write(
             [prompts[k] for k in asked],
             [known[k] or "" for k in asked],
-            replace(sampling, max_new_tokens=limit + SPARE),
-            [seeds[k] for k in asked],
-            tick=tick,
+            Wanted(longer, [wanted.seeds[k] for k in asked], wanted.tick),
         )
         tokens: list[Ids] = [()] * len(before)
         for k, answer in zip(asked, written, strict=True):

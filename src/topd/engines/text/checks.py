@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from topd.engines.base import Wanted
 from topd.engines.servers import RefusedError
 from topd.engines.text import SPARE, Written
 from topd.engines.text.logprobs import logprobs_of_tokens
@@ -167,7 +168,7 @@ def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border)
 
 
 def _asked(writer: TextServers, prompt: Ids, text: str, how: Sampling = GREEDY) -> Written:
-    return writer.write([prompt], [text], how, [0])[0]
+    return writer.write([prompt], [text], Wanted(how, [0]))[0]
 
 
 def _cuts(answer: str) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from topd.engines import Tick, no_tick
+from topd.engines.base import Wanted
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.servers import BUSY, OF_ONE, RefusedError, Request, Servers
@@ -25,7 +25,7 @@ from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.served import TextSpec
 from topd.inputs.text_models import reach_of, stand_in
-from topd.types import Ids, Sampling, Texts
+from topd.types import Ids, Texts
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -61,33 +61,22 @@ class TextServers:
         self._refused = 0  # requests
         self._in_a_row: list[Ids] = []  # prompts refused since the latest answer
 
-    def write(
-        self,
-        prompts: Texts,
-        texts: Sequence[str],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
-    ) -> list[Written]:
+    def write(self, prompts: Texts, texts: Sequence[str], wanted: Wanted) -> list[Written]:
         """What comes after prompts and texts. See :class:`~topd.engines.text.Writer`.
 
         White space at the end of a text is not sent to a chat server, whose template may trim it:
         its answer has to begin with it, or none is had.
         """
         sent = [text.rstrip() if self.spec.chat else text for text in texts]
-        how = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        wanted = [
+        how = {"temperature": wanted.sampling.temperature, "top_p": wanted.sampling.top_p}
+        requests = [
             self._request(
-                self._asked(self.prompt_text(prompt), text),
-                sampling.max_new_tokens,
-                **how,
-                seed=seed,
+                self._asked(self.prompt_text(prompt), text), wanted.steps, **how, seed=seed
             )
-            for prompt, text, seed in zip(prompts, sent, seeds, strict=True)
+            for prompt, text, seed in zip(prompts, sent, wanted.seeds, strict=True)
         ]
         reads = [partial(self._written, continues=bool(text)) for text in sent]
-        found = self._answers(prompts, wanted, reads, NOTHING)
+        found = self._answers(prompts, requests, reads, NOTHING)
         pairs = zip(found, texts, sent, strict=True)
         return [_after(answer, text[len(known) :]) for answer, text, known in pairs]
 
@@ -271,24 +260,17 @@ class EmbeddedWriter:
         self.reach = reach_of(engine.model.config)
         self._left = 0  # texts that it could not continue
 
-    def write(
-        self,
-        prompts: Texts,
-        texts: Sequence[str],
-        sampling: Sampling,
-        seeds: Sequence[int],
-        *,
-        tick: Tick = no_tick,
-    ) -> list[Written]:
+    def write(self, prompts: Texts, texts: Sequence[str], wanted: Wanted) -> list[Written]:
         """What comes after prompts and texts. See :class:`~topd.engines.text.Writer`.
 
         Nothing after a text that the tokenizer does not read back, or for which there is no room.
         """
         pairs = zip(prompts, texts, strict=True)
-        before = [self._ids(prompt, text, sampling.max_new_tokens) for prompt, text in pairs]
+        before = [self._ids(prompt, text, wanted.steps) for prompt, text in pairs]
         asked = {k: ids for k, ids in enumerate(before) if ids is not None}
         whole = [prompts[k] + ids for k, ids in asked.items()]
-        found = self.engine.generate(whole, sampling, [seeds[k] for k in asked], tick=tick)
+        seeds = [wanted.seeds[k] for k in asked]
+        found = self.engine.generate(whole, wanted.sampling, seeds, tick=wanted.tick)
         written = [NOTHING] * len(before)
         for (k, ids), one in zip(asked.items(), found, strict=True):
             written[k] = self._text(ids, one.tokens, one.finished)
