@@ -69,32 +69,24 @@ class TextServers:
         """
         sent = [text.rstrip() if self.spec.chat else text for text in texts]
         how = {"temperature": wanted.sampling.temperature, "top_p": wanted.sampling.top_p}
-        requests = [
-            self._request(
-                self._asked(self.prompt_text(prompt), text), wanted.steps, **how, seed=seed
-            )
-            for prompt, text, seed in zip(prompts, sent, wanted.seeds, strict=True)
-        ]
+        pairs = zip(prompts, sent, strict=True)
+        asked = [self._asked(self.prompt_text(prompt), text) for prompt, text in pairs]
+        rows = zip(asked, wanted.seeds, strict=True)
+        requests = [self._request(one, wanted.steps, **how, seed=seed) for one, seed in rows]
         reads = [partial(self._written, continues=bool(text)) for text in sent]
         found = self._answers(prompts, requests, reads, NOTHING)
-        pairs = zip(found, texts, sent, strict=True)
-        return [_after(answer, text[len(known) :]) for answer, text, known in pairs]
+        answers = zip(found, texts, sent, strict=True)
+        return [_after(answer, text[len(known) :]) for answer, text, known in answers]
 
     def read(self, prompts: Texts, texts: Sequence[str]) -> list[Pieces]:
         """Of every prompt and text the servers' own tokens, and their log-probs.
 
         Raises TOPDError where a server tells none.
         """
-        wanted = [
-            self._request(
-                {"prompt": self.prompt_text(prompt) + text},
-                0,
-                temperature=1.0,
-                echo=True,
-                logprobs=1,
-            )
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        how = {"temperature": 1.0, "echo": True, "logprobs": 1}
+        pairs = zip(prompts, texts, strict=True)
+        asked = [{"prompt": self.prompt_text(prompt) + text} for prompt, text in pairs]
+        wanted = [self._request(one, 0, **how) for one in asked]
         return self._answers(prompts, wanted, [self._pieces] * len(wanted), [])
 
     def _request(self, asked: Mapping[str, Any], most: int, **how: Any) -> Request:
