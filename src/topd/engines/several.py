@@ -143,13 +143,10 @@ class SeveralTeachers:
             asked = [i for i, (b, _) in enumerate(starts) if b in rows]
             if not asked:
                 continue
+            places = [(rows.index(starts[i][0]), starts[i][1]) for i in asked]
+            numbers = [seeds[i] for i in asked]
             written = self.engines[k].continue_from(
-                own,
-                [(rows.index(starts[i][0]), starts[i][1]) for i in asked],
-                sampling,
-                [seeds[i] for i in asked],
-                rejoin=rejoin,
-                tick=tick,
+                own, places, sampling, numbers, rejoin=rejoin, tick=tick
             )
             for i, window in zip(asked, written, strict=True):
                 states = None if window.hidden is None else self.marked(window.hidden, k)

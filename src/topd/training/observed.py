@@ -80,14 +80,9 @@ class ObservedTrainer(RecordedTrainer):
             check_forward(models[0])
         mend(generation_config_of(models[0]))
         count = 1 if models[1] is models[0] else len(models)  # a student may be its own teacher
-        student, teachers = open_engines(
-            sources[:count],
-            models[:count],
-            tokenizers[:count],
-            self.args.temperature,
-            self.accelerator.autocast,
-            spans=self.args.token_loss == "spans",
-        )
+        known = sources[:count], models[:count], tokenizers[:count]
+        autocast, spans = self.accelerator.autocast, self.args.token_loss == "spans"
+        student, teachers = open_engines(*known, self.args.temperature, autocast, spans=spans)
         if isinstance(student, ServedStudent) and (self.copy or self.args.world_size > 1):
             raise TOPDError("student.served: goes with one process only. Leave it out, or run one.")
         if self.copy:

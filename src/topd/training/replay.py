@@ -68,11 +68,8 @@ def _windows(experience: Experience) -> list[Window]:
     for rollout, guide, hidden in rows:
         for branch, states in zip(guide.branches, hidden, strict=True):
             prefix = rollout.response[: branch.start]
-            prompt = replace(
-                rollout.prompt,
-                student=rollout.prompt.student + prefix,
-                teacher=rollout.prompt.teacher + prefix,
-            )
+            own, theirs = rollout.prompt.student + prefix, rollout.prompt.teacher + prefix
+            prompt = replace(rollout.prompt, student=own, teacher=theirs)
             alone = Rollout(prompt, (), (), rollout.finished)
             found.append((alone, replace(branch, start=0), states))
     return found

@@ -116,13 +116,9 @@ class Observer:
     def answered(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Rollout]:
         """The teacher's responses, drawn as its windows are; without log-probs."""
         length = self.args.max_completion_length
+        texts, sampling = [p.teacher for p in prompts], self.args.window_sampling(length)
         with self.phases.phase("answers", length) as tick:
-            written = reader_of(self.teacher, prompts).generate(
-                [prompt.teacher for prompt in prompts],
-                self.args.window_sampling(length),
-                seeds,
-                tick=tick,
-            )
+            written = reader_of(self.teacher, prompts).generate(texts, sampling, seeds, tick=tick)
         pairs = zip(prompts, written, strict=True)
         return [replace(make_rollout(p, w), logprobs=()) for p, w in pairs]
 

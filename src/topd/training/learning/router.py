@@ -75,19 +75,15 @@ def balanced_forward(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = getattr(base, "_original_forward", base.forward)  # not accelerate's: float32 outputs
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    ends = torch.tensor(tokens, device=input_ids.device)[:, None]
+    mask = columns < torch.tensor(tokens, device=input_ids.device)[:, None]
     found: list[Tensor] = []
 
     def note(_: Any, __: Any, output: Any) -> None:
         found.append(output.last_hidden_state)
 
     with base.get_decoder().register_forward_hook(note):
-        output = forward(
-            input_ids=input_ids,
-            attention_mask=(columns < ends).long(),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        given = {"input_ids": input_ids, "attention_mask": mask.long()}
+        output = forward(**given, use_cache=False, logits_to_keep=1)
     if torch.is_grad_enabled() and not output.aux_loss.requires_grad:
         raise TOPDError(
             "student: its load-balancing loss has no gradient where activations are recomputed by "

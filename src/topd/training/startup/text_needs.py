@@ -115,12 +115,8 @@ def _of_rollouts(args: TOPDConfig, given: Needs, spans: bool = False) -> list[tu
         if args.embedding == "teacher":
             found.append(("it has no embeddings for embedding: teacher", "embedding: student"))
         if NEEDS.index(args.detector.needs) > NEEDS.index(given):
-            found.append(
-                (
-                    f"candidate_loss {args.candidate_loss} needs {args.detector.needs}",
-                    "candidate_loss: entropy, student_nll or rewritten",
-                )
-            )
+            needs = f"candidate_loss {args.candidate_loss} needs {args.detector.needs}"
+            found.append((needs, "candidate_loss: entropy, student_nll or rewritten"))
         if args.window_rejoin:
             found.append(("window_rejoin has no effect", "window_rejoin: 0"))
     return found + _of_evaluations(args)
