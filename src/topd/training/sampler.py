@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 
 class GroupSampler(Sampler[int]):
@@ -38,9 +38,7 @@ class EpochTold(TrainerCallback):
     def __init__(self) -> None:
         self.sampler: GroupSampler | None = None
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """An epoch begins, or what is left of it."""
         if self.sampler is not None:
             self.sampler.set_epoch(int(state.epoch or 0))

@@ -107,7 +107,7 @@ class Watch(TrainerCallback):
         self.agreed: StoppedError | None = None  # what all ranks end for
 
     def on_pre_optimizer_step(
-        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any
     ) -> None:
         """Add up the update's loss. One that is not finite, or has such a gradient, is no update.
 
@@ -168,9 +168,7 @@ class Watch(TrainerCallback):
         self.reason = self.agreed = reasons[0] if reasons else None
         control.should_save |= self.agreed is not None
 
-    def on_save(
-        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_save(self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any) -> None:
         """End the run, now that it can be resumed. Raises StoppedError."""
         if self.agreed is None:
             return
