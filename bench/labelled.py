@@ -8,6 +8,7 @@ where a token loss cannot tell a fork from another way to say the same.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,7 +186,9 @@ def _window_scores(
     written = observer.look_ahead(scores, starts, range(len(rollouts)), length)
     windows = pair_windows(rollouts, starts, written, length)
     static = observer.compare(windows).distance
-    placed = observer.compare(windows, position_weight=POSITION_WEIGHT).distance
+    args = copy(observer.args)
+    args.position_weight = POSITION_WEIGHT
+    placed = Observer(observer.student, observer.teacher, args).compare(windows).distance
     return {
         "OT, static": static.numpy(),
         "OT, position cost": placed.numpy(),

@@ -358,21 +358,13 @@ class Observer:
         seen = token_loss, logprobs, mask, windows, solved, real
         return Evidence(*seen, teacher_logprobs=theirs, rollouts=tuple(rollouts))
 
-    def compare(
-        self,
-        windows: Windows,
-        *,
-        position_weight: float | None = None,
-        teacher: Engine | None = None,
-    ) -> Transport:
+    def compare(self, windows: Windows, *, teacher: Engine | None = None) -> Transport:
         """Optimal transport between paired windows, with the cost and solver of ``args``.
 
         Of a teacher's window that is longer than the student's only as much is compared as the
         student has: its last token would else be compared with all that the teacher writes on.
-        Windows of the same tokens are at distance 0. ``position_weight`` replaces that of ``args``;
-        of several teachers ``teacher`` is their own.
+        Windows of the same tokens are at distance 0. Of several teachers ``teacher`` is their own.
         """
-        eta = self.args.position_weight if position_weight is None else position_weight
         length = windows.student_mask.sum(-1, keepdim=True)
         both = windows.teacher_mask & (torch.arange(windows.teacher_mask.shape[1]) < length)
         with self.phases.phase("transport"):
@@ -380,7 +372,7 @@ class Observer:
             cost = transport.ground_cost(
                 reader.embed(windows.student_tokens),
                 reader.embed(windows.teacher_tokens),
-                position_weight=eta,
+                position_weight=self.args.position_weight,
             )
             solved = transport.solve(
                 cost,
