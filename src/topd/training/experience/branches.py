@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topd.engines.several import reader_of
 from topd.seeds import Stream, seed_of
-from topd.types import Generation, Guidance, Rollout
+from topd.types import Generation, Guidance, Rollout, Starts
 
 if TYPE_CHECKING:
     from topd.training.experience import Observer
@@ -81,10 +81,7 @@ def branch_states(
 
 
 def _scored(
-    watch: Observer,
-    rollouts: Sequence[Rollout],
-    guidance: Sequence[Guidance],
-    places: Sequence[tuple[int, int]],
+    watch: Observer, rollouts: Sequence[Rollout], guidance: Sequence[Guidance], places: Starts
 ) -> dict[tuple[int, int], Tensor]:
     branches = [guidance[row].branches[k] for row, k in places]
     prompts = [
