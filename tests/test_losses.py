@@ -536,6 +536,28 @@ def test_linear_divergence_keeps_leading_axes_and_takes_bare_weights():
     found = linear_token_divergence(h[:6].reshape(2, 3, 5), s.weight, g[:6].reshape(2, 3, 4), t)
     expected = token_divergence(naive_logits(h, s), naive_logits(g, t))[:6].reshape(2, 3)
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(linear_token_divergence(h[0], s.weight, g[0], t), expected[0, 0])
+
+
+@untyped
+def test_tensors_of_other_tokens_are_an_error():
+    h, s, g, t = linear_case()
+    none = torch.zeros(P, 0, dtype=torch.long)
+    wrong = "^tokens: the tensors are of .* tokens. Give the same in each.$"
+    for states in (g[: P - 1], torch.cat([g, g])):
+        with pytest.raises(TOPDError, match=wrong):
+            linear_token_divergence(h, s, states, t)
+        with pytest.raises(TOPDError, match=wrong):
+            linear_token_terms(h, s, states, t, none.new_zeros(P), none)
+        with pytest.raises(TOPDError, match=wrong):
+            linear_token_statistics(h, s, states, t)
+    with pytest.raises(TOPDError, match=wrong):
+        linear_token_divergence(h[:6].reshape(2, 3, -1), s, g[:6].reshape(3, 2, -1), t)
+    for tokens in (none.new_zeros(P - 1), none.new_zeros(P + 1)):
+        with pytest.raises(TOPDError, match=wrong):
+            linear_token_terms(h, s, g, t, tokens, none)
+        with pytest.raises(TOPDError, match=wrong):
+            linear_logprobs(h, s, tokens)
 
 
 def test_linear_divergence_of_no_tokens_is_empty_and_differentiable():
@@ -747,13 +769,6 @@ def test_logprobs_by_default_are_at_temperature_1():
     torch.testing.assert_close(found, full[torch.arange(P), tokens])
 
 
-@untyped
-def test_logprobs_of_fewer_states_than_tokens_are_an_error():
-    hidden, head, _, _ = linear_case()
-    with pytest.raises(ValueError, match="zip"):
-        linear_logprobs(hidden[:-1], head, torch.zeros(P, dtype=torch.long), chunk_tokens=1)
-
-
 def test_logprobs_of_a_bfloat16_head_are_float32():
     hidden, head, _, _ = linear_case()
     narrow = Head(head.weight.bfloat16(), head.bias.bfloat16())
@@ -941,6 +956,8 @@ def test_trajectory_loss_by_hand():
     second = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     found = trajectory_loss(logprobs, targets, mask)
     assert found.item() == pytest.approx((first + second) / 2, abs=1e-14)
+    twice = trajectory_loss(*(torch.cat([x, x]) for x in (logprobs, targets)), mask[0])
+    assert twice.item() == pytest.approx(found.item(), abs=1e-14)  # one mask for all windows
     alone = trajectory_loss(logprobs, targets, torch.tensor([[True, False, False]]))
     assert alone.item() == pytest.approx(first, abs=1e-14)
 

@@ -162,9 +162,9 @@ def trajectory_loss(
 
     Source: arXiv 2606.00305, L_traj.
     """
-    guided = mask.bool()
-    kl = soft_target_kl(student_logprobs, targets).masked_fill(~guided, 0.0)
-    return kl.sum() / guided.sum().clamp(min=1)
+    kl = soft_target_kl(student_logprobs, targets)
+    guided = mask.bool().expand_as(kl)
+    return kl.masked_fill(~guided, 0.0).sum() / guided.sum().clamp(min=1)
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:

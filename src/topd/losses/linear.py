@@ -56,10 +56,14 @@ def linear_token_terms(
             see whether it did; if it did not, gradients are NaN.
 
     Raises:
-        TOPDError: kind, beta, temperature or chunk_tokens are out of range.
+        TOPDError: kind, beta, temperature or chunk_tokens are out of range, or the tensors are not
+            of the same tokens.
     """
     check_divergence(kind, beta, temperature)
     _check_chunk(chunk_tokens)
+    _check_same_tokens(
+        *(x.shape[:1] for x in (student_hidden, teacher_hidden, tokens, target_tokens))
+    )
     heads = _on_one_vocabulary(student_head, teacher_head)
     given = *heads, teacher_hidden, tokens, target_tokens
     task = Task(*given, kind, beta, temperature, chunk_tokens, expected, promised)
@@ -95,14 +99,16 @@ def linear_token_divergence(
         teacher. Fastest where the loss is a multiple of the sum.
 
     Raises:
-        TOPDError: kind, beta, temperature or chunk_tokens are out of range.
+        TOPDError: kind, beta, temperature or chunk_tokens are out of range, or the tensors are not
+            of the same tokens.
     """
     shape = student_hidden.shape[:-1]
+    _check_same_tokens(shape, teacher_hidden.shape[:-1])
     none = torch.zeros(shape.numel(), 0, dtype=torch.long, device=student_hidden.device)
     terms = linear_token_terms(
-        student_hidden.flatten(0, -2),
+        student_hidden.reshape(-1, student_hidden.shape[-1]),
         _as_head(student_head),
-        teacher_hidden.flatten(0, -2),
+        teacher_hidden.reshape(-1, teacher_hidden.shape[-1]),
         _as_head(teacher_head),
         none.new_zeros(shape.numel()),
         none,
@@ -150,10 +156,12 @@ def linear_token_statistics(
         (arXiv 2609.24432). Meant for use without gradients.
 
     Raises:
-        TOPDError: temperature or chunk_tokens are out of range.
+        TOPDError: temperature or chunk_tokens are out of range, or the tensors are not of the same
+            tokens.
     """
     _check_chunk(chunk_tokens)
     check_temperature(temperature)
+    _check_same_tokens(student_hidden.shape[:1], teacher_hidden.shape[:1])
     student_head, teacher_head = _on_one_vocabulary(student_head, teacher_head)
     parts = []
     hidden = zip(
@@ -206,10 +214,11 @@ def linear_logprobs(
     """log softmax(logits / temperature) of the given tokens, nats, and the likeliest tokens.
 
     Both [P], a chunk at a time, meant for scoring without gradients. Raises TOPDError if the
-    temperature is not above 0 or chunk_tokens is below 1.
+    temperature is not above 0, chunk_tokens is below 1, or ``tokens`` are not as many.
     """
     _check_chunk(chunk_tokens)
     check_temperature(temperature)
+    _check_same_tokens(hidden.shape[:1], tokens.shape)
     logprobs, likeliest = [], []
     for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True):
         known = log_softmax(head.logits(h), temperature)
@@ -238,3 +247,10 @@ def _as_head(head: Head | Linear | Tensor) -> Head:
 def _check_chunk(chunk_tokens: int) -> None:
     if chunk_tokens < 1:
         raise TOPDError(f"chunk_tokens = {chunk_tokens} must be at least 1.")
+
+
+def _check_same_tokens(*shapes: torch.Size) -> None:
+    """What is longer would be cut off, or read at other tokens."""
+    if len(set(shapes)) > 1:
+        axes = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise TOPDError(f"tokens: the tensors are of {axes} tokens. Give the same in each.")
