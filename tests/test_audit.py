@@ -27,6 +27,7 @@ from topd.commands.audit import AuditResult, Trust, audit_run, replay_step, stor
 from topd.commands.audit.settings import by_settings, format_at
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
+from topd.report.text import counted
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, RunFolder
 from topd.runs.ledger import HEAD, LEDGER, Ledger
@@ -148,7 +149,14 @@ def test_every_kind_of_run_passes_audit_and_replay(tmp_path, monkeypatch, change
         stored["config"]["window_length"] = 4
         (RUN / "run.json").write_text(json.dumps(stored))
         rechain()
-    assert audit_run(RUN).faults == []
+    found, kind = audit_run(RUN), {*map(str, changes.values())}
+    assert found.faults == []
+    told = any(line.endswith("at update 0 alone; see topd replay") for line in found.checked)
+    assert told is bool(kind & {"relay", "kl_top", "reverse_kl", "student"})
+    read = [json.loads(line) for line in (RUN / "guidance.jsonl").read_text().splitlines()]
+    gone = bool(kind & {"reverse_kl", "student"})  # with the student of later updates
+    candidates = sum(len(row["forks"]) for row in read if not (gone and row["step"]))
+    assert f" and {counted(candidates, 'candidate')} of the updates" in found.checked[-1]
     for step in (0, 2):
         assert replay_step(RUN, step).faults == []
 

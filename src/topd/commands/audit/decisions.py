@@ -32,6 +32,7 @@ from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt, Rollout
 
 BEFORE = f"as a version before format {JUDGED} wrote the run (run.json)"
+OF_STUDENT = "decisions: what needs the student's weights, at update 0 alone; see topd replay"
 BY_VERDICT = {"weights", "capped", "targets", "branches", "advantages"}
 Updates: TypeAlias = dict[int, tuple[list[Any], list[Any]]]  # rollouts and guidance, by number
 
@@ -93,6 +94,8 @@ def check_decisions(
         again, means = _decided(trainer, step, rollouts, _divergences(folder, step, trainer.args))
         found.faults += _mean_faults(folder, step, means, trainer.args, tolerance)
         known = _known(trainer, guidance, step, otherwise=otherwise)
+        if step and not otherwise and "branches" not in known:
+            done.left_out.add(OF_STUDENT)
         free = not judged and any(f["distance"] == 0 for _, made in again for f in made["forks"])
         if free:
             known -= BY_VERDICT
@@ -101,7 +104,7 @@ def check_decisions(
             found.faults += disagreements(pair[0], theirs, known, tolerance)
             guided, ours = (_without_verdicts(x) if free else x for x in (pair[1], ours))
             found.faults += disagreements(guided, ours, known, tolerance)
-            done.candidates += len(pair[1]["forks"])
+            done.candidates += len(pair[1]["forks"]) if "forks" in known else 0
         done.rollouts += len(rollouts)
         done.updates.append(step)
 
