@@ -9,6 +9,7 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from topd.errors import TOPDError
@@ -132,7 +133,7 @@ def test_one_spelling():
     ("value", "text"),
     [("2024-02-29", "2024-02-29"), (12, "12"), (10**30, "1" + "0" * 30), (0.00001, "0.00001"),
      (2.5e-05, "0.000025"), (5.0, "5"), (2.5, "2.5"), (Decimal("1E-7"), "1E-7"), (True, "True"),
-     (["2"], "2")],
+     (["2"], "2"), (np.float64(2.5), "2.5"), (np.int64(12), "12")],
 )  # fmt: skip
 def test_references_are_read_exactly(value, text):
     assert reference_text(value) == text

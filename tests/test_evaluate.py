@@ -493,6 +493,16 @@ def test_sampled_figures_by_hand():
     assert found.pass_at[1].high == pytest.approx(1 - 0.75 * (1 - 0.975**0.5), abs=0.001)
 
 
+@pytest.mark.parametrize(
+    "kept", [[], [0], [1], [0, 1, 2, 3], [1, 2, 4, 5], [0, 0, 1, 2], [0, 1, 2, 3, 4]]
+)
+def test_responses_that_are_not_all_of_an_evaluation_are_refused(kept):
+    """A pass@k of 2 samples where one is missing would be that of another number."""
+    whole = [response(problem, sample, True) for problem in (0, 1) for sample in (None, 0, 1)]
+    with pytest.raises(TOPDError, match="summarise: each problem needs one greedy response, and"):
+        summarise([whole[i] for i in kept])
+
+
 def test_lengths_and_truncation_are_averaged_by_problem():
     found = summarise(
         [

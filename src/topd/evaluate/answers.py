@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from topd.errors import TOPDError
@@ -172,8 +173,8 @@ def reference_text(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) == 1:
         return reference_text(value[0])
     if isinstance(value, float) and abs(value) < EXACT_FLOAT:
-        return format(Decimal(repr(value)), "f").removesuffix(".0")
-    if isinstance(value, str | int | Decimal):
+        return format(Decimal(repr(float(value))), "f").removesuffix(".0")
+    if isinstance(value, str | Integral | Decimal):
         return str(value)
     kind = "a float that is not exact" if isinstance(value, float) else f"a {type(value).__name__}"
     raise TOPDError(

@@ -6,6 +6,7 @@ spreads it, so that one can rise while the other falls.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -116,10 +117,18 @@ def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
     """Figures and intervals of verified responses, ordered by problem.
 
     Every row has one greedy response and the same number of samples. For the intervals of
-    lengths a response to another problem is at most as long as the longest here.
+    lengths a response to another problem is at most as long as the longest here. Raises TOPDError
+    where a row has others.
     """
+    once = Counter(r.problem for r in responses if r.sample is None)
+    counts = Counter(r.problem for r in responses if r.sample is not None)
+    if once != Counter([*counts]) or len({*counts.values()}) != 1:
+        raise TOPDError(
+            "summarise: each problem needs one greedy response, and as many samples as the others "
+            "(at least one). Give all responses of an evaluation."
+        )
     greedy, drawn = by_problem(responses, True), by_problem(responses, False)
-    samples = sum(r.problem == drawn[0][0].problem for r in drawn[0])
+    samples = next(iter(counts.values()))
     right = [_right_by_row(group) for group in drawn]
     longest = float(max(len(response.ids) for response in responses))
     share = partial(bootstrap, seed=seed)
