@@ -65,6 +65,8 @@ CPU = torch.device("cpu")
 )
 def test_the_calculator_calculates_as_python_does(expression: str) -> None:
     assert calculated(expression) == str(eval(expression))  # digits, brackets, + - *
+    whole = str(eval(expression) * 10**9)
+    assert calculated(f"({expression}) * 10**9 / 1") in (whole, "error")  # above 10**15
     assert calculator({}, ["<calc>1</calc>", f"<calc>2</calc> or <calc>{expression}</calc>"]) == (
         calculated(expression)
     )

@@ -62,6 +62,7 @@ def calculated(expression: str) -> str:
     """The value of an expression of numbers, + - * / // % ** and brackets, or "error".
 
     Nothing is executed: the syntax tree is walked, and no value on the way may pass ``LARGEST``.
+    What is not whole has 10 digits.
 
     >>> calculated("2 ** 10 - 24"), calculated("7 / 2"), calculated("1 / 0"), calculated("open()")
     ('1000', '3.5', 'error', 'error')
@@ -72,7 +73,7 @@ def calculated(expression: str) -> str:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
     except (ValueError, SyntaxError, ArithmeticError, TypeError, RecursionError, MemoryError):
         return "error"
-    return str(value) if isinstance(value, int) else f"{value:.10g}"
+    return str(value) if isinstance(value, int) else f"{value:.{10 if value % 1 else 16}g}"
 
 
 def _value(node: ast.expr) -> int | float:
