@@ -85,7 +85,7 @@ def test_the_example_of_the_page_knows_rollouts_of_several_turns(own):
 
 
 WRONG = """
-from topd.types import Guidance, SoftTarget
+from topd.types import Branch, Guidance, SoftTarget
 
 def few(evidence):
     return [Guidance((1.0,)) for _ in evidence.rollouts]
@@ -103,6 +103,10 @@ def beyond(evidence):
 def before(evidence):
     return [Guidance((1.0,) * len(r.response), capped=(-1,)) for r in evidence.rollouts]
 
+def kl(evidence):
+    rows, branch = [r.response for r in evidence.rollouts], Branch(0, (3,), "kl")
+    return [Guidance((1.0,) * len(r), branches=(branch,)) for r in rows]
+
 def turned(tokens):
     return tokens.student.T
 """
@@ -119,6 +123,10 @@ def turned(tokens):
             r"^method: has a target, .* at \d+ of a rollout of \d+ tokens",
         ),
         ({"method": "wrong:before"}, r"^method: has a target, .* at -1 of a rollout of \d+ tokens"),
+        (
+            {"method": "wrong:kl"},
+            r"^method: has a branch by 'kl'. Choose one of cross_entropy, forward_kl, reverse_kl.$",
+        ),
         (
             {"method": "window_sft", "candidate_loss": "wrong:turned", "window_length": 4},
             r"^candidate_loss: must return a tensor \[B T\], here \(4, 12\), .* returned \(12, 4\)",

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from topd.errors import TOPDError
 from topd.methods import NEVER
 from topd.runs.records import Fork
 from topd.types import (
+    BranchLoss,
     Effort,
     Evidence,
     Generation,
@@ -274,6 +276,9 @@ def _check_guidance(found: object, rollouts: Sequence[Rollout]) -> None:
                     f"method: has a target, a branch or a capped token at {place} of a rollout of "
                     f"{tokens} tokens. Count them from 0."
                 )
+        known = get_args(BranchLoss)
+        for loss in {branch.loss for branch in guide.branches}.difference(known):
+            raise TOPDError(f"method: has a branch by {loss!r}. Choose one of {', '.join(known)}.")
 
 
 def checked_scores(scores: object, mask: Tensor) -> Tensor:
