@@ -362,9 +362,9 @@ CASES: tuple[Case, ...] = (
     ),
     prompt(
         "a prompt of null",
-        "has neither prompt nor messages",
+        "the prompt is empty",
         "row 1",
-        "Map a column",
+        "Remove the row",
         {"prompt": "what"},
         {"prompt": None},
     ),

@@ -102,6 +102,8 @@ def read_row(index: int, row: Mapping[str, Any]) -> Row:
             "column, or choose other data."
         )
     prompt = prompt_of(row)
+    if prompt is None and row.keys() & {"prompt", "messages"}:
+        prompt = ""
     if prompt is None:
         raise TOPDError(
             f"data row {index}: has neither prompt nor messages, but "
