@@ -53,6 +53,9 @@ def test_values_that_make_no_table_or_leave_the_bounds_are_refused():
             seed_problem_interval(values)
     with pytest.raises(TOPDError, match="outside"):
         seed_problem_interval([[2.0], [-2.0]])
+    for interval, values in ((bootstrap, [5.0, 6.0]), (seed_problem_interval, [[5.0, 6.0]])):
+        with pytest.raises(TOPDError, match=rf"{interval.__name__}: the bounds \(0, inf\) must be"):
+            interval(values, bounds=(0, float("inf")))
 
 
 @pytest.mark.parametrize("level", [0, 1, 95, -0.5, float("nan")])

@@ -59,7 +59,8 @@ def bootstrap(
         level: mass of the interval, in (0, 1).
 
     Raises:
-        TOPDError: no values, one outside the bounds, a level outside (0, 1), or no resamples.
+        TOPDError: no values, one outside the bounds, bounds that are not finite, a level outside
+            (0, 1), or no resamples.
 
     >>> round(bootstrap([0.0] * 30).high, 4)
     0.1157
@@ -90,6 +91,8 @@ def _check_level(where: str, level: float) -> None:
 
 def _check_bounds(where: str, values: Sequence[float], bounds: Bounds) -> None:
     least, most = bounds
+    if not np.isfinite(bounds).all():
+        raise TOPDError(f"{where}: the bounds ({least:g}, {most:g}) must be finite.")
     outside = [float(value) for value in values if not least <= value <= most]
     if outside:
         raise TOPDError(
