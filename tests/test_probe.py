@@ -376,6 +376,16 @@ def test_bad_options_are_refused_with_their_name(recipe, tmp_path, words, part):
     assert part in refusal(recipe, "--output_dir", str(tmp_path / "run"), *words)
 
 
+@pytest.mark.parametrize(
+    "word",
+    ["save_strategy=no", "eval_strategy=no", "warmup_steps=0", "logging_strategy=no"]
+    + ["stop_patience=null", "lora=null", "overlap=false", "push_to_hub=false"],
+)
+def test_what_says_what_an_analysis_does_anyway_is_taken(recipe, tmp_path, word):
+    folder = tmp_path / "run"
+    read_analysis("probe", recipe, [*WORDS, f"--{word}", f"--output_dir={folder}"], ProbeConfig)
+
+
 def test_rollouts_too_short_for_a_threshold_are_refused(recipe, tmp_path):
     words = (*WORDS, "--max_completion_length", "1", "--output_dir", str(tmp_path / "run"))
     message = refusal(recipe, *words)

@@ -159,6 +159,8 @@ def _check_used(command: str, given: Mapping[str, Any], config: type[AnalysisCon
     theirs = {f.name for f in fields(TrainingArguments)} - {*SHARED, "output_dir", "tf32"}
     for key, value in given.items():
         name = part_of(key)
+        if value is None or (name in theirs and value in (False, "no")):  # 0 is False, too
+            continue  # says what holds: an analysis has none of it
         if name in {*theirs, *config.idle} and value != getattr(config, name, None):
             raise TOPDError(f"{key}: has no effect on topd {command}. Leave it out.")
 
