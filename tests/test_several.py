@@ -133,7 +133,7 @@ def test_the_loss_is_the_sum_of_what_each_teacher_asks(tmp_path, method) -> None
     assert (branches > 0) == (method == "window_kd")
 
 
-def test_a_mean_of_heads_by_hand() -> None:
+def test_a_mean_of_heads_by_hand(monkeypatch) -> None:
     """p = (softmax(l1) + softmax(l2)) / 2, and each row's own head where they are routed."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(7, d, generator=generator, dtype=torch.float64) for d in (3, 5)]
@@ -146,6 +146,11 @@ def test_a_mean_of_heads_by_hand() -> None:
     wide = torch.zeros(8, 6, dtype=torch.float64)
     wide[:4, :3], wide[4:, :5], wide[4:, 5] = states[0], states[1], 1
     torch.testing.assert_close(SeveralHeads.of(heads).logits(wide), torch.cat(logits))
+    wide, logits = wide.roll(2, 0)[::3], torch.cat(logits).roll(2, 0)[::3].split(1)  # in turn
+    third = SeveralHeads.of([*heads, heads[1]])  # whose rows there are none of
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "nonzero", None, raising=False)  # it waits for the device
+        torch.testing.assert_close(third.logits(wide), torch.cat(logits))
     narrow = SeveralHeads.of(heads).narrowed(4)
     torch.testing.assert_close(narrow.logits(wide), torch.cat(logits)[:, :4])
     torch.testing.assert_close(narrow.raw(torch.float64)(wide), torch.cat(logits)[:, :4])
