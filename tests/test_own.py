@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def config(**changes: Any) -> TOPDConfig:
 def own(tmp_path, monkeypatch) -> Path:
     """The page's module in the working directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, "my_guides", raising=False)
+    for module in ("my_guides", "raising"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     Path("my_guides.py").write_text(block("python"))
     return tmp_path
 
@@ -100,6 +102,23 @@ def beyond(evidence):
     rows = [r.response for r in evidence.rollouts]
     return [Guidance((1.0,) * len(r), (SoftTarget(len(r), (3,), (1.0,)),)) for r in rows]
 
+def targets(evidence, token=3, mass=(1.0,)):
+    rows = [r.response for r in evidence.rollouts]
+    return [Guidance((1.0,) * len(r), (SoftTarget(0, (token,), mass),)) for r in rows]
+
+def strange(evidence):
+    return targets(evidence, 10**6)
+
+def negative(evidence):
+    return targets(evidence, -1)
+
+def uneven(evidence):
+    return targets(evidence, mass=(0.5, 0.5))
+
+def branched(evidence, tokens=(10**6, 3), loss="forward_kl"):
+    rows = [r.response for r in evidence.rollouts]
+    return [Guidance((1.0,) * len(r), branches=(Branch(0, tokens, loss),)) for r in rows]
+
 def before(evidence):
     return [Guidance((1.0,) * len(r.response), capped=(-1,)) for r in evidence.rollouts]
 
@@ -109,6 +128,24 @@ def kl(evidence):
 
 def turned(tokens):
     return tokens.student.T
+"""
+RAISING = """
+from topd.methods import opd
+
+def third(evidence, *, updates=2):
+    seen.append(1)
+    return look_up({}) if len(seen) > updates else opd(evidence)
+
+def look_up(table):
+    return table["key"]
+
+def score(tokens):
+    return 1 / 0
+
+def reply(row):
+    return None
+
+seen = []
 """
 
 
@@ -122,6 +159,10 @@ def turned(tokens):
             {"method": "wrong:beyond"},
             r"^method: has a target, .* at \d+ of a rollout of \d+ tokens",
         ),
+        ({"method": "wrong:strange"}, r"^method: has the tokens 1000000 to 1000000 in .* 0 to \d+"),
+        ({"method": "wrong:negative"}, r"^method: has the tokens -1 to -1 in targets or branches"),
+        ({"method": "wrong:branched"}, r"^method: has the tokens 3 to 1000000 in targets"),
+        ({"method": "wrong:uneven"}, r"^method: has a target with other numbers of tokens and "),
         ({"method": "wrong:before"}, r"^method: has a target, .* at -1 of a rollout of \d+ tokens"),
         (
             {"method": "wrong:kl"},
@@ -138,6 +179,48 @@ def test_what_does_not_fit_the_rollouts_is_refused(own, changes, said):
     path = write_pair(own, **SMALL, **changes)
     with pytest.raises(TOPDError, match=said):
         run_recipe(path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"method": "raising:third", "method_options": {"updates": 0}},
+            r"^method: raising:third raised KeyError: 'key' \(\S+raising.py, line 9\)\. Correct ",
+        ),
+        (
+            {"method": "window_sft", "candidate_loss": "raising:score", "window_length": 4},
+            r"^candidate_loss: raising:score raised ZeroDivisionError: .*raising.py, line 12\)",
+        ),
+        (
+            {"environment": "raising:reply", "max_turns": 2, "max_completion_length": 40},
+            r"^environment: raising:reply raised TypeError: .* given \(when it was called\)",
+        ),
+    ],
+)
+def test_an_exception_of_a_function_from_outside_is_told_as_its_own(own, changes, said):
+    Path("raising.py").write_text(RAISING)
+    data = {"path": str(own / "prompts.jsonl"), "chat": False}
+    with pytest.raises(TOPDError, match=said):
+        run_recipe(write_pair(own, **{**SMALL, **changes}, data=data), quiet=True)
+
+
+def test_a_run_that_a_function_from_outside_stops_is_saved_and_its_traceback_shown(own):
+    Path("raising.py").write_text(RAISING)
+    changes = {"method": "raising:third", "save_strategy": "steps", "max_steps": 4}
+    path = write_pair(own, **{**SMALL, **changes})
+    done = CliRunner().invoke(app, ["train", str(path), "--quiet"])
+    assert done.exit_code == 2
+    shown = " ".join(done.output.split())
+    assert "Correct it there. run/checkpoint-2 is saved: 2 of 4 updates. Resume with" in shown
+    assert "line 9, in look_up" in shown
+    assert "topd/named.py" not in shown
+
+
+def test_a_module_that_raises_anything_when_it_is_imported_is_refused(own):
+    Path("broken.py").write_text("1 / 0")
+    with pytest.raises(TOPDError, match=r"'broken' cannot be imported \(ZeroDivisionError: "):
+        detector_named("broken:score")
 
 
 def test_plain_functions_become_rows(own):

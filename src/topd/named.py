@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from topd.errors import TOPDError
+from topd.errors import TOPDError, first_line
 
 Row = TypeVar("Row")
-FAULTS = (ImportError, SyntaxError, NameError, AttributeError, TypeError, LookupError, ValueError)
+Returned = TypeVar("Returned")
 
 
 def is_outside(name: str) -> bool:
@@ -58,12 +60,38 @@ def unknown(key: str, name: str, known: Iterable[str]) -> str:
     return f"{key}: {name!r} is not one of {', '.join(known)}, nor my_module:function. Choose one."
 
 
+def called(key: str, function: Callable[..., Returned], *args: Any) -> Returned:
+    """What a row's function returns; where one from outside this package fails, whose it was.
+
+    Raises:
+        TOPDError: it raised an exception; the traceback of its code is the error's note.
+    """
+    try:
+        return function(*args)
+    except TOPDError:
+        raise
+    except Exception as error:
+        own = function.func if isinstance(function, partial) else function
+        module = getattr(own, "__module__", "")
+        if module.partition(".")[0] == "topd":
+            raise
+        frames = traceback.extract_tb(error.__traceback__)[1:]  # without this one
+        lines = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename == frames[0][0]]
+        fault = TOPDError(
+            f"{key}: {module}:{getattr(own, '__name__', own)} raised {first_line(error)} "
+            f"({lines[-1] if lines else 'when it was called'}). Correct it there."
+        )
+        said = traceback.format_list(frames) + traceback.format_exception_only(error)
+        fault.add_note("".join(said).rstrip())
+        raise fault from error
+
+
 def _attribute(key: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         with _working_directory_first():
             found = importlib.import_module(module)
-    except FAULTS as error:
+    except Exception as error:  # whatever the code of the module does
         raise TOPDError(
             f"{key}: {name}: {module!r} cannot be imported ({type(error).__name__}: {error}). Is "
             f"{module}.py in {Path.cwd()} or installed?"

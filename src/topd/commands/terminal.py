@@ -34,6 +34,11 @@ def faults() -> Iterator[None]:
             f"error: {error}", style="bold red", markup=False, highlight=False,
             overflow="ignore", crop=False,  # a long path stays in one piece
         )  # fmt: skip
+        fault: BaseException | None = error
+        while fault:  # the traceback of a function of the user's
+            for note in getattr(fault, "__notes__", ()):
+                errors.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
+            fault = fault.__cause__
         raise typer.Exit(error.exit_code) from error
 
 

@@ -23,6 +23,7 @@ from topd.errors import TOPDError
 from topd.inputs.prompts import make_rollout
 from topd.losses import linear_token_statistics
 from topd.methods import Method
+from topd.named import called
 from topd.seeds import Stream, seed_of
 from topd.training.experience.branches import branch_states, gone_on
 from topd.training.experience.evidence import (
@@ -224,7 +225,8 @@ class Observer:
         self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, seen: Seen
     ) -> Experience:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
-        asked = of_own_tokens(method.guide(seen.evidence), rollouts)
+        asked = called("method", method.guide, seen.evidence)
+        asked = of_own_tokens(asked, rollouts, self.teacher.head.vocab_size)
         asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs, seen.spans)
         guidance = gone_on(self, rollouts, asked, seeds)
         windows = dict(zip(seen.starts, seen.written, strict=True))
@@ -281,7 +283,7 @@ class Observer:
             statistics = self.statistics(rollouts, scores)
         rewritten = self.rewritten(rollouts, scores, seeds) if detector.windows else None
         tokens = token_scores(rollouts, scores, statistics, rewritten)
-        loss = checked_scores(detector.score(tokens), tokens.mask)
+        loss = checked_scores(called("candidate_loss", detector.score, tokens), tokens.mask)
         return [row[: len(r.response)] for row, r in zip(loss, rollouts, strict=True)]
 
     def statistics(self, rollouts: Sequence[Rollout], scores: Scores) -> list[Tensor]:

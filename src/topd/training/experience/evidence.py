@@ -254,7 +254,7 @@ def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     return tuple(tuple(row) for row in forks)
 
 
-def _check_guidance(found: object, rollouts: Sequence[Rollout]) -> None:
+def _check_guidance(found: object, rollouts: Sequence[Rollout], vocab_size: int) -> None:
     """Raises TOPDError where a method has not given a Guidance a rollout that fits it."""
     given = found if isinstance(found, Sequence) else ()
     if len(given) != len(rollouts) or not all(isinstance(guide, Guidance) for guide in given):
@@ -276,6 +276,17 @@ def _check_guidance(found: object, rollouts: Sequence[Rollout]) -> None:
                     f"method: has a target, a branch or a capped token at {place} of a rollout of "
                     f"{tokens} tokens. Count them from 0."
                 )
+        ids = [token for part in (*guide.targets, *guide.branches) for token in part.tokens]
+        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise TOPDError(
+                f"method: has the tokens {min(ids)} to {max(ids)} in targets or branches, and both "
+                f"models have 0 to {vocab_size - 1}. Take ids of the student's tokenizer."
+            )
+        if any(len(target.tokens) != len(target.probabilities) for target in guide.targets):
+            raise TOPDError(
+                "method: has a target with other numbers of tokens and probabilities. Give each "
+                "token one."
+            )
         known = get_args(BranchLoss)
         for loss in {branch.loss for branch in guide.branches}.difference(known):
             raise TOPDError(f"method: has a branch by {loss!r}. Choose one of {', '.join(known)}.")
@@ -293,13 +304,13 @@ def checked_scores(scores: object, mask: Tensor) -> Tensor:
 
 
 def of_own_tokens(
-    guidance: Sequence[Guidance], rollouts: Sequence[Rollout]
+    guidance: Sequence[Guidance], rollouts: Sequence[Rollout], vocab_size: int
 ) -> tuple[Guidance, ...]:
     """The guidance without weights and advantages of tokens that an environment wrote.
 
-    Raises TOPDError where it does not fit the rollouts.
+    Raises TOPDError where it does not fit the rollouts, or names tokens from ``vocab_size`` on.
     """
-    _check_guidance(guidance, rollouts)
+    _check_guidance(guidance, rollouts, vocab_size)
     return tuple(
         replace(
             guide,

@@ -19,6 +19,7 @@ from topd.inputs.models import ModelSource, ModelSpec, eos_ids
 from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts.tools import Environment, Replies, environment_named
 from topd.inputs.text_models import is_by_text
+from topd.named import called
 from topd.seeds import Stream, seed_of
 from topd.types import Ids, Prompt, Rollout, Sampling, Spans
 
@@ -143,7 +144,7 @@ class Turns:
             str(self.replies.tokenizer.decode(list(turn), skip_special_tokens=True))
             for turn in rollout.turns
         ]
-        text = self.environment(row, turns)
+        text = called("environment", self.environment, row, turns)
         if text is None:
             return None
         if not isinstance(text, str):
