@@ -147,6 +147,14 @@ def test_a_gkd_config_that_is_on_policy_keeps_its_defaults() -> None:
     assert found["temperature"] == 0.9
 
 
+def test_the_length_of_trl_is_that_of_prompts_less_the_answers_of_gold() -> None:
+    on_policy = {**TRL, "lmbda": 1.0, "max_length": 512}
+    assert imported("x", {**on_policy, "max_new_tokens": 64}).recipe["max_prompt_length"] == 512
+    gold = {**on_policy, "max_completion_length": 112}
+    assert imported("x", gold).recipe["max_prompt_length"] == 400
+    assert "max_prompt_length" not in imported("x", {**gold, "max_length": None}).recipe
+
+
 def test_both_models_get_what_the_scripts_of_trl_give_them_and_what_is_off_is_left_out() -> None:
     off = {"seq_kd": False, "use_uld_loss": False, "uld_skip_student_eos": True, "min_p": None}
     found = imported("x", {**TRL, **off, "lmbda": 1, "attn_implementation": "eager"})
@@ -270,6 +278,7 @@ def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
         (f"{ACTOR}fsdp_config.model_dtype", "bf16", "translated"),
         ("algorithm.rollout_correction.rollout_is", "token", "unknown"),
         ("trainer.save_freq", 10, {"save_steps": 20}),
+        ("data.train_max_samples", 9, {"data": {"path": "prompts.parquet", "limit": 9}}),
         (f"{MODEL}override_config.attn_implementation", "sdpa",
          {"student": {"path": "student", "attn_implementation": "sdpa"}}),
         ("distillation.num_workers", 8, "left out"),
@@ -406,6 +415,8 @@ OF_BOTH = "--teacher_model_name_or_path t"
     [
         ("CUDA_VISIBLE_DEVICES=0,1 A='b c' python x.py --beta 1", {"beta": 1}),
         ("# run x.py \\\nA=0 python x.py --beta 1", {"beta": 1}),
+        ("A=1\nA=2 b c\nif x; then A=3 B=$A b; fi\npython x.py --beta $A", {"beta": 1}),
+        ("export A=2 B\npython x.py --beta $A", {"beta": 2}),
         ("torchrun --nproc 4 -m a.b --beta 1 --max-length=2 &> log", {"beta": 1, "max_length": 2}),
         ("python -m torch.distributed.run --seed 1 x.py --beta 1", {"beta": 1}),
         ("srun -c 8 bash -c 'accelerate launch --bf16 x.py --beta 1'", {"beta": 1}),

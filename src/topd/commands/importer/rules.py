@@ -112,6 +112,11 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         if number(key, value, float) == 1:
             return "translated", "all answers are the student's own, as always here", {}
         return "refused", f"{value} of the answers are the student's own; a recipe has all", {}
+    kind = trl_kind(content)
+    if key == "max_length" and kind and value is not None:
+        answer = number(key, content.get("max_completion_length")) if kind == "gold" else 0
+        note = "longer prompts are cut there, and refused here or left out: drop_long_prompts"
+        return "translated", note, {"max_prompt_length": max(1, number(key, value) - answer)}
     if key in ("dtype", "torch_dtype") and value in _HALF:
         note = "the student stays in float32 and computes in 16 bits"
         half = {"bf16" if value == "bfloat16" else "fp16": True}

@@ -62,7 +62,12 @@ class _Shell:
         while at < len(text):
             self._after = text[:at].endswith(("&&", "||"))
             words, at = self._command(text, at)
+            before = dict(self.known), dict(self._roots)
+            named = [word for word in words if word not in _FIRST[4:]]
             self._done(words)
+            assigned = [*map(bool, map(_ASSIGNED.match, named))]
+            if assigned[:1] == [True] and not all(assigned):
+                self.known, self._roots = before  # A=1 command: it was for that command
         for body in bodies if self._deep < _DEEPEST else ():
             self.read(body)
         self._deep -= 1
