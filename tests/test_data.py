@@ -103,6 +103,20 @@ def test_mapped_messages_go_before_a_column_that_is_called_prompt(tmp_path):
     assert load(path, columns={"prompt": "text", "messages": "talk"})[0]["prompt"] == asked
 
 
+@pytest.mark.parametrize("place", ["gold", "about.gold"])
+def test_a_mapped_answer_that_a_row_of_json_lacks_is_an_empty_one(tmp_path, place):
+    """As in a table, whose cell is empty there. A prompt, or what no row has, is refused."""
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"q": "a"}\n{"q": "b", "gold": "3", "about": {"gold": "3"}}\n{"gold": "4"}')
+    columns = {"prompt": "q", "answer": place}
+    found = load(file, columns=columns, chat=False, limit=2)
+    assert [row["answer"] for row in found] == [None, "3"]
+    with pytest.raises(TOPDError, match=r"row 2: no column 'q'\. It has gold"):
+        load(file, columns=columns)
+    with pytest.raises(TOPDError, match=rf"row 0: no column '{place}'\. It has q"):
+        load(file, columns=columns, limit=1)
+
+
 def test_a_column_may_have_a_dot_in_its_name(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"meta.q": "what", "meta": {"q": "so"}}\n')

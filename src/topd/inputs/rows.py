@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from topd.inputs.prompt_rows import plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
 
 csv.field_size_limit(1 << 30)  # a cell may be longer than 131,072 characters
+ABSENT = (KeyError, TypeError, IndexError, ValueError)  # a column, raised on the way to it
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
 
 
@@ -104,15 +105,19 @@ class DataSpec(BaseModel):
     def load(self) -> list[dict[str, Any]]:
         """The rows, columns mapped. Raises TOPDError: no such data, an empty or missing column."""
         found = self._task_rows() if self.task else self._stored_rows()
-        rows = [self._row(i, row) for i, row in enumerate(found)]
+        mapped = ((ours, self.columns.get(ours)) for ours in ("answer", "solution"))
+        optional = [ours for ours, name in mapped if name and any(_has(row, name) for row in found)]
+        rows = [self._row(i, row, optional) for i, row in enumerate(found)]
         if not rows:
             raise TOPDError(f"data {self.path or self.task}: has no rows.")
         return rows
 
-    def _row(self, index: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _row(self, index: int, row: Mapping[str, Any], optional: Sequence[str]) -> dict[str, Any]:
+        """A row with its columns mapped; ``optional`` ones, which others have, it may lack."""
         mapped = dict(row)
         for ours, column in self.columns.items():
-            mapped[ours] = self._cell(index, row, column)
+            absent = ours in optional and not _has(row, column)
+            mapped[ours] = None if absent else self._cell(index, row, column)
         if "messages" in self.columns and "prompt" not in self.columns:
             mapped.pop("prompt", None)
         mapped = plain_row(mapped)
@@ -122,11 +127,9 @@ class DataSpec(BaseModel):
         return mapped
 
     def _cell(self, index: int, row: Mapping[str, Any], column: str) -> Any:
-        if column in row:  # its name may have dots
-            return row[column]
         try:
-            return reduce(_inside, column.split("."), row)
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            return _value(row, column)
+        except ABSENT as error:
             raise TOPDError(
                 f"data {self.path or self.task}, row {index}: no column {column!r}. It has "
                 f"{', '.join(sorted(map(str, row)))}. Correct data.columns."
@@ -174,6 +177,19 @@ class DataSpec(BaseModel):
             raise TOPDError(
                 f"data {self.path}: cannot be read. {GIVE_DATA} {type(cause).__name__}: {cause}"
             ) from error
+
+
+def _value(row: Mapping[str, Any], column: str) -> Any:
+    """Of a column, whose name may have dots, or is a place in nested ones."""
+    return row[column] if column in row else reduce(_inside, column.split("."), row)
+
+
+def _has(row: Mapping[str, Any], column: str) -> bool:
+    try:
+        _value(row, column)
+    except ABSENT:
+        return False
+    return True
 
 
 def _inside(value: Any, key: str) -> Any:
