@@ -176,7 +176,7 @@ def test_the_student_s_own_tokens_after_a_relayed_window_are_shown(tmp_path):
 RULES = [
     ({"false_alarm_share": 0.3}, "Among the 30 % of this update's candidates with the smallest"),
     ({"false_alarm_share": 0.3, "ot_threshold": 0.25}, "below 0.25 (ot_threshold)"),
-    ({"false_alarm_share": 0.0}, "Every candidate of this run is taken as real"),
+    ({"false_alarm_share": 0.0}, "All candidates of this run are, whatever their"),
 ]
 
 

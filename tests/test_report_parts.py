@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 import report_folders as make
 from topd import cli
+from topd.commands.probe.statistics import RULE
 from topd.errors import TOPDError
 from topd.report.charts import Chart, Series, curve_table, curves, figure_of, spaced
 from topd.report.charts.svg import SVG, to_svg
@@ -502,9 +503,11 @@ def test_a_probe_ends_with_what_to_do(verdict):
 
 
 def test_a_verdict_names_the_loss_that_it_is_of():
-    assert verdict_in({"verdict": "poor", "token_loss": "entropy"})[0] == (
-        "Candidate_loss entropy as a guide: poor"
-    )
+    probe = {"verdict": "poor", "token_loss": "entropy", "rule": RULE}
+    verdict, rule = verdict_in(probe)
+    assert verdict == "Candidate_loss entropy as a guide: poor"
+    assert "rho between candidate_loss entropy and OT" in rule
+    assert "token loss" not in rule
 
 
 def test_a_pair_with_nothing_to_learn_is_said_to_be_one(tmp_path):

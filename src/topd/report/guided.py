@@ -32,8 +32,8 @@ class Verdict:
 
     real: str = "real divergent point"
     alarm: str = "false alarm"
-    why_real: str = "A real divergent point by the verdict of this run."
-    why_alarm: str = "A false alarm by the verdict of this run."
+    why_real: str = "By the verdict of this run."
+    why_alarm: str = "By the verdict of this run."
 
     def name(self, verdict: str) -> str:
         """Of ``real``, ``alarm`` or ``quiet``."""
@@ -102,7 +102,7 @@ def _threshold(limit: float | None, source: str) -> Verdict:
 
 def _quota(share: float, whose: str) -> Verdict:
     if share == 0:
-        all_ = "Every candidate of this run is taken as real, whatever its distance."
+        all_ = "All candidates of this run are, whatever their distance."
         return Verdict("taken as real", why_real=all_, why_alarm="")  # there are none
     nearest = f"the {100 * share:.4g} % of {whose} with the smallest OT distance"
     return Verdict(

@@ -40,7 +40,7 @@ def verdict_in(content: Mapping[str, Any]) -> tuple[str, str]:
         if isinstance(verdict, str):
             name = loss_name(place.get("token_loss"))
             words = verdict if " " in verdict else f"{name} as a guide: {verdict}"
-            said = plain(rule) if isinstance(rule, str) else ""
+            said = plain(rule).replace("token loss", name) if isinstance(rule, str) else ""
             return plain(words[:1].upper() + words[1:]), said
     return "", ""
 

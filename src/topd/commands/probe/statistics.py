@@ -23,6 +23,7 @@ from topd.commands.probe.intervals import Array, Estimate, intervals, method_of,
 from topd.commands.probe.outcomes import HALF
 from topd.commands.session import ROLLOUTS, AnalysisConfig
 from topd.errors import TOPDError
+from topd.report.summary import loss_name
 from topd.runs.files import raw_lines, read_lines
 from topd.training.experience.evidence import ALIKE
 
@@ -275,7 +276,8 @@ def _no_threshold(columns: Array, args: AnalysisConfig) -> str:
         (agree, "Are they the same model with the same prompt?")
         if least is None
         else (
-            f"no token loss reaches candidate_threshold: {least:g}, or {agree}",
+            f"no {loss_name(args.candidate_loss)} reaches candidate_threshold: {least:g}, or "
+            f"{agree}",
             "Lower candidate_threshold.",
         )
     )
