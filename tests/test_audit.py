@@ -999,9 +999,10 @@ def test_an_entry_of_a_file_outside_of_the_run_is_not_followed(copied):
 # Replay
 
 
-def test_a_replay_starts_from_the_checkpoint_before(copied):
+def test_a_replay_starts_from_the_checkpoint_before(copied, caplog):
     assert replay_step(RUN, 1).checked[0] == "replay: update 1, from the beginning"
     found = replay_step(RUN, 2)
+    assert "with other settings" not in caplog.text  # of its own folder
     assert found.checked[0] == "replay: update 2, from checkpoint-2"
     assert found.checked[-1] == "weights: before the updates 2, 3"
 

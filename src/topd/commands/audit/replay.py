@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +90,8 @@ def replay_step(
             trainer.examined = {scratch / start.name: seal}
         trainer.add_callback(_StopAfter(step + 1))
         try:
-            trainer.train(resume_from_checkpoint=bool(start))
+            with _unsaid(checkpoints.logger):
+                trainer.train(resume_from_checkpoint=bool(start))
         except StoppedError as error:  # as the run may have been
             if error.exit_code not in (NONFINITE, COLLAPSED):
                 raise
@@ -152,6 +155,17 @@ class _StopAfter(TrainerCallback):
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         control.should_training_stop |= state.global_step >= self.step
+
+
+@contextmanager
+def _unsaid(logger: logging.Logger) -> Iterator[None]:
+    """Without its warnings: of the folder of a repetition nobody needs to know the settings."""
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _as_at(checkpoint: Path, scratch: Path) -> None:
