@@ -207,6 +207,8 @@ def test_a_teacher_that_becomes_the_student_is_nothing_else(write):
         (["--data", "{path: a, limit: 2}"], {"data": {"path": "a", "limit": 2}}),
         (["--teacher_prompt=a=b"], {"teacher_prompt": "a=b"}),
         (["--teacher_prompt", "null"], {"teacher_prompt": None}),
+        (["--teacher_prompt", "Hint: 7"], {"teacher_prompt": "Hint: 7"}),
+        (["--warmstart.teacher_prompt=- 7"], {"warmstart.teacher_prompt": "- 7"}),
         (["--seed", "1", "--seed", "2"], {"seed": 2}),
     ],
 )

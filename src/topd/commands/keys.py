@@ -170,26 +170,32 @@ def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             key = key if key.startswith("compare.") else key.replace("-", "_")
-            found[key] = parse_value(value) if equals else True
+            found[key] = parse_value(value, key) if equals else True
             key = None if equals else key
         elif key is None:
             raise TOPDError(f"command line: {word!r} stands alone. Write --key value.")
         else:
-            found[key] = parse_value(word)
+            found[key] = parse_value(word, key)
             key = None
     return found
 
 
-def parse_value(word: str) -> Any:
+def parse_value(word: str, key: str = "") -> Any:
     """A value of the command line, which is YAML, but for comments: a prompt may have a ``#``.
+
+    A prompt, by its ``key``, is text, whatever it looks like.
 
     >>> parse_value("1e-5"), parse_value("# Task"), parse_value("a #1")
     (1e-05, '# Task', 'a #1')
+    >>> parse_value("Hint: 7", "teacher_prompt"), parse_value("share: 7")
+    ('Hint: 7', {'share': 7})
     """
     try:
         value = parse_yaml("command line", word)
     except TOPDError:
         return word  # text that is no YAML, a template for instance
+    if key.endswith("teacher_prompt") and not isinstance(value, str | None):
+        return word
     cut = re.search(r"(^|\s)#", word) and word[0] not in "'\""
     return word if cut and (value is None or isinstance(value, str)) else value
 
