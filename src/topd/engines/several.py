@@ -74,8 +74,8 @@ class SeveralHeads(Head):
             ]
             return torch.stack(known).logsumexp(0)
         number = states[:, -1].round().long()
-        known = torch.arange(len(self.heads), device=number.device)
-        counts = (number[:, None] == known).sum(0).tolist()  # one wait for the device, for all
+        each = torch.arange(len(self.heads), device=number.device)
+        counts = number.eq(each[:, None]).sum(1).tolist()  # one wait for the device, for all
         places = number.argsort(stable=True).split(counts)
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         found = states.new_empty(len(states), self.vocab_size, dtype=wide)
