@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from topd.report.settings import PLAIN, settings_table
 from topd.report.summary import summary_tables, verdict_in
 from topd.report.terminal import show
 from topd.report.viewer import entry, view
+from topd.runs import records
 from topd.runs.records import ForkRecord, GuidanceRecord, read_records
 from topd.runs.settings import known
 from topd.runs.tokens import TokenTexts
@@ -146,10 +148,16 @@ def test_a_fork_outside_its_rollout_is_an_error(tmp_path):
         write_report(tmp_path)
 
 
-def test_a_long_run_keeps_whole_prompts_evenly_spaced(tmp_path):
+def test_a_long_run_keeps_whole_prompts_evenly_spaced(tmp_path, monkeypatch):
     make.training(tmp_path, rollouts=60, prompts=20)
-    chosen = select_rollouts(tmp_path, limit=15)
+    (tmp_path / "guidance.jsonl").rename(tmp_path / "aside")
+    with monkeypatch.context() as patch:
+        read = Mock(wraps=records._checked)
+        patch.setattr(records, "_checked", read)
+        chosen = select_rollouts(tmp_path, limit=15)
+    (tmp_path / "aside").rename(tmp_path / "guidance.jsonl")
     assert chosen.total == 60
+    assert read.call_count == 60 + 15  # in the second pass those that are shown
     assert Counter(r.prompt for r in chosen.rollouts) == {0: 3, 4: 3, 8: 3, 12: 3, 16: 3}
     parsed = page(tmp_path, rollouts=15)
     assert "15 of 60 rollouts are in this page" in parsed.text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from topd.runs.records import (
     PositionRecord,
     RolloutRecord,
     SampleRecord,
+    numbered_records,
     read_records,
 )
 
@@ -38,17 +39,16 @@ def select_rollouts(folder: Path, *, limit: int | None = None) -> Selection:
     Where a folder has more, prompts are chosen evenly spaced by their number, each with all its
     rollouts, so that a prompt can be followed through the run. Raises TOPDError.
     """
-    counts, tokens = Counter[int](), 0
-    for record in read_records(folder, "rollouts.jsonl", RolloutRecord):
-        counts[record.prompt] += 1
+    lines, tokens = defaultdict[int, list[int]](list), 0
+    for number, record in numbered_records(folder, "rollouts.jsonl", RolloutRecord):
+        lines[record.prompt].append(number)
         tokens += len(record.response_ids)
+    counts = {prompt: len(own) for prompt, own in lines.items()}
     total = sum(counts.values())
     prompts = _spaced(counts, limit or min(MOST, total * MOST_TOKENS // max(tokens, 1)))
-    chosen = [
-        record
-        for record in read_records(folder, "rollouts.jsonl", RolloutRecord)
-        if record.prompt in prompts
-    ]
+    only = {number for prompt in prompts for number in lines[prompt]}  # the rest is not read again
+    again = numbered_records(folder, "rollouts.jsonl", RolloutRecord, only)
+    chosen = [record for _, record in again]
     return Selection(tuple(_with_forks(folder, chosen)), total)
 
 

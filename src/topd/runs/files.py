@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,9 @@ def raw_lines(path: Path) -> Iterator[bytes]:
         ) from error
 
 
-def numbered_lines(path: Path, kind: type = dict) -> Iterator[tuple[int, Any]]:
+def numbered_lines(
+    path: Path, kind: type = dict, only: Container[int] | None = None
+) -> Iterator[tuple[int, Any]]:
     """The values of a JSONL file with the numbers of their lines, one at a time.
 
     A last line cut off by a job that is running or was killed is left out; a missing file has none.
@@ -134,12 +136,13 @@ def numbered_lines(path: Path, kind: type = dict) -> Iterator[tuple[int, Any]]:
     Args:
         path: the file.
         kind: of every value: dict, or object for any.
+        only: numbers of the lines to read; none: all.
 
     Raises:
         TOPDError: the file cannot be read, or a line is not JSON, or of another kind.
     """
     for number, line in enumerate(raw_lines(path), 1):
-        if not line.strip():
+        if not line.strip() or (only is not None and number not in only):
             continue
         try:
             content = json.loads(line.decode())

@@ -17,7 +17,7 @@ of a later format than this is refused in words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -300,8 +300,15 @@ def updates_in(logs: Sequence[Mapping[str, float]]) -> list[int]:
 
 def read_records(folder: Path, name: str, kind: type[AnyRecord]) -> Iterator[AnyRecord]:
     """The lines of a JSONL file, none if it is missing. Raises TOPDError: a line is wrong."""
-    for number, line in numbered_lines(folder / name):
-        yield _checked(kind, line, f"{folder / name}, line {number}")
+    return (record for _, record in numbered_records(folder, name, kind))
+
+
+def numbered_records(
+    folder: Path, name: str, kind: type[AnyRecord], only: Container[int] | None = None
+) -> Iterator[tuple[int, AnyRecord]]:
+    """As :func:`read_records`, with the numbers of the lines: all, or ``only`` these."""
+    for number, line in numbered_lines(folder / name, only=only):
+        yield number, _checked(kind, line, f"{folder / name}, line {number}")
 
 
 def read_record(folder: Path, name: str, kind: type[AnyRecord]) -> AnyRecord | None:
