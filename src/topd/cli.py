@@ -23,7 +23,7 @@ from topd.commands.early import (
 )
 from topd.commands.options import NO_RECIPE, Quiet, RecipeFile, RunFolder
 from topd.commands.terminal import bars, faults, indented, say, summarise
-from topd.errors import TOPDError
+from topd.errors import TOPDError, placed
 from topd.runs.files import check_is_folder
 from topd.runs.settings import Setting, is_current, known, matching
 
@@ -106,10 +106,9 @@ def import_(
         say(f"\n{text}")
     elif output.exists():
         raise TOPDError(f"--output: {output} exists. Name another file.")
-    try:  # what trains may have a GPU that this machine lacks
+    with placed(f"{config}: its recipe cannot be used"):
+        # what trains may have a GPU that this machine lacks
         read_recipe(None, {**found.recipe, "use_cpu": True, "tf32": None})
-    except TOPDError as error:
-        raise TOPDError(f"{config}: its recipe cannot be used: {error}") from error
     if output is None:
         return
     try:

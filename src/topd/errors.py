@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 GIVE_DATA = (
@@ -36,6 +38,17 @@ class StoppedError(TOPDError):
 
     def __reduce__(self) -> tuple[type[StoppedError], tuple[str, int]]:
         return StoppedError, (str(self), self.exit_code)  # to another process
+
+
+@contextmanager
+def placed(place: object) -> Iterator[None]:
+    """Say the place of a fault before it."""
+    try:
+        yield
+    except StoppedError as error:
+        raise StoppedError(f"{place}: {error}", error.exit_code) from error
+    except TOPDError as error:
+        raise TOPDError(f"{place}: {error}") from error
 
 
 def compiler_faults() -> tuple[type[Exception], ...]:

@@ -29,7 +29,7 @@ from topd.commands.keys import (
     refuse_unknown,
 )
 from topd.config import CHECKPOINTING, TOPDConfig
-from topd.errors import TOPDError, shown
+from topd.errors import TOPDError, placed, shown
 from topd.evaluate.spec import TrainingEvaluation
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
@@ -56,21 +56,14 @@ class Recipe:
 
     def sources(self) -> dict[str, Any]:
         """Models, data and adapter as plain values; ``args`` are written on their own."""
-        several = isinstance(self.teacher, Teachers)
+        several, lora = isinstance(self.teacher, Teachers), self.lora and self.lora.to_dict()
         return {
             "student": self.student.model_dump(),
-            "teachers" if several else "teacher": self.teacher.stored()
-            if isinstance(self.teacher, SelfTeacher)
-            else self.teacher.model_dump(),
+            "teachers" if several else "teacher": self.teacher.model_dump(),
             "data": self.data.model_dump(),
-            "eval_data": self.eval_data.model_dump() if self.eval_data else None,
-            "evaluation": self.evaluation.model_dump() if self.evaluation else None,
-            "lora": {
-                key: sorted(value) if isinstance(value, set) else value
-                for key, value in self.lora.to_dict().items()
-            }
-            if self.lora
-            else None,
+            "eval_data": self.eval_data and self.eval_data.model_dump(),
+            "evaluation": self.evaluation and self.evaluation.model_dump(),
+            "lora": lora and {k: sorted(v) if isinstance(v, set) else v for k, v in lora.items()},
         }
 
 
@@ -200,36 +193,27 @@ def read_recipe(
     settings.setdefault("output_dir", f"runs/{path.stem}{'-warmstart' * warmstart}-{now}")
     teacher = _teacher(path, content)
     student = parse_spec(path, "student", ModelSpec, content["student"])
-    return Recipe(
-        student=student.with_tokenizer_of(teacher) if isinstance(teacher, ModelSpec) else student,
-        teacher=teacher,
-        data=parse_spec(path, "data", DataSpec, content["data"]),
-        eval_data=parse_spec(path, "eval_data", DataSpec, content["eval_data"])
-        if content.get("eval_data")
-        else None,
-        evaluation=parse_spec(path, "evaluation", TrainingEvaluation, content["evaluation"])
-        if content.get("evaluation")
-        else None,
-        compare=parse_spec(path, "compare", CompareSpec, content["compare"])
-        if content.get("compare")
-        else None,
-        lora=_lora(path, content.get("lora")),
-        args=_config(path, config, settings),
-    )
+    data = parse_spec(path, "data", DataSpec, content["data"])
+    kinds = dict[str, Any](eval_data=DataSpec, evaluation=TrainingEvaluation, compare=CompareSpec)
+    others: dict[str, Any] = {
+        part: parse_spec(path, part, kind, content[part]) if content.get(part) else None
+        for part, kind in kinds.items()
+    }
+    lora = _lora(path, content.get("lora"))
+    if isinstance(teacher, ModelSpec):
+        student = student.with_tokenizer_of(teacher)
+    with placed(path):
+        args = config(**settings)
+    return Recipe(student, teacher, data, lora=lora, args=args, **others)
 
 
 def _teacher(path: Path, content: Mapping[str, Any]) -> ModelSpec | Teachers | SelfTeacher:
-    if "teachers" not in content:
-        try:
-            own = self_teacher_of(content["teacher"])
-        except TOPDError as error:
-            raise TOPDError(f"{path}: {error}") from error
-        if own:
-            return own
-        return parse_spec(path, "teacher", ModelSpec, content["teacher"])
-    given = mapping_at(path, "teachers", content["teachers"])
-    specs = {name: parse_spec(path, f"teachers.{name}", ModelSpec, v) for name, v in given.items()}
-    return Teachers(specs)
+    if "teachers" in content:
+        given = mapping_at(path, "teachers", content["teachers"]).items()
+        return Teachers({n: parse_spec(path, f"teachers.{n}", ModelSpec, v) for n, v in given})
+    with placed(path):
+        own = self_teacher_of(content["teacher"])
+    return own or parse_spec(path, "teacher", ModelSpec, content["teacher"])
 
 
 def one_teacher(recipe: Recipe) -> ModelSpec:
@@ -254,13 +238,6 @@ def parse_spec(path: Path, part: str, kind: type[Spec], value: Any) -> Spec:
         return kind.model_validate(content)
     except ValidationError as error:
         raise TOPDError(f"{path}: {part}{_first(error)}") from error
-
-
-def _config(path: Path, kind: type[TOPDConfig], settings: Mapping[str, Any]) -> TOPDConfig:
-    try:
-        return kind(**settings)
-    except TOPDError as error:
-        raise TOPDError(f"{path}: {error}") from error
 
 
 def _first(error: ValidationError) -> str:

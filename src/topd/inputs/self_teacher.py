@@ -38,9 +38,9 @@ class SelfTeacher(BaseModel):
         """In a few words, for messages."""
         return WORD if self.ema is None else f"{WORD} (average, {self.ema:g})"
 
-    def stored(self) -> dict[str, Any]:
+    def model_dump(self, **options: Any) -> dict[str, Any]:
         """As a recipe has it, for run.json."""
-        return {WORD: self.model_dump()}
+        return {WORD: super().model_dump(**options)}
 
 
 def self_teacher_of(teacher: object) -> SelfTeacher | None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from topd.commands.train import check_recipe, make_evaluator, train_recipe
 from topd.config import TOPDConfig
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
-from topd.errors import StoppedError, TOPDError, shown
+from topd.errors import TOPDError, placed, shown
 from topd.inputs.models import eos_ids
 from topd.inputs.models.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
@@ -118,11 +117,11 @@ def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
         _check_served(recipe)
         part = (read_mapping(packaged(named)).get("warmstart") or {}) if named else {}
         keys = {**of_common_start(part, overrides), "output_dir": str(_place(folder))}
-        with _named("stage 1"):
+        with placed("compare, stage 1"):
             first = read_recipe(named, keys, warmstart=True)
     arms = {}
     for arm, keys in spec.all_arms().items():
-        with _named(f"arm {arm!r}"):
+        with placed(f"compare, arm {arm!r}"):
             _check_keys(keys, first)
             of_arm, staged = apart_from_stage(_from_start(keys, folder, first))
             shared = of_stage(overrides, first=staged)
@@ -198,17 +197,6 @@ def _check_evaluation(recipe: Recipe, of_arm: Recipe) -> None:
             )
 
 
-@contextmanager
-def _named(part: str) -> Iterator[None]:
-    """Say of which part of the comparison a fault is."""
-    try:
-        yield
-    except StoppedError as error:
-        raise StoppedError(f"compare, {part}: {error}", error.exit_code) from error
-    except TOPDError as error:
-        raise TOPDError(f"compare, {part}: {error}") from error
-
-
 def apart_from_stage(keys: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """An arm's keys without its stage and seeds, and whether that is stage 1. Raises TOPDError."""
     stage = keys.get("stage", "train")
@@ -270,7 +258,7 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[d
         if key in seen:
             continue
         seen.add(key)
-        with _named(f"arm {arm!r}"):
+        with placed(f"compare, arm {arm!r}"):
             if data not in rows:
                 rows[data] = recipe.data.load()
             check_recipe(recipe, rows[data], warmstart=staged)
@@ -310,7 +298,7 @@ def starting_point(comparison: Comparison, *, quiet: bool) -> dict[str, Any]:
     if not is_begun(comparison.folder):
         begin_anew(_place(comparison.folder))
         first = without_checkpoints(comparison.first)
-        with _named("stage 1"):
+        with placed("compare, stage 1"):
             train_recipe(first, quiet=quiet, warmstart=True, alone=False)
     before = comparison.recipe.student.model_dump(exclude_defaults=True)
     return {"student": elsewhere(before, str(_place(comparison.folder) / "student"))}

@@ -29,7 +29,7 @@ from topd.commands.importer.verl import DISTILLS, verl_defaults, verl_rule
 from topd.commands.keys import parse_value
 from topd.commands.yaml_text import LONGEST, parse_yaml
 from topd.config import TOPDConfig
-from topd.errors import TOPDError
+from topd.errors import TOPDError, placed
 
 LONG = 300
 UNSET = "it has a variable that the file does not set"
@@ -115,10 +115,8 @@ def import_file(path: Path) -> Imported:
         if not isinstance(content, dict):
             raise TOPDError(f"{path}: must be a mapping of keys to values.")
         return imported(str(path), content)
-    try:
+    with placed(path):
         kind, arguments = training_of(text)
-    except TOPDError as error:
-        raise TOPDError(f"{path}: {error}") from error
     return imported(str(path), arguments, kind=kind)
 
 
