@@ -8,13 +8,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import datasets
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
-from transformers.utils import logging
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
 from topd.commands.recipe import Recipe, from_command_line, read_recipe
-from topd.config import TOPDConfig
+from topd.commands.session import quieten
 from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
@@ -64,9 +62,7 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool, alone:
     examined = {checkpoint: checkpoints.check(checkpoint, resumable=True)} if checkpoint else {}
     if wanted and not checkpoint:
         agreed(lambda: _begin_anew(folder) if rank() == 0 else None)
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
+    quieten()
     recipe.args.disable_tqdm = True
     console = Console(quiet=rank() > 0)
     rows = recipe.data.load()
@@ -186,22 +182,15 @@ class _LogLines(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def on_train_begin(
-        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, _: object, state: TrainerState, *__: object, **___: object) -> None:
         self.begun, self.first = time.perf_counter(), state.global_step
         self.last = self.begun, self.first
 
     def on_log(
-        self,
-        args: TOPDConfig,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: object,
+        self, _: object, state: TrainerState, *__: object, logs: dict[str, float], **___: object
     ) -> None:
         now, step = time.perf_counter(), state.global_step
-        if not logs or "loss" not in logs or step == self.last[1]:
+        if "loss" not in logs or step == self.last[1]:
             return
         pace = (now - self.begun) / (step - self.first)
         seconds = (now - self.last[0]) / (step - self.last[1])
@@ -216,12 +205,8 @@ class _StepBar(TrainerCallback):
     def __init__(self, phases: Phases) -> None:
         self.phases = phases
 
-    def on_train_begin(
-        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_train_begin(self, _: object, state: TrainerState, *__: object, **___: object) -> None:
         self.phases.start(state.max_steps)
 
-    def on_step_end(
-        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_end(self, _: object, state: TrainerState, *__: object, **___: object) -> None:
         self.phases.step_done(state.global_step)

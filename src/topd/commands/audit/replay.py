@@ -16,7 +16,6 @@ from topd.commands.audit.decisions import BEFORE, is_sampled
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
 from topd.commands.audit.result import AuditResult, disagreements
 from topd.commands.audit.settings import by_settings, format_at, ranks_at
-from topd.config import TOPDConfig
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.models.fingerprints import trained_digest
 from topd.runs import checkpoints
@@ -151,9 +150,7 @@ class _StopAfter(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step_end(
-        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: object
-    ) -> None:
+    def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         control.should_training_stop |= state.global_step >= self.step
 
 

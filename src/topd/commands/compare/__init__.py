@@ -33,7 +33,7 @@ from typing import Any, TypeAlias
 import torch
 from pydantic import ValidationError
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -178,14 +178,7 @@ class _Kept(TrainerCallback):
     def __init__(self, evaluation: EvaluationCallback) -> None:
         self.evaluation, self.solved = evaluation, list[dict[str, list[float]]]()
 
-    def on_log(
-        self,
-        args: TOPDConfig,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float],
-        **_: object,
-    ) -> None:
+    def on_log(self, *_: object, logs: Mapping[str, float], **__: object) -> None:
         if "eval/greedy" in logs and self.evaluation.latest is not None:
             self.solved.append(_solved(self.evaluation.latest))
 
