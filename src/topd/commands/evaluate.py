@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from topd.commands.session import until_stopped
@@ -169,10 +170,7 @@ def measure(
     device = PartialState().device
     model = spec.load_model().eval().to(device)
     check_head("model", model)
-    tokenizer = evaluators[0].tokenizer
-    allowed = shared_ids(tokenizer, tokenizer)
-    engine = HFEngine(model, eos_ids=eos_ids(model, tokenizer), allowed=allowed)
-    check_decoding(engine)
+    engine = writer_of(model, evaluators[0])
     made_of = manifest(
         models={"model": model},
         data=fingerprint(evaluators[0].prompts),
@@ -187,6 +185,15 @@ def measure(
             done, keep = _kept(run, begun(name), about)
             found.append(evaluator(engine, tick=tick, done=done, keep=keep))
     return found, made_of
+
+
+def writer_of(model: PreTrainedModel, evaluator: Evaluator, **options: Any) -> HFEngine:
+    """What writes a model's responses, after a trial. Raises TOPDError as that does."""
+    tokenizer = evaluator.tokenizer
+    allowed = shared_ids(tokenizer, tokenizer)
+    engine = HFEngine(model, eos_ids=eos_ids(model, tokenizer), allowed=allowed, **options)
+    check_decoding(engine)
+    return engine
 
 
 def begun(name: str) -> str:

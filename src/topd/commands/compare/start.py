@@ -16,6 +16,7 @@ from typing import Any
 from transformers.trainer_utils import SaveStrategy
 
 from topd.commands.compare.summary import SCORES, Result
+from topd.commands.evaluate import writer_of
 from topd.commands.keys import (
     apart,
     elsewhere,
@@ -29,11 +30,7 @@ from topd.commands.recipe import CompareSpec, Recipe, from_command_line, in_file
 from topd.commands.session import autocast_of, check_one_process, quieten
 from topd.commands.train import check_recipe, make_evaluator, train_recipe
 from topd.config import TOPDConfig
-from topd.engines.decode_check import check_decoding
-from topd.engines.hf import HFEngine
 from topd.errors import TOPDError, placed, shown
-from topd.inputs.models import eos_ids
-from topd.inputs.models.vocabulary import shared_ids
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json
 from topd.training.warmstart import OF_ROLLOUTS
@@ -318,15 +315,7 @@ def evaluated(recipe: Recipe) -> Result:
     evaluator, device = make_evaluator(recipe), recipe.args.device
     assert evaluator is not None  # checked before
     model = recipe.student.load_model().eval().to(device)
-    tokenizer = evaluator.tokenizer
-    allowed = shared_ids(tokenizer, tokenizer)
-    engine = HFEngine(
-        model,
-        eos_ids=eos_ids(model, tokenizer),
-        allowed=allowed,
-        autocast=partial(autocast_of, recipe.args, device),
-    )
-    check_decoding(engine)
+    engine = writer_of(model, evaluator, autocast=partial(autocast_of, recipe.args, device))
     found = evaluator(engine)
     engine.release()
     return {score: asdict(found.intervals()[score]) for score in SCORES}
