@@ -76,8 +76,7 @@ class AnalysisConfig(TOPDConfig):
 
     def _check(self) -> None:
         super()._check()
-        for name in ("rollout_batch_size", "bootstrap"):
-            self._at_least_1(name)
+        self._at_least_1("rollout_batch_size", "bootstrap")
         if self.environment is not None:
             raise TOPDError(
                 "environment: an analysis looks at rollouts of one turn. Leave it out "
@@ -102,10 +101,11 @@ class AnalysisConfig(TOPDConfig):
         """How many tokens after a rollout a text may end that is read for it."""
         return self.length
 
-    def _at_least_1(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and value < 1:
-            raise TOPDError(f"{name}: {value!r} must be at least 1.")
+    def _at_least_1(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise TOPDError(f"{name}: {value!r} must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,7 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
         autocast,
     )
     observer = Observer(own, other, args, phases)
-    shares = own.shares
-    return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast, shares)
+    return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast, own.shares)
 
 
 def open_folder(command: str, recipe: Recipe, pair: Pair) -> RunFolder:

@@ -81,8 +81,7 @@ class ProbeConfig(AnalysisConfig):
 
     def _check(self) -> None:
         super()._check()
-        for name in ("rollouts", "group_size"):
-            self._at_least_1(name)
+        self._at_least_1("rollouts", "group_size")
         if self.verify < 0:
             raise TOPDError(f"verify: {self.verify} must be at least 0.")
         if not 0 < self.low_share <= 1:

@@ -29,8 +29,7 @@ class RepairConfig(AnalysisConfig):
 
     def _check(self) -> None:
         super()._check()
-        for name in ("samples", "updates"):
-            self._at_least_1(name)
+        self._at_least_1("samples", "updates")
         if self.fp16:
             raise TOPDError(
                 "fp16: a repair does not scale its loss, so small gradients would be lost. Set "
