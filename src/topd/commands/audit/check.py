@@ -15,6 +15,7 @@ from topd.commands.audit.files import SAVED, check_end, check_records, read_chai
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt, started_elsewhere
 from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
 from topd.commands.audit.settings import as_stored, by_settings, ranks_at, read_from, was_changed
+from topd.commands.repair import restore, snapshot
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import fingerprint, model_fingerprint, trained_digest
 from topd.runs.ledger import LEDGER, Entry, ended
@@ -174,7 +175,7 @@ def _check_student(
     if is_suspect(found, place.name):
         return
     with read_from(folder, place.name):
-        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        before = snapshot(trainer.model)
         weights = {k: v for file in place.glob("*.safetensors") for k, v in load_file(file).items()}
         if adapted:
             set_peft_model_state_dict(trainer.model, weights)
@@ -183,8 +184,6 @@ def _check_student(
         if trained_digest(trainer.model) != ends[-1]["student"]:
             saved = "" if ended(entries) else SAVED
             found.faults.append(f"{place.name}: has not the weights that the run ended with{saved}")
-        with torch.no_grad():
-            for name, parameter in trainer.model.named_parameters():
-                parameter.copy_(before[name])
+        restore(trainer.model, before)
     when = "at the end of the run" if ended(entries) else "of the end before it was resumed"
     found.checked.append(f"{place.name}: against the weights {when}")

@@ -261,9 +261,6 @@ def _recipe(
 
 
 def _teacher_of(sources: Mapping[str, Any]) -> ModelSpec | Teachers | SelfTeacher:
-    own = self_teacher_of(sources.get("teacher"))
-    if own:
-        return own
-    if "teachers" not in sources:
-        return ModelSpec(**sources["teacher"])
-    return Teachers({name: ModelSpec(**spec) for name, spec in sources["teachers"].items()})
+    if "teachers" in sources:
+        return Teachers({name: ModelSpec(**spec) for name, spec in sources["teachers"].items()})
+    return self_teacher_of(sources["teacher"]) or ModelSpec(**sources["teacher"])
