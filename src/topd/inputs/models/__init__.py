@@ -95,20 +95,15 @@ class ModelSpec(ByText):
             )
         return found.submodule_search_locations[0]
 
-    def _source(self) -> dict[str, Any]:
-        source: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
-        if self.gguf_file:
-            source["gguf_file"] = self.gguf_file
-        if self.revision:
-            source["revision"] = self.revision
-        return source
-
     def _load(self, auto: Any, what: str, **options: Any) -> Any:
         place = self.place
         refuse_other_folder(self.path, place)
+        given = {"gguf_file": self.gguf_file, "revision": self.revision}
+        options |= {name: value for name, value in given.items() if value}
+        options["trust_remote_code"] = self.trust_remote_code  # None would ask
         try:
             with parsed_once() if self.gguf_file else nullcontext(), named_faults():
-                return auto.from_pretrained(place, **self._source(), **options)
+                return auto.from_pretrained(place, **options)
         except _UNREADABLE as error:
             raise TOPDError(
                 f"model {self.path}: its {what} cannot be loaded. Check the path, or the network "

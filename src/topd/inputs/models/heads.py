@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 from topd.errors import TOPDError
 from topd.types import Head
 
+# the cap that a model puts on its logits, under the names that transformers uses
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 def head_of(model: PreTrainedModel) -> Head:
     """The output head of a causal language model, with its scale and soft-cap.
@@ -26,7 +29,7 @@ def head_of(model: PreTrainedModel) -> Head:
         linear.weight,
         getattr(linear, "bias", None),
         scale=_logit_scale(config),
-        softcap=_softcap(config),
+        softcap=_first_of(config, SOFTCAPS),
     )
 
 
@@ -62,12 +65,6 @@ def check_head(name: str, model: PreTrainedModel) -> None:
             f"{name}: logits computed from {type(model).__name__}'s hidden states differ from its "
             f"own by up to {gap:.3g}. It treats logits in a way that TOPD does not know."
         )
-
-
-def _softcap(config: object) -> float | None:
-    """The cap that a model puts on its logits, under the names that transformers uses."""
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    return _first_of(config, names)
 
 
 def _logit_scale(config: object) -> float:
