@@ -6,7 +6,7 @@ the recipe are paths such as ``student/path``. What comes out does not depend on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeAlias
 
@@ -137,16 +137,12 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key in ("eval_strategy", "dataset_test_split"):
         return _evaluated(key, value, content)
     if key in _LORA or key == "use_peft":
-        return _lora(key, value, bool(content.get("use_peft")))
+        return _lora(key, value) if content.get("use_peft") else OUT
     if key in _TRL_MOVED:
         return "translated", "", {_TRL_MOVED[key]: value}
-    return _shared(key, value, _TRL_MACHINES)
-
-
-def _shared(key: str, value: Any, machines: Sequence[str]) -> Ruled:
     if key in ("deepspeed", "fsdp", "fsdp_config"):
         return "left out", "sharding is the launcher's to say: docs/scaling.md", {}
-    if key == "push_to_hub" or key in REFUSED or key.startswith(tuple(machines)):
+    if key == "push_to_hub" or key in REFUSED or key.startswith(_TRL_MACHINES):
         return "left out", REFUSED.get(key, "") if value else "", {}
     if key in _SAME or key in WORKS:
         return "kept", "", {key: value}
@@ -173,12 +169,10 @@ def _init_kwargs(key: str, given: Mapping[str, Any]) -> Ruled:
     return "translated", "", found
 
 
-def _lora(key: str, value: Any, used: bool) -> Ruled:
-    if not used:
-        return OUT
-    value = "all-linear" if value == ["all-linear"] else value
+def _lora(key: str, value: Any) -> Ruled:
     if key == "use_peft":
         return "translated", "the adapter of lora", {}
+    value = "all-linear" if value == ["all-linear"] else value
     return "translated", "", {f"lora/{_LORA[key]}": value}
 
 

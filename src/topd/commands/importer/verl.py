@@ -61,6 +61,7 @@ _VERL_MOVED = {
 _VERL_SETTLED = (  # by what follows from several keys
     *("distillation.enabled", "distillation.distillation_loss.use_task_rewards"),
     *("algorithm.adv_estimator", "distillation.teacher_key", f"{LOSS}use_policy_loss"),
+    f"{OPTIM}warmup_style",  # the former name of lr_scheduler_type
 )
 _VERL_PLAIN: dict[str, Any] = {  # a value with which nothing is learned otherwise than here
     f"{OPTIM}optimizer": "AdamW",
@@ -119,15 +120,14 @@ _VERL_MACHINES = (  # where and how fast, and what belongs to rewards, which are
 )
 _LENGTHS = {f"data.max_{name}_length": f"{ROLLOUT}{name}_length" for name in ("prompt", "response")}
 _STEPS = {"trainer.save_freq": "save_steps", "trainer.total_training_steps": "max_steps"}
+_SAMPLED = "a sampled estimate of the reverse KL; here it is taken over the vocabulary"
+_LIKELIEST = "over the likeliest tokens there, over the vocabulary here"
 _LOSSES = {  # loss_mode: beta, and what differs
-    "k1": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
-    "k2": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
-    "k3": (1.0, "a sampled estimate of the reverse KL; here it is taken over the vocabulary"),
-    "reverse_kl_topk": (1.0, "over the likeliest tokens there, over the vocabulary here"),
-    "forward_kl_topk": (0.0, "over the likeliest tokens there, over the vocabulary here"),
-    "jsd_topk": (0.5, "over the likeliest tokens there, over the vocabulary here"),
+    **dict.fromkeys(("k1", "k2", "k3"), (1.0, _SAMPLED)),
+    **dict.fromkeys(("reverse_kl_topk", "reverse_kl"), (1.0, _LIKELIEST)),
+    **dict.fromkeys(("forward_kl_topk", "forward_kl"), (0.0, _LIKELIEST)),
+    "jsd_topk": (0.5, _LIKELIEST),
 }
-_LOSSES |= {name: _LOSSES[f"{name}_topk"] for name in ("reverse_kl", "forward_kl")}
 
 
 def verl_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,9 +153,7 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         value = content[_LENGTHS[key]]  # where it is a number, it is the one that counts
     if key in _VERL_MOVED:
         return "translated", "", {} if value is None else {_VERL_MOVED[key]: value}
-    if key in _LENGTHS.values() and isinstance(value, int):
-        return "translated", "", {}
-    if key in _VERL_SETTLED:
+    if key in _VERL_SETTLED or (key in _LENGTHS.values() and isinstance(value, int)):
         return "translated", "", {}
     if key == "data.train_files":
         return _files(value)
@@ -229,8 +227,6 @@ def _optimiser(name: str, value: Any, content: Mapping[str, Any]) -> Ruled | Non
         raise TOPDError(f"{OPTIM}betas: {value!r} are not two numbers. Write [0.9, 0.999].")
     if name == "lr_scheduler_type":
         return _schedule(content.get(f"{OPTIM}warmup_style") or value, content)
-    if name == "warmup_style":  # the former name
-        return "translated", "", {}
     if name == "min_lr_ratio" and value:
         return "translated", "", {}
     return None
