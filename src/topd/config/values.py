@@ -70,15 +70,9 @@ def given_of(kind: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> froz
 
 def left_out_by(config: Any, given: Container[str], brought: Container[str]) -> dict[str, Any]:
     """What a configuration has at its default, or from its method, since it was not given."""
-    values = (
-        (name, getattr(config, name), default)
-        for name, default in defaults_of(type(config)).items()
-    )
-    return {
-        name: value
-        for name, value, default in values
-        if name not in given and (name in brought or value == default)
-    }
+    usual = defaults_of(type(config))
+    kept = {name: getattr(config, name) for name in usual if name not in given}
+    return {name: value for name, value in kept.items() if name in brought or value == usual[name]}
 
 
 def worked_out(config: Any, name: str, value: Any) -> None:
@@ -112,9 +106,8 @@ def _as(adapter: TypeAdapter[Any], value: Any) -> Any:
 def _check_finite(name: str, value: Any) -> None:
     """Every number in a value, whatever it is in. Raises TOPDError."""
     if isinstance(value, Mapping):
-        for inner in value.values():
-            _check_finite(name, inner)
-    elif isinstance(value, list | tuple):
+        value = [*value.values()]
+    if isinstance(value, list | tuple):
         for inner in value:
             _check_finite(name, inner)
     elif isinstance(value, float) and not math.isfinite(value):
