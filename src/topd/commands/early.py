@@ -20,7 +20,6 @@ from topd.commands.keys import (
     PARTS,
     apart,
     from_command_line,
-    mapping_at,
     part_of,
     read_content,
     refuse_unknown,
@@ -75,12 +74,11 @@ def check_early(
     A comparison takes overrides for both stages.
     """
     given, overrides = from_command_line(recipe, words)
+    path = Path(given or "topd")
     if compare:
         overrides, first = apart(overrides)
         names = {*declared("WarmstartConfig"), *PARTS, "activation_checkpointing"}
-        refuse_unknown(
-            Path(given or "topd"), dict.fromkeys(map(part_of, first)), names, "warmstart."
-        )
+        refuse_unknown(path, dict.fromkeys(map(part_of, first)), names, "warmstart.")
     content = read_content(
         given,
         overrides,
@@ -88,17 +86,13 @@ def check_early(
         stage=declared("WarmstartConfig"),
         warmstart=warmstart,
     )
-    path = Path(given or "topd")
-    for part, kind in SPECS.items():
-        value = content.get(part)
-        own = part == "teacher" and isinstance(value, Mapping) and "self" in value
-        if isinstance(value, Mapping) and not own:
-            refuse_unknown(path, mapping_at(path, part, value), declared(kind), f"{part}.")
     teachers = content.get("teachers")
     several = dict(teachers) if isinstance(teachers, Mapping) else {}
-    for name, value in several.items():
-        if isinstance(value, Mapping):
-            refuse_unknown(path, value, declared("ModelSpec"), f"teachers.{name}.")
+    parts = {part: content.get(part) for part in SPECS}
+    parts |= {f"teachers.{name}": value for name, value in several.items()}
+    for part, value in parts.items():
+        if isinstance(value, Mapping) and not (part == "teacher" and "self" in value):
+            refuse_unknown(path, value, declared(SPECS.get(part, "ModelSpec")), f"{part}.")
     for key, file in (("method", "methods.py"), ("candidate_loss", "detectors.py")):
         name, known = content.get(key), rows_of_table(file)
         if isinstance(name, str) and name not in known and not is_outside(name):
