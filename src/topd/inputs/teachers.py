@@ -50,7 +50,8 @@ class Teachers:
         distinct: list[ModelSource] = []
         self.places: dict[str, int] = {}
         for name, source in self.sources.items():
-            known = (k for k, other in enumerate(distinct) if _same(source, other))
+            spec = isinstance(source, ModelSpec)
+            known = (k for k, o in enumerate(distinct) if source is o or (spec and source == o))
             self.places[name] = next(known, len(distinct))
             if self.places[name] == len(distinct):
                 distinct.append(source)
@@ -80,10 +81,6 @@ class Teachers:
 def _spec(name: str, source: ModelSource | Mapping[str, Any]) -> ModelSource:
     found = source_of(f"teachers.{name}", source)
     return found if isinstance(found, (ModelSpec, *LOADED)) else ModelSpec(path=str(found))
-
-
-def _same(one: ModelSource, other: ModelSource) -> bool:
-    return one is other or (isinstance(one, ModelSpec) and one == other)
 
 
 @dataclass(frozen=True)
