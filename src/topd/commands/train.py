@@ -70,7 +70,6 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool, alone:
         "prompts")  # fmt: skip
     trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
     trainer.examined = examined
-    trainer.remove_callback(PrinterCallback)
     left_out = len(rows) - len(trainer.train_dataset)
     if left_out:
         say(console, f"{left_out:,} of {len(rows):,} prompts are too long and left out")
@@ -128,6 +127,7 @@ def make_trainer(
     evaluator = make_evaluator(recipe)
     trainer = _kind(warmstart)(**_parts(recipe, rows))
     trainer.recipe, trainer.at_end = recipe.sources(), None  # the command makes the page
+    trainer.remove_callback(PrinterCallback)
     if recipe.evaluation is None or evaluator is None:
         return trainer, None
     callback = EvaluationCallback(trainer, evaluator, every=recipe.evaluation.every)

@@ -15,7 +15,6 @@ from typing import Any
 import datasets
 from huggingface_hub import constants
 from peft import LoraConfig
-from transformers import PrinterCallback
 from transformers.utils import logging
 
 from topd.commands.audit.settings import ALONE, as_stored, ranks_at, read_from, settings_at
@@ -74,7 +73,6 @@ def rebuilt(folder: Path, trust: Trust, *, at: int | None = None) -> Iterator[TO
             trainer, _ = make_trainer(
                 recipe, recipe.data.load(), warmstart=isinstance(recipe.args, WarmstartConfig)
             )
-        trainer.remove_callback(PrinterCallback)
         if isinstance(trainer, WarmstartTrainer) and trainer.args.answers == "teacher":
             answers = Path(scratch) / "answers.jsonl"
             with read_from(folder, answers.name):

@@ -33,7 +33,7 @@ from typing import Any, TypeAlias
 import torch
 from pydantic import ValidationError
 from rich.console import Console
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -149,7 +149,6 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     rows = recipe.data.load()
     learned = rows_digest(rows)
     trainer, evaluation = make_trainer(recipe, rows, warmstart=warmstart)
-    trainer.remove_callback(PrinterCallback)
     if console:
         watch_steps(trainer, console)
     assert evaluation is not None  # checked before the first run
