@@ -249,7 +249,9 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[d
         recipe, staged = comparison.arms[arm]
         asks = comparison.first and getattr(comparison.first.args, "answers", "") == "teacher"
         if arms[arm].get("answers") == "start" and asks:  # not written yet
-            recipe = replace(recipe, args=_asking(recipe.args))
+            asking = copy.copy(recipe.args)
+            asking.answers = "teacher"
+            recipe = replace(recipe, args=asking)
         key = json.dumps([resolved(recipe), staged], sort_keys=True)
         data = recipe.data.model_dump_json()
         if key in seen:
@@ -260,13 +262,6 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[d
                 rows[data] = recipe.data.load()
             check_recipe(recipe, rows[data], warmstart=staged)
     return rows
-
-
-def _asking(args: TOPDConfig) -> TOPDConfig:
-    """Arguments of stage 1, with the teacher's answers in place of a file."""
-    asking = copy.copy(args)
-    asking.answers = "teacher"
-    return asking
 
 
 def without_checkpoints(recipe: Recipe) -> Recipe:

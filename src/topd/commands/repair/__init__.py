@@ -35,15 +35,8 @@ from torch import Tensor, nn
 from topd.commands.probe.statistics import METRICS
 from topd.commands.repair.config import RepairConfig
 from topd.commands.repair.statistics import SAMPLES, summarise
-from topd.commands.session import (
-    ROLLOUTS,
-    Pair,
-    batches,
-    read_analysis,
-    session,
-)
+from topd.commands.session import ROLLOUTS, Pair, batches, read_analysis, session
 from topd.divergence import real_divergent_points
-from topd.engines import Scores
 from topd.errors import TOPDError
 from topd.runs.files import read_lines, trim
 from topd.runs.folder import RunFolder, rollout_record
@@ -190,7 +183,9 @@ def samples_of(
         rollout, t = rollouts[row], starts[k][1]
         fork = fork_at(rollout, t, length)
         loss = losses[row][t : t + length]
-        seen = see(pair, args, fork, _from(scores, row, t, fork), loss, written[k], seeds[row])
+        end = t + len(fork.response)
+        own = scores.hidden[row, t:end], scores.logprobs[row, t:end]
+        seen = see(pair, args, fork, own, loss, written[k], seeds[row])
         logprobs = tuple(teacher[row, : len(rollout.response)].tolist())
         yield Sample(number + row, rollout, logprobs, t, float(distance[k]), fork, seen)
 
@@ -234,12 +229,6 @@ def see(
         evidence = replace(evidence, statistics=statistics_of(known))
     hidden, logprobs = teacher
     return Seen([hidden], [logprobs], [(0, 0)], [written], evidence)
-
-
-def _from(scores: Scores, row: int, t: int, fork: Rollout) -> tuple[Tensor, Tensor]:
-    """Of a batch's scores, those of a fork at token ``t`` of a row."""
-    end = t + len(fork.response)
-    return scores.hidden[row, t:end], scores.logprobs[row, t:end]
 
 
 def treat(
