@@ -20,14 +20,7 @@ from transformers.utils import logging
 from topd.errors import TOPDError
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.vocabulary import shared_ids
-from topd.inputs.prompt_rows import (
-    Messages,
-    Row,
-    last_user,
-    plain_rows,
-    read_row,
-    with_last_user,
-)
+from topd.inputs.prompt_rows import Messages, Row, last_user, plain_rows, read_row, with_last_user
 from topd.inputs.prompts.ends import common_end, ended, text_ids, with_another_end
 from topd.inputs.prompts.many import mapped
 from topd.inputs.prompts.references import Reference, columns_of, referred
