@@ -49,8 +49,7 @@ Spec = TypeVar("Spec", bound=EvaluationSpec)
 def spec_of(path: str, columns: str, **options: Any) -> EvaluationSpec:
     """The words of the command line, checked. ``columns`` is ``prompt=NAME,answer=NAME`` or empty.
 
-    Raises:
-        TOPDError: an option is out of range; the message names it.
+    Raises TOPDError: an option is out of range; the message names it.
     """
     pairs = [part.partition("=") for part in columns.split(",") if columns]
     chosen = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
@@ -64,17 +63,11 @@ def spec_of(path: str, columns: str, **options: Any) -> EvaluationSpec:
 
 
 def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console: Console) -> Path:
-    """Evaluate, print the table, and return the folder.
+    """Evaluate, print the table, and return the folder, by default one of its own below runs/.
 
     The folder holds evaluation.json (figures with intervals, settings, versions, fingerprints of
     model and data) and responses.jsonl (a line a response). An evaluation that was stopped
     continues in its folder.
-
-    Args:
-        model: what to evaluate.
-        spec: on what.
-        output: the folder; empty: one of its own below runs/.
-        console: where table and progress go.
 
     Raises:
         TOPDError: bad input, before any weight is read; or the folder holds another evaluation.
@@ -115,15 +108,8 @@ def evaluation_folder(
 ) -> Iterator[RunFolder]:
     """The folder of an evaluation or a gate that is new, or that was stopped and continues.
 
-    Nobody else writes in it. Of one that was stopped while it ended the files of responses are
-    removed: what they hold is in those of :func:`begun` as well.
-
-    Args:
-        command: ``eval`` or ``gate``.
-        folder: where.
-        result: the file that an end leaves.
-        names: the files of its responses.
-        console: where it is said how a stopped one continues.
+    Nobody else writes in it; an end leaves ``result``. Of one that was stopped while it ended the
+    files of responses, ``names``, are removed: what they hold is in those of :func:`begun` as well.
 
     Raises:
         TOPDError: the folder holds a result, or something else.
@@ -159,12 +145,8 @@ def measure(
 ) -> tuple[list[Evaluation], dict[str, Any]]:
     """A model's evaluations, and what they were made of: model, data of the first, versions.
 
-    Args:
-        spec: the model.
-        asked: evaluations by the file of their responses. Until all are there they are kept in its
-            :func:`begun` file, from which an evaluation that was stopped continues.
-        run: where.
-        console: for the bar.
+    ``asked`` are evaluations by the file of their responses. Until all are there they are kept in
+    its :func:`begun` file, from which an evaluation that was stopped continues.
     """
     evaluators = [evaluator for _, evaluator in asked.values()]
     device = PartialState().device
@@ -241,12 +223,8 @@ def of_run(model: ModelSpec) -> ModelSpec:
 def as_trained(spec: Spec, models: Sequence[ModelSpec]) -> tuple[Spec, list[str]]:
     """Prompts as a run wrote them whose student is evaluated, where the spec does not say how.
 
-    Args:
-        spec: what is asked.
-        models: of several that are students of runs, the first one counts.
-
-    Returns:
-        the spec, and lines that say what was taken from a run, and where a run had it otherwise.
+    Of several models that are students of runs the first one counts. Returns the spec, and lines
+    that say what was taken from a run, and where a run had it otherwise.
     """
     known = {str(Path(m.path).parent): how for m in models if (how := _trained_with(m))}
     said = []

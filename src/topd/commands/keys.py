@@ -49,16 +49,10 @@ def read_content(
 ) -> dict[str, Any]:
     """The content of a recipe, keys of one stage only, overrides set, names checked.
 
-    Args:
-        path: the YAML file, or None where the overrides say all.
-        overrides: dotted keys and their values, which replace those of the file. ``warmstart.KEY``
-            is a key of stage 1.
-        fields: names of the settings of stage 2.
-        stage: names of the settings of stage 1.
-        warmstart: read stage 1 instead of stage 2.
+    ``fields`` are the names of the settings of stage 2, ``stage`` those of stage 1; for the others
+    see :func:`~topd.commands.recipe.read_recipe`.
 
-    Raises:
-        TOPDError: the file cannot be read, a key is unknown, or a part is missing.
+    Raises TOPDError: the file cannot be read, a key is unknown, or a part is missing.
     """
     content = read_mapping(packaged(path)) if path else {}
     remedy = "A recipe needs student, teacher and data."

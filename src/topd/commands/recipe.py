@@ -167,7 +167,8 @@ def read_recipe(
     Args:
         path: the YAML file, also one of those that come with the package (``recipes/...``); None
             where the overrides say all.
-        overrides: dotted keys and their values, which replace those of the file.
+        overrides: dotted keys and their values, which replace those of the file. ``warmstart.KEY``
+            is a key of stage 1.
         warmstart: read stage 1 instead of stage 2.
         config: what stage 2 is read as; a subclass of TOPDConfig adds keys.
 

@@ -138,9 +138,7 @@ def read_analysis(command: str, path: Path, words: Sequence[str], config: type[C
     """A recipe read for an analysis, its folder checked; ``output_dir`` is the command line's.
 
     A recipe's own ``output_dir`` is its training run's, so it is not used.
-
-    Raises:
-        TOPDError: bad recipe or options, or the folder holds a run that is not this one.
+    Raises TOPDError: bad recipe or options, or the folder holds a run that is not this one.
     """
     named, overrides = from_command_line(path, words)
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
@@ -271,8 +269,7 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
 def open_folder(command: str, recipe: Recipe, pair: Pair) -> RunFolder:
     """The analysis's folder with its run.json and manifest.json, new or one to continue with.
 
-    Raises:
-        TOPDError: it was begun with other models or prompts.
+    Raises TOPDError: it was begun with other models or prompts.
     """
     args = recipe.args
     run = RunFolder(args.output_dir, resume=True)

@@ -22,9 +22,6 @@ class Border:
 
     A text is decoded and encoded after a lead of fixed tokens: many tokenizers treat the first word
     of a text otherwise than the same word later.
-
-    Args:
-        tokenizer: whose ids they are.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -128,12 +128,7 @@ NO_ROUTES = Routes({})  # one teacher
 
 
 class TeacherSet(nn.Module):
-    """The loaded teachers as one module: one fingerprint, one move to the device.
-
-    Args:
-        teachers: names and sources.
-        models: the distinct ones, loaded.
-    """
+    """The distinct teachers, loaded, as one module: one fingerprint, one move to the device."""
 
     def __init__(self, teachers: Teachers, models: Sequence[PreTrainedModel]) -> None:
         super().__init__()

@@ -65,9 +65,7 @@ def reach_of(config: PretrainedConfig) -> int | None:
 def stand_in(name: str, rows: int) -> PreTrainedModel:
     """A model of no layers and zeros, in the place of weights that are elsewhere.
 
-    Args:
-        name: what it stands for; part of its fingerprint.
-        rows: tokens of the student's vocabulary.
+    Its ``name`` is part of its fingerprint; ``rows`` are the tokens of the student's vocabulary.
     """
     config = LlamaConfig(
         vocab_size=rows,

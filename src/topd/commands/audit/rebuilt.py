@@ -60,10 +60,7 @@ NO_TRUST = Trust()
 def rebuilt(folder: Path, trust: Trust, *, at: int | None = None) -> Iterator[TOPDTrainer]:
     """The trainer of a run folder, in a folder of its own that is removed at the end.
 
-    Args:
-        folder: the run's.
-        trust: what the auditor allows.
-        at: the update whose settings it has; by default the current ones.
+    Its settings are those of update ``at``, by default the current ones.
     """
     gc.collect()  # the models of one before
     logging.set_verbosity_error()
@@ -87,11 +84,10 @@ def stored_recipe(
     """The recipe of a run as ``run.json`` has it, without evaluation, writing into ``output``.
 
     Its settings are those of update ``at``, by default the current ones; one process does what
-    several ranks did by as many times the accumulation. Relative paths that are
-    not there are those of the directory that the run was started in.
+    several ranks did by as many times the accumulation. Relative paths that are not there are those
+    of the directory that the run was started in.
 
-    Raises:
-        TOPDError: there is none, it cannot be read, or it needs what the auditor does not allow.
+    Raises TOPDError: there is none, it cannot be read, or it needs what the auditor does not allow.
     """
     with read_from(folder, "run.json"):
         sources, config = settings_at(as_stored(folder), at)

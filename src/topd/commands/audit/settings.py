@@ -55,10 +55,7 @@ def read_from(folder: Path, name: str) -> Iterator[None]:
 
 def by_settings(folder: Path, steps: Iterable[int]) -> list[list[int]]:
     """Updates by the settings that they were made with: first those with the current settings,
-    if any, then the others.
-
-    Raises:
-        TOPDError: ``run.json`` cannot be read.
+    if any, then the others. Raises TOPDError: ``run.json`` cannot be read.
     """
     with read_from(folder, "run.json"):
         stored = as_stored(folder)
@@ -75,8 +72,7 @@ def as_stored(folder: Path) -> dict[str, Any]:
 def format_at(folder: Path, step: int) -> int:
     """The format that the records of an update were written in: a resume may have raised it.
 
-    Raises:
-        TOPDError: ``run.json`` cannot be read, or a later version wrote it.
+    Raises TOPDError: ``run.json`` cannot be read, or a later version wrote it.
     """
     found = check_format(folder)
     with read_from(folder, "run.json"):

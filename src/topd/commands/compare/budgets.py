@@ -34,10 +34,7 @@ Point = Mapping[str, Any]
 def cost(point: Point, rate: float, read: float = READ) -> float:
     """What a run has spent at a point of its curve, in tokens that the student writes.
 
-    Args:
-        point: tokens by kind.
-        rate: r, how many times as dear the teacher is.
-        read: what a token costs that is read, beside one that is written.
+    ``rate`` is r, ``read`` what a token costs that is read, beside one that is written.
 
     >>> spent = {"student_written": 10, "learned": 10, "teacher_written": 1, "teacher_read": 20}
     >>> cost(spent, 5)
@@ -80,11 +77,8 @@ def at_equal_budgets(
 ) -> dict[str, Any]:
     """An arm against a reference, where it has spent what the reference spent in all.
 
-    Args:
-        runs, reference: results by seed, with ``curve`` (whose points have ``solved``, right
-            answers by problem) and ``solved`` of the end.
-        scores: which.
-        clock: the key of the seconds that count.
+    Both are results by seed, with ``curve`` (whose points have ``solved``, right answers by
+    problem) and ``solved`` of the end. ``clock`` is the key of the seconds that count.
 
     Returns:
         By what is held equal: by score the difference, paired by seed and problem, with its

@@ -31,13 +31,7 @@ def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
 def check_problems(comparison: Comparison, arms: Sequence[str], results: Sequence[Result]) -> None:
     """Hold the problems of the runs to come, and of those that are done, against each other.
 
-    Args:
-        comparison: its arms, all of them.
-        arms: which of them have runs to come.
-        results: the runs that are done.
-
-    Raises:
-        TOPDError: they differ.
+    ``arms`` are those with runs to come. Raises TOPDError where problems differ.
     """
     kinds = dict[str, Evaluator]()
     done = {f"{r['arm']}, seed {r['seed']}": r for r in results}

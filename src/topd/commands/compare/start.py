@@ -93,8 +93,7 @@ class Comparison:
 def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
     """Read a recipe, its arms and its stage 1.
 
-    Raises:
-        TOPDError: the recipe has no ``compare`` or ``evaluation`` part, or an arm is wrong.
+    Raises TOPDError: the recipe has no ``compare`` or ``evaluation`` part, or an arm is wrong.
     """
     named, overrides = from_command_line(path, words)
     rest, own = apart(overrides)
@@ -238,10 +237,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Make the start-up checks of arms that read no weights, with the student before stage 1.
 
-    Returns the rows that the arms learn from, by their ``data``.
-
-    Raises:
-        TOPDError: an arm could not begin.
+    Returns the rows that they learn from, by their ``data``. Raises TOPDError: one could not begin.
     """
     quieten()
     arms, rows, seen = comparison.spec.all_arms(), dict[str, list[dict[str, Any]]](), set()

@@ -221,12 +221,7 @@ MEASURES: dict[str, Measure] = {
 def compare_models(
     base: Mapping[str, Evaluation], candidate: Mapping[str, Evaluation], suite: Suite
 ) -> list[Figure]:
-    """The figures of a suite.
-
-    Args:
-        base, candidate: evaluations of ``problems`` and, if the suite has them, ``refusals``.
-        suite: limits and error rate.
-    """
+    """The figures of a suite, of evaluations of ``problems`` and, if it has some, ``refusals``."""
     limits = suite.limited()
     return [
         _figure(name, base, candidate, limit, suite.error / len(limits))

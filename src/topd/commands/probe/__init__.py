@@ -117,16 +117,9 @@ class Batch:
 def run_probe(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
     """Probe the pair of a recipe and return the run folder.
 
-    Run again in the same folder it continues where it was stopped; the records are then the same as
-    if it had not been, bit for bit on a CPU.
-
-    Args:
-        path: the recipe.
-        words: ``--key value``, which replace the recipe's.
-        console: where to draw bars; None for none.
-
-    Raises:
-        TOPDError: bad input, or another run in the folder.
+    ``words`` are ``--key value``, which replace the recipe's. Run again in the same folder it
+    continues where it was stopped; the records are then the same as if it had not been, bit for bit
+    on a CPU. Raises TOPDError: bad input, or another run in the folder.
     """
     recipe = read_analysis("probe", path, words, ProbeConfig)
     check = checker_of(recipe.data) if recipe.args.verify else None
@@ -184,11 +177,8 @@ def probe_batch(
 ) -> Batch:
     """Score rollouts, choose positions, and compare what both models write from there.
 
-    Args:
-        pair: both models.
-        rollouts: B of them.
-        seeds: one a rollout; the teacher's windows draw from them where they are sampled.
-        number: of the first rollout; with the configuration's seed it fixes the positions.
+    The teacher's windows draw from the rollouts' ``seeds`` where they are sampled. The
+    ``number`` of the first rollout fixes the positions, with the configuration's seed.
     """
     observer = pair.observer
     args = observer.args
@@ -243,18 +233,11 @@ def _with_outcomes(batch: Batch, pair: Pair, check: Check, number: int) -> Batch
 def choose(
     loss: Tensor, high: Sequence[int], args: ProbeConfig, number: int
 ) -> dict[str, list[int]]:
-    """The positions of one rollout by group, in rising order.
+    """The positions of rollout ``number`` by group, in rising order; fewer where it is too short.
 
-    Args:
-        loss: [T] nats, the token loss that ranks candidates.
-        high: the candidates.
-        args: ``group_size``, ``low_share`` and ``seed``.
-        number: of the rollout.
-
-    Returns:
-        high: as given. random: drawn from all tokens without replacement, so that a candidate may
-        be among them. low: drawn from the share of tokens with the least |loss|, candidates
-        excepted. Fewer where the rollout is too short.
+    high: the candidates, as given. random: drawn from all tokens without replacement, so that a
+    candidate may be among them. low: drawn from the share of tokens with the least |loss|,
+    candidates excepted, where ``loss`` [T] nats ranks candidates.
     """
     generator = np.random.default_rng((args.seed, Stream.PROBE_POSITIONS, number))
     count = args.group_size or len(high)

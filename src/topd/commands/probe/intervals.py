@@ -48,8 +48,6 @@ def intervals(
     Args:
         columns: structured array with a ``prompt`` column.
         measure: statistics by name; NaN where one is not defined.
-        repeats: resamples.
-        seed: of the resampling.
         behind: the number of prompts behind each statistic that not all prompts are behind.
         shares: the statistics that are shares, in [0, 1].
 

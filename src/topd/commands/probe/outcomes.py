@@ -75,16 +75,9 @@ def verify_forks(
     """Let both models write to the end from (row, token) pairs and check the answers.
 
     A response has ``max_completion_length`` tokens at most, however it was continued. One
-    continuation is greedy; several are drawn at the student's temperature. A prefix that is needed
-    twice is written once.
-
-    Args:
-        observer: student, teacher and settings.
-        rollouts: what the student wrote.
-        starts: where to take over.
-        right: whether a response answers its prompt.
-        samples: continuations a prefix and model.
-        number: of the first rollout; with the configuration's seed it fixes what is drawn.
+    continuation is greedy; several ``samples`` are drawn at the student's temperature. A prefix
+    that is needed twice is written once. The ``number`` of the first rollout fixes what is drawn,
+    with the configuration's seed.
     """
     after = [(row, t + 1) for row, t in starts]
     asked = _Asked(observer, rollouts, right, samples, number)

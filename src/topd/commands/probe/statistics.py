@@ -62,13 +62,8 @@ def rejoin(student: Sequence[int], teacher: Sequence[int]) -> int | None:
 
     The smallest i for which there is a j such that student[i:] and teacher[j:] agree up to the end
     of the shorter, over at least ``REJOIN_RUN`` tokens (or the whole shorter window, if that is
-    less). The windows may meet at different places: i and j need not be equal.
-
-    Args:
-        student, teacher: token ids.
-
-    Returns:
-        0 for windows that never part, None for windows that do not meet again.
+    less). The windows may meet at different places: i and j need not be equal. 0 for windows that
+    never part, None for windows that do not meet again.
 
     >>> rejoin([7, 1, 2, 3, 4], [8, 9, 1, 2, 3, 4])
     1
@@ -85,13 +80,8 @@ def rejoin(student: Sequence[int], teacher: Sequence[int]) -> int | None:
 
 
 def read_sample(path: Path, *, seed: int, most: int = MOST_POSITIONS) -> Sample:
-    """The numeric columns of positions.jsonl: all, or those of a random sample of the prompts.
-
-    Args:
-        path: the file.
-        seed: of the sample.
-        most: about how many positions to keep at most.
-    """
+    """The numeric columns of positions.jsonl: all, or beyond about ``most`` positions those of a
+    random sample of the prompts."""
     positions = sum(1 for _ in raw_lines(path))
     share = most / max(positions, 1)
 
@@ -229,13 +219,7 @@ def summarise(
     ``full_windows`` has the same statistics of the positions whose window is K tokens long: neither
     cut by the length limit nor ended.
 
-    Args:
-        folder: a run folder with all its records.
-        args: of the probe.
-        decode: text of tokens.
-
-    Raises:
-        TOPDError: there is no low-loss position, so that no threshold can be found.
+    Raises TOPDError: there is no low-loss position, so that no threshold can be found.
     """
     sample = read_sample(folder / POSITIONS, seed=args.seed)
     found = _measured(sample.columns, args)

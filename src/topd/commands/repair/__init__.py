@@ -77,16 +77,11 @@ class Sample:
 def run_repair(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
     """Run the experiment for the pair of a recipe and return the run folder.
 
-    Run again in the same folder it continues where it was stopped; the records are then the same as
-    if it had not been, bit for bit on a CPU.
+    ``words`` are ``--key value``, which replace the recipe's, whose ``lora`` is not used: all
+    weights of the student learn. Run again in the same folder it continues where it was stopped;
+    the records are then the same as if it had not been, bit for bit on a CPU.
 
-    Args:
-        path: the recipe. ``lora`` is not used: all weights of the student learn.
-        words: ``--key value``, which replace the recipe's.
-        console: where to draw bars; None for none.
-
-    Raises:
-        TOPDError: bad input, another run in the folder, or too few real divergent points.
+    Raises TOPDError: bad input, another run in the folder, or too few real divergent points.
     """
     recipe = read_analysis("repair", path, words, RepairConfig)
     with session("repair", recipe, console) as (pair, run, phases):
@@ -210,16 +205,10 @@ def see(
     written: Generation,
     seed: int,
 ) -> Seen:
-    """The teacher's view of a fork whose first token is a real divergent point.
+    """The teacher's view of a fork of T tokens whose first one is a real divergent point.
 
-    Args:
-        pair: both models.
-        args: what is to be tried.
-        fork: T tokens of a rollout.
-        teacher: its last hidden states [T D] and log-probs [T], nats.
-        loss: [T] nats, the token loss that ranks candidates.
-        written: the teacher's window.
-        seed: of what methods draw.
+    ``teacher`` has its last hidden states [T D] and log-probs [T] nats, ``loss`` [T] nats ranks
+    candidates, ``written`` is the teacher's window; methods draw from ``seed``.
     """
     observer = pair.observer
     evidence = observer.evidence([fork], [loss], [(0, 0)], [written], args.length, [teacher[1]])

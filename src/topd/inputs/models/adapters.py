@@ -43,10 +43,7 @@ def refuse_other_folder(path: str, place: str) -> None:
 def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) -> None:
     """Wrap and merge a model without weights as training will. Raises TOPDError if it fails.
 
-    Args:
-        config: the student's.
-        adapter: what to wrap it in.
-        student: the source of the student; a PeftModel has an adapter already.
+    ``student`` is its source; a PeftModel has an adapter already.
     """
     if not isinstance(adapter, LoraConfig) or adapter.peft_type != PeftType.LORA:
         kind = getattr(adapter, "peft_type", f"a {type(adapter).__name__}")

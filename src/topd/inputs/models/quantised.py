@@ -17,14 +17,8 @@ _REMEDY = "Give the same model in bfloat16, not quantised."
 def check_quantised(role: str, model: object, config: PretrainedConfig, *, trained: bool) -> None:
     """Refuse quantised weights that cannot be used as ``role``.
 
-    Args:
-        role: student or teacher.
-        model: a source, or a model in memory.
-        config: the model's.
-        trained: its weights are to learn, which quantised ones cannot.
-
-    Raises:
-        TOPDError: so, or what reads them is not installed or does not run on this machine.
+    Raises TOPDError: they are to be ``trained``, which they cannot be, or what reads them is not
+    installed or does not run on this machine.
     """
     parts = model.state_dict().values() if isinstance(model, torch.nn.Module) else ()
     if not all(isinstance(part, torch.Tensor) for part in parts):

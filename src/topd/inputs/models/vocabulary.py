@@ -23,9 +23,7 @@ def shared_ids(
 
     Padding rows of the embeddings have no token and are left out, as are added tokens that only
     one of the two has (``<think>`` in the teacher alone, say).
-
-    Raises:
-        TOPDError: as :func:`check_vocabulary`.
+    Raises TOPDError as :func:`check_vocabulary`.
     """
     check_vocabulary(student, teacher)
     ours, theirs = student.get_vocab(), teacher.get_vocab()
@@ -36,9 +34,7 @@ def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
     """Refuse a pair in which another than an added token has two meanings.
 
     Added tokens and marks such as ``<think>`` may be in one vocabulary only, or differ.
-
-    Raises:
-        TOPDError: with the first difference.
+    Raises TOPDError, with the first difference.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     added = [set(tokenizer.get_added_vocab()) for tokenizer in (student, teacher)]
@@ -65,9 +61,7 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
 
     Vocabularies, end-of-sequence tokens and the ids of a probe text are compared, not sizes. An
     added token that one of them lacks is no difference: it is never sampled nor learned.
-
-    Raises:
-        TOPDError: with the first difference.
+    Raises TOPDError, with the first difference.
     """
     check_vocabulary(student, teacher)
     if (student.eos_token_id, student.eos_token) != (teacher.eos_token_id, teacher.eos_token):

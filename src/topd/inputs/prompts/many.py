@@ -20,10 +20,7 @@ _shared: list[Any] = []  # work and items, which a forked process has without be
 def mapped(work: Callable[[Item], Made], items: Sequence[Item], what: str) -> list[Made]:
     """``work`` of every item, in order; of many by as many forked processes as there are cores.
 
-    Args:
-        work: gives a value that can be pickled; its errors are raised here.
-        items: what it is given.
-        what: they are called, for the bar.
+    It gives a value that can be pickled; its errors are raised here. ``what`` is for the bar.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
