@@ -377,10 +377,10 @@ def test_a_common_start_has_every_part_that_stage_1_reads(recipe):
     assert (first.lora.r, first.evaluation.limit) == (4, 5)
     assert (first.args.chat_template_kwargs, first.args.max_steps) == ({"x": 1}, 2)
     assert (first.args.bf16, comparison.recipe.args.bf16) == (False, True)
-    assert comparison.arms["again"][0].data.limit == 3  # an arm of stage 1 is as its part says
-    assert comparison.arms["new"][0].data.limit == 8
-    assert [comparison.arms[arm][0].args.window_length for arm in ("opd", "new")] == [9, 50]
-    assert comparison.arms["opd"][0].data.limit == 40
+    assert comparison.arms["again"].data.limit == 3  # an arm of stage 1 is as its part says
+    assert comparison.arms["new"].data.limit == 8
+    assert [comparison.arms[arm].args.window_length for arm in ("opd", "new")] == [9, 50]
+    assert comparison.arms["opd"].data.limit == 40
 
 
 def test_every_arm_starts_from_the_warm_start(recipe, tmp_path):
@@ -417,7 +417,7 @@ def test_the_answers_of_the_common_start_are_those_that_it_learned(recipe, tmp_p
     words = [f"--output_dir={tmp_path}", "--compare.warmstart", f"--warmstart.answers={answers}"]
     comparison = read_comparison(recipe, [*words, STAGED])
     written = str(tmp_path / "warmstart" / "answers.jsonl") if answers == "teacher" else answers
-    assert comparison.arms["again"][0].args.answers == written
+    assert comparison.arms["again"].args.answers == written
 
 
 def test_a_comparison_needs_no_recipe_file(recipe, tmp_path):

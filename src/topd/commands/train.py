@@ -31,12 +31,10 @@ def run_recipe(
 ) -> Path:
     """Check a recipe, train, and return the run folder. Raises TOPDError for bad input."""
     recipe = read_recipe(*from_command_line(path, words), warmstart=warmstart)
-    return train_recipe(recipe, quiet=quiet, warmstart=warmstart)
+    return train_recipe(recipe, quiet=quiet)
 
 
-def train_recipe(
-    recipe: Recipe, *, quiet: bool = False, warmstart: bool = False, alone: bool = True
-) -> Path:
+def train_recipe(recipe: Recipe, *, quiet: bool = False, alone: bool = True) -> Path:
     """Train as a checked recipe says, and return the run folder.
 
     A run that is not ``alone``, but a part of another command, ends at once when it is interrupted.
@@ -44,18 +42,19 @@ def train_recipe(
     """
     args = recipe.args
     asked = args.eval_strategy != "no" or args.eval_on_start
-    if recipe.eval_data and not asked and alone and not warmstart:  # which share their recipes
+    shared = args.learns_from_answers or not alone  # the recipe is another command's too
+    if recipe.eval_data and not asked and not shared:
         raise TOPDError("eval_data: has no effect without eval_strategy. Set it, e.g. to steps.")
     args.output_dir = everywhere(args.output_dir)[0]  # it may have a rank's time
     folder = Path(recipe.args.output_dir)
     resume = bool(recipe.args.resume_from_checkpoint)
     agreed(lambda: check_run_folder(folder, resume=resume))  # none removes what others have made
     with one_writer(folder):
-        _train(recipe, folder, quiet=quiet, warmstart=warmstart, alone=alone)
+        _train(recipe, folder, quiet=quiet, alone=alone)
     return folder
 
 
-def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool, alone: bool) -> None:
+def _train(recipe: Recipe, folder: Path, *, quiet: bool, alone: bool) -> None:
     """Everything after the folder is ours. Raises TOPDError for bad input."""
     wanted = recipe.args.resume_from_checkpoint
     checkpoint = checkpoints.resolve(wanted, folder)
@@ -68,7 +67,7 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, warmstart: bool, alone:
     rows = recipe.data.load()
     say(console, f"loading {recipe.student.path} and {recipe.teacher.path}, encoding {len(rows):,} "
         "prompts")  # fmt: skip
-    trainer, _ = make_trainer(recipe, rows, warmstart=warmstart)
+    trainer, _ = make_trainer(recipe, rows)
     trainer.examined = examined
     left_out = len(rows) - len(trainer.train_dataset)
     if left_out:
@@ -121,11 +120,11 @@ def _begin_anew(folder: Path) -> None:
 
 
 def make_trainer(
-    recipe: Recipe, rows: list[dict[str, Any]], *, warmstart: bool = False
+    recipe: Recipe, rows: list[dict[str, Any]]
 ) -> tuple[TOPDTrainer, EvaluationCallback | None]:
     """The trainer of a checked recipe, on its rows, and the evaluation that it asks for."""
     evaluator = make_evaluator(recipe)
-    trainer = _kind(warmstart)(**_parts(recipe, rows))
+    trainer = _kind(recipe)(**_parts(recipe, rows))
     trainer.recipe, trainer.at_end = recipe.sources(), None  # the command makes the page
     trainer.remove_callback(PrinterCallback)
     if recipe.evaluation is None or evaluator is None:
@@ -135,14 +134,14 @@ def make_trainer(
     return trainer, callback
 
 
-def check_recipe(recipe: Recipe, rows: list[dict[str, Any]], *, warmstart: bool = False) -> None:
+def check_recipe(recipe: Recipe, rows: list[dict[str, Any]]) -> None:
     """Make the start-up checks of :func:`make_trainer` that read no weights. Raises TOPDError."""
     make_evaluator(recipe)
-    _kind(warmstart).check(**_parts(recipe, rows))
+    _kind(recipe).check(**_parts(recipe, rows))
 
 
-def _kind(warmstart: bool) -> type[TOPDTrainer]:
-    return WarmstartTrainer if warmstart else TOPDTrainer
+def _kind(recipe: Recipe) -> type[TOPDTrainer]:
+    return WarmstartTrainer if recipe.args.learns_from_answers else TOPDTrainer
 
 
 def _parts(recipe: Recipe, rows: list[dict[str, Any]]) -> dict[str, Any]:

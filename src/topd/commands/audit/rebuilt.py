@@ -67,9 +67,7 @@ def rebuilt(folder: Path, trust: Trust, *, at: int | None = None) -> Iterator[TO
     with TemporaryDirectory(prefix="topd-") as scratch:
         recipe = stored_recipe(folder, Path(scratch), trust, at=at)
         with _paths_named(folder), read_from(folder, "run.json"), _offline():
-            trainer, _ = make_trainer(
-                recipe, recipe.data.load(), warmstart=isinstance(recipe.args, WarmstartConfig)
-            )
+            trainer, _ = make_trainer(recipe, recipe.data.load())
         if isinstance(trainer, WarmstartTrainer) and trainer.args.answers == "teacher":
             answers = Path(scratch) / "answers.jsonl"
             with read_from(folder, answers.name):

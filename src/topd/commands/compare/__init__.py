@@ -148,7 +148,7 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     recipe.args.logging_strategy, recipe.args.logging_steps = IntervalStrategy.STEPS, 1  # the costs
     rows = recipe.data.load()
     learned = rows_digest(rows)
-    trainer, evaluation = make_trainer(recipe, rows, warmstart=warmstart)
+    trainer, evaluation = make_trainer(recipe, rows)
     if console:
         watch_steps(trainer, console)
     assert evaluation is not None  # checked before the first run

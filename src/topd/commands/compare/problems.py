@@ -39,7 +39,7 @@ def check_problems(comparison: Comparison, arms: Sequence[str], results: Sequenc
     rows = [(run, r["problems"]) for run, r in done.items() if "problems" in r]
     repeats = []
     for arm in arms:
-        recipe, _ = comparison.arms[arm]
+        recipe = comparison.arms[arm]
         kind = json.dumps([recipe.sources(), recipe.args.chat_template_kwargs], default=str)
         if kind not in kinds:
             evaluator = make_evaluator(recipe)
@@ -72,7 +72,7 @@ def check_data(
     """
     now = {data: rows_digest(found) for data, found in rows.items()}
     for result in results:
-        recipe, _ = comparison.arms.get(result["arm"], (None, False))
+        recipe = comparison.arms.get(result["arm"])
         known = recipe and now.get(recipe.data.model_dump_json())
         if recipe and known and result.get("data", known) != known:
             raise TOPDError(

@@ -61,7 +61,7 @@ class Comparison:
     """A recipe that compares, and what was read of it.
 
     ``first`` is the stage 1 that the arms start from, if they do; ``arms`` has the recipe of every
-    arm, and whether that is one of stage 1.
+    arm, which may be one of stage 1.
     """
 
     path: Path | None
@@ -69,7 +69,7 @@ class Comparison:
     recipe: Recipe
     spec: CompareSpec
     first: Recipe | None
-    arms: Mapping[str, tuple[Recipe, bool]]
+    arms: Mapping[str, Recipe]
 
     @property
     def folder(self) -> Path:
@@ -78,7 +78,7 @@ class Comparison:
 
     def stages(self) -> dict[str, Any]:
         """What stage 1 is, of the common start and of the arms that are it, as plain values."""
-        staged = {arm: resolved(recipe) for arm, (recipe, first) in self.arms.items() if first}
+        staged = {arm: resolved(r) for arm, r in self.arms.items() if r.args.learns_from_answers}
         for arm, stage in staged.items():
             if self.spec.all_arms()[arm].get("answers") == "start":
                 stage["config"]["answers"] = "start"  # wherever the folder is
@@ -122,10 +122,10 @@ def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
             of_arm, staged = apart_from_stage(_from_start(keys, folder, first))
             shared = of_stage(overrides, first=staged)
             keys_of_arm = {**shared, **of_arm, "output_dir": str(folder / "arms" / in_files(arm))}
-            arms[arm] = read_recipe(named, keys_of_arm, warmstart=staged), staged
-            _check_answers(keys, first, arms[arm][0])
-            _check_evaluation(recipe, arms[arm][0])
-    if own and not first and not any(staged for _, staged in arms.values()):
+            arms[arm] = read_recipe(named, keys_of_arm, warmstart=staged)
+            _check_answers(keys, first, arms[arm])
+            _check_evaluation(recipe, arms[arm])
+    if own and not first and not any(r.args.learns_from_answers for r in arms.values()):
         raise TOPDError(
             f"{path}: warmstart.{next(iter(own))}: has no effect without stage 1. Set "
             "compare.warmstart: true, or leave it out."
@@ -242,13 +242,13 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[d
     quieten()
     arms, rows, seen = comparison.spec.all_arms(), dict[str, list[dict[str, Any]]](), set()
     for arm in names:
-        recipe, staged = comparison.arms[arm]
+        recipe = comparison.arms[arm]
         asks = comparison.first and getattr(comparison.first.args, "answers", "") == "teacher"
         if arms[arm].get("answers") == "start" and asks:  # not written yet
             asking = copy.copy(recipe.args)
             asking.answers = "teacher"
             recipe = replace(recipe, args=asking)
-        key = json.dumps([resolved(recipe), staged], sort_keys=True)
+        key = json.dumps(resolved(recipe), sort_keys=True)
         data = recipe.data.model_dump_json()
         if key in seen:
             continue
@@ -256,7 +256,7 @@ def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[d
         with placed(f"compare, arm {arm!r}"):
             if data not in rows:
                 rows[data] = recipe.data.load()
-            check_recipe(recipe, rows[data], warmstart=staged)
+            check_recipe(recipe, rows[data])
     return rows
 
 
@@ -287,7 +287,7 @@ def starting_point(comparison: Comparison, *, quiet: bool) -> dict[str, Any]:
         begin_anew(_place(comparison.folder))
         first = without_checkpoints(comparison.first)
         with placed("compare, stage 1"):
-            train_recipe(first, quiet=quiet, warmstart=True, alone=False)
+            train_recipe(first, quiet=quiet, alone=False)
     before = comparison.recipe.student.model_dump(exclude_defaults=True)
     return {"student": elsewhere(before, str(_place(comparison.folder) / "student"))}
 
