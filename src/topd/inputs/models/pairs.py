@@ -42,9 +42,9 @@ def tokenizers_of(
                 "processor's own: processor.tokenizer."
             )
     _check_served(student, teacher)
-    check_quantised("student", student, config_of(student), trained=True)
+    check_quantised("student", student, config_of(student))
     if not (isinstance(teacher, ModelSpec) and teacher.text):  # whose weights are elsewhere
-        check_quantised("teacher", teacher, config_of(teacher), trained=False)
+        check_quantised("teacher", teacher, config_of(teacher))
     alike = not isinstance(student, LOADED) and student == teacher
     ours = student_tokenizer or tokenizer_of(student)
     if isinstance(teacher, ModelSpec) and teacher.by_text:

@@ -14,11 +14,11 @@ _FAULTS = (ImportError, ValueError, TypeError, RuntimeError, LookupError, Attrib
 _REMEDY = "Give the same model in bfloat16, not quantised."
 
 
-def check_quantised(role: str, model: object, config: PretrainedConfig, *, trained: bool) -> None:
-    """Refuse quantised weights that cannot be used as ``role``.
+def check_quantised(role: str, model: object, config: PretrainedConfig) -> None:
+    """Refuse quantised weights that cannot be used as ``role``, student or teacher.
 
-    Raises TOPDError: they are to be ``trained``, which they cannot be, or what reads them is not
-    installed or does not run on this machine.
+    Raises TOPDError: a student's cannot learn, or what reads them is not installed or does not run
+    on this machine.
     """
     parts = model.state_dict().values() if isinstance(model, torch.nn.Module) else ()
     if not all(isinstance(part, torch.Tensor) for part in parts):
@@ -34,7 +34,7 @@ def check_quantised(role: str, model: object, config: PretrainedConfig, *, train
     name = str(getattr(method, "value", method))
     if name == "gguf":  # a GGUF file is dequantised when it is read
         return
-    if trained:
+    if role == "student":
         raise TOPDError(f"{role}: is quantised ({name}), and such weights cannot learn. {_REMEDY}")
     try:
         if isinstance(model, PreTrainedModel):
