@@ -84,13 +84,12 @@ class CompareSpec(BaseModel):
     """Arms of a comparison: by name, the keys of the recipe that differ.
 
     Every arm is run with every seed, or with its own ``seeds``; ``baseline`` is the arm that the
-    others are compared with;
-    ``references`` are arms that all others are compared with at equal budgets (none: the baseline).
-    ``jobs`` runs go side by side, on as many GPUs as are visible. With ``warmstart`` stage 1 of the
-    recipe is run first, once, and every arm starts from its student. ``clock`` says which time is
-    compared: the wall-clock, or the CPU seconds of a run's process, which other work on the same
-    cores leaves alone. ``plan`` is a file that says how the results will be analysed, written
-    before them.
+    others are compared with, ``references`` are arms that all others are compared with at equal
+    budgets (none: the baseline). ``jobs`` runs go side by side, on as many GPUs as are visible.
+    With ``warmstart`` stage 1 of the recipe is run first, once, and every arm starts from its
+    student. ``clock`` says which time is compared: the wall-clock, or the CPU seconds of a run's
+    process, which other work on the same cores leaves alone. ``plan`` is a file that says how the
+    results will be analysed, written before them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

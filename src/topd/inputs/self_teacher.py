@@ -76,12 +76,8 @@ def check_own_prompts(prompts: Sequence[Prompt]) -> None:
 class Average(TrainerCallback):
     """The exponential average of a student's trained weights, read in its teacher.
 
-    It is kept in at least float32: of 16 bits a small step would round away.
-
-    Args:
-        teacher: a copy of the student; its weights are overwritten.
-        student: the model that is trained, not wrapped.
-        ema: the share of the old average, in (0, 1).
+    It is kept in at least float32: of 16 bits a small step would round away. ``teacher`` is a copy
+    of the student, whose weights are overwritten; ``student`` is not wrapped.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, ema: float) -> None:

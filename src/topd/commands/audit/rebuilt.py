@@ -38,19 +38,12 @@ PATHS = {"path", "tokenizer", "chat_template", "answers"}  # keys of a recipe
 
 @dataclass(frozen=True)
 class Trust:
-    """What the auditor allows. A run folder may be another's, so nothing of this is read there.
+    """What the auditor allows. A run folder may be another's, so nothing of this is read there."""
 
-    Args:
-        remote_code: run code of the models' repositories where the run did.
-        completions: URLs of the auditor's servers of the teacher, where the run's was served.
-        pooling: likewise, those that give last hidden states.
-        api_key_env: the environment variable with their API key.
-    """
-
-    remote_code: bool = False
-    completions: Sequence[str] = ()
-    pooling: Sequence[str] = ()
-    api_key_env: str | None = None
+    remote_code: bool = False  # run code of the models' repositories where the run did
+    completions: Sequence[str] = ()  # URLs of the auditor's servers of a teacher that was served
+    pooling: Sequence[str] = ()  # likewise, those that give last hidden states
+    api_key_env: str | None = None  # the environment variable with their API key
 
 
 NO_TRUST = Trust()

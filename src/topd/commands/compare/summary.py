@@ -28,12 +28,9 @@ def summarise(
 ) -> Result:
     """Means over seeds and problems by arm, and paired differences from the baseline.
 
-    Args:
-        results: lines of results.jsonl.
-        baseline: the arm that the others are compared with, run by run and problem by problem.
-        starts: evaluations of the student before stage 2, by name.
-        clock: whose seconds count.
-        references: arms that all others are compared with at equal budgets as well.
+    ``results`` are lines of results.jsonl, ``starts`` evaluations of the student before stage 2 by
+    name; ``clock`` says whose seconds count. With ``references`` all arms are compared at equal
+    budgets as well.
 
     Returns:
         The content of compare.json. Intervals are over both seeds and problems (95 %). What

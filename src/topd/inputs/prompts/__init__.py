@@ -43,30 +43,21 @@ _TEMPLATE_FAULTS = (
 class PromptEncoder:
     """Turns rows into prompts. See :meth:`encode`.
 
-    Args:
-        student: the student's tokenizer and chat template.
-        teacher: the teacher's, or of several each one's; the vocabulary must be the same.
-        teacher_prompt: Jinja template of the teacher's user message, or None. It sees the row's
-            columns, and ``prompt``: the text of the student's last user message.
-        max_length: longest prompt of either, in tokens.
-        drop_long: leave longer prompts out instead of refusing them.
-        template_kwargs: given to both chat templates.
-        routes: of several teachers, which row is whose.
-        reference: the answer that the teacher's prompt is told; see :mod:`.references`.
-        by_text: the teacher learns of a response as text: its ids need not be the teacher's.
-        with_rows: prompts keep their row, for an environment.
+    Tokenizers come with their chat templates; their vocabulary must be the same.
+    ``teacher_prompt`` is a Jinja template of the teacher's user message. It sees the row's columns,
+    and ``prompt``: the text of the student's last user message.
     """
 
     student: PreTrainedTokenizerBase
-    teacher: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase]
+    teacher: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase]  # of several each one's
     teacher_prompt: str | None = None
-    max_length: int = 800
-    drop_long: bool = False
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    routes: Routes = NO_ROUTES
-    reference: Reference = "given"
-    by_text: bool = False
-    with_rows: bool = False
+    max_length: int = 800  # tokens of the longest prompt of either
+    drop_long: bool = False  # leave longer prompts out instead of refusing them
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # of both chat templates
+    routes: Routes = NO_ROUTES  # of several teachers, which row is whose
+    reference: Reference = "given"  # the answer that teacher_prompt is told: see .references
+    by_text: bool = False  # the teacher learns of a response as text: its ids need not be its own
+    with_rows: bool = False  # prompts keep their row, for an environment
 
     def encode(
         self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False

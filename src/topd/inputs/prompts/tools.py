@@ -124,16 +124,11 @@ class Replies:
     In a conversation they are what the chat template writes after the end of the assistant's
     message: the reply as a message of its own, and the beginning of the next one. After a prompt
     that is plain text they are the reply's tokens. What the student wrote stays as it is.
-
-    Args:
-        tokenizer: the student's.
-        ends: tokens that end a turn.
-        template_kwargs: given to the chat template, before a row's own.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    ends: frozenset[int]
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: PreTrainedTokenizerBase  # the student's
+    ends: frozenset[int]  # tokens that end a turn
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # before a row's own
 
     def check(self, rows: Iterable[Row]) -> None:
         """Refuse a chat template that writes no reply in these conversations. Raises TOPDError."""
