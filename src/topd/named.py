@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -88,26 +87,18 @@ def called(key: str, function: Callable[..., Returned], *args: Any) -> Returned:
 
 def _attribute(key: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)  # as python -m has it; a console script does not
     try:
-        with _working_directory_first():
-            found = importlib.import_module(module)
+        found = importlib.import_module(module)
     except Exception as error:  # whatever the code of the module does
         raise TOPDError(
             f"{key}: {name}: {module!r} cannot be imported ({type(error).__name__}: {error}). Is "
-            f"{module}.py in {Path.cwd()} or installed?"
+            f"{module}.py in {here} or installed?"
         ) from error
+    finally:
+        sys.path.remove(here)
     if not hasattr(found, attribute):
         place = getattr(found, "__file__", None) or module
         raise TOPDError(f"{key}: {name}: {place} has no {attribute!r}.")
     return getattr(found, attribute)
-
-
-@contextmanager
-def _working_directory_first() -> Iterator[None]:
-    """As ``python -m`` has it; a console script does not."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)

@@ -94,10 +94,12 @@ def _evaluate_into(
     tokenizer, config = model.load_tokenizer(), model.load_config()
     check_embedding_rows("model", config, tokenizer)
     evaluator = spec.evaluator(rows, tokenizer, config)
-    references = _references(rows)
+    # the answers, or where a family checks, its solutions
+    known = [str(row["answer"] if "answer" in row else row["solution"]) for row in rows]
     settings = {"model": model.model_dump(), "data": spec.model_dump()}
     (found,), made_of = measure(model, {RESPONSES: (spec, evaluator)}, run, console)
-    record = {**found.record(), "settings": settings, **made_of, "references": references}
+    record = {**found.record(), "settings": settings, **made_of}
+    record["references"] = digest(json.dumps(known).encode())
     finish(run, RESULT, record, {RESPONSES: found})
     return found
 
@@ -275,12 +277,6 @@ def _trained_with(model: ModelSpec) -> dict[str, Any]:
 
 def _shown(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {json.dumps(value)}" for name, value in values.items())
-
-
-def _references(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of the references in order: the answers, or where a family checks, its solutions."""
-    known = [str(row["answer"] if "answer" in row else row["solution"]) for row in rows]
-    return digest(json.dumps(known).encode())
 
 
 def _folder(model: ModelSpec, spec: EvaluationSpec) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
@@ -35,19 +34,13 @@ def rope_switch(config: PretrainedConfig) -> int | None:
     Dynamic NTK and longrope (Phi-3, Phi-4-mini) choose them by the longest row.
     """
     text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}  # of all layers, or of each kind
+    ropes = [parameters] if "rope_type" in parameters else parameters.values()
     limits = [
         rope.get("original_max_position_embeddings", text.max_position_embeddings)
         if rope.get("rope_type") == "longrope"
         else text.max_position_embeddings
-        for rope in _ropes(getattr(text, "rope_parameters", None) or {})
-        if rope.get("rope_type") in ("longrope", "dynamic")
+        for rope in ropes
+        if isinstance(rope, Mapping) and rope.get("rope_type") in ("longrope", "dynamic")
     ]
     return min(limits, default=None)
-
-
-def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Those of all layers, or of each kind of layer."""
-    if "rope_type" in parameters:
-        yield parameters
-    else:
-        yield from (one for one in parameters.values() if isinstance(one, Mapping))
