@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from conftest import read, tiny_tokenizer, write_pair
 from topd import TOPDConfig, cli
 from topd.commands import terminal
-from topd.commands.recipe import parse_overrides
+from topd.commands.keys import parse_overrides
 from topd.commands.tables import show_change, show_table
 from topd.inputs.models import ModelSpec
 from topd.methods import METHODS

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from conftest import tiny_tokenizer
 from topd import TOPDConfig
 from topd.commands.gate import Suite, read_suite
-from topd.commands.recipe import PARTS, Recipe, parse_overrides, read_recipe
+from topd.commands.keys import PARTS, parse_overrides
+from topd.commands.recipe import Recipe, read_recipe
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.prompts import PromptEncoder

@@ -14,8 +14,8 @@ import yaml
 from peft import LoraConfig
 
 from topd import TOPDConfig
-from topd.commands.keys import SHARED
-from topd.commands.recipe import parse_overrides, read_mapping, read_recipe
+from topd.commands.keys import SHARED, parse_overrides, read_mapping
+from topd.commands.recipe import read_recipe
 from topd.config import CHECKPOINTING
 from topd.config.rules import RULES
 from topd.errors import TOPDError

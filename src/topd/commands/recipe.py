@@ -19,15 +19,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from topd.commands.keys import (
-    PARTS,
-    from_command_line,
-    mapping_at,
-    parse_overrides,
-    read_content,
-    read_mapping,
-    refuse_unknown,
-)
+from topd.commands.keys import mapping_at, read_content, refuse_unknown
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.errors import TOPDError, placed, shown
 from topd.evaluate.spec import TrainingEvaluation
@@ -37,7 +29,6 @@ from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import Teachers
 from topd.training.warmstart import WarmstartConfig
 
-__all__ = ["PARTS", "Recipe", "from_command_line", "parse_overrides", "read_mapping", "read_recipe"]
 Spec = TypeVar("Spec", bound=BaseModel)
 
 

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging
 
 from topd.commands.early import ALONE
-from topd.commands.keys import part_of
-from topd.commands.recipe import Recipe, from_command_line, one_teacher, read_recipe
+from topd.commands.keys import from_command_line, part_of
+from topd.commands.recipe import Recipe, one_teacher, read_recipe
 from topd.config import TOPDConfig, _field
 from topd.distributed import several
 from topd.engines.factory import open_engines

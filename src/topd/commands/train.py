@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
-from topd.commands.recipe import Recipe, from_command_line, read_recipe
+from topd.commands.keys import from_command_line
+from topd.commands.recipe import Recipe, read_recipe
 from topd.commands.session import quieten
 from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError

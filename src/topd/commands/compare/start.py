@@ -20,13 +20,14 @@ from topd.commands.evaluate import writer_of
 from topd.commands.keys import (
     apart,
     elsewhere,
+    from_command_line,
     of_common_start,
     over,
     packaged,
     part_of,
     read_mapping,
 )
-from topd.commands.recipe import CompareSpec, Recipe, from_command_line, in_files, read_recipe
+from topd.commands.recipe import CompareSpec, Recipe, in_files, read_recipe
 from topd.commands.session import autocast_of, check_one_process, quieten
 from topd.commands.train import check_recipe, make_evaluator, train_recipe
 from topd.config import TOPDConfig

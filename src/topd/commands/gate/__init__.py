@@ -29,7 +29,8 @@ from transformers.utils import logging
 
 from topd.commands.evaluate import as_trained, evaluation_folder, finish, measure, of_run
 from topd.commands.gate.text import card_text, remarks, show
-from topd.commands.recipe import parse_spec, read_mapping
+from topd.commands.keys import read_mapping
+from topd.commands.recipe import parse_spec
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Evaluator, Interval, Response, paired_bootstrap
 from topd.evaluate.evaluation import by_problem, first_rows
