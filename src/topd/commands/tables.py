@@ -124,8 +124,7 @@ def show_repair(console: Console, summary: Summary) -> None:
     """Print the summary of a repair (repair.json)."""
     table = _table(
         f"{counted(summary['samples'], 'fork')}, {counted(summary['updates'], 'update')} each, "
-        "learning rate "
-        f"{summary['learning_rate']:g}, windows of {summary['window_length']} tokens",
+        f"learning rate {summary['learning_rate']:g}, windows of {summary['window_length']} tokens",
         ("method", "mean OT", "reduction", "against opd"),
         box.SIMPLE_HEAD,
     )

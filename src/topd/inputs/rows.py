@@ -20,6 +20,8 @@ from topd.errors import GIVE_DATA, TOPDError
 from topd.inputs.prompt_rows import plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
 
+# of datasets; the latter where there is a loading script
+OF_DATASETS = (datasets.exceptions.DatasetGenerationError, RuntimeError)
 csv.field_size_limit(1 << 30)  # a cell may be longer than 131,072 characters
 ABSENT = (KeyError, TypeError, IndexError, ValueError)  # a column, raised on the way to it
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
@@ -165,14 +167,7 @@ class DataSpec(BaseModel):
             raise TOPDError(
                 f"data {self.path}: no value for {error}, a name that it has. Rename it."
             ) from error
-        except (
-            OSError,
-            EOFError,
-            ValueError,
-            RuntimeError,  # of datasets: a loading script
-            csv.Error,
-            datasets.exceptions.DatasetGenerationError,
-        ) as error:
+        except (OSError, EOFError, ValueError, csv.Error, *OF_DATASETS) as error:
             cause = error.__cause__ or error
             raise TOPDError(
                 f"data {self.path}: cannot be read. {GIVE_DATA} {type(cause).__name__}: {cause}"

@@ -126,10 +126,8 @@ def _rollout_faults(
     for record in records:
         place, response = place_of(record), record["response_ids"]
         prompt = prompts.get(record["prompt"])
-        if prompt is None or [list(prompt.student), list(prompt.teacher)] != [
-            record["prompt_ids"],
-            record["teacher_prompt_ids"],
-        ]:
+        ids = [record["prompt_ids"], record["teacher_prompt_ids"]]
+        if prompt is None or [list(prompt.student), list(prompt.teacher)] != ids:
             yield f"{place}: its tokens are not those of prompt {record['prompt']}"
         elif prompt.teacher_name != record.get("teacher"):
             yield f"{place}: its teacher is not that of prompt {record['prompt']}"

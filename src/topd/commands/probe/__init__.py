@@ -243,13 +243,10 @@ def choose(
     count = args.group_size or len(high)
     quietest = loss.abs().argsort(stable=True)[: math.ceil(args.low_share * len(loss))].tolist()
     found = {"high": list(high)}
-    for name, pool in (
-        ("random", range(len(loss))),
-        ("low", sorted(set(quietest) - set(high))),
-    ):
-        drawn: Any = (
-            generator.choice(len(pool), min(count, len(pool)), replace=False) if pool else []
-        )
+    quiet = sorted(set(quietest) - set(high))
+    for name, pool in dict[str, Sequence[int]](random=range(len(loss)), low=quiet).items():
+        size = min(count, len(pool))
+        drawn: Any = generator.choice(len(pool), size, replace=False) if pool else []
         found[name] = sorted(pool[i] for i in drawn)
     return found
 

@@ -256,15 +256,11 @@ def _no_threshold(columns: Array, args: AnalysisConfig) -> str:
         )
     agree = f"the two models agree (log-probs less than {ALIKE:g} nats a token apart)"
     least = args.candidate_threshold
-    why, remedy = (
-        (agree, "Are they the same model with the same prompt?")
-        if least is None
-        else (
-            f"no {loss_name(args.candidate_loss)} reaches candidate_threshold: {least:g}, or "
-            f"{agree}",
-            "Lower candidate_threshold.",
-        )
-    )
+    why, remedy = agree, "Are they the same model with the same prompt?"
+    if least is not None:
+        loss = loss_name(args.candidate_loss)
+        why = f"no {loss} reaches candidate_threshold: {least:g}, or {agree}"
+        remedy = "Lower candidate_threshold."
     return (
         f"probe: no candidate in any rollout, so no low-loss position goes with one: {why}. "
         f"{remedy} For random and low-loss positions alone set group_size."
@@ -283,6 +279,7 @@ def _measured(columns: Array, args: AnalysisConfig) -> dict[str, Estimate]:
 
 
 def _statistics(found: dict[str, Estimate]) -> dict[str, Any]:
+    outcomes = {part: _nested(found, part) for part in ("right", "verified")}
     return {
         "threshold": asdict(found["threshold"]),
         "false_alarm_share": asdict(found["false_alarm_share"]),
@@ -292,11 +289,7 @@ def _statistics(found: dict[str, Estimate]) -> dict[str, Any]:
             kind: {loss: _nested(found, f"{kind}/{loss}") for loss in LOSSES}
             for kind in ("pearson", "spearman")
         },
-        **(
-            {"outcomes": {part: _nested(found, part) for part in ("right", "verified")}}
-            if "verified/all" in found
-            else {}
-        ),
+        **({"outcomes": outcomes} if "verified/all" in found else {}),
     }
 
 

@@ -69,10 +69,8 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             f"tokenizers end a response differently: student {student.eos_token!r}, teacher "
             f"{teacher.eos_token!r}. Set eos_token of one model to the other's."
         )
-    if (
-        student(PROBE, add_special_tokens=False)["input_ids"]
-        != (teacher(PROBE, add_special_tokens=False)["input_ids"])
-    ):
+    ours, theirs = (one(PROBE, add_special_tokens=False) for one in (student, teacher))
+    if ours["input_ids"] != theirs["input_ids"]:
         raise TOPDError(f"tokenizers split the same text differently: {PROBE!r}. {FAMILY}")
 
 
