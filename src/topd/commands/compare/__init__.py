@@ -35,7 +35,6 @@ from pydantic import ValidationError
 from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
-from transformers.utils import logging
 
 from topd.commands.compare.budgets import TOKENS
 from topd.commands.compare.problems import (
@@ -59,7 +58,7 @@ from topd.commands.compare.start import (
 )
 from topd.commands.compare.summary import SCORES, SECONDS, Result, summarise
 from topd.commands.recipe import CompareSpec, read_recipe
-from topd.commands.session import until_stopped
+from topd.commands.session import quieten, until_stopped
 from topd.commands.train import make_trainer, watch_steps
 from topd.commands.workers import in_workers
 from topd.config import TOPDConfig
@@ -139,8 +138,7 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     """One run: an arm of the recipe with a seed, in a process of its own or watched."""
     path, overrides = task
     gc.collect()  # the models of the run before
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten()
     keys, warmstart = apart_from_stage(overrides)
     recipe = without_checkpoints(read_recipe(path, keys, warmstart=warmstart))
     recipe.args.disable_tqdm = True
