@@ -22,8 +22,7 @@ _OBJECTS = ("accelerator_config",)  # may be an object of transformers
 def typed(kind: type, name: str, value: Any) -> Any:
     """A value as the type of its field: ``"1e-5"`` as a float, a path as text.
 
-    Raises:
-        TOPDError: it has another type, or is or has a number that is not finite.
+    Raises TOPDError: it has another type, or is or has a number that is not finite.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)

@@ -46,8 +46,7 @@ class SelfTeacher(BaseModel):
 def self_teacher_of(teacher: object) -> SelfTeacher | None:
     """``self``, ``{self: {ema: 0.99}}`` or a SelfTeacher; None for any other teacher.
 
-    Raises:
-        TOPDError: an average that is none.
+    Raises TOPDError: an average that is none.
     """
     if isinstance(teacher, SelfTeacher) or teacher is None:
         return teacher

@@ -154,8 +154,7 @@ def _allowed(
 ) -> dict[str, Any]:
     """Student and teacher with the auditor's servers in the place of those that the folder names.
 
-    Raises:
-        TOPDError: models or a method that run code, or a served teacher, without leave.
+    Raises TOPDError: models or a method that run code, or a served teacher, without leave.
     """
     student, several = dict(sources["student"]), sources.get("teachers")
     teachers = several or {"": sources["teacher"]}

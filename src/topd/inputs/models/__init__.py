@@ -253,8 +253,7 @@ _SOURCES = 'a path, a transformers model, or a mapping such as {"path": ..., "dt
 def source_of(name: str, model: ModelSource | Mapping[str, Any]) -> ModelSource:
     """A mapping such as ``{"path": ..., "dtype": "bfloat16"}`` as a ModelSpec; others as they are.
 
-    Raises:
-        TOPDError: it is not a source, or the mapping is not a ModelSpec.
+    Raises TOPDError: it is not a source, or the mapping is not a ModelSpec.
     """
     if isinstance(model, (str, Path, ModelSpec, *LOADED)):
         return model

@@ -30,8 +30,7 @@ def tokenizers_of(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """The tokenizers of a pair, those given or their own, after the checks that need no weights.
 
-    Raises:
-        TOPDError: the pair does not fit, or a model is not what can be trained.
+    Raises TOPDError: the pair does not fit, or a model is not what can be trained.
     """
     if student is teacher and isinstance(student, LOADED):
         raise TOPDError("teacher_model: is the student itself. Use copy.deepcopy(model).")

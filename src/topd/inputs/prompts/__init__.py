@@ -110,8 +110,7 @@ class PromptEncoder:
     def _is_huge(self, asked: Row) -> bool:
         """Whether a prompt is too long whatever its tokens are: it is not tokenised then.
 
-        Raises:
-            TOPDError: it is, and long prompts are not left out.
+        Raises TOPDError: it is, and long prompts are not left out.
         """
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         size = sum(len(t if isinstance(t, str) else str(t.get("content") or "")) for t in texts)

@@ -31,8 +31,7 @@ def referred(
     >>> referred([{"answer": "3"}, {"answer": "3"}, {"answer": "5"}], ["answer"], "wrong")
     [{'answer': '5'}, {'answer': '5'}, {'answer': '3'}]
 
-    Raises:
-        TOPDError: the template names no reference, or all rows have the same one.
+    Raises TOPDError: the template names no reference, or all rows have the same one.
     """
     if not columns:
         raise TOPDError(
