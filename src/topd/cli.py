@@ -22,7 +22,7 @@ from topd.commands.early import (
     own_settings,
 )
 from topd.commands.options import NO_RECIPE, Quiet, RecipeFile, RunFolder
-from topd.commands.terminal import bars, faults, indented, say, summarise
+from topd.commands.terminal import faults, indented, say, summarise
 from topd.errors import TOPDError, placed
 from topd.runs.files import check_is_folder
 from topd.runs.settings import Setting, is_current, known, matching
@@ -155,7 +155,7 @@ def probe(context: typer.Context, recipe: RecipeFile = NO_RECIPE, quiet: Quiet =
     from topd.commands.probe import run_probe
     from topd.commands.tables import show_probe
 
-    folder = run_probe(recipe, context.args, console=bars(quiet))
+    folder = run_probe(recipe, context.args, console=None if quiet else terminal.console)
     summarise(folder, "probe.json", show_probe)
 
 
@@ -167,7 +167,7 @@ def repair(context: typer.Context, recipe: RecipeFile = NO_RECIPE, quiet: Quiet 
     from topd.commands.repair import run_repair
     from topd.commands.tables import show_repair
 
-    folder = run_repair(recipe, context.args, console=bars(quiet))
+    folder = run_repair(recipe, context.args, console=None if quiet else terminal.console)
     summarise(folder, "repair.json", show_repair)
 
 
@@ -190,7 +190,7 @@ def _compare(recipe: Path, words: list[str], quiet: bool) -> None:
     from topd.commands.compare import run_compare
     from topd.commands.tables import show_compare
 
-    folder = run_compare(recipe, words, console=bars(quiet))
+    folder = run_compare(recipe, words, console=None if quiet else terminal.console)
     summarise(folder, "compare.json", show_compare)
 
 

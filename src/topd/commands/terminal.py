@@ -53,11 +53,6 @@ def indented(words: str) -> None:
         console.print(Padding(Text(words), (0, 0, 0, 4), expand=False))
 
 
-def bars(quiet: bool) -> Console | None:
-    """Where bars are drawn, if they are."""
-    return None if quiet else console
-
-
 def summarise(folder: Path, name: str, show: Callable[[Console, Mapping[str, Any]], None]) -> None:
     """Say where a run is, print its summary and write its page."""
     say(f"run folder: {folder}")
