@@ -24,15 +24,9 @@ def is_outside(name: str) -> bool:
 def row_named(key: str, name: str, table: Mapping[str, Row], kind: Callable[[Any], Row]) -> Row:
     """The row that ``name`` stands for in ``table``, or outside it as ``module:attribute``.
 
-    Args:
-        key: whose value the name is; begins every message.
-        name: a key of the table, or ``module:attribute``. Modules of the working directory and
-            all that Python finds are known. The attribute is a row, or a function.
-        table: the rows by name.
-        kind: the type of a row, which makes one of a function.
-
-    Raises:
-        TOPDError: there is no such row, module or attribute, or it is no function.
+    Modules of the working directory and all that Python finds are known. The attribute is a row, or
+    a function, of which ``kind``, the type of a row, makes one. Messages begin with ``key``.
+    Raises TOPDError: there is no such row, module or attribute, or it is no function.
 
     >>> row_named("key", "math:pi", {}, list)
     Traceback (most recent call last):

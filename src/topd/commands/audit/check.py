@@ -34,7 +34,6 @@ def audit_run(
     """Check a training run's folder.
 
     Args:
-        folder: the run.
         updates: how many updates' decisions are re-derived; 0 loads no model.
         seed: which ones. By default one that nobody can know beforehand; it is among what was
             checked, so that the audit can be repeated.

@@ -55,8 +55,7 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
             "already. Leave peft_config out, or merge the adapter first (merge_and_unload)."
         )
     empty = copy.deepcopy(adapter)
-    if empty.init_lora_weights is not True:
-        empty.init_lora_weights = True  # pissa and others read weights
+    empty.init_lora_weights = True  # pissa and others read weights
     try:
         with torch.device("meta"):
             wrapped = get_peft_model(_without_weights(config, student), empty)

@@ -69,7 +69,6 @@ class PromptEncoder:
         is the reference ``solution``, unless the row has one (or a ``completion``).
 
         Args:
-            rows: the data.
             with_response: also encode the answer as the response, for warm start: the ids that the
                 template writes for the finished conversation, from the end of the prompt on.
 
