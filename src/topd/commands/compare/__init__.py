@@ -295,9 +295,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     folder, spec = comparison.folder, comparison.spec
     check_run_folder(folder, resume=True)
     stages = comparison.stages()
-    content = {**resolved(comparison.recipe), "compare": as_json(spec.model_dump()), **stages}
-    for changing in ("jobs", "clock", "plan"):
-        content["compare"].pop(changing)
+    asked = as_json(spec.model_dump(exclude={"jobs", "clock", "plan"}))  # those may change
+    content = {**resolved(comparison.recipe), "compare": asked, **stages}
     own = ("run.json", RESULTS, *(["warmstart"] if comparison.first else []))
     if not any((folder / name).exists() for name in own):
         return content

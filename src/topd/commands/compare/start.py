@@ -231,8 +231,7 @@ def _from_start(keys: Mapping[str, Any], folder: Path, first: Recipe | None) -> 
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """A recipe as run.json has it, wherever it runs."""
     config = {key: value for key, value in recipe.args.to_dict().items() if key not in PLACES}
-    found: dict[str, Any] = as_json({"recipe": recipe.sources(), "config": config})
-    return found
+    return as_json({"recipe": recipe.sources(), "config": config})
 
 
 def check_arms(comparison: Comparison, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

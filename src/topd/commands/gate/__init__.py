@@ -302,12 +302,10 @@ def run_gate(
 def _as_trained(suite: Suite, models: Sequence[ModelSpec]) -> tuple[Suite, list[str]]:
     """The suite with prompts as in the candidate's training, or the base's, where nothing else is
     said; and the lines that say so."""
-    problems, said = as_trained(suite.problems.with_split(), models)
-    changes: dict[str, Any] = {"problems": problems}
-    if suite.refusals is not None:
-        changes["refusals"], more = as_trained(suite.refusals.with_split(), models)
-        said += more
-    return suite.model_copy(update=changes), [*dict.fromkeys(said)]
+    found = {name: as_trained(part.with_split(), models) for name, part in suite.parts.items()}
+    changes = {name: spec for name, (spec, _) in found.items()}
+    said = dict.fromkeys(line for _, lines in found.values() for line in lines)
+    return suite.model_copy(update=changes), [*said]
 
 
 def _gate_into(
