@@ -39,11 +39,11 @@ class Recipe:
     student: ModelSpec
     teacher: ModelSpec | Teachers | SelfTeacher
     data: DataSpec
-    eval_data: DataSpec | None
-    evaluation: TrainingEvaluation | None
-    compare: CompareSpec | None
-    lora: LoraConfig | None
     args: TOPDConfig
+    lora: LoraConfig | None
+    eval_data: DataSpec | None = None
+    evaluation: TrainingEvaluation | None = None
+    compare: CompareSpec | None = None
 
     def sources(self) -> dict[str, Any]:
         """Models, data and adapter as plain values; ``args`` are written on their own."""
@@ -186,16 +186,14 @@ def read_recipe(
     student = parse_spec(path, "student", ModelSpec, content["student"])
     data = parse_spec(path, "data", DataSpec, content["data"])
     kinds = dict[str, Any](eval_data=DataSpec, evaluation=TrainingEvaluation, compare=CompareSpec)
-    others: dict[str, Any] = {
-        part: parse_spec(path, part, kind, content[part]) if content.get(part) else None
-        for part, kind in kinds.items()
-    }
+    asked = {part: kind for part, kind in kinds.items() if content.get(part)}
+    others = {part: parse_spec(path, part, kind, content[part]) for part, kind in asked.items()}
     lora = _lora(path, content.get("lora"))
     if isinstance(teacher, ModelSpec):
         student = student.with_tokenizer_of(teacher)
     with placed(path):
         args = config(**settings)
-    return Recipe(student, teacher, data, lora=lora, args=args, **others)
+    return Recipe(student, teacher, data, args, lora, **others)
 
 
 def _teacher(path: Path, content: Mapping[str, Any]) -> ModelSpec | Teachers | SelfTeacher:

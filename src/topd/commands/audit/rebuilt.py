@@ -236,9 +236,6 @@ def _recipe(
         student=ModelSpec(**sources["student"]),
         teacher=_teacher_of(sources),
         data=DataSpec.recorded(sources["data"]),
-        eval_data=None,
-        evaluation=None,
-        compare=None,
         lora=LoraConfig(**sources["lora"]) if sources["lora"] else None,
         args=kind(**{**settings, "output_dir": str(output)}, left_out={}),  # all as they were
     )
