@@ -241,29 +241,23 @@ def open_pair(recipe: Recipe, phases: Phases) -> Pair:
             "with path, in this process or served."
         )
     args, device = recipe.args, recipe.args.device
-    rows = recipe.data.load()
-    tokenizer, teacher_tokenizer = tokenizers_of(recipe.student, source)
-    prompts = encoder_of((tokenizer, teacher_tokenizer), args).encode(rows)
+    rows, specs = recipe.data.load(), (recipe.student, source)
+    tokenizers = tokenizers_of(*specs)
+    prompts = encoder_of(tokenizers, args).encode(rows)
     for name, spec, lengths in (
         ("student", recipe.student, [len(p.student) for p in prompts]),
         ("teacher", source, [len(p.teacher) for p in prompts]),
     ):
         most = max(lengths) + args.max_completion_length
         check_context(name, spec, most, args.ahead)
-        check_servers(name, spec, tokenizer, most, args.ahead)
-    student, teacher = (model.eval().to(device) for model in load_pair(recipe.student, source))
+        check_servers(name, spec, tokenizers[0], most, args.ahead)
+    student, teacher = (model.eval().to(device) for model in load_pair(*specs))
     check_head("student", student)
     check_head("teacher", teacher.requires_grad_(False))
     autocast = partial(autocast_of, args, device)
-    own, (other,) = open_engines(
-        (recipe.student, source),
-        (student, teacher),
-        (tokenizer, teacher_tokenizer),
-        args.temperature,
-        autocast,
-    )
+    own, (other,) = open_engines(specs, (student, teacher), tokenizers, args.temperature, autocast)
     observer = Observer(own, other, args, phases)
-    return Pair(observer, student, teacher, tokenizer, tuple(prompts), autocast, own.shares)
+    return Pair(observer, student, teacher, tokenizers[0], tuple(prompts), autocast, own.shares)
 
 
 def open_folder(command: str, recipe: Recipe, pair: Pair) -> RunFolder:

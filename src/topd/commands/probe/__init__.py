@@ -315,15 +315,10 @@ def _tokens(batch: Batch) -> dict[str, int]:
 
 def _rollout_records(batch: Batch, number: int, size: int, pair: Pair) -> Iterator[dict[str, Any]]:
     for i, rollout in enumerate(batch.rollouts):
-        length = len(rollout.response)
+        length, text = len(rollout.response), pair.tokenizer.decode(list(rollout.response))
+        logprobs = batch.teacher_logprobs[i, :length].tolist()
         yield {
-            **rollout_record(
-                number // size,
-                number + i,
-                rollout,
-                batch.teacher_logprobs[i, :length].tolist(),
-                pair.tokenizer.decode(list(rollout.response)),
-            ),
+            **rollout_record(number // size, number + i, rollout, logprobs, text),
             "reverse_kl": batch.terms.divergence[i, :length].tolist(),
             "entropy": batch.terms.entropy[i, :length].tolist(),
         }

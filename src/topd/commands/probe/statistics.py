@@ -335,19 +335,11 @@ def _nested(found: dict[str, Estimate], prefix: str) -> dict[str, Any]:
 def _pair_texts(
     pairs: dict[str, Any], decode: Callable[[list[int]], str]
 ) -> dict[str, list[dict[str, Any]]]:
-    return {
-        name: [
-            {
-                "student": student,
-                "teacher": teacher,
-                "student_text": decode([student]),
-                "teacher_text": decode([teacher]),
-                "count": count,
-            }
-            for student, teacher, count in some
-        ]
-        for name, some in pairs.items()
-    }
+    def told(student: int, teacher: int, count: int) -> dict[str, Any]:
+        texts = {"student_text": decode([student]), "teacher_text": decode([teacher])}
+        return {"student": student, "teacher": teacher, **texts, "count": count}
+
+    return {name: [told(*pair) for pair in some] for name, some in pairs.items()}
 
 
 def cost_of(folder: Path) -> dict[str, Any]:
