@@ -75,17 +75,12 @@ def check_early(
     """
     given, overrides = from_command_line(recipe, words)
     path = Path(given or "topd")
+    own, stage = declared(config), declared("WarmstartConfig")
     if compare:
         overrides, first = apart(overrides)
-        names = {*declared("WarmstartConfig"), *PARTS, "activation_checkpointing"}
+        names = {*stage, *PARTS, "activation_checkpointing"}
         refuse_unknown(path, dict.fromkeys(map(part_of, first)), names, "warmstart.")
-    content = read_content(
-        given,
-        overrides,
-        fields=declared(config),
-        stage=declared("WarmstartConfig"),
-        warmstart=warmstart,
-    )
+    content = read_content(given, overrides, fields=own, stage=stage, warmstart=warmstart)
     teachers = content.get("teachers")
     several = dict(teachers) if isinstance(teachers, Mapping) else {}
     parts = {part: content.get(part) for part in SPECS}

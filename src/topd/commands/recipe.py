@@ -165,16 +165,10 @@ def read_recipe(
     Raises:
         TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
     """
-    content = read_content(
-        path,
-        overrides or {},
-        fields=_fields(config),
-        stage=_fields(WarmstartConfig),
-        warmstart=warmstart,
-    )
+    own, stage = _fields(config), _fields(WarmstartConfig)
+    content = read_content(path, overrides or {}, fields=own, stage=stage, warmstart=warmstart)
     path = Path(path or "topd")
-    config = WarmstartConfig if warmstart else config
-    known = _fields(config)
+    config, known = (WarmstartConfig, stage) if warmstart else (config, own)
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # old and new are one
         for end in ("", "_kwargs"):
             if name + end in content:

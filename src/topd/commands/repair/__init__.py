@@ -187,13 +187,10 @@ def samples_of(
 
 def fork_at(rollout: Rollout, t: int, length: int) -> Rollout:
     """The window of a rollout from token ``t`` on as a response to all that came before."""
-    prompt, before = rollout.prompt, rollout.response[:t]
-    return replace(
-        rollout,
-        prompt=Prompt(prompt.index, prompt.student + before, prompt.teacher + before),
-        response=rollout.response[t : t + length],
-        logprobs=rollout.logprobs[t : t + length],
-    )
+    prompt, before, window = rollout.prompt, rollout.response[:t], slice(t, t + length)
+    own = Prompt(prompt.index, prompt.student + before, prompt.teacher + before)
+    tokens, logprobs = rollout.response[window], rollout.logprobs[window]
+    return replace(rollout, prompt=own, response=tokens, logprobs=logprobs)
 
 
 def see(
