@@ -104,15 +104,13 @@ def _compare_ends(
     ours, theirs = (
         set(eos_ids(model, tokenizer)) for model, tokenizer in zip(models, tokenizers, strict=True)
     )
-    names = (
-        tokenizers[0].convert_ids_to_tokens(sorted(ours)),
-        tokenizers[1].convert_ids_to_tokens(sorted(theirs - ours)),
-    )
-    if names[1]:
+    own = tokenizers[0].convert_ids_to_tokens(sorted(ours))
+    more = tokenizers[1].convert_ids_to_tokens(sorted(theirs - ours))
+    if more:
         warnings.warn(
-            f"The student's responses end at {', '.join(names[0])}; the teacher ends its own at "
-            f"{', '.join(names[1])} too, which does not end the student's. To end at all of them: "
-            f"eos_token: [{', '.join([*names[0], *names[1]])}] in the student's spec.",
+            f"The student's responses end at {', '.join(own)}; the teacher ends its own at "
+            f"{', '.join(more)} too, which does not end the student's. To end at all of them: "
+            f"eos_token: [{', '.join([*own, *more])}] in the student's spec.",
             stacklevel=2,
         )
 
