@@ -130,6 +130,7 @@ def turned(tokens):
     return tokens.student.T
 """
 RAISING = """
+import torch
 from topd.methods import opd
 
 def third(evidence, *, updates=2):
@@ -139,13 +140,14 @@ def third(evidence, *, updates=2):
 def look_up(table):
     return table["key"]
 
+@torch.no_grad()
 def score(tokens):
     return 1 / 0
 
 def reply(row):
     return None
 
-seen = []
+seen, known = [], {}.get
 """
 
 
@@ -186,15 +188,19 @@ def test_what_does_not_fit_the_rollouts_is_refused(own, changes, said):
     [
         (
             {"method": "raising:third", "method_options": {"updates": 0}},
-            r"^method: raising:third raised KeyError: 'key' \(\S+raising.py, line 9\)\. Correct ",
+            r"^method: raising:third raised KeyError: 'key' \(\S+raising.py, line 10\)\. Correct ",
         ),
         (
             {"method": "window_sft", "candidate_loss": "raising:score", "window_length": 4},
-            r"^candidate_loss: raising:score raised ZeroDivisionError: .*raising.py, line 12\)",
+            r"^candidate_loss: raising:score raised ZeroDivisionError: .*raising.py, line 14\)",
         ),
         (
             {"environment": "raising:reply", "max_turns": 2, "max_completion_length": 40},
             r"^environment: raising:reply raised TypeError: .* given \(when it was called\)",
+        ),
+        (
+            {"environment": "raising:known", "max_turns": 2, "max_completion_length": 40},
+            r"^environment: builtins:get raised TypeError: unhashable .* \(when it was called\)",
         ),
     ],
 )
@@ -213,7 +219,7 @@ def test_a_run_that_a_function_from_outside_stops_is_saved_and_its_traceback_sho
     assert done.exit_code == 2
     shown = " ".join(done.output.split())
     assert "Correct it there. run/checkpoint-2 is saved: 2 of 4 updates. Resume with" in shown
-    assert "line 9, in look_up" in shown
+    assert "line 10, in look_up" in shown
     assert "topd/named.py" not in shown
 
 

@@ -65,16 +65,20 @@ def called(key: str, function: Callable[..., Returned], *args: Any) -> Returned:
         raise
     except Exception as error:
         own = function.func if isinstance(function, partial) else function
-        module = getattr(own, "__module__", "")
+        module = getattr(own, "__module__", None) or "builtins"
         if module.partition(".")[0] == "topd":
             raise
-        frames = traceback.extract_tb(error.__traceback__)[1:]  # without this one
-        lines = [f"{f.filename}, line {f.lineno}" for f in frames if f.filename == frames[0][0]]
+        inner = error.__traceback__ and error.__traceback__.tb_next  # without this frame
+        lines = [  # not those of a decorator from elsewhere
+            f"{frame.f_code.co_filename}, line {line}"
+            for frame, line in traceback.walk_tb(inner)
+            if frame.f_globals.get("__name__") == module
+        ]
         fault = TOPDError(
             f"{key}: {module}:{getattr(own, '__name__', own)} raised {first_line(error)} "
             f"({lines[-1] if lines else 'when it was called'}). Correct it there."
         )
-        said = traceback.format_list(frames) + traceback.format_exception_only(error)
+        said = traceback.format_tb(inner) + traceback.format_exception_only(error)
         fault.add_note("".join(said).rstrip())
         raise fault from error
 
