@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topd.engines.several import reader_of
 from topd.seeds import Stream, seed_of
-from topd.types import Generation, Guidance, Rollout, Starts
+from topd.types import Generation, Guidance, Rollout
 
 if TYPE_CHECKING:
     from topd.training.experience import Observer
@@ -81,8 +81,12 @@ def branch_states(
 
 
 def _scored(
-    watch: Observer, rollouts: Sequence[Rollout], guidance: Sequence[Guidance], places: Starts
+    watch: Observer,
+    rollouts: Sequence[Rollout],
+    guidance: Sequence[Guidance],
+    places: Sequence[tuple[int, int]],
 ) -> dict[tuple[int, int], Tensor]:
+    """States along branches that are read now; ``places`` are their rows and numbers."""
     branches = [guidance[row].branches[k] for row, k in places]
     prompts = [
         rollouts[row].prompt.teacher + rollouts[row].response[: branch.start]
