@@ -93,6 +93,8 @@ def test_every_row_is_seen_by_its_own_teacher(tmp_path) -> None:
     made = trainer(tmp_path / "both", Teachers(models), window_temperature=1.0)
     prompts = made.train_dataset
     seen = made.observer.observe(prompts, step=0)
+    with pytest.raises(ValueError, match="zip"):  # not zeros: nobody has said whose text it is
+        made.observer.teacher.embed(torch.zeros(1, 2, dtype=torch.long))
     for name, model in models.items():
         alone = trainer(tmp_path / name, copy.deepcopy(model), window_temperature=1.0)
         own = alone.observer.observe(prompts, step=0)

@@ -105,11 +105,15 @@ class SeveralTeachers:
     gives: Needs = "distributions"
 
     def __init__(
-        self, engines: Sequence[Engine], places: Mapping[str, int], owners: Sequence[int] = ()
+        self,
+        engines: Sequence[Engine],
+        places: Mapping[str, int],
+        owners: Sequence[int] | None = None,
     ) -> None:
         self.engines, self.places = tuple(engines), places
-        self.rows: list[list[int]] = [[] for _ in engines]  # of every engine
-        for row, owner in enumerate(owners):
+        known = () if owners is None else engines
+        self.rows: list[list[int]] = [[] for _ in known]  # of every engine; none: nobody reads
+        for row, owner in enumerate(owners or ()):
             self.rows[owner].append(row)
 
     @property
