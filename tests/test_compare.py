@@ -269,6 +269,19 @@ def test_a_run_that_fails_leaves_its_models_no_memory(recipe, tmp_path, monkeypa
     assert "CUDA out of memory. Lower per_device_train_batch_size" in console.export_text()
 
 
+def test_the_traceback_of_a_function_of_ones_own_is_shown_at_the_end(recipe, tmp_path, monkeypatch):
+    def run_arm(*_):
+        fault = TOPDError("method: mine:guide raised KeyError: 'a'")
+        fault.add_note("mine.py, in guide")  # as topd.named.called has it
+        raise fault
+
+    monkeypatch.setattr(compare, "run_arm", run_arm)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: {})
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--quiet"]
+    done = CliRunner().invoke(cli.app, ["compare", str(recipe), *words])
+    assert "mine.py, in guide" in done.output
+
+
 def test_workers_end_with_a_comparison_that_is_killed(recipe, tmp_path):
     """Else they would go on writing where it is to be continued."""
     folder = tmp_path / "run"

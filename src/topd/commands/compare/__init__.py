@@ -245,7 +245,7 @@ def _run_all(
         if console:
             say(console, f"{arm}, seed {seed} failed: {result}")
     if faults:
-        raise _failed(faults)
+        raise _failed(faults) from next(iter(faults.values()))  # with its notes
 
 
 def _one_by_one(
