@@ -54,7 +54,8 @@ def test_values_that_make_no_table_or_leave_the_bounds_are_refused():
     with pytest.raises(TOPDError, match="outside"):
         seed_problem_interval([[2.0], [-2.0]])
     for interval, values in ((bootstrap, [5.0, 6.0]), (seed_problem_interval, [[5.0, 6.0]])):
-        with pytest.raises(TOPDError, match=rf"{interval.__name__}: the bounds \(0, inf\) must be"):
+        said = rf"{interval.__name__}: the bounds \(0, inf\) must be finite\. Give the least and"
+        with pytest.raises(TOPDError, match=said):
             interval(values, bounds=(0, float("inf")))
 
 

@@ -91,13 +91,14 @@ def _check_level(where: str, level: float) -> None:
 
 def _check_bounds(where: str, values: Sequence[float], bounds: Bounds) -> None:
     least, most = bounds
-    if not np.isfinite(bounds).all():
-        raise TOPDError(f"{where}: the bounds ({least:g}, {most:g}) must be finite.")
     outside = [float(value) for value in values if not least <= value <= most]
-    if outside:
+    fault = f"the value {outside[0]:g} is outside [{least:g}, {most:g}]" if outside else ""
+    if not np.isfinite(bounds).all():
+        fault = f"the bounds ({least:g}, {most:g}) must be finite"
+    if fault:
         raise TOPDError(
-            f"{where}: the value {outside[0]:g} is outside [{least:g}, {most:g}]. Give the least "
-            "and the largest value that a problem can have: bounds=(LEAST, LARGEST)."
+            f"{where}: {fault}. Give the least and the largest value that a problem can have: "
+            "bounds=(LEAST, LARGEST)."
         )
 
 
@@ -135,8 +136,8 @@ def paired_bootstrap(
         bounds: the least and the largest value of both; differences then lie within their distance.
 
     Raises:
-        TOPDError: different numbers of problems, none, a value of either outside the bounds, or a
-            level outside (0, 1).
+        TOPDError: different numbers of problems, none, a value of either outside the bounds, bounds
+            that are not finite, or a level outside (0, 1).
 
     >>> round(paired_bootstrap([1.0] * 40, [1.0] * 40).high, 4)  # nothing seen, not nothing there
     0.0881
@@ -179,8 +180,8 @@ def seed_problem_interval(
         resamples: how often.
 
     Raises:
-        TOPDError: no values, not the same problems for each seed, a value outside the bounds, or a
-            level outside (0, 1).
+        TOPDError: no values, not the same problems for each seed, a value outside the bounds,
+            bounds that are not finite, or a level outside (0, 1).
 
     >>> found = seed_problem_interval([[0.5, 0.0, 1.0], [0.5, 0.0, 0.0]], bounds=(0, 1))
     >>> round(found.mean, 4), found.low, found.high, found.problems
