@@ -279,8 +279,8 @@ def _check_guidance(found: object, rollouts: Sequence[Rollout], vocab_size: int)
         ids = [token for part in (*guide.targets, *guide.branches) for token in part.tokens]
         if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
             raise TOPDError(
-                f"method: has the tokens {min(ids)} to {max(ids)} in targets or branches, and both "
-                f"models have 0 to {vocab_size - 1}. Take ids of the student's tokenizer."
+                f"method: has the tokens {min(ids)} to {max(ids)} in targets or branches, and may "
+                f"have 0 to {vocab_size - 1}. Take ids of the student's tokenizer."
             )
         if any(len(target.tokens) != len(target.probabilities) for target in guide.targets):
             raise TOPDError(
