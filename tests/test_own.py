@@ -223,9 +223,12 @@ def test_a_run_that_a_function_from_outside_stops_is_saved_and_its_traceback_sho
     assert "topd/named.py" not in shown
 
 
-def test_a_module_that_raises_anything_when_it_is_imported_is_refused(own):
-    Path("broken.py").write_text("1 / 0")
-    with pytest.raises(TOPDError, match=r"'broken' cannot be imported \(ZeroDivisionError: "):
+@pytest.mark.parametrize(
+    ("code", "said"), [("1 / 0", "ZeroDivisionError: "), ("raise SystemExit(0)", "SystemExit: 0")]
+)
+def test_a_module_that_raises_anything_when_it_is_imported_is_refused(own, code, said):
+    Path("broken.py").write_text(code)
+    with pytest.raises(TOPDError, match=rf"'broken' cannot be imported \({said}"):
         detector_named("broken:score")
 
 

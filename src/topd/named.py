@@ -89,7 +89,7 @@ def _attribute(key: str, name: str) -> Any:
     sys.path.insert(0, here)  # as python -m has it; a console script does not
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the code of the module does
+    except (Exception, SystemExit) as error:  # whatever the code of the module does
         raise TOPDError(
             f"{key}: {name}: {module!r} cannot be imported ({type(error).__name__}: {error}). Is "
             f"{module}.py in {here} or installed?"
