@@ -111,6 +111,7 @@ def test_a_mapped_answer_that_a_row_of_json_lacks_is_an_empty_one(tmp_path, plac
     columns = {"prompt": "q", "answer": place}
     found = load(file, columns=columns, chat=False, limit=2)
     assert [row["answer"] for row in found] == [None, "3"]
+    assert not DataSpec(path=str(file), columns=columns, chat=False).has_messages()
     with pytest.raises(TOPDError, match=r"row 2: no column 'q'\. It has gold"):
         load(file, columns=columns)
     with pytest.raises(TOPDError, match=rf"row 0: no column '{place}'\. It has q"):

@@ -24,6 +24,7 @@ from topd.testbed import SCHEME, rows_of
 OF_DATASETS = (datasets.exceptions.DatasetGenerationError, RuntimeError)
 csv.field_size_limit(1 << 30)  # a cell may be longer than 131,072 characters
 ABSENT = (KeyError, TypeError, IndexError, ValueError)  # a column, raised on the way to it
+OPTIONAL = ("answer", "solution")  # a row may lack them where others have them
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
 
 
@@ -101,14 +102,15 @@ class DataSpec(BaseModel):
         """Whether prompts are messages: made from text, or those of the data. Raises TOPDError."""
         if self.makes_messages:
             return True
-        (row,) = self.model_copy(update={"limit": 1}).load()
+        of_prompts = {k: name for k, name in self.columns.items() if k not in OPTIONAL}
+        (row,) = self.model_copy(update={"limit": 1, "columns": of_prompts}).load()
         return not isinstance(prompt_of(row), str)
 
     def load(self) -> list[dict[str, Any]]:
         """The rows, columns mapped. Raises TOPDError: no such data, an empty or missing column."""
         found = self._task_rows() if self.task else self._stored_rows()
-        mapped = ((ours, self.columns.get(ours)) for ours in ("answer", "solution"))
-        optional = [ours for ours, name in mapped if name and any(_has(row, name) for row in found)]
+        asked = {ours: name for ours, name in self.columns.items() if ours in OPTIONAL}
+        optional = [ours for ours, name in asked.items() if any(_has(row, name) for row in found)]
         rows = [self._row(i, row, optional) for i, row in enumerate(found)]
         if not rows:
             raise TOPDError(f"data {self.path or self.task}: has no rows.")
