@@ -310,7 +310,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     if not all(key in point for result in results for point in result["curve"] for key in TOKENS):
         raise TOPDError(
             f"output_dir: {folder} was begun by a version that did not count tokens (0.1.0), so it "
-            "cannot go on. topd report shows it; choose another folder."
+            "cannot continue. topd report shows it; choose another folder."
         )
     done = {result["arm"] for result in results}
     begun = is_begun(folder)

@@ -29,7 +29,7 @@ def summarise(
     """Means over seeds and problems by arm, and paired differences from the baseline.
 
     ``results`` are lines of results.jsonl, ``starts`` evaluations of the student before stage 2 by
-    name; ``clock`` says whose seconds count. With ``references`` all arms are compared at equal
+    name; ``clock`` says whose seconds count. All others are compared with ``references`` at equal
     budgets as well.
 
     Returns:
