@@ -209,6 +209,9 @@ def test_a_teacher_that_becomes_the_student_is_nothing_else(write):
         (["--teacher_prompt", "null"], {"teacher_prompt": None}),
         (["--teacher_prompt", "Hint: 7"], {"teacher_prompt": "Hint: 7"}),
         (["--warmstart.teacher_prompt=- 7"], {"warmstart.teacher_prompt": "- 7"}),
+        (["--teacher_prompt", "So:\n{{ prompt }} "], {"teacher_prompt": "So:\n{{ prompt }} "}),
+        (["--teacher_prompt=Solve\n\nit."], {"teacher_prompt": "Solve\n\nit."}),
+        (["--teacher_prompt", "'7'"], {"teacher_prompt": "7"}),
         (["--seed", "1", "--seed", "2"], {"seed": 2}),
     ],
 )

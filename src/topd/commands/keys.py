@@ -188,9 +188,10 @@ def parse_value(word: str, key: str = "") -> Any:
         value = parse_yaml("command line", word)
     except TOPDError:
         return word  # text that is no YAML, a template for instance
-    if key.endswith("teacher_prompt") and not isinstance(value, str | None):
-        return word
-    cut = re.search(r"(^|\s)#", word) and word[0] not in "'\""
+    quoted = word[:1] in ("'", '"')
+    if key.endswith("teacher_prompt") and value is not None:  # YAML would join its lines
+        return value if quoted and isinstance(value, str) else word
+    cut = re.search(r"(^|\s)#", word) and not quoted
     return word if cut and (value is None or isinstance(value, str)) else value
 
 
