@@ -279,6 +279,7 @@ def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
         ("algorithm.rollout_correction.rollout_is", "token", "unknown"),
         ("trainer.save_freq", 10, {"save_steps": 20}),
         ("data.train_max_samples", 9, {"data": {"path": "prompts.parquet", "limit": 9}}),
+        ("data.train_max_samples", None, "left out"),
         (f"{MODEL}override_config.attn_implementation", "sdpa",
          {"student": {"path": "student", "attn_implementation": "sdpa"}}),
         ("distillation.num_workers", 8, "left out"),

@@ -196,7 +196,7 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return _update(value, content)
     if key == f"{ROLLOUT}top_k":
         return "translated", "", {"top_k": max(0, number(key, value))}
-    if key == "data.train_max_samples" and number(key, value) > 0:
+    if key == "data.train_max_samples" and value is not None and number(key, value) > 0:
         note = "the first rows; there drawn if it shuffles"
         return "translated", note, {"data/limit": number(key, value)}
     if key == "trainer.save_freq" and number(key, value) < 1:
