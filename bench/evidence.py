@@ -118,33 +118,44 @@ def pages() -> dict[str, str]:
 
 
 def write_figure(worlds: Mapping[str, Found]) -> None:
-    """Points over OPD of the methods that matter most, in every world."""
+    """Points over OPD of the methods that matter most: a row for few answers, one for many."""
     from matplotlib import pyplot, rcParams
 
     rcParams.update({"svg.hashsalt": "evidence", "font.size": 9})
+    rows = [[name for name in worlds if name.endswith(supply)] for supply in ("few", "many")]
     figure, axes = pyplot.subplots(
-        1, len(worlds), sharey=True, figsize=(12, 3.6), layout="constrained"
+        2, len(rows[1]), sharey=True, figsize=(8.5, 6), layout="constrained"
     )
-    places = list(range(len(DRAWN)))[::-1]
-    for axis, (name, found) in zip(axes, worlds.items(), strict=True):
-        axis.axvline(0, color="0.6", linewidth=1)
-        for score, shift, colour in (("greedy", 0.14, "#1f4e9c"), ("pass@1", -0.14, "#c05a00")):
-            known = [
-                (place + shift, *(100 * gain[score][key] for key in ("mean", "low", "high")))
-                for place, arm in zip(places, DRAWN, strict=True)
-                if (gain := found["against"]["opd"].get(arm))
-            ]
-            at, mean, low, high = zip(*known, strict=True)
-            axis.hlines(at, low, high, color=colour, linewidth=1.5)
-            axis.plot(mean, at, "o", color=colour, markersize=4, label=score)
+    for name, axis in zip(rows[0] + rows[1], [*axes[0, : len(rows[0])], *axes[1]], strict=True):
+        _draw(axis, worlds[name]["against"]["opd"])
         if not name.startswith("guesses"):
             axis.set_xlim(-26, 14)  # the same for all; in guesses olive is 80 points ahead
         axis.set_title(_world(name).replace(", ", "\n"), fontsize=9)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.tick_params(left=False)
-    axes[0].set_yticks(places, [named(arm) for arm in DRAWN])
-    figure.supxlabel("points over OPD; blue: greedy, orange: sampled at temperature 1", fontsize=9)
+    axes[0, 0].set_yticks(range(len(DRAWN)), [named(arm) for arm in DRAWN])
+    axes[0, 0].invert_yaxis()
+    for axis in axes[0, len(rows[0]) :]:
+        axis.axis("off")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    axes[0, -1].legend(handles, labels, loc="center", frameon=False)
+    figure.supxlabel("points over OPD, 95 % intervals", fontsize=9)
     figure.savefig(DOCS / "images" / "over_opd.svg", metadata={"Date": None})
+
+
+def _draw(axis: Any, over: Mapping[str, Found]) -> None:
+    """A panel: the gains of each method, greedy above sampled."""
+    axis.axvline(0, color="0.6", linewidth=1)
+    for score, label, shift, colour in (
+        ("greedy", "greedy", -0.14, "#1f4e9c"),
+        ("pass@1", "sampled at\ntemperature 1", 0.14, "#c05a00"),
+    ):
+        places = [i for i, arm in enumerate(DRAWN) if arm in over]
+        gains = [over[DRAWN[i]][score] for i in places]
+        mean, low, high = ([100 * gain[key] for gain in gains] for key in ("mean", "low", "high"))
+        heights = [i + shift for i in places]
+        axis.hlines(heights, low, high, color=colour, linewidth=1.5)
+        axis.plot(mean, heights, "o", color=colour, markersize=4, label=label)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(left=False)
 
 
 def introduction(worlds: Mapping[str, Found], links: Mapping[str, str]) -> str:
