@@ -75,6 +75,7 @@ CHAT = (
 )  # SmolLM2's, without the system message that it adds
 COMMON = {"bf16": True, "save_strategy": "no", "log_rollouts": False}
 Rows = Iterator[dict[str, str]]
+ONCE = "stage 1 continued, 640 new answers once, cross-entropy"
 
 
 @dataclass(frozen=True)
@@ -135,9 +136,11 @@ def arms_of_words() -> dict[str, dict[str, Any]]:
 
 
 def arms_of_sums() -> dict[str, dict[str, Any]]:
-    """Those of the tables after stage 1 by cross-entropy, and OLIVE."""
+    """Those of the tables after stage 1 by cross-entropy, OLIVE, and an answer to every prompt."""
     found = arms_of(40, 16)
-    return {**{arm: found[arm] for arm in AFTER_CE}, "OLIVE": {**OLIVE, "window_length": 16}}
+    once = {**found[NEW], "data.limit": 640, "max_steps": 40}
+    arms = {arm: found[arm] for arm in AFTER_CE}
+    return {**arms, "OLIVE": {**OLIVE, "window_length": 16}, ONCE: once}
 
 
 @dataclass

@@ -145,6 +145,21 @@ def test_half_precision_passes():
     assert engine.way == "shared"
 
 
+def test_half_precision_whose_rounding_is_large_passes_and_a_fault_does_not():
+    """Log-probs of -100: on a CPU padding alone changes no bit of them, decoding does."""
+    model = tiny_model(num_hidden_layers=4).bfloat16()
+    model.lm_head.weight.data *= 10
+    engine = HFEngine(model, eos_ids=[EOS])
+    gap, allowed = decoding_gap(engine)
+    assert decode_check.NEAR_ELSEWHERE < gap < allowed
+    check_decoding(engine)
+    assert engine.way == "shared"
+    odd = odd_model(torch.bfloat16)
+    odd.lm_head.weight.data *= 10
+    gap, allowed = decoding_gap(HFEngine(odd, eos_ids=[EOS]))
+    assert gap > allowed
+
+
 def test_weights_that_are_nan_are_for_others_to_report():
     model = tiny_model()
     model.lm_head.weight.data.fill_(torch.nan)

@@ -152,7 +152,8 @@ def decoding_gap(engine: HFEngine, *, as_used: bool = False) -> tuple[float, flo
     rows += _apart(plain, prompts, scored)
     gaps = [float(row.max() if dtype in NEAR else row.median()) for row in rows if len(row)]
     near = NEAR.get(dtype, NEAR_ELSEWHERE)
-    return max(gaps), min(max(near, 8 * _noise(plain, prompts)), 10 * near)  # more is no rounding
+    rounding = _noise(plain, prompts) * (8 if dtype in NEAR else 1)  # medians need no more room
+    return max(gaps), min(max(near, rounding), 10 * near)  # more is not rounding
 
 
 def _dtype(engine: HFEngine) -> torch.dtype:
@@ -204,8 +205,22 @@ def _alone(engine: HFEngine, prefix: Ids, tokens: Ids) -> Tensor:
 
 
 def _noise(engine: HFEngine, prompts: Texts) -> float:
-    """What rounding alone does: rows padded on the right against single ones, nats."""
-    together = _logprobs(engine, prompts)
+    """What rounding alone does: padded rows whose embeddings are an ulp off against single ones.
+
+    Padding alone says nothing where kernels give rows of any batch the same bits, as a CPU's do.
+    """
+    signs = torch.Generator().manual_seed(0)
+    eps = torch.finfo(_dtype(engine)).eps
+
+    def moved(_module: object, _inputs: object, embedded: Tensor) -> Tensor:
+        sign = torch.randint(0, 2, embedded.shape, generator=signs).to(embedded) * 2 - 1
+        return embedded * (1 + eps * sign)
+
+    hook = engine.model.get_input_embeddings().register_forward_hook(moved)
+    try:
+        together = _logprobs(engine, prompts)
+    finally:
+        hook.remove()
     single = [_logprobs(engine, [prompt])[0] for prompt in prompts]
     apart = [(a[: len(b)] - b).abs() for a, b in zip(together, single, strict=True) if len(b)]
     return float(torch.cat(apart).max())
