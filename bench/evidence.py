@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE
+from bench.real import ONCE
 from bench.stage_one import CE
 from topd.commands.compare.budgets import RATES, READ, cost
 from topd.commands.recipe import in_files
@@ -64,6 +65,7 @@ LABELS = {  # of arms, in text for readers
     SAME_BY_CE: "same answers, cross-entropy",
     NEW: "new answers, cross-entropy",
     "stage 1 continued, new answers, forward KL": "new answers, forward KL",
+    ONCE: "640 new answers once, cross-entropy",
     "OLIVE": "olive",
     "OLIVE, no reference": "olive, told nothing",
     "OLIVE, a wrong reference": "olive, told a wrong answer",
@@ -78,7 +80,7 @@ READ_FIRST = (
     "From one student after stage 1. [Evidence](../evidence.md) says what follows from it, and "
     "[how to read the tables](../evidence.md#how-to-read-the-tables)."
 )
-SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE}
+SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE, "ONCE": ONCE}
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
 # without "over" the accuracy itself; "at 0.6": sampled as students are served
 FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+|0\.6))?\}")
@@ -99,7 +101,8 @@ def pages() -> dict[str, str]:
     larger = {name: _found(name) for name in JUDGED if _found(name)}
     for name, found in larger.items():
         title, command, texts = JUDGED[name]
-        tables[name] = [*imitated(found, title, command), *judged(found, texts)]
+        tables[name] = [*imitated(found, title, command)]
+        tables[name] += judged(found, texts) if "judged" in found else []
     screened = _found("screening-arithmetic-few")
     tables["screening"] = [*imitated(screened, "arithmetic, 320 answers: all methods", SCREENING)]
     for name, found in (worlds | larger | {"screening": screened}).items():
@@ -113,7 +116,7 @@ def pages() -> dict[str, str]:
         tables["detectors"] += [*detectors(family, found), ""]
     links = {f"evidence/{name}.md": lines[0].removeprefix("# ") for name, lines in tables.items()}
     written = {page: "\n".join(lines) for page, lines in zip(links, tables.values(), strict=True)}
-    written["evidence.md"] = introduction(worlds, links)
+    written["evidence.md"] = introduction(worlds, larger, links)
     return {page: f"{text.strip()}\n" for page, text in written.items()}
 
 
@@ -158,12 +161,14 @@ def _draw(axis: Any, over: Mapping[str, Found]) -> None:
     axis.tick_params(left=False)
 
 
-def introduction(worlds: Mapping[str, Found], links: Mapping[str, str]) -> str:
+def introduction(
+    worlds: Mapping[str, Found], larger: Mapping[str, Found], links: Mapping[str, str]
+) -> str:
     """What is read first, the tables over all worlds, and where those of each are."""
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     first = _read("stage-one", [f"{family}-{n}" for n in ("few", "many") for family in FAMILIES])
     parts = [
-        [filled(text.strip(), worlds)],
+        [filled(text.strip(), {**worlds, **larger})],
         ["## All tables", "", *(f"- [{title}]({page})" for page, title in links.items())],
         in_short(_usual(worlds)),
         served(_sharpness()),
@@ -403,24 +408,26 @@ def tuned(found: Found) -> Iterator[str]:
 def judged(found: Found, texts: str) -> Iterator[str]:
     """Each arm's students by two ways of sampling, their length, and what they forgot."""
     ways = ("temperature 1", "temperature 0.6, top-p 0.95")
-    problems = found["judged"]["teacher"][ways[0]]["greedy"]["problems"]
+    teacher = found["judged"]["teacher"][ways[0]]
+    problems = teacher["greedy"]["problems"]
+    samples = max(int(name.removeprefix("pass@")) for name in teacher if name.startswith("pass@"))
     yield ""
     yield "## Sharpness is not skill"
     yield ""
     yield (
-        f"The same students, eight samples of each of {problems} problems; means over seeds, "
+        f"The same students, {samples} samples of each of {problems} problems; means over seeds, "
         f"least to largest in brackets. Perplexity: of {texts}. Greedy figures are with weights in "
         "bfloat16."
     )
     yield ""
-    each = " | ".join(f"sampled, {way} | pass@8, {way}" for way in ways)
+    each = " | ".join(f"sampled, {way} | pass@{samples}, {way}" for way in ways)
     yield f"| | greedy | {each} | tokens an answer | perplexity |"
     yield "|---|---|---|---|---|---|---|---|"
     for name in ("teacher", "base", "stage 1", *found["summary"]):
         runs = [one for place, one in found["judged"].items() if _is_of(place, name)]
         cells = [_spread([100 * run[ways[0]]["greedy"]["mean"] for run in runs])]
         for way in ways:
-            for score in ("pass@1", "pass@8"):
+            for score in ("pass@1", f"pass@{samples}"):
                 cells.append(_spread([100 * run[way][score]["mean"] for run in runs]))
         cells.append(_spread([run[ways[0]]["mean_length"]["mean"] for run in runs]))
         cells.append(_spread([run["perplexity"] for run in runs]))
@@ -477,8 +484,8 @@ START = (
     "and tokens are counted from that start on."
 )
 SHARED = (
-    "The base student and the start of all are in the table of two temperatures. Several runs "
-    "shared a GPU, so seconds are not compared; tokens are counted from the start on."
+    "Several runs shared a machine, so seconds are not compared; tokens are counted from the "
+    "start on."
 )
 
 

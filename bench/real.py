@@ -34,7 +34,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -173,8 +173,9 @@ class Problems(Setting):
         rates = self.few_rates(start["chosen"])
         yield "rates", rates
         found = self.finished(start, rates)
-        judged = self.judged(start["chosen"])
         path = Path("docs/results") / f"real-{self.family}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        judged = self.judged(start["chosen"])  # takes as long as some of the runs
         path.write_text(json.dumps({**found, "judged": judged}, indent=1) + "\n")
         yield "final", str(path)
 
@@ -208,6 +209,11 @@ class Problems(Setting):
                 elif keys.get("answers") == "teacher":  # to questions that the start has not seen
                     keys["data.path"] = str(self.place / "data/prompts.jsonl.gz")
         return found
+
+    def few_rates(self, start: Mapping[str, Any]) -> dict[str, Any]:
+        """As all settings do; what is learned once is half as much in half of the updates."""
+        half = {ONCE: {**self.arms[ONCE], "data.limit": 320}} if ONCE in self.arms else {}
+        return super(Problems, replace(self, arms={**self.arms, **half})).few_rates(start)
 
     def data_of(self, part: str) -> dict[str, Any]:
         """Problems of a file, as a recipe says it."""
@@ -320,10 +326,10 @@ def judge(task: tuple[Path, Path, Mapping[str, Any]]) -> dict[str, Any]:
 def held_text() -> list[str]:
     """English that nobody was taught here: what Python's library says of itself."""
     modules = [importlib.import_module(name) for name in LIBRARY]
-    members = [
-        getattr(module, name) for module in modules for name in getattr(module, "__all__", ())
-    ]
-    texts = [inspect.getdoc(one) or "" for one in [*modules, *members]]
+    names = [(module, name) for module in modules for name in getattr(module, "__all__", ())]
+    members = [getattr(module, name, None) for module, name in names]  # submodules may be missing
+    own = [one for one in members if not inspect.ismodule(one)]
+    texts = [inspect.getdoc(one) or "" for one in [*modules, *own]]
     return [text for text in dict.fromkeys(texts) if len(text) > 400]
 
 
