@@ -32,7 +32,7 @@ JUDGED = {  # of larger models: title, command, whose perplexity tells what is f
         "English that was not taught here, the documentation strings of Python's library",
     ),
     "real-sums": (
-        "SmolLM2-135M, one-step word problems, 64 answers",
+        "SmolLM2-135M, one-step word problems, 64 answers by cross-entropy",
         "python -m bench.real sums",
         "English that was not taught here, the documentation strings of Python's library",
     ),
