@@ -204,7 +204,7 @@ def filled(text: str, worlds: Mapping[str, Found]) -> str:
     def figure(asked: re.Match[str]) -> str:
         name, arm, reference, budget = asked.groups()
         found, arm, reference = worlds[name], long(arm), long(reference or "")
-        known = found["summary"] | found["starts"] | {"": None}
+        known = _accuracy(found) | {"": None}
         if arm not in known or reference not in known:
             return "not run"
         if budget == "0.6":
@@ -212,7 +212,7 @@ def filled(text: str, worlds: Mapping[str, Found]) -> str:
             shown = served["against"][reference][arm] if reference else served["accuracy"][arm]
             return _gain(shown).replace("**", "") if reference else _percent(shown)
         if not reference:
-            return _pair((found["summary"] | found["starts"])[arm], _percent)
+            return _pair(_accuracy(found)[arm], _percent)
         if not budget:
             return _pair(found["against"][reference][arm], _gain).replace("**", "")
         return _pair(found["equal"][reference][arm], _gain, f"cost at {budget}").replace("**", "")
@@ -222,6 +222,13 @@ def filled(text: str, worlds: Mapping[str, Found]) -> str:
         return SHORT.get(head, head) + at + rest
 
     return FIGURE.sub(figure, text)
+
+
+def _accuracy(found: Found) -> dict[str, Found]:
+    """Of the arms at the end and of their start: where it was not evaluated apart, a curve's."""
+    first = found["curves"][found["baseline"]][0]
+    begun = {"warm start": {score: {"mean": first[score]} for score in ("greedy", "pass@1")}}
+    return begun | found["starts"] | found["summary"]
 
 
 def in_short(worlds: Mapping[str, Found]) -> Iterator[str]:

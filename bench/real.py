@@ -212,8 +212,10 @@ class Problems(Setting):
 
     def few_rates(self, start: Mapping[str, Any]) -> dict[str, Any]:
         """As all settings do; what is learned once is half as much in half of the updates."""
-        half = {ONCE: {**self.arms[ONCE], "data.limit": 320}} if ONCE in self.arms else {}
-        return super(Problems, replace(self, arms={**self.arms, **half})).few_rates(start)
+        arms = dict(self.arms)
+        if ONCE in arms:
+            arms[ONCE] = {**arms[ONCE], "data.limit": arms[ONCE]["data.limit"] // 2}
+        return super(Problems, replace(self, arms=arms)).few_rates(start)
 
     def data_of(self, part: str) -> dict[str, Any]:
         """Problems of a file, as a recipe says it."""

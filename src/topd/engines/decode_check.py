@@ -152,7 +152,7 @@ def decoding_gap(engine: HFEngine, *, as_used: bool = False) -> tuple[float, flo
     rows += _apart(plain, prompts, scored)
     gaps = [float(row.max() if dtype in NEAR else row.median()) for row in rows if len(row)]
     near = NEAR.get(dtype, NEAR_ELSEWHERE)
-    rounding = _noise(plain, prompts) * (8 if dtype in NEAR else 1)  # medians need no more room
+    rounding = _noise(plain, prompts) * (8 if dtype in NEAR else 1)  # a median against a maximum
     return max(gaps), min(max(near, rounding), 10 * near)  # more is not rounding
 
 
