@@ -15,6 +15,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
+import transformers
 import yaml
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -119,6 +120,19 @@ def tiny_model(
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(DEVICE)
     return Qwen3ForCausalLM(Qwen3Config(**sizes)).eval().to(DEVICE)
+
+
+RENAMED = {  # what is one tensor in memory is several on disk, or has another name there
+    "Mixtral": {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "GPTNeoX": {**TINY, "num_key_value_heads": None},
+}
+
+
+def renamed_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
+    """A model whose weights have other names on disk than in memory."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**RENAMED[kind])
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval().to(DEVICE)
 
 
 @pytest.fixture(params=["llama", "qwen3"])

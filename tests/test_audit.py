@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from conftest import rows, tiny_model, tiny_tokenizer, write_pair
+from conftest import RENAMED, renamed_model, rows, tiny_model, tiny_tokenizer, write_pair
 from topd import TOPDConfig, TOPDTrainer, transport
 from topd.cli import app
 from topd.commands.audit import AuditResult, Trust, audit_run, replay_step, stored_recipe
@@ -482,6 +482,7 @@ def seal_again(place: Path) -> None:
     seal = json.loads((place / "seal.json").read_text())
     path = place / "model.safetensors"
     seal["files"][path.name] = [path.stat().st_size, file_digest(path)]
+    seal["student"] = ""  # as earlier versions
     (place / "seal.json").write_text(json.dumps(seal))
 
 
@@ -1004,7 +1005,36 @@ def test_a_replay_starts_from_the_checkpoint_before(copied, caplog):
     found = replay_step(RUN, 2)
     assert "with other settings" not in caplog.text  # of its own folder
     assert found.checked[0] == "replay: update 2, from checkpoint-2"
-    assert found.checked[-1] == "weights: before the updates 2, 3"
+    assert found.checked[-2] == "weights: before the updates 2, 3"
+    assert re.fullmatch(r"student: every value of \d+ tensors", found.checked[-1])
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_a_replay_to_the_end_finds_one_value_of_the_student(tmp_path, monkeypatch, lora):
+    """Which the ledger's digest has not: 64 values a tensor, of a LoRA run those of the adapter."""
+    monkeypatch.chdir(trained(tmp_path, lora=lora))
+    file = RUN / "student" / "model.safetensors"
+    weights = load_file(file)
+    key = max(weights, key=lambda key: weights[key].numel())
+    weights[key].view(-1)[1] += 1
+    save_file(weights, file, {"format": "pt"})
+    rechain()
+    assert audit_run(RUN).faults == []
+    assert replay_step(RUN, 2).faults == [f"student: {key} is not as the run ended with it"]
+    assert replay_step(RUN, 1).faults == []
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_a_run_of_a_model_with_other_names_on_disk_has_no_fault(tmp_path, monkeypatch, kind):
+    config = write_pair(tmp_path, **SMALL)
+    for seed, role in enumerate(("student", "teacher")):
+        shutil.rmtree(tmp_path / role)
+        renamed_model(kind, seed=seed).save_pretrained(tmp_path / role)
+        tiny_tokenizer().save_pretrained(tmp_path / role)
+    monkeypatch.chdir(tmp_path)
+    run_recipe(config, quiet=True)
+    assert audit_run(RUN).faults == []
+    assert replay_step(RUN, 2).faults == []
 
 
 def test_a_replay_finds_another_rollout_another_loss_and_other_weights(copied):

@@ -16,9 +16,18 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
-from conftest import USE_CPU, gpu_only, rows, tiny_model, tiny_tokenizer
+from conftest import (
+    DEVICE,
+    RENAMED,
+    USE_CPU,
+    gpu_only,
+    renamed_model,
+    rows,
+    tiny_model,
+    tiny_tokenizer,
+)
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import DISK, StoppedError, TOPDError
@@ -54,10 +63,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make(
-    folder: Path, *, lora: dict[str, Any] | None = None, eval_data: Any = None, **changes
+    folder: Path,
+    *,
+    student: PreTrainedModel | None = None,
+    lora: dict[str, Any] | None = None,
+    eval_data: Any = None,
+    **changes,
 ) -> TOPDTrainer:
     return TOPDTrainer(
-        tiny_model("llama", seed=0),
+        tiny_model("llama", seed=0) if student is None else student,
         tiny_model("qwen3", seed=1),
         TOPDConfig(output_dir=str(folder), **{**OPTIONS, **changes}),
         train_dataset=rows(8),
@@ -109,6 +123,28 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, step):
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     for kept in (folder, again):
         assert sorted(p.name for p in kept.glob("checkpoint-*"))[-1] == "checkpoint-6"
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_weights_of_other_names_on_disk_are_all_loaded(tmp_path, kind):
+    """At a resume and of the best model; transformers' Trainer leaves them as they were."""
+    trainer = make(tmp_path / "whole", student=renamed_model(kind), max_steps=3)
+    trainer.train()
+    again = resumed(
+        tmp_path / "whole", tmp_path / "again", 1, student=renamed_model(kind), max_steps=3
+    )
+    students = (load_file(f / "student" / "model.safetensors") for f in (tmp_path / "whole", again))
+    torch.testing.assert_close(*students, rtol=0, atol=0)
+    trainer.state.best_model_checkpoint = str(tmp_path / "whole" / "checkpoint-1")
+    trainer._load_best_model()
+    best = type(trainer.model).from_pretrained(tmp_path / "whole" / "checkpoint-1").to(DEVICE)
+    torch.testing.assert_close(trainer.model.state_dict(), best.state_dict(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_does_not_load_as_it_was_saved_is_refused(run, monkeypatch):
+    monkeypatch.setattr("topd.training.startup.loaded.load_saved", lambda model, folder: None)
+    with pytest.raises(TOPDError, match=r"checkpoint-2 is whole, but .* do not load it"):
+        resume(run)
 
 
 @gpu_only

@@ -71,13 +71,14 @@ class Seal:
 
     ``files`` has size and SHA-256 of each file, ``records`` the length in bytes of each record file
     of the run folder (earlier versions: of every JSONL file that was there), ``means`` the sums and
-    counts of the metrics by name.
+    counts of the metrics by name, ``student`` a digest of the weights (earlier versions: none).
     """
 
     step: int
     files: dict[str, tuple[int, str]]
     records: dict[str, int]
     means: dict[str, dict[str, list[float]]]
+    student: str = ""
 
 
 @contextmanager
@@ -85,6 +86,7 @@ def making(
     run: Path,
     step: int,
     means: Any,
+    student: str,
     note: Callable[[Path], None],
     *,
     active: bool = True,
@@ -96,6 +98,7 @@ def making(
         run: the run folder.
         step: updates done.
         means: running means, for the seal.
+        student: a digest of its weights, for the seal.
         note: told where the seal is, just before the checkpoint has its name.
         active: False on ranks that only write into the folder.
         records: where the record files ended after ``step`` updates; none: where they end now.
@@ -110,8 +113,8 @@ def making(
             partial.mkdir(parents=True)
         yield partial
         if active:
-            now = positions(run)
-            _seal(partial, Seal(step, {}, now if records is None else dict(records), means))
+            ends = positions(run) if records is None else dict(records)
+            _seal(partial, Seal(step, {}, ends, means, student))
             if isinstance(fault := examined(partial), str):
                 raise OSError(f"read back, {fault}")
             note(partial / SEAL)

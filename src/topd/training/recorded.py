@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from topd.config import TOPDConfig
@@ -39,6 +39,7 @@ from topd.training.experience.evidence import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.progress import Phases, say
 from topd.training.sharded import WholeCopy, check_kind, whole_copy
+from topd.training.startup.loaded import LoadingTrainer
 from topd.training.startup.preflight import check_saved
 from topd.training.stop_rules import save_done
 from topd.training.trackers import Tables, log_tables, tables_of
@@ -54,7 +55,7 @@ class Begun(NamedTuple):
     records: dict[str, int]
 
 
-class RecordedTrainer(Trainer):
+class RecordedTrainer(LoadingTrainer):
     """transformers' Trainer for a student and a frozen teacher, which writes a run folder.
 
     Args:
@@ -229,8 +230,9 @@ class RecordedTrainer(Trainer):
         means = {"meter": meter.state(), "totals": totals.state()}
         note = partial(self.run.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
         active = self.args.should_save
-        making = checkpoints.making(run, step, means, note, active=active, records=records)
-        with making as place:
+        trained = trained_digest(self.model)
+        making = partial(checkpoints.making, run, step, means, trained, note)
+        with making(active=active, records=records) as place:
             self.accelerator.wait_for_everyone()
             self._apart = str(place.parent)
             try:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import PeftModel
 
 from topd.commands.audit.decisions import Rederived, check_decisions, chosen_updates
 from topd.commands.audit.files import SAVED, check_end, check_records, read_chain
@@ -18,6 +17,7 @@ from topd.commands.audit.settings import as_stored, by_settings, ranks_at, read_
 from topd.commands.repair import restore, snapshot
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import fingerprint, model_fingerprint, trained_digest
+from topd.inputs.models.saved import load_saved
 from topd.runs.ledger import LEDGER, Entry, ended
 from topd.runs.verified import read_manifest, read_records
 from topd.training.trainer import TOPDTrainer
@@ -175,11 +175,7 @@ def _check_student(
         return
     with read_from(folder, place.name):
         before = snapshot(trainer.model)
-        weights = {k: v for file in place.glob("*.safetensors") for k, v in load_file(file).items()}
-        if adapted:
-            set_peft_model_state_dict(trainer.model, weights)
-        else:
-            trainer.model.load_state_dict(weights, strict=False)
+        load_saved(trainer.model, place)
         if trained_digest(trainer.model) != ends[-1]["student"]:
             saved = "" if ended(entries) else SAVED
             found.faults.append(f"{place.name}: has not the weights that the run ended with{saved}")

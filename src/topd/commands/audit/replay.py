@@ -10,17 +10,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from topd.commands.audit.decisions import BEFORE, is_sampled
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
 from topd.commands.audit.result import AuditResult, disagreements
-from topd.commands.audit.settings import by_settings, format_at, ranks_at
+from topd.commands.audit.settings import by_settings, format_at, ranks_at, read_from
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.models.fingerprints import trained_digest
 from topd.runs import checkpoints
 from topd.runs.folder import LINES, RECORDS
-from topd.runs.ledger import LEDGER
+from topd.runs.ledger import LEDGER, ended
 from topd.runs.records import DRAWN, JUDGED
 from topd.runs.verified import read_entries, read_records
 from topd.training.sharded import is_sharded
@@ -53,9 +55,10 @@ def replay_step(
 ) -> AuditResult:
     """Repeat an update from the checkpoint before it, or from the start, and compare.
 
-    Compared are every record from there on and, where the ledger has them, the weights; of several
-    ranks' run, which one process repeats up to rounding, the records alone. A loss that is not
-    finite is re-derived too. See :func:`audit_run` for the arguments.
+    Compared are every record from there on and, where the ledger has them, the weights; after the
+    run's last update every value of ``student/`` and ``adapter/``. Of several ranks' run, which one
+    process repeats up to rounding, the records alone. A loss that is not finite is re-derived too.
+    See :func:`audit_run` for the arguments.
 
     Raises:
         TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
@@ -100,6 +103,7 @@ def replay_step(
             _compare_records(folder, scratch, name, (first, step), tolerance, found, aside)
         if ranks == 1:
             _compare_weights(folder, scratch, trainer, step, found)
+            _compare_student(folder, scratch, step, found)
         else:
             found.checked.append(f"weights: not compared, {ranks} ranks made them")
         if written < JUDGED:
@@ -242,6 +246,34 @@ def _compare_weights(
         f"weights before update {n}: not those of the run" for n in both if recorded[n] != again[n]
     )
     found.checked.append(f"weights: before the updates {', '.join(map(str, both))}")
+
+
+def _compare_student(folder: Path, scratch: Path, step: int, found: AuditResult) -> None:
+    """What the run ended with, value by value: the ledger's digest has 64 values of a tensor."""
+    end = ended(read_entries(folder)[0]) if (folder / LEDGER).exists() else None
+    if end is None or end["step"] != step + 1:
+        return
+    for name in ("student", "adapter"):
+        again = _tensors(scratch / name)
+        with read_from(folder, name):
+            ours = _tensors(folder / name)
+        found.faults += (
+            f"{name}: {key} is not as the run ended with it"
+            for key in sorted(ours | again)
+            if not _are_equal(ours.get(key), again.get(key))
+        )
+        if again:
+            found.checked.append(f"{name}: every value of {len(again)} tensors")
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def _are_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other)
 
 
 def _weights(folder: Path) -> dict[int, str]:

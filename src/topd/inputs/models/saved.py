@@ -1,0 +1,36 @@
+"""Weights on disk into a model in memory, where they may have other names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from topd.inputs.models.bare import named_faults
+
+
+@torch.no_grad()
+def load_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Give a model the weights that ``save_pretrained`` wrote into a folder.
+
+    What is one tensor in memory may be several on disk (the experts of a mixture), of which
+    ``load_state_dict`` finds nothing: then transformers reads the folder as a model of the class.
+    Others are read as they are, so that a model that was changed in Python keeps its parts.
+
+    Args:
+        model: the model, of the shapes that were saved; its dtypes stay. Or one with an adapter.
+        folder: has ``*.safetensors``, of the model or of the adapter.
+    """
+    weights = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, weights)
+        return
+    if {name for name, _ in model.named_parameters()} - weights.keys():
+        weights.clear()
+        options = {"config": model.config, "dtype": model.dtype, "use_safetensors": True}
+        with named_faults():
+            weights = type(model).from_pretrained(folder, **options).state_dict()
+    model.load_state_dict(weights, strict=False)
