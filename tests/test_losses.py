@@ -364,7 +364,6 @@ def test_k3_is_never_negative(log_s, log_t):
     assert found.item() >= 0
 
 
-@untyped
 @pytest.mark.parametrize("student", [-math.inf, -200.0])
 def test_a_ratio_beyond_every_float_leaves_no_nan_at_a_token_of_factor_0(student):
     log_s = torch.tensor([-1.0, student], requires_grad=True)
@@ -374,6 +373,7 @@ def test_a_ratio_beyond_every_float_leaves_no_nan_at_a_token_of_factor_0(student
     assert gradient.tolist() == pytest.approx([1 - math.exp(-1), 0.0])
 
 
+@untyped
 def test_unknown_sampled_divergence_is_an_error():
     with pytest.raises(TOPDError, match=r"^sampled_divergence: kind 'k2' is not one of k1, k3\.$"):
         sampled_divergence(torch.zeros(1), torch.zeros(1), kind="k2")
