@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from topd import TOPDConfig
+from topd.engines.graphs.buffers import Buffers, grown
 from topd.training.footprint import (
     BESIDE,
     GIB,
@@ -105,6 +106,30 @@ def test_rows_between_two_buckets_take_the_larger_one():
     assert most - more == pytest.approx(31 * states)
 
 
+def test_buffers_that_may_have_been_too_small_are_a_quarter_larger():
+    """For rollouts where prompts differ by more than lengths are rounded to; for windows always."""
+    often = replace(WORK, prompt=200, shortest=200)  # 220 tokens: 256 entries
+    alike, other = (
+        peaks(SIZE, SIZE, replace(often, shortest=n))["learning"] for n in (107, 106)
+    )  # 127 and 126 tokens, and 2 of slack: 256 and 128 entries
+    assert alike == peaks(SIZE, SIZE, replace(often, shortest=None))["learning"]
+    assert other - alike == 4 * 256 // 4 * 2 * 2 * 4 * 4
+    looking = replace(WORK, window=5, windows=8)
+    found, without = (peaks(SIZE, SIZE, work)["rollouts"] for work in (looking, WORK))
+    assert found - without == (1024 + 8 * 16) * 5 / 4 * 2 * 2 * 4 * 4  # prefixes; 16 a window
+
+
+def test_buffers_grow_as_is_predicted():
+    model = tiny_model()
+    place = torch.zeros(4, dtype=torch.long, device=model.device)
+    buffers, entry = Buffers(model, place), torch.zeros(1, 2, 1, 8, device=model.device)
+    for length, expected in ((128, 128), (256, grown(256)), (320, 320), (384, grown(384))):
+        buffers.open(4, length)
+        with buffers.noting() as cache:
+            cache.update(entry, entry, 0)
+        assert buffers.layers[0].own.pair[0].numel() == 4 * expected * 2 * 8
+
+
 def test_what_takes_less_memory_is_predicted_to():
     def peak(**changes) -> float:
         return max(peaks(SIZE, SIZE, replace(WORK, micro=64, response=500, **changes)).values())
@@ -130,7 +155,7 @@ def test_the_work_is_that_of_the_settings_and_the_longest_prompt():
         method="topd",
     )
     prompts = [Prompt(0, (1,) * n, (1,)) for n in (3, 9, 4)]
-    expected = Work(6, 2, 2, 9, 30, window=7, half=False, windows=2)
+    expected = Work(6, 2, 2, 9, 30, window=7, half=False, windows=2, shortest=3)
     assert work_of(args, prompts) == expected
     args.score_batch_size = 6
     assert work_of(args, prompts) == replace(expected, scored=6, windows=5)

@@ -253,6 +253,34 @@ def test_reverse_kl_is_infinite_where_the_student_says_the_impossible():
     assert token_divergence(logs(0.5, 0.5), logs(1, 0)).item() == math.inf
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("form", ["whole", "topk"])
+def test_a_token_of_factor_0_leaves_no_nan_where_its_divergence_is_infinite(kind, form):
+    """Masked or multiplied by 0, it has no part in the gradient; 0 inf would be NaN."""
+    inputs = dict(zip(("teacher", "student"), pair(2, 6), strict=True))
+    inputs["teacher" if kind == "reverse_kl" else "student"][1, [2, 3]] = -math.inf
+
+    def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+        if form == "whole":
+            return token_divergence(student, teacher, kind=kind)
+        tokens = torch.tensor([[1, 2, 3]]).expand(len(student), 3)
+        logprobs = teacher.log_softmax(-1).gather(-1, tokens)
+        return topk_divergence(student, logprobs, tokens, kind=kind)
+
+    teacher, student = (x.requires_grad_() for x in inputs.values())
+    value = divergence(student, teacher)
+    assert value.isinf().tolist() == [False, True]
+    masked = value.masked_fill(torch.tensor([False, True]), 0.0)
+    times = torch.tensor([1.0, 0.0], dtype=value.dtype)
+    alone = torch.autograd.grad(divergence(student[:1], teacher[:1]).sum(), (student, teacher))
+    for one, factor in ((masked, torch.ones_like(times)), (value, times)):
+        found = torch.autograd.grad(one, (student, teacher), factor, retain_graph=True)
+        torch.testing.assert_close(found, alone)
+    (steep,) = torch.autograd.grad(value[1], student)  # where it counts, it is not overlooked
+    assert not steep.isnan().any()
+    assert steep.abs().max() > (1e20 if kind == "reverse_kl" else 0)
+
+
 @kinds
 def test_bfloat16_logits_are_read_in_float32(kind, beta):
     student, teacher = (x.bfloat16() for x in pair(3, 50))
@@ -334,6 +362,15 @@ def test_sampled_divergence_by_hand():
 def test_k3_is_never_negative(log_s, log_t):
     found = sampled_divergence(torch.tensor([log_s]), torch.tensor([log_t]), kind="k3")
     assert found.item() >= 0
+
+
+@pytest.mark.parametrize("student", [-math.inf, -200.0])
+def test_a_ratio_beyond_every_float_leaves_no_nan_at_a_token_of_factor_0(student):
+    log_s = torch.tensor([-1.0, student], requires_grad=True)
+    value = sampled_divergence(log_s, torch.tensor([-2.0, -1.0]), kind="k3")
+    assert value.tolist() == [pytest.approx(math.exp(-1)), math.inf]
+    (gradient,) = torch.autograd.grad(value, log_s, torch.tensor([1.0, 0.0]))
+    assert gradient.tolist() == pytest.approx([1 - math.exp(-1), 0.0])
 
 
 @untyped
@@ -419,6 +456,20 @@ def test_topk_gradcheck(kind, beta):
     assert torch.autograd.gradcheck(
         lambda s, t: topk_divergence(s, t, tokens, kind=kind, beta=beta), (student, logprobs)
     )
+
+
+@kinds
+def test_topk_has_a_gradient_where_the_student_has_no_tail(kind, beta):
+    """The logsumexp of no token has none; the student is then on its two tokens alone."""
+    student, teacher = pair(3, 5, grad=True)
+    tokens = torch.tensor([[0, 2]]).expand(3, 2)
+    logprobs = teacher.detach().log_softmax(-1).gather(-1, tokens)
+    holed = student.detach().clone()
+    holed[1, [1, 3, 4]] = -math.inf
+    value = topk_divergence(holed.requires_grad_(), logprobs, tokens, kind=kind, beta=beta)
+    (gradient,) = torch.autograd.grad(value.sum(), holed)
+    assert gradient.isfinite().all()
+    assert (gradient[1, [0, 2]].abs() > 1e-6).all()
 
 
 def test_topk_never_rewards_leaving_the_support():
@@ -993,11 +1044,24 @@ def test_unguided_positions_do_not_matter_whatever_stands_there():
     logits, targets, mask = guidance()
     logprobs = logits.log_softmax(-1).detach()
     expected = trajectory_loss(logprobs, targets, mask)
-    dirty = logprobs.masked_fill(~mask[:, :, None], -math.inf).requires_grad_()
-    found = trajectory_loss(dirty, targets, mask)
-    (gradient,) = torch.autograd.grad(found, dirty)
-    torch.testing.assert_close(found, expected)
-    assert gradient.isfinite().all()
+    for rubbish, filler in ((-math.inf, 0.5), (math.nan, math.nan)):
+        dirty = logprobs.masked_fill(~mask[:, :, None], rubbish).requires_grad_()
+        filled = targets.masked_fill(~mask[:, :, None], filler).requires_grad_()
+        found = trajectory_loss(dirty, filled, mask)
+        torch.testing.assert_close(found, expected)
+        assert all(x.isfinite().all() for x in torch.autograd.grad(found, (dirty, filled)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_a_target_the_student_bars_leaves_no_nan_where_it_has_factor_0(dtype):
+    logprobs = torch.tensor([[-1.0, -2.0], [-math.inf, 0.0]], dtype=dtype, requires_grad=True)
+    targets = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=dtype, requires_grad=True)
+    value = soft_target_kl(logprobs, targets)
+    assert value.tolist() == [pytest.approx(1.5 - math.log(2), rel=1e-3), math.inf]
+    times = torch.tensor([1.0, 0.0], dtype=dtype)
+    own, other = torch.autograd.grad(value, (logprobs, targets), times)
+    assert own.tolist() == [[-0.5, -0.5], [0.0, 0.0]]
+    assert other.isfinite().all()
 
 
 def test_an_impossible_token_outside_the_target_costs_nothing():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -119,6 +120,27 @@ def branched(evidence, tokens=(10**6, 3), loss="forward_kl"):
     rows = [r.response for r in evidence.rollouts]
     return [Guidance((1.0,) * len(r), branches=(Branch(0, tokens, loss),)) for r in rows]
 
+def doubled(evidence):
+    return targets(evidence, mass=(2.0,))
+
+def halved(evidence):
+    return targets(evidence, mass=(0.5,))
+
+def empty(evidence):
+    return [
+        Guidance((1.0,) * len(r.response), (SoftTarget(0, (), ()),)) for r in evidence.rollouts
+    ]
+
+def unlikely(evidence):
+    return two(evidence, (1.5, -0.5))
+
+def unknown(evidence):
+    return two(evidence, (0.5, float("nan")))
+
+def two(evidence, mass):
+    target = SoftTarget(0, (3, 4), mass)
+    return [Guidance((1.0,) * len(r.response), (target,)) for r in evidence.rollouts]
+
 def before(evidence):
     return [Guidance((1.0,) * len(r.response), capped=(-1,)) for r in evidence.rollouts]
 
@@ -147,6 +169,9 @@ def score(tokens):
 def reply(row):
     return None
 
+def hungry(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
 seen, known = [], {}.get
 """
 
@@ -165,6 +190,13 @@ seen, known = [], {}.get
         ({"method": "wrong:negative"}, r"^method: has the tokens -1 to -1 in targets or branches"),
         ({"method": "wrong:branched"}, r"^method: has the tokens 3 to 1000000 in targets"),
         ({"method": "wrong:uneven"}, r"^method: has a target with other numbers of tokens and "),
+        *(
+            ({"method": f"wrong:{name}"}, rf"^method: has a target at 0 .* or sum to {total}, not")
+            for name, total in (
+                *(("doubled", "2"), ("halved", "0.5"), ("empty", "0"), ("unlikely", "1")),
+                ("unknown", "nan"),
+            )
+        ),
         ({"method": "wrong:before"}, r"^method: has a target, .* at -1 of a rollout of \d+ tokens"),
         (
             {"method": "wrong:kl"},
@@ -208,6 +240,23 @@ def test_an_exception_of_a_function_from_outside_is_told_as_its_own(own, changes
     Path("raising.py").write_text(RAISING)
     data = {"path": str(own / "prompts.jsonl"), "chat": False}
     with pytest.raises(TOPDError, match=said):
+        run_recipe(write_pair(own, **{**SMALL, **changes}, data=data), quiet=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "raising:hungry"},
+        {"method": "window_sft", "candidate_loss": "raising:hungry", "window_length": 4},
+        {"environment": "raising:hungry", "max_turns": 2, "max_completion_length": 40},
+        {"method": "hungry:method"},
+    ],
+)
+def test_a_gpu_without_memory_is_no_fault_of_a_function_from_outside(own, changes):
+    Path("raising.py").write_text(RAISING)
+    Path("hungry.py").write_text("import raising\nraising.hungry()\n")
+    data = {"path": str(own / "prompts.jsonl"), "chat": False}
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried"):
         run_recipe(write_pair(own, **{**SMALL, **changes}, data=data), quiet=True)
 
 

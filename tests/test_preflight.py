@@ -296,6 +296,15 @@ def test_a_model_on_another_device_is_refused(tmp_path, places, told, place):
         make(tmp_path, *models)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_model_on_the_meta_device_is_refused(tmp_path, place):
+    models = [tiny_model(), tiny_model(seed=1)]
+    models[place].to("meta")
+    said = f"^{('student', 'teacher')[place]}: is on the meta device, .*from_pretrained"
+    with pytest.raises(TOPDError, match=said):
+        make(tmp_path, *models)
+
+
 # Saving
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -123,6 +124,23 @@ def test_cost_of_bfloat16_embeddings_is_float32():
     cost = ground_cost(words, words)
     assert cost.dtype == torch.float32
     torch.testing.assert_close(cost, ground_cost(words.float(), words.float()))
+
+
+def test_cost_of_embeddings_of_two_precisions_is_in_the_wider_one():
+    torch.manual_seed(0)
+    narrow, wide = torch.randn(1, 3, 8), torch.randn(1, 5, 8).double()
+    for student, teacher in ((narrow, wide), (wide, narrow)):
+        cost = ground_cost(student, teacher)
+        assert cost.dtype == torch.float64
+        torch.testing.assert_close(cost, ground_cost(student.double(), teacher.double()))
+
+
+@untyped
+@pytest.mark.parametrize("shape", [(1, 2, 5), (2, 2, 8)])
+def test_cost_of_embeddings_of_other_windows_or_widths_is_an_error(shape):
+    said = f"student embeddings (1, 3, 8) and teacher embeddings {shape} differ in windows or width"
+    with pytest.raises(TOPDError, match=re.escape(said)):
+        ground_cost(torch.ones(1, 3, 8), torch.ones(shape))
 
 
 @pytest.mark.parametrize("eta", [-0.1, math.inf, math.nan])

@@ -137,6 +137,17 @@ def test_cross_entropy_alone_is_finite_where_the_divergence_is_not(tmp_path):
     assert loss.item() == 3.0
 
 
+def test_a_token_of_weight_0_costs_nothing_where_its_divergence_is_infinite(tmp_path):
+    divergence = torch.tensor([torch.inf, 1.0], requires_grad=True)
+    terms = TokenTerms(divergence, torch.ones(2), torch.full((2,), -2.0), torch.zeros(2, 0))
+    given = {"weights": torch.tensor([0.0, 1.0]), "capped": None, "advantages": None}
+    given |= {"target_probabilities": torch.zeros(2, 0), "totals": Totals(2, 0), "lengths": [2]}
+    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=USE_CPU)
+    loss, _ = update_loss(LearningTerms(terms, torch.zeros(())), given, args)
+    loss.backward()
+    assert (loss.item(), divergence.grad.tolist()) == (0.5, [0.0, 0.5])
+
+
 # Who wrote the answers
 
 

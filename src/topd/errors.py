@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +62,12 @@ def compiler_faults() -> tuple[type[Exception], ...]:
         *(RuntimeError, ImportError, OSError, AttributeError, TypeError, ValueError),
         *(AssertionError, LookupError, subprocess.SubprocessError, TritonError),
     )
+
+
+def out_of_memory() -> tuple[type[Exception], ...]:
+    """What torch raises where a GPU's memory runs out; asked for when something was raised."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
 
 
 def first_line(fault: Exception) -> str:

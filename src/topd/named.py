@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from topd.errors import TOPDError, first_line
+from topd.errors import TOPDError, first_line, out_of_memory
 
 Row = TypeVar("Row")
 Returned = TypeVar("Returned")
@@ -56,12 +56,16 @@ def unknown(key: str, name: str, known: Iterable[str]) -> str:
 def called(key: str, function: Callable[..., Returned], *args: Any) -> Returned:
     """What a row's function returns; where one from outside this package fails, whose it was.
 
+    That a GPU's memory has run out is nobody's fault here, and passes as it is.
+
     Raises:
         TOPDError: it raised an exception; the traceback of its code is the error's note.
     """
     try:
         return function(*args)
     except TOPDError:
+        raise
+    except out_of_memory():
         raise
     except Exception as error:
         own = function.func if isinstance(function, partial) else function
@@ -89,6 +93,8 @@ def _attribute(key: str, name: str) -> Any:
     sys.path.insert(0, here)  # as python -m has it; a console script does not
     try:
         found = importlib.import_module(module)
+    except out_of_memory():
+        raise
     except (Exception, SystemExit) as error:  # whatever the code of the module does
         raise TOPDError(
             f"{key}: {name}: {module!r} cannot be imported ({type(error).__name__}: {error}). Is "

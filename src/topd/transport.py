@@ -52,7 +52,7 @@ def ground_cost(
         [N n m], in [0, 2 + eta).
 
     Raises:
-        TOPDError: a negative or infinite position weight.
+        TOPDError: a negative or infinite position weight, or embeddings of other windows or widths.
 
     >>> same = torch.eye(2)[None]
     >>> ground_cost(same, same, position_weight=1.0)[0].tolist()
@@ -60,8 +60,16 @@ def ground_cost(
     """
     if not 0 <= position_weight < math.inf:
         raise TOPDError(f"position_weight = {position_weight} must be finite and at least 0.")
-    student = torch.nn.functional.normalize(_at_least_float32(student_embeddings), dim=-1)
-    teacher = torch.nn.functional.normalize(_at_least_float32(teacher_embeddings), dim=-1)
+    ours, theirs = student_embeddings.shape, teacher_embeddings.shape
+    if (ours[0], ours[2]) != (theirs[0], theirs[2]):
+        raise TOPDError(
+            f"ground_cost: student embeddings {tuple(ours)} and teacher embeddings {tuple(theirs)} "
+            "differ in windows or width. Take both from one table: [N n D] and [N m D]."
+        )
+    dtype = torch.promote_types(student_embeddings.dtype, teacher_embeddings.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    student = torch.nn.functional.normalize(student_embeddings.to(dtype), dim=-1)
+    teacher = torch.nn.functional.normalize(teacher_embeddings.to(dtype), dim=-1)
     cost = (1 - student @ teacher.transpose(-1, -2)).clamp(0, 2)  # rounding may leave [0, 2]
     if position_weight:
         i = torch.arange(cost.shape[-2], device=cost.device, dtype=cost.dtype)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topd.errors import TOPDError
-from topd.losses.terms import Kind
+from topd.losses.terms import LEAST, Kind
 
 _NEVER = -1e4  # a log-prob whose probability is 0 in every float type, and whose gradient is finite
 
@@ -88,7 +88,9 @@ def sampled_divergence(
     if kind == "k1":
         return -log_ratio
     if kind == "k3":
-        return torch.expm1(log_ratio) - log_ratio
+        endless = torch.expm1(log_ratio) == math.inf
+        held = log_ratio.masked_fill(endless, 0.0)
+        return _with_inf(torch.expm1(held) - held, endless)
     raise TOPDError(f"sampled_divergence: kind {kind!r} is not one of k1, k3.")
 
 
@@ -126,7 +128,10 @@ def topk_divergence(
     everything = log_softmax(student_logits, temperature)
     student, teacher = everything.gather(-1, teacher_tokens), teacher_logprobs.to(everything.dtype)
     if teacher.shape[-1] < everything.shape[-1]:  # else there is no tail
-        tail = everything.scatter(-1, teacher_tokens, -math.inf).logsumexp(-1, keepdim=True)
+        rest = everything.scatter(-1, teacher_tokens, -math.inf)
+        none = (rest == -math.inf).all(-1, keepdim=True)  # whose logsumexp has no gradient
+        tail = rest.masked_fill(none, 0.0).logsumexp(-1, keepdim=True)
+        tail = tail.masked_fill(none, -math.inf)
         missing = 1 - teacher.exp().sum(-1, keepdim=True)
         floor = torch.finfo(torch.float32).eps
         student = torch.cat([student, tail], -1)
@@ -140,10 +145,12 @@ def soft_target_kl(
     """KL(y || p_S) = sum_v y_v (log y_v - log p_S(v)) on the support of y; [P], nats.
 
     Entries of probability 0 contribute nothing. Several targets for one token may be laid side by
-    side in M: their divergences add.
+    side in M: their divergences add. Whether they are distributions is not checked, as that would
+    wait for a GPU: a negative or NaN one gives NaN, one that sums to c is learned c times as much.
     """
-    cross = (probabilities * logprobs).masked_fill(probabilities == 0, 0.0)
-    return (torch.special.xlogy(probabilities, probabilities) - cross).sum(-1)
+    never = probabilities == 0
+    y, log_p = probabilities.masked_fill(never, 1.0), logprobs.masked_fill(never, 0.0)
+    return _expected(y, y.log() - log_p)
 
 
 def trajectory_loss(
@@ -153,7 +160,8 @@ def trajectory_loss(
 
     Args:
         student_logprobs: [N K V], nats, log p_S in the student's own contexts c.
-        targets: [N K V], soft targets y~, rows that sum to 1.
+        targets: [N K V], soft targets y~, rows that sum to 1, which is not checked (see
+            :func:`soft_target_kl`).
         mask: [N K], True at guided positions.
 
     Returns:
@@ -162,9 +170,9 @@ def trajectory_loss(
 
     Source: arXiv 2606.00305, L_traj.
     """
-    kl = soft_target_kl(student_logprobs, targets)
-    guided = mask.bool().expand_as(kl)
-    return kl.masked_fill(~guided, 0.0).sum() / guided.sum().clamp(min=1)
+    guided = mask.bool().expand(targets.shape[:-1])
+    kl = soft_target_kl(student_logprobs, targets.masked_fill(~guided[..., None], 0.0))
+    return kl.sum() / guided.sum().clamp(min=1)
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -187,8 +195,21 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """sum_v p (log p - log q), tokens of p = 0 left out (so that -inf - -inf is never formed)."""
     impossible = log_p == -math.inf
     gap = log_p.masked_fill(impossible, 0.0) - log_q.masked_fill(impossible, 0.0)
-    # below every float p is 0, and 0 inf no number: what is possible at all costs inf
-    return (log_p.exp() * gap).masked_fill(gap == math.inf, math.inf).sum(-1)
+    return _expected(log_p.exp(), gap)
+
+
+def _expected(p: Tensor, gap: Tensor) -> Tensor:
+    """sum_v p gap; inf where a gap is, also where p is below every float.
+
+    The gradient is that of a very large gap: times 0, as of a masked token, it is 0 and not NaN.
+    """
+    most = min(-LEAST, torch.finfo(gap.dtype).max)
+    return _with_inf((p * gap.clamp(max=most)).sum(-1), (gap == math.inf).any(-1))
+
+
+def _with_inf(values: Tensor, places: Tensor) -> Tensor:
+    """The values, inf at some places; their gradients stay what they are."""
+    return values + torch.zeros_like(values).masked_fill(places, math.inf)
 
 
 def check_divergence(kind: str, beta: float, temperature: float) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.engines.graphs import BUCKETS, bucket
-from topd.engines.graphs.buffers import SHARED_UNIT, own_entries, rounded
+from topd.engines.graphs.buffers import SHARED_UNIT, grown, own_entries, rounded
 from topd.inputs.teachers import TeacherSet
 from topd.types import Prompt
 
@@ -86,7 +86,8 @@ class Work:
 
     ``rollouts`` in all, ``micro`` of them a forward and backward, ``scored`` a scoring forward,
     after which ``windows`` are written together, of ``window`` tokens.
-    ``half``: products in 16 bits; ``recomputed``: activations are not kept.
+    ``half``: products in 16 bits; ``recomputed``: activations are not kept. ``shortest`` is the
+    shortest prompt; None: all are as long as the longest.
     """
 
     rollouts: int
@@ -99,10 +100,18 @@ class Work:
     recomputed: bool = False
     chunk: int = 1024
     windows: int = 64
+    shortest: int | None = None
 
     @property
     def longest(self) -> int:
         return self.prompt + self.response
+
+    @property
+    def entries(self) -> int:
+        """Of a row of the buffers; more where an earlier update may have had shorter rows."""
+        most = rounded(self.longest)
+        shortest = self.prompt if self.shortest is None else self.shortest
+        return grown(most) if rounded(shortest + self.response) < most else most
 
 
 def work_of(args: TOPDConfig, prompts: Sequence[Prompt]) -> Work:
@@ -114,6 +123,7 @@ def work_of(args: TOPDConfig, prompts: Sequence[Prompt]) -> Work:
         micro=micro,
         scored=args.score_batch_size or micro,
         prompt=max(len(p.student) for p in prompts),
+        shortest=min(len(p.student) for p in prompts),
         response=max(written, default=args.max_completion_length),
         window=args.longest_window if args.guidance_method().looks_ahead else 0,
         half=bool(args.bf16 or args.fp16),
@@ -131,18 +141,20 @@ def with_windows(work: Work, fraction: float) -> Work:
 def peaks(student: ModelSize, teacher: ModelSize, work: Work) -> dict[str, float]:
     """Bytes that are taken at the highest of each phase of an update, all else included.
 
-    The buffers that graphs write in stay from one update to the next.
+    The buffers that graphs write in stay from one update to the next. Those of windows grow, as no
+    update has as many windows and tokens before them as the last; what graphs themselves keep is
+    not counted.
     """
     byte = 2 if work.half else 4
     always = student.bytes + teacher.bytes + MOMENTS * student.trained + BESIDE
     copied = student.weights * byte if work.half and student.wide else 0
     states = work.rollouts * work.response * teacher.width * byte  # the teacher's, of all rollouts
     rows = bucket(work.rollouts)  # that are written together
-    buffers = rows * rounded(work.longest) * student.cached * byte
+    buffers = rows * work.entries * student.cached * byte
     writing = max(3 * rows * student.vocab * 4, _read(student, rows * work.prompt, byte))
     if work.window:
-        entries = rounded(work.scored * work.longest, SHARED_UNIT)
-        entries += bucket(work.windows) * own_entries(work.window)
+        entries = grown(rounded(work.scored * work.longest, SHARED_UNIT))
+        entries += grown(bucket(work.windows) * own_entries(work.window))
         always += entries * teacher.cached * byte
     cast = buffers + copied + 4 * student.trained  # while it learns: and gradients
     return {

@@ -48,7 +48,7 @@ class Cells:
         dtype, size = autocast_dtype(like.device) or like.dtype, math.prod(shape)
         have = self.pair[0]
         if have.numel() < size or have.dtype != dtype or have.device != like.device:
-            taken = size * 5 // 4 if have.numel() else size  # it may grow again
+            taken = grown(size) if have.numel() else size
             del have
             self.pair = (torch.empty(0), torch.empty(0))  # frees before it takes
             self.pair = (like.new_zeros(taken, dtype=dtype), like.new_zeros(taken, dtype=dtype))
@@ -260,6 +260,15 @@ def one_token(
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, one_token)
+
+
+def grown(size: int) -> int:
+    """How much is taken in the place of memory that was too small for ``size``: it may grow again.
+
+    >>> grown(1000)
+    1250
+    """
+    return size * 5 // 4
 
 
 def rounded(tokens: int, unit: int = 0) -> int:

@@ -29,6 +29,7 @@ from topd.types import (
     Ids,
     Needs,
     Rollout,
+    SoftTarget,
     Spans,
     Starts,
     TokenScores,
@@ -40,6 +41,7 @@ ALIKE = 1e-3  # nats a token; rounding is about 1e-5 (docs/method.md), a pair th
 
 logger = logging.get_logger(__name__)
 
+ROUNDING = 0.01  # of a target's sum, where its probabilities were made in bfloat16
 TOLD: tuple[Needs, ...] = ("logprobs", "distributions")  # what tells log-probs of given tokens
 
 
@@ -282,14 +284,26 @@ def _check_guidance(found: object, rollouts: Sequence[Rollout], vocab_size: int)
                 f"method: has the tokens {min(ids)} to {max(ids)} in targets or branches, and may "
                 f"have 0 to {vocab_size - 1}. Take ids of the student's tokenizer."
             )
-        if any(len(target.tokens) != len(target.probabilities) for target in guide.targets):
-            raise TOPDError(
-                "method: has a target with other numbers of tokens and probabilities. Give each "
-                "token one."
-            )
+        for target in guide.targets:
+            _check_target(target)
         known = get_args(BranchLoss)
         for loss in {branch.loss for branch in guide.branches}.difference(known):
             raise TOPDError(f"method: has a branch by {loss!r}. Choose one of {', '.join(known)}.")
+
+
+def _check_target(target: SoftTarget) -> None:
+    """Raises TOPDError for what is not a distribution over its tokens."""
+    if len(target.tokens) != len(target.probabilities):
+        raise TOPDError(
+            "method: has a target with other numbers of tokens and probabilities. Give each "
+            "token one."
+        )
+    total = sum(target.probabilities)
+    if not (min(target.probabilities, default=0) >= 0 and abs(total - 1) <= ROUNDING):
+        raise TOPDError(
+            f"method: has a target at {target.position} whose probabilities are negative or NaN, "
+            f"or sum to {total:.4g}, not to 1. Take a softmax, or divide them by their sum."
+        )
 
 
 def checked_scores(scores: object, mask: Tensor) -> Tensor:

@@ -332,6 +332,7 @@ def update_loss(
     if args.overlap:
         ratio = importance(terms.logprob, batch["sampled"], args.max_importance)
         token_loss, gain = ratio * token_loss, ratio * gain
+    token_loss = token_loss.masked_fill(batch["weights"] == 0, 0.0)  # an infinite one likewise
     loss = (batch["weights"] * token_loss).sum() / max(totals.tokens, 1)
     if batch["advantages"] is not None:
         loss = loss - (batch["advantages"] * gain).sum() / max(totals.tokens, 1)

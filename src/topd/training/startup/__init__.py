@@ -310,6 +310,11 @@ def _check_placed(name: str, model: PreTrainedModel, device: torch.device) -> No
     places = {f"{device.type}:{place}" if isinstance(place, int) else str(place) for place in given}
     here = {str(device), *([device.type] if not device.index else [])}
     if places <= here or places == {"cpu"}:
+        if any(weight.is_meta for weight in model.parameters()):
+            raise TOPDError(
+                f"{name}: is on the meta device, where weights have no values. Load it with "
+                "from_pretrained, outside of torch.device('meta')."
+            )
         return
     where = ", ".join(sorted(places))
     raise TOPDError(
