@@ -34,8 +34,11 @@ def with_last_user(prompt: str | Messages, text: str) -> str | Messages:
 
 
 def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as :func:`plain_row` gives them. A warning says which of two prompts counts."""
-    found = [plain_row(row) for row in rows]
+    """Rows as :func:`plain_row` gives them. A warning says which of two prompts counts.
+
+    Raises TOPDError: one is not a mapping.
+    """
+    found = [plain_row(_mapping(index, row)) for index, row in enumerate(rows)]
     if any(row.get("prompt") is not None and row.get("messages") is not None for row in found):
         logger.warning(
             "data: rows have both prompt and messages. prompt counts and messages is not read. To "
@@ -43,6 +46,15 @@ def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "prompt out."
         )
     return found
+
+
+def _mapping(index: int, row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise TOPDError(
+            f"data row {index}: must be a mapping such as {{'prompt': 'What is 1 + 2?'}}, not a "
+            f"{type(row).__name__}. Give a list of these, or a data set of datasets without format."
+        )
+    return row
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
