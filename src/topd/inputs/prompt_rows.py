@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import logging
 
-from topd.errors import TOPDError
+from topd.errors import TOPDError, shown
 
 logger = logging.get_logger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 UNREAD = ("images", "image", "videos", "video", "audios", "audio")
+WRITTEN = re.compile(
+    r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:"""
+)  # messages as text
+EXACT = 2**53  # below it a float is the whole number that it was made of
 ROLES = ("user", "assistant", "system", "tool", "developer", "function")
+MISNAMED = (*ROLES, "human", "gpt", "model", "bot", "ai")
 
 
 def last_user(prompt: str | Messages) -> str:
@@ -125,21 +131,30 @@ def read_row(index: int, row: Mapping[str, Any]) -> Row:
     answer = _answer(index, row)
     if not isinstance(prompt, str):
         prompt = _checked_messages(index, prompt)
+        _check_roles(index, [message["role"] for message in prompt])
         if prompt and prompt[-1]["role"] == "assistant":
             answer = answer or prompt[-1]
             prompt = prompt[:-1]
     if not prompt or not last_user(prompt).strip():
-        roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
-        strange = [role for role in roles if role not in ROLES]
-        if strange:
-            raise TOPDError(
-                f"data row {index}: has no message of the role 'user', but of {strange[0]!r}. "
-                "Write the roles as user, assistant, system or tool."
-            )
         raise TOPDError(f"data row {index}: the prompt is empty. Remove the row or fill it in.")
+    if isinstance(prompt, str) or len(prompt) == 1:
+        _check_text(index, "prompt", last_user(prompt))
     kwargs = dict(_json_column(index, row, "chat_template_kwargs", Mapping) or {})
     tools = _json_column(index, row, "tools", Sequence)
     return Row(index, prompt, answer, {**kwargs, **({"tools": tools} if tools else {})})
+
+
+def _check_roles(index: int, roles: Sequence[str]) -> None:
+    """Refuse other names of known roles, and any other where nobody asks. Raises TOPDError.
+
+    An answer of the role ``model`` would be a part of the prompt.
+    """
+    for role in roles:
+        if role not in ROLES and (role.lower() in MISNAMED or "user" not in roles):
+            raise TOPDError(
+                f"data row {index}: has a message of the role {role!r}. Write the roles as user, "
+                "assistant, system or tool."
+            )
 
 
 def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -150,6 +165,11 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if solution is None or (isinstance(solution, str) and not solution.strip()):
         return None
     if isinstance(solution, str) or not isinstance(solution, Sequence | Mapping):
+        if type(solution) is float and solution.is_integer() and abs(solution) < EXACT:
+            solution = int(
+                solution
+            )  # a column of whole numbers with a gap; a file's own are Written
+        _check_text(index, "solution", str(solution))
         return {"role": "assistant", "content": str(solution)}
     turns = _checked_messages(index, solution)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
@@ -158,6 +178,18 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
             "conversation into rows."
         )
     return turns[0]
+
+
+def _check_text(index: int, what: str, text: str) -> None:
+    """Refuse messages that a table has made a text of: they would be learned as they look.
+
+    Raises TOPDError.
+    """
+    if WRITTEN.match(text):
+        raise TOPDError(
+            f"data row {index}: the {what} is a text that looks like messages: {shown(text[:40])}. "
+            "Give messages as a list, in JSONL or Parquet, or in a table the plain text."
+        )
 
 
 def _json_column(index: int, row: Mapping[str, Any], name: str, kind: Any) -> Any:

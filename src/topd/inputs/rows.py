@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -245,7 +246,7 @@ def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
         try:
             whole = json.loads(text, parse_float=Written, object_pairs_hook=_once)
         except json.JSONDecodeError:
-            return _lines(text.splitlines())
+            return _lines(io.StringIO(text, newline=""))
         if isinstance(whole, dict) and "prompt" not in whole and "messages" not in whole:
             lists = [value for value in whole.values() if isinstance(value, list)]
             whole = lists[0] if len(lists) == 1 else whole
