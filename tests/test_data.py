@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from conftest import rows, tiny_tokenizer
 from topd.errors import TOPDError
+from topd.evaluate.answers import reference_text
 from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
@@ -172,6 +174,26 @@ def test_a_whole_number_of_a_column_with_a_gap_is_learned_as_it_was(tmp_path):
     assert [read_row(i, row).solution for i, row in enumerate(loaded)] == ["3", "2.5", None]
     (tmp_path / "x.jsonl").write_text('{"prompt": "q", "solution": 3.0}')
     assert read_row(0, load(tmp_path / "x.jsonl")[0]).solution == "3.0"  # as it is written
+
+
+def test_a_class_label_is_written_by_its_name_and_counts_as_its_number(tmp_path):
+    """As in multiple choice: the letter is the answer, and the place of its text."""
+    columns = {"prompt": ["what ?"] * 3, "choices": [["3", "4"]] * 3, "answer": [1, 0, -1]}
+    kinds = {"prompt": datasets.Value("string"), "answer": datasets.ClassLabel(names=["A", "B"])}
+    kinds["choices"] = [datasets.Value("string")]
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    data.to_parquet(tmp_path / "x.parquet")
+    loaded = load(tmp_path / "x.parquet", columns={"solution": "answer"})
+    assert [reference_text(row["answer"]) for row in loaded[:2]] == ["B", "A"]
+    assert [read_row(i, row).solution for i, row in enumerate(loaded)] == ["B", "A", None]
+    assert str(load(tmp_path / "x.parquet", limit=1)[0]["answer"]) == "B"
+    assert str(pickle.loads(pickle.dumps(loaded[0]["answer"]))) == "B"  # to another process
+    encoder = PromptEncoder(
+        tiny_tokenizer(), tiny_tokenizer(), "{{ answer }} {{ choices[answer] }}", with_rows=True
+    )
+    found = encoder.encode(data.select([0, 1]))
+    assert [tiny_tokenizer().decode(prompt.teacher) for prompt in found] == ["<unk> 4", "<unk> 3"]
+    assert [str(prompt.row["answer"]) for prompt in found] == ["B", "A"]
 
 
 # The task generator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +39,48 @@ def with_last_user(prompt: str | Messages, text: str) -> str | Messages:
     return [*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1 :]]
 
 
+class Label(int):
+    """A class label of datasets: the number that is stored, written by its name.
+
+    >>> label = Label(1, "B")
+    >>> str(label), ["four", "five"][label]
+    ('B', 'five')
+    """
+
+    def __new__(cls, number: int, name: str) -> Label:
+        label = super().__new__(cls, number)
+        label._name = name
+        return label
+
+    _name: str
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __reduce__(self) -> tuple[type[Label], tuple[int, str]]:
+        return Label, (int(self), self._name)
+
+
+def labelled(rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows with the class labels that a data set names as :class:`Label`; -1 is none."""
+    features: Mapping[str, Any] = getattr(rows, "features", None) or {}
+    known = {name: kind.names for name, kind in features.items() if hasattr(kind, "int2str")}
+    for row in rows:
+        numbers = {n: _plain(row.get(n)) for n in known} if isinstance(row, Mapping) else {}
+        labels = {
+            name: Label(number, known[name][number]) if number >= 0 else None
+            for name, number in numbers.items()
+            if type(number) is int
+        }
+        yield {**row, **labels} if labels else row
+
+
 def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows as :func:`plain_row` gives them. A warning says which of two prompts counts.
 
     Raises TOPDError: one is not a mapping.
     """
-    found = [plain_row(_mapping(index, row)) for index, row in enumerate(rows)]
+    found = [plain_row(_mapping(index, row)) for index, row in enumerate(labelled(rows))]
     if any(row.get("prompt") is not None and row.get("messages") is not None for row in found):
         logger.warning(
             "data: rows have both prompt and messages. prompt counts and messages is not read. To "

@@ -18,7 +18,7 @@ import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from topd.errors import GIVE_DATA, TOPDError
-from topd.inputs.prompt_rows import plain_row, prompt_of
+from topd.inputs.prompt_rows import labelled, plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
 
 # of datasets; the latter where there is a loading script
@@ -161,7 +161,9 @@ class DataSpec(BaseModel):
             found = _read(self.path, self.name, self.split)
             if isinstance(found, list):
                 return found[: self.limit]
-            return list(found if self.limit is None else found.take(min(self.limit, len(found))))
+            if self.limit is not None:
+                found = found.take(min(self.limit, len(found)))
+            return list(labelled(found))
         except TOPDError:
             raise
         except UnicodeDecodeError as error:
