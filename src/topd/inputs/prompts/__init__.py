@@ -323,7 +323,7 @@ def _tokenised(index: int) -> Iterator[None]:
     try:
         with named_faults():
             yield
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the latter for half a character: a lone surrogate
         raise TOPDError(
             f"data row {index}: the tokenizer cannot read it: {_said(error)}. Change the text, or "
             "use a tokenizer that knows its characters."
