@@ -338,7 +338,7 @@ CASES: tuple[Case, ...] = (
     ),
     prompt(
         "messages of another role",
-        "has no message of the role 'user', but of 'human'",
+        "has a message of the role 'human'",
         "row 0",
         "Write the roles as user",
         {"prompt": [{"role": "human", "content": "what"}]},

@@ -147,6 +147,8 @@ def test_every_kind_of_run_passes_audit_and_replay(tmp_path, monkeypatch, change
     if stage == 1:  # as an older version, which did not refuse it
         stored = json.loads((RUN / "run.json").read_text())
         stored["config"]["window_length"] = 4
+        if stored["config"]["answers"] == "data":
+            stored["config"]["temperature"] = 0.5
         (RUN / "run.json").write_text(json.dumps(stored))
         rechain()
     found, kind = audit_run(RUN), {*map(str, changes.values())}
@@ -1049,6 +1051,19 @@ def test_a_replay_finds_another_rollout_another_loss_and_other_weights(copied):
         "rollouts.jsonl, update 1, rollout 0: logprobs[3]: recorded -0.25, re-derived ",
         "weights before update 1: not those of the run",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "said"),
+    [
+        ("metrics.jsonl", "grad_norm", "metrics.jsonl, step 2: grad_norm is missing"),
+        ("guidance.jsonl", "weights", "guidance.jsonl, update 1, rollout 0: weights is missing"),
+    ],
+)
+def test_a_replay_finds_a_key_that_one_record_lacks(copied, name, key, said):
+    edit_record(RUN / name, 1 if name == "metrics.jsonl" else 4, lambda record: record.pop(key))
+    rechain()
+    assert said in replay_step(RUN, 1).faults
 
 
 def test_a_replay_from_a_changed_checkpoint_differs(copied):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from pandas import Series
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -96,6 +97,47 @@ def test_a_streaming_dataset_is_refused(tmp_path):
     args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(TOPDError, match=r"streaming is not supported\. Load it"):
         TOPDTrainer(tiny_model(), tiny_model(), args, stream, processing_class=tiny_tokenizer())
+
+
+COLUMNS = {"prompt": ["what is 1 + 2 ?"], "solution": ["so the answer is 3 ."]}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"train_dataset": COLUMNS}, r"train_dataset: is a mapping of columns \(prompt, solution"),
+        ({"train_dataset": rows(1)[0]}, "train_dataset: is a mapping of columns"),
+        ({"eval_dataset": Dataset.from_list(rows(2))[:1]}, r"eval_dataset: .*select\(range\(8\)\)"),
+        ({"eval_dataset": {"sums": COLUMNS}}, "eval_dataset 'sums': is a mapping of columns"),
+        ({"eval_dataset": {"sums": None}}, "eval_dataset 'sums': None has no rows. Give a list"),
+        ({"train_dataset": 8}, r"train_dataset: 8 has no rows\. Give a list"),
+        (
+            {"train_dataset": Series(COLUMNS["prompt"])},
+            "data row 0: must be a mapping .* not a str",
+        ),
+        ({"train_dataset": {"what is 1 + 2 ?"}}, "data row 0: must be a mapping .* not a str"),
+        (
+            {"train_dataset": Dataset.from_dict(COLUMNS).with_format("arrow")},
+            r"data row 0: must be a mapping .* not a Table\. Give .* without format",
+        ),
+    ],
+)
+def test_what_python_may_take_for_rows_is_refused(tmp_path, data, said):
+    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(TOPDError, match=said):
+        TOPDTrainer(
+            tiny_model(), tiny_model(), args, processing_class=tiny_tokenizer(),
+            **{"train_dataset": rows(2), **data},
+        )  # fmt: skip
+
+
+def test_a_column_of_texts_is_taken_as_prompts(tmp_path):
+    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True, max_completion_length=8)
+    column = Dataset.from_dict(COLUMNS)
+    trainer = TOPDTrainer(
+        tiny_model(), tiny_model(), args, column["prompt"], processing_class=tiny_tokenizer()
+    )
+    assert len(trainer.train_dataset) == 1
 
 
 # Pairs of models

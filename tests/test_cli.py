@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -385,6 +386,14 @@ def test_no_change_is_claimed_from_fewer_than_ten_updates(shown):
 
 
 # Help
+
+
+def test_a_command_ends_without_a_look_at_all_objects_of_the_libraries(monkeypatch):
+    """Python collects garbage as it ends, of torch and others for more than a second."""
+    at_end: list[Callable[..., object]] = []
+    monkeypatch.setattr(cli.atexit, "register", at_end.append)
+    assert CliRunner().invoke(cli.app, ["methods"]).exit_code == 0
+    assert at_end == [gc.freeze]
 
 
 def test_the_module_runs_as_the_command():

@@ -380,7 +380,7 @@ def test_a_common_start_has_every_part_that_stage_1_reads(recipe):
     """What it names itself, here or in its part of the recipe, is its own."""
     words = ["--student.path=mine", "--teacher.dtype=bfloat16", "--data.path=other", "--lora.r=4"]
     words += ["--chat_template_kwargs.x=1", "--evaluation.limit=5", "--max_steps=9"]
-    words += ["--window_length=9"]  # says nothing to stage 1
+    words += ["--window_length=9", "--temperature=0.8"]  # say nothing to stage 1
     words += ["--warmstart.data.limit=3", "--warmstart.fp16=false", "--bf16"]
     comparison = read_comparison(recipe, ["--compare.warmstart", *words, STAGED])
     first = comparison.first
@@ -393,6 +393,7 @@ def test_a_common_start_has_every_part_that_stage_1_reads(recipe):
     assert comparison.arms["again"].data.limit == 3  # an arm of stage 1 is as its part says
     assert comparison.arms["new"].data.limit == 8
     assert [comparison.arms[arm].args.window_length for arm in ("opd", "new")] == [9, 50]
+    assert [comparison.arms[arm].args.temperature for arm in ("opd", "new")] == [0.8, 0.6]
     assert comparison.arms["opd"].data.limit == 40
 
 

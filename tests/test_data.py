@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pytest
 
 from conftest import rows, tiny_tokenizer
 from topd.errors import TOPDError
+from topd.evaluate.answers import reference_text
+from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
 
@@ -151,6 +155,47 @@ def test_a_final_assistant_turn_becomes_the_solution(tmp_path):
     assert said in tokenizer.decode(prompt.teacher)
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", ["messages", "prompt", "solution"])
+def test_messages_that_a_table_made_a_text_of_are_refused(tmp_path, chat, name):
+    messages, path = [{"role": "user", "content": "what is 1 + 2 ?"}], tmp_path / "x.csv"
+    for text in (str(messages), json.dumps(messages, indent=1), str([{"from": "human"}])):
+        row = {"prompt": "what", name: text} if name == "solution" else {name: text}
+        pandas.DataFrame([row]).to_csv(path, index=False)
+        what = "solution" if name == "solution" else "prompt"
+        with pytest.raises(TOPDError, match=f"data row 0: the {what} is a text that looks like"):
+            PromptEncoder(tiny_tokenizer(), tiny_tokenizer()).encode(load(path, chat=chat))
+
+
+def test_a_whole_number_of_a_column_with_a_gap_is_learned_as_it_was(tmp_path):
+    rows = {"prompt": ["what is 1 + 2 ?"] * 3, "solution": [3.0, 2.5, None]}
+    pandas.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    loaded = load(tmp_path / "x.parquet")
+    assert [read_row(i, row).solution for i, row in enumerate(loaded)] == ["3", "2.5", None]
+    (tmp_path / "x.jsonl").write_text('{"prompt": "q", "solution": 3.0}')
+    assert read_row(0, load(tmp_path / "x.jsonl")[0]).solution == "3.0"  # as it is written
+
+
+def test_a_class_label_is_written_by_its_name_and_counts_as_its_number(tmp_path):
+    """As in multiple choice: the letter is the answer, and the place of its text."""
+    columns = {"prompt": ["what ?"] * 3, "choices": [["3", "4"]] * 3, "answer": [1, 0, -1]}
+    kinds = {"prompt": datasets.Value("string"), "answer": datasets.ClassLabel(names=["A", "B"])}
+    kinds["choices"] = [datasets.Value("string")]
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    data.to_parquet(tmp_path / "x.parquet")
+    loaded = load(tmp_path / "x.parquet", columns={"solution": "answer"})
+    assert [reference_text(row["answer"]) for row in loaded[:2]] == ["B", "A"]
+    assert [read_row(i, row).solution for i, row in enumerate(loaded)] == ["B", "A", None]
+    assert str(load(tmp_path / "x.parquet", limit=1)[0]["answer"]) == "B"
+    assert str(pickle.loads(pickle.dumps(loaded[0]["answer"]))) == "B"  # to another process
+    encoder = PromptEncoder(
+        tiny_tokenizer(), tiny_tokenizer(), "{{ answer }} {{ choices[answer] }}", with_rows=True
+    )
+    found = encoder.encode(data.select([0, 1]))
+    assert [tiny_tokenizer().decode(prompt.teacher) for prompt in found] == ["<unk> 4", "<unk> 3"]
+    assert [str(prompt.row["answer"]) for prompt in found] == ["B", "A"]
+
+
 # The task generator
 
 
@@ -240,6 +285,7 @@ def test_json_lines_are_read_as_they_are_written(tmp_path, name):
         ("x.json", '[{"prompt": "q", "answer": "5"}]'),
         ("x.json", '{"version": 1, "data": [{"prompt": "q", "answer": "5"}]}'),
         ("x.json", '{"prompt": "q", "answer": "5"}\n'),
+        ("x.json", '{"prompt": "q", "answer": "5"}\r'),
         ("x.csv", "prompt,answer\nq,5\n"),
         ("x.tsv", "prompt\tanswer\nq\t5\n"),
     ],
@@ -248,6 +294,13 @@ def test_other_files_of_text(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     expected = {"prompt": "q", "answer": "5"}
     assert DataSpec(path=str(tmp_path / name), chat=False).load() == [expected]
+
+
+def test_a_line_ends_where_the_file_ends_it_and_nowhere_else(tmp_path):
+    """Lines of JSON in a file of JSON; other ends of lines may be in a text."""
+    (tmp_path / "x.json").write_text('{"prompt": "q\u2028\x85r"}\r\n{"prompt": "s"}\n', newline="")
+    found = DataSpec(path=str(tmp_path / "x.json"), chat=False).load()
+    assert [row["prompt"] for row in found] == ["q\u2028\x85r", "s"]
 
 
 @pytest.mark.parametrize("text", ['{"prompt": "q"}\n[1]\n', '{"prompt": "q"}\n{"a": '])

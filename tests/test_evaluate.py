@@ -605,6 +605,22 @@ def test_evaluating_nothing_is_refused(changes):
         scripted([])
 
 
+@pytest.mark.parametrize(
+    ("places", "known"),
+    [
+        ((0, 1, 0), [{}, {}]),  # two sets, each encoded by itself
+        ((0, 2), [{}, {}]),  # those of another set
+        ((0, -1), [{}, {}]),
+        ((0, 1), {"answer": ["2", "3"]}),
+        ((0, 1), ["2", "3"]),
+    ],
+)
+def test_prompts_that_would_be_verified_against_the_rows_of_others_are_refused(places, known):
+    prompts = [Prompt(place, (i,), (i,)) for i, place in enumerate(places)]
+    with pytest.raises(TOPDError, match="rows: a prompt is verified against the row of its index"):
+        Evaluator(prompts, known, says_two, tiny_tokenizer())
+
+
 # On a tiny real model
 
 

@@ -93,6 +93,16 @@ def test_a_word_that_a_tokenizer_has_no_token_for_is_named_by_its_row(model, tmp
         PromptEncoder(tokenizer, tokenizer).encode(rows, with_response="solution" in row)
 
 
+@pytest.mark.parametrize("row", [{"prompt": "so \ud83d"}, {"prompt": "so", "solution": "\ud83d"}])
+def test_half_a_character_is_named_by_its_row(tmp_path, row):
+    """Escaped in JSON, where a text was cut in the middle of a sign."""
+    path, tokenizer = tmp_path / "x.jsonl", tiny_tokenizer()
+    path.write_text('{"prompt": "so", "solution": "so"}\n' + json.dumps(row))
+    loaded = DataSpec(path=str(path), chat=False).load()
+    with pytest.raises(TOPDError, match="data row 1: the tokenizer cannot read it"):
+        PromptEncoder(tokenizer, tokenizer).encode(loaded, with_response="solution" in row)
+
+
 ROWS = {
     "a quote that does not end": (".csv", 'prompt,solution\n"3 + 4,7\n', "unexpected end of data"),
     "a value too many": (".csv", "prompt,solution\n3,7,8\n", "line 2 has more values"),

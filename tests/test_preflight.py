@@ -580,6 +580,10 @@ def test_no_data_to_evaluate_and_no_batch_to_learn_are_said(tmp_path):
         make(tmp_path).evaluate()
     with pytest.raises(TOPDError, match="no prompt is left"):
         make(tmp_path).evaluate([])
+    with pytest.raises(TOPDError, match="eval_dataset: is a mapping of columns"):
+        make(tmp_path).evaluate({"prompt": ["what is 1 + 2 ?"], "answer": ["3"]})
+    with pytest.raises(TOPDError, match="eval_dataset: 'sums' is not the name of a set"):
+        make(tmp_path).evaluate("sums")
     little = make(tmp_path, dataloader_drop_last=True, per_device_train_batch_size=16)
     with pytest.raises(TOPDError, match="dataloader_drop_last: leaves no batch"):
         little.train()

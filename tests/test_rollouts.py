@@ -121,6 +121,15 @@ def test_template_arguments_reach_both_chat_templates():
     assert text(loud.student) == text(loud.teacher) == ". what is 1 + 2 ? ="
 
 
+def test_a_value_that_a_row_lacks_is_not_written_as_none():
+    """Arrow gives None to every row for a nested value that others have."""
+    known = [{"prompt": ASKED, "meta": {"hint": "3"}}, {"prompt": ASKED, "meta": {"hint": None}}]
+    with pytest.raises(TOPDError, match=r"row 1: teacher_prompt .*a value that it writes is miss"):
+        encoder(teacher_prompt="{{ meta.hint }} {{ prompt }}").encode(known)
+    asks = encoder(teacher_prompt="{{ meta.hint or 'so' }} {{ prompt }}").encode(known)
+    assert [text(prompt.teacher).split()[1] for prompt in asks] == ["3", "so"]
+
+
 def test_each_reader_has_its_own_chat_template():
     teacher = tiny_tokenizer()
     teacher.chat_template = SHOUTED
@@ -347,12 +356,19 @@ def test_a_completion_is_an_answer():
         assert text(prompt.response) == "so 3 </s>"
 
 
-@pytest.mark.parametrize("role", ["human", "User"])
+@pytest.mark.parametrize("role", ["human", "User", "critic"])
 def test_a_role_that_no_template_knows_is_named(role):
-    with pytest.raises(
-        TOPDError, match=f"row 0: has no message of the role 'user', but of '{role}"
-    ):
+    with pytest.raises(TOPDError, match=f"row 0: has a message of the role '{role}'"):
         encoder().encode([{"prompt": [{**ASKED[0], "role": role}]}])
+
+
+@pytest.mark.parametrize("role", ["model", "gpt", "Assistant"])
+def test_an_answer_of_another_role_is_no_part_of_the_prompt(role):
+    """Many a template writes any role: the student would be shown the answer."""
+    with pytest.raises(TOPDError, match=f"row 0: has a message of the role '{role}'"):
+        encoder().encode([{"messages": [*ASKED, {"role": role, "content": "3"}]}])
+    (prompt,) = encoder().encode([{"prompt": [*ASKED, {"role": "observation", "content": "3"}]}])
+    assert "3" in text(prompt.student)  # a template's own role stays
 
 
 def test_images_are_not_ignored():

@@ -19,7 +19,7 @@ from topd.errors import TOPDError
 from topd.losses import TokenTerms, token_divergence
 from topd.report.headline import training_words
 from topd.training.learning import LearningTerms, Totals, update_loss
-from topd.training.warmstart import OF_ROLLOUTS, WarmstartConfig, WarmstartTrainer
+from topd.training.warmstart import OF_ANSWERS, OF_ROLLOUTS, WarmstartConfig, WarmstartTrainer
 
 SMALL = {
     "max_steps": 1,
@@ -360,6 +360,14 @@ def test_what_is_said_of_the_students_own_samples_is_refused(name):
     WarmstartConfig(output_dir="unused", use_cpu=True, **{name: getattr(WarmstartConfig, name)})
     with pytest.raises(TOPDError, match=f"{name}: has no effect"):
         WarmstartConfig(output_dir="unused", use_cpu=True, **{name: words.get(name, number)})
+
+
+@pytest.mark.parametrize("name", OF_ANSWERS)
+def test_how_the_teacher_writes_is_refused_where_the_data_has_the_answers(name):
+    options = {"output_dir": "unused", "use_cpu": True, name: 1.0 if name == "top_p" else 7}
+    WarmstartConfig(**options)
+    with pytest.raises(TOPDError, match=f"{name}: has no effect with answers: data"):
+        WarmstartConfig(**options, answers="data")
 
 
 # Both stages, from nothing. Over six seeds the reverse KL fell to 0.40-0.48 of what it was in the

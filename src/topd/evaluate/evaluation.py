@@ -169,7 +169,8 @@ class Evaluator:
         batch_size: responses written at a time.
 
     Raises:
-        TOPDError: no problems, no samples, or a sampling at temperature 0.
+        TOPDError: no problems, no samples, a sampling at temperature 0, or a prompt without a row
+            of its own.
     """
 
     prompts: Sequence[Prompt]
@@ -190,6 +191,21 @@ class Evaluator:
                 "evaluate: needs prompts, at least one sample and a batch size of 1, and a "
                 "sampling temperature above 0 (greedy responses are always written too)."
             )
+        if not self._have_rows():
+            raise TOPDError(
+                "rows: a prompt is verified against the row of its index, and here a prompt has "
+                "none, or two have the same one. Give as prompts what trainer.encoder.encode(rows) "
+                "makes of these rows, once, and rows as a list of mappings."
+            )
+
+    def _have_rows(self) -> bool:
+        """Whether every prompt has a row of its own."""
+        places = [prompt.index for prompt in self.prompts]
+        try:
+            there = all(isinstance(self.rows[place], Mapping) for place in places)
+        except (LookupError, TypeError):
+            return False
+        return there and min(places) >= 0 and len({*places}) == len(places)
 
     def __call__(
         self,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import logging
 
-from topd.errors import TOPDError
+from topd.errors import TOPDError, shown
 
 logger = logging.get_logger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 UNREAD = ("images", "image", "videos", "video", "audios", "audio")
+WRITTEN = re.compile(
+    r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:"""
+)  # messages as text
+EXACT = 2**53  # below it a float is the whole number that it was made of
 ROLES = ("user", "assistant", "system", "tool", "developer", "function")
+MISNAMED = (*ROLES, "human", "gpt", "model", "bot", "ai")
 
 
 def last_user(prompt: str | Messages) -> str:
@@ -33,9 +39,48 @@ def with_last_user(prompt: str | Messages, text: str) -> str | Messages:
     return [*prompt[:last], {**prompt[last], "content": text}, *prompt[last + 1 :]]
 
 
+class Label(int):
+    """A class label of datasets: the number that is stored, written by its name.
+
+    >>> label = Label(1, "B")
+    >>> str(label), ["four", "five"][label]
+    ('B', 'five')
+    """
+
+    def __new__(cls, number: int, name: str) -> Label:
+        label = super().__new__(cls, number)
+        label._name = name
+        return label
+
+    _name: str
+
+    def __str__(self) -> str:
+        return self._name
+
+    def __reduce__(self) -> tuple[type[Label], tuple[int, str]]:
+        return Label, (int(self), self._name)
+
+
+def labelled(rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows with the class labels that a data set names as :class:`Label`; -1 is none."""
+    features: Mapping[str, Any] = getattr(rows, "features", None) or {}
+    known = {name: kind.names for name, kind in features.items() if hasattr(kind, "int2str")}
+    for row in rows:
+        numbers = {n: _plain(row.get(n)) for n in known} if isinstance(row, Mapping) else {}
+        labels = {
+            name: Label(number, known[name][number]) if number >= 0 else None
+            for name, number in numbers.items()
+            if type(number) is int
+        }
+        yield {**row, **labels} if labels else row
+
+
 def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as :func:`plain_row` gives them. A warning says which of two prompts counts."""
-    found = [plain_row(row) for row in rows]
+    """Rows as :func:`plain_row` gives them. A warning says which of two prompts counts.
+
+    Raises TOPDError: one is not a mapping.
+    """
+    found = [plain_row(_mapping(index, row)) for index, row in enumerate(labelled(rows))]
     if any(row.get("prompt") is not None and row.get("messages") is not None for row in found):
         logger.warning(
             "data: rows have both prompt and messages. prompt counts and messages is not read. To "
@@ -43,6 +88,15 @@ def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "prompt out."
         )
     return found
+
+
+def _mapping(index: int, row: Any) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise TOPDError(
+            f"data row {index}: must be a mapping such as {{'prompt': 'What is 1 + 2?'}}, not a "
+            f"{type(row).__name__}. Give a list of these, or a data set of datasets without format."
+        )
+    return row
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,21 +167,30 @@ def read_row(index: int, row: Mapping[str, Any]) -> Row:
     answer = _answer(index, row)
     if not isinstance(prompt, str):
         prompt = _checked_messages(index, prompt)
+        _check_roles(index, [message["role"] for message in prompt])
         if prompt and prompt[-1]["role"] == "assistant":
             answer = answer or prompt[-1]
             prompt = prompt[:-1]
     if not prompt or not last_user(prompt).strip():
-        roles = [] if isinstance(prompt, str) else [message["role"] for message in prompt]
-        strange = [role for role in roles if role not in ROLES]
-        if strange:
-            raise TOPDError(
-                f"data row {index}: has no message of the role 'user', but of {strange[0]!r}. "
-                "Write the roles as user, assistant, system or tool."
-            )
         raise TOPDError(f"data row {index}: the prompt is empty. Remove the row or fill it in.")
+    if isinstance(prompt, str) or len(prompt) == 1:
+        _check_text(index, "prompt", last_user(prompt))
     kwargs = dict(_json_column(index, row, "chat_template_kwargs", Mapping) or {})
     tools = _json_column(index, row, "tools", Sequence)
     return Row(index, prompt, answer, {**kwargs, **({"tools": tools} if tools else {})})
+
+
+def _check_roles(index: int, roles: Sequence[str]) -> None:
+    """Refuse other names of known roles, and any other where nobody asks. Raises TOPDError.
+
+    An answer of the role ``model`` would be a part of the prompt.
+    """
+    for role in roles:
+        if role not in ROLES and (role.lower() in MISNAMED or "user" not in roles):
+            raise TOPDError(
+                f"data row {index}: has a message of the role {role!r}. Write the roles as user, "
+                "assistant, system or tool."
+            )
 
 
 def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -138,6 +201,11 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if solution is None or (isinstance(solution, str) and not solution.strip()):
         return None
     if isinstance(solution, str) or not isinstance(solution, Sequence | Mapping):
+        if type(solution) is float and solution.is_integer() and abs(solution) < EXACT:
+            solution = int(
+                solution
+            )  # a column of whole numbers with a gap; a file's own are Written
+        _check_text(index, "solution", str(solution))
         return {"role": "assistant", "content": str(solution)}
     turns = _checked_messages(index, solution)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
@@ -146,6 +214,18 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
             "conversation into rows."
         )
     return turns[0]
+
+
+def _check_text(index: int, what: str, text: str) -> None:
+    """Refuse messages that a table has made a text of: they would be learned as they look.
+
+    Raises TOPDError.
+    """
+    if WRITTEN.match(text):
+        raise TOPDError(
+            f"data row {index}: the {what} is a text that looks like messages: {shown(text[:40])}. "
+            "Give messages as a list, in JSONL or Parquet, or in a table the plain text."
+        )
 
 
 def _json_column(index: int, row: Mapping[str, Any], name: str, kind: Any) -> Any:

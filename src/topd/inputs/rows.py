@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
@@ -17,7 +18,7 @@ import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from topd.errors import GIVE_DATA, TOPDError
-from topd.inputs.prompt_rows import plain_row, prompt_of
+from topd.inputs.prompt_rows import labelled, plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
 
 # of datasets; the latter where there is a loading script
@@ -160,7 +161,9 @@ class DataSpec(BaseModel):
             found = _read(self.path, self.name, self.split)
             if isinstance(found, list):
                 return found[: self.limit]
-            return list(found if self.limit is None else found.take(min(self.limit, len(found))))
+            if self.limit is not None:
+                found = found.take(min(self.limit, len(found)))
+            return list(labelled(found))
         except TOPDError:
             raise
         except UnicodeDecodeError as error:
@@ -245,7 +248,7 @@ def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
         try:
             whole = json.loads(text, parse_float=Written, object_pairs_hook=_once)
         except json.JSONDecodeError:
-            return _lines(text.splitlines())
+            return _lines(io.StringIO(text, newline=""))
         if isinstance(whole, dict) and "prompt" not in whole and "messages" not in whole:
             lists = [value for value in whole.values() if isinstance(value, list)]
             whole = lists[0] if len(lists) == 1 else whole

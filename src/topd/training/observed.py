@@ -37,7 +37,7 @@ from topd.training.learning import (
 )
 from topd.training.progress import Phases
 from topd.training.recorded import RecordedTrainer
-from topd.training.startup import Sources, Tokenizers, rows_of
+from topd.training.startup import Sources, Tokenizers, check_no_columns, rows_of, sets_of
 from topd.training.startup.preflight import check_forward, mend
 from topd.types import Prompt
 
@@ -188,6 +188,12 @@ class ObservedTrainer(RecordedTrainer):
             )
         if eval_dataset is None and self.eval_dataset is None:
             raise TOPDError("eval_dataset: none was given. Give evaluate() rows, or the trainer.")
+        check_no_columns("eval_dataset", eval_dataset)
+        if isinstance(eval_dataset, str) and eval_dataset not in sets_of(self.eval_dataset):
+            raise TOPDError(
+                f"eval_dataset: {eval_dataset!r} is not the name of a set that the trainer was "
+                "given. Give rows, or sets of rows by name."
+            )
         if eval_dataset is not None and not isinstance(eval_dataset, str | dict):
             rows = list(rows_of(eval_dataset))
             known = rows and isinstance(rows[0], Prompt)

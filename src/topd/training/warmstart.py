@@ -42,6 +42,7 @@ OF_ROLLOUTS = (  # settings of what the student writes
     *("trajectory_reduction", "max_logprob_gap", "overlap", "max_importance"),
     *("stop_length", "stop_finished", "stop_fresh", "stop_entropy"),
 )
+OF_ANSWERS = ("temperature", "top_p", "top_k", "answer_batch_size")  # of what the teacher writes
 
 
 @dataclass
@@ -105,6 +106,12 @@ class WarmstartConfig(TOPDConfig):
                 raise TOPDError(
                     f"{name}: has no effect in a warm start: the student writes nothing here. "
                     "Leave it out."
+                )
+        for name in OF_ANSWERS if self.answers == "data" else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise TOPDError(
+                    f"{name}: has no effect with answers: data: the teacher writes nothing here. "
+                    "Leave it out, or set answers: teacher."
                 )
         if self.beta != type(self).beta and not self.kd_ratio:
             raise TOPDError("beta: has no effect with kd_ratio: 0. Set kd_ratio, or leave it out.")

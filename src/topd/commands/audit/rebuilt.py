@@ -31,7 +31,7 @@ from topd.runs.ledger import LEDGER
 from topd.runs.records import check_format
 from topd.runs.verified import read_entries
 from topd.training.trainer import TOPDTrainer
-from topd.training.warmstart import OF_ROLLOUTS, WarmstartConfig, WarmstartTrainer
+from topd.training.warmstart import OF_ANSWERS, OF_ROLLOUTS, WarmstartConfig, WarmstartTrainer
 
 PATHS = {"path", "tokenizer", "chat_template", "answers"}  # keys of a recipe
 
@@ -230,7 +230,8 @@ def _recipe(
         )
     kind = WarmstartConfig if "answers" in config else TOPDConfig
     known = {f.name for f in fields(kind) if f.init}
-    known -= {*OF_ROLLOUTS} if kind is WarmstartConfig else set()  # older versions took them
+    if kind is WarmstartConfig:  # older versions took them
+        known -= {*OF_ROLLOUTS, *(OF_ANSWERS if config["answers"] == "data" else ())}
     settings = {key: value for key, value in config.items() if key in known} | ALONE
     return Recipe(
         student=ModelSpec(**sources["student"]),

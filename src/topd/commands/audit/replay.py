@@ -98,9 +98,8 @@ def replay_step(
             if error.exit_code not in (NONFINITE, COLLAPSED):
                 raise
             found.checked.append(f"stopped: {str(error).partition('. ')[0]}")
-        aside = TIMES if written >= JUDGED else (*TIMES, "tokens/")
         for name in RECORDS:
-            _compare_records(folder, scratch, name, (first, step), tolerance, found, aside)
+            _compare_records(folder, scratch, name, (first, step), tolerance, found, written)
         if ranks == 1:
             _compare_weights(folder, scratch, trainer, step, found)
             _compare_student(folder, scratch, step, found)
@@ -185,16 +184,22 @@ def _compare_records(
     steps: tuple[int, int],
     tolerance: float,
     found: AuditResult,
-    aside: tuple[str, ...],
+    written: int,
 ) -> None:
-    """Records of the replayed updates, key by key; times, evaluations and others aside."""
+    """Records of the replayed updates, key by key; times, evaluations and others aside.
+
+    A record has the keys that another of its file has, where its version has them again.
+    """
+    aside = TIMES if written >= JUDGED else (*TIMES, "tokens/")
     first, last = (step + (name == "metrics.jsonl") for step in steps)
     ours, theirs = (_of_updates(place, name, first, last) for place in (folder, scratch))
     if len(ours) != len(theirs):
         found.faults.append(f"{name}: {len(ours)} records of these updates, {len(theirs)} again")
         return
+    whole = read_records(folder, name) if written >= JUDGED else ()  # others may lack new keys
+    everywhere = {key for record in whole for key in record}
     for recorded, now in zip(ours, theirs, strict=True):
-        keys = {key for key in recorded if not key.startswith(aside)}
+        keys = {key for key in {*recorded, *everywhere} if not key.startswith(aside)}
         found.faults += (
             f"{name}, {said}" for said in disagreements(recorded, now, keys, tolerance)
         )

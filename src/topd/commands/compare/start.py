@@ -34,7 +34,7 @@ from topd.config import TOPDConfig
 from topd.errors import TOPDError, placed, shown
 from topd.runs.checkpoints import begin_anew
 from topd.runs.files import as_json
-from topd.training.warmstart import OF_ROLLOUTS
+from topd.training.warmstart import OF_ANSWERS, OF_ROLLOUTS
 
 PLACES = ("output_dir", "logging_dir")
 OF_ALL = {  # what the comparison sets for its arms
@@ -206,12 +206,14 @@ def apart_from_stage(keys: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 def of_stage(overrides: Mapping[str, Any], *, first: bool) -> dict[str, Any]:
     """The overrides that arms of a stage share: all but those of stage 1, or with them.
 
-    Stage 1 has no rollouts, so nothing is said to it of theirs.
+    Stage 1 has no rollouts, so nothing is said to it of theirs; how the students sample is not how
+    its answers are written.
     """
     rest, own = apart(overrides)
     if not first:
         return rest
-    return over({key: value for key, value in rest.items() if key not in OF_ROLLOUTS}, own)
+    idle = (*OF_ROLLOUTS, *OF_ANSWERS)
+    return over({key: value for key, value in rest.items() if key not in idle}, own)
 
 
 def begun_at(overrides: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:

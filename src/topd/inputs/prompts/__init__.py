@@ -24,7 +24,7 @@ from topd.inputs.prompt_rows import Messages, Row, last_user, plain_rows, read_r
 from topd.inputs.prompts.ends import common_end, ended, text_ids, with_another_end
 from topd.inputs.prompts.many import mapped
 from topd.inputs.prompts.references import Reference, columns_of, referred
-from topd.inputs.prompts.templates import BoundedSandbox, fill
+from topd.inputs.prompts.templates import BoundedSandbox, fill, known
 from topd.inputs.teachers import NO_ROUTES, Routes
 from topd.inputs.text_models import check_reaches
 from topd.types import Generation, Ids, Prompt, Rollout
@@ -291,7 +291,7 @@ class PromptEncoder:
     def _template(self) -> Template | None:
         if self.teacher_prompt is None:
             return None
-        sandbox = BoundedSandbox(undefined=StrictUndefined, autoescape=False)
+        sandbox = BoundedSandbox(undefined=StrictUndefined, finalize=known, autoescape=False)
         try:
             return sandbox.from_string(self.teacher_prompt)
         except (TemplateError, RecursionError, MemoryError, ValueError) as error:
@@ -323,7 +323,7 @@ def _tokenised(index: int) -> Iterator[None]:
     try:
         with named_faults():
             yield
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # the latter for half a character: a lone surrogate
         raise TOPDError(
             f"data row {index}: the tokenizer cannot read it: {_said(error)}. Change the text, or "
             "use a tokenizer that knows its characters."

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from jinja2 import Template
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LONGEST = 1_000_000  # characters of a text, on the way too
@@ -49,6 +49,16 @@ class BoundedSandbox(ImmutableSandboxedEnvironment):
         if isinstance(getattr(__obj, "__self__", None), str):
             _check(__obj.__self__, *args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
+
+
+def known(value: Any) -> Any:
+    """A value as it is written; None is what a row has where it lacks one. Raises UndefinedError.
+
+    Given to Jinja as ``finalize``: None may be asked for, but not written.
+    """
+    if value is None:
+        raise UndefinedError("a value that it writes is missing (None)")
+    return value
 
 
 def fill(values: Mapping[str, Any], template: Template) -> str:

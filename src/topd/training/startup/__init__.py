@@ -17,7 +17,7 @@ from transformers.utils import logging
 from topd.config import TOPDConfig
 from topd.engines.servers.checks import check_servers
 from topd.engines.text.checks import check_room, check_text_teacher
-from topd.errors import TOPDError
+from topd.errors import TOPDError, shown
 from topd.inputs.models import (
     LOADED,
     ModelSource,
@@ -109,8 +109,11 @@ def check_arguments(
             f"args: a {type(args).__name__} is for topd.training.warmstart.WarmstartTrainer, and "
             "here the student learns from its own samples. Give a TOPDConfig, or take that trainer."
         )
+    check_no_columns("eval_dataset", evaluation)
     sets = {f"eval_dataset {key!r}": rows for key, rows in sets_of(evaluation).items() if key}
-    for name, rows in {"train_dataset": train, **(sets or {"eval_dataset": evaluation})}.items():
+    given = {"train_dataset": train, "eval_dataset": None if sets else evaluation}
+    given = {name: rows for name, rows in given.items() if rows is not None}
+    for name, rows in {**given, **sets}.items():
         _check_rows(name, rows)
     if sets and args.load_best_model_at_end:
         raise TOPDError(
@@ -131,16 +134,29 @@ def check_arguments(
         args._n_gpu = 1  # else Trainer would run DataParallel, over other rollouts than asked for
 
 
+def check_no_columns(name: str, data: Any) -> None:
+    """Refuse lists by column, which are no sets of rows by name. Raises TOPDError."""
+    if isinstance(data, dict) and data.keys() & {"prompt", "messages"}:
+        raise TOPDError(
+            f"{name}: is a mapping of columns ({', '.join(map(str, data))}). Give rows: a list, "
+            "datasets.Dataset.from_dict(...), or of a data set select(range(8)), not [:8]."
+        )
+
+
 def _check_rows(name: str, rows: Any) -> None:
     """What is no set of rows. Raises TOPDError."""
     if isinstance(rows, datasets.IterableDataset):
         raise TOPDError(f"{name}: streaming is not supported. Load it, or take a part of it.")
+    check_no_columns(name, rows)
     if isinstance(rows, dict):
-        raise TOPDError(f"{name}: has splits {', '.join(map(str, rows))}. Choose one of them.")
+        splits = ", ".join(map(str, rows)) or "none"
+        raise TOPDError(f"{name}: has splits {splits}. Choose one of them.")
     if isinstance(rows, str | Path):
         raise TOPDError(
             f"{name}: is a path. Load it: topd.inputs.rows.DataSpec(path={str(rows)!r}).load()."
         )
+    if not (hasattr(rows, "__iter__") or hasattr(rows, "__getitem__")):
+        raise TOPDError(f"{name}: {shown(rows)} has no rows. Give a list of them, or a data set.")
     mappings = isinstance(rows, Sequence) and all(isinstance(row, Mapping) for row in rows)
     if isinstance(rows, Sequence) and not (_are_texts(rows) or mappings):
         raise TOPDError(
@@ -149,7 +165,8 @@ def _check_rows(name: str, rows: Any) -> None:
 
 
 def _are_texts(rows: Any) -> bool:
-    return isinstance(rows, list | tuple) and all(isinstance(row, str) for row in rows)
+    of_rows = isinstance(rows, Sequence) and not isinstance(rows, str)
+    return of_rows and all(isinstance(row, str) for row in rows)
 
 
 def rows_of(data: Any) -> Any:
@@ -160,7 +177,7 @@ def rows_of(data: Any) -> Any:
     """
     if _are_texts(data):
         return [{"prompt": text} for text in data]
-    return data.to_dict("records") if hasattr(data, "to_dict") and hasattr(data, "iloc") else data
+    return data.to_dict("records") if hasattr(data, "iloc") and hasattr(data, "columns") else data
 
 
 def sets_of(evaluation: Any) -> dict[str, Any]:
