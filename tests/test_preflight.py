@@ -224,6 +224,14 @@ def test_settings_inside_settings_work_where_they_are_right(tmp_path):
     assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
 
 
+@pytest.mark.parametrize("value", [0.5, 0.25])
+def test_no_value_of_an_option_is_taken_for_one_without_effect(tmp_path, value):
+    """Those that the trial puts in its place were refused."""
+    trainer = make(tmp_path, adam_beta1=value, adam_beta2=value, adam_epsilon=value)
+    trainer.create_optimizer()
+    assert trainer.optimizer.param_groups[0]["betas"] == (value, value)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -401,6 +409,11 @@ def test_a_student_that_cannot_learn_is_refused(tmp_path):
     frozen.requires_grad_(False)
     with pytest.raises(TOPDError, match=r"adapter 'default' is frozen.*is_trainable=True"):
         make(tmp_path, frozen)
+    for apart in ("merge_adapter", "disable_adapter_layers"):  # as for another's generation
+        student = adapted()
+        getattr(student, apart)()
+        with pytest.raises(TOPDError, match=r"its adapter is merged .* Call unmerge_adapter\(\)"):
+            make(tmp_path, student)
     with pytest.raises(TOPDError, match=r"all its weights are frozen.*requires_grad_"):
         make(tmp_path, tiny_model().requires_grad_(False))
 
@@ -600,6 +613,24 @@ def test_an_optimiser_without_the_weights_to_be_trained_is_refused(tmp_path, fol
     assert any(not p.equal(was) for p, was in zip(student.parameters(), before, strict=True))
     adapted = get_peft_model(tiny_model(), LoraConfig(**LORA))
     trainer("adapted", adapted, adapted).train()
+
+
+def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
+    """Its rates were logged, and another optimiser learned at a constant one."""
+
+    def trainer(student, optimizer, held):
+        schedule = torch.optim.lr_scheduler.ConstantLR(held)
+        return TOPDTrainer(
+            student, tiny_model(seed=1), arguments(tmp_path), rows(4),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule),
+        )  # fmt: skip
+
+    student = tiny_model()
+    one, other = (torch.optim.SGD(student.parameters(), lr=0.1) for _ in range(2))
+    for optimizer in (None, one):
+        with pytest.raises(TOPDError, match="optimizers: the schedule is not one of the optimiser"):
+            trainer(student, optimizer, other)
+    trainer(student, one, one).train()
 
 
 def test_no_row_is_dropped_in_evaluation(tmp_path):

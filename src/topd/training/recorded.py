@@ -40,6 +40,7 @@ from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.progress import Phases, say
 from topd.training.sharded import WholeCopy, check_kind, whole_copy
 from topd.training.startup.preflight import check_saved
+from topd.training.startup.resumed import check_resumed
 from topd.training.stop_rules import save_done
 from topd.training.trackers import Tables, log_tables, tables_of
 from topd.types import Prompt
@@ -196,6 +197,7 @@ class RecordedTrainer(Trainer):
             named=is_elsewhere(self.teacher_model),
             dated="strftime_now" in str(self.processing_class.chat_template),
         )
+        check_resumed(checkpoint, self.model, history[-1]["changed"])
         if self.is_world_process_zero():
             checkpoints.cut_back(self.run_folder, seal)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -221,9 +221,19 @@ def check_sources(
 
 
 def check_optimizer(
-    student: ModelSource, lora: PeftConfig | None, optimizer: Optimizer | None
+    student: ModelSource, lora: PeftConfig | None, optimizers: tuple[Optimizer | None, Any]
 ) -> None:
-    """Whether an optimiser that was given has all that is to be trained. Raises TOPDError."""
+    """Whether an optimiser that was given has all that is to be trained, and a schedule it.
+
+    Raises TOPDError.
+    """
+    optimizer, schedule = optimizers
+    groups = getattr(getattr(schedule, "optimizer", optimizer), "param_groups", None)
+    if schedule is not None and (optimizer is None or groups is not optimizer.param_groups):
+        raise TOPDError(
+            "optimizers: the schedule is not one of the optimiser that trains, whose rates it "
+            "would not change. Give both, the schedule made from the optimiser."
+        )
     if optimizer is None:
         return
     if lora is not None:

@@ -162,11 +162,14 @@ def _check_optimiser(args: TOPDConfig) -> None:
             return str(error)
 
     said = f"has no effect with optim {_word(args.optim)}. Leave it out"
-    for name, other in (
-        ("adam_beta1", 0.5), ("adam_beta2", 0.5), ("adam_epsilon", 0.5),
-        ("optim_target_modules", "all-linear"),
+    numbers, modules = (0.5, 0.25), ("all-linear", "attn")  # one of two is not what was given
+    for name, others in (
+        ("adam_beta1", numbers), ("adam_beta2", numbers), ("adam_epsilon", numbers),
+        ("optim_target_modules", modules),
     ):  # fmt: skip
-        if getattr(args, name) != getattr(TOPDConfig, name) and made() == made(**{name: other}):
+        if getattr(args, name) == getattr(TOPDConfig, name):
+            continue
+        if all(made() == made(**{name: other}) for other in others):
             raise TOPDError(f"{name}: {said}.")
     for part in (args.optim_args or "").split(","):
         key, _, value = (word.strip() for word in part.partition("="))
