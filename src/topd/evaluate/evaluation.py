@@ -6,6 +6,7 @@ spreads it, so that one can rise while the other falls.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -160,8 +161,8 @@ class Evaluator:
     Args:
         prompts: the problems; ``Prompt.index`` is their row.
         rows: the data, whose row a response is verified against.
-        verify: whether a response text is right; after a prompt that ends in ``<think>`` it is
-            given that mark too.
+        verify: whether a response text is right, True or False; after a prompt that ends in
+            ``<think>`` it is given that mark too.
         tokenizer: of the model.
         samples: responses a problem, besides the greedy one.
         sampling: how they are drawn; its length limit is also that of the greedy ones.
@@ -169,7 +170,8 @@ class Evaluator:
         batch_size: responses written at a time.
 
     Raises:
-        TOPDError: no problems, no samples, or a sampling at temperature 0.
+        TOPDError: no problems, no samples, a sampling at temperature 0 or out of range, or prompts
+            of other rows than these.
     """
 
     prompts: Sequence[Prompt]
@@ -189,6 +191,28 @@ class Evaluator:
             raise TOPDError(
                 "evaluate: needs prompts, at least one sample and a batch size of 1, and a "
                 "sampling temperature above 0 (greedy responses are always written too)."
+            )
+        self._check_rows()
+        given = self.sampling
+        if not (
+            given.temperature < math.inf
+            and 0 < given.top_p <= 1
+            and given.top_k >= 0
+            and given.max_new_tokens >= 1
+        ):
+            raise TOPDError(
+                f"sampling: {given} is out of range. temperature must be finite, top_p in (0, 1], "
+                "top_k at least 0 and max_new_tokens at least 1."
+            )
+
+    def _check_rows(self) -> None:
+        """Every prompt has a row of its own: another's reference would be its own."""
+        numbers = [prompt.index for prompt in self.prompts]
+        if len({*numbers}) < len(numbers) or max(numbers) >= len(self.rows):
+            raise TOPDError(
+                f"prompts: their rows ({min(numbers)} to {max(numbers)}) are not all different, or "
+                f"not all among the {len(self.rows)} given. Give all the rows that they were "
+                "encoded from, encoded in one call; the prompts may be a part of them."
             )
 
     def __call__(
@@ -254,9 +278,13 @@ class Evaluator:
     def _verified(self, prompt: Prompt, sample: int | None, written: Generation) -> Response:
         text, row = self.decode(written.tokens), prompt.index
         opened = opened_thought(prompt.student, self.decode)
-        right = bool(self.verify(opened + text, self.rows[row]))
+        right = self.verify(opened + text, self.rows[row])
+        if right not in (True, False):  # a reward of -1 would count as right
+            raise TOPDError(
+                f"verify: returned {right!r:.80}. Return True or False, e.g. reward > 0."
+            )
         logprob = sum(written.logprobs)
-        return Response(row, sample, written.tokens, text, right, written.finished, logprob)
+        return Response(row, sample, written.tokens, text, bool(right), written.finished, logprob)
 
 
 def opened_thought(prompt: Ids, decode: Decode) -> str:
