@@ -41,6 +41,7 @@ from topd.training.startup.preflight import (
     kl,
     without_dropout,
 )
+from topd.training.startup.trials import check_settings
 from topd.training.warmstart import WarmstartConfig
 
 IDS = torch.arange(4, 20)[None]
@@ -135,6 +136,10 @@ def test_an_inherited_argument_without_effect_is_refused(tmp_path, unread, folde
     ("options", "said"),
     [
         ({"load_best_model_at_end": True}, "has no effect without evaluations"),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss"},
+            "save_strategy best: has no effect without evaluations",
+        ),
         ({"metric_for_best_model": "accuracy"}, "gives eval_loss, not 'accuracy'"),
         ({"greater_is_better": True}, "the largest is the worst"),
     ],
@@ -222,6 +227,16 @@ def test_settings_inside_settings_work_where_they_are_right(tmp_path):
     trainer = make(tmp_path, **options)
     trainer.train()
     assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_a_schedule_that_follows_evaluations_takes_its_own_options(tmp_path):
+    def check(**options) -> None:
+        given = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": options}
+        check_settings(arguments(tmp_path, eval_strategy="epoch", **given), (None, None))
+
+    check(patience=0, factor=0.5)  # all were called unknown
+    with pytest.raises(TOPDError, match=r"reduce_lr_on_plateau: cannot be used: .*'patiense'"):
+        check(patiense=0)
 
 
 @pytest.mark.parametrize("value", [0.5, 0.25])
@@ -722,12 +737,11 @@ def test_texts_are_prompts_and_an_evaluation_may_have_several_sets(tmp_path):
     trainer.train()
     charts = {chart.name: chart for chart in training_charts(tmp_path)}
     assert {"held out, easy", "held out, hard"} <= set(charts["divergence"].columns)
-    best = arguments(
-        tmp_path / "best",
-        load_best_model_at_end=True,
-        save_strategy="steps",
-        save_steps=1,
-        **options,
-    )
-    with pytest.raises(TOPDError, match="several evaluation sets"):
-        TOPDTrainer(*pair, best, texts, sets, processing_class=tiny_tokenizer())
+    for wanted in (
+        {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1},
+        {"save_strategy": "best", "metric_for_best_model": "loss"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    ):
+        best = arguments(tmp_path / "best", **wanted, **options)
+        with pytest.raises(TOPDError, match="several evaluation sets there is no one figure"):
+            TOPDTrainer(*pair, best, texts, sets, processing_class=tiny_tokenizer())

@@ -342,6 +342,29 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+FOLLOWING = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"patience": 0, "threshold": 1e3},
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "eval_data": rows(2),
+}
+
+
+def test_a_schedule_that_follows_evaluations_is_resumed(tmp_path):
+    whole = make(tmp_path / "run", max_steps=4, save_steps=2, **FOLLOWING)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    again = make(tmp_path / "run", max_steps=4, **FOLLOWING)
+    again.train(resume_from_checkpoint=True)
+    rates, resumed = (
+        [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+        for trainer in (whole, again)
+    )
+    assert resumed == rates
+    assert rates[0] > 2 * rates[-1]
+
+
 def after_two(folder: Path, **options) -> Path:
     """A run that was stopped after two of four updates."""
     make(folder, **{"max_steps": 4, "save_steps": 2, **options}).train()
@@ -400,6 +423,8 @@ def test_a_schedule_of_ones_own_follows_the_optimiser_of_now(tmp_path):
     [
         ({}, {"optim": "sgd"}, r"optim was 'adamw_torch\w*' and is 'sgd'.* as it was"),
         ({"optim": "sgd", "optim_args": "momentum=0.5"}, {"optim": "sgd"}, "optim_args was"),
+        (FOLLOWING, {**FOLLOWING, "learning_rate": 1e-5}, "learning_rate was 0.003 and is 1e-05"),
+        (FOLLOWING, {}, "lr_scheduler_type was 'reduce_lr_on_plateau' and is 'linear'"),
         ({}, {"lora": LORA}, "no adapter 'default', and the student has one"),
         ({"lora": LORA}, {}, "has an adapter, and the student has none"),
         ({"lora": LORA}, {"lora": {**LORA, "r": 4}}, "an adapter of r 2, .* has 4. Give the same"),

@@ -39,7 +39,7 @@ from topd.training.progress import Phases
 from topd.training.recorded import RecordedTrainer
 from topd.training.startup import Sources, Tokenizers, rows_of
 from topd.training.startup.preflight import check_forward, mend
-from topd.training.startup.resumed import options_of_now
+from topd.training.startup.resumed import current_options
 from topd.types import Prompt
 
 logger = logging.get_logger(__name__)
@@ -119,8 +119,8 @@ class ObservedTrainer(RecordedTrainer):
         return inside_forward(model, student, forward)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Trainer's, with the options of now: a lowered learning rate counts."""
-        with options_of_now(self.optimizer, self.lr_scheduler):
+        """Trainer's, with the current options: a lowered learning rate counts."""
+        with current_options(self.optimizer, self.lr_scheduler):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def prediction_step(

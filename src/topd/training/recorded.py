@@ -197,7 +197,7 @@ class RecordedTrainer(Trainer):
             named=is_elsewhere(self.teacher_model),
             dated="strftime_now" in str(self.processing_class.chat_template),
         )
-        check_resumed(checkpoint, self.model, history[-1]["changed"])
+        check_resumed(checkpoint, self.model, history[-1]["changed"], self.args.lr_scheduler_type)
         if self.is_world_process_zero():
             checkpoints.cut_back(self.run_folder, seal)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

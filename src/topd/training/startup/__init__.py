@@ -36,7 +36,7 @@ from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
 from topd.inputs.text_models import is_by_text
 from topd.training.experience import REWRITTEN
 from topd.training.experience.overlap import check_overlap
-from topd.training.inherited import check_inherited
+from topd.training.inherited import check_inherited, with_one_figure
 from topd.training.learning.router import check_router
 from topd.training.startup.preflight import without_dropout
 from topd.training.startup.text_needs import check_gives
@@ -112,12 +112,12 @@ def check_arguments(
     sets = {f"eval_dataset {key!r}": rows for key, rows in sets_of(evaluation).items() if key}
     for name, rows in {"train_dataset": train, **(sets or {"eval_dataset": evaluation})}.items():
         _check_rows(name, rows)
-    if sets and args.load_best_model_at_end:
-        raise TOPDError(
-            "load_best_model_at_end: with several evaluation sets there is no one figure to be "
-            "best at. Give eval_dataset one set."
-        )
     check_inherited(args)
+    if sets and (settings := with_one_figure(args)):
+        raise TOPDError(
+            f"{settings[0]}: with several evaluation sets there is no one figure to go by. Give "
+            "eval_dataset one set."
+        )
     check_gives(sources[1:], args)
     if args.eval_strategy != "no" and evaluation is None:
         raise TOPDError("eval_strategy: needs data: give eval_dataset (eval_data in a recipe).")

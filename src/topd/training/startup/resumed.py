@@ -1,4 +1,4 @@
-"""What a resumed run takes from its settings of now, and what only from its checkpoint."""
+"""What a resumed run takes from its current settings, and what only from its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from topd.errors import TOPDError
+from topd.training.inherited import FOLLOWING
 
 OPTIONS = ("weight_decay", "betas", "eps")  # of a group of parameters, besides its rate
 KEPT = ("optim", "optim_args", "optim_target_modules")
+RATES = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs")  # in the state of FOLLOWING
 # of an adapter's configuration, what changes neither its weights nor what they do
 FREE = frozenset(
     ("auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights")
@@ -24,24 +26,29 @@ FREE = frozenset(
 CONFIG = "adapter_config.json"
 
 
-def check_resumed(checkpoint: Path, student: nn.Module, changed: Mapping[str, Any]) -> None:
+def check_resumed(
+    checkpoint: Path, student: nn.Module, changed: Mapping[str, Any], schedule: str
+) -> None:
     """Refuse another optimiser or adapter than the checkpoint is of.
 
     Args:
         checkpoint: what is resumed from.
         student: as it is before the checkpoint is loaded.
         changed: settings before and now (:func:`topd.runs.checkpoints.check_same`).
+        schedule: the ``lr_scheduler_type``.
 
     Raises:
         TOPDError: its state would not fit, or would be read as that of other weights.
     """
-    for name in KEPT:
+    schedules = [schedule, *changed.get("config.lr_scheduler_type", ())]
+    follows = any(one in FOLLOWING for one in schedules)
+    for name in (*KEPT, *(RATES if follows else ())):
         if found := changed.get(f"config.{name}"):
             before, now = found
             raise TOPDError(
                 f"resume_from_checkpoint: {name} was {before!r} and is {now!r}: {checkpoint} has "
-                "the optimiser's state, which another does not take. Set it as it was, or start "
-                "over in another folder."
+                "a state of the optimiser and its schedule that goes with the former. Set it as it "
+                "was, or start over in another folder."
             )
     adapters = student.peft_config if isinstance(student, PeftModel) else {}
     if not adapters and (checkpoint / CONFIG).exists():
@@ -74,18 +81,18 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def options_of_now(optimizer: Any, scheduler: Any) -> Iterator[None]:
+def current_options(optimizer: Any, scheduler: Any) -> Iterator[None]:
     """Inside, the state of both is loaded, which brings the options that they were saved with.
 
-    After it groups of parameters have the options that they were made with, and the rate of now's
-    learning rate and schedule at this update.
+    After it groups of parameters have the options that they were made with, and the rate that the
+    current learning rate and schedule have at this update.
     """
     given = [{**group, "params": None} for group in optimizer.param_groups]
     yield
     schedule = getattr(scheduler, "scheduler", scheduler)
     for i, (group, fresh) in enumerate(zip(optimizer.param_groups, given, strict=True)):
         group.update({key: fresh[key] for key in OPTIONS if key in fresh})
-        if "initial_lr" not in fresh:  # of a schedule that follows a figure: it lowers the rate
+        if "initial_lr" not in fresh:  # of a schedule that follows evaluations
             continue
         rate, before = fresh["initial_lr"], group["initial_lr"]
         group["initial_lr"] = schedule.base_lrs[i] = rate

@@ -187,8 +187,9 @@ def _check_schedule(trainer: Trainer) -> None:
             f"lr_scheduler_kwargs: {', '.join(given)}: has no effect with {_word(kind)}. Leave it "
             "out."
         )
-    known = _named(TYPE_TO_SCHEDULER_FUNCTION[kind]) - _GIVEN_BY_TRAINER
-    _refuse(given, known, "lr_scheduler_kwargs")
+    function = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    if not inspect.getfullargspec(function).varkw:  # else the schedule itself says what it takes
+        _refuse(given, _named(function) - _GIVEN_BY_TRAINER, "lr_scheduler_kwargs")
     updates = args.max_steps if args.max_steps > 0 else UPDATES
     schedule = trainer.create_scheduler(updates)
     for rate in schedule.lr_lambdas if isinstance(schedule, LambdaLR) else ():
