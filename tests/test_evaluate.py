@@ -621,6 +621,51 @@ def test_prompts_that_would_be_verified_against_the_rows_of_others_are_refused(p
         Evaluator(prompts, known, says_two, tiny_tokenizer())
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": float("nan")}, {"temperature": float("inf")}, {"top_p": 1.5}, {"top_p": 0.0}]
+    + [{"top_k": -1}, {"max_new_tokens": 0}],
+)
+def test_a_sampling_out_of_range_is_refused(wrong):
+    with pytest.raises(TOPDError, match="sampling"):
+        scripted(PROMPTS, sampling=Sampling(**{"max_new_tokens": 4, **wrong}))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count"),
+    [
+        (PROMPTS, 4),  # of rows 4, 1, 6 and 2 of seven: a response was held against another row
+        ([*PROMPTS, *PROMPTS], 10),
+        ([PROMPTS[0], replace(PROMPTS[1], index=4)], 10),  # of two calls, side by side
+    ],
+)
+def test_prompts_of_other_rows_are_refused(prompts, count):
+    with pytest.raises(TOPDError, match="rows: a prompt is verified against the row of its index"):
+        scripted(prompts, rows=[{"number": i} for i in range(count)])
+
+
+@pytest.mark.parametrize("verdict", [-1.0, 0.5, None, "no", AnswerVerifier()])
+def test_a_verdict_that_is_neither_right_nor_wrong_is_refused(verdict):
+    """Each but None counted as right: a reward, or the class of a verifier in place of one."""
+    text = speaks(lambda ids: "1")
+    found = Evaluator(PROMPTS, [{}] * 7, lambda text, row: verdict, text, 1, SAMPLED)
+    with pytest.raises(TOPDError, match=r"verify: returned .* Return True or False"):
+        found(Scripted())
+
+
+@pytest.mark.parametrize("verdict", [1, 1.0, np.True_, torch.tensor(True)])
+def test_a_verdict_may_be_any_one(verdict):
+    text = speaks(lambda ids: "1")
+    found = Evaluator(PROMPTS, [{}] * 7, lambda text, row: verdict, text, 1, SAMPLED)(Scripted())
+    assert found.greedy.mean == 1
+    assert found.responses[0].verified is True
+
+
+def test_a_row_without_the_reference_is_named():
+    with pytest.raises(TOPDError, match=r"no column 'answer', but prompt, gold\. Name the one"):
+        AnswerVerifier()("The answer is 5.", {"prompt": "", "gold": "5"})
+
+
 # On a tiny real model
 
 

@@ -374,6 +374,22 @@ def test_a_ratio_beyond_every_float_leaves_no_nan_at_a_token_of_factor_0(student
 
 
 @untyped
+def test_values_a_token_are_never_stretched():
+    """[T] and [T 1] made [T T], and the mean of that was taken for a loss."""
+    line, column, table = torch.zeros(3), torch.zeros(3, 1), torch.zeros(2, 3, 4)
+    tokens = torch.arange(4).expand(1, 3, 4)
+    for call in (
+        lambda: sampled_divergence(line, column),
+        lambda: importance(line, column, 2.0),
+        lambda: soft_target_kl(table, table[:1]),
+        lambda: trajectory_loss(table, table[:1], torch.ones(2, 3)),
+        lambda: topk_divergence(table, table[:1], tokens),  # the second row was left out
+        lambda: topk_divergence(table, table[..., :2], tokens.expand(2, 3, 4)),
+    ):
+        with pytest.raises(TOPDError, match=r"^tokens: the tensors are of .* Give the same"):
+            call()
+
+
 def test_unknown_sampled_divergence_is_an_error():
     with pytest.raises(TOPDError, match=r"^sampled_divergence: kind 'k2' is not one of k1, k3\.$"):
         sampled_divergence(torch.zeros(1), torch.zeros(1), kind="k2")

@@ -41,6 +41,7 @@ from topd.training.startup.preflight import (
     kl,
     without_dropout,
 )
+from topd.training.startup.trials import check_settings
 from topd.training.warmstart import WarmstartConfig
 
 IDS = torch.arange(4, 20)[None]
@@ -135,6 +136,10 @@ def test_an_inherited_argument_without_effect_is_refused(tmp_path, unread, folde
     ("options", "said"),
     [
         ({"load_best_model_at_end": True}, "has no effect without evaluations"),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss"},
+            "save_strategy best: has no effect without evaluations",
+        ),
         ({"metric_for_best_model": "accuracy"}, "gives eval_loss, not 'accuracy'"),
         ({"greater_is_better": True}, "the largest is the worst"),
     ],
@@ -222,6 +227,24 @@ def test_settings_inside_settings_work_where_they_are_right(tmp_path):
     trainer = make(tmp_path, **options)
     trainer.train()
     assert trainer.optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_a_schedule_that_follows_evaluations_takes_its_own_options(tmp_path):
+    def check(**options) -> None:
+        given = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": options}
+        check_settings(arguments(tmp_path, eval_strategy="epoch", **given), (None, None))
+
+    check(patience=0, factor=0.5)  # all were called unknown
+    with pytest.raises(TOPDError, match=r"reduce_lr_on_plateau: cannot be used: .*'patiense'"):
+        check(patiense=0)
+
+
+@pytest.mark.parametrize("value", [0.5, 0.25])
+def test_no_value_of_an_option_is_taken_for_one_without_effect(tmp_path, value):
+    """Those that the trial puts in its place were refused."""
+    trainer = make(tmp_path, adam_beta1=value, adam_beta2=value, adam_epsilon=value)
+    trainer.create_optimizer()
+    assert trainer.optimizer.param_groups[0]["betas"] == (value, value)
 
 
 @pytest.mark.parametrize(
@@ -410,6 +433,11 @@ def test_a_student_that_cannot_learn_is_refused(tmp_path):
     frozen.requires_grad_(False)
     with pytest.raises(TOPDError, match=r"adapter 'default' is frozen.*is_trainable=True"):
         make(tmp_path, frozen)
+    for apart in ("merge_adapter", "disable_adapter_layers"):  # as for another's generation
+        student = adapted()
+        getattr(student, apart)()
+        with pytest.raises(TOPDError, match=r"its adapter is merged .* Call unmerge_adapter\(\)"):
+            make(tmp_path, student)
     with pytest.raises(TOPDError, match=r"all its weights are frozen.*requires_grad_"):
         make(tmp_path, tiny_model().requires_grad_(False))
 
@@ -615,6 +643,24 @@ def test_an_optimiser_without_the_weights_to_be_trained_is_refused(tmp_path, fol
     trainer("adapted", adapted, adapted).train()
 
 
+def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
+    """Its rates were logged, and another optimiser learned at a constant one."""
+
+    def trainer(student, optimizer, held):
+        schedule = torch.optim.lr_scheduler.ConstantLR(held)
+        return TOPDTrainer(
+            student, tiny_model(seed=1), arguments(tmp_path), rows(4),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule),
+        )  # fmt: skip
+
+    student = tiny_model()
+    one, other = (torch.optim.SGD(student.parameters(), lr=0.1) for _ in range(2))
+    for optimizer in (None, one):
+        with pytest.raises(TOPDError, match="optimizers: the schedule is not one of the optimiser"):
+            trainer(student, optimizer, other)
+    trainer(student, one, one).train()
+
+
 def test_no_row_is_dropped_in_evaluation(tmp_path):
     def loss(name, count, **options):
         trainer = make(tmp_path / name, per_device_eval_batch_size=4, **options)
@@ -704,12 +750,11 @@ def test_texts_are_prompts_and_an_evaluation_may_have_several_sets(tmp_path):
     trainer.train()
     charts = {chart.name: chart for chart in training_charts(tmp_path)}
     assert {"held out, easy", "held out, hard"} <= set(charts["divergence"].columns)
-    best = arguments(
-        tmp_path / "best",
-        load_best_model_at_end=True,
-        save_strategy="steps",
-        save_steps=1,
-        **options,
-    )
-    with pytest.raises(TOPDError, match="several evaluation sets"):
-        TOPDTrainer(*pair, best, texts, sets, processing_class=tiny_tokenizer())
+    for wanted in (
+        {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 1},
+        {"save_strategy": "best", "metric_for_best_model": "loss"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    ):
+        best = arguments(tmp_path / "best", **wanted, **options)
+        with pytest.raises(TOPDError, match="several evaluation sets there is no one figure"):
+            TOPDTrainer(*pair, best, texts, sets, processing_class=tiny_tokenizer())

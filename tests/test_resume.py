@@ -378,6 +378,116 @@ def no_file_above(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+FOLLOWING = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {"patience": 0, "threshold": 1e3},
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "eval_data": rows(2),
+}
+
+
+def test_a_schedule_that_follows_evaluations_is_resumed(tmp_path):
+    whole = make(tmp_path / "run", max_steps=4, save_steps=2, **FOLLOWING)
+    whole.train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    again = make(tmp_path / "run", max_steps=4, **FOLLOWING)
+    again.train(resume_from_checkpoint=True)
+    rates, resumed = (
+        [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+        for trainer in (whole, again)
+    )
+    assert resumed == rates
+    assert rates[0] > 2 * rates[-1]
+
+
+def after_two(folder: Path, **options) -> Path:
+    """A run that was stopped after two of four updates."""
+    make(folder, **{"max_steps": 4, "save_steps": 2, **options}).train()
+    shutil.rmtree(folder / "checkpoint-4")
+    return folder
+
+
+def test_a_learning_rate_changed_at_a_resume_is_that_of_its_first_update(tmp_path):
+    """What a run that met NaN is told to do had no effect: rates came from the checkpoint."""
+    folder = after_two(tmp_path / "run", warmup_steps=0, adam_beta2=0.9)
+    options = {"learning_rate": 1e-5, "weight_decay": 0.3, "adam_beta1": 0.8, "adam_epsilon": 1e-3}
+    trainer = make(folder, max_steps=4, warmup_steps=0, **options)
+    trainer.train(resume_from_checkpoint=True)
+    rates = {
+        log["step"]: log["learning_rate"] for log in trainer.state.log_history if "loss" in log
+    }
+    assert rates == pytest.approx({1: 3e-3, 2: 3e-3 * 3 / 4, 3: 1e-5 * 2 / 4, 4: 1e-5 / 4})
+    decayed, other = trainer.optimizer.param_groups
+    assert (decayed["weight_decay"], other["weight_decay"]) == (0.3, 0.0)
+    assert (decayed["betas"], decayed["eps"]) == ((0.8, 0.999), 1e-3)
+
+
+def test_a_schedule_changed_at_a_resume_is_that_of_its_first_update(tmp_path):
+    folder = after_two(tmp_path / "run", warmup_steps=0)
+    trainer = make(folder, max_steps=8, warmup_steps=0)
+    trainer.train(resume_from_checkpoint=True)
+    rates = {
+        log["step"]: log["learning_rate"] for log in trainer.state.log_history if "loss" in log
+    }
+    assert rates[3] == pytest.approx(3e-3 * 6 / 8)
+
+
+def test_a_schedule_of_ones_own_follows_the_optimiser_of_now(tmp_path):
+    """That of torch which multiplies its latest rate, and has no function of the update."""
+
+    def with_rate(rate: float) -> TOPDTrainer:
+        student = tiny_model("llama")
+        optimizer = torch.optim.SGD(student.parameters(), rate)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        options = {**OPTIONS, "max_steps": 4, "save_steps": 2, "output_dir": str(tmp_path / "run")}
+        return TOPDTrainer(
+            student, tiny_model(seed=1), TOPDConfig(**options), rows(8),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule),
+        )  # fmt: skip
+
+    with_rate(1e-3).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    trainer = with_rate(1e-4)
+    trainer.train(resume_from_checkpoint=True)
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    assert rates == pytest.approx([1e-3, 5e-4, 2.5e-5, 1.25e-5])
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({}, {"optim": "sgd"}, r"optim was 'adamw_torch\w*' and is 'sgd'.* as it was"),
+        ({"optim": "sgd", "optim_args": "momentum=0.5"}, {"optim": "sgd"}, "optim_args was"),
+        (FOLLOWING, {**FOLLOWING, "learning_rate": 1e-5}, "learning_rate was 0.003 and is 1e-05"),
+        (FOLLOWING, {}, "lr_scheduler_type was 'reduce_lr_on_plateau' and is 'linear'"),
+        ({}, {"lora": LORA}, "no adapter 'default', and the student has one"),
+        ({"lora": LORA}, {}, "has an adapter, and the student has none"),
+        ({"lora": LORA}, {"lora": {**LORA, "r": 4}}, "an adapter of r 2, .* has 4. Give the same"),
+        (  # as many weights, of the same shapes
+            {"lora": {**LORA, "target_modules": ["q_proj"]}},
+            {"lora": {**LORA, "target_modules": ["o_proj"]}},
+            r"target_modules \['q_proj'\], .*'o_proj'",
+        ),
+        ({"lora": LORA}, {"lora": {**LORA, "lora_alpha": 3}}, "lora_alpha 8, .* has 3"),
+    ],
+)
+def test_another_optimiser_or_adapter_than_the_checkpoints_is_refused(tmp_path, before, now, said):
+    """It ended in a traceback, or trained an adapter of which nothing had been loaded."""
+    folder = after_two(tmp_path / "run", **before)
+    kept = records(folder)
+    with pytest.raises(TOPDError, match=f"resume_from_checkpoint: .*{said}"):
+        make(folder, max_steps=4, **now).train(resume_from_checkpoint=True)
+    assert records(folder) == kept
+
+
+def test_an_adapter_resumes_under_another_dropout(tmp_path):
+    folder = after_two(tmp_path / "run", lora=LORA)
+    trainer = make(folder, max_steps=4, lora={**LORA, "lora_dropout": 0.1})
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
 @pytest.mark.parametrize("written", ["model.safetensors", "optimizer.pt"])  # by Rust, by C++
 def test_a_full_disk_leaves_the_checkpoint_before_and_no_half_one(run, tmp_path, written):
     size = (run / "checkpoint-1" / written).stat().st_size

@@ -121,6 +121,13 @@ def test_holm_by_hand():
     assert holm([]) == []
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), -0.1, 1.5])
+def test_holm_takes_p_values_only(wrong):
+    """NaN made every other test's value 1."""
+    with pytest.raises(TOPDError, match=rf"holm: the p-value {wrong:g} is outside \[0, 1\]"):
+        holm([wrong, 0.01])
+
+
 def test_holm_keeps_the_error_of_all_tests_together():
     """10 true nulls: the chance of one rejection or more is 1 - 0.995^10 = 4.9 %."""
     drawn = np.random.default_rng(0).random((4000, 10))

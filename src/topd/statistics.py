@@ -234,11 +234,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, in the same order: reject those below the error wanted.
 
     The chance of one false rejection or more is then at most that error, however the tests depend
-    on each other. Source: Holm 1979.
+    on each other. Source: Holm 1979. Raises TOPDError for one outside [0, 1], as NaN is.
 
     >>> print(*(round(p, 3) for p in holm([0.01, 0.04, 0.03])))
     0.03 0.06 0.06
     """
+    if outside := [p for p in p_values if not 0 <= p <= 1]:
+        raise TOPDError(
+            f"holm: the p-value {outside[0]:g} is outside [0, 1]. Leave out tests without one."
+        )
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))

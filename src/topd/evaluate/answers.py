@@ -127,7 +127,15 @@ class AnswerVerifier:
     judge: Judge = field(default_factory=Judge)
 
     def __call__(self, response: str, row: Mapping[str, Any]) -> bool:
-        """Whether the response is right. Raises TOPDError if math-verify is not installed."""
+        """Whether the response is right.
+
+        Raises TOPDError if the row has no such column, or math-verify is not installed.
+        """
+        if self.column not in row:
+            raise TOPDError(
+                f"AnswerVerifier: a row has no column {self.column!r}, but {', '.join(row)}. Name "
+                "the one of the reference: AnswerVerifier(column=NAME)."
+            )
         written = reference_text(row[self.column])
         gold = reference_answer(written)
         claim = final_answer(response, numeric=MARK in written)

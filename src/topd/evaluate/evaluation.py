@@ -6,6 +6,7 @@ spreads it, so that one can rise while the other falls.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -160,8 +161,8 @@ class Evaluator:
     Args:
         prompts: the problems; ``Prompt.index`` is their row.
         rows: the data, whose row a response is verified against.
-        verify: whether a response text is right; after a prompt that ends in ``<think>`` it is
-            given that mark too.
+        verify: whether a response text is right, True or False; after a prompt that ends in
+            ``<think>`` it is given that mark too.
         tokenizer: of the model.
         samples: responses a problem, besides the greedy one.
         sampling: how they are drawn; its length limit is also that of the greedy ones.
@@ -169,8 +170,8 @@ class Evaluator:
         batch_size: responses written at a time.
 
     Raises:
-        TOPDError: no problems, no samples, a sampling at temperature 0, or a prompt without a row
-            of its own.
+        TOPDError: no problems, no samples, a sampling at temperature 0 or out of range, or a prompt
+            without a row of its own.
     """
 
     prompts: Sequence[Prompt]
@@ -196,6 +197,17 @@ class Evaluator:
                 "rows: a prompt is verified against the row of its index, and here a prompt has "
                 "none, or two have the same one. Give as prompts what trainer.encoder.encode(rows) "
                 "makes of these rows, once, and rows as a list of mappings."
+            )
+        given = self.sampling
+        if not (
+            given.temperature < math.inf
+            and 0 < given.top_p <= 1
+            and given.top_k >= 0
+            and given.max_new_tokens >= 1
+        ):
+            raise TOPDError(
+                f"sampling: {given} is out of range. temperature must be finite, top_p in (0, 1], "
+                "top_k at least 0 and max_new_tokens at least 1."
             )
 
     def _have_rows(self) -> bool:
@@ -270,9 +282,13 @@ class Evaluator:
     def _verified(self, prompt: Prompt, sample: int | None, written: Generation) -> Response:
         text, row = self.decode(written.tokens), prompt.index
         opened = opened_thought(prompt.student, self.decode)
-        right = bool(self.verify(opened + text, self.rows[row]))
+        right = self.verify(opened + text, self.rows[row])
+        if right not in (True, False):  # a reward of -1 would count as right
+            raise TOPDError(
+                f"verify: returned {right!r:.80}. Return True or False, e.g. reward > 0."
+            )
         logprob = sum(written.logprobs)
-        return Response(row, sample, written.tokens, text, right, written.finished, logprob)
+        return Response(row, sample, written.tokens, text, bool(right), written.finished, logprob)
 
 
 def opened_thought(prompt: Ids, decode: Decode) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from topd.errors import TOPDError
-from topd.losses.terms import LEAST, Kind
+from topd.losses.terms import LEAST, Kind, check_same_tokens
 
 _NEVER = -1e4  # a log-prob whose probability is 0 in every float type, and whose gradient is finite
 
@@ -80,10 +80,11 @@ def sampled_divergence(
         [B T], nats.
 
     Raises:
-        TOPDError: an unknown kind.
+        TOPDError: shapes differ, or an unknown kind.
 
     Source: Schulman, Approximating KL divergence (2020).
     """
+    check_same_tokens(student_logprobs.shape, teacher_logprobs.shape)
     log_ratio = teacher_logprobs - student_logprobs
     if kind == "k1":
         return -log_ratio
@@ -122,9 +123,11 @@ def topk_divergence(
         so that rounding in a served log-prob cannot make the divergence infinite.
 
     Raises:
-        TOPDError: kind, beta or temperature are out of range.
+        TOPDError: shapes differ, or kind, beta or temperature are out of range.
     """
     check_divergence(kind, beta, temperature)
+    check_same_tokens(teacher_logprobs.shape, teacher_tokens.shape)
+    check_same_tokens(student_logits.shape[:-1], teacher_tokens.shape[:-1])
     everything = log_softmax(student_logits, temperature)
     student, teacher = everything.gather(-1, teacher_tokens), teacher_logprobs.to(everything.dtype)
     if teacher.shape[-1] < everything.shape[-1]:  # else there is no tail
@@ -147,7 +150,10 @@ def soft_target_kl(
     Entries of probability 0 contribute nothing. Several targets for one token may be laid side by
     side in M: their divergences add. Whether they are distributions is not checked, as that would
     wait for a GPU: a negative or NaN one gives NaN, one that sums to c is learned c times as much.
+
+    Raises TOPDError if the shapes differ.
     """
+    check_same_tokens(logprobs.shape, probabilities.shape)
     never = probabilities == 0
     y, log_p = probabilities.masked_fill(never, 1.0), logprobs.masked_fill(never, 0.0)
     return _expected(y, y.log() - log_p)
@@ -167,6 +173,9 @@ def trajectory_loss(
     Returns:
         A scalar in nats; 0, with a gradient of 0, when nothing is guided. The paper sums over
         the window; the mean keeps lambda independent of the window's length.
+
+    Raises:
+        TOPDError: the shapes of log-probs and targets differ.
 
     Source: arXiv 2606.00305, L_traj.
     """

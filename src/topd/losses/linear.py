@@ -13,7 +13,7 @@ from torch.nn import Linear
 from topd.errors import TOPDError
 from topd.losses.chunked import head_terms
 from topd.losses.dense import check_divergence, check_temperature, kl, log_softmax
-from topd.losses.terms import Kind, Task, TokenTerms, Upstream
+from topd.losses.terms import Kind, Task, TokenTerms, Upstream, check_same_tokens
 from topd.types import Head
 
 
@@ -61,7 +61,7 @@ def linear_token_terms(
     """
     check_divergence(kind, beta, temperature)
     _check_chunk(chunk_tokens)
-    _check_same_tokens(
+    check_same_tokens(
         *(x.shape[:1] for x in (student_hidden, teacher_hidden, tokens, target_tokens))
     )
     heads = _on_one_vocabulary(student_head, teacher_head)
@@ -103,7 +103,7 @@ def linear_token_divergence(
             of the same tokens.
     """
     shape = student_hidden.shape[:-1]
-    _check_same_tokens(shape, teacher_hidden.shape[:-1])
+    check_same_tokens(shape, teacher_hidden.shape[:-1])
     none = torch.zeros(shape.numel(), 0, dtype=torch.long, device=student_hidden.device)
     terms = linear_token_terms(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
@@ -161,7 +161,7 @@ def linear_token_statistics(
     """
     _check_chunk(chunk_tokens)
     check_temperature(temperature)
-    _check_same_tokens(student_hidden.shape[:1], teacher_hidden.shape[:1])
+    check_same_tokens(student_hidden.shape[:1], teacher_hidden.shape[:1])
     student_head, teacher_head = _on_one_vocabulary(student_head, teacher_head)
     parts = []
     hidden = zip(
@@ -218,7 +218,7 @@ def linear_logprobs(
     """
     _check_chunk(chunk_tokens)
     check_temperature(temperature)
-    _check_same_tokens(hidden.shape[:1], tokens.shape)
+    check_same_tokens(hidden.shape[:1], tokens.shape)
     logprobs, likeliest = [], []
     for h, t in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens), strict=True):
         known = log_softmax(head.logits(h), temperature)
@@ -247,10 +247,3 @@ def _as_head(head: Head | Linear | Tensor) -> Head:
 def _check_chunk(chunk_tokens: int) -> None:
     if chunk_tokens < 1:
         raise TOPDError(f"chunk_tokens = {chunk_tokens} must be at least 1.")
-
-
-def _check_same_tokens(*shapes: torch.Size) -> None:
-    """What is longer would be cut off, or read at other tokens."""
-    if len(set(shapes)) > 1:
-        axes = ", ".join(str(tuple(shape)) for shape in shapes)
-        raise TOPDError(f"tokens: the tensors are of {axes} tokens. Give the same in each.")

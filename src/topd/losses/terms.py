@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from topd.errors import TOPDError
 from topd.types import Head, wide_dtype
 
 Kind = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -60,11 +61,20 @@ def importance(
 
     Corrects for rollouts that older weights wrote. Source: truncated importance sampling, Ionides,
     Journal of Computational and Graphical Statistics 17 (2008); a token at a time, as is usual.
+    Raises TOPDError if the shapes differ.
 
     >>> importance(torch.tensor([-1.0, -1.0]), torch.tensor([-1.0, -4.0]), 2.0)
     tensor([1., 2.])
     """
+    check_same_tokens(logprob.shape, sampled.shape)
     return (logprob.detach() - sampled).exp().clamp(max=most)
+
+
+def check_same_tokens(*shapes: torch.Size) -> None:
+    """What is longer would be cut off, or read at other tokens; [T] and [T 1] would make [T T]."""
+    if len(set(shapes)) > 1:
+        axes = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise TOPDError(f"tokens: the tensors are of {axes} tokens. Give the same in each.")
 
 
 class TokenTerms(NamedTuple):

@@ -226,7 +226,7 @@ def resolve(given: str | bool | None, run: Path) -> Path | None:
         return last(run)
     if not given:
         return None
-    found = [path for path in _numbered(run) if path.resolve() == Path(given).resolve()]
+    found = [path for path in _numbered(run) if path.resolve() == Path(str(given)).resolve()]
     if not found:
         there = ", ".join(path.name for path in _numbered(run)) or "none"
         raise TOPDError(

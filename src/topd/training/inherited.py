@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
+from transformers.trainer_utils import SchedulerType
+
 from topd.config import TOPDConfig
 from topd.errors import TOPDError
 
@@ -37,6 +39,7 @@ _LOSS = "the loss is TOPD's own"
 _ORDER = "the order of the prompts follows from seed alone, and is resumed and audited by it"
 _COMPILED = "the student's layers are called without the compiled wrapper"
 _NO_OUTPUTS = "an evaluation keeps a mean divergence and no outputs"
+FOLLOWING = ("reduce_lr_on_plateau", "greedy")  # schedules that follow evaluations
 REFUSED: Mapping[str, str] = {
     "label_smoothing_factor": _LOSS,
     "label_names": _LOSS,
@@ -92,15 +95,26 @@ def check_inherited(args: TOPDConfig) -> None:
     _check_best(args)
 
 
+def with_one_figure(args: TOPDConfig) -> list[str]:
+    """The settings that go by the figure of an evaluation."""
+    schedule = SchedulerType(args.lr_scheduler_type).value
+    asked = {
+        "load_best_model_at_end": args.load_best_model_at_end,
+        "save_strategy best": args.save_strategy == "best",
+        f"lr_scheduler_type {schedule}": schedule in FOLLOWING,
+    }
+    return [name for name, is_set in asked.items() if is_set]
+
+
 def _check_best(args: TOPDConfig) -> None:
     """What the best model is known by: an evaluation's mean divergence, the only figure it gives.
 
     Raises TOPDError.
     """
-    if args.load_best_model_at_end and args.eval_strategy == "no":
+    settings = with_one_figure(args)
+    if settings and args.eval_strategy == "no":
         raise TOPDError(
-            "load_best_model_at_end: has no effect without evaluations. Set eval_strategy and "
-            "eval_data."
+            f"{settings[0]}: has no effect without evaluations. Set eval_strategy and eval_data."
         )
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise TOPDError(

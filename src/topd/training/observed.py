@@ -39,6 +39,7 @@ from topd.training.progress import Phases
 from topd.training.recorded import RecordedTrainer
 from topd.training.startup import Sources, Tokenizers, check_no_columns, rows_of, sets_of
 from topd.training.startup.preflight import check_forward, mend
+from topd.training.startup.resumed import current_options
 from topd.types import Prompt
 
 logger = logging.get_logger(__name__)
@@ -116,6 +117,11 @@ class ObservedTrainer(RecordedTrainer):
                 return learning_terms(student, batch, self.observer.teacher.head, self.args)
 
         return inside_forward(model, student, forward)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's, with the current options: a lowered learning rate counts."""
+        with current_options(self.optimizer, self.lr_scheduler):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def prediction_step(
         self, model: nn.Module, inputs: list[Prompt], *_: Any, **__: Any

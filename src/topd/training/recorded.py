@@ -41,6 +41,7 @@ from topd.training.progress import Phases, say
 from topd.training.sharded import WholeCopy, check_kind, whole_copy
 from topd.training.startup.loaded import LoadingTrainer
 from topd.training.startup.preflight import check_saved
+from topd.training.startup.resumed import check_resumed
 from topd.training.stop_rules import save_done
 from topd.training.trackers import Tables, log_tables, tables_of
 from topd.types import Prompt
@@ -197,6 +198,7 @@ class RecordedTrainer(LoadingTrainer):
             named=is_elsewhere(self.teacher_model),
             dated="strftime_now" in str(self.processing_class.chat_template),
         )
+        check_resumed(checkpoint, self.model, history[-1]["changed"], self.args.lr_scheduler_type)
         if self.is_world_process_zero():
             checkpoints.cut_back(self.run_folder, seal)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

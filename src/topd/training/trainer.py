@@ -177,7 +177,7 @@ class TOPDTrainer(ObservedTrainer):
             self.turns.check(prompts)
         check_launch()
         if train is not None:
-            check_optimizer(sources[0], lora, optimizers[0])
+            check_optimizer(sources[0], lora, optimizers)
             check_settings(args, optimizers)
             check_saving(sources[0], tokenizers[0])
         check_student(sources, args, lora, self.own)

@@ -154,6 +154,13 @@ def check_trainable(student: PreTrainedModel | PeftModel) -> None:
     """Refuse a student that nothing would be learned by. Raises TOPDError."""
     if isinstance(student.get_output_embeddings(), BaseTunerLayer):
         raise TOPDError("peft_config: LoRA on the output head is not supported. Leave it out.")
+    layers = [module for module in student.modules() if isinstance(module, BaseTunerLayer)]
+    if any(layer.merged or layer.disable_adapters for layer in layers):
+        raise TOPDError(
+            "student: its adapter is merged into its weights, or disabled, so it would not learn. "
+            "Call unmerge_adapter() or enable_adapter_layers(), or train the merged model: "
+            "merge_and_unload(), then requires_grad_(True)."
+        )
     if any(parameter.requires_grad for parameter in student.parameters()):
         return
     if isinstance(student, PeftModel):

@@ -36,7 +36,7 @@ from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
 from topd.inputs.text_models import is_by_text
 from topd.training.experience import REWRITTEN
 from topd.training.experience.overlap import check_overlap
-from topd.training.inherited import check_inherited
+from topd.training.inherited import check_inherited, with_one_figure
 from topd.training.learning.router import check_router
 from topd.training.startup.preflight import without_dropout
 from topd.training.startup.text_needs import check_gives
@@ -115,12 +115,12 @@ def check_arguments(
     given = {name: rows for name, rows in given.items() if rows is not None}
     for name, rows in {**given, **sets}.items():
         _check_rows(name, rows)
-    if sets and args.load_best_model_at_end:
-        raise TOPDError(
-            "load_best_model_at_end: with several evaluation sets there is no one figure to be "
-            "best at. Give eval_dataset one set."
-        )
     check_inherited(args)
+    if sets and (settings := with_one_figure(args)):
+        raise TOPDError(
+            f"{settings[0]}: with several evaluation sets there is no one figure to go by. Give "
+            "eval_dataset one set."
+        )
     check_gives(sources[1:], args)
     if args.eval_strategy != "no" and evaluation is None:
         raise TOPDError("eval_strategy: needs data: give eval_dataset (eval_data in a recipe).")
@@ -238,9 +238,19 @@ def check_sources(
 
 
 def check_optimizer(
-    student: ModelSource, lora: PeftConfig | None, optimizer: Optimizer | None
+    student: ModelSource, lora: PeftConfig | None, optimizers: tuple[Optimizer | None, Any]
 ) -> None:
-    """Whether an optimiser that was given has all that is to be trained. Raises TOPDError."""
+    """Whether an optimiser that was given has all that is to be trained, and a schedule it.
+
+    Raises TOPDError.
+    """
+    optimizer, schedule = optimizers
+    groups = getattr(getattr(schedule, "optimizer", optimizer), "param_groups", None)
+    if schedule is not None and (optimizer is None or groups is not optimizer.param_groups):
+        raise TOPDError(
+            "optimizers: the schedule is not one of the optimiser that trains, whose rates it "
+            "would not change. Give both, the schedule made from the optimiser."
+        )
     if optimizer is None:
         return
     if lora is not None:

@@ -162,11 +162,14 @@ def _check_optimiser(args: TOPDConfig) -> None:
             return str(error)
 
     said = f"has no effect with optim {_word(args.optim)}. Leave it out"
-    for name, other in (
-        ("adam_beta1", 0.5), ("adam_beta2", 0.5), ("adam_epsilon", 0.5),
-        ("optim_target_modules", "all-linear"),
+    numbers, modules = (0.5, 0.25), ("all-linear", "attn")  # one of two is not what was given
+    for name, others in (
+        ("adam_beta1", numbers), ("adam_beta2", numbers), ("adam_epsilon", numbers),
+        ("optim_target_modules", modules),
     ):  # fmt: skip
-        if getattr(args, name) != getattr(TOPDConfig, name) and made() == made(**{name: other}):
+        if getattr(args, name) == getattr(TOPDConfig, name):
+            continue
+        if all(made() == made(**{name: other}) for other in others):
             raise TOPDError(f"{name}: {said}.")
     for part in (args.optim_args or "").split(","):
         key, _, value = (word.strip() for word in part.partition("="))
@@ -184,8 +187,9 @@ def _check_schedule(trainer: Trainer) -> None:
             f"lr_scheduler_kwargs: {', '.join(given)}: has no effect with {_word(kind)}. Leave it "
             "out."
         )
-    known = _named(TYPE_TO_SCHEDULER_FUNCTION[kind]) - _GIVEN_BY_TRAINER
-    _refuse(given, known, "lr_scheduler_kwargs")
+    function = TYPE_TO_SCHEDULER_FUNCTION[kind]
+    if not inspect.getfullargspec(function).varkw:  # else the schedule itself says what it takes
+        _refuse(given, _named(function) - _GIVEN_BY_TRAINER, "lr_scheduler_kwargs")
     updates = args.max_steps if args.max_steps > 0 else UPDATES
     schedule = trainer.create_scheduler(updates)
     for rate in schedule.lr_lambdas if isinstance(schedule, LambdaLR) else ():
