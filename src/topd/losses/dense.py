@@ -179,6 +179,7 @@ def trajectory_loss(
 
     Source: arXiv 2606.00305, L_traj.
     """
+    check_same_tokens(student_logprobs.shape, targets.shape)
     guided = mask.bool().expand(targets.shape[:-1])
     kl = soft_target_kl(student_logprobs, targets.masked_fill(~guided[..., None], 0.0))
     return kl.sum() / guided.sum().clamp(min=1)
