@@ -11,7 +11,10 @@ from shutil import copytree
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
 from topd.errors import TOPDError
@@ -118,6 +121,27 @@ def test_every_end_of_the_generation_config_ends_a_response():
     tokenizer.eos_token = None
     with pytest.raises(TOPDError, match="has no end-of-sequence token"):
         tokenizers_of(model, tiny_model(seed=1), tokenizer, tokenizer)
+
+
+def test_ends_that_only_the_teacher_has_are_named_and_ids_of_no_token_are_not():
+    models = tiny_model(), tiny_model(seed=1)
+    models[1].generation_config.eos_token_id = [EOS, 5, 9999]
+    with pytest.warns(UserWarning, match=r"end at </s>; the teacher .* at <\|assistant\|> too"):
+        tokenizers_of(*models, tiny_tokenizer(), tiny_tokenizer())
+
+
+def test_a_pair_may_know_few_characters():
+    """Without a token for the unknown the library raises where it meets others."""
+    one, other = ({"x": 0, "=": 1}, {"=": 0, "x": 1})
+    check_tokenizers(closed(one), closed(one))
+    with pytest.raises(TOPDError, match="tokenizers differ at 2 tokens"):
+        check_tokenizers(closed(one), closed(other))
+
+
+def closed(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.mark.parametrize("listed", [None, 0, 5, [5, 4]])

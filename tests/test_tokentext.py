@@ -56,6 +56,13 @@ def test_a_word_level_piece_has_the_space_that_its_tokenizer_joins_with(tmp_path
     assert stored(tokenizer, tmp_path, ids).texts(ids) == [" what", " is", " 2"]
 
 
+def test_a_tokenizer_that_knows_few_characters_needs_no_others(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"x": 0, "=": 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    few = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert stored(few, tmp_path, [0, 1]).texts([0, 1]) == ["x", "="]
+
+
 def test_special_tokens_keep_their_names(tmp_path):
     tokenizer = tiny_tokenizer()
     assert stored(tokenizer, tmp_path, [2]).texts([2])[0].strip() == "</s>"

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from topd.inputs.models.vocabulary import PROBE
+from topd.inputs.models.bare import named_faults
+from topd.inputs.models.vocabulary import PROBE, known_ids
 from topd.types import Ids
 
 LEADS = ("\n", "a", ".")  # a text is encoded after one that its first token does not join
@@ -39,21 +40,35 @@ class Border:
             return None
         return whole[len(self._lead_text) :]
 
-    def ids(self, before: Ids, text: str) -> Ids | None:
+    def reads(self, before: Ids, ids: Ids, text: str) -> bool:
+        """Whether ids read as ``text`` after the ids ``before``."""
+        known = self.text(before)
+        return known is not None and self.text(before + ids) == known + text
+
+    def ids(self, before: Ids, text: str, *, by_letter: bool = True) -> Ids | None:
         """Ids that read as ``text`` after the ids ``before``; None where there are none.
 
         First those that the tokenizer itself has for the text there, if it begins a token at the
-        border; else those of the text alone, after some other text, or character by character.
+        border; else those of the text alone, after some other text, or ``by_letter``.
         """
         if not text:
             return ()
         known = self.text(before)
         if known is None:
             return None
-        for found in self._candidates(known, text):
-            if self.text(before + found) == known + text:
-                return found
-        return None
+        candidates = self._candidates(known, text, by_letter)
+        return next((found for found in candidates if self.reads(before, found, text)), None)
+
+    def joined(self, before: Ids, text: str) -> Ids:
+        """The ids of a text: such as read so after the ids ``before``, or those of it alone.
+
+        Of a text alone many tokenizers begin with a space that is not in it. Some read nothing
+        back: they write all in lower case, or a space before each word.
+        """
+        alone = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # or it raises
+        if self.reads(before, alone, text):
+            return alone
+        return self.ids(before, text, by_letter=False) or alone
 
     def cut_at_mark(self, text: str) -> tuple[str, str]:
         """The text before the first special token's name in it, and that name; else all, ''."""
@@ -77,7 +92,7 @@ class Border:
             found.append(texts)
         return found
 
-    def _candidates(self, known: str, text: str) -> Iterator[Ids]:
+    def _candidates(self, known: str, text: str, by_letter: bool) -> Iterator[Ids]:
         found = self._after(self._lead_text + known, text)
         if found:
             yield found
@@ -86,7 +101,8 @@ class Border:
             found = self._after(lead, text)
             if found:
                 yield found
-        yield tuple(token for c in text for token in self._character(c))
+        if by_letter:
+            yield tuple(token for c in text for token in self._character(c))
 
     def _character(self, c: str) -> Ids:
         found = (self._after(lead, c) for lead in LEADS)
@@ -94,7 +110,13 @@ class Border:
 
     def _after(self, before: str, text: str) -> Ids | None:
         """The tokens of ``before + text`` from the border on, if one begins there."""
-        whole = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+        try:
+            with named_faults():
+                whole = self.tokenizer(
+                    before + text, add_special_tokens=False, return_offsets_mapping=True
+                )
+        except ValueError:  # a character that it cannot read, of the lead perhaps
+            return None
         ids, offsets = whole["input_ids"], whole["offset_mapping"]
         border = len(before)
         first = next((i for i, (start, _) in enumerate(offsets) if start >= border), len(ids))
@@ -103,7 +125,7 @@ class Border:
         return tuple(ids[first:])
 
     def _plain(self, text: str) -> Ids:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return known_ids(self.tokenizer, text)
 
     def _decoded(self, ids: Ids) -> str:
         return decoded(self.tokenizer, ids)
@@ -119,7 +141,8 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def tells_places(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a tokenizer tells which characters of a text a token is made of."""
     try:
-        known = tokenizer("a", add_special_tokens=False, return_offsets_mapping=True)
+        with named_faults():
+            known = tokenizer("", add_special_tokens=False, return_offsets_mapping=True)
     except (NotImplementedError, KeyError, TypeError, ValueError):  # as slow ones say no
         return False
     return "offset_mapping" in known

@@ -34,8 +34,10 @@ class TokenWriter:
 
     def __init__(self, tokenizer: Any, seen: Iterable[int] = ()) -> None:
         self.tokenizer = tokenizer
+        from topd.inputs.models.vocabulary import known_ids  # with torch, which no reader needs
+
         self._seen = set(seen)
-        self._anchor: Ids = tuple(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])
+        self._anchor: Ids = known_ids(tokenizer, "a")[-1:]
 
     def records(self, sequences: Iterable[Sequence[int]]) -> Iterator[dict[str, Any]]:
         """Records of the tokens that were not given before, in order of appearance."""

@@ -18,7 +18,7 @@ from topd.engines.text.writers import TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border, tells_places
 from topd.inputs.models import ModelSpec
-from topd.inputs.models.vocabulary import PROBE
+from topd.inputs.models.vocabulary import PROBE, known_ids
 from topd.inputs.served import ByText
 from topd.inputs.text_models import reach_of
 from topd.types import Ids, Prompt, Sampling
@@ -90,8 +90,9 @@ def check_border(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
             "model with a fast tokenizer (tokenizer.json)."
         )
     border = Border(tokenizer)
-    known = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    few = set(known) & set(tokenizer.all_special_ids)  # it knows few words: all others are one
+    known = known_ids(tokenizer, PROBE)
+    # it knows few words: all others are one token, or none
+    few = not known or set(known) & set(tokenizer.all_special_ids)
     ids = border.ids((), " " + (_known_part(tokenizer) if few else PROBE)) or ()
     whole = border.text(ids) or ""
     befores = [(ids[:end], border.text(ids[:end])) for end in range(len(ids))]

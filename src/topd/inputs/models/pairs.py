@@ -104,8 +104,8 @@ def _compare_ends(
     ours, theirs = (
         set(eos_ids(model, tokenizer)) for model, tokenizer in zip(models, tokenizers, strict=True)
     )
-    own = tokenizers[0].convert_ids_to_tokens(sorted(ours))
-    more = tokenizers[1].convert_ids_to_tokens(sorted(theirs - ours))
+    own = _names(tokenizers[0], ours)
+    more = _names(tokenizers[1], theirs - ours)
     if more:
         warnings.warn(
             f"The student's responses end at {', '.join(own)}; the teacher ends its own at "
@@ -113,6 +113,11 @@ def _compare_ends(
             f"eos_token: [{', '.join([*own, *more])}] in the student's spec.",
             stacklevel=2,
         )
+
+
+def _names(tokenizer: PreTrainedTokenizerBase, ids: set[int]) -> list[str]:
+    """Of tokens by id; an id that is only in a generation config has none."""
+    return [name for name in tokenizer.convert_ids_to_tokens(sorted(ids)) if name is not None]
 
 
 def _check_served(student: ModelSource, teacher: ModelSource) -> None:

@@ -7,6 +7,8 @@ import re
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
+from topd.inputs.models.bare import named_faults
+from topd.types import Ids
 
 PROBE = "3 + 4 = 7, so the answer is\n\\boxed{7}. Naïve café — 東京 🙂"
 MARK = re.compile(r"<[^<>\s]+>")  # <think>, <|im_end|>: no text is split into it
@@ -69,9 +71,17 @@ def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             f"tokenizers end a response differently: student {student.eos_token!r}, teacher "
             f"{teacher.eos_token!r}. Set eos_token of one model to the other's."
         )
-    ours, theirs = (one(PROBE, add_special_tokens=False) for one in (student, teacher))
-    if ours["input_ids"] != theirs["input_ids"]:
+    if known_ids(student, PROBE) != known_ids(teacher, PROBE):
         raise TOPDError(f"tokenizers split the same text differently: {PROBE!r}. {FAMILY}")
+
+
+def known_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
+    """A text's ids by itself; none where it has characters that the tokenizer cannot read."""
+    try:
+        with named_faults():
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    except ValueError:
+        return ()
 
 
 def check_embedding_rows(
