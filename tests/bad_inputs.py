@@ -395,6 +395,31 @@ CASES: tuple[Case, ...] = (
         stage=1,
     ),
     prompt(
+        "an answer of the data that continues after an end token",
+        "the answer has '</s>' in it, the token that ends a response, and continues",
+        "row 0",
+        "Take it out of the text",
+        {"prompt": "what", "solution": "so </s> so"},
+        changes={"warmstart": {**STAGE, "answers": "data"}},
+        stage=1,
+    ),
+    prompt(
+        "an answer of the data whose end does not end the student",
+        "the chat template ends the answer with '.', and the student's responses end at </s>",
+        "row 0",
+        "Set eos_token of the student",
+        {"prompt": "what", "solution": "so"},
+        changes={
+            "student": {
+                "path": "student",
+                "chat_template": "{% for m in messages %}{{ m.content }} {% endfor %}"
+                "{% if not add_generation_prompt %}.{% endif %}",
+            },
+            "warmstart": {**STAGE, "answers": "data"},
+        },
+        stage=1,
+    ),
+    prompt(
         "an answer of the data that is too long",
         "the solution has 13 tokens, the limit max_completion_length is 8",
         "row 0",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, rows, tiny_tokenizer
@@ -242,6 +242,7 @@ def learned(encoder: PromptEncoder, *messages: dict, **row) -> tuple[str, str]:
 ANSWER = {"role": "assistant", "content": "so 3"}
 TURNS = "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <eot> {% endfor %}"
 TURNS += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+ENDING = TURNS.replace("<eot>", "</s>")
 THINKING = (
     "{% for m in messages %}<|{{ m['role'] }}|> {% if m['role'] == 'assistant' %}"
     "{% if m.get('reasoning_content') %}<think> {{ m['reasoning_content'] }} </think> {% endif %}"
@@ -390,6 +391,75 @@ def test_a_text_begins_once_and_does_not_end(single, prompt):
     (read,) = special(single).encode([{"prompt": prompt}])
     assert 2 not in read.student
     assert read.student.count(1) == (single.startswith("<s>") or prompt.startswith("<s>"))
+
+
+def test_a_text_does_not_end_as_its_tokenizer_ends_texts_whatever_ends_a_response():
+    reader = special("<s> $A </s>")
+    reader.student.eos_token = "then"
+    (read,) = reader.encode([{"prompt": "what is 1 ?"}])
+    assert text(read.student) == "<s> what is 1 ?"
+
+
+def test_a_prompt_of_no_tokens_is_refused_with_its_row():
+    reader = encoder()
+    reader.student.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    with pytest.raises(TOPDError, match="row 1: the tokenizer makes no token of the prompt"):
+        reader.encode([{"prompt": "what"}, {"prompt": "\u200b"}])
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_end_in_an_answer_is_learned_once_and_nothing_after_it(chat):
+    reader = with_template(ENDING) if chat else encoder()
+    prompt = ASKED if chat else "what is 1 + 2 ?"
+
+    def learned_of(solution: str) -> str:
+        (read,) = reader.encode([{"prompt": prompt, "solution": solution}], with_response=True)
+        return text(read.response)
+
+    assert learned_of("so 3") == learned_of("so 3 </s>") == learned_of("so 3 </s> </s>")
+    assert learned_of("so 3") == "so 3 </s>"
+    with pytest.raises(TOPDError, match=r"row 0: the answer has '</s>' in it, .* continues after"):
+        learned_of("</s> so 3")
+
+
+def test_an_answer_whose_end_does_not_end_the_student_is_refused():
+    reader = with_template(TURNS, "<eot>")
+    row = {"prompt": ASKED, "solution": "so 3"}
+    with pytest.raises(TOPDError, match=r"answer with '<eot>', and .* end at </s>: it would not"):
+        replace(reader, ends=frozenset({EOS})).encode([row], with_response=True)
+    eot = reader.student.convert_tokens_to_ids("<eot>")
+    (read,) = replace(reader, ends=frozenset({EOS, eot})).encode([row], with_response=True)
+    assert read.response[-1] == eot
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "tool_calls"])
+def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused(name):
+    value = [{"function": {"name": "add"}}] if name == "tool_calls" else "what we have"
+    row = {"messages": [*ASKED, {**ANSWER, name: value}]}
+    with pytest.raises(TOPDError, match=f"row 0: the chat template does not write .* {name}, so"):
+        encoder().encode([row], with_response=True)
+    encoder().encode([row])  # nothing is learned of it
+
+
+def test_a_thought_that_the_template_cuts_off_is_refused_unless_it_is_empty():
+    cut = TURNS.replace("m['content']", "m['content'].split('</think>')[-1] | trim")
+    reader = with_template(cut, "<eot>", "<think>", "</think>")
+    with pytest.raises(TOPDError, match=r"write the answer's thought before </think>, so it"):
+        learned(reader, *ASKED, {**ANSWER, "content": "<think> we add </think> so 3"})
+    empty = {**ANSWER, "content": "<think> </think> so 3"}
+    assert learned(reader, *ASKED, empty) == learned(reader, *ASKED, ANSWER)
+
+
+def test_one_of_two_names_of_a_thought_does():
+    reader = with_template(THINKING, "<think>", "</think>")
+    both = {**ANSWER, "reasoning": "we add", "reasoning_content": "we add"}
+    assert "we add" in learned(reader, *ASKED, both)[0]
+
+
+def test_a_call_is_no_answer_to_a_prompt_of_text():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
+    with pytest.raises(TOPDError, match="row 0: no solution to learn from"):
+        encoder().encode([{"prompt": "what", "completion": [call]}], with_response=True)
 
 
 def test_an_answer_of_tokens_that_the_teacher_lacks_is_refused():

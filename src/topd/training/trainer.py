@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from topd.config import TOPDConfig
 from topd.distributed import agreed
 from topd.errors import TOPDError
-from topd.inputs.models import ModelSource
+from topd.inputs.models import ModelSource, eos_ids
 from topd.inputs.self_teacher import check_own_prompts, self_teacher_of
 from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.inputs.text_models import is_by_text
@@ -169,7 +169,8 @@ class TOPDTrainer(ObservedTrainer):
         if data[0] is not None:
             check_kept(sources, Path(args.output_dir))
         tokenizers = tokenizers_of_all(sources, *processing)
-        self.encoder = encoder_of(tokenizers, args, routes, by_text=any(map(is_by_text, sources)))
+        ends, by_text = eos_ids(sources[0], tokenizers[0]), any(map(is_by_text, sources))
+        self.encoder = encoder_of(tokenizers, args, routes, by_text=by_text, ends=ends)
         self.turns = turns_of(args, sources, tokenizers[0])
         train, evaluation, prompts = self._encoded(*data, args)
         check_sources(sources, tokenizers, prompts, args)

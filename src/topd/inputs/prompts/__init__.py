@@ -18,10 +18,18 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.border import Border, tells_places
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.prompt_rows import Messages, Row, last_user, plain_rows, read_row, with_last_user
-from topd.inputs.prompts.ends import common_end, ended, text_ids, with_another_end
+from topd.inputs.prompts.ends import (
+    check_parts,
+    common_end,
+    ended,
+    once_ended,
+    text_ids,
+    with_another_end,
+)
 from topd.inputs.prompts.many import mapped
 from topd.inputs.prompts.references import Reference, columns_of, referred
 from topd.inputs.prompts.templates import BoundedSandbox, fill, known
@@ -58,6 +66,7 @@ class PromptEncoder:
     reference: Reference = "given"  # the answer that teacher_prompt is told: see .references
     by_text: bool = False  # the teacher learns of a response as text: its ids need not be its own
     with_rows: bool = False  # prompts keep their row, for an environment
+    ends: frozenset[int] = frozenset()  # tokens that end the student's responses, if known
 
     def encode(
         self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
@@ -232,30 +241,40 @@ class PromptEncoder:
         more: Mapping[str, Any],
     ) -> Ids:
         if not isinstance(prompt, str):
-            return rendered(index, tokenizer, prompt, more, tokenize=True)
-        if more:
+            found: Ids = rendered(index, tokenizer, prompt, more, tokenize=True)
+        elif more:
             raise TOPDError(
                 f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
                 "text. Give it as messages, or leave them out."
             )
-        with _tokenised(index):
-            return text_ids(tokenizer, prompt)
+        else:
+            with _tokenised(index):
+                found = text_ids(tokenizer, prompt)
+        if not found:
+            raise TOPDError(
+                f"data row {index}: the tokenizer makes no token of the prompt. Remove the row."
+            )
+        return found
 
     def _response(self, asked: Row, prompt: Ids, more: Mapping[str, Any]) -> Ids:
         """The answer's ids: what the template writes from the end of the prompt on, and an end."""
         index, tokenizer = asked.index, self.student
-        if asked.answer is None or not (asked.solution or asked.answer.get("tool_calls")):
+        calls = not isinstance(asked.prompt, str) and (asked.answer or {}).get("tool_calls")
+        if asked.answer is None or not (asked.solution or calls):
             raise TOPDError(f"data row {index}: no solution to learn from. Map a solution column.")
         if isinstance(asked.prompt, str):
             with _tokenised(index):
-                ids = tokenizer(asked.solution, add_special_tokens=False)["input_ids"]
-            return self._known(index, (*ids, tokenizer.eos_token_id))
+                ids = self._joined(prompt, asked.solution or "")
+            return self._ended(index, (*ids, tokenizer.eos_token_id))
         whole = [*asked.prompt, asked.answer]
-        other = [*asked.prompt, with_another_end(asked.answer)]
-        before, after, with_other = (
-            rendered(index, tokenizer, messages, more, tokenize=False, asks=asks)
-            for messages, asks in ((asked.prompt, True), (whole, False), (other, False))
-        )
+
+        def finished(answer: Mapping[str, Any]) -> str:
+            written = [*asked.prompt, answer]
+            return str(rendered(index, tokenizer, written, more, tokenize=False, asks=False))
+
+        before = rendered(index, tokenizer, asked.prompt, more, tokenize=False)
+        after, with_other = finished(asked.answer), finished(with_another_end(asked.answer))
+        check_parts(index, asked.answer, finished)
         if not after.startswith(before):
             raise TOPDError(
                 f"data row {index}: the chat template does not write the answer after its prompt, "
@@ -266,11 +285,22 @@ class PromptEncoder:
         if ids[: len(prompt)] == prompt:
             ids = ids[len(prompt) :]
         else:  # the first token of the answer would join the last of the prompt
-            ids = tuple(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])
-        return self._known(index, ended(tokenizer, ids, common_end(after, with_other)))
+            ids = self._joined(prompt, after[len(before) :])
+        return self._ended(index, ended(tokenizer, ids, common_end(after, with_other)))
 
-    def _known(self, index: int, ids: Ids) -> Ids:
-        """The same, if the teacher has all of them. Raises TOPDError."""
+    def _joined(self, prompt: Ids, text: str) -> Ids:
+        """The ids of a text after a prompt."""
+        if self._border is not None:
+            return self._border.joined(prompt, text)
+        return tuple(self.student(text, add_special_tokens=False)["input_ids"])
+
+    @cached_property
+    def _border(self) -> Border | None:
+        return Border(self.student) if tells_places(self.student) else None
+
+    def _ended(self, index: int, ids: Ids) -> Ids:
+        """An answer up to its end, if the teacher has all of its tokens. Raises TOPDError."""
+        ids = once_ended(index, self.student, ids, self.ends)
         unknown = sorted(set(ids) - self._shared) if self._shared is not None else ()
         if unknown:
             raise TOPDError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import takewhile
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from topd.errors import TOPDError
 from topd.types import Ids
 
 Text = TypeVar("Text", str, Ids)
+PARTS = (("tool_calls",), ("reasoning_content", "reasoning", "thinking"))  # under several names
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
@@ -19,7 +21,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
         del ids[0]
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and plain[-1:] != ids[-1:]:
+    while len(ids) > max(1, len(plain)) and plain[-1:] != ids[-1:]:
         del ids[-1]
     return tuple(ids)
 
@@ -56,3 +58,57 @@ def ended(tokenizer: PreTrainedTokenizerBase, ids: Ids, tail: str) -> Ids:
     while len(ids) > 1 and not tokenizer.decode(ids[-1:]).strip():
         ids = ids[:-1]
     return ids
+
+
+def once_ended(
+    index: int, tokenizer: PreTrainedTokenizerBase, ids: Ids, ends: frozenset[int]
+) -> Ids:
+    """An answer up to the first token that ends a response: after it nothing is ever written.
+
+    Args:
+        index: the row, for messages.
+        tokenizer: the student's.
+        ids: the answer, with an end.
+        ends: tokens that end the student's responses; empty: only the tokenizer's is known.
+
+    Raises TOPDError: the answer has no such token, or continues after it.
+    """
+    names, known = tokenizer.convert_ids_to_tokens, ends or {int(tokenizer.eos_token_id)}
+    named = ", ".join(map(str, names(sorted(known))))
+    place = next((i for i, token in enumerate(ids) if token in known), len(ids))
+    if place == len(ids) and ends:
+        raise TOPDError(
+            f"data row {index}: the chat template ends the answer with {names(ids[-1])!r}, and "
+            f"the student's responses end at {named}: it would not learn "
+            "to stop. Set eos_token of the student (a list, if there are several), or choose "
+            "another chat_template."
+        )
+    if str(tokenizer.decode(list(ids[place + 1 :]), skip_special_tokens=True)).strip():
+        raise TOPDError(
+            f"data row {index}: the answer has {names(ids[place])!r} in it, the token that ends a "
+            "response, and continues after it. Take it out of the text."
+        )
+    return ids[: place + 1]
+
+
+def check_parts(
+    index: int, answer: Mapping[str, Any], finished: Callable[[Mapping[str, Any]], str]
+) -> None:
+    """Refuse an answer's part that a chat template leaves out: it would not be learned.
+
+    ``finished`` writes the conversation with an answer. Raises TOPDError.
+    """
+    fewer = {}
+    for names in PARTS:
+        given = [name for name in names if answer.get(name)]
+        if given:
+            fewer[given[0]] = {k: value for k, value in answer.items() if k not in names}
+    thought, closed, rest = answer["content"].rpartition("</think>")
+    if thought.replace("<think>", "").strip():
+        fewer[f"thought before {closed}"] = {**answer, "content": rest}
+    for part, without in fewer.items():
+        if finished(without) == finished(answer):
+            raise TOPDError(
+                f"data row {index}: the chat template does not write the answer's {part}, so it "
+                "would not be learned. Leave it out, or use a template that writes it."
+            )

@@ -188,7 +188,12 @@ def sets_of(evaluation: Any) -> dict[str, Any]:
 
 
 def encoder_of(
-    tokenizers: Tokenizers, args: TOPDConfig, routes: Routes = NO_ROUTES, *, by_text: bool = False
+    tokenizers: Tokenizers,
+    args: TOPDConfig,
+    routes: Routes = NO_ROUTES,
+    *,
+    by_text: bool = False,
+    ends: Sequence[int] = (),
 ) -> PromptEncoder:
     """Encodes prompts for a student and its teachers with the templates and limits of ``args``."""
     return PromptEncoder(
@@ -202,6 +207,7 @@ def encoder_of(
         args.reference,
         by_text,
         args.environment is not None,
+        frozenset(ends),
     )
 
 
