@@ -66,6 +66,7 @@ def test_what_cannot_be_aligned_has_no_span():
     ids, more = own.ids((), "so the") or (), own.ids((), "東") or ()
     assert spans.align((*ids, *more[:1])).own[-1][1] == len(ids)  # a byte of three
     assert spans.align((*ids, *more[:1], end)).own[-1][1] == len(ids)
+    assert spans.align((*ids, *more[:1], *ids, end)).own[-1][1] == len(ids)  # amid the text
     assert spans.align((*ids, end, *ids)).own[-1][1] == len(ids)  # a special token inside
     unknown = own.ids((), "so <unk> the") or ()  # the name of one of the teacher's
     assert own.text(unknown[: spans.align(unknown).own[-1][1]]) == "so "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -201,8 +202,29 @@ def test_a_tokenizer_that_does_not_read_back_is_refused():
     folding.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(TOPDError, match="student: its tokenizer does not read back"):
         check_border("student", folding)
-    for tokenizer in (*TOKENIZERS.values(), tiny_tokenizer()):
+    few = Tokenizer(models.WordLevel({character: i for i, character in enumerate("012=+ ")}))
+    few.pre_tokenizer, few.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    closed = PreTrainedTokenizerFast(tokenizer_object=few)  # it raises at any other character
+    for tokenizer in (*TOKENIZERS.values(), tiny_tokenizer(), closed):
         check_border("student", tokenizer)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("prompt", ["What is 2 + 3? ", "2+3=", "So:\n"])
+@pytest.mark.parametrize("solution", ["5", " answer", "\n5", "éa"])
+def test_an_answer_is_learned_as_it_reads_after_its_prompt(name, prompt, solution):
+    tokenizer, prompt = copy.deepcopy(TOKENIZERS[name]), f"</s>{prompt}"
+    told = PromptEncoder(tokenizer, tokenizer)
+    (text,) = told.encode([{"prompt": prompt, "solution": solution}], with_response=True)
+    tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if not add_generation_prompt %}"
+        "{{ messages[1].content }}{{ eos_token }}{% endif %}"
+    )
+    asked = [{"role": "user", "content": prompt}]
+    (chat,) = told.encode([{"prompt": asked, "solution": solution}], with_response=True)
+    for found in (text, chat):
+        whole = tokenizer.decode(found.student + found.response)
+        assert whole == tokenizer.decode(found.student) + solution + "</s>"
 
 
 def test_a_tokenizer_that_tells_no_places_is_refused_in_words():
@@ -777,14 +799,39 @@ def test_a_teacher_of_another_tokenizer_is_offered_opd_by_spans(tmp_path):
         check_gives(pair[:1], pair[1])
 
 
+class Says:
+    """A writer of one text, whatever it continues."""
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.text, self.tokenizer = text, tokenizer
+
+    def write(self, prompts: Any, texts: Any, *_: Any, **__: Any) -> list[Written]:
+        return [Written(self.text, False) for _ in texts]
+
+
+def test_a_special_token_of_the_teachers_alone_or_half_a_character_ends_a_window():
+    student, teacher = byte_level(), byte_level()
+    teacher.add_special_tokens({"additional_special_tokens": ["<|channel|>"]})
+    options = {"tokenizer": student, "eos_ids": [student.eos_token_id]}
+
+    def written(text: str) -> tuple[str | None, bool]:
+        place = stand_in("x", len(student))
+        engine = TextEngine(place, Says(text, teacher), **options)
+        (one,) = engine.generate([(1,)], Sampling(0.0, max_new_tokens=20), [0])
+        return engine.border.text(one.tokens), one.finished
+
+    assert written(" so 7<|channel|> 8") == (" so 7", False)
+    assert written(" so 7</s><|channel|> 8") == (" so 7</s>", True)
+    assert written("<|channel|></s>") == ("", False)
+    assert written(" so \ufffd 7</s>") == (" so", False)  # bytes of no character, once a text
+
+
 def test_a_window_that_cannot_be_had_is_left_out():
     tokenizer = byte_level()
 
-    class Silent:
-        def write(self, prompts: Any, texts: Any, *_: Any, **__: Any) -> list[Written]:
-            return [Written(" so", False) for _ in texts]
-
-    engine = TextEngine(stand_in("x", len(tokenizer)), Silent(), tokenizer, eos_ids=[0])
+    engine = TextEngine(
+        stand_in("x", len(tokenizer)), Says(" so", tokenizer), tokenizer, eos_ids=[0]
+    )
     ids = tuple(tokenizer("東 a", add_special_tokens=False)["input_ids"])
     scores = engine.score([(1,)], [ids])
     starts = [(0, t) for t in range(len(ids))]

@@ -68,7 +68,7 @@ class TextEngine(BaseEngine):
         super().__init__(model, **options)
         self.gives = "logprobs" if read or spans else "windows"
         self.writer, self.read, self.spans = writer, read, spans
-        self.border = Border(tokenizer)
+        self.border, self.theirs = Border(tokenizer), Border(writer.tokenizer)
         self.end = int(tokenizer.eos_token_id)
         self._ends = {str(t) for t in tokenizer.convert_ids_to_tokens(sorted(self.end_ids))}
 
@@ -153,12 +153,17 @@ class TextEngine(BaseEngine):
     def _joined(self, before: Ids, written: Written, limit: int) -> Ids:
         """The tokens of an answer after ``before``. One that was cut off loses its last token.
 
-        The name of a special token ends it, as does the writer: nobody puts one into a text.
+        The name of a special token of either ends it, as does the writer: nobody puts one into a
+        text. So do bytes that are no character.
         """
         text, mark = self.border.cut_at_mark(written.text)
         ended = mark in self._ends if mark else written.ended
-        if not (ended or mark):
-            text = text.rstrip(BROKEN)
+        text, other = self.theirs.cut_at_mark(text)
+        if other:  # which the student does not have
+            mark, ended = other, False
+        text, *broken = text.split(BROKEN, 1)
+        if broken:  # bytes of no character, which have no text
+            mark, ended = "", False
         ids = self.border.ids(before, text)
         if ids is None:
             return ()

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from topd.engines.hf import HFEngine
 from topd.engines.text.logprobs import whole_text
 from topd.errors import TOPDError
-from topd.inputs.border import Border
+from topd.inputs.border import BROKEN, Border
 from topd.inputs.text_models import reach_of
 from topd.types import Ids, Spans, Texts
 
@@ -75,12 +75,13 @@ class SpanReader:
         """The spans of a response, and the teacher's tokens that they are made of.
 
         From the name of a special token on nothing has a span: neither tokenizer means text by it.
+        Nor from bytes on that are no character: their sign would be read in their place.
         The end of the response is a span of its own.
         """
         ended = bool(response) and response[-1] in self.ends
         body = response[:-1] if ended else response
         whole = whole_text(self.own, body)
-        text = self.theirs.cut_at_mark(self.own.cut_at_mark(whole)[0])[0]
+        text = self.theirs.cut_at_mark(self.own.cut_at_mark(whole)[0])[0].partition(BROKEN)[0]
         ids = self.theirs.ids((), text)
         if ids is None:
             return Aligned((), (), ())
