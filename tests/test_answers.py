@@ -79,6 +79,9 @@ def test_boxes(text, found):
     [
         ("The answer is:\n\n$$42$$\n", "42"), ("**Final Answer:**\n42", "42"),
         ("<answer> 7 </answer>", "7"), (r"<think>\boxed{5}</think> The answer is 7.", "7"),
+        (r"[THINK]\boxed{5}[/THINK]The answer is 7.", "7"), (r"[THINK]\boxed{5}", None),
+        (r"<|channel|>analysis\boxed{5}", None), (r"<|channel|>analysis no<|channel|>final", None),
+        (r"<|channel|>analysis\boxed{5}assistant<|channel|>finalThe answer is 7.", "7"),
         (r"<think>\boxed{5}", None), ("the answer is 7 because 7 > 6", "7"),
     ],
 )  # fmt: skip

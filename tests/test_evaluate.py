@@ -20,6 +20,7 @@ import pytest
 import torch
 from rich.console import Console
 from scipy.stats import binomtest
+from tokenizers import AddedToken
 from transformers.utils import logging as transformers_logging
 from typer.testing import CliRunner, Result
 
@@ -45,11 +46,13 @@ from topd.evaluate import (
 )
 from topd.evaluate import judge as judging
 from topd.evaluate.answers import final_answer, last_boxed, reference_answer
+from topd.evaluate.evaluation import text_of
 from topd.evaluate.exact import exact
 from topd.evaluate.judge import Judge
 from topd.evaluate.spec import EvaluationSpec
 from topd.evaluate.written import plain
 from topd.inputs.models import ModelSpec
+from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
 from topd.report.kinds.evaluated import evaluation_tables
 from topd.runs.folder import RunFolder
@@ -424,7 +427,7 @@ class Scripted:
 
 def speaks(decode: Callable[[Ids], str]) -> Any:
     """What stands for a tokenizer here."""
-    return SimpleNamespace(decode=lambda ids, **_: decode(tuple(ids)))
+    return SimpleNamespace(decode=lambda ids, **_: decode(tuple(ids)), added_tokens_decoder={})
 
 
 SAMPLED = Sampling(0.7, 0.9, 5, 8)
@@ -587,6 +590,25 @@ def test_a_thought_that_the_prompt_opens_is_no_answer_until_it_is_closed():
     assert found.solved(greedy=True) == [0, 1, 1]
     assert found.solved() == [1, 1, 1]
     assert {response.text for response in found.responses} == {texts[0, 0], texts[0, 1]}
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_the_marks_of_a_thought_count_as_special_tokens_too(special):
+    tokenizer = tiny_tokenizer()
+    marks = ["<think>", "</think>", "[THINK]", "<|channel|>"]
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in marks])
+
+    def read(text: str) -> str:
+        return text_of(tokenizer, tuple(tokenizer(text)["input_ids"]))
+
+    assert read("<s> 1 <think> 2 </s>") == "1 <think> 2"
+    assert read("<|channel|> 1 [THINK] 2") == "<|channel|> 1 [THINK] 2"
+    (prompt,) = PromptEncoder(tokenizer, tokenizer).encode([{"prompt": "what is 2 + 3 ? <think>"}])
+    for text, right in (("5", False), ("5 </think>", False), ("1 </think> answer is 5", True)):
+        ids = tuple(tokenizer(text)["input_ids"])
+        evaluator = Evaluator([prompt], [{"answer": "#### 5"}], AnswerVerifier(), tokenizer)
+        written = Generation(ids, (0.0,) * len(ids), False)
+        assert evaluator._verified(prompt, None, written).verified is right
 
 
 def test_every_response_is_ticked():

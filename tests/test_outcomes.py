@@ -146,7 +146,9 @@ def test_a_thought_that_the_prompt_opens_belongs_to_what_is_verified(monkeypatch
     monkeypatch.setattr(probe, "verify_forks", forks)
     pair = SimpleNamespace(
         observer=SimpleNamespace(args=probe.ProbeConfig(output_dir="unused", use_cpu=True)),
-        tokenizer=SimpleNamespace(decode=lambda ids, **_: texts[tuple(ids)]),
+        tokenizer=SimpleNamespace(
+            decode=lambda ids, **_: texts[tuple(ids)], added_tokens_decoder={}
+        ),
     )
     empty = torch.zeros(0, dtype=torch.long)
     windows = SimpleNamespace(row=empty, start=empty)

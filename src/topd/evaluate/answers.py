@@ -40,6 +40,8 @@ STATED = re.compile(
     re.I,
 )
 RUN_ON = re.compile(r"\n[ \t*#]*(?:question|problem|q)\s*\d*[ *]*:", re.I)
+THINKS = re.compile(r"<think>|\[THINK\]|<\|channel\|>analysis")
+THOUGHT = re.compile(r".*(?:</think>|\[/THINK\]|<\|channel\|>final(?:<\|message\|>)?)", re.S)
 FILLER = re.compile(r"(?:therefore|thus|simply|just|indeed|clearly|then|now|hence|so)\b,?\s*", re.I)
 CLAUSE = re.compile(r",?\s+(?:because|since|as|which|so|where|when|for|if|that)\s", re.I)
 FORMULA = re.compile(
@@ -114,11 +116,11 @@ class AnswerVerifier:
     """Checks a response against the reference in ``column`` of its row.
 
     The reference is a bare answer, or a worked solution that ends in ``#### 42`` or holds a
-    ``\\boxed{}``. What a response thinks before ``</think>`` does not count, and one that never
-    stops thinking has no answer. Its answer is in its last ``\\boxed{}``, else in ``<answer>``,
-    else after its last "answer is" or "answer:", on that line or the next. Only for a reference
-    with ``####`` (GSM8K, whose prompts ask for no form) a number after ``####`` counts too and,
-    failing all, the last number of the text.
+    ``\\boxed{}``. What a response thinks before ``</think>`` (``[/THINK]``, ``<|channel|>final``)
+    does not count, and one that never stops thinking has no answer. Its answer is in its last
+    ``\\boxed{}``, else in ``<answer>``, else after its last "answer is" or "answer:", on that line
+    or the next. Only for a reference with ``####`` (GSM8K, whose prompts ask for no form) a number
+    after ``####`` counts too and, failing all, the last number of the text.
 
     A comparison that does not end in time is a wrong answer, with a warning in the log.
     """
@@ -215,10 +217,10 @@ def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     >>> final_answer("3 boxes of 6 are 18 eggs.", numeric=True)
     Claim(text='18', boxed=False)
     """
-    _, thought, after = text.rpartition("</think>")
+    thought = THOUGHT.match(text)
     if thought:
-        text = after
-    elif "<think>" in text:
+        text = text[thought.end() :]
+    elif THINKS.search(text):
         return None
     run_on = RUN_ON.search(text)
     if run_on:  # a base model continues with a problem of its own

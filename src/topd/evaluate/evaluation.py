@@ -27,6 +27,7 @@ Decode: TypeAlias = Callable[[Ids], str]
 Keep: TypeAlias = Callable[[Sequence["Response"]], None]  # a batch, as soon as it is there
 
 THOUGHT = "<think>"
+MARKS = {THOUGHT, "</think>", "[THINK]", "[/THINK]", "<|channel|>"}  # kept in a response's text
 TAIL = 16  # tokens of a prompt that its last mark is looked for in
 
 
@@ -263,8 +264,8 @@ class Evaluator:
         return len(self.prompts) * (1 + self.samples)
 
     def decode(self, ids: Ids) -> str:
-        """Token ids as text, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        """Token ids as text, without special tokens but the marks of what is thought."""
+        return text_of(self.tokenizer, ids)
 
     def _batches(self, asked: Sequence[Asked]) -> Iterator[Sequence[Asked]]:
         """Longest prompts first: little padding, and what does not fit the memory fails at once."""
@@ -289,6 +290,18 @@ class Evaluator:
             )
         logprob = sum(written.logprobs)
         return Response(row, sample, written.tokens, text, bool(right), written.finished, logprob)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
+    """A response's text, without special tokens but the marks of what is thought.
+
+    Without these a thought, or one that is cut off, would be read as an answer.
+    """
+    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    if MARKS.isdisjoint(special.values()):
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    kept = [token for token in ids if special.get(token, THOUGHT) in MARKS]
+    return str(tokenizer.decode(kept, skip_special_tokens=False))
 
 
 def opened_thought(prompt: Ids, decode: Decode) -> str:

@@ -45,7 +45,7 @@ from topd.commands.session import (
 from topd.config import _field
 from topd.engines import Scores
 from topd.errors import TOPDError
-from topd.evaluate.evaluation import opened_thought
+from topd.evaluate.evaluation import opened_thought, text_of
 from topd.losses import TokenTerms, linear_token_terms
 from topd.runs.files import trim
 from topd.runs.folder import RunFolder, rollout_record
@@ -219,7 +219,7 @@ def _with_outcomes(batch: Batch, pair: Pair, check: Check, number: int) -> Batch
     high = [(row, t) for row, t, group in batch.starts if group == "high"]
 
     def decode(ids: Ids) -> str:
-        return str(pair.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return text_of(pair.tokenizer, ids)
 
     def right(prompt: Prompt, response: Ids) -> bool:
         return check(prompt.index, opened_thought(prompt.student, decode) + decode(response))
