@@ -65,6 +65,23 @@ def test_a_promise_that_does_not_hold_is_found_and_a_slower_way_taken(name):
     assert engine.way == "fresh"
 
 
+def test_what_a_generation_config_would_change_is_named(monkeypatch):
+    said = []
+    monkeypatch.setattr(decode_check.logger, "warning_once", said.append)
+    model = tiny_model()
+    check_decoding(HFEngine(model, eos_ids=[EOS]))
+    model.generation_config.update(
+        repetition_penalty=1.0, temperature=0.6, top_k=20, do_sample=True
+    )
+    check_decoding(HFEngine(model, eos_ids=[EOS]))
+    assert not said
+    model.generation_config.update(repetition_penalty=1.05, suppress_tokens=[5, 6], min_p=0.1)
+    check_decoding(HFEngine(model, eos_ids=[EOS], name="student"))
+    (one,) = said
+    assert "student" in one
+    assert "repetition_penalty: 1.05, min_p: 0.1, suppress_tokens: [5, 6], not applied" in one
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_all_ways_write_the_same(way):
     """Tokens, log-probs and windows; in the slowest without any cache."""

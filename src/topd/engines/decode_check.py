@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from topd.engines.forward import WAYS, Way
 from topd.engines.hf import HFEngine
-from topd.errors import TOPDError, compiler_faults
+from topd.errors import TOPDError, compiler_faults, shown
 from topd.types import Generation, Ids, Sampling, Texts, autocast_dtype, wide_dtype
 
 logger = logging.get_logger(__name__)
@@ -28,6 +28,14 @@ logger = logging.get_logger(__name__)
 NEAR = {torch.float32: 1e-3, torch.float64: 1e-3}  # nats
 NEAR_ELSEWHERE = 0.05
 _KNOWN: dict[str, tuple[Way, str | None]] = {}  # the way, and why not in graphs
+UNAPPLIED = {  # of a generation config what changes texts and no setting stands for: its default
+    **{"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "min_p": 0.0},
+    **{"min_length": 0, "min_new_tokens": 0, "typical_p": 1.0, "guidance_scale": 1.0},
+    **{"suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None},
+    **{"forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": None},
+    **{"exponential_decay_length_penalty": None, "num_beams": 1, "top_h": None, "eta_cutoff": 0.0},
+    **{"epsilon_cutoff": 0.0, "encoder_repetition_penalty": 1.0},
+}
 SLOW = {
     "fresh": "reads the prefix of every window again",
     "alone": "writes one row at a time",
@@ -45,6 +53,7 @@ def check_decoding(engine: HFEngine) -> None:
     Raises:
         TOPDError: no way is exact; with what differs.
     """
+    _say_unapplied(engine)
     kind = _kind(engine)
     if kind in _KNOWN:
         engine.way, broken = _KNOWN[kind]
@@ -69,6 +78,20 @@ def check_decoding(engine: HFEngine) -> None:
             why = f"in a faster way it differs from its own forwards ({faults[-1]})"
         slower = f"{type(engine.model).__name__} {SLOW[engine.way]}, which is slower"
         logger.warning(f"{engine.name}: {slower}: {why}.")
+
+
+def _say_unapplied(engine: HFEngine) -> None:
+    """Say once what transformers' own generate would do to this model's texts, and nobody here."""
+    config = getattr(engine.model, "generation_config", None)
+    values = {name: getattr(config, name, None) for name in UNAPPLIED}
+    given = {k: v for k, v in values.items() if v not in (None, [], UNAPPLIED[k])}
+    if given:
+        logger.warning_once(
+            f"{engine.name}: its generation config has "
+            f"{', '.join(f'{k}: {shown(v)}' for k, v in given.items())}, not applied here: texts "
+            "are drawn by temperature, top_p and top_k alone, so that their log-probs are the "
+            "model's own. Served with it, it writes other texts."
+        )
 
 
 def _first_exact(engine: HFEngine) -> list[str]:
