@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
+from tokenizers import AddedToken
 
-from conftest import rows, tiny_model, tiny_tokenizer
+from conftest import EOS, rows, tiny_model, tiny_tokenizer
 from test_audit import chain_again, edit_record
 from test_text import byte_level
 from topd import TOPDConfig, TOPDTrainer
@@ -118,6 +119,17 @@ def test_a_reply_in_a_conversation_is_what_the_template_writes_there() -> None:
     }
     kept = ids[0].index(2) + 1  # with the end that the student has written
     assert ids[1] == ids[0][:kept] + list(found)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_call_whose_tags_are_special_tokens_is_heard(special):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, special=special) for t in ("<calc>", "</calc>")])
+    replies = Replies(tokenizer, frozenset({EOS}))
+    turn = tuple(tokenizer("so <calc> 3 + 4 </calc> </s>")["input_ids"])
+    assert replies.text(turn) == replies.text(turn[:-1]) == "so <calc> 3 + 4 </calc>"
+    assert calculator({}, [replies.text(turn)]) == "7"
+    assert replies.text(()) == ""
 
 
 def test_a_template_without_tools_has_the_reply_from_a_user_and_one_without_ends_is_refused():

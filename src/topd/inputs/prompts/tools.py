@@ -2,10 +2,11 @@
 
     environment(row, turns: Sequence[str]) -> str | None
 
-``row`` is the row of the data, ``turns`` are the student's so far, as text without special tokens;
-None: the conversation is over. A call is text, ``<calc>3 * (4 + 5)</calc>``: every tokenizer can
-write it and every model can learn it, where the call formats of chat templates differ by family and
-have no common parser. One of your own needs no row here: ``environment: my_module:function``.
+``row`` is the row of the data, ``turns`` are the student's so far, as text without the tokens that
+end them; None: the conversation is over. A call is text, ``<calc>3 * (4 + 5)</calc>``: every
+tokenizer can write it and every model can learn it, where the call formats of chat templates differ
+by family and have no common parser. One of your own needs no row here: ``environment:
+my_module:function``.
 """
 
 from __future__ import annotations
@@ -135,6 +136,11 @@ class Replies:
         for row in {repr(row.template_kwargs): row for row in rows}.values():
             if not self._writes(self.role, row.index, row.template_kwargs):
                 raise self._fault(f"data row {row.index}: ")
+
+    def text(self, turn: Ids) -> str:
+        """A turn of the student's without its end; a call may begin with a special token."""
+        said = turn[:-1] if turn[-1:] and turn[-1] in self.ends else turn
+        return str(self.tokenizer.decode(list(said), skip_special_tokens=False))
 
     def ids(self, text: str, row: Row) -> Ids:
         """The tokens of a reply to a row's student. Raises TOPDError if the template fails."""

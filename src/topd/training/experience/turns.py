@@ -140,10 +140,7 @@ class Turns:
         if not rollout.finished:
             return None
         row = _columns(rollout.prompt)
-        turns = [
-            str(self.replies.tokenizer.decode(list(turn), skip_special_tokens=True))
-            for turn in rollout.turns
-        ]
+        turns = [self.replies.text(turn) for turn in rollout.turns]
         text = called("environment", self.environment, row, turns)
         if text is None:
             return None
