@@ -31,6 +31,7 @@ from conftest import (
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import DISK, StoppedError, TOPDError
+from topd.inputs.models.saved import load_saved
 from topd.runs import checkpoints
 
 TIMES = ("seconds", "runtime", "per_second")
@@ -139,6 +140,20 @@ def test_weights_of_other_names_on_disk_are_all_loaded(tmp_path, kind):
     trainer._load_best_model()
     best = type(trainer.model).from_pretrained(tmp_path / "whole" / "checkpoint-1").to(DEVICE)
     torch.testing.assert_close(trainer.model.state_dict(), best.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_weights_of_several_dtypes_are_loaded_as_they_are(tmp_path, kind):
+    """None is rounded to the dtype of the first, whatever their names on disk are."""
+    saved, loaded = (renamed_model(kind, seed=seed).bfloat16() for seed in range(2))
+    for model in (saved, loaded):
+        model.get_decoder().layers.float()
+    with torch.no_grad():
+        for parameter in saved.get_decoder().layers.parameters():
+            parameter.mul_(1 + 1e-5)
+    saved.save_pretrained(tmp_path)
+    load_saved(loaded, tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
 
 
 def test_a_checkpoint_that_does_not_load_as_it_was_saved_is_refused(run, monkeypatch):
