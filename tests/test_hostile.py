@@ -69,6 +69,7 @@ CONFIGS: dict[str, Change] = {  # of config.json
     "a pad token that is not there": lambda file: file.update(pad_token_id=99_999),
     "other layers than it lists": lambda file: file.update(num_hidden_layers=9),
     "a width that is a word": lambda file: file.update(hidden_size="wide"),
+    "no heads to divide by": lambda file: file.update(num_key_value_heads=0),
 }
 
 

@@ -13,6 +13,7 @@ from unittest.mock import create_autospec
 import pytest
 from huggingface_hub import HfApi, RepoUrl
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from conftest import DEVICE, USE_CPU, VOCAB, rows, tiny_model, tiny_tokenizer
+from conftest import DEVICE, USE_CPU, VOCAB, renamed_model, rows, tiny_model, tiny_tokenizer
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
@@ -255,6 +256,10 @@ def test_no_value_of_an_option_is_taken_for_one_without_effect(tmp_path, value):
         ({"target_modules": ["q_proj", "no_such"]}, "target_modules: no module is named 'no_such'"),
         ({"modules_to_save": ["no_such"]}, "modules_to_save: no module is named 'no_such'"),
         ({"exclude_modules": ["no_such"]}, "exclude_modules: no module is named 'no_such'"),
+        (
+            {"target_parameters": ["q_proj.weight", "no_such"], "target_modules": []},
+            "target_parameters: no parameter is named 'no_such'",
+        ),
         ({"lora_alpha": 0}, "lora_alpha: must be finite and above 0"),
         ({"lora_dropout": float("nan")}, r"lora_dropout: nan must be in \[0, 1\)"),
         ({"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS' is not CAUSAL_LM"),
@@ -279,6 +284,34 @@ def test_patterns_that_fit_are_taken(tmp_path):
     ranks = {w.shape[0] for n, w in make(tmp_path, peft_config=config).model.named_parameters()
              if "lora_A" in n}  # fmt: skip
     assert ranks == {2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ({"target_modules": "all-linear"}, {"k_proj": 4, "gate_up_proj": 8, "down_proj": 4}),
+        ({"target_modules": ["w1", "w2", "w3"]}, {"gate_up_proj": 8, "down_proj": 4}),
+        (
+            {"target_parameters": ["down_proj"], "rank_pattern": {"down_proj": 2}},
+            {"down_proj": 2},
+        ),
+    ],
+)
+def test_experts_are_adapted_by_either_name_and_a_configuration_stays_as_it_is(
+    tmp_path, options, ranks
+):
+    """w1 and w3 of a Mixtral are one parameter in memory, of twice the rank."""
+    config = LoraConfig(**{"target_modules": [], **LORA, **options})
+    before = config.to_dict()
+    for name in ("one", "two"):  # students of one configuration
+        trainer = make(tmp_path / name, renamed_model("Mixtral"), peft_config=config)
+        assert config.to_dict() == before
+        found = {
+            getattr(module, "parameter_name", name.rpartition(".")[2]): module.r["default"]
+            for name, module in trainer.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
+        assert ranks.items() <= found.items()
 
 
 @pytest.mark.parametrize("options", [{"seed": -1}, {"max_steps": 0}, {"num_train_epochs": 0.0}])

@@ -31,6 +31,7 @@ from conftest import (
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import DISK, StoppedError, TOPDError
+from topd.inputs.models.saved import load_saved
 from topd.runs import checkpoints
 
 TIMES = ("seconds", "runtime", "per_second")
@@ -139,6 +140,46 @@ def test_weights_of_other_names_on_disk_are_all_loaded(tmp_path, kind):
     trainer._load_best_model()
     best = type(trainer.model).from_pretrained(tmp_path / "whole" / "checkpoint-1").to(DEVICE)
     torch.testing.assert_close(trainer.model.state_dict(), best.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", RENAMED)
+def test_weights_of_several_dtypes_are_loaded_as_they_are(tmp_path, kind):
+    """None is rounded to the dtype of the first, whatever their names on disk are."""
+    saved, loaded = (renamed_model(kind, seed=seed).bfloat16() for seed in range(2))
+    for model in (saved, loaded):
+        model.get_decoder().layers.float()
+    with torch.no_grad():
+        for parameter in saved.get_decoder().layers.parameters():
+            parameter.mul_(1 + 1e-5)
+    saved.save_pretrained(tmp_path)
+    load_saved(loaded, tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), saved.state_dict(), rtol=0, atol=0)
+
+
+def counting() -> PreTrainedModel:
+    """A model whose own code changes a buffer in training."""
+    model = tiny_model("llama", seed=0)
+    model.model.norm.register_buffer("seen", torch.zeros(1))
+
+    def count(norm: torch.nn.Module, *_: object) -> None:
+        norm.seen.add_(norm.training)
+
+    model.model.norm.register_forward_hook(count)
+    return model
+
+
+def test_buffers_that_training_changes_are_loaded_or_missed(tmp_path):
+    """A checkpoint of an adapter has none: the run would silently be another."""
+    for name, lora in (("all", None), ("adapter", LORA)):
+        make(tmp_path / name, student=counting(), lora=lora, max_steps=3).train()
+        options = {"lora": lora, "max_steps": 3}
+        if lora:
+            with pytest.raises(TOPDError, match=r"checkpoint-1 is whole, but .* do not load it"):
+                resumed(tmp_path / name, tmp_path / "a", 1, student=counting(), **options)
+            continue
+        again = resumed(tmp_path / name, tmp_path / "b", 1, student=counting(), **options)
+        both = (load_file(f / "student" / "model.safetensors") for f in (tmp_path / name, again))
+        torch.testing.assert_close(*both, rtol=0, atol=0)
 
 
 def test_a_checkpoint_that_does_not_load_as_it_was_saved_is_refused(run, monkeypatch):

@@ -11,7 +11,15 @@ import pytest
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from conftest import USE_CPU, rows, tiny_model, tiny_tokenizer, write_pair
+from conftest import (
+    RENAMED,
+    USE_CPU,
+    renamed_model,
+    rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_pair,
+)
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.commands.audit import audit_run, replay_step
@@ -137,10 +145,14 @@ def recipe_of(root: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("kind", [None, *RENAMED])
 @pytest.mark.parametrize("teacher", ["self", {"self": {"ema": 0.9}}])
-def test_a_run_is_audited_replayed_and_resumed(tmp_path, teacher) -> None:
+def test_a_run_is_audited_replayed_and_resumed(tmp_path, teacher, kind) -> None:
     saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "chat_template_kwargs": {}}
     recipe = recipe_of(tmp_path, teacher=teacher, **saves)
+    if kind:  # the average, beside it in a checkpoint, has the names in memory
+        (tmp_path / "student" / "model.safetensors").unlink()
+        renamed_model(kind).save_pretrained(tmp_path / "student", max_shard_size="10KB")
     with contextlib.chdir(tmp_path):
         run_recipe(recipe, quiet=True)
         whole = Path("run/rollouts.jsonl").read_text()

@@ -19,7 +19,7 @@ from topd.distributed import agreed, everywhere, on_first, several
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.models.adapters import merged
 from topd.inputs.models.bare import named_faults
-from topd.inputs.models.fingerprints import fingerprint, is_elsewhere, trained_digest
+from topd.inputs.models.fingerprints import fingerprint, is_elsewhere, saved_digest, trained_digest
 from topd.inputs.self_teacher import Average
 from topd.runs import checkpoints
 from topd.runs.folder import (
@@ -232,8 +232,8 @@ class RecordedTrainer(LoadingTrainer):
         means = {"meter": meter.state(), "totals": totals.state()}
         note = partial(self.run.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
         active = self.args.should_save
-        trained = trained_digest(self.model)
-        making = partial(checkpoints.making, run, step, means, trained, note)
+        saved = saved_digest(self.model)
+        making = partial(checkpoints.making, run, step, means, saved, note)
         with making(active=active, records=records) as place:
             self.accelerator.wait_for_everyone()
             self._apart = str(place.parent)

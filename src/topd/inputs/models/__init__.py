@@ -38,7 +38,7 @@ from topd.testbed import SCHEME, weights_of
 PACKAGE = "package://"
 _UNREADABLE = (  # how libraries say that what is in a folder is not a model, or not a tokenizer
     *(OSError, ValueError, ImportError, LookupError, RuntimeError, SafetensorError),
-    *(AttributeError, TypeError, AssertionError, StrictDataclassError),
+    *(AttributeError, TypeError, AssertionError, ArithmeticError, StrictDataclassError),
 )
 _CONFIGS: dict[tuple[Any, ...], PretrainedConfig] = {}  # of GGUF files, which are slow to parse
 

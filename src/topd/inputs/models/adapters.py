@@ -101,13 +101,19 @@ def _check_names(wrapped: PeftModel, adapter: LoraConfig) -> None:
     every = [name for name, _ in wrapped.get_base_model().named_modules()]
     plain = [name.replace(".base_layer", "").replace(".modules_to_save.default", "")
              for name in every]  # fmt: skip
-    chosen = wrapped.base_model.targeted_module_names
-    lists = {"target_modules": chosen, "modules_to_save": plain, "exclude_modules": plain}
-    for key, names in lists.items():
+    modules = wrapped.base_model.targeted_module_names
+    parameters = wrapped.base_model.targeted_parameter_names
+    chosen = [*modules, *parameters]
+    for key, names, what in (
+        ("target_modules", modules, "module"), ("target_parameters", parameters, "parameter"),
+        ("modules_to_save", plain, "module"), ("exclude_modules", plain, "module"),
+    ):  # fmt: skip
         given = getattr(adapter, key)
+        if key == "target_modules":  # without experts that are parameters now: PEFT has moved them
+            given = wrapped.peft_config["default"].target_modules
         for end in sorted(given) if isinstance(given, list | set | tuple) else ():
             if not any(f".{name}".endswith(f".{end}") for name in names):
-                raise TOPDError(f"lora.{key}: no module is named {end!r}. Correct it.")
+                raise TOPDError(f"lora.{key}: no {what} is named {end!r}. Correct it.")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(adapter, key)
         used = {get_pattern_key(patterns, name) for name in chosen}
@@ -122,7 +128,7 @@ def _check_names(wrapped: PeftModel, adapter: LoraConfig) -> None:
 def with_adapter(student: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
     """The student wrapped in a new adapter. Raises TOPDError."""
     try:
-        return get_peft_model(student, adapter)
+        return get_peft_model(student, copy.deepcopy(adapter))  # PEFT changes what it is given
     except _PEFT_FAULTS as error:
         raise _refused(error) from error
 

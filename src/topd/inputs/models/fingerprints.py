@@ -52,11 +52,24 @@ def trained_digest(model: torch.nn.Module) -> str:
 
     A collective where the model is sharded; the digest is that of the whole model.
     """
+    return _spaced_digest({n: p for n, p in model.named_parameters() if p.requires_grad})
+
+
+def saved_digest(model: torch.nn.Module) -> str:
+    """The same, and of the buffers that are saved: a model's own code may change them in training.
+
+    A checkpoint of an adapter has none of them.
+    """
+    kept = model.state_dict().keys()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    return _spaced_digest({**trained, **{n: b for n, b in model.named_buffers() if n in kept}})
+
+
+def _spaced_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     values: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            step = max(1, parameter.numel() // 64)
-            values[name.replace(WRAPPER, "")] = whole(parameter).flatten()[::step]
+    for name, tensor in tensors.items():
+        step = max(1, tensor.numel() // 64)
+        values[name.replace(WRAPPER, "")] = whole(tensor).flatten()[::step]
     return _tensor_digest(_fetched(values))
 
 

@@ -22,15 +22,18 @@ def load_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
     Args:
         model: the model, of the shapes that were saved; its dtypes stay. Or one with an adapter.
-        folder: has ``*.safetensors``, of the model or of the adapter.
+        folder: has ``model*.safetensors``, or ``adapter_model.safetensors``, and maybe others.
     """
-    weights = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    pattern = f"{'adapter_' if isinstance(model, PeftModel) else ''}model*.safetensors"
+    weights = {k: v for file in folder.glob(pattern) for k, v in load_file(file).items()}
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, weights)
         return
     if {name for name, _ in model.named_parameters()} - weights.keys():
         weights.clear()
-        options = {"config": model.config, "dtype": model.dtype, "use_safetensors": True}
+        kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+        widest = max(kinds, key=lambda kind: kind.itemsize)  # of some, so that none is rounded
+        options = {"config": model.config, "dtype": widest, "use_safetensors": True}
         with named_faults():
             weights = type(model).from_pretrained(folder, **options).state_dict()
     model.load_state_dict(weights, strict=False)

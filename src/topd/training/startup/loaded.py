@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from topd.errors import TOPDError
-from topd.inputs.models.fingerprints import trained_digest
+from topd.inputs.models.fingerprints import saved_digest
 from topd.inputs.models.saved import load_saved
 from topd.runs.checkpoints import SEAL, Seal
 
@@ -40,7 +40,7 @@ class LoadingTrainer(Trainer):
         else:
             load_saved(model, checkpoint)
         seal = Seal(**json.loads((checkpoint / SEAL).read_text(encoding="utf-8")))
-        if seal.student not in ("", trained_digest(self.model)):  # "": by earlier versions
+        if seal.student not in ("", saved_digest(self.model)):  # "": by earlier versions
             raise TOPDError(
                 f"resume_from_checkpoint: {checkpoint} is whole, but transformers and peft do not "
                 "load it into the student as it was saved. Try the versions that manifest.json "
