@@ -232,6 +232,20 @@ def test_a_run_that_fails_loses_no_other(recipe, tmp_path):
     assert results(run_compare(recipe, words))[0] == kept
 
 
+def test_arms_are_in_the_order_of_the_recipe_whichever_ended_first(recipe, tmp_path, monkeypatch):
+    def run_arm(*_):
+        found = one("", 0, [1.0, 0.0] * 10, 1.0)
+        return {key: value for key, value in found.items() if key not in ("arm", "seed")}
+
+    monkeypatch.setattr(compare, "run_arm", run_arm)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: {})
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.arms"]
+    run_compare(recipe, [*words, "{opd: {method: opd}}"])
+    folder = run_compare(recipe, [*words, "{new: {method: topd}, opd: {method: opd}}"])
+    assert results(folder)[0]["arm"] == "opd"
+    assert json.loads((folder / "compare.json").read_text())["arms"] == ["new", "opd"]
+
+
 def test_runs_after_one_that_fails_are_run_and_it_is_said_which_failed(
     recipe, tmp_path, monkeypatch
 ):

@@ -205,6 +205,13 @@ def test_a_comparison_by_cpu_time_is_drawn_and_told_by_it(tmp_path):
     assert "2.0 x the CPU time" in next(iter(compare_words(summary)))
 
 
+def test_curves_are_in_the_order_of_the_arms_whichever_ended_first(tmp_path):
+    path = make.compare(tmp_path) / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
+    (chart,) = (c for c in PAGES["compare"].charts(tmp_path) if c.name == "curve-greedy")
+    assert chart.columns[1:] == ("opd", "topd")
+
+
 def test_bars_of_time_are_seconds_an_update_on_top_of_each_other(tmp_path):
     axes = drawn(by_name("training", tmp_path)["time"])
     tops = sorted({round(p.get_y() + p.get_height(), 6) for p in axes.patches})

@@ -129,6 +129,8 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
                     f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s",
                 )
     before, references = starts(comparison, start), spec.references or [spec.baseline]
+    order = [*spec.all_arms(), *(result["arm"] for result in results)]  # not who ended first
+    results.sort(key=lambda result: order.index(result["arm"]))
     run.write(
         SUMMARY, summarise(results, spec.baseline, before, clock=spec.clock, references=references)
     )
