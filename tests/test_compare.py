@@ -25,6 +25,7 @@ from conftest import USE_CPU
 from topd import cli
 from topd.commands import compare
 from topd.commands.compare import OWN, run_compare
+from topd.commands.compare.budgets import TOKENS
 from topd.commands.compare.problems import check_models, rows_digest
 from topd.commands.compare.start import read_comparison
 from topd.commands.compare.summary import summarise
@@ -36,6 +37,7 @@ from topd.errors import NONFINITE, TERMINATED, StoppedError, TOPDError
 from topd.runs.files import as_json, digest
 from topd.runs.lock import one_writer
 from topd.runs.verified import read_entries
+from topd.training.warmstart import Answered
 
 RECIPE = """
 student: testbed://programs/student
@@ -105,6 +107,24 @@ def one(arm: str, seed: int, right: list[float], seconds: float) -> dict:
     return {"arm": arm, "seed": seed, "greedy": end, "pass@1": end, "seconds": seconds,
             "cpu_seconds": 2 * seconds, "teacher_tokens": 7.0, "curve": curve,
             "solved": solved}  # fmt: skip
+
+
+def test_of_the_last_update_and_the_best_a_curve_ends_with_the_student_of_the_run():
+    """With load_best_model_at_end both are evaluated, after the same update."""
+    spent = dict.fromkeys((f"tokens/{key}" for key in TOKENS), 5.0)
+    scored = [
+        {"step": step, "eval/training_seconds": t, "eval/training_cpu_seconds": t,
+         "eval/greedy": score, "eval/pass@1": score}
+        for step, t, score in ((0, 0.0, 0.1), (1, 1.0, 0.2), (1, 1.5, 0.4))
+    ]  # fmt: skip
+    logs = [scored[0], {"step": 1, "loss": 1.0, **spent}, *scored[1:]]
+    curve = compare._curve(logs, [{"greedy": [x]} for x in (0.1, 0.2, 0.4)], Answered())
+    assert [(p["step"], p["greedy"], p["solved"]["greedy"]) for p in curve] == [
+        (0, 0.1, [0.1]),
+        (1, 0.4, [0.4]),
+    ]
+    assert curve[-1]["seconds"] == 1.5
+    assert curve[-1]["learned"] == 5.0
 
 
 def test_differences_are_paired_by_seed_and_problem():
@@ -210,6 +230,20 @@ def test_a_run_that_fails_loses_no_other(recipe, tmp_path):
     (kept,) = results(tmp_path / "run")
     assert kept["arm"] == "topd, sharp"
     assert results(run_compare(recipe, words))[0] == kept
+
+
+def test_arms_are_in_the_order_of_the_recipe_whichever_ended_first(recipe, tmp_path, monkeypatch):
+    def run_arm(*_):
+        found = one("", 0, [1.0, 0.0] * 10, 1.0)
+        return {key: value for key, value in found.items() if key not in ("arm", "seed")}
+
+    monkeypatch.setattr(compare, "run_arm", run_arm)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: {})
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.arms"]
+    run_compare(recipe, [*words, "{opd: {method: opd}}"])
+    folder = run_compare(recipe, [*words, "{new: {method: topd}, opd: {method: opd}}"])
+    assert results(folder)[0]["arm"] == "opd"
+    assert json.loads((folder / "compare.json").read_text())["arms"] == ["new", "opd"]
 
 
 def test_runs_after_one_that_fails_are_run_and_it_is_said_which_failed(

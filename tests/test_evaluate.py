@@ -906,6 +906,19 @@ def test_an_evaluation_that_fails_loses_no_update_and_is_made_on_resuming(
     assert found == whole
 
 
+def test_two_callbacks_of_one_trainer_are_refused_their_figures_would_have_the_same_names(tmp_path):
+    trainer = trainer_of(tmp_path)
+    both = [EvaluationCallback(trainer, tiny_evaluator(), every=every) for every in (1, 2)]
+    for callback in both:
+        trainer.add_callback(callback)
+    with pytest.raises(TOPDError, match="the trainer has two"):
+        trainer.train()
+    trainer.remove_callback(both[1])
+    trainer.train()
+    logs = read(tmp_path / "metrics.jsonl")
+    assert [log["step"] for log in logs if "eval/greedy" in log] == [0, 1, 2, 3]
+
+
 def test_the_callback_refuses_to_evaluate_every_0_updates(trained):
     with pytest.raises(TOPDError, match="every: 0"):
         EvaluationCallback(trained[0], tiny_evaluator(), every=0)

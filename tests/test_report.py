@@ -396,7 +396,7 @@ def test_a_repair_shows_each_arm(tmp_path):
 
 def test_a_comparison_shows_means_with_intervals_and_curves_over_seeds(tmp_path):
     parsed = page(make.compare(tmp_path))
-    (table,) = [t for t in parsed.tables if "teacher tokens" in t[0]]
+    (table,) = [t for t in parsed.tables if "teacher-written tokens" in t[0]]
     assert table[1][:4] == ["opd", "40.0 [37.0, 44.0]", "", "30.0 [28.0, 32.0]"]
     assert table[2][:3] == ["topd", "46.0 [43.0, 50.0]", "+6.0 [4.0, 8.0]"]
     assert "topd +6.0 [4.0, 8.0] points over opd (greedy)." in parsed.text

@@ -197,9 +197,19 @@ def test_a_comparison_by_cpu_time_is_drawn_and_told_by_it(tmp_path):
     assert chart.columns[0] == "CPU seconds"
     assert {x for line in drawn(chart).lines for x in line.get_xdata()} == {0.0, 7.0}
     summary = json.loads((folder / "compare.json").read_text())
-    assert compare_tables(summary)[0].columns[5:7] == ("CPU time", "CPU seconds")
+    summary["equal"] = {"opd": {"topd": {"updates": None, "seconds": None}}}
+    arms, equal = compare_tables(summary)
+    assert arms.columns[5:7] == ("CPU time", "CPU seconds")
+    assert equal.columns[1:3] == ("updates", "CPU seconds")
     summary["summary"]["topd"]["seconds_ratio"] = 2.0
     assert "2.0 x the CPU time" in next(iter(compare_words(summary)))
+
+
+def test_curves_are_in_the_order_of_the_arms_whichever_ended_first(tmp_path):
+    path = make.compare(tmp_path) / "results.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
+    (chart,) = (c for c in PAGES["compare"].charts(tmp_path) if c.name == "curve-greedy")
+    assert chart.columns[1:] == ("opd", "topd")
 
 
 def test_bars_of_time_are_seconds_an_update_on_top_of_each_other(tmp_path):
@@ -447,7 +457,9 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
     first, second, _ = compare_words(found)
     assert first.endswith("1.9 x the time: one seed, so an interval over problems alone.")
     assert second.endswith("the interval over problems alone holds 0, no difference to be seen.")
-    assert seeds_words(found).startswith("1 to 2 seeds an arm; 95 % intervals over both, of one")
+    assert seeds_words(found).startswith(
+        "1 to 2 seeds an arm, compared on those in common; 95 % intervals over both, of one"
+    )
     assert seeds_words({"seeds": [3]}).startswith("one seed; 95 % intervals over problems alone")
 
 

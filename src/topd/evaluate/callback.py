@@ -63,7 +63,16 @@ class EvaluationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Evaluate the student as it comes; in a run that resumes, only if that was not done."""
+        """Evaluate the student as it comes; in a run that resumes, only if that was not done.
+
+        Raises TOPDError: the trainer has another of these, whose figures would have the same names.
+        """
+        callbacks = self.trainer.callback_handler.callbacks
+        if sum(isinstance(callback, EvaluationCallback) for callback in callbacks) > 1:
+            raise TOPDError(
+                "EvaluationCallback: the trainer has two, and their figures would have the same "
+                "names. Keep one; evaluate the student on other problems with topd eval."
+            )
         self._began = _clocks()
         for log in state.log_history:
             if TIMES[0] in log:  # a resumed run: what was evaluated before

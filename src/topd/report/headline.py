@@ -278,14 +278,15 @@ def compare_words(summary: Mapping[str, Any]) -> Iterator[str]:
 def seeds_words(summary: Mapping[str, Any]) -> str:
     """How many seeds a comparison has, and what its intervals are over.
 
-    >>> seeds_words({"spent": {"a": {"seeds": [0, 1]}, "b": {"seeds": [0]}}})
-    '1 to 2 seeds an arm; 95 % intervals over both, of one seed over problems alone'
+    >>> seeds_words({"spent": {"a": {"seeds": [0, 1]}, "b": {"seeds": [0]}}}).partition(";")[0]
+    '1 to 2 seeds an arm, compared on those in common'
     """
     found = [len(seeds) for seeds in _seeds(summary).values()] or [len(summary.get("seeds", ()))]
     least, most = min(found), max(found)
     if most == 1:
         return "one seed; 95 % intervals over problems alone, not over seeds"
-    count = f"{most} seeds" if least == most else f"{least} to {most} seeds an arm"
+    some = f"{least} to {most} seeds an arm, compared on those in common"
+    count = f"{most} seeds" if least == most else some
     return f"{count}; 95 % intervals over both{', of one seed over problems alone' * (least == 1)}"
 
 
@@ -299,7 +300,7 @@ def compare_tables(summary: Mapping[str, Any]) -> list[SummaryTable]:
     base = str(summary.get("baseline", "opd"))
     over = f"over {plain(base, limit=30)}"
     cpu = "CPU " * (summary.get("clock") == "cpu")
-    spent = f"{cpu}time", f"{cpu}seconds", "teacher tokens"
+    spent = f"{cpu}time", f"{cpu}seconds", "teacher-written tokens"
     columns = ("arm", "greedy, %", over, "pass@1, %", over, *spent)
     rows = [
         (plain(str(name), limit=40), _percent(s.get("greedy")), "", _percent(s.get("pass@1")),
@@ -322,6 +323,7 @@ def compare_tables(summary: Mapping[str, Any]) -> list[SummaryTable]:
 
 def _equal_tables(summary: Mapping[str, Any]) -> Iterator[SummaryTable]:
     """How arms compare with a reference where both have spent the same, by what is held equal."""
+    cpu = "CPU " * (summary.get("clock") == "cpu")
     for reference, arms in summary.get("equal", {}).items():
         axes = list(dict.fromkeys(axis for arm in arms.values() for axis in arm))
         ends = summary.get("against", {}).get(reference, {})
@@ -337,7 +339,8 @@ def _equal_tables(summary: Mapping[str, Any]) -> Iterator[SummaryTable]:
             f"Greedy points over {plain(str(reference), limit=ARM)} where as much was spent, or at "
             "the end of an arm that spent less"
         )
-        columns = ("arm", *(plain(axis, limit=40) for axis in axes), "p at the ends, by Holm")
+        named = (cpu * (axis == "seconds") + plain(axis, limit=40) for axis in axes)
+        columns = ("arm", *named, "p at the ends, by Holm")
         yield SummaryTable(title, columns, rows)
 
 

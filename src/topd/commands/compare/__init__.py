@@ -129,6 +129,8 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
                     f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s",
                 )
     before, references = starts(comparison, start), spec.references or [spec.baseline]
+    order = [*spec.all_arms(), *(result["arm"] for result in results)]  # not who ended first
+    results.sort(key=lambda result: order.index(result["arm"]))
     run.write(
         SUMMARY, summarise(results, spec.baseline, before, clock=spec.clock, references=references)
     )
@@ -198,23 +200,25 @@ def _solved(evaluation: Evaluation) -> dict[str, list[float]]:
 def _curve(
     logs: Sequence[Mapping[str, float]], solved: Sequence[Result], answered: Answered
 ) -> list[Result]:
-    """A point an evaluation: scores, right answers by problem, and what was spent until then."""
+    """A point an evaluation: scores, right answers by problem, and what was spent until then.
+
+    The best model is evaluated after the last update's own (``load_best_model_at_end``): of the two
+    the point is that of the student which the run ends with.
+    """
     evaluations = [log for log in logs if "eval/greedy" in log]
-    points = []
+    points = dict[float, Result]()
     for log, right in zip(evaluations, solved, strict=True):
         tokens = _tokens_until(logs, log["step"])
         tokens["teacher_written"] += answered.tokens
-        points.append(
-            {
-                "step": log["step"],
-                "seconds": log["eval/training_seconds"] + answered.seconds,
-                "cpu_seconds": log["eval/training_cpu_seconds"] + answered.cpu_seconds,
-                **tokens,
-                **{score: log[f"eval/{score}"] for score in SCORES},
-                "solved": right,
-            }
-        )
-    return points
+        points[log["step"]] = {
+            "step": log["step"],
+            "seconds": log["eval/training_seconds"] + answered.seconds,
+            "cpu_seconds": log["eval/training_cpu_seconds"] + answered.cpu_seconds,
+            **tokens,
+            **{score: log[f"eval/{score}"] for score in SCORES},
+            "solved": right,
+        }
+    return [*points.values()]
 
 
 def _tokens_until(logs: Sequence[Mapping[str, float]], step: float) -> dict[str, float]:

@@ -83,6 +83,8 @@ def compare_charts(folder: Path) -> list[Chart]:
         if any(_interval(arm.get(versus)) for arm in others.values()):
             charts.append(_interval_chart(versus, f"{name} against the baseline", others))
     results = list(read_records(folder, "results.jsonl", ResultRecord))
+    order = [*content.get("arms", []), *(result.arm for result in results)]
+    results.sort(key=lambda result: order.index(result.arm))
     return [*charts, *_learning_curves(results, cpu=content.get("clock") == "cpu")]
 
 
