@@ -390,6 +390,7 @@ def test_values_a_token_are_never_stretched():
             call()
 
 
+@untyped
 def test_unknown_sampled_divergence_is_an_error():
     with pytest.raises(TOPDError, match=r"^sampled_divergence: kind 'k2' is not one of k1, k3\.$"):
         sampled_divergence(torch.zeros(1), torch.zeros(1), kind="k2")

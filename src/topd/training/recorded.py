@@ -232,8 +232,7 @@ class RecordedTrainer(LoadingTrainer):
         means = {"meter": meter.state(), "totals": totals.state()}
         note = partial(self.run.seal_as, f"checkpoint-{step}/{checkpoints.SEAL}")
         active = self.args.should_save
-        saved = saved_digest(self.model)
-        making = partial(checkpoints.making, run, step, means, saved, note)
+        making = partial(checkpoints.making, run, step, means, saved_digest(self.model), note)
         with making(active=active, records=records) as place:
             self.accelerator.wait_for_everyone()
             self._apart = str(place.parent)
