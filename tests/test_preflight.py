@@ -679,10 +679,10 @@ def test_an_optimiser_without_the_weights_to_be_trained_is_refused(tmp_path, fol
 def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
     """Its rates were logged, and another optimiser learned at a constant one."""
 
-    def trainer(student, optimizer, held):
+    def trainer(student, optimizer, held, name="run"):
         schedule = torch.optim.lr_scheduler.ConstantLR(held)
         return TOPDTrainer(
-            student, tiny_model(seed=1), arguments(tmp_path), rows(4),
+            student, tiny_model(seed=1), arguments(tmp_path / name), rows(4),
             processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule),
         )  # fmt: skip
 
@@ -692,6 +692,18 @@ def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
         with pytest.raises(TOPDError, match="optimizers: the schedule is not one of the optimiser"):
             trainer(student, optimizer, other)
     trainer(student, one, one).train()
+
+    class Joined(torch.optim.SGD):
+        """With groups of several optimisers, which it puts together whenever it is asked."""
+
+        param_groups = property(
+            lambda self: [*self.__dict__["param_groups"]],
+            lambda self, groups: self.__dict__.update(param_groups=groups),
+        )
+
+    joined = torch.optim.SGD(student.parameters(), lr=0.1)
+    joined.__class__ = Joined
+    trainer(student, joined, joined, "joined").train()
 
 
 def test_no_row_is_dropped_in_evaluation(tmp_path):

@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ExponentialLR,
+    LinearLR,
+    OneCycleLR,
+    SequentialLR,
+)
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
 
 from conftest import (
@@ -493,6 +500,52 @@ def test_a_schedule_of_ones_own_follows_the_optimiser_of_now(tmp_path):
     trainer.train(resume_from_checkpoint=True)
     rates = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
     assert rates == pytest.approx([1e-3, 5e-4, 2.5e-5, 1.25e-5])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scales"),
+    [
+        (lambda o: SequentialLR(o, [LinearLR(o, 0.5, 1.0, 2), ExponentialLR(o, 0.5)], [2]), True),
+        (lambda o: ChainedScheduler([LinearLR(o, 0.5, 1.0, 2), ExponentialLR(o, 0.5)]), True),
+        (lambda o: OneCycleLR(o, 1e-2, total_steps=10), False),  # of betas too; rates of its own
+    ],
+)
+def test_a_schedule_made_of_others_or_of_betas_is_resumed_exactly(tmp_path, schedule, scales):
+    def train(*, rate: float = 1e-3, resume: bool) -> dict[int, float]:
+        student = tiny_model("llama")
+        optimizer = torch.optim.AdamW(student.parameters(), rate)
+        trainer = TOPDTrainer(
+            student, tiny_model(seed=1),
+            TOPDConfig(str(tmp_path), **{**OPTIONS, "max_steps": 4, "save_steps": 2}), rows(8),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule(optimizer)),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        logs = trainer.state.log_history
+        return {log["step"]: log["learning_rate"] for log in logs if "loss" in log}
+
+    rates = train(resume=False)
+    student = load_file(tmp_path / "student" / "model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    assert train(resume=True) == rates
+    again = load_file(tmp_path / "student" / "model.safetensors")
+    torch.testing.assert_close(again, student, rtol=0, atol=0)
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    lower, part = train(rate=1e-4, resume=True), 10 if scales else 1
+    assert [lower[3], lower[4]] == pytest.approx([rates[3] / part, rates[4] / part])
+
+
+def test_the_best_adapter_is_loaded_whatever_its_name(tmp_path):
+    """Trainer looks for that of the name ``default`` alone, and only warns."""
+    student = get_peft_model(tiny_model("llama", seed=0), LoraConfig(**LORA), adapter_name="mine")
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make(
+        tmp_path, student=student, max_steps=3, eval_data=rows(2), learning_rate=1.0,
+        max_logprob_gap=1e3, **options,
+    )  # fmt: skip
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    saved = (f / "mine" / "adapter_model.safetensors" for f in (best, tmp_path / "adapter"))
+    torch.testing.assert_close(*(load_file(file) for file in saved), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

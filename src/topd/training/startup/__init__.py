@@ -251,8 +251,10 @@ def check_optimizer(
     Raises TOPDError.
     """
     optimizer, schedule = optimizers
-    groups = getattr(getattr(schedule, "optimizer", optimizer), "param_groups", None)
-    if schedule is not None and (optimizer is None or groups is not optimizer.param_groups):
+    own = getattr(schedule, "optimizer", optimizer)  # or what is wrapped by the other
+    groups = [getattr(one, "param_groups", None) for one in (own, optimizer)]
+    other = own is not optimizer and groups[0] is not groups[1]
+    if schedule is not None and (optimizer is None or other):
         raise TOPDError(
             "optimizers: the schedule is not one of the optimiser that trains, whose rates it "
             "would not change. Give both, the schedule made from the optimiser."

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from torch import nn
@@ -26,23 +24,21 @@ class LoadingTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        load = super()._load_from_checkpoint
-        self._load(Path(resume_from_checkpoint), lambda: load(resume_from_checkpoint, model))
-
-    def _load_best_model(self) -> None:
-        self._load(Path(str(self.state.best_model_checkpoint)), super()._load_best_model)
-
-    def _load(self, checkpoint: Path, as_trainer: Callable[[], Any]) -> None:
         """Raises TOPDError: the student has not the weights that it was saved with."""
-        model = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or isinstance(model, PeftModel):
-            as_trainer()
+        checkpoint = Path(resume_from_checkpoint)
+        student = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or isinstance(student, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            load_saved(model, checkpoint)
+            load_saved(student, checkpoint)
         seal = Seal(**json.loads((checkpoint / SEAL).read_text(encoding="utf-8")))
         if seal.student not in ("", saved_digest(self.model)):  # "": by earlier versions
             raise TOPDError(
-                f"resume_from_checkpoint: {checkpoint} is whole, but transformers and peft do not "
-                "load it into the student as it was saved. Try the versions that manifest.json "
-                "names, or begin a new run with this student."
+                f"{checkpoint} is whole, but transformers and peft do not load it into the student "
+                "as it was saved. Try the versions that manifest.json names, or begin a new run "
+                "with this student."
             )
+
+    def _load_best_model(self) -> None:
+        """As at a resume: Trainer would look for an adapter of the name ``default`` alone."""
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -90,14 +90,27 @@ def current_options(optimizer: Any, scheduler: Any) -> Iterator[None]:
     given = [{**group, "params": None} for group in optimizer.param_groups]
     yield
     schedule = getattr(scheduler, "scheduler", scheduler)
+    parts = list(_parts(schedule))
+    cycles = any(getattr(part, "use_beta1", False) for part in parts)  # betas are its state
     for i, (group, fresh) in enumerate(zip(optimizer.param_groups, given, strict=True)):
-        group.update({key: fresh[key] for key in OPTIONS if key in fresh})
+        options = [key for key in OPTIONS if key in fresh and not (cycles and key == "betas")]
+        group.update({key: fresh[key] for key in options})
         if "initial_lr" not in fresh:  # of a schedule that follows evaluations
             continue
         rate, before = fresh["initial_lr"], group["initial_lr"]
-        group["initial_lr"] = schedule.base_lrs[i] = rate
+        group["initial_lr"] = rate
+        for part in parts:
+            if hasattr(part, "base_lrs"):
+                part.base_lrs[i] = rate
         if isinstance(schedule, LambdaLR):
             group["lr"] = rate * schedule.lr_lambdas[i](schedule.last_epoch)
         elif rate != before:
             group["lr"] *= rate / before
         schedule._last_lr[i] = group["lr"]
+
+
+def _parts(schedule: Any) -> Iterator[Any]:
+    """A schedule, and those that it is made of (SequentialLR, ChainedScheduler)."""
+    yield schedule
+    for part in getattr(schedule, "_schedulers", ()):
+        yield from _parts(part)
