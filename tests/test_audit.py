@@ -52,6 +52,7 @@ SMALL = {
 STAGE_1 = {key: SMALL[key] for key in SMALL.keys() - {"method", *OF_ROLLOUTS}}
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 RUN = Path("run")
+EVALUATED = {"eval_data": "prompts.jsonl", "eval_strategy": "steps", "eval_steps": 1}
 
 
 def trained(root: Path, *, stage: int = 2, **changes: Any) -> Path:
@@ -1024,6 +1025,33 @@ def test_a_replay_to_the_end_finds_one_value_of_the_student(tmp_path, monkeypatc
     assert audit_run(RUN).faults == []
     assert replay_step(RUN, 2).faults == [f"student: {key} is not as the run ended with it"]
     assert replay_step(RUN, 1).faults == []
+
+
+@pytest.mark.parametrize(("lora", "rate"), [(None, 30.0), (LORA, 1.0)])
+def test_a_run_that_ended_with_its_best_student_has_no_fault(tmp_path, monkeypatch, lora, rate):
+    """A replay has the student of the last update, so it says that it does not compare the two."""
+    options = {**EVALUATED, "load_best_model_at_end": True, "save_steps": 1}
+    options |= {"lora": lora, "learning_rate": rate, "max_logprob_gap": 1e3}  # it gets worse
+    monkeypatch.chdir(trained(tmp_path, **options))
+    assert audit_run(RUN).faults == []
+    found = replay_step(RUN, 2)
+    assert found.faults == []
+    assert "student: not compared, it is the run's best, of an earlier update" in found.checked
+    stored = json.loads((RUN / "run.json").read_text())
+    stored["config"]["load_best_model_at_end"] = False
+    (RUN / "run.json").write_text(json.dumps(stored))
+    assert "weights before update 3: not those of the run" in replay_step(RUN, 2).faults
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_run_whose_rate_followed_evaluations_is_audited_and_not_replayed(
+    tmp_path, monkeypatch, schedule
+):
+    """A repetition makes no evaluations, which both schedules are refused without."""
+    monkeypatch.chdir(trained(tmp_path, **EVALUATED, lr_scheduler_type=schedule))
+    assert audit_run(RUN).faults == []
+    with pytest.raises(TOPDError, match=f"--step 2: .* evaluations .*{schedule}.* topd audit"):
+        replay_step(RUN, 2)
 
 
 @pytest.mark.parametrize("kind", RENAMED)

@@ -30,6 +30,7 @@ from topd.named import is_outside
 from topd.runs.ledger import LEDGER
 from topd.runs.records import check_format
 from topd.runs.verified import read_entries
+from topd.training.inherited import FOLLOWING
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import OF_ANSWERS, OF_ROLLOUTS, WarmstartConfig, WarmstartTrainer
 
@@ -233,6 +234,8 @@ def _recipe(
     if kind is WarmstartConfig:  # older versions took them
         known -= {*OF_ROLLOUTS, *(OF_ANSWERS if config["answers"] == "data" else ())}
     settings = {key: value for key, value in config.items() if key in known} | ALONE
+    if settings.get("lr_scheduler_type") in FOLLOWING:  # evaluations, and here are none
+        settings |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
     return Recipe(
         student=ModelSpec(**sources["student"]),
         teacher=_teacher_of(sources),

@@ -17,7 +17,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from topd.commands.audit.decisions import BEFORE, is_sampled
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
 from topd.commands.audit.result import AuditResult, disagreements
-from topd.commands.audit.settings import by_settings, format_at, ranks_at, read_from
+from topd.commands.audit.settings import (
+    as_stored,
+    by_settings,
+    format_at,
+    ranks_at,
+    read_from,
+    settings_at,
+)
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.models.fingerprints import trained_digest
 from topd.runs import checkpoints
@@ -25,6 +32,7 @@ from topd.runs.folder import LINES, RECORDS
 from topd.runs.ledger import LEDGER, ended
 from topd.runs.records import DRAWN, JUDGED
 from topd.runs.verified import read_entries, read_records
+from topd.training.inherited import FOLLOWING
 from topd.training.sharded import is_sharded
 from topd.training.trainer import TOPDTrainer
 
@@ -102,7 +110,6 @@ def replay_step(
             _compare_records(folder, scratch, name, (first, step), tolerance, found, written)
         if ranks == 1:
             _compare_weights(folder, scratch, trainer, step, found)
-            _compare_student(folder, scratch, step, found)
         else:
             found.checked.append(f"weights: not compared, {ranks} ranks made them")
         if written < JUDGED:
@@ -115,7 +122,16 @@ def replay_step(
 
 
 def _check_settings(folder: Path, first: int, step: int) -> None:
-    """Raises TOPDError if a resume changed settings between the two updates."""
+    """Raises TOPDError if a resume changed settings between the two updates, or if the learning
+    rate followed evaluations, which a replay does not make.
+    """
+    with read_from(folder, "run.json"):
+        schedule = settings_at(as_stored(folder), step)[1].get("lr_scheduler_type")
+    if schedule in FOLLOWING:
+        raise TOPDError(
+            f"--step {step}: the learning rate followed the run's evaluations (lr_scheduler_type "
+            f"{schedule}), which a replay does not make. Audit it: topd audit {folder}."
+        )
     parts = [part for part in by_settings(folder, range(first, step + 1)) if part]
     if len(parts) > 1:
         changed = max(part[0] for part in parts)
@@ -246,11 +262,26 @@ def _compare_weights(
     """The student before every replayed update and after the last, as far as it is recorded."""
     recorded, again = _weights(folder), _weights(scratch)
     again[step + 1] = trained_digest(trainer.model)
+    best = _ended_with_best(folder, step, recorded)
+    if best:
+        del again[step + 1]
     both = sorted(recorded.keys() & again.keys())
     found.faults += (
         f"weights before update {n}: not those of the run" for n in both if recorded[n] != again[n]
     )
     found.checked.append(f"weights: before the updates {', '.join(map(str, both))}")
+    if best:
+        found.checked.append("student: not compared, it is the run's best, of an earlier update")
+    else:
+        _compare_student(folder, scratch, step, found)
+
+
+def _ended_with_best(folder: Path, step: int, recorded: Mapping[int, str]) -> bool:
+    """Whether the run ended with the student of an earlier update, which it was told to load."""
+    with read_from(folder, "run.json"):
+        asked = settings_at(as_stored(folder), step)[1].get("load_best_model_at_end")
+    before = [student for n, student in recorded.items() if n <= step]
+    return bool(asked) and recorded.get(step + 1) in before
 
 
 def _compare_student(folder: Path, scratch: Path, step: int, found: AuditResult) -> None:
