@@ -167,6 +167,16 @@ def test_messages_that_a_table_made_a_text_of_are_refused(tmp_path, chat, name):
             PromptEncoder(tiny_tokenizer(), tiny_tokenizer()).encode(load(path, chat=chat))
 
 
+@pytest.mark.parametrize("key", ["role", "content", "from", "value"])
+def test_an_answer_in_json_is_no_messages(key):
+    """As where entities, flights or amounts are asked for."""
+    solution = json.dumps([{key: "Paris", "to": "London"}])
+    assert read_row(0, {"prompt": "which ?", "solution": solution}).solution == solution
+    said = json.dumps([{"content": "what ?", "role": "user"}])
+    with pytest.raises(TOPDError, match="looks like messages"):
+        read_row(0, {"prompt": "which ?", "solution": said})
+
+
 def test_a_whole_number_of_a_column_with_a_gap_is_learned_as_it_was(tmp_path):
     rows = {"prompt": ["what is 1 + 2 ?"] * 3, "solution": [3.0, 2.5, None]}
     pandas.DataFrame(rows).to_parquet(tmp_path / "x.parquet")

@@ -427,7 +427,9 @@ class Scripted:
 
 def speaks(decode: Callable[[Ids], str]) -> Any:
     """What stands for a tokenizer here."""
-    return SimpleNamespace(decode=lambda ids, **_: decode(tuple(ids)), added_tokens_decoder={})
+    return SimpleNamespace(
+        decode=lambda ids, **_: decode(tuple(ids)), convert_ids_to_tokens=lambda ids: []
+    )
 
 
 SAMPLED = Sampling(0.7, 0.9, 5, 8)

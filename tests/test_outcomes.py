@@ -147,7 +147,7 @@ def test_a_thought_that_the_prompt_opens_belongs_to_what_is_verified(monkeypatch
     pair = SimpleNamespace(
         observer=SimpleNamespace(args=probe.ProbeConfig(output_dir="unused", use_cpu=True)),
         tokenizer=SimpleNamespace(
-            decode=lambda ids, **_: texts[tuple(ids)], added_tokens_decoder={}
+            decode=lambda ids, **_: texts[tuple(ids)], convert_ids_to_tokens=lambda ids: []
         ),
     )
     empty = torch.zeros(0, dtype=torch.long)

@@ -297,9 +297,9 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
 
     Without these a thought, or one that is cut off, would be read as an answer.
     """
-    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    if MARKS.isdisjoint(special.values()):
+    if MARKS.isdisjoint(tokenizer.convert_ids_to_tokens(list(ids))):
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     kept = [token for token in ids if special.get(token, THOUGHT) in MARKS]
     return str(tokenizer.decode(kept, skip_special_tokens=False))
 

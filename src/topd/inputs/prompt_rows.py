@@ -16,12 +16,14 @@ logger = logging.get_logger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 UNREAD = ("images", "image", "videos", "video", "audios", "audio")
-WRITTEN = re.compile(
-    r"""\s*\[\s*\{\s*(["'])(?:role|content|from|value)\1\s*:"""
-)  # messages as text
 EXACT = 2**53  # below it a float is the whole number that it was made of
 ROLES = ("user", "assistant", "system", "tool", "developer", "function")
 MISNAMED = (*ROLES, "human", "gpt", "model", "bot", "ai")
+WRITTEN = re.compile(  # messages as text; [{"from": "Paris", ...}] may be an answer
+    r"""\s*\[\s*\{\s*(?=(["'])(?:role|content|from|value)\1\s*:)"""
+    rf""".*?(["'])(?:role|from)\2\s*:\s*(["'])(?:{"|".join(MISNAMED)})\3""",
+    re.DOTALL,
+)
 
 
 def last_user(prompt: str | Messages) -> str:
@@ -201,10 +203,9 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if solution is None or (isinstance(solution, str) and not solution.strip()):
         return None
     if isinstance(solution, str) or not isinstance(solution, Sequence | Mapping):
+        # a column of whole numbers with a gap is one of floats; those of JSON are Written
         if type(solution) is float and solution.is_integer() and abs(solution) < EXACT:
-            solution = int(
-                solution
-            )  # a column of whole numbers with a gap; a file's own are Written
+            solution = int(solution)
         _check_text(index, "solution", str(solution))
         return {"role": "assistant", "content": str(solution)}
     turns = _checked_messages(index, solution)

@@ -91,7 +91,7 @@ def check_border(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
         )
     border = Border(tokenizer)
     known = known_ids(tokenizer, PROBE)
-    # it knows few words: all others are one token, or none
+    # a tokenizer of few words, which makes one token of all others, or none
     few = not known or set(known) & set(tokenizer.all_special_ids)
     ids = border.ids((), " " + (_known_part(tokenizer) if few else PROBE)) or ()
     whole = border.text(ids) or ""
