@@ -33,9 +33,9 @@ class TokenWriter:
     """
 
     def __init__(self, tokenizer: Any, seen: Iterable[int] = ()) -> None:
-        self.tokenizer = tokenizer
         from topd.inputs.models.vocabulary import known_ids  # with torch, which no reader needs
 
+        self.tokenizer = tokenizer
         self._seen = set(seen)
         self._anchor: Ids = known_ids(tokenizer, "a")[-1:]
 

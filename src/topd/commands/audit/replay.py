@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from topd.commands.audit.decisions import BEFORE, is_sampled
@@ -27,6 +26,7 @@ from topd.commands.audit.settings import (
 )
 from topd.errors import COLLAPSED, NONFINITE, StoppedError, TOPDError
 from topd.inputs.models.fingerprints import trained_digest
+from topd.inputs.models.saved import tensors_in
 from topd.runs import checkpoints
 from topd.runs.folder import LINES, RECORDS
 from topd.runs.ledger import LEDGER, ended
@@ -290,9 +290,9 @@ def _compare_student(folder: Path, scratch: Path, step: int, found: AuditResult)
     if end is None or end["step"] != step + 1:
         return
     for name in ("student", "adapter"):
-        again = _tensors(scratch / name)
+        again = tensors_in(scratch / name)
         with read_from(folder, name):
-            ours = _tensors(folder / name)
+            ours = tensors_in(folder / name)
         found.faults += (
             f"{name}: {key} is not as the run ended with it"
             for key in sorted(ours | again)
@@ -300,10 +300,6 @@ def _compare_student(folder: Path, scratch: Path, step: int, found: AuditResult)
         )
         if again:
             found.checked.append(f"{name}: every value of {len(again)} tensors")
-
-
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def _are_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

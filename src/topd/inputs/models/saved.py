@@ -25,7 +25,7 @@ def load_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         folder: has ``model*.safetensors``, or ``adapter_model.safetensors``, and maybe others.
     """
     pattern = f"{'adapter_' if isinstance(model, PeftModel) else ''}model*.safetensors"
-    weights = {k: v for file in folder.glob(pattern) for k, v in load_file(file).items()}
+    weights = tensors_in(folder, pattern)
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, weights)
         return
@@ -37,3 +37,8 @@ def load_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
         with named_faults():
             weights = type(model).from_pretrained(folder, **options).state_dict()
     model.load_state_dict(weights, strict=False)
+
+
+def tensors_in(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
+    """All tensors of a folder's files, by the names that they have there."""
+    return {k: v for file in folder.glob(pattern) for k, v in load_file(file).items()}

@@ -274,7 +274,7 @@ class PromptEncoder:
 
         before = rendered(index, tokenizer, asked.prompt, more, tokenize=False)
         after, with_other = finished(asked.answer), finished(with_another_end(asked.answer))
-        check_parts(index, asked.answer, finished)
+        check_parts(index, asked.answer, after, finished)
         if not after.startswith(before):
             raise TOPDError(
                 f"data row {index}: the chat template does not write the answer after its prompt, "

@@ -92,11 +92,12 @@ def once_ended(
 
 
 def check_parts(
-    index: int, answer: Mapping[str, Any], finished: Callable[[Mapping[str, Any]], str]
+    index: int, answer: Mapping[str, Any], whole: str, finished: Callable[[Mapping[str, Any]], str]
 ) -> None:
     """Refuse an answer's part that a chat template leaves out: it would not be learned.
 
-    ``finished`` writes the conversation with an answer. Raises TOPDError.
+    ``whole`` is the conversation with it, and ``finished`` writes one with another answer. Raises
+    TOPDError.
     """
     fewer = {}
     for names in PARTS:
@@ -107,7 +108,7 @@ def check_parts(
     if thought.replace("<think>", "").strip():
         fewer[f"thought before {closed}"] = {**answer, "content": rest}
     for part, without in fewer.items():
-        if finished(without) == finished(answer):
+        if finished(without) == whole:
             raise TOPDError(
                 f"data row {index}: the chat template does not write the answer's {part}, so it "
                 "would not be learned. Leave it out, or use a template that writes it."
