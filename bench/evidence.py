@@ -81,10 +81,6 @@ READ_FIRST = (
     "[how to read the tables](../evidence.md#how-to-read-the-tables)."
 )
 SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE, "ONCE": ONCE}
-CONTEXTUAL = (
-    "The rows *OT, contextual* were measured before a fault was mended: windows that reach beyond "
-    "the end of a rollout were compared with padding there. They are to be measured again."
-)
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
 # without "over" the accuracy itself; "at 0.6": sampled as students are served
 FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+|0\.6))?\}")
@@ -115,7 +111,7 @@ def pages() -> dict[str, str]:
     one_rate = "arithmetic, 320 answers: one rate for all"
     tables["one-rate"] = [*imitated(_found("imitated-few"), one_rate, FEW)]
     tables["own-habits"] = [*own_habits()]
-    tables["detectors"] = ["# Detectors: how well each finds the forks", "", CONTEXTUAL, ""]
+    tables["detectors"] = ["# Detectors: how well each finds the forks", ""]
     for family, found in _read("detectors", (*FAMILIES, "guesses")).items():
         tables["detectors"] += [*detectors(family, found), ""]
     links = {f"evidence/{name}.md": lines[0].removeprefix("# ") for name, lines in tables.items()}
