@@ -140,7 +140,7 @@ def test_models_that_read_rows_apart_or_alike_are_refused(place):
     asked = [{"prompt": f"what is {word}", "answer": "3"} for word in ("one", "two")]
     lines(place / "problems.jsonl", asked)
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ messages[0]['content'][:7] }}"
+    tokenizer.chat_template = "{{ messages[0]['content'] | replace('two', 'one') }}"
     tokenizer.save_pretrained("base")
     result = gate("base", "same")
     assert result.exit_code == 2

@@ -450,6 +450,39 @@ def test_a_thought_that_the_template_cuts_off_is_refused_unless_it_is_empty():
     assert learned(reader, *ASKED, empty) == learned(reader, *ASKED, ANSWER)
 
 
+RULE, RESULT = {"role": "system", "content": "be brief"}, {"role": "tool", "content": "3"}
+
+
+@pytest.mark.parametrize(
+    ("written", "messages", "fault"),
+    [
+        ("m['role'] != 'tool'", [*ASKED, ANSWER, RESULT], "content of message 2, .* 'tool'"),
+        (
+            "loop.first or m['role'] != 'system'",
+            [RULE, *ASKED, ANSWER, RULE],
+            "content of message 3",
+        ),
+        ("true", [*ASKED, {**ANSWER, **CALL}, RESULT], "tool_calls of message 1"),
+    ],
+)
+def test_a_message_that_the_template_leaves_out_is_refused(written, messages, fault):
+    some = TURNS.replace("<|{{", f"{{% if {written} %}}<|{{{{").replace(
+        "<eot> ", "<eot> {% endif %}"
+    )
+    readers = with_template(TURNS, "<eot>"), with_template(some, "<eot>")
+    reader = replace(readers[0], teacher=readers[1].student)
+    rows = [{"prompt": [RULE, *ASKED]}, {"prompt": messages}]
+    with pytest.raises(TOPDError, match=f"row 1: the chat template does not write the {fault}"):
+        reader.encode(rows)
+    reader.encode(rows[:1])
+
+
+def test_a_message_that_a_template_cannot_do_without_is_written():
+    strict = "{% if m['content'] | length > 4 %}{{ raise_exception('long') }}{% endif %}"
+    reader = with_template(TURNS.replace("<|{{", f"{strict}<|{{{{"), "<eot>")
+    reader.encode([{"prompt": [{"role": "user", "content": "what"}]}])
+
+
 def test_one_of_two_names_of_a_thought_does():
     reader = with_template(THINKING, "<think>", "</think>")
     both = {**ANSWER, "reasoning": "we add", "reasoning_content": "we add"}

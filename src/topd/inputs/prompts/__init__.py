@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template, TemplateError
@@ -22,6 +22,7 @@ from topd.inputs.border import Border, tells_places
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.prompt_rows import Messages, Row, last_user, plain_rows, read_row, with_last_user
+from topd.inputs.prompts.chat import TEMPLATE_FAULTS, check_messages, rendered, said
 from topd.inputs.prompts.ends import (
     check_parts,
     common_end,
@@ -40,11 +41,6 @@ from topd.types import Generation, Ids, Prompt, Rollout
 logger = logging.get_logger(__name__)
 
 LONGEST_TOKEN = 1000  # characters; no token of a known vocabulary has as many
-
-_TEMPLATE_FAULTS = (
-    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
-    *(MemoryError, RecursionError, TimeoutError),
-)
 
 
 @dataclass(frozen=True)
@@ -224,9 +220,9 @@ class PromptEncoder:
         columns = {name: value for name, value in row.items() if value is not None}
         try:
             text = fill({**columns, "prompt": last_user(prompt)}, template)
-        except _TEMPLATE_FAULTS as error:
+        except TEMPLATE_FAULTS as error:
             raise TOPDError(
-                f"data row {index}: teacher_prompt cannot be filled in: {_said(error)}. "
+                f"data row {index}: teacher_prompt cannot be filled in: {said(error)}. "
                 f"The row has the columns {', '.join(sorted(columns))}."
             ) from error
         if not text.strip():
@@ -242,6 +238,10 @@ class PromptEncoder:
     ) -> Ids:
         if not isinstance(prompt, str):
             found: Ids = rendered(index, tokenizer, prompt, more, tokenize=True)
+            written = partial(rendered, index, tokenizer, more=more, tokenize=False)
+            check_messages(
+                index, prompt, written, self._known.setdefault((id(tokenizer), *more), set())
+            )
         elif more:
             raise TOPDError(
                 f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
@@ -295,6 +295,11 @@ class PromptEncoder:
         return tuple(self.student(text, add_special_tokens=False)["input_ids"])
 
     @cached_property
+    def _known(self) -> dict[Any, set[Any]]:
+        """The kinds of message that every tokenizer's template writes."""
+        return {}
+
+    @cached_property
     def _border(self) -> Border | None:
         return Border(self.student) if tells_places(self.student) else None
 
@@ -325,7 +330,7 @@ class PromptEncoder:
         try:
             return sandbox.from_string(self.teacher_prompt)
         except (TemplateError, RecursionError, MemoryError, ValueError) as error:
-            raise TOPDError(f"teacher_prompt: not a Jinja template: {_said(error)}.") from error
+            raise TOPDError(f"teacher_prompt: not a Jinja template: {said(error)}.") from error
 
 
 def make_rollout(prompt: Prompt, written: Generation) -> Rollout:
@@ -343,10 +348,6 @@ def repeated_ngram_share(response: Sequence[int], n: int = 4) -> float:
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
-def _said(error: Exception) -> str:
-    return str(error).rstrip(".") or type(error).__name__
-
-
 @contextmanager
 def _tokenised(index: int) -> Iterator[None]:
     """Say which row a tokenizer has no tokens for. Raises TOPDError."""
@@ -355,43 +356,6 @@ def _tokenised(index: int) -> Iterator[None]:
             yield
     except (ValueError, TypeError) as error:  # the latter for half a character: a lone surrogate
         raise TOPDError(
-            f"data row {index}: the tokenizer cannot read it: {_said(error)}. Change the text, or "
+            f"data row {index}: the tokenizer cannot read it: {said(error)}. Change the text, or "
             "use a tokenizer that knows its characters."
-        ) from error
-
-
-def rendered(
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Messages,
-    more: Mapping[str, Any],
-    *,
-    tokenize: bool,
-    asks: bool = True,
-) -> Any:
-    """Messages through the chat template: their ids, or the text. Raises TOPDError.
-
-    ``asks`` for an answer: the generation prompt is at the end.
-    """
-    name = tokenizer.name_or_path or "the tokenizer"
-    if not tokenizer.chat_template:
-        raise TOPDError(
-            f"{name} has no chat template, but the prompts are messages. Give prompts as "
-            "strings (data.chat: false), set chat_template or tokenizer: teacher in the model's "
-            "spec, or use an instruction model."
-        )
-    try:
-        with named_faults():
-            found = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=asks,
-                tokenize=tokenize,
-                return_dict=tokenize,
-                **more,
-            )
-        return tuple(found["input_ids"]) if tokenize else found
-    except _TEMPLATE_FAULTS as error:
-        raise TOPDError(
-            f"{name}: its chat template fails at data row {index}: {_said(error)}. Check the "
-            "messages' roles, tools and chat_template_kwargs."
         ) from error

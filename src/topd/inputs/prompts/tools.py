@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
 from topd.inputs.prompt_rows import Row
-from topd.inputs.prompts import rendered
+from topd.inputs.prompts.chat import rendered
 from topd.inputs.prompts.ends import common_end
 from topd.named import row_named
 from topd.testbed import SCHEME, verify

@@ -1,0 +1,93 @@
+"""Messages through a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from topd.errors import TOPDError
+from topd.inputs.models.bare import named_faults
+from topd.inputs.prompt_rows import Messages
+
+TEMPLATE_FAULTS = (
+    *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
+    *(MemoryError, RecursionError, TimeoutError),
+)
+
+
+def rendered(
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    more: Mapping[str, Any],
+    *,
+    tokenize: bool,
+    asks: bool = True,
+) -> Any:
+    """Messages through the chat template: their ids, or the text. Raises TOPDError.
+
+    ``asks`` for an answer: the generation prompt is at the end.
+    """
+    name = tokenizer.name_or_path or "the tokenizer"
+    if not tokenizer.chat_template:
+        raise TOPDError(
+            f"{name} has no chat template, but the prompts are messages. Give prompts as "
+            "strings (data.chat: false), set chat_template or tokenizer: teacher in the model's "
+            "spec, or use an instruction model."
+        )
+    try:
+        with named_faults():
+            found = tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=asks,
+                tokenize=tokenize,
+                return_dict=tokenize,
+                **more,
+            )
+        return tuple(found["input_ids"]) if tokenize else found
+    except TEMPLATE_FAULTS as error:
+        raise TOPDError(
+            f"{name}: its chat template fails at data row {index}: {said(error)}. Check the "
+            "messages' roles, tools and chat_template_kwargs."
+        ) from error
+
+
+def check_messages(
+    index: int, messages: Messages, written: Callable[[Messages], str], known: set[Any]
+) -> None:
+    """Refuse a message of a prompt that the chat template leaves out: the model would not see it.
+
+    Args:
+        index: the row, for messages.
+        messages: the prompt.
+        written: the template's text of a conversation.
+        known: gets the kinds of message that are written; another of one is not looked at.
+
+    Raises TOPDError.
+    """
+    for place, message in enumerate(messages):
+        given = [part for part in ("content", "tool_calls") if message.get(part)]
+        kind = (message["role"], place == 0, *given)
+        for part in given if kind not in known else ():
+            other = {name: value for name, value in message.items() if name != part}
+            if part == "content":
+                other[part] = f"{message[part]} ."
+            try:
+                same = written([*messages[:place], other, *messages[place + 1 :]])
+            except TOPDError:  # it cannot do without
+                continue
+            if same == written(messages):
+                raise TOPDError(
+                    f"data row {index}: the chat template does not write the {part} of message "
+                    f"{place}, whose role is {message['role']!r}: the model would not see it. "
+                    "Leave it out, or use a template that writes it."
+                )
+        known.add(kind)
+
+
+def said(error: Exception) -> str:
+    """What a library's error says, without a full stop."""
+    return str(error).rstrip(".") or type(error).__name__
