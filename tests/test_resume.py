@@ -415,6 +415,23 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     assert state["best_model_checkpoint"] == str(best)
 
 
+def test_a_run_that_was_moved_ends_with_its_best(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    options = {**best, "eval_data": rows(2), "learning_rate": 1.0, "max_logprob_gap": 1e3}
+    make(tmp_path / "run", max_steps=3, **options).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    trainer = make(tmp_path / "moved", max_steps=3, **options)
+    trainer.train(resume_from_checkpoint=True)
+    step = trainer.state.best_global_step
+    assert step < 3
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "moved" / f"checkpoint-{step}")
+    files = (tmp_path / "moved" / f for f in (f"checkpoint-{step}", "student"))
+    torch.testing.assert_close(
+        *(load_file(file / "model.safetensors") for file in files), rtol=0, atol=0
+    )
+
+
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
     """The system takes no more than so many bytes in a file: what a full disk looks like."""

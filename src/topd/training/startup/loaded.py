@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import saved_digest
@@ -15,11 +16,25 @@ from topd.inputs.models.saved import load_saved
 from topd.runs.checkpoints import SEAL, Seal
 
 
+class BestHere(TrainerCallback):
+    """The best checkpoint is that of the run's own folder, wherever the run has begun."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, *_: object, **__: object) -> None:
+        """Trainer has the path of before, and forgets a checkpoint that is not there."""
+        best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+
 class LoadingTrainer(Trainer):
     """A Trainer whose student is that of the checkpoint once it is loaded.
 
     Trainer leaves a weight as it was where a checkpoint has none of its name, and only warns.
     """
+
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.add_callback(BestHere())
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
