@@ -106,8 +106,7 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     todo = [run for run in spec.runs() if run[:2] not in done]
     waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
     check_data(comparison, check_arms(comparison, waiting), results)
-    begun = [spec.baseline] if spec.warmstart else []  # evaluated at the end, whatever is done
-    check_problems(comparison, waiting or begun, results)
+    check_problems(comparison, waiting or [spec.baseline], results)
     run = RunFolder(folder, resume=True, chained=bool(spec.plan))
     run.write("run.json", content)
     start = starting_point(comparison, quiet=console is None)
@@ -129,10 +128,11 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
                     f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s",
                 )
     before, references = starts(comparison, start), spec.references or [spec.baseline]
-    order = [*spec.all_arms(), *(result["arm"] for result in results)]  # not who ended first
-    results.sort(key=lambda result: order.index(result["arm"]))
+    ended = {(result["arm"], result["seed"]): result for result in results}
+    asked = [(arm, seed) for arm in spec.all_arms() for of, seed, _ in spec.runs() if of == arm]
+    shown = [ended[run] for run in asked]  # in the recipe's order; others may have ended before
     run.write(
-        SUMMARY, summarise(results, spec.baseline, before, clock=spec.clock, references=references)
+        SUMMARY, summarise(shown, spec.baseline, before, clock=spec.clock, references=references)
     )
 
 
