@@ -629,6 +629,30 @@ def test_other_data_than_that_of_runs_that_are_done_is_refused_before_one_runs(
     assert len(results(tmp_path / "run")) == 1
 
 
+def test_other_data_than_that_of_stage_1_is_refused_before_an_arm_runs(
+    recipe, tmp_path, monkeypatch
+):
+    """Else the arms would begin from a student of rows that no file has."""
+    path = tmp_path / "train.jsonl"
+    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
+    path.write_text("".join(rows))
+    words = [f"--output_dir={tmp_path / 'run'}", f"--data.path={path}", "--data.chat=false"]
+    words += ["--compare.seeds=[0]", "--compare.warmstart"]
+    ran = []
+
+    def stopped(*_):
+        ran.append(path.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_arm", stopped)
+    for now in (rows, rows[:-1], rows):
+        path.write_text("".join(now))
+        said = "Ctrl-C" if now == rows else r"train\.jsonl has other rows than when stage 1 learned"
+        with pytest.raises(TOPDError, match=said):
+            run_compare(recipe, words)
+    assert ran == ["".join(rows)] * 2
+
+
 def test_a_comparison_of_a_version_that_did_not_count_tokens_is_refused(recipe, tmp_path):
     words = [f"--output_dir={tmp_path / 'run'}", "--max_steps=1", "--compare.seeds=[0]"]
     words += ["--compare.arms={opd: {method: opd}}"]

@@ -41,6 +41,7 @@ from topd.commands.compare.problems import (
     check_data,
     check_models,
     check_problems,
+    check_start,
     place_of,
     rows_digest,
 )
@@ -299,6 +300,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     folder, spec = comparison.folder, comparison.spec
     check_run_folder(folder, resume=True)
     stages = comparison.stages()
+    if comparison.first:
+        stages["start"]["data"] = rows_digest(comparison.first.data.load())
     asked = as_json(spec.model_dump(exclude={"jobs", "clock", "plan"}))  # those may change
     content = {**resolved(comparison.recipe), "compare": asked, **stages}
     own = ("run.json", RESULTS, *(["warmstart"] if comparison.first else []))
@@ -318,6 +321,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         )
     done = {result["arm"] for result in results}
     begun = is_begun(folder)
+    if begun:
+        check_start(comparison, stored, content)
     if begun or done:
         content = {key: v for key, v in content.items() if key in stored or key not in stages}
     if _fixed(stored, done, begun=begun) != _fixed(content, done, begun=begun):

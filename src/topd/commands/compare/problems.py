@@ -86,6 +86,22 @@ def check_data(
             )
 
 
+def check_start(
+    comparison: Comparison, stored: Mapping[str, Any], content: Mapping[str, Any]
+) -> None:
+    """Hold what stage 1 would learn from now against what it had: its digest in run.json.
+
+    Raises TOPDError where that has changed. Older versions did not keep it.
+    """
+    before, now = (found.get("start") or {} for found in (stored, content))
+    if comparison.first and before.get("data", now.get("data")) != now.get("data"):
+        data = comparison.first.data
+        raise TOPDError(
+            f"compare: {data.path or data.task} has other rows than when stage 1 learned from it. "
+            "Bring those back, or choose another folder."
+        )
+
+
 def place_of(folder: Path, arm: str, seed: int) -> Path:
     """The run folder of an arm with a seed."""
     return folder / "arms" / f"{in_files(arm)}-{seed}"
