@@ -246,6 +246,27 @@ def test_arms_are_in_the_order_of_the_recipe_whichever_ended_first(recipe, tmp_p
     assert json.loads((folder / "compare.json").read_text())["arms"] == ["new", "opd"]
 
 
+def test_seeds_that_are_no_longer_asked_for_leave_the_table_and_come_back(
+    recipe, tmp_path, monkeypatch
+):
+    def run_arm(task, *_):
+        found = one("", 0, [1.0, 0.0] if task[1]["seed"] else [0.0, 0.0], 1.0)
+        return {key: value for key, value in found.items() if key not in ("arm", "seed")}
+
+    def table(seeds):
+        words = [f"--output_dir={tmp_path / 'run'}", f"--compare.seeds={seeds}"]
+        return json.loads((run_compare(recipe, words) / "compare.json").read_text())
+
+    monkeypatch.setattr(compare, "run_arm", run_arm)
+    monkeypatch.setattr(compare, "check_arms", lambda *_: {})
+    monkeypatch.setattr(compare, "check_problems", lambda *_: None)
+    both, without, again = table("[0, 1]"), table("[1]"), table("[0, 1]")
+    assert (both["seeds"], both["summary"]["opd"]["greedy"]["mean"]) == ([0, 1], 0.25)
+    assert (without["seeds"], without["summary"]["opd"]["greedy"]["mean"]) == ([1], 0.5)
+    assert again == both
+    assert len(results(tmp_path / "run")) == 4
+
+
 def test_runs_after_one_that_fails_are_run_and_it_is_said_which_failed(
     recipe, tmp_path, monkeypatch
 ):
@@ -566,7 +587,7 @@ def test_what_an_adapter_trains_whole_makes_no_other_student(tmp_path):
         check_models(tmp_path, last, before)
 
 
-@pytest.mark.parametrize("changed", ["number", "rows", "rows, and all runs are done"])
+@pytest.mark.parametrize("changed", ["number", "rows", "rows, and all runs are done", "all done"])
 def test_other_problems_than_those_of_runs_that_are_done_are_refused_before_one_runs(
     recipe, tmp_path, monkeypatch, changed
 ):
@@ -574,8 +595,10 @@ def test_other_problems_than_those_of_runs_that_are_done_are_refused_before_one_
     words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--max_steps=1"]
     arms, new = "--compare.arms={opd: {method: opd}}", "new"
     more = "--compare.arms={opd: {method: opd}, new: {method: topd}}"
-    if "done" in changed:  # the student before and after stage 1 is still to be evaluated
-        words, more, new = [*words, "--compare.warmstart"], arms, "opd"
+    if "done" in changed:
+        more, new = arms, "opd"
+    if "rows, and" in changed:  # the student before and after stage 1 is still to be evaluated
+        words = [*words, "--compare.warmstart"]
     (stored,) = results(run_compare(recipe, [*words, arms]))
     if changed == "number":
         del stored["problems"]  # as older versions had it
@@ -600,9 +623,34 @@ def test_other_data_than_that_of_runs_that_are_done_is_refused_before_one_runs(
     run_compare(recipe, [*words, "--compare.seeds=[0]"])
     monkeypatch.setattr(compare, "run_arm", lambda *_: pytest.fail("an arm ran"))
     path.write_text("".join(reversed(rows)))
-    with pytest.raises(TOPDError, match=r"train\.jsonl has other rows than when opd, seed 0 learn"):
-        run_compare(recipe, [*words, "--compare.seeds=[0, 1]"])
+    for seeds in ("[0, 1]", "[0]"):  # and where nothing is left to run
+        with pytest.raises(TOPDError, match=r"train\.jsonl has other rows than when opd, seed 0 l"):
+            run_compare(recipe, [*words, f"--compare.seeds={seeds}"])
     assert len(results(tmp_path / "run")) == 1
+
+
+def test_other_data_than_that_of_stage_1_is_refused_before_an_arm_runs(
+    recipe, tmp_path, monkeypatch
+):
+    """Else the arms would begin from a student of rows that no file has."""
+    path = tmp_path / "train.jsonl"
+    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
+    path.write_text("".join(rows))
+    words = [f"--output_dir={tmp_path / 'run'}", f"--data.path={path}", "--data.chat=false"]
+    words += ["--compare.seeds=[0]", "--compare.warmstart"]
+    ran = []
+
+    def stopped(*_):
+        ran.append(path.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "run_arm", stopped)
+    for now in (rows, rows[:-1], rows):
+        path.write_text("".join(now))
+        said = "Ctrl-C" if now == rows else r"train\.jsonl has other rows than when stage 1 learned"
+        with pytest.raises(TOPDError, match=said):
+            run_compare(recipe, words)
+    assert ran == ["".join(rows)] * 2
 
 
 def test_a_comparison_of_a_version_that_did_not_count_tokens_is_refused(recipe, tmp_path):

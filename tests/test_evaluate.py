@@ -594,6 +594,19 @@ def test_a_thought_that_the_prompt_opens_is_no_answer_until_it_is_closed():
     assert {response.text for response in found.responses} == {texts[0, 0], texts[0, 1]}
 
 
+def test_a_class_label_of_a_data_set_is_verified_by_its_name():
+    """DataSpec reads it so; here the data set itself is given."""
+    kinds = {"prompt": datasets.Value("string"), "answer": datasets.ClassLabel(names=["A", "B"])}
+    columns = {"prompt": ["one", "two"], "answer": [1, 0]}
+    known = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    written = [Generation((i,), (0.0,), True) for i in (0, 1)]
+    said = speaks({(0,): r"\boxed{B}", (1,): r"\boxed{1}"}.__getitem__)
+    prompts = [Prompt(i, (i,), (i,)) for i in (0, 1)]
+    evaluator = Evaluator(prompts, known, AnswerVerifier(), said)
+    right = [[evaluator._verified(p, None, w).verified for w in written] for p in prompts]
+    assert right == [[True, False], [False, False]]
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_the_marks_of_a_thought_count_as_special_tokens_too(special):
     tokenizer = tiny_tokenizer()

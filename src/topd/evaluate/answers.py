@@ -33,7 +33,8 @@ EXACT_FLOAT = 2**53
 MARK = "####"
 BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:(\{)|(-?[\w.]*\w))")
 BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-BETWEEN = re.compile(r"[\s$,;]*(?:and|or|&)?[\s$,;]*")
+_GAP = r"(?:[\s$,;]|\\[()\[\] ,;]|\\q?quad\b)*+"
+BETWEEN = re.compile(rf"{_GAP}(?:and|or|&|\\text\s*\{{\s*(?:and|or)\s*\}})?{_GAP}")
 STATED = re.compile(
     r"answer(?:\s+is|[ *_]*:)[ *_:]*"
     r"|(?:^|\n)[#*_ ]*(?:the )?(?:final )?answer(?: is)?[ *_:]*(?=\n)",
@@ -217,12 +218,10 @@ def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     >>> final_answer("3 boxes of 6 are 18 eggs.", numeric=True)
     Claim(text='18', boxed=False)
     """
-    thought = THOUGHT.match(text)
-    if thought:
-        text = text[thought.end() :]
-    elif THINKS.search(text):
+    said = spoken(text)
+    if said is None:
         return None
-    run_on = RUN_ON.search(text)
+    text, run_on = said, RUN_ON.search(said)
     if run_on:  # a base model continues with a problem of its own
         found = _located(text[: run_on.start()], numeric)
         if found is not None:
@@ -232,6 +231,18 @@ def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
         return found
     numbers = list(LAST.finditer(typed(text)))
     return Claim(_scaled(numbers[-1][2], None, numbers[-1][3])) if numbers else None
+
+
+def spoken(text: str) -> str | None:
+    """What a response says after its thoughts; None if they do not end.
+
+    >>> spoken("<think>7?</think>8"), spoken("[THINK]7")
+    ('8', None)
+    """
+    thought = THOUGHT.match(text)
+    if thought:
+        return text[thought.end() :]
+    return None if THINKS.search(text) else text
 
 
 def _located(text: str, numeric: bool) -> Claim | None:
@@ -347,7 +358,7 @@ def last_boxed(text: str) -> str | None:
         else:
             content, after = box[2], box.end()
         apart = not found or BETWEEN.fullmatch(text[ended : box.start()]) is None
-        joined = not apart and re.search(r"[,;&]|and|or", text[ended : box.start()])
+        joined = not apart and re.search(r"(?<!\\)[,;&]|and|or", text[ended : box.start()])
         found = [*found, content] if joined else [content]
         place = ended = after
     return ", ".join(found) if found else None

@@ -25,6 +25,7 @@ from topd.evaluate.structures import (
     in_order,
     intervals,
     listed,
+    value_of,
 )
 from topd.evaluate.units import SHORT, converted, quantity
 
@@ -52,16 +53,20 @@ TURNED = {"ge": "le", ">": "<", "gg": "ll", "bmod": "mod", "pmod": "mod"}  # sid
 EMPTY = re.compile(r"\\?\{\s*\\?\}|\\(?:emptyset|varnothing)|∅")
 TIME = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?\s*([ap]\.?\s*m\.?)?", re.I)
 CHOICE = re.compile(r"\(?([A-Z])\)?")
-CHOSEN = re.compile(r"\(?([A-Za-z])[).:]?|\(?([A-Z])[).:]\s+.+|\(([A-Z])\).*")
+CHOSEN = re.compile(
+    r"(?:(?i:option|choice)\s+)?(?:\(?([A-Za-z])[).:]?|\(?([A-Z])[).:]\s+.+|\(([A-Z])\).*)"
+)
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp min max gcd lcm mod det arcsin arccos arctan sinh cosh "
     "tanh sqrt pi infty frac cup cap inf lim sup".split()
 )
 SMALL = frozenset("or no on of is to in at by an as if it we".split())
 ARTICLES = frozenset({"the", "a", "an"})
-BASED = re.compile(r"(\d+)_\{?(\d{1,2})\}?")
+BASED = re.compile(r"\(?(\d+)\)?_\{?(\d{1,2})\}?")
 RATIO = re.compile(r"[^:]+(?::[^:]+)+")
-MATRIX = re.compile(r"\\begin\{([pbvB]?matrix)\}(.*)\\end\{\1\}", re.S)
+MATRIX = re.compile(
+    r"[\[(]?\s*\\begin\{(array|[pbvB]?matrix)\}(?:\{[clr| ]*\})?(.*)\\end\{\1\}\s*[\])]?", re.S
+)
 MOST_PARTS = 50
 
 
@@ -80,6 +85,7 @@ def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
     if ("?" in claim) != ("?" in gold):
         return False
     gold, claim = _joined(gold), _joined(claim)
+    claim = claim if "=" in gold else value_of(claim)
     inner = partial(same, ask=ask, deep=deep + 1)
     for kind in (_choices, _literals, _matrices, _quantities, _words):
         verdict = kind(gold, claim, inner)
@@ -216,8 +222,7 @@ def _numbers(gold: str, claim: str) -> bool | None:
         if all(based):
             return values[0] is not None and len(set(values)) == 1
         plain = claim if based[0] else gold
-        digits = next(found[1] for found in based if found)
-        return plain.isdigit() and (plain == digits or int(plain[:300]) == values[0])
+        return plain == next(found[1] for found in based if found)  # 555 is not 4210_5 yet
     if RATIO.fullmatch(gold):
         terms = [[exact(term) for term in text.split(":")] for text in (gold, claim)]
         if len(terms[1]) == 1 and len(terms[0]) == 2 and None not in terms[0] and terms[0][1]:
@@ -226,11 +231,11 @@ def _numbers(gold: str, claim: str) -> bool | None:
     return False if RATIO.fullmatch(claim) else None
 
 
-def _in_base(found: re.Match[str]) -> int | None:
+def _in_base(found: re.Match[str]) -> tuple[int, int] | None:
     base = int(found[2])
     if not 2 <= base <= 36 or any(int(digit) >= base for digit in found[1]):
         return None
-    return int(found[1][:300], base)
+    return base, int(found[1][:300], base)
 
 
 def _proportional(ours: Sequence[Fraction | None], theirs: Sequence[Fraction | None]) -> bool:

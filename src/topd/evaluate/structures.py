@@ -13,6 +13,11 @@ GREEK = (  # as tuples have them: (rho, theta, phi)
     "alpha beta gamma delta epsilon rho theta lambda mu nu sigma tau phi chi psi omega".split()
 )
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
+NAME = re.compile(  # of what the value after it is: an angle, a side, a sum, an area
+    rf"^(?:\\angle\s*[A-Z]{{1,3}}|[A-Z]{{2,3}}|[A-Za-z]\([^()=]+\)|«[A-Za-z ]+»"
+    rf"|{VARIABLE}(?:\s*\+\s*{VARIABLE})*)\s*=\s*(?=[^=]+$)"
+)
+NEARLY = re.compile(r"(?<=[\w})°])\s*\\approx\s*[-+\d.]+\s*(?:«[^»]*»|°)?$")
 RELATION = re.compile(r"(\\(?:le|ge|ne)(?![A-Za-z])|<|>)")
 REALS = r"\\mathbb\s*\{?\s*R\s*\}?"
 BUILT = re.compile(  # {x in R | ...}
@@ -21,6 +26,15 @@ BUILT = re.compile(  # {x in R | ...}
 HOLES = re.compile(rf"{REALS}\s*(?:\\setminus|\\backslash|-|\\)\s*\\?\{{(.*?)\\?\}}")
 DOWN, UP = "(-\\infty", "\\infty)"
 THOUSANDS = re.compile(r"(?<=\d),\d{3}(?!\d)")
+
+
+def value_of(text: str) -> str:
+    """A value without the name before it, and without its decimals after it.
+
+    >>> value_of("m+n = 204"), value_of("12\\\\pi \\\\approx 37.7"), value_of("2x = 4")
+    ('204', '12\\\\pi', '2x = 4')
+    """
+    return NAME.sub("", NEARLY.sub("", text))
 
 
 def intervals(text: str) -> list[str] | None:

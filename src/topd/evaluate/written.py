@@ -35,6 +35,7 @@ SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|(?:thin|med|thick|nobreak)?space|hfill)(?![A-Za-z])"
     r"|[hm](?:space|skip)\*?\{[^{}]*\})|~"
 )
+BREAK = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|mm|cm|em|ex|in)\s*\]")  # and space after it
 DOTS = re.compile(r"\.{3,}|…|\\[lc]?dots[a-z]?(?![A-Za-z])")
 COUNTED = re.compile(r"([-+]?[$€£¥]?\d[\d.,]*)\s+((?!am\b|pm\b)[a-z]+(?: [a-z]+)?)")
 DEGREES = re.compile(r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ\b)|\s*\\degrees?\b|\s*°")
@@ -76,7 +77,7 @@ def plain(answer: str) -> str:
     text = re.sub(
         "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", answer
     )
-    text = DOTS.sub(r"\\ldots ", text)
+    text = DOTS.sub(r"\\ldots ", BREAK.sub(r"\\\\", text))
     text = _without_delimiters(text.translate(CHARACTERS).replace("**", " ").strip(" _\t\n"))
     text = re.sub(r"\\tag\*?\s*\{[^{}]*\}|\\!(?!\s*\d)", "", text)
     text = re.sub(r"\{,\}|,\s*\\!\s*(?=\d)|\\!", "", text)
@@ -144,7 +145,7 @@ def _without_delimiters(text: str) -> str:
     text = text.replace("\\$", "\x01")
     if text.count("$") % 2:
         text = re.sub(r"\$(?=\s*\d)", "\x01", text, count=1)
-    return re.sub(r"\$|\\[()\[\]](?!\d*pt)", " ", text).replace("\x01", "$")
+    return re.sub(r"\$|\\[()\[\]]", " ", text).replace("\x01", "$")
 
 
 def _marked(found: re.Match[str]) -> str:

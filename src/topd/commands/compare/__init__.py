@@ -41,6 +41,7 @@ from topd.commands.compare.problems import (
     check_data,
     check_models,
     check_problems,
+    check_start,
     place_of,
     rows_digest,
 )
@@ -106,8 +107,7 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     todo = [run for run in spec.runs() if run[:2] not in done]
     waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
     check_data(comparison, check_arms(comparison, waiting), results)
-    begun = [spec.baseline] if spec.warmstart else []  # evaluated at the end, whatever is done
-    check_problems(comparison, waiting or begun, results)
+    check_problems(comparison, waiting or [spec.baseline], results)
     run = RunFolder(folder, resume=True, chained=bool(spec.plan))
     run.write("run.json", content)
     start = starting_point(comparison, quiet=console is None)
@@ -129,10 +129,11 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
                     f"pass@1 {result['pass@1']:.1%}, {result['seconds']:.0f} s",
                 )
     before, references = starts(comparison, start), spec.references or [spec.baseline]
-    order = [*spec.all_arms(), *(result["arm"] for result in results)]  # not who ended first
-    results.sort(key=lambda result: order.index(result["arm"]))
+    ended = {(result["arm"], result["seed"]): result for result in results}
+    asked = [(arm, seed) for arm in spec.all_arms() for of, seed, _ in spec.runs() if of == arm]
+    shown = [ended[run] for run in asked]  # in the recipe's order; others may have ended before
     run.write(
-        SUMMARY, summarise(results, spec.baseline, before, clock=spec.clock, references=references)
+        SUMMARY, summarise(shown, spec.baseline, before, clock=spec.clock, references=references)
     )
 
 
@@ -299,6 +300,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     folder, spec = comparison.folder, comparison.spec
     check_run_folder(folder, resume=True)
     stages = comparison.stages()
+    if comparison.first:
+        stages["start"]["data"] = rows_digest(comparison.first.data.load())
     asked = as_json(spec.model_dump(exclude={"jobs", "clock", "plan"}))  # those may change
     content = {**resolved(comparison.recipe), "compare": asked, **stages}
     own = ("run.json", RESULTS, *(["warmstart"] if comparison.first else []))
@@ -318,6 +321,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
         )
     done = {result["arm"] for result in results}
     begun = is_begun(folder)
+    if begun:
+        check_start(comparison, stored, content)
     if begun or done:
         content = {key: v for key, v in content.items() if key in stored or key not in stages}
     if _fixed(stored, done, begun=begun) != _fixed(content, done, begun=begun):

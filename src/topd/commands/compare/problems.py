@@ -68,18 +68,38 @@ def check_data(
 ) -> None:
     """Hold what the runs to come learn from (``rows``, by their ``data``) against what runs had.
 
-    Raises TOPDError where that has changed.
+    Data that only finished runs had are read too. Raises TOPDError where they have changed.
     """
     now = {data: rows_digest(found) for data, found in rows.items()}
     for result in results:
         recipe = comparison.arms.get(result["arm"])
-        known = recipe and now.get(recipe.data.model_dump_json())
-        if recipe and known and result.get("data", known) != known:
+        if recipe is None or "data" not in result:  # left out, or of an older version
+            continue
+        data = recipe.data.model_dump_json()
+        if data not in now:
+            now[data] = rows_digest(recipe.data.load())
+        if result["data"] != now[data]:
             raise TOPDError(
                 f"compare: {recipe.data.path or recipe.data.task} has other rows than when "
                 f"{result['arm']}, seed {result['seed']} learned from it. Bring those back, or "
                 "choose another folder."
             )
+
+
+def check_start(
+    comparison: Comparison, stored: Mapping[str, Any], content: Mapping[str, Any]
+) -> None:
+    """Hold what stage 1 would learn from now against what it had: its digest in run.json.
+
+    Raises TOPDError where that has changed. Older versions did not keep it.
+    """
+    before, now = (found.get("start") or {} for found in (stored, content))
+    if comparison.first and before.get("data", now.get("data")) != now.get("data"):
+        data = comparison.first.data
+        raise TOPDError(
+            f"compare: {data.path or data.task} has other rows than when stage 1 learned from it. "
+            "Bring those back, or choose another folder."
+        )
 
 
 def place_of(folder: Path, arm: str, seed: int) -> Path:
