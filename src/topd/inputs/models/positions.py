@@ -59,7 +59,7 @@ def exact_rope(role: str, model: nn.Module) -> None:
     the more so the longer a text is.
 
     Raises:
-        TOPDError: the module that has them cannot be made anew.
+        TOPDError: the module that has them cannot be rebuilt.
     """
     cut = False
     for module in model.modules():
