@@ -505,8 +505,8 @@ def shared(model):
     return model
 
 
-def untied(model):
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+def tied(model):
+    model.model.embed_tokens.weight = model.lm_head.weight
     return model
 
 
@@ -518,7 +518,7 @@ def untied(model):
         (lambda m: get_peft_model(m, LoraConfig(alora_invocation_tokens=[5])), "aLoRA"),
         (lambda m: inject_adapter_in_model(LoraConfig(), m), "as a PeftModel"),
         (shared, "down_proj.weight is not as in a"),
-        (untied, "lm_head.weight is not as in a"),
+        (lambda m: tied(tiny_model()), "lm_head.weight is not as in a"),
         (lambda m: setattr(m, "generation_config", None) or m, "generation_config is None"),
     ],
 )  # fmt: skip
@@ -557,12 +557,16 @@ def test_other_adapters_of_layers_are_saved_as_they_are_trained(tmp_path, kind):
     )
 
 
-def test_a_head_that_an_adapter_parts_is_not_called_tied(tmp_path):
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_head_that_is_not_the_embeddings_is_not_called_tied(tmp_path, lora):
     """Other programs than transformers would tie it again, and have another student."""
-    apart = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
-    tied = tiny_model(tie_word_embeddings=True)
-    trainer = make(tmp_path, tied, peft_config=LoraConfig(**LORA, **apart))
-    trainer.train()
+    student, adapter = tiny_model(tie_word_embeddings=True), None
+    if lora:
+        apart = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+        adapter = LoraConfig(**LORA, **apart)
+    else:
+        student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().clone())
+    make(tmp_path, student, peft_config=adapter).train()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert not json.loads((tmp_path / "student/config.json").read_text())["tie_word_embeddings"]
     assert not plain.lm_head.weight.equal(plain.model.embed_tokens.weight)

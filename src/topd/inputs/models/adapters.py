@@ -163,11 +163,16 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         if head is not None and head.weight is own:
             head.weight = nn.Parameter(own.detach().clone())
     plain = whole.merge_and_unload()
-    inputs, head = plain.get_input_embeddings(), plain.get_output_embeddings()
-    if head is not None and head.weight is not inputs.weight:
-        for config in (plain.config, plain.config.get_text_config()):
-            config.tie_word_embeddings = False
+    _say_parted(plain)
     return plain
+
+
+def _say_parted(model: PreTrainedModel) -> None:
+    """Where the head is not the embeddings have the configuration say so: others tie by it."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not inputs.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def check_savable(student: PreTrainedModel | PeftModel) -> None:
@@ -181,9 +186,16 @@ def check_savable(student: PreTrainedModel | PeftModel) -> None:
     try:
         with torch.device("meta"):
             whole = merged(_hollow(student))
-            fresh = type(whole)._from_config(copy.deepcopy(whole.config))
     except _PEFT_FAULTS as error:
         raise _refused(error) from error
+    try:
+        with torch.device("meta"):
+            fresh = type(whole)._from_config(copy.deepcopy(whole.config))
+    except _PEFT_FAULTS as error:
+        raise TOPDError(
+            f"student: its configuration makes no {type(whole).__name__}, so it could not be "
+            f"loaded once it is saved: {error}"
+        ) from error
     ours, saved = _parts(whole), _parts(fresh)
     if ours == saved:
         return
@@ -191,8 +203,8 @@ def check_savable(student: PreTrainedModel | PeftModel) -> None:
     raise TOPDError(
         f"student: saved and loaded again it would be another model: {', '.join(names[:2])} is not "
         f"as in a {type(whole).__name__} of its configuration (other parts, shapes or shared "
-        "weights). Give the model as transformers makes it, with config.tie_word_embeddings as its "
-        "head is; with an adapter as a PeftModel (peft.get_peft_model), without layer_replication."
+        "weights). Give the model as transformers makes it; with an adapter "
+        "as a PeftModel (peft.get_peft_model), without layer_replication."
     )
 
 
@@ -238,6 +250,8 @@ def check_trainable(student: PreTrainedModel | PeftModel) -> None:
             "merge_and_unload(), then requires_grad_(True)."
         )
     if any(parameter.requires_grad for parameter in student.parameters()):
+        if not isinstance(student, PeftModel):
+            _say_parted(student)
         check_savable(student)
         return
     if isinstance(student, PeftModel):
