@@ -10,9 +10,17 @@ from dataclasses import fields
 from pathlib import Path
 from unittest.mock import create_autospec
 
+import peft
 import pytest
 from huggingface_hub import HfApi, RepoUrl
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -47,6 +55,7 @@ from topd.training.warmstart import WarmstartConfig
 
 IDS = torch.arange(4, 20)[None]
 LORA = {"r": 4, "lora_alpha": 64, "task_type": "CAUSAL_LM"}
+VIRTUAL = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
 
 
 def arguments(folder: Path, **options) -> TOPDConfig:
@@ -491,6 +500,94 @@ def test_a_teacher_inside_the_students_adapter_is_refused(tmp_path):
     assert any(p.requires_grad for p in student.parameters())
 
 
+def shared(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    return model
+
+
+def tied(model):
+    model.model.embed_tokens.weight = model.lm_head.weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda m: get_peft_model(m, AdaLoraConfig(total_step=9)), "kind ADALORA"),
+        (lambda m: get_peft_model(m, PromptTuningConfig(**VIRTUAL)), "kind PROMPT_TUNING"),
+        (lambda m: get_peft_model(m, LoraConfig(alora_invocation_tokens=[5])), "aLoRA"),
+        (lambda m: inject_adapter_in_model(LoraConfig(), m), "as a PeftModel"),
+        (shared, "down_proj.weight is not as in a"),
+        (lambda m: tied(tiny_model()), "lm_head.weight is not as in a"),
+        (lambda m: setattr(m, "generation_config", None) or m, "generation_config is None"),
+    ],
+)  # fmt: skip
+def test_a_student_that_would_be_lost_at_the_end_is_refused(tmp_path, wrap, said):
+    student = wrap(tiny_model(tie_word_embeddings=True))
+    with pytest.raises(TOPDError, match=said):
+        make(tmp_path, student)
+    assert not any(weight.is_meta for weight in student.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layer_replication": [(0, 2), (1, 2)]}, r"layers\.1\.\S+ is not as in a"),
+        ({"init_lora_weights": "eva"}, "eva has no effect .*initialize_lora_eva_weights"),
+        ({"use_qalora": True}, "use_qalora: has no effect"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_is_not_merged_or_not_made_as_it_says_is_refused(tmp_path, options, said):
+    config = LoraConfig(**LORA, target_modules=["q_proj"], **options)
+    with pytest.raises(TOPDError, match=said):
+        make(tmp_path, tiny_model("llama"), peft_config=config)
+
+
+@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "VeraConfig", "LoraConfig"])
+def test_other_adapters_of_layers_are_saved_as_they_are_trained(tmp_path, kind):
+    more = {"feedforward_modules": []} if kind == "IA3Config" else {"r": 4}
+    config = getattr(peft, kind)(target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+    trainer = make(tmp_path, get_peft_model(tiny_model(), config))
+    before = trainer.model(input_ids=IDS).logits
+    trainer.train()
+    assert not torch.equal(trainer.model(input_ids=IDS).logits, before)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student").to(DEVICE)
+    torch.testing.assert_close(
+        saved(input_ids=IDS).logits, trainer.model.eval()(input_ids=IDS).logits, rtol=0, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_a_head_that_is_not_the_embeddings_is_not_called_tied(tmp_path, lora):
+    """Other programs than transformers would tie it again, and have another student."""
+    student, adapter = tiny_model(tie_word_embeddings=True), None
+    if lora:
+        apart = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+        adapter = LoraConfig(**LORA, **apart)
+    else:
+        student.lm_head.weight = torch.nn.Parameter(student.lm_head.weight.detach().clone())
+    make(tmp_path, student, peft_config=adapter).train()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert not json.loads((tmp_path / "student/config.json").read_text())["tie_word_embeddings"]
+    assert not plain.lm_head.weight.equal(plain.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_cast_to_16_bits_reads_as_it_does_once_it_is_loaded_again(tmp_path, dtype):
+    """.to() casts the frequencies of RoPE too, and from_pretrained does not."""
+    student, teacher = tiny_model().to(dtype), tiny_model(seed=1).to(dtype)
+    assert student.model.rotary_emb.inv_freq.dtype == dtype
+    trainer = make(tmp_path, student, teacher)
+    for name in ("inv_freq", "original_inv_freq"):
+        for model in (student, teacher):
+            expected = getattr(tiny_model().model.rotary_emb, name)
+            assert torch.equal(getattr(model.model.rotary_emb, name), expected)
+    trainer.train()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student").to(DEVICE)
+    ours = trainer.model.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(saved(input_ids=IDS).logits, ours, rtol=0, atol=0)
+
+
 # Noise
 
 
@@ -654,7 +751,7 @@ def test_an_optimiser_without_the_weights_to_be_trained_is_refused(tmp_path, fol
     """It was made before the adapter, or the model is loaded here: nothing would be learned."""
 
     def trainer(name, model, held, **options):
-        optimizer = torch.optim.SGD(held.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(held.parameters(), lr=3e-2)
         return TOPDTrainer(
             model, tiny_model(seed=1), arguments(tmp_path / name), rows(4),
             processing_class=tiny_tokenizer(), optimizers=(optimizer, None), **options,
@@ -676,6 +773,29 @@ def test_an_optimiser_without_the_weights_to_be_trained_is_refused(tmp_path, fol
     trainer("adapted", adapted, adapted).train()
 
 
+def test_what_an_optimiser_that_was_given_does_not_take_is_refused(tmp_path):
+    """The card of a run told the rate of the settings, and it had learned at the optimiser's."""
+
+    def trainer(optimizer, **options):
+        options = {"max_steps": 1, "max_completion_length": 8, "use_cpu": USE_CPU, **options}
+        args = TOPDConfig(output_dir=str(tmp_path / "run"), save_strategy="no", **options)
+        return TOPDTrainer(
+            student, tiny_model(seed=1), args, rows(4),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, None),
+        )  # fmt: skip
+
+    student = tiny_model()
+    with pytest.raises(TOPDError, match="LBFGS asks for the loss several times"):
+        trainer(torch.optim.LBFGS(student.parameters()))
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.25)
+    for name, value in (("learning_rate", 1e-3), ("weight_decay", 0.1), ("optim", "adafactor")):
+        with pytest.raises(TOPDError, match=f"^{name}: {value} has no effect: an optimiser was"):
+            trainer(optimizer, **{name: value})
+    trainer(optimizer, learning_rate=0.25)
+    trainer(optimizer).train()
+    assert "| learning rate | 0.25 |" in (tmp_path / "run/student/README.md").read_text()
+
+
 def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
     """Its rates were logged, and another optimiser learned at a constant one."""
 
@@ -687,7 +807,7 @@ def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
         )  # fmt: skip
 
     student = tiny_model()
-    one, other = (torch.optim.SGD(student.parameters(), lr=0.1) for _ in range(2))
+    one, other = (torch.optim.SGD(student.parameters(), lr=3e-2) for _ in range(2))
     for optimizer in (None, one):
         with pytest.raises(TOPDError, match="optimizers: the schedule is not one of the optimiser"):
             trainer(student, optimizer, other)
@@ -701,7 +821,7 @@ def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
             lambda self, groups: self.__dict__.update(param_groups=groups),
         )
 
-    joined = torch.optim.SGD(student.parameters(), lr=0.1)
+    joined = torch.optim.SGD(student.parameters(), lr=3e-2)
     joined.__class__ = Joined
     trainer(student, joined, joined, "joined").train()
 
@@ -777,6 +897,24 @@ def test_data_that_is_no_rows_is_refused_and_a_frame_is_taken(tmp_path):
     frame = pandas.DataFrame(rows(4))
     trainer = TOPDTrainer(*pair, args, frame, processing_class=tokenizer)
     assert len(trainer.train_dataset) == 4
+
+
+def test_a_dataset_of_torch_has_as_many_rows_as_it_says(tmp_path):
+    """Python iterates over one until an IndexError, which most never raise: that had no end."""
+
+    class Endless(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> dict[str, str]:
+            if index > 9:
+                raise AssertionError("without end")
+            return rows(4)[index % 3]
+
+    pair = tiny_model(), tiny_model(seed=1)
+    trainer = TOPDTrainer(*pair, arguments(tmp_path), Endless(), processing_class=tiny_tokenizer())
+    expected = [prompt.student for prompt in trainer.encoder.encode(rows(3))]
+    assert [prompt.student for prompt in trainer.train_dataset] == expected
 
 
 def test_texts_are_prompts_and_an_evaluation_may_have_several_sets(tmp_path):

@@ -506,6 +506,7 @@ def test_a_schedule_of_ones_own_follows_the_optimiser_of_now(tmp_path):
         optimizer = torch.optim.SGD(student.parameters(), rate)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         options = {**OPTIONS, "max_steps": 4, "save_steps": 2, "output_dir": str(tmp_path / "run")}
+        options["learning_rate"] = rate
         return TOPDTrainer(
             student, tiny_model(seed=1), TOPDConfig(**options), rows(8),
             processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule),
@@ -531,10 +532,12 @@ def test_a_schedule_made_of_others_or_of_betas_is_resumed_exactly(tmp_path, sche
     def train(*, rate: float = 1e-3, resume: bool) -> dict[int, float]:
         student = tiny_model("llama")
         optimizer = torch.optim.AdamW(student.parameters(), rate)
+        made = schedule(optimizer)
+        initial = optimizer.param_groups[0]["initial_lr"]
+        own = {"max_steps": 4, "save_steps": 2, "learning_rate": initial}
         trainer = TOPDTrainer(
-            student, tiny_model(seed=1),
-            TOPDConfig(str(tmp_path), **{**OPTIONS, "max_steps": 4, "save_steps": 2}), rows(8),
-            processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule(optimizer)),
+            student, tiny_model(seed=1), TOPDConfig(str(tmp_path), **{**OPTIONS, **own}), rows(8),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, made),
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         logs = trainer.state.log_history

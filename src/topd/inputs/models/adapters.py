@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -49,6 +49,16 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
         kind = getattr(adapter, "peft_type", f"a {type(adapter).__name__}")
         raise TOPDError(f"peft_config: {kind} is not supported. Give a peft.LoraConfig.")
     _check_numbers(adapter)
+    if adapter.init_lora_weights == "eva":
+        raise TOPDError(
+            "lora.init_lora_weights: eva has no effect here: it needs texts. Wrap the model first, "
+            "with peft.initialize_lora_eva_weights, and give that without peft_config."
+        )
+    if adapter.use_qalora:
+        raise TOPDError(
+            "lora.use_qalora: has no effect on weights that are not quantised, and others cannot "
+            "learn here. Leave it out."
+        )
     if isinstance(student, PeftModel):
         raise TOPDError(
             f"peft_config: the student is a PeftModel with the adapter {student.active_adapter!r} "
@@ -60,7 +70,7 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
         with torch.device("meta"):
             wrapped = get_peft_model(_without_weights(config, student), empty)
             _check_names(wrapped, adapter)
-            merged(wrapped)
+            check_savable(wrapped)
     except TOPDError:
         raise
     except _PEFT_FAULTS as error:
@@ -140,7 +150,8 @@ def _refused(error: Exception) -> TOPDError:
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model itself; of one with an adapter a copy that has it in its weights.
 
-    An adapter on one of two tied embeddings parts them: the copy has a head of its own then.
+    An adapter on one of two tied embeddings parts them: the copy has a head of its own then, and
+    its configuration says so.
     """
     if not isinstance(model, PeftModel):
         return model
@@ -151,9 +162,80 @@ def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         own = inputs.get_base_layer().weight
         if head is not None and head.weight is own:
             head.weight = nn.Parameter(own.detach().clone())
-            for config in (base.config, base.config.get_text_config()):
-                config.tie_word_embeddings = False
-    return whole.merge_and_unload()
+    plain = whole.merge_and_unload()
+    _say_parted(plain)
+    return plain
+
+
+def _say_parted(model: PreTrainedModel) -> None:
+    """Where the head is not the embeddings have the configuration say so: others tie by it."""
+    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not inputs.weight:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def check_savable(student: PreTrainedModel | PeftModel) -> None:
+    """Refuse a student that would be saved as another model, or not at all. Raises TOPDError.
+
+    Its adapter is merged, and what comes of it is held against a model of its class and
+    configuration, both without weights: the same parameters, shared by the same layers.
+    """
+    if isinstance(student, PeftModel):
+        _check_kind(student)
+    try:
+        with torch.device("meta"):
+            whole = merged(_hollow(student))
+    except _PEFT_FAULTS as error:
+        raise _refused(error) from error
+    try:
+        with torch.device("meta"):
+            fresh = type(whole)._from_config(copy.deepcopy(whole.config))
+    except _PEFT_FAULTS as error:
+        raise TOPDError(
+            f"student: its configuration makes no {type(whole).__name__}, so it could not be "
+            f"loaded once it is saved: {error}"
+        ) from error
+    ours, saved = _parts(whole), _parts(fresh)
+    if ours == saved:
+        return
+    names = sorted(min(ours.items() ^ saved.items(), key=lambda part: sorted(part[0]))[0])
+    raise TOPDError(
+        f"student: saved and loaded again it would be another model: {', '.join(names[:2])} is not "
+        f"as in a {type(whole).__name__} of its configuration (other parts, shapes or shared "
+        "weights). Give the model as transformers makes it; with an adapter "
+        "as a PeftModel (peft.get_peft_model), without layer_replication."
+    )
+
+
+def _check_kind(student: PeftModel) -> None:
+    """Refuse adapters that are more than layers: the layers alone are called here."""
+    tuner = student.base_model
+    if not isinstance(tuner, BaseTuner) or type(tuner).forward is not BaseTuner.forward:
+        kind = student.active_peft_config.peft_type.value
+        raise TOPDError(
+            f"student: adapters of the kind {kind} are not supported: they do more than their "
+            "layers do (a loss, virtual tokens, a choice of experts). Give one of LoRA."
+        )
+
+
+def _hollow(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+    """The same model without weights: on the meta device, where copies cost nothing."""
+    known: dict[int, torch.Tensor] = {}
+    for weight in model.parameters():
+        empty = weight.detach().to("meta")
+        known[id(weight)] = nn.Parameter(empty, requires_grad=weight.requires_grad)
+    known.update((id(buffer), buffer.to("meta")) for buffer in model.buffers())
+    return copy.deepcopy(model, known)
+
+
+def _parts(model: nn.Module) -> dict[frozenset[str], torch.Size]:
+    """The shape of every parameter, by all of its names."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    shapes = {id(weight): weight.shape for weight in model.parameters()}
+    return {frozenset(own): shapes[key] for key, own in names.items()}
 
 
 def check_trainable(student: PreTrainedModel | PeftModel) -> None:
@@ -168,6 +250,9 @@ def check_trainable(student: PreTrainedModel | PeftModel) -> None:
             "merge_and_unload(), then requires_grad_(True)."
         )
     if any(parameter.requires_grad for parameter in student.parameters()):
+        if not isinstance(student, PeftModel):
+            _say_parted(student)
+        check_savable(student)
         return
     if isinstance(student, PeftModel):
         raise TOPDError(

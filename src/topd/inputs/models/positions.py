@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import logging
+
+from topd.errors import TOPDError
+
+logger = logging.get_logger(__name__)
 
 # ALiBi, and GPT-Neo's local layers: what a token sees depends on where keys lie in the cache
 COUNT_PLACES = ("bloom", "mpt", "gpt_neo")
@@ -44,3 +50,33 @@ def rope_switch(config: PretrainedConfig) -> int | None:
         if isinstance(rope, Mapping) and rope.get("rope_type") in ("longrope", "dynamic")
     ]
     return min(limits, default=None)
+
+
+def exact_rope(role: str, model: nn.Module) -> None:
+    """Give a model its RoPE's frequencies in float32 back, where ``.to(torch.bfloat16)`` cut them.
+
+    ``from_pretrained(..., dtype=...)`` keeps them, so a model that is loaded again has others, and
+    the more so the longer a text is.
+
+    Raises:
+        TOPDError: the module that has them cannot be rebuilt.
+    """
+    cut = False
+    for module in model.modules():
+        for name, held in module.named_buffers(recurse=False):
+            if not (name.endswith("inv_freq") and held.dtype.itemsize == 2):
+                continue
+            try:
+                fresh = getattr(type(module)(module.config), name)
+            except (AttributeError, TypeError, ValueError) as error:
+                raise TOPDError(
+                    f"{role}: the frequencies of its RoPE are in {held.dtype}, by .to() or .half()."
+                    " Load it in that dtype: from_pretrained(..., dtype=...)."
+                ) from error
+            module.register_buffer(name, fresh.to(held.device), persistent=False)
+            cut = True
+    if cut:
+        logger.warning(
+            f"{role}: the frequencies of its RoPE were in 16 bits, by .to() or .half(), and are in "
+            "float32 again, as from_pretrained(..., dtype=...) loads them."
+        )

@@ -30,6 +30,7 @@ from topd.inputs.models import (
 )
 from topd.inputs.models.adapters import check_apart, check_trainable, try_adapter, with_adapter
 from topd.inputs.models.pairs import load_pair, tokenizers_of
+from topd.inputs.models.positions import exact_rope
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import NO_ROUTES, Routes, Teachers
@@ -170,14 +171,18 @@ def _are_texts(rows: Any) -> bool:
 
 
 def rows_of(data: Any) -> Any:
-    """The rows of a pandas DataFrame or of a list of texts; other data as it is.
+    """The rows of a DataFrame of pandas, a Dataset of torch or a list of texts; others as they are.
 
     >>> rows_of(["What is 1 + 2?"])
     [{'prompt': 'What is 1 + 2?'}]
     """
     if _are_texts(data):
         return [{"prompt": text} for text in data]
-    return data.to_dict("records") if hasattr(data, "iloc") and hasattr(data, "columns") else data
+    if hasattr(data, "iloc") and hasattr(data, "columns"):
+        return data.to_dict("records")
+    if hasattr(data, "__len__") and not hasattr(data, "__iter__"):  # torch's, which may have no end
+        return [data[index] for index in range(len(data))]
+    return data
 
 
 def sets_of(evaluation: Any) -> dict[str, Any]:
@@ -312,6 +317,8 @@ def load_models(
             student that is to be ``trained`` and cannot be.
     """
     student, *teachers = _loaded(sources, own)
+    for role, model in (("student", student), *(("teacher", teacher) for teacher in teachers)):
+        exact_rope(role, model)
     if lora is not None:
         set_seed(args.seed)  # of the adapter's first weights
         student = with_adapter(student, lora)

@@ -45,6 +45,11 @@ def check_kept(sources: Sequence[object], run: Path) -> None:
 def check_saving(student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save all of a student but its weights, in a folder of no importance. Raises TOPDError."""
     config = copy.deepcopy(generation_config_of(student))
+    if config is None and isinstance(student, LOADED):
+        raise TOPDError(
+            "student: its generation_config is None, and transformers does not save it so. Set "
+            "model.generation_config = GenerationConfig.from_model_config(model.config)."
+        )
     with tempfile.TemporaryDirectory() as folder:
         try:
             if config is not None:
@@ -54,7 +59,7 @@ def check_saving(student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> No
                 tokenizer.save_pretrained(folder)
             if isinstance(student, LOADED):
                 student.config.save_pretrained(folder)
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             full = isinstance(error, OSError) and error.errno is not None
             raise TOPDError(
                 "student: what belongs to it cannot be saved, so a run would be lost at its end: "

@@ -26,8 +26,14 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from topd.config import CHECKPOINTING, TOPDConfig
+from topd.config.values import defaults_of, worked_out
 from topd.errors import TOPDError
 
+RATE = "learning_rate"
+OF_OPTIMISER = (
+    *(RATE, "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optim", "optim_args", "optim_target_modules"),
+)
 UPDATES = 1000  # of the trial schedule, where a run does not say how many it has
 _FAULTS = (
     ImportError,
@@ -50,6 +56,9 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
     """
     _check_checkpointing(args)
     _check_accelerator(args)
+    if optimizers[0] is not None:
+        _check_one_loss(optimizers[0])
+        _take_rate(args, optimizers[0])
     trial = copy.copy(args)
     with tempfile.TemporaryDirectory() as folder:
         trial.output_dir = folder
@@ -176,6 +185,32 @@ def _check_optimiser(args: TOPDConfig) -> None:
         values = (value or "1", "1", "2")
         if key and all(made(optim_args=f"{key}={x}") == made(optim_args=None) for x in values):
             raise TOPDError(f"optim_args: {key!r} {said}, or correct its name.")
+
+
+def _check_one_loss(optimizer: Any) -> None:
+    """Refuse an optimiser whose step evaluates the loss itself. Raises TOPDError."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TOPDError(
+            f"optimizers: {type(optimizer).__name__} asks for the loss several times a step, and "
+            "an update's rollouts are learned once. Give one that does not, such as AdamW."
+        )
+
+
+def _take_rate(args: TOPDConfig, optimizer: Any) -> None:
+    """Of an optimiser that was given the rate counts, here and in the records of the run."""
+    groups = optimizer.param_groups
+    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    usual = defaults_of(type(args))
+    for name in OF_OPTIMISER:
+        value = getattr(args, name)
+        idle = name not in args.left_out and value != usual[name]
+        if idle and not (name == RATE and value in rates):
+            raise TOPDError(
+                f"{name}: {_word(value)} has no effect: an optimiser was given (optimizers), which "
+                "has its own. Leave it out, or give no optimiser."
+            )
+    worked_out(args, RATE, max(rates))
 
 
 def _check_schedule(trainer: Trainer) -> None:
