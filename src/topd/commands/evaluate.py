@@ -35,7 +35,7 @@ from topd.inputs.models.vocabulary import check_embedding_rows, shared_ids
 from topd.inputs.rows import DataSpec
 from topd.report import page_line
 from topd.report.text import counted
-from topd.runs.files import as_json, digest, read_lines, trim
+from topd.runs.files import as_json, digest, kept_lines
 from topd.runs.folder import BEGUN, RunFolder, manifest
 from topd.runs.lock import one_writer
 from topd.runs.records import read_run
@@ -69,9 +69,8 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     model and data) and responses.jsonl (a line a response). An evaluation that was stopped
     continues in its folder.
 
-    Raises:
-        TOPDError: bad input, before any weight is read; or the folder holds another evaluation.
-        StoppedError: it was stopped.
+    Raises TOPDError: bad input, before any weight is read, or the folder holds another evaluation;
+    StoppedError: it was stopped.
     """
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -113,9 +112,7 @@ def evaluation_folder(
     Nobody else writes in it; an end leaves ``result``. Of one that was stopped while it ended the
     files of responses, ``names``, are removed: what they hold is in those of :func:`begun` as well.
 
-    Raises:
-        TOPDError: the folder holds a result, or something else.
-        StoppedError: it was stopped.
+    Raises TOPDError: the folder holds a result, or something else; StoppedError: it was stopped.
     """
     with one_writer(folder):
         if (folder / result).exists():
@@ -202,8 +199,7 @@ def _identity(
 
 def _kept(run: RunFolder, name: str, about: Mapping[str, Any]) -> tuple[list[Response], Keep]:
     """Responses that are there, and what adds to them. Raises TOPDError for those of another."""
-    about, path = as_json(about), run.folder / name
-    there = list(read_lines(path)) if trim(path) else []
+    about, there = as_json(about), kept_lines(run.folder / name)
     if not there:
         run.append(name, [about])
     elif there[0] != about:

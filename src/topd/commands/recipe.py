@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from topd.commands.keys import mapping_at, read_content, refuse_unknown
+from topd.commands.keys import RECOMPUTED, mapping_at, read_content, refuse_unknown
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.errors import TOPDError, placed, shown
 from topd.evaluate.spec import TrainingEvaluation
@@ -152,24 +152,20 @@ def read_recipe(
     warmstart: bool = False,
     config: type[TOPDConfig] = TOPDConfig,
 ) -> Recipe:
-    """Read and check a recipe.
+    """Read and check a recipe: its stage 2, or with ``warmstart`` its stage 1.
 
-    Args:
-        path: the YAML file, also one of those that come with the package (``recipes/...``); None
-            where the overrides say all.
-        overrides: dotted keys and their values, which replace those of the file. ``warmstart.KEY``
-            is a key of stage 1.
-        warmstart: read stage 1 instead of stage 2.
-        config: what stage 2 is read as; a subclass of TOPDConfig adds keys.
+    ``path`` is the YAML file, also one of those that come with the package (``recipes/...``); None
+    where the overrides say all. ``overrides`` are dotted keys and their values, which replace those
+    of the file; ``warmstart.KEY`` is a key of stage 1. Stage 2 is read as ``config``; a subclass of
+    TOPDConfig adds keys.
 
-    Raises:
-        TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
+    Raises TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
     """
     own, stage = _fields(config), _fields(WarmstartConfig)
     content = read_content(path, overrides or {}, fields=own, stage=stage, warmstart=warmstart)
     path = Path(path or "topd")
     config, known = (WarmstartConfig, stage) if warmstart else (config, own)
-    for name in ("activation_checkpointing", "gradient_checkpointing"):  # old and new are one
+    for name in RECOMPUTED:  # old and new are one
         for end in ("", "_kwargs"):
             if name + end in content:
                 content[CHECKPOINTING + end] = content.pop(name + end)

@@ -96,10 +96,8 @@ class _Part(NamedTuple):
 class SeveralTeachers:
     """Teachers that each read their own texts. Use what :meth:`of` returns for texts.
 
-    Args:
-        engines: one a teacher, over one vocabulary.
-        places: name of a teacher to its place among the engines.
-        owners: whose each text is, by the teachers' places.
+    ``engines`` are one a teacher, over one vocabulary, ``places`` where each is among them by its
+    name; ``owners`` says whose each text is, by these places.
     """
 
     gives: Needs = "distributions"
@@ -213,11 +211,8 @@ class SeveralTeachers:
 class MeanTeacher:
     """Several teachers that all read every text: their mean distribution scores and writes.
 
-    It writes without a cache: every teacher reads the whole text again for each token.
-
-    Args:
-        engines: one a teacher, over one vocabulary.
-        shares: of each in the mean.
+    It writes without a cache: every teacher reads the whole text again for each token. ``engines``
+    are one a teacher, over one vocabulary, with its share of the mean in ``shares``.
     """
 
     gives: Needs = "distributions"

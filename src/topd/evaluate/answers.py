@@ -174,8 +174,7 @@ class AnswerVerifier:
 def reference_text(value: Any) -> str:
     """A reference as it was written. A list of one is its element.
 
-    Raises:
-        TOPDError: a value whose writing is lost, or that is not one answer.
+    Raises TOPDError: a value whose writing is lost, or that is not one answer.
 
     >>> reference_text(12), reference_text(1e-05), reference_text(["2"])
     ('12', '0.00001', '2')

@@ -75,9 +75,8 @@ class EvaluationSpec(BaseModel):
     def load(self) -> list[dict[str, Any]]:
         """The rows, with ``prompt`` (text) and ``answer`` columns, both filled.
 
-        Raises:
-            TOPDError: no such data, several splits and none chosen, unknown columns, or a row
-                without a reference answer.
+        Raises TOPDError: no such data, several splits and none chosen, unknown columns, or a row
+        without a reference answer.
         """
         if self.path.startswith(SCHEME):
             return self._data().load()
@@ -90,8 +89,7 @@ class EvaluationSpec(BaseModel):
     def with_split(self) -> Self:
         """The same, naming the split that is read where data has any: a file of rows has none.
 
-        Raises:
-            TOPDError: the data has several, and none is chosen.
+        Raises TOPDError: the data has several, and none is chosen.
         """
         if self.split is not None:
             return self
@@ -112,9 +110,8 @@ class EvaluationSpec(BaseModel):
     def as_trained(self, *, chat: bool, chat_template_kwargs: Mapping[str, Any]) -> Self:
         """The same, with prompts written as those of a training where nothing else is said.
 
-        Args:
-            chat: whether the training's prompts are messages; else they are text.
-            chat_template_kwargs: given to the chat template there.
+        ``chat``: whether they are messages there, not text; ``chat_template_kwargs``: what its chat
+        template was given.
         """
         changes: dict[str, Any] = {}
         if self.chat is None and not chat:
@@ -129,15 +126,10 @@ class EvaluationSpec(BaseModel):
         tokenizer: PreTrainedTokenizerBase,
         config: PretrainedConfig,
     ) -> Evaluator:
-        """An evaluator on loaded rows, with math answers verified.
+        """An evaluator on the rows of :meth:`load`, with math answers verified.
 
-        Args:
-            rows: from :meth:`load`.
-            tokenizer: the model's.
-            config: the model's, for its positions.
-
-        Raises:
-            TOPDError: an empty prompt, or one that leaves no room for ``max_tokens``.
+        ``tokenizer`` and ``config``, for its positions, are the model's. Raises TOPDError: an empty
+        prompt, or one that leaves no room for ``max_tokens``.
         """
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         encoder = PromptEncoder(

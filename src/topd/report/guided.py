@@ -69,13 +69,10 @@ def rule_of(folder: Path) -> Verdict:
 def verdict_rule(
     kind: Kind, settings: Mapping[str, Any], threshold: float | None, *, several: bool = False
 ) -> Verdict:
-    """The rule of a run.
+    """The rule of a run whose run.json has these settings, if any.
 
-    Args:
-        kind: of the run folder.
-        settings: those in its run.json; empty where there are none.
-        threshold: of a probe, the OT distance that it has measured.
-        several: whether rollouts have teachers of their own, whose candidates are ranked apart.
+    ``threshold`` is the OT distance that a probe has measured. ``several``: rollouts have teachers
+    of their own, whose candidates are ranked apart.
     """
     if kind == "probe":
         return _threshold(threshold, "the upper quartile over low-loss tokens")

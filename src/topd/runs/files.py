@@ -86,8 +86,7 @@ def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) ->
     Damaged is what was cut off while it was written, or did not reach the disk. Reads a line at a
     time. Returns the number of lines left; 0 if the file is missing.
 
-    Raises:
-        TOPDError: a line is damaged that is not the last; nothing is cut then.
+    Raises TOPDError: a line is damaged that is not the last; nothing is cut then.
     """
     if not path.exists():
         return 0
@@ -113,8 +112,7 @@ def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) ->
 def raw_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file as they are, with their ends, one at a time; none if it is missing.
 
-    Raises:
-        TOPDError: it is there and cannot be read.
+    Raises TOPDError: it is there and cannot be read.
     """
     try:
         if path.is_file():
@@ -131,15 +129,11 @@ def numbered_lines(
 ) -> Iterator[tuple[int, Any]]:
     """The values of a JSONL file with the numbers of their lines, one at a time.
 
-    A last line cut off by a job that is running or was killed is left out; a missing file has none.
+    ``kind`` is that of every value: dict, or object for any. ``only`` lines with these numbers are
+    read; none: all. A last line cut off by a job that is running or was killed is left out; a
+    missing file has none.
 
-    Args:
-        path: the file.
-        kind: of every value: dict, or object for any.
-        only: numbers of the lines to read; none: all.
-
-    Raises:
-        TOPDError: the file cannot be read, or a line is not JSON, or of another kind.
+    Raises TOPDError: the file cannot be read, or a line is not JSON, or of another kind.
     """
     for number, line in enumerate(raw_lines(path), 1):
         if not line.strip() or (only is not None and number not in only):
@@ -158,6 +152,12 @@ def numbered_lines(
 def read_lines(path: Path, kind: type = dict) -> Iterator[Any]:
     """The values of :func:`numbered_lines` without the numbers."""
     return (content for _, content in numbered_lines(path, kind))
+
+
+def kept_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file to be added to: a last line that was cut off is dropped from it."""
+    trim(path)
+    return list(read_lines(path))
 
 
 def sync(path: Path) -> None:

@@ -123,8 +123,7 @@ def split_lines(path: Path) -> tuple[list[bytes], bool]:
 def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
     """The ledger's entries, and in words which lines are none or were written otherwise.
 
-    Raises:
-        TOPDError: there is no ledger, or it cannot be read.
+    Raises TOPDError: there is no ledger, or it cannot be read.
     """
     path = folder / LEDGER
     if not path.is_file():
@@ -143,6 +142,11 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
         if json.dumps(entry).encode() != line:
             faults.append(f"{LEDGER}: line {number} was changed, though not what it says")
     return entries, faults if whole else [*faults, f"{LEDGER}: line {len(lines)} is cut off"]
+
+
+def entries_in(folder: Path) -> list[Entry]:
+    """The ledger's entries; none where there is no ledger."""
+    return read_entries(folder)[0] if (folder / LEDGER).exists() else []
 
 
 def _kind_of(entry: Any) -> type[_Link]:
@@ -165,11 +169,7 @@ def read_head(folder: Path) -> dict[str, Any] | None:
 
 
 def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of a record file; none if the file is missing.
-
-    Raises:
-        TOPDError: a line is no such record.
-    """
+    """The lines of a record file; none if it is missing. Raises TOPDError: a line is no record."""
     lines, _ = split_lines(folder / name)
     return [_checked(LINES[name], line, f"{name}, line {n}") for n, line in enumerate(lines, 1)]
 

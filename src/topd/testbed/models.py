@@ -109,16 +109,10 @@ def make(
 ) -> None:
     """Train a model from scratch on its author's texts and save it with its tokenizer, bfloat16.
 
-    AdamW with a cosine schedule, for as many updates as :data:`MAKINGS` says.
-
-    Args:
-        family, role: what to make.
-        folder: where to.
-        texts: how many texts the author writes; each is read several times.
-        batch_size: texts an update.
-        seed: of texts, weights and their order.
-        making: how; none: as :data:`MAKINGS` says.
-        arguments: more training arguments of transformers.
+    AdamW with a cosine schedule, for as many updates as ``making`` says (:data:`MAKINGS` by
+    default). The author writes so many ``texts``, each read several times, ``batch_size`` an
+    update; ``seed`` is that of texts, weights and their order. ``arguments`` are more training
+    arguments of transformers.
     """
     tokenizer = tokenizer_of(family)
     making = making or making_of(family, role)

@@ -42,11 +42,9 @@ class WholeCopy:
 
     @contextmanager
     def gathered(self, source: nn.Module, *, exact: bool = False) -> Iterator[PreTrainedModel]:
-        """The copy with the weights that ``source`` has now; a collective.
+        """The copy with the weights that ``source``, sharded or not yet, has now; a collective.
 
-        Args:
-            source: the model that was copied, sharded or not yet.
-            exact: in its own dtype, to be saved.
+        ``exact``: in its own dtype, to be saved.
         """
         names = dict(self.model.named_parameters())
         for name, parameter in source.named_parameters():

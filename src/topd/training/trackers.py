@@ -70,11 +70,8 @@ def log_tables(
 ) -> None:
     """Send tables to the trackers of a run, under their names; to TensorBoard as text.
 
-    Args:
-        tables: see :func:`tables_of`.
-        step: of the log that they belong to; also their first column.
-        report_to: the trackers that the run names.
-        callbacks: of the trainer, among which is TensorBoard's writer.
+    ``step`` is of the log that they belong to, and their first column. ``report_to`` names
+    trackers; TensorBoard's writer is among the trainer's ``callbacks``.
     """
     from pandas import DataFrame  # where nothing is sent, nothing is loaded
 

@@ -9,11 +9,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from topd.commands.compare.budgets import FORMULA, at_equal_budgets, mean_curve, solved_at, spent
+from topd.commands.compare.budgets import (
+    FORMULA,
+    SCORES,
+    at_equal_budgets,
+    mean_curve,
+    solved_at,
+    spent,
+)
 from topd.commands.recipe import Clock
 from topd.statistics import SHARES, holm, p_value, seed_problem_interval
 
-SCORES = ("greedy", "pass@1")
 SECONDS: dict[Clock, str] = {"wall": "seconds", "cpu": "cpu_seconds"}
 Result: TypeAlias = dict[str, Any]
 
@@ -51,10 +57,10 @@ def summarise(
         "summary": {arm: _summary(runs, by_arm[baseline], time) for arm, runs in by_arm.items()},
         "spent": {arm: spent(runs) for arm, runs in by_arm.items()},
         "cost": FORMULA,
-        "curves": {arm: mean_curve(runs, SCORES) for arm, runs in by_arm.items()},
+        "curves": {arm: mean_curve(runs) for arm, runs in by_arm.items()},
         "equal": {
             name: {
-                arm: at_equal_budgets(runs, by_arm[name], SCORES, time)
+                arm: at_equal_budgets(runs, by_arm[name], time)
                 for arm, runs in by_arm.items()
                 if arm != name and runs.keys() & by_arm[name].keys()
             }

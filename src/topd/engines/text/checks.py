@@ -48,10 +48,9 @@ def check_text_teacher(
     answers are wanted of it, it is asked for the beginning of one, sampled so. A prompt that a
     server refuses is passed over, if it answers another.
 
-    Raises:
-        TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
-            space or does not know the model, or an API key that is not there.
-        StoppedError: a server does not answer.
+    Raises TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
+    space or does not know the model, or an API key that is not there; StoppedError: a server does
+    not answer.
     """
     check_border("student", tokenizers[0])
     if spec.as_text:

@@ -65,12 +65,10 @@ def hint(artist: Artist, texts: Sequence[str]) -> None:
 
 
 def to_svg(figure: Figure, *, name: str, label: str) -> str:
-    """The figure as an ``<svg>`` element.
+    """The figure, drawn with the colours of this module, as an ``<svg>`` element.
 
-    Args:
-        figure: drawn with the colours of this module.
-        name: makes its ids unique within the page.
-        label: what it shows, for those who cannot see it.
+    ``name`` makes its ids unique within the page, ``label`` says what it shows, for those who
+    cannot see it.
     """
     file = StringIO()
     with mpl.rc_context({"svg.hashsalt": name, **STYLE}):
