@@ -1,10 +1,9 @@
 """The embedded engine: a transformers model in this process.
 
 Sampling takes its numbers from the row's own seed (:mod:`topd.engines.draws`), so a response does
-not depend on what else is in the batch. Only full-attention caches can be shared
-between windows; other models continue from a fresh prefill, slower and equal, and where a model's
-own cache does not do, its rows are written one by one, or without a cache. See
-:data:`~topd.engines.forward.Way`.
+not depend on what else is in the batch. Only full-attention caches can be shared between windows;
+other models continue from a fresh prefill, slower and equal, and where a model's own cache does not
+do, its rows are written one by one, or without a cache. See :data:`~topd.engines.forward.Way`.
 """
 
 from __future__ import annotations
@@ -151,7 +150,7 @@ class HFEngine(ForwardEngine):
 
     def _continue_afresh(self, prefix: Prefix, starts: Starts, wanted: Wanted) -> list[Generation]:
         """Continue by reading every prefix again: for caches that cannot be shared."""
-        cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
+        cut = prefix.before(starts)
         longest = max(map(len, cut), default=1) + wanted.steps
         at_once = max(1, min(WINDOWS_AT_ONCE, TOKENS_AT_ONCE // longest))
         return in_chunks(lambda some: self._afresh(cut[some], wanted.of(some)), len(cut), at_once)

@@ -154,9 +154,8 @@ class AnswerVerifier:
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Make sure that every row has a reference that can be read exactly.
 
-        Raises:
-            TOPDError: none, or one that is a date, several values, or a number too large for its
-                type; the message names the row.
+        Raises TOPDError, with the row: none, or one that is a date, several values, or a number too
+        large for its type.
         """
         for i, row in enumerate(rows):
             value = row.get(self.column)

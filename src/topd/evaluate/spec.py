@@ -41,12 +41,11 @@ class EvaluationSpec(BaseModel):
     named in ``columns`` (``prompt``, and ``answer`` or ``solution``); or ``testbed://FAMILY``,
     checked by the family. ``split`` is ``test`` there unless given; choose settings on
     ``validation``. Other data with several splits needs it too: the one to evaluate on; with
-    several configurations, ``name``.
-    ``chat`` None uses the chat template if the tokenizer has one; ``chat_template_kwargs`` are
-    given to it. Where they are not set, a recipe's evaluation writes prompts as its training does,
-    and a run's student is evaluated as it was trained. ``max_tokens`` is the longest response;
-    ``temperature`` and ``top_p`` are those of the samples, beside which every problem is answered
-    greedily.
+    several configurations, ``name``. ``chat`` None uses the chat template if the tokenizer has one;
+    ``chat_template_kwargs`` are given to it. Where they are not set, a recipe's evaluation writes
+    prompts as its training does, and a run's student is evaluated as it was trained. ``max_tokens``
+    is the longest response; ``temperature`` and ``top_p`` are those of the samples, beside which
+    every problem is answered greedily.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

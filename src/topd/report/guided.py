@@ -159,11 +159,6 @@ def branch_words(branch: BranchRecord, record: GuidanceRecord) -> str:
     )
 
 
-def trajectory_caption(found: Mapping[str, None]) -> str:
-    """What L_traj is taken along in a run, by its :func:`ways`; empty where there are none."""
-    return f"L_traj, mean over guided tokens: {'; '.join(found)}." if found else ""
-
-
 def _is_window(branch: BranchRecord, record: GuidanceRecord) -> bool:
     """Whether a branch begins with what the teacher wrote at its place."""
     windows = (fork.teacher_tokens for fork in record.forks if fork.position == branch.start)

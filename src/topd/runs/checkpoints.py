@@ -55,8 +55,8 @@ DATED = (
     "today's date into them (strftime_now). Give it the date of the first day (its prompts in "
     "rollouts.jsonl and tokens.jsonl have it): chat_template_kwargs: {{date_string: ...}} where "
     "the template knows that name, else a copy of the template with a fixed date as "
-    "student.chat_template. With "
-    "the same date the run is resumed; for a new run set it from the start."
+    "student.chat_template. With the same date the run is resumed; for a new run set it from the "
+    "start."
 )
 DISK_FAULTS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),

@@ -17,14 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from topd.errors import TOPDError
 from topd.runs.files import UNREADABLE, json_text, raw_lines
 from topd.runs.ledger import HEAD, LEDGER, Entry
-from topd.runs.records import (
-    BranchRecord,
-    ForkRecord,
-    GuidanceRecord,
-    Id,
-    PromptIds,
-    RolloutRecord,
-)
+from topd.runs.records import BranchRecord, ForkRecord, GuidanceRecord, Id, PromptIds, RolloutRecord
 
 
 class _Stored(BaseModel):

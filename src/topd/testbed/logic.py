@@ -59,7 +59,7 @@ class Logic:
         """Different puzzles with one solution each, found within ``LONGEST`` words."""
         found: dict[str, None] = {}
         while len(found) < count:
-            puzzles = _puzzles(rng.randrange(1 << 30), 500)
+            puzzles = _puzzles(rng.randrange(1 << 30))
             found.update({prompt: None for prompt in puzzles if _is_short(self, prompt)})
         return list(found)[:count]
 
@@ -107,13 +107,13 @@ def solution(prompt: str) -> Case:
 
 
 @lru_cache(maxsize=64)
-def _puzzles(seed: int, size: int) -> tuple[str, ...]:
+def _puzzles(seed: int) -> tuple[str, ...]:
     try:
         from reasoning_gym import create_dataset
     except ImportError as error:
         raise TOPDError("testbed: logic needs reasoning-gym: pip install topd[tasks].") from error
     options = {"n_people": len(PEOPLE), "depth_constraint": 2, "width_constraint": 2}
-    puzzles = create_dataset("knights_knaves", size=size, seed=seed, **options)
+    puzzles = create_dataset("knights_knaves", size=500, seed=seed, **options)
     return tuple(_prompt(puzzle["metadata"]["statements"]) for puzzle in puzzles)
 
 

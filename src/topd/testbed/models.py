@@ -3,8 +3,7 @@
 A teacher has some 0.3 M parameters and writes as ``TEACHER`` does; a base student has 0.13 M
 and writes as ``STUDENT`` does, mistakes included. What an author slipped at and then put right is
 read and not learned. The teacher of guesses is told the answer (:data:`TOLD`). Their weights
-(bfloat16) come with the package;
-``python -m topd.testbed FAMILY ROLE`` makes them again.
+(bfloat16) come with the package; ``python -m topd.testbed FAMILY ROLE`` makes them again.
 """
 
 from __future__ import annotations

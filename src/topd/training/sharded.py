@@ -26,11 +26,9 @@ from topd.runs.checkpoints import SHARDED
 
 
 class WholeCopy:
-    """A copy of a model, without weights until they are gathered.
+    """A copy of a model that is not sharded yet, without weights until they are gathered.
 
-    Args:
-        model: the model, on its device, before it is sharded.
-        dtype: what the engines compute in, as the sharded model does; None: its own.
+    Engines compute in ``dtype``, as the sharded model does; None: in its own.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:

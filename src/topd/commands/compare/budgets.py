@@ -71,20 +71,17 @@ def spent(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def at_equal_budgets(
-    runs: Mapping[int, Mapping[str, Any]],
-    reference: Mapping[int, Mapping[str, Any]],
-    clock: str,
+    runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]], clock: str
 ) -> dict[str, Any]:
     """An arm against a reference, where it has spent what the reference spent in all.
 
     Both are results by seed, with ``curve`` (whose points have ``solved``, right answers by
     problem) and ``solved`` of the end. ``clock`` is the key of the seconds that count.
 
-    Returns:
-        By what is held equal: by score the difference, paired by seed and problem, with its
-        interval; None where the reference spent nothing. The arm is read off its curve, linear
-        between evaluations, so before its schedule has ended if it spent more in all; one that
-        spent less is taken at its end (``reached`` says what share of the budget it used).
+    Returns by what is held equal, and by score, the difference, paired by seed and problem, with
+    its interval; None where the reference spent nothing. The arm is read off its curve, linear
+    between evaluations, so before its schedule has ended if it spent more in all; one that spent
+    less is taken at its end (``reached`` says what share of the budget it used).
     """
     seeds = sorted(runs.keys() & reference.keys())
     found: dict[str, Any] = {}

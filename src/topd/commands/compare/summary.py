@@ -9,14 +9,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from topd.commands.compare.budgets import (
-    FORMULA,
-    SCORES,
-    at_equal_budgets,
-    mean_curve,
-    solved_at,
-    spent,
-)
+from topd.commands.compare import budgets
+from topd.commands.compare.budgets import SCORES
 from topd.commands.recipe import Clock
 from topd.statistics import SHARES, holm, p_value, seed_problem_interval
 
@@ -32,18 +26,16 @@ def summarise(
     clock: Clock = "wall",
     references: Sequence[str] = (),
 ) -> Result:
-    """Means over seeds and problems by arm, and paired differences from the baseline.
+    """The content of compare.json: means over seeds and problems by arm, and paired differences.
 
     ``results`` are lines of results.jsonl, ``starts`` evaluations of the student before stage 2 by
     name; ``clock`` says whose seconds count. All others are compared with ``references`` at equal
-    budgets as well.
+    budgets as well. Intervals are over both seeds and problems (95 %).
 
-    Returns:
-        The content of compare.json. Intervals are over both seeds and problems (95 %). What
-        stands under ``at equal time`` is read off an arm's curve when it had run as long as the
-        baseline with the same seed. ``equal`` has by reference and arm
-        :func:`~topd.commands.compare.budgets.at_equal_budgets`, ``against`` the ends of both,
-        ``spent`` what arms cost, ``curves`` their means over seeds.
+    What is under ``at equal time`` is read off an arm's curve when it had run as long as the
+    baseline with the same seed. ``equal`` has by reference and arm
+    :func:`~topd.commands.compare.budgets.at_equal_budgets`, ``against`` the ends of both, ``spent``
+    what arms cost, ``curves`` their means over seeds.
     """
     arms = list(dict.fromkeys(result["arm"] for result in results))
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}
@@ -55,12 +47,12 @@ def summarise(
         "clock": clock,
         "starts": dict(starts),
         "summary": {arm: _summary(runs, by_arm[baseline], time) for arm, runs in by_arm.items()},
-        "spent": {arm: spent(runs) for arm, runs in by_arm.items()},
-        "cost": FORMULA,
-        "curves": {arm: mean_curve(runs) for arm, runs in by_arm.items()},
+        "spent": {arm: budgets.spent(runs) for arm, runs in by_arm.items()},
+        "cost": budgets.FORMULA,
+        "curves": {arm: budgets.mean_curve(runs) for arm, runs in by_arm.items()},
         "equal": {
             name: {
-                arm: at_equal_budgets(runs, by_arm[name], time)
+                arm: budgets.at_equal_budgets(runs, by_arm[name], time)
                 for arm, runs in by_arm.items()
                 if arm != name and runs.keys() & by_arm[name].keys()
             }
@@ -107,7 +99,7 @@ def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) 
         gain = [np.subtract(runs[s]["solved"][score], base[s]["solved"][score]) for s in paired]
         found[f"{score}_vs_{name}"] = asdict(seed_problem_interval(gain))
         early = [
-            solved_at(runs[s]["curve"], score, "seconds", time, base[s]["curve"][-1][time])
+            budgets.solved_at(runs[s]["curve"], score, "seconds", time, base[s]["curve"][-1][time])
             for s in paired
         ]
         found[f"{score} at equal time"] = float(np.mean(early))

@@ -184,9 +184,9 @@ def _cuts(answer: str) -> list[int]:
     return sorted(telling, key=lambda i: abs(i - len(answer) // 2))[:2]
 
 
-def _begin(text: str, words: int = 3) -> str:
-    """The first words of a text, with the white space before them."""
-    found = re.match(rf"(\s*\S+){{1,{words}}}", text)
+def _begin(text: str) -> str:
+    """The first three words of a text, with the white space before them."""
+    found = re.match(r"(\s*\S+){1,3}", text)
     return found.group() if found else text
 
 
