@@ -206,9 +206,7 @@ def reference_answer(text: str) -> str:
 def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     """What a response gives as its answer, or None. See :class:`AnswerVerifier`.
 
-    Args:
-        text: the response.
-        numeric: the answer is a number, and no form was asked for.
+    ``numeric``: the answer is a number, and no form was asked for.
 
     >>> final_answer("So it is \\\\boxed{\\\\frac{1}{2}}.")
     Claim(text='\\\\frac{1}{2}', boxed=True)

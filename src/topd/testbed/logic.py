@@ -58,9 +58,11 @@ class Logic:
     def prompts(self, rng: random.Random, count: int) -> list[str]:
         """Different puzzles with one solution each, found within ``LONGEST`` words."""
         found: dict[str, None] = {}
+        usual = Author(habit=(1.0, 0.0, 0.0))  # tries the cases in their usual order
         while len(found) < count:
-            puzzles = _puzzles(rng.randrange(1 << 30))
-            found.update({prompt: None for prompt in puzzles if _is_short(self, prompt)})
+            for prompt in _puzzles(rng.randrange(1 << 30)):
+                if len(write(self, prompt, usual, random.Random(0)).split()) <= LONGEST:
+                    found[prompt] = None
         return list(found)[:count]
 
     def start(self, prompt: str) -> State:
@@ -204,9 +206,3 @@ def _checks(state: Reasoning, truth: bool) -> tuple[Step, ...]:
 
 def _conclusions(case: Case) -> tuple[Step, ...]:
     return tuple(Step((word, *case), None, (i,)) for i, word in enumerate(SO))
-
-
-def _is_short(family: Logic, prompt: str) -> bool:
-    """Whether trying the cases in their usual order finds the solution within ``LONGEST`` words."""
-    usual = Author(habit=(1.0, 0.0, 0.0))
-    return len(write(family, prompt, usual, random.Random(0)).split()) <= LONGEST
