@@ -80,8 +80,7 @@ def is_sharded(files: Collection[str]) -> bool:
 
 def check_kind(checkpoint: Path, files: Collection[str], copy: WholeCopy | None) -> None:
     """Refuse a checkpoint of FSDP2 where it is not launched, and another where it is: the files of
-    the optimiser differ. Raises TOPDError.
-    """
+    the optimiser differ. Raises TOPDError."""
     sharded = is_sharded(files)
     if sharded == (copy is not None):
         return

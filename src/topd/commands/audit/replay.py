@@ -122,8 +122,7 @@ def replay_step(
 
 def _check_settings(folder: Path, first: int, step: int) -> None:
     """Raises TOPDError if a resume changed settings between the two updates, or if the learning
-    rate followed evaluations, which a replay does not make.
-    """
+    rate followed evaluations, which a replay does not make."""
     with read_from(folder, "run.json"):
         schedule = settings_at(as_stored(folder), step)[1].get("lr_scheduler_type")
     if schedule in FOLLOWING:
