@@ -62,8 +62,10 @@ def agreed(
     """What ``run`` returns here. Where it raises TOPDError on one rank, all ranks raise it.
 
     So no rank waits for another that has given up, and what was learned can still be saved by all.
-    ``run`` is no collective, or one that cannot fail; ``waiting`` makes the context of waiting for
-    the other ranks, to time it.
+
+    Args:
+        run: what may fail; no collective, or one that cannot.
+        waiting: makes the context of waiting for the other ranks, to time it.
     """
     if not several():
         return run()

@@ -56,8 +56,10 @@ def unknown(key: str, name: str, known: Iterable[str]) -> str:
 def called(key: str, function: Callable[..., Returned], *args: Any) -> Returned:
     """What a row's function returns; where one from outside this package fails, whose it was.
 
-    That a GPU's memory has run out is nobody's fault here, and passes as it is. Raises TOPDError:
-    it raised an exception; the traceback of its code is the error's note.
+    That a GPU's memory has run out is nobody's fault here, and passes as it is.
+
+    Raises:
+        TOPDError: it raised an exception; the traceback of its code is the error's note.
     """
     try:
         return function(*args)

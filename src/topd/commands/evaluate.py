@@ -69,8 +69,9 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     model and data) and responses.jsonl (a line a response). An evaluation that was stopped
     continues in its folder.
 
-    Raises TOPDError: bad input, before any weight is read, or the folder holds another evaluation;
-    StoppedError: it was stopped.
+    Raises:
+        TOPDError: bad input, before any weight is read; or the folder holds another evaluation.
+        StoppedError: it was stopped.
     """
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -112,7 +113,9 @@ def evaluation_folder(
     Nobody else writes in it; an end leaves ``result``. Of one that was stopped while it ended the
     files of responses, ``names``, are removed: what they hold is in those of :func:`begun` as well.
 
-    Raises TOPDError: the folder holds a result, or something else; StoppedError: it was stopped.
+    Raises:
+        TOPDError: the folder holds a result, or something else.
+        StoppedError: it was stopped.
     """
     with one_writer(folder):
         if (folder / result).exists():

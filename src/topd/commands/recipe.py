@@ -152,14 +152,18 @@ def read_recipe(
     warmstart: bool = False,
     config: type[TOPDConfig] = TOPDConfig,
 ) -> Recipe:
-    """Read and check a recipe: its stage 2, or with ``warmstart`` its stage 1.
+    """Read and check a recipe.
 
-    ``path`` is the YAML file, also one of those that come with the package (``recipes/...``); None
-    where the overrides say all. ``overrides`` are dotted keys and their values, which replace those
-    of the file; ``warmstart.KEY`` is a key of stage 1. Stage 2 is read as ``config``; a subclass of
-    TOPDConfig adds keys.
+    Args:
+        path: the YAML file, also one of those that come with the package (``recipes/...``); None
+            where the overrides say all.
+        overrides: dotted keys and their values, which replace those of the file. ``warmstart.KEY``
+            is a key of stage 1.
+        warmstart: read stage 1 instead of stage 2.
+        config: what stage 2 is read as; a subclass of TOPDConfig adds keys.
 
-    Raises TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
+    Raises:
+        TOPDError: the file cannot be read, a key is unknown, or a value is out of range.
     """
     own, stage = _fields(config), _fields(WarmstartConfig)
     content = read_content(path, overrides or {}, fields=own, stage=stage, warmstart=warmstart)

@@ -12,7 +12,7 @@ from pydantic import Field
 from transformers import TrainingArguments
 
 from topd.config import rules
-from topd.config.values import defaults_of, given_of, left_out_by, typed
+from topd.config.values import defaults_of, given_of, left_out_by, typed, worked_out
 from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
 from topd.errors import TOPDError
@@ -319,9 +319,7 @@ class TOPDConfig(TrainingArguments):
     def count_updates(self, updates: int) -> None:
         """Make ``look_ahead_until`` a number, now that a run is known to have so many updates."""
         if isinstance(self.look_ahead_until, float) and self.look_ahead_until < 1:
-            self.look_ahead_until = max(1, round(self.look_ahead_until * updates))
-            if "look_ahead_until" in self.left_out:  # none was given, and none counts as given
-                self.left_out["look_ahead_until"] = self.look_ahead_until
+            worked_out(self, "look_ahead_until", max(1, round(self.look_ahead_until * updates)))
 
     def window_tokens(self, lengths: Sequence[int]) -> int:
         """K for the windows of an update whose rollouts have these lengths."""

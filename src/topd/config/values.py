@@ -74,6 +74,13 @@ def left_out_by(config: Any, given: Container[str], brought: Container[str]) -> 
     return {name: value for name, value in kept.items() if name in brought or value == usual[name]}
 
 
+def worked_out(config: Any, name: str, value: Any) -> None:
+    """Set what a value comes to; where none was given, none counts as given for it."""
+    setattr(config, name, value)
+    if name in config.left_out:
+        config.left_out[name] = value
+
+
 @cache
 def _adapter(kind: type, name: str) -> TypeAdapter[Any]:
     return TypeAdapter(_hints(kind)[name], config=ConfigDict(arbitrary_types_allowed=True))

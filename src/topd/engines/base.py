@@ -70,11 +70,19 @@ class Options(TypedDict, total=False):
 class BaseEngine:
     """An engine but for the decoder, which may be elsewhere.
 
-    ``model`` has head and embeddings on their device, and a decoder where a subclass calls it.
-    ``eos_ids`` are tokens that end a response. Only the first ``vocab_size`` tokens are sampled,
-    the rest are padding rows, and of these the ``allowed`` ids, which tokens have; the others are
-    neither sampled nor counted (``barred`` [V]). ``name`` is what messages call the model;
-    ``autocast`` makes the context of every forward, so that it computes as training does.
+    Args:
+        model: head and embeddings on their device; a decoder only where a subclass calls it.
+        eos_ids: tokens that end a response.
+        vocab_size: only the first so many tokens are sampled; the rest are padding rows.
+        allowed: ids that tokens have; no others are sampled nor counted.
+        name: what error messages call the model.
+        autocast: makes the context of every forward, so that it computes as training does.
+
+    Attributes:
+        end_ids: tokens that end a response.
+        barred: [V], True where there is no token; None if there are all.
+        device: of the model and of all that engines return.
+        gives: what a student can learn from it as a teacher.
     """
 
     gives: Needs = "distributions"

@@ -50,7 +50,8 @@ def check_decoding(engine: HFEngine) -> None:
     graphs as they will be used, else with weights as they are. Weights that are NaN are for others
     to report, and a model of fewer than eight positions is not tried.
 
-    Raises TOPDError: no way is exact; with what differs.
+    Raises:
+        TOPDError: no way is exact; with what differs.
     """
     _say_unapplied(engine)
     kind = _kind(engine)
@@ -138,9 +139,10 @@ def decoding_gap(engine: HFEngine, *, as_used: bool = False) -> tuple[float, flo
     All are without autocast, as rounding hides least then, unless ``as_used``: graphs and their
     kernels are compiled for a precision, and another would say nothing of them.
 
-    Returns the largest difference of log-probs over what was written together, beside a row that
-    ended, in windows, or scored, in nats; and what rounding explains. In half precision the largest
-    of the rows' medians, which an expert chosen otherwise for one token does not move.
+    Returns:
+        The largest difference of log-probs over what was written together, beside a row that
+        ended, in windows, or scored, in nats; and what rounding explains. In half precision the
+        largest of the rows' medians, which an expert chosen otherwise for one token does not move.
     """
     prompts, steps = _prompts(engine), 8
     if not prompts:

@@ -38,8 +38,10 @@ def draw(
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
     """A token a row, and its log-prob in nats before top-k and top-p.
 
-    ``logits`` are -inf where a token cannot be; ``numbers`` are positive exponential ones, which
-    are not read at temperature 0.
+    Args:
+        logits: of the next tokens; -inf where a token cannot be.
+        numbers: positive exponential numbers; not read at temperature 0.
+        sampling: temperature, top-k and top-p.
     """
     if sampling.temperature == 0:
         token = _largest(logits)
@@ -80,8 +82,13 @@ def _largest(values: Float[Tensor, "N V"]) -> Int[Tensor, " N"]:
 class Noise:
     """The exponential numbers of N rows, K steps and V tokens, made when they are asked for.
 
-    ``seeds`` are one a row. The numbers of a few rows and a small vocabulary are made for several
-    steps at once and kept.
+    Those of a few rows and a small vocabulary are made for several steps at once and kept.
+
+    Args:
+        seeds: one a row.
+        steps: K.
+        vocab: V.
+        device: where the numbers are needed.
     """
 
     def __init__(

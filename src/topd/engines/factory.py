@@ -36,9 +36,10 @@ def open_engines(
     Each is served where its source says so. All sample the ids that all have. With ``spans`` a
     teacher by text in this process tells the log-probs of spans of the student's text.
 
-    Raises TOPDError: a model does not write what its forwards say, servers of the teacher disagree,
-    or the student's cannot tell the log-probs of ``temperature``; StoppedError: a server does not
-    answer.
+    Raises:
+        TOPDError: a model does not write what its forwards say, servers of the teacher disagree,
+            or the student's cannot tell the log-probs of ``temperature``.
+        StoppedError: a server does not answer.
     """
     text = any(map(is_by_text, sources))  # one teacher then, of whatever vocabulary
     exchanged = 1 if text else len(sources)

@@ -32,10 +32,17 @@ OF_KEYS = ("past_key_values", "cache")  # the latter from transformers 5.24 on, 
 class ForwardEngine(BaseEngine):
     """A model whose decoder is called here.
 
-    ``way`` says how it writes; by default what its configuration promises, which
-    :func:`~topd.engines.decode_check.check_decoding` tries. ``graphs``: whether with
-    :mod:`topd.engines.graphs`; by default on a GPU, where the configuration says that it can. The
-    other options are those of :class:`~topd.engines.base.BaseEngine`.
+    Args:
+        model: the whole model, on its device.
+        way: how to write; by default what the configuration says, which
+            :func:`~topd.engines.decode_check.check_decoding` tries.
+        graphs: whether to write with :mod:`topd.engines.graphs`; by default on a GPU, where the
+            configuration says that it can.
+        options: ``eos_ids``, and the others of :class:`~topd.engines.base.BaseEngine`.
+
+    Attributes:
+        graphs: what writes in graphs; None or ``broken`` where nothing does.
+        switch: the length from which RoPE has other frequencies; None if it never has.
     """
 
     def __init__(
@@ -50,7 +57,7 @@ class ForwardEngine(BaseEngine):
         self._kernel = model.config.get_text_config()._attn_implementation
         self._cache_name = _cache_name(model)
         self.way: Way = way or _first_way(model, self._cache_name)
-        self.switch = rope_switch(model.config)  # tokens after which RoPE differs; None: never
+        self.switch = rope_switch(model.config)
         wanted = self.device.type == "cuda" and way is None if graphs is None else graphs
         suits = wanted and self._cache_name in OF_KEYS and graphable(model)
         self.graphs = Graphs(model, self.forward) if suits else None

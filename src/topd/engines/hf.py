@@ -1,9 +1,10 @@
 """The embedded engine: a transformers model in this process.
 
 Sampling takes its numbers from the row's own seed (:mod:`topd.engines.draws`), so a response does
-not depend on what else is in the batch. Only full-attention caches can be shared between windows;
-other models continue from a fresh prefill, slower and equal, and where a model's own cache does not
-do, its rows are written one by one, or without a cache. See :data:`~topd.engines.forward.Way`.
+not depend on what else is in the batch. Only full-attention caches can be shared
+between windows; other models continue from a fresh prefill, slower and equal, and where a model's
+own cache does not do, its rows are written one by one, or without a cache. See
+:data:`~topd.engines.forward.Way`.
 """
 
 from __future__ import annotations

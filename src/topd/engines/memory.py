@@ -19,7 +19,8 @@ def in_chunks(work: Callable[[slice], list[Result]], count: int, most: int) -> l
     >>> in_chunks(lambda some: list(range(5))[some], 5, 2)
     [0, 1, 2, 3, 4]
 
-    Raises RuntimeError: out of memory with a single piece.
+    Raises:
+        RuntimeError: out of memory with a single piece.
     """
     done: list[Result] = []
     while len(done) < count:

@@ -96,8 +96,10 @@ class _Part(NamedTuple):
 class SeveralTeachers:
     """Teachers that each read their own texts. Use what :meth:`of` returns for texts.
 
-    ``engines`` are one a teacher, over one vocabulary, ``places`` where each is among them by its
-    name; ``owners`` says whose each text is, by these places.
+    Args:
+        engines: one a teacher, over one vocabulary.
+        places: name of a teacher to its place among the engines.
+        owners: whose each text is, by the teachers' places.
     """
 
     gives: Needs = "distributions"
@@ -211,8 +213,11 @@ class SeveralTeachers:
 class MeanTeacher:
     """Several teachers that all read every text: their mean distribution scores and writes.
 
-    It writes without a cache: every teacher reads the whole text again for each token. ``engines``
-    are one a teacher, over one vocabulary, with its share of the mean in ``shares``.
+    It writes without a cache: every teacher reads the whole text again for each token.
+
+    Args:
+        engines: one a teacher, over one vocabulary.
+        shares: of each in the mean.
     """
 
     gives: Needs = "distributions"

@@ -154,8 +154,9 @@ class AnswerVerifier:
     def check(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Make sure that every row has a reference that can be read exactly.
 
-        Raises TOPDError, with the row: none, or one that is a date, several values, or a number too
-        large for its type.
+        Raises:
+            TOPDError: none, or one that is a date, several values, or a number too large for its
+                type; the message names the row.
         """
         for i, row in enumerate(rows):
             value = row.get(self.column)
@@ -173,7 +174,8 @@ class AnswerVerifier:
 def reference_text(value: Any) -> str:
     """A reference as it was written. A list of one is its element.
 
-    Raises TOPDError: a value whose writing is lost, or that is not one answer.
+    Raises:
+        TOPDError: a value whose writing is lost, or that is not one answer.
 
     >>> reference_text(12), reference_text(1e-05), reference_text(["2"])
     ('12', '0.00001', '2')
@@ -206,7 +208,9 @@ def reference_answer(text: str) -> str:
 def final_answer(text: str, *, numeric: bool = False) -> Claim | None:
     """What a response gives as its answer, or None. See :class:`AnswerVerifier`.
 
-    ``numeric``: the answer is a number, and no form was asked for.
+    Args:
+        text: the response.
+        numeric: the answer is a number, and no form was asked for.
 
     >>> final_answer("So it is \\\\boxed{\\\\frac{1}{2}}.")
     Claim(text='\\\\frac{1}{2}', boxed=True)

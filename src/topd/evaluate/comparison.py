@@ -68,8 +68,10 @@ MOST_PARTS = 50
 def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
     """Whether a claim is the reference, both in the spelling of ``written.plain``.
 
-    The claim may be anything. ``ask`` says whether two expressions are mathematically equal, the
-    reference first.
+    Args:
+        gold: the reference.
+        claim: the answer of a model; it may be anything.
+        ask: whether two expressions are mathematically equal, the reference first.
     """
     if not gold or not claim or deep > 6:
         return False

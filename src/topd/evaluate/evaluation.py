@@ -133,7 +133,6 @@ def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
     samples = next(iter(counts.values()))
     right = [_right_by_row(group) for group in drawn]
     longest = float(max(len(response.ids) for response in responses))
-    ks = sorted({1 << i for i in range(samples.bit_length())} | {samples})  # 1, 2, 4, ..., all
     share = partial(bootstrap, seed=seed)
     length = partial(share, bounds=(0.0, longest))
     return Evaluation(
@@ -142,7 +141,7 @@ def summarise(responses: Sequence[Response], *, seed: int = 0) -> Evaluation:
         greedy=share([_mean(r.verified for r in group) for group in greedy]),
         pass_at={
             k: share([_mean(pass_at_k(samples, c, k) for c in counts) for counts in right])
-            for k in ks
+            for k in _ks(samples)
         },
         greedy_length=length([_mean(len(r.ids) for r in group) for group in greedy]),
         mean_length=length([_mean(len(r.ids) for r in group) for group in drawn]),
@@ -328,6 +327,11 @@ def _right_by_row(samples: Sequence[Response]) -> list[int]:
     for response in samples:
         counts[response.problem] = counts.get(response.problem, 0) + response.verified
     return list(counts.values())
+
+
+def _ks(samples: int) -> list[int]:
+    """1, 2, 4, ... and the number of samples itself."""
+    return sorted({1 << i for i in range(samples.bit_length())} | {samples})
 
 
 def _mean(values: Any) -> float:

@@ -36,8 +36,12 @@ class Judge:
     def equal(self, gold: str, claim: str) -> bool:
         """Whether the claim is mathematically the reference; False, and a warning, if too late.
 
-        ``gold`` is as math-verify reads it, LaTeX in ``\\boxed{}`` or text; ``claim`` may be
-        anything. Raises TOPDError: math-verify is not installed.
+        Args:
+            gold: the reference, as math-verify reads it: LaTeX in ``\\boxed{}`` or text.
+            claim: the answer of a model. It may be anything.
+
+        Raises:
+            TOPDError: math-verify is not installed.
         """
         with self._lock:
             reply = _ask(self._running(), json.dumps([gold, claim]), self.seconds)

@@ -41,11 +41,12 @@ class EvaluationSpec(BaseModel):
     named in ``columns`` (``prompt``, and ``answer`` or ``solution``); or ``testbed://FAMILY``,
     checked by the family. ``split`` is ``test`` there unless given; choose settings on
     ``validation``. Other data with several splits needs it too: the one to evaluate on; with
-    several configurations, ``name``. ``chat`` None uses the chat template if the tokenizer has one;
-    ``chat_template_kwargs`` are given to it. Where they are not set, a recipe's evaluation writes
-    prompts as its training does, and a run's student is evaluated as it was trained. ``max_tokens``
-    is the longest response; ``temperature`` and ``top_p`` are those of the samples, beside which
-    every problem is answered greedily.
+    several configurations, ``name``.
+    ``chat`` None uses the chat template if the tokenizer has one; ``chat_template_kwargs`` are
+    given to it. Where they are not set, a recipe's evaluation writes prompts as its training does,
+    and a run's student is evaluated as it was trained. ``max_tokens`` is the longest response;
+    ``temperature`` and ``top_p`` are those of the samples, beside which every problem is answered
+    greedily.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -74,8 +75,9 @@ class EvaluationSpec(BaseModel):
     def load(self) -> list[dict[str, Any]]:
         """The rows, with ``prompt`` (text) and ``answer`` columns, both filled.
 
-        Raises TOPDError: no such data, several splits and none chosen, unknown columns, or a row
-        without a reference answer.
+        Raises:
+            TOPDError: no such data, several splits and none chosen, unknown columns, or a row
+                without a reference answer.
         """
         if self.path.startswith(SCHEME):
             return self._data().load()
@@ -88,7 +90,8 @@ class EvaluationSpec(BaseModel):
     def with_split(self) -> Self:
         """The same, naming the split that is read where data has any: a file of rows has none.
 
-        Raises TOPDError: the data has several, and none is chosen.
+        Raises:
+            TOPDError: the data has several, and none is chosen.
         """
         if self.split is not None:
             return self
@@ -109,8 +112,9 @@ class EvaluationSpec(BaseModel):
     def as_trained(self, *, chat: bool, chat_template_kwargs: Mapping[str, Any]) -> Self:
         """The same, with prompts written as those of a training where nothing else is said.
 
-        ``chat``: whether they are messages there, not text; ``chat_template_kwargs``: what its chat
-        template was given.
+        Args:
+            chat: whether the training's prompts are messages; else they are text.
+            chat_template_kwargs: given to the chat template there.
         """
         changes: dict[str, Any] = {}
         if self.chat is None and not chat:
@@ -125,10 +129,15 @@ class EvaluationSpec(BaseModel):
         tokenizer: PreTrainedTokenizerBase,
         config: PretrainedConfig,
     ) -> Evaluator:
-        """An evaluator on the rows of :meth:`load`, with math answers verified.
+        """An evaluator on loaded rows, with math answers verified.
 
-        ``tokenizer`` and ``config``, for its positions, are the model's. Raises TOPDError: an empty
-        prompt, or one that leaves no room for ``max_tokens``.
+        Args:
+            rows: from :meth:`load`.
+            tokenizer: the model's.
+            config: the model's, for its positions.
+
+        Raises:
+            TOPDError: an empty prompt, or one that leaves no room for ``max_tokens``.
         """
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
         encoder = PromptEncoder(

@@ -23,11 +23,16 @@ def follow(
 ) -> Path:
     """Make the page now and whenever the records have grown; return it once the run has ended.
 
-    During the run the page in a browser loads itself again, at the same place. ``say`` is called
-    with a line for what a watcher should know; for ``rollouts`` see
-    :func:`~topd.report.page.write_report`.
+    During the run the page in a browser loads itself again, at the same place.
 
-    Raises TOPDError: the folder holds no run and nobody writes there, or its page cannot be made.
+    Args:
+        folder: of a run; it may have just begun.
+        rollouts: as in :func:`~topd.report.page.write_report`.
+        say: called with a line for what a watcher should know.
+        sleep: waits so many seconds.
+
+    Raises:
+        TOPDError: the folder holds no run and nobody writes there, or its page cannot be made.
     """
     seen, told = -1, ""
     while is_written_to(folder):

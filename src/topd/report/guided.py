@@ -69,10 +69,13 @@ def rule_of(folder: Path) -> Verdict:
 def verdict_rule(
     kind: Kind, settings: Mapping[str, Any], threshold: float | None, *, several: bool = False
 ) -> Verdict:
-    """The rule of a run whose run.json has these settings, if any.
+    """The rule of a run.
 
-    ``threshold`` is the OT distance that a probe has measured. ``several``: rollouts have teachers
-    of their own, whose candidates are ranked apart.
+    Args:
+        kind: of the run folder.
+        settings: those in its run.json; empty where there are none.
+        threshold: of a probe, the OT distance that it has measured.
+        several: whether rollouts have teachers of their own, whose candidates are ranked apart.
     """
     if kind == "probe":
         return _threshold(threshold, "the upper quartile over low-loss tokens")
@@ -157,6 +160,11 @@ def branch_words(branch: BranchRecord, record: GuidanceRecord) -> str:
         f"At token {branch.start} the student learns {whose} in that window's own context, by "
         f"{by}: {counted(len(branch.tokens), 'token')}."
     )
+
+
+def trajectory_caption(found: Mapping[str, None]) -> str:
+    """What L_traj is taken along in a run, by its :func:`ways`; empty where there are none."""
+    return f"L_traj, mean over guided tokens: {'; '.join(found)}." if found else ""
 
 
 def _is_window(branch: BranchRecord, record: GuidanceRecord) -> bool:

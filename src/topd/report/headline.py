@@ -210,10 +210,7 @@ def training_words(folder: Path) -> Iterator[str]:
     settings, names = settings_of(folder), model_names(folder)
     if logs and len(names) == 2:
         yield _learned({side: plain(name, limit=80) for side, name in names.items()}, settings)
-        if share := settings.get("teacher_share"):
-            yield f"In {100 * share:.3g} % of the updates the teacher wrote the responses."
-        if count := settings.get("window_replay"):
-            yield f"Every update learned up to {count:g} windows of earlier updates again."
+        yield from _also(settings)
         if left_out := max(log.get("answers/unfinished", 0) for log in every):
             share = f"{100 * left_out:.3g} %"
             yield f"{share} of the answers did not end within the limit and were left out."
@@ -239,6 +236,14 @@ def _learned(names: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     prompt = ", which has a prompt of its own" if settings.get("teacher_prompt") else ""
     whom = "itself" if names["student"] == names["teacher"] and prompt else names["teacher"]
     return f"{names['student']} learned from {whom}{prompt}{how}."
+
+
+def _also(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What an update learns besides its own rollouts."""
+    if share := settings.get("teacher_share"):
+        yield f"In {100 * share:.3g} % of the updates the teacher wrote the responses."
+    if count := settings.get("window_replay"):
+        yield f"Every update learned up to {count:g} windows of earlier updates again."
 
 
 NOTHING_TO_LEARN = 1e-3  # nats a token

@@ -80,11 +80,14 @@ class Page:
 def write_report(folder: Path, *, rollouts: int | None = None, reload: int | None = None) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
-    At most about so many ``rollouts`` are put into the page, evenly spaced over the prompts; None:
-    as many as a browser shows at once, 1,000 or, of long ones, 500,000 tokens. After ``reload``
-    seconds a browser loads the page again; None: never.
+    Args:
+        folder: of any command of :data:`topd.report.kinds.PAGES`.
+        rollouts: at most about so many are put into the page, evenly spaced over the prompts;
+            None: as many as a browser shows at once, 1,000 or, of long ones, 500,000 tokens.
+        reload: seconds after which a browser loads the page again; None: never.
 
-    Raises TOPDError: the folder holds no run, or one of its files is broken.
+    Raises:
+        TOPDError: the folder holds no run, or one of its files is broken.
     """
     tokens = TokenTexts.read(folder)
     page = make_page(folder, tokens, rollouts=rollouts)

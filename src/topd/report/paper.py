@@ -25,8 +25,9 @@ UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
 def write_figures(folder: Path, output: Path, *, format: Format = "pdf") -> list[Path]:
     """Write every figure of a run folder to ``output``, and return the paths.
 
-    Each has the name that it has on the page. 5.6 x 2.9 inches, or higher; PNG at 300 dots an inch;
-    fonts embedded. Raises TOPDError: no run, nothing to draw, or a folder that cannot be written.
+    Each has the name that it has on the page. 5.6 x 2.9 inches, or higher; PNG at 300 dots an
+    inch; fonts embedded. Raises TOPDError: no run, nothing to draw, or a folder that cannot be
+    written.
     """
     charts = PAGES[kind_of(folder)].charts(folder)
     if not charts:

@@ -79,7 +79,7 @@ def fork_panel(fork: ForkView, number: int, rule: Verdict) -> Panel:
     facts = Text(
         f"token {fork.position}, "
         + (f"token loss {fork.loss:.2f} nats, " if fork.loss is not None else "")
-        + f"OT distance {_number(fork.distance)}, {fork.equal} tokens equal in place"
+        + f"OT distance {_number(fork.distance, 3)}, {fork.equal} tokens equal in place"
         + "".join(f", {name} {value}" for name, value, _ in fork.facts)
     )
     windows = Table(expand=True, box=None, padding=(0, 1), header_style="dim")
@@ -92,7 +92,7 @@ def fork_panel(fork: ForkView, number: int, rule: Verdict) -> Panel:
         parts.append(Text("\nlearned in the rollout's place", "bold"))
         parts.append(Text("".join(fork.branch.texts)))
     for after in fork.after:
-        parts.append(Text(f"\n{after.arm}, OT distance {_number(after.distance)}", "bold"))
+        parts.append(Text(f"\n{after.arm}, OT distance {_number(after.distance, 3)}", "bold"))
         parts.append(Text("".join(after.window.texts)))
     if fork.threads:
         parts += [Text(), _matches(fork)]
@@ -132,5 +132,5 @@ def _loudness(seen: RolloutView, position: int) -> str:
     return "underline" if loud else ""
 
 
-def _number(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
+def _number(value: float | None, digits: int) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"

@@ -55,8 +55,8 @@ DATED = (
     "today's date into them (strftime_now). Give it the date of the first day (its prompts in "
     "rollouts.jsonl and tokens.jsonl have it): chat_template_kwargs: {{date_string: ...}} where "
     "the template knows that name, else a copy of the template with a fixed date as "
-    "student.chat_template. With the same date the run is resumed; for a new run set it from the "
-    "start."
+    "student.chat_template. With "
+    "the same date the run is resumed; for a new run set it from the start."
 )
 DISK_FAULTS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
@@ -94,13 +94,17 @@ def making(
 ) -> Iterator[Path]:
     """Yield a folder to write ``checkpoint-STEP`` in; then seal it, read it back and name it.
 
-    The running ``means`` and ``student``, a digest of its weights, are for the seal; ``note`` is
-    told where that is just before the checkpoint has its name. A rank that is not ``active`` only
-    writes into the folder. ``records`` says where the record files ended after ``step`` updates;
-    none: where they end now.
+    Args:
+        run: the run folder.
+        step: updates done.
+        means: running means, for the seal.
+        student: a digest of its weights, for the seal.
+        note: told where the seal is, just before the checkpoint has its name.
+        active: False on ranks that only write into the folder.
+        records: where the record files ended after ``step`` updates; none: where they end now.
 
-    Raises StoppedError: it could not be written (the disk is full, for instance). Nothing of it
-    stays.
+    Raises:
+        StoppedError: it could not be written (the disk is full, for instance). Nothing of it stays.
     """
     partial = run / PARTIAL / f"checkpoint-{step}"
     try:
@@ -130,7 +134,11 @@ def making(
 
 @contextmanager
 def writing(run: Path) -> Iterator[None]:
-    """Say what can be done where the disk takes no more records. Raises StoppedError there."""
+    """Say what can be done where the disk takes no more records.
+
+    Raises:
+        StoppedError: a file of the run could not be written.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -174,10 +182,13 @@ def prune(run: Path, limit: int | None, best: str | None) -> None:
 def check(checkpoint: Path, *, resumable: bool = False) -> Seal:
     """The seal of a checkpoint, once every file agrees with it.
 
-    ``resumable``: it must have what a resume needs, optimiser, schedule and weights as safetensors.
+    Args:
+        checkpoint: its folder.
+        resumable: also have what a resume needs: optimiser, schedule, weights as safetensors.
 
-    Raises TOPDError: there is no checkpoint, or a file is missing, changed or cut off. The message
-    names it, and the newest whole checkpoint before it.
+    Raises:
+        TOPDError: there is no checkpoint, or a file is missing, changed or cut off. The message
+            names it, and the newest whole checkpoint before it.
     """
     found = examined(checkpoint)
     if isinstance(found, Seal):
@@ -252,7 +263,8 @@ def how_to_resume(run: Path) -> str:
 def cut_back(run: Path, found: Seal) -> None:
     """Drop what was recorded and saved after a checkpoint: the resumed run makes it again.
 
-    Raises TOPDError: a file holds less than it did at the checkpoint.
+    Raises:
+        TOPDError: a file holds less than it did at the checkpoint.
     """
     there, then = sizes(run), {name: found.records.get(name, 0) for name in LINES}
     for name, length in then.items():
@@ -280,14 +292,20 @@ def check_same(
 ) -> list[dict[str, Any]]:
     """Make sure that a run continues with the data and the models that it was begun with.
 
-    ``settings`` and ``record`` are what run.json and manifest.json would hold now, after ``step``
-    updates. ``named``: the teacher's name counts too, as a server's weights are not here to tell.
-    ``dated``: the chat template writes today's date, so prompts differ from day to day.
+    Args:
+        run: the run folder.
+        step: updates done.
+        settings: what run.json would hold now.
+        record: what manifest.json would hold now.
+        named: the teacher's name counts too: a server's weights are not here to tell.
+        dated: the chat template writes today's date, so prompts differ from day to day.
 
-    Returns ``resumed`` of run.json: at which updates the run went on, and what was changed there.
+    Returns:
+        ``resumed`` of run.json: at which updates the run went on, and what was changed there.
 
-    Raises TOPDError: other data or models, by their fingerprints, or no record of what they were;
-    or other ranks, with more or fewer rollouts an update.
+    Raises:
+        TOPDError: other data or models, by their fingerprints, or no record of what they were; or
+            other ranks, with more or fewer rollouts an update.
     """
     before, stored = read_whole(run / "manifest.json"), read_run(run)
     for name, content in (("manifest.json", before), ("run.json", stored)):
@@ -339,7 +357,9 @@ def begin_anew(run: Path) -> None:
     """Remove the records and checkpoints of a run that did not finish; nothing if there is none.
 
     A run has a ``run.json``. Other files stay, and so do a teacher's answers: they are used again.
-    Raises TOPDError: ``run.json`` is not valid JSON.
+
+    Raises:
+        TOPDError: ``run.json`` is not valid JSON.
     """
     if not {"recipe", "config"} <= read_run(run).keys():
         return

@@ -86,7 +86,8 @@ def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) ->
     Damaged is what was cut off while it was written, or did not reach the disk. Reads a line at a
     time. Returns the number of lines left; 0 if the file is missing.
 
-    Raises TOPDError: a line is damaged that is not the last; nothing is cut then.
+    Raises:
+        TOPDError: a line is damaged that is not the last; nothing is cut then.
     """
     if not path.exists():
         return 0
@@ -112,7 +113,8 @@ def trim(path: Path, keep: Callable[[dict[str, Any]], bool] = lambda _: True) ->
 def raw_lines(path: Path) -> Iterator[bytes]:
     """The lines of a file as they are, with their ends, one at a time; none if it is missing.
 
-    Raises TOPDError: it is there and cannot be read.
+    Raises:
+        TOPDError: it is there and cannot be read.
     """
     try:
         if path.is_file():
@@ -129,11 +131,15 @@ def numbered_lines(
 ) -> Iterator[tuple[int, Any]]:
     """The values of a JSONL file with the numbers of their lines, one at a time.
 
-    ``kind`` is that of every value: dict, or object for any. ``only`` lines with these numbers are
-    read; none: all. A last line cut off by a job that is running or was killed is left out; a
-    missing file has none.
+    A last line cut off by a job that is running or was killed is left out; a missing file has none.
 
-    Raises TOPDError: the file cannot be read, or a line is not JSON, or of another kind.
+    Args:
+        path: the file.
+        kind: of every value: dict, or object for any.
+        only: numbers of the lines to read; none: all.
+
+    Raises:
+        TOPDError: the file cannot be read, or a line is not JSON, or of another kind.
     """
     for number, line in enumerate(raw_lines(path), 1):
         if not line.strip() or (only is not None and number not in only):

@@ -50,13 +50,17 @@ LINES = (*RECORDS, TOKENS)  # what a training run adds to; whatever else is ther
 
 
 class RunFolder:
-    """Writes a run folder, which is created at the first record.
+    """Writes a run folder.
 
-    ``resume``: it may hold a run already, which continues; ``begun``: files of an evaluation that
-    was stopped and continues here. A rank that is not ``active`` writes nothing. ``chained``: keep
-    a chain of hashes over what is written.
+    Args:
+        folder: created at the first record.
+        resume: continue in a folder that already holds a run.
+        begun: files of an evaluation that was stopped and continues here.
+        active: False on ranks that do not write.
+        chained: keep a chain of hashes over what is written.
 
-    Raises TOPDError: the folder cannot be written, or holds a run and ``resume`` is off.
+    Raises:
+        TOPDError: the folder cannot be written, or holds a run and ``resume`` is off.
     """
 
     def __init__(
@@ -134,8 +138,9 @@ def files_in(folder: Path, *places: str) -> list[str]:
 def check_run_folder(folder: Path, *, resume: bool = False, begun: Collection[str] = ()) -> None:
     """Make sure that a run can be written there; a folder that is new is not left behind.
 
-    Raises TOPDError: it cannot be written, another process writes there, it holds an evaluation or
-    a gate (but for the files ``begun``), or it holds a run and ``resume`` is off.
+    Raises:
+        TOPDError: it cannot be written, another process writes there, it holds an evaluation or a
+            gate (but for the files ``begun``), or it holds a run and ``resume`` is off.
     """
     try:
         _try_to_write(folder)

@@ -33,11 +33,17 @@ def check_upload(folder: Path, name: str | None, options: Mapping[str, Any]) -> 
 def upload(
     folder: Path, name: str, *, token: str | None, private: bool | None, **options: Any
 ) -> Any:
-    """Upload a folder to a repository, made if need be. Returns the commit, or its Future.
+    """Make the repository, if need be, and upload a folder to it.
 
-    A ``name`` without a namespace is in the user's own; ``token`` is the user's, if not that of the
-    environment; a repository that is made may be ``private``. ``options`` are those of
-    huggingface_hub's upload_folder.
+    Args:
+        folder: the student's.
+        name: of the repository; in the user's own namespace, where it has none.
+        token: the user's, if not that of the environment.
+        private: whether a repository that is made is private.
+        **options: those of huggingface_hub's upload_folder.
+
+    Returns:
+        The commit, or its Future.
     """
     api = HfApi(token=token)
     made = api.create_repo(name, private=private, exist_ok=True)

@@ -33,7 +33,9 @@ class Ledger:
     """Adds entries to the chain of a folder; continues where an earlier one ended.
 
     A last entry that was cut off while it was written, or did not reach the disk, is dropped.
-    Raises TOPDError: the one before it is not an entry either.
+
+    Raises:
+        TOPDError: the one before it is not an entry either.
     """
 
     def __init__(self, folder: Path) -> None:

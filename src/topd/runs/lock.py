@@ -74,8 +74,10 @@ _HELD: dict[str, _Held] = {}  # by real path
 def one_writer(folder: Path) -> Iterator[None]:
     """Hold a run folder's lock; rank 0 does so for all ranks. A process may ask more than once.
 
-    A folder that is new is removed if the run is refused before it recorded anything. Raises
-    TOPDError: another process writes there, or the folder cannot be written.
+    A folder that is new is removed if the run is refused before it recorded anything.
+
+    Raises:
+        TOPDError: another process writes there, or the folder cannot be written.
     """
     first = rank() == 0
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]

@@ -51,7 +51,8 @@ def known() -> Known:
 def matching(word: str, rows: Iterable[Setting]) -> list[Setting]:
     """The settings with a word in name or explanation, whatever its case; without one, our own.
 
-    Raises TOPDError: no setting has the word in it.
+    Raises:
+        TOPDError: no setting has the word in it.
     """
     wanted = word.lower().lstrip("-").replace("-", "_")
     found = [

@@ -25,7 +25,12 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class TokenWriter:
-    """Gives each token's record once; those ``seen`` were given before a run was resumed."""
+    """Gives each token's record once.
+
+    Args:
+        tokenizer: of transformers.
+        seen: tokens that were given before, by a run that is now resumed.
+    """
 
     def __init__(self, tokenizer: Any, seen: Iterable[int] = ()) -> None:
         from topd.inputs.models.vocabulary import known_ids  # with torch, which no reader needs
@@ -61,7 +66,11 @@ class TokenWriter:
 
 
 class TokenTexts:
-    """Reads ``tokens.jsonl``: text, or bytes of a piece of a character, by token id."""
+    """Reads ``tokens.jsonl``.
+
+    Args:
+        pieces: text, or bytes of a piece of a character, by token id.
+    """
 
     def __init__(self, pieces: Mapping[int, str | bytes]) -> None:
         self.pieces = pieces

@@ -116,7 +116,8 @@ def split_lines(path: Path) -> tuple[list[bytes], bool]:
 def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
     """The ledger's entries, and in words which lines are none or were written otherwise.
 
-    Raises TOPDError: there is no ledger, or it cannot be read.
+    Raises:
+        TOPDError: there is no ledger, or it cannot be read.
     """
     path = folder / LEDGER
     if not path.is_file():
@@ -162,7 +163,11 @@ def read_head(folder: Path) -> dict[str, Any] | None:
 
 
 def read_records(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The lines of a record file; none if it is missing. Raises TOPDError: a line is no record."""
+    """The lines of a record file; none if the file is missing.
+
+    Raises:
+        TOPDError: a line is no such record.
+    """
     lines, _ = split_lines(folder / name)
     return [_checked(LINES[name], line, f"{name}, line {n}") for n, line in enumerate(lines, 1)]
 

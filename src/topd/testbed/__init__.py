@@ -1,7 +1,8 @@
 """A world whose forks are known: four families of problems, tiny models, a label a token.
 
-Recipes name its parts as ``testbed://FAMILY`` (data, with the splits ``train``, ``validation`` and
-``test``) and ``testbed://FAMILY/teacher`` or ``/student`` (models).
+Recipes name its parts as ``testbed://FAMILY`` (data, with the splits ``train``,
+``validation`` and ``test``) and
+``testbed://FAMILY/teacher`` or ``/student`` (models).
 """
 
 from __future__ import annotations

@@ -58,11 +58,9 @@ class Logic:
     def prompts(self, rng: random.Random, count: int) -> list[str]:
         """Different puzzles with one solution each, found within ``LONGEST`` words."""
         found: dict[str, None] = {}
-        usual = Author(habit=(1.0, 0.0, 0.0))  # tries the cases in their usual order
         while len(found) < count:
-            for prompt in _puzzles(rng.randrange(1 << 30)):
-                if len(write(self, prompt, usual, random.Random(0)).split()) <= LONGEST:
-                    found[prompt] = None
+            puzzles = _puzzles(rng.randrange(1 << 30), 500)
+            found.update({prompt: None for prompt in puzzles if _is_short(self, prompt)})
         return list(found)[:count]
 
     def start(self, prompt: str) -> State:
@@ -109,13 +107,13 @@ def solution(prompt: str) -> Case:
 
 
 @lru_cache(maxsize=64)
-def _puzzles(seed: int) -> tuple[str, ...]:
+def _puzzles(seed: int, size: int) -> tuple[str, ...]:
     try:
         from reasoning_gym import create_dataset
     except ImportError as error:
         raise TOPDError("testbed: logic needs reasoning-gym: pip install topd[tasks].") from error
     options = {"n_people": len(PEOPLE), "depth_constraint": 2, "width_constraint": 2}
-    puzzles = create_dataset("knights_knaves", size=500, seed=seed, **options)
+    puzzles = create_dataset("knights_knaves", size=size, seed=seed, **options)
     return tuple(_prompt(puzzle["metadata"]["statements"]) for puzzle in puzzles)
 
 
@@ -206,3 +204,9 @@ def _checks(state: Reasoning, truth: bool) -> tuple[Step, ...]:
 
 def _conclusions(case: Case) -> tuple[Step, ...]:
     return tuple(Step((word, *case), None, (i,)) for i, word in enumerate(SO))
+
+
+def _is_short(family: Logic, prompt: str) -> bool:
+    """Whether trying the cases in their usual order finds the solution within ``LONGEST`` words."""
+    usual = Author(habit=(1.0, 0.0, 0.0))
+    return len(write(family, prompt, usual, random.Random(0)).split()) <= LONGEST

@@ -3,7 +3,8 @@
 A teacher has some 0.3 M parameters and writes as ``TEACHER`` does; a base student has 0.13 M
 and writes as ``STUDENT`` does, mistakes included. What an author slipped at and then put right is
 read and not learned. The teacher of guesses is told the answer (:data:`TOLD`). Their weights
-(bfloat16) come with the package; ``python -m topd.testbed FAMILY ROLE`` makes them again.
+(bfloat16) come with the package;
+``python -m topd.testbed FAMILY ROLE`` makes them again.
 """
 
 from __future__ import annotations
@@ -108,10 +109,16 @@ def make(
 ) -> None:
     """Train a model from scratch on its author's texts and save it with its tokenizer, bfloat16.
 
-    AdamW with a cosine schedule, for as many updates as ``making`` says (:data:`MAKINGS` by
-    default). The author writes so many ``texts``, each read several times, ``batch_size`` an
-    update; ``seed`` is that of texts, weights and their order. ``arguments`` are more training
-    arguments of transformers.
+    AdamW with a cosine schedule, for as many updates as :data:`MAKINGS` says.
+
+    Args:
+        family, role: what to make.
+        folder: where to.
+        texts: how many texts the author writes; each is read several times.
+        batch_size: texts an update.
+        seed: of texts, weights and their order.
+        making: how; none: as :data:`MAKINGS` says.
+        arguments: more training arguments of transformers.
     """
     tokenizer = tokenizer_of(family)
     making = making or making_of(family, role)

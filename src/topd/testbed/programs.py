@@ -67,9 +67,7 @@ class Programs:
     def steps(self, state: State) -> Sequence[Step]:
         """One statement for the next operation, or the return."""
         assert isinstance(state, Reasoning)
-        if state.left:
-            return _statements(state, _forms)
-        return [Step((word, state.current), None, (i,)) for i, word in enumerate(RETURN)]
+        return _statements(state, _forms) if state.left else _returns(state)
 
     def mistakes(self, state: State) -> Sequence[Step]:
         """The order of reading; the operands of a difference and of a comparison exchanged."""
@@ -185,3 +183,7 @@ def _statements(state: Reasoning, forms: Forms) -> tuple[Step, ...]:
         after = Reasoning(tuple(left), name, state.used | {name})
         steps.append(Step((name, "=", *text.split(), ";"), after, (style, i)))
     return tuple(steps)
+
+
+def _returns(state: Reasoning) -> tuple[Step, ...]:
+    return tuple(Step((word, state.current), None, (i,)) for i, word in enumerate(RETURN))

@@ -21,7 +21,11 @@ SHORTER = (
 
 
 class Means:
-    """Running sums and counts by name, to which so many ``ranks`` add; no tensor is waited for."""
+    """Running sums and counts by name. Tensors are added without waiting for the device.
+
+    Args:
+        ranks: how many ranks add to these means.
+    """
 
     def __init__(self, ranks: int = 1) -> None:
         self._sums: dict[str, tuple[Tensor | float, float]] = {}

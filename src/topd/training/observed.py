@@ -46,11 +46,20 @@ logger = logging.get_logger(__name__)
 
 
 class ObservedTrainer(RecordedTrainer):
-    """A trainer with engines for its student and teacher."""
+    """A trainer with engines for its student and teacher.
 
-    own: SelfTeacher | None  # how the student is its own teacher, if it is
+    Attributes:
+        own: how the student is its own teacher; None if it is not.
+        encoder: makes prompts of rows.
+        turns: an environment between turns of the student; None for rollouts of one turn.
+        observer: gathers what an update learns from.
+        evaluator: the same for an evaluation, whose seconds are not counted.
+        overlap: gathers the next update's experience meanwhile; None if none is.
+    """
+
+    own: SelfTeacher | None
     encoder: PromptEncoder
-    turns: Turns | None  # an environment between turns of the student
+    turns: Turns | None
 
     def _observe_with(
         self,
@@ -86,7 +95,7 @@ class ObservedTrainer(RecordedTrainer):
         self.shares_rows = student.shares
         pair = student, one_teacher(teachers or [student], routes)
         self.observer = Observer(*pair, self.args, self.phases, self.turns)
-        self.evaluator = Observer(*pair, self.args, Phases(), self.turns)  # seconds do not count
+        self.evaluator = Observer(*pair, self.args, Phases(), self.turns)
         self.overlap = Overlap(self.observer) if self.args.overlap else None
 
     @contextmanager

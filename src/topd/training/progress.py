@@ -110,9 +110,13 @@ def say(console: Console, words: str) -> None:
 
 
 def log_line(log: Mapping[str, float], step: int, steps: int, seconds: float, left: float) -> str:
-    """A log as one short line, after ``step`` updates of ``steps``.
+    """A log as one short line.
 
-    An update took so many ``seconds``; the rest will take the ``left`` ones, at that pace.
+    Args:
+        log: what the trainer logged.
+        step: updates done, of ``steps``.
+        seconds: an update took.
+        left: seconds that the rest will take, at that pace.
 
     >>> log_line({"loss": 4.3215, "reverse_kl": 3.9}, 12, 400, 1.84, 713.9)
     'update 12/400  loss 4.322  reverse KL 3.9  1.8 s  eta 12 min'

@@ -59,9 +59,15 @@ class Begun(NamedTuple):
 class RecordedTrainer(LoadingTrainer):
     """transformers' Trainer for a student and a frozen teacher, which writes a run folder.
 
-    Several teachers are one module; ``tokenizer`` is the student's, and the folder is the
-    ``output_dir`` of ``args``. What is written is in :mod:`topd.runs.folder`; a checkpoint has a
-    seal, and a run that resumes from one has the records that it would have had without the stop.
+    Args:
+        student: the model that is trained.
+        teacher: the model that is not, or several as one module.
+        args: a :class:`~topd.TOPDConfig`; its ``output_dir`` is the run folder.
+        tokenizer: the student's.
+        **rest: data, callbacks and optimizers, as in Trainer.
+
+    What is written is in :mod:`topd.runs.folder`; a checkpoint has a seal, and a run that resumes
+    from one has the records that it would have had without the stop.
     """
 
     # of a folder whose run has ended, a line to print; set by the top of the package: its page
@@ -103,7 +109,8 @@ class RecordedTrainer(LoadingTrainer):
     def whole_student(self, *, exact: bool = False) -> Iterator[PreTrainedModel]:
         """The student as a plain model with its current weights; a collective under FSDP2.
 
-        ``exact``: in the dtype that it is trained in, where FSDP2 computes in another.
+        Args:
+            exact: in the dtype that it is trained in, where FSDP2 computes in another.
         """
         if self.copy is None:
             yield self.accelerator.unwrap_model(self.model)
@@ -177,8 +184,9 @@ class RecordedTrainer(LoadingTrainer):
     def _go_back(self, checkpoint: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         """Have run folder and means as they were at a checkpoint. Returns run.json's ``resumed``.
 
-        Raises TOPDError: the checkpoint is damaged or cannot be resumed from, or the run was begun
-        with other data or another teacher.
+        Raises:
+            TOPDError: the checkpoint is damaged or cannot be resumed from, or the run was begun
+                with other data or another teacher.
         """
         seal = self.examined.pop(checkpoint, None) or checkpoints.check(checkpoint, resumable=True)
         check_kind(checkpoint, seal.files, self.copy)
@@ -334,8 +342,8 @@ class RecordedTrainer(LoadingTrainer):
         So it is until the optimiser's step. Of several ranks all raise a TOPDError (see
         :func:`~topd.distributed.agreed`); what one of them alone raises lets none of them save.
 
-        Raises StoppedError in place of a TOPDError, with where the checkpoint is and how to
-        continue.
+        Raises:
+            StoppedError: in place of a TOPDError, with where the checkpoint is and how to continue.
         """
         try:
             yield

@@ -23,7 +23,11 @@ class EarlierWindows:
     """What the teacher wrote in earlier updates, to be learned once more.
 
     A window keeps its prefix and the teacher's states along it, so that it costs one student
-    forward and no teacher. Each update learns ``count`` of them, drawn evenly from those before it.
+    forward and no teacher.
+
+    Args:
+        count: how many each update learns again, drawn evenly from those before it.
+        seed: of the draws.
     """
 
     count: int

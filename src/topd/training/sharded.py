@@ -26,9 +26,11 @@ from topd.runs.checkpoints import SHARDED
 
 
 class WholeCopy:
-    """A copy of a model that is not sharded yet, without weights until they are gathered.
+    """A copy of a model, without weights until they are gathered.
 
-    Engines compute in ``dtype``, as the sharded model does; None: in its own.
+    Args:
+        model: the model, on its device, before it is sharded.
+        dtype: what the engines compute in, as the sharded model does; None: its own.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
@@ -40,9 +42,11 @@ class WholeCopy:
 
     @contextmanager
     def gathered(self, source: nn.Module, *, exact: bool = False) -> Iterator[PreTrainedModel]:
-        """The copy with the weights that ``source``, sharded or not yet, has now; a collective.
+        """The copy with the weights that ``source`` has now; a collective.
 
-        ``exact``: in its own dtype, to be saved.
+        Args:
+            source: the model that was copied, sharded or not yet.
+            exact: in its own dtype, to be saved.
         """
         names = dict(self.model.named_parameters())
         for name, parameter in source.named_parameters():
@@ -80,7 +84,8 @@ def is_sharded(files: Collection[str]) -> bool:
 
 def check_kind(checkpoint: Path, files: Collection[str], copy: WholeCopy | None) -> None:
     """Refuse a checkpoint of FSDP2 where it is not launched, and another where it is: the files of
-    the optimiser differ. Raises TOPDError."""
+    the optimiser differ. Raises TOPDError.
+    """
     sharded = is_sharded(files)
     if sharded == (copy is not None):
         return

@@ -40,14 +40,23 @@ UNDER_WAY = "finishing the update under way, then saving a checkpoint. Once more
 
 @dataclass(frozen=True)
 class Rule:
-    """One figure of the log and how far it may go from where it started."""
+    """One figure of the log and how far it may go from where it started.
 
-    limit: str  # the field of TOPDConfig that has the limit, as a multiple of the start
-    figure: str  # its name in the log
-    what: str  # it, in words
-    rest: bool = False  # look at 1 - figure
-    above: bool = False  # the rule is for a figure that grows
-    floor: float = 0.0  # least start, so that nothing grows from next to nothing
+    Args:
+        limit: the field of TOPDConfig that has the limit, as a multiple of the start.
+        figure: its name in the log.
+        what: it, in words.
+        rest: look at 1 - figure.
+        above: the rule is for a figure that grows.
+        floor: least start that is reckoned with, so that nothing grows from next to nothing.
+    """
+
+    limit: str
+    figure: str
+    what: str
+    rest: bool = False
+    above: bool = False
+    floor: float = 0.0
 
     def broken(self, logs: Sequence[Mapping[str, float]], args: TOPDConfig) -> str:
         """What was seen and what the limit is; empty if the rule holds.
@@ -102,7 +111,8 @@ class Watch(TrainerCallback):
     ) -> None:
         """Add up the update's loss. One that is not finite, or has such a gradient, is no update.
 
-        Raises StoppedError: so ``nonfinite: stop`` has it; the batch and the weights are on disk.
+        Raises:
+            StoppedError: so ``nonfinite: stop`` has it; the batch and the weights are on disk.
         """
         trainer, loss = self.trainer, self.trainer.update_loss
         trainer.meter.add("loss", loss)

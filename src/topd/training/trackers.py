@@ -70,8 +70,11 @@ def log_tables(
 ) -> None:
     """Send tables to the trackers of a run, under their names; to TensorBoard as text.
 
-    ``step`` is of the log that they belong to, and their first column. ``report_to`` names
-    trackers; TensorBoard's writer is among the trainer's ``callbacks``.
+    Args:
+        tables: see :func:`tables_of`.
+        step: of the log that they belong to; also their first column.
+        report_to: the trackers that the run names.
+        callbacks: of the trainer, among which is TensorBoard's writer.
     """
     from pandas import DataFrame  # where nothing is sent, nothing is loaded
 

@@ -33,14 +33,17 @@ def audit_run(
 ) -> AuditResult:
     """Check a training run's folder.
 
-    The decisions of so many ``updates`` are re-derived; 0 loads no model. ``seed`` says which: by
-    default one that nobody can know beforehand, and it is among what was checked, so that the audit
-    can be repeated. A number may differ by ``tolerance``, in its own unit. ``trust`` says what else
-    than reading files is allowed; by default nothing: an audit connects nowhere, and models and
-    data must be on this machine.
+    Args:
+        updates: how many updates' decisions are re-derived; 0 loads no model.
+        seed: which ones. By default one that nobody can know beforehand; it is among what was
+            checked, so that the audit can be repeated.
+        tolerance: by how much a number may differ, in its own unit.
+        trust: what else than reading files is allowed; by default nothing. Without it an audit
+            connects nowhere: models and data must be on this machine.
 
-    Raises TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
-    faults already, that is one more).
+    Raises:
+        TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
+            faults already, that is one more).
     """
     found, seed = AuditResult(), secrets.randbits(32) if seed is None else seed
     entries = read_chain(folder, found)

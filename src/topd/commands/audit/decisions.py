@@ -150,7 +150,10 @@ def _rollout_faults(
 
 
 def _decided(
-    trainer: TOPDTrainer, step: int, records: Sequence[Mapping[str, Any]], logged: Sequence[float]
+    trainer: TOPDTrainer,
+    step: int,
+    records: Sequence[Mapping[str, Any]],
+    logged: Sequence[float],
 ) -> tuple[list[tuple[dict[str, Any], dict[str, Any]]], dict[str, float]]:
     """The records that the teacher and the method make of stored rollouts, and their means.
 

@@ -68,9 +68,10 @@ def replay_step(
     process repeats up to rounding, the records alone. A loss that is not finite is re-derived too.
     See :func:`audit_run` for the arguments.
 
-    Raises TOPDError: there is no such update, its checkpoint is damaged or one of FSDP2, models or
-    data cannot be loaded or are others, its texts were sampled by a version with other random
-    numbers, or several ranks made it and there is no tolerance.
+    Raises:
+        TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
+            loaded or are others, its texts were sampled by a version with other random numbers,
+            several ranks made it and there is no tolerance, or its checkpoint is one of FSDP2.
     """
     recorded = read_records(folder, "rollouts.jsonl")
     if not recorded:
@@ -122,7 +123,8 @@ def replay_step(
 
 def _check_settings(folder: Path, first: int, step: int) -> None:
     """Raises TOPDError if a resume changed settings between the two updates, or if the learning
-    rate followed evaluations, which a replay does not make."""
+    rate followed evaluations, which a replay does not make.
+    """
     with read_from(folder, "run.json"):
         schedule = settings_at(as_stored(folder), step)[1].get("lr_scheduler_type")
     if schedule in FOLLOWING:

@@ -86,8 +86,10 @@ Task: TypeAlias = tuple[Path | None, dict[str, Any]]  # the recipe and what is c
 def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | None = None) -> Path:
     """Run every arm with every seed and summarise. Returns the run folder.
 
-    Raises TOPDError: the recipe has no ``compare`` or ``evaluation`` part, an arm is wrong, or the
-    folder holds another comparison; StoppedError: it was stopped, and in its folder it continues.
+    Raises:
+        TOPDError: the recipe has no ``compare`` or ``evaluation`` part, an arm is wrong, or the
+            folder holds another comparison.
+        StoppedError: it was stopped; in its folder it continues.
     """
     comparison = read_comparison(path, words)
     folder = comparison.folder

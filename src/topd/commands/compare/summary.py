@@ -26,16 +26,18 @@ def summarise(
     clock: Clock = "wall",
     references: Sequence[str] = (),
 ) -> Result:
-    """The content of compare.json: means over seeds and problems by arm, and paired differences.
+    """Means over seeds and problems by arm, and paired differences from the baseline.
 
     ``results`` are lines of results.jsonl, ``starts`` evaluations of the student before stage 2 by
     name; ``clock`` says whose seconds count. All others are compared with ``references`` at equal
-    budgets as well. Intervals are over both seeds and problems (95 %).
+    budgets as well.
 
-    What is under ``at equal time`` is read off an arm's curve when it had run as long as the
-    baseline with the same seed. ``equal`` has by reference and arm
-    :func:`~topd.commands.compare.budgets.at_equal_budgets`, ``against`` the ends of both, ``spent``
-    what arms cost, ``curves`` their means over seeds.
+    Returns:
+        The content of compare.json. Intervals are over both seeds and problems (95 %). What
+        stands under ``at equal time`` is read off an arm's curve when it had run as long as the
+        baseline with the same seed. ``equal`` has by reference and arm
+        :func:`~topd.commands.compare.budgets.at_equal_budgets`, ``against`` the ends of both,
+        ``spent`` what arms cost, ``curves`` their means over seeds.
     """
     arms = list(dict.fromkeys(result["arm"] for result in results))
     by_arm = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in arms}

@@ -278,8 +278,9 @@ def run_gate(
     The folder gets gate.json and the responses of both; the candidate's model card, if it has one,
     a section. A gate that was stopped continues in its folder.
 
-    Raises TOPDError: bad input, before any weight is read, or the folder holds another gate;
-    StoppedError: it was stopped.
+    Raises:
+        TOPDError: bad input, before any weight is read; or the folder holds another gate.
+        StoppedError: it was stopped.
     """
     logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -45,14 +45,17 @@ def intervals(
 ) -> dict[str, Estimate]:
     """Every statistic of ``measure`` with a bootstrap interval over prompts.
 
-    ``columns`` is a structured array with a ``prompt`` column; a statistic that is not defined
-    there is NaN. ``behind`` has the number of prompts behind each one that not all are behind,
-    ``shares`` names those in [0, 1].
+    Args:
+        columns: structured array with a ``prompt`` column.
+        measure: statistics by name; NaN where one is not defined.
+        behind: the number of prompts behind each statistic that not all prompts are behind.
+        shares: the statistics that are shares, in [0, 1].
 
-    Intervals are percentiles over the resamples in which a statistic is defined; there is none
-    where that is less than half of them, or with fewer than ``LEAST_PROMPTS``. Equal values are not
-    certainty: a share that no resample changes has the exact interval of so many prompts
-    (:func:`topd.statistics.bootstrap`), and other figures have none.
+    Returns:
+        The statistics of ``columns`` and percentiles over the resamples in which they are defined;
+        no interval where that is less than half of them, or with fewer than ``LEAST_PROMPTS``.
+        Equal values are not certainty: a share that no resample changes has the exact interval of
+        so many prompts (:func:`topd.statistics.bootstrap`), and other figures have none.
     """
     columns = columns[columns["prompt"].argsort(kind="stable")]
     _, start, size = np.unique(columns["prompt"], return_index=True, return_counts=True)

@@ -131,11 +131,13 @@ class _Asked:
         sampling = replace(args.sampling, max_new_tokens=room)
         if self.samples == 1:
             sampling = replace(sampling, temperature=0.0)
-        seeds = [  # the same for both models
-            seed_of(seed_of(args.seed, Stream.OUTCOMES, self.number + row), t, k)
-            for row, t, k in some
-        ]
+        seeds = [_seed(args.seed, self.number + row, t, k) for row, t, k in some]
         return [more.tokens for more in engine.generate(heads, sampling, seeds)]
+
+
+def _seed(seed: int, row: int, t: int, k: int) -> int:
+    """Of continuation ``k`` from token ``t``: the same for both models."""
+    return seed_of(seed_of(seed, Stream.OUTCOMES, row), t, k)
 
 
 def checker_of(data: DataSpec) -> Check:

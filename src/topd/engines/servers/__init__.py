@@ -46,9 +46,13 @@ class Request(NamedTuple):
 class Servers:
     """Equal servers. A request goes where fewest are under way; a server that fails is left out.
 
-    Messages call them ``name``; ``served`` has key, time limit and tries. Every method that sends
-    raises TOPDError where a server refuses a request (a RefusedError where that may be due to this
-    request alone), and StoppedError where no server is left.
+    Args:
+        name: what messages call them.
+        urls: where they are.
+        served: key, time limit, tries.
+
+    Every method that sends raises TOPDError where a server refuses a request (a RefusedError where
+    that may be due to this request alone), and StoppedError where no server is left.
     """
 
     def __init__(self, name: str, urls: Sequence[str], served: ServerSpec) -> None:
@@ -163,8 +167,9 @@ class Servers:
     def _content(self, answer: requests.Response, url: str, end: float) -> bytes:
         """The body, as it comes: neither longer nor for longer than it may.
 
-        Raises TOPDError: it is larger than any answer, or grows too much when it is unpacked;
-        OSError or HTTPError: the time limit is over, or the connection broke.
+        Raises:
+            TOPDError: it is larger than any answer, or grows too much when it is unpacked.
+            OSError, HTTPError: the time limit is over, or the connection broke.
         """
         parts, size = [], 0
         while part := answer.raw.read1(PIECE, decode_content=True):

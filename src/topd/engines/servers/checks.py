@@ -29,11 +29,12 @@ def check_servers(
 ) -> None:
     """Make sure that the servers of a model, if it is served, are there and are of that model.
 
-    Needs no weights. Names and tokenizers are compared; ``longest`` is the most tokens of a prompt
-    and its response, ``window`` of what will be asked for after them.
+    Needs no weights. Names and tokenizers are compared; ``longest`` is the most tokens of a
+    prompt and its response, ``window`` of what will be asked for after them.
 
-    Raises TOPDError: a server has another model, another tokenizer or too little room;
-    StoppedError: it does not answer.
+    Raises:
+        TOPDError: a server has another model, another tokenizer or too little room.
+        StoppedError: a server does not answer.
     """
     if not isinstance(model, ModelSpec) or model.served is None:
         return

@@ -34,12 +34,15 @@ WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "fl
 
 
 class Completions:
-    """Texts from completions servers: vLLM's OpenAI-compatible API.
+    """Texts from completions servers.
 
     Log-probs are the model's own, those of temperature 1, whatever a text is sampled at.
-    ``engine``, of the same model here, says what ends a text and which ids it may have.
-    ``unshared`` are ids of tokens that not all models have: they are not sampled, and the log-probs
-    are those of the others alone, as in this process.
+
+    Args:
+        servers: vLLM's OpenAI-compatible API.
+        engine: of the same model here; says what ends a text, and which ids it may have.
+        unshared: ids of tokens that not all models have. They are not sampled, and the log-probs
+            are those of the others alone, as in this process.
     """
 
     def __init__(self, servers: Servers, engine: BaseEngine, unshared: Sequence[int] = ()) -> None:
@@ -182,8 +185,12 @@ def _told(places: Sequence[Any], text: Ids) -> Float[Tensor, " L"]:
 class VLLMEngine(BaseEngine):
     """A model on vLLM servers; of ``model`` only head and embeddings are used.
 
-    See :meth:`~topd.inputs.models.ModelSpec.load_frame` for that, :class:`Completions` for
-    ``unshared``, and BaseEngine for ``options``. Messages call its weights ``path``.
+    Args:
+        model: see :meth:`~topd.inputs.models.ModelSpec.load_frame`.
+        path: what messages call its weights.
+        served: where the servers are.
+        unshared: ids of tokens that not all models have; see :class:`Completions`.
+        eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine.
     """
 
     def __init__(

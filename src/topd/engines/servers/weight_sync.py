@@ -30,8 +30,12 @@ class ServedStudent(HFEngine):
     load them, forget what they have cached, and are asked for the log-probs of a probe, which must
     be those of this process. All else is done here.
 
-    ``probe`` are token ids of a text, ``unshared`` those of tokens that not all models have, which
-    its servers do not sample; ``options`` are as in BaseEngine.
+    Args:
+        model: the student.
+        served: where its servers are; started by ``topd serve-student``.
+        probe: token ids of a text.
+        unshared: ids of tokens that not all models have: its servers do not sample them.
+        eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine.
     """
 
     def __init__(

@@ -43,10 +43,14 @@ class Writer(Protocol):
 class TextEngine(BaseEngine):
     """A teacher by text. Scores have no states: its head makes every token as likely as any other.
 
-    ``model`` is a :func:`~topd.inputs.text_models.stand_in`; ``tokenizer`` and ``options``, as in
-    BaseEngine, are the student's. ``read``, if there is one, tells of prompts and texts the
-    writer's own tokens, which must be the student's too, and their log-probs; ``spans`` tells
-    log-probs of spans of the student's tokens.
+    Args:
+        model: see :func:`~topd.inputs.text_models.stand_in`.
+        writer: what writes.
+        tokenizer: the student's.
+        read: tells of prompts and texts the teacher's own tokens and their log-probs, if anything
+            does; they must be the student's too.
+        spans: what tells log-probs of spans of the student's tokens, if anything does.
+        eos_ids, vocab_size, allowed, name, autocast: as in BaseEngine, the student's.
     """
 
     gives: Needs = "windows"

@@ -48,9 +48,10 @@ def check_text_teacher(
     answers are wanted of it, it is asked for the beginning of one, sampled so. A prompt that a
     server refuses is passed over, if it answers another.
 
-    Raises TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
-    space or does not know the model, or an API key that is not there; StoppedError: a server does
-    not answer.
+    Raises:
+        TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
+            space or does not know the model, or an API key that is not there.
+        StoppedError: a server does not answer.
     """
     check_border("student", tokenizers[0])
     if spec.as_text:
@@ -184,9 +185,9 @@ def _cuts(answer: str) -> list[int]:
     return sorted(telling, key=lambda i: abs(i - len(answer) // 2))[:2]
 
 
-def _begin(text: str) -> str:
-    """The first three words of a text, with the white space before them."""
-    found = re.match(r"(\s*\S+){1,3}", text)
+def _begin(text: str, words: int = 3) -> str:
+    """The first words of a text, with the white space before them."""
+    found = re.match(rf"(\s*\S+){{1,{words}}}", text)
     return found.group() if found else text
 
 

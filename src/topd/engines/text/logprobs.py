@@ -20,10 +20,14 @@ def whole_text(border: Border, ids: Ids) -> str:
 def logprobs_of_tokens(border: Border, ids: Ids, pieces: Pieces) -> list[float]:
     """The log-prob of every token, nats; NaN where none is told.
 
-    ``pieces`` are of a text that ends with what ``ids`` read as; the prompt's may come first. A
-    token has the log-prob of those which read as it does. None is told where the server splits the
-    text inside it, where a character is several tokens, and before such a place that the server
-    does not spell.
+    A token has that of the server's tokens which read as it does. None is told where the server
+    splits the text inside it, where a character is several tokens, and before such a place that
+    the server does not spell.
+
+    Args:
+        border: of the student's tokenizer.
+        ids: what the student wrote.
+        pieces: of a text that ends with what the ids read as; the prompt's may come first.
     """
     text = whole_text(border, ids)
     after = {len(text): 0.0}  # at every border of the server's the log-prob of all that follows

@@ -34,7 +34,10 @@ class Aligned(NamedTuple):
 def aligned(own: Sequence[int], theirs: Sequence[int], limit: int) -> tuple[Spans, Spans]:
     """The smallest spans of both tokenisations of a text, up to its character ``limit``.
 
-    Both say how many characters there are after each token, as :meth:`Border.places` does.
+    Args:
+        own: how many characters there are after each token, as :meth:`Border.places` says.
+        theirs: the same of the other tokenisation.
+        limit: characters that both have.
 
     >>> aligned([2, 5, 6, 6], [1, 2, 6], 6)  # the last token is inside a character
     (((0, 1), (1, 3)), ((0, 2), (2, 3)))
@@ -55,7 +58,10 @@ def _ends(places: Sequence[int]) -> dict[int, int]:
 class SpanReader:
     """A teacher in this process that tells the log-probs of spans of what the student wrote.
 
-    ``tokenizers`` are the student's and the teacher's, ``ends`` tokens that end a response.
+    Args:
+        engine: the teacher.
+        tokenizers: the student's, and the teacher's.
+        ends: tokens that end a response of the student's.
     """
 
     def __init__(

@@ -42,11 +42,15 @@ PAUSE, LONGEST = 0.5, 120.0  # seconds before an error that came as an answer is
 class TextServers:
     """Servers that continue a text.
 
-    ``tokenizer`` is that of the prompts' ids, the teacher's if it is known. With ``skips`` a
-    request that is refused for itself is left out: its answer is empty and has not ended, and none
-    of its log-probs is told. A refusal is said, and the 10th, the 100th, ...; TOPDError is raised
-    where ``IN_A_ROW`` prompts are refused and none between them is answered. Without, RefusedError
-    is.
+    Args:
+        name: what messages call them.
+        spec: where they are, and how to ask.
+        tokenizer: of the prompts' ids, the teacher's if it is known.
+        skips: a request that is refused for itself is left out: its answer is empty and has not
+            ended, and none of its log-probs is told. Off: it raises RefusedError.
+
+    With ``skips`` a refusal is said, and the 10th, the 100th, ...; TOPDError is raised where
+    ``IN_A_ROW`` prompts are refused and none between them is answered.
     """
 
     def __init__(
@@ -236,7 +240,12 @@ def messages_of(prompt: str) -> list[dict[str, Any]]:
 
 
 class EmbeddedWriter:
-    """A model in this process that continues texts; ``tokenizer`` is its own."""
+    """A model in this process that continues texts.
+
+    Args:
+        engine: the model.
+        tokenizer: its own.
+    """
 
     def __init__(self, engine: HFEngine, tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine, self.tokenizer, self.border = engine, tokenizer, Border(tokenizer)
@@ -292,9 +301,12 @@ def text_engine(
 ) -> TextEngine:
     """The engine of a teacher by text: at a URL, or in this process (``as_text``).
 
-    ``models`` and ``tokenizers`` are the student's, and the teacher's or what stands in its place;
-    ``options`` are of HFEngine, the student's. With ``spans`` one in this process tells the
-    log-probs of spans.
+    Args:
+        spec: the teacher's.
+        models: the student, and the teacher or what stands in its place.
+        tokenizers: both.
+        options: of HFEngine, the student's.
+        spans: whether one in this process tells the log-probs of spans.
     """
     if spec.text is not None:
         servers = TextServers("teacher (text)", spec.text, tokenizers[1], skips=True)

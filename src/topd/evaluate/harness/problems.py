@@ -20,7 +20,8 @@ def load(*, file: str, data_dir: str | None = None, **_: object) -> dict[str, da
 
     lm-evaluation-harness passes ``--metadata`` here, together with arguments of the model.
 
-    Raises TOPDError: no ``data_dir``, no such file, or unknown columns.
+    Raises:
+        TOPDError: no ``data_dir``, no such file, or unknown columns.
     """
     if data_dir is None:
         raise TOPDError('--metadata: say where the data is: --metadata \'{"data_dir": "FOLDER"}\'.')

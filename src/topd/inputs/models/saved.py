@@ -18,8 +18,11 @@ def load_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
     What is one tensor in memory may be several on disk (the experts of a mixture), of which
     ``load_state_dict`` finds nothing: then transformers reads the folder as a model of the class.
-    Others are read as they are, so that a model that was changed in Python keeps its parts. The
-    model keeps its dtypes; of one with an adapter ``adapter_model.safetensors`` is read.
+    Others are read as they are, so that a model that was changed in Python keeps its parts.
+
+    Args:
+        model: the model, of the shapes that were saved; its dtypes stay. Or one with an adapter.
+        folder: has ``model*.safetensors``, or ``adapter_model.safetensors``, and maybe others.
     """
     pattern = f"{'adapter_' if isinstance(model, PeftModel) else ''}model*.safetensors"
     weights = tensors_in(folder, pattern)

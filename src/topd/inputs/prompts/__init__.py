@@ -71,16 +71,22 @@ class PromptEncoder:
     def encode(
         self, rows: Iterable[Mapping[str, Any]], *, with_response: bool = False
     ) -> list[Prompt]:
-        """Encode rows with a ``prompt`` (string or messages) or ``messages`` column, in order.
+        """Encode rows with a ``prompt`` (string or messages) or ``messages`` column.
 
         A string is tokenised as it is; messages go through the chat template, with the row's
         ``tools`` and ``chat_template_kwargs``. A final assistant turn is not part of the prompt: it
-        is the reference ``solution``, unless the row has one (or a ``completion``). For a warm
-        start that answer is encoded too, ``with_response``: the ids that the template writes for
-        the finished conversation, from the end of the prompt on.
+        is the reference ``solution``, unless the row has one (or a ``completion``).
 
-        Raises TOPDError, with the row: it lacks a prompt, has an empty one, one that is too long,
-        or lacks a column that the teacher's template names.
+        Args:
+            with_response: also encode the answer as the response, for warm start: the ids that the
+                template writes for the finished conversation, from the end of the prompt on.
+
+        Returns:
+            Prompts in order; ``index`` counts rows.
+
+        Raises:
+            TOPDError: a row lacks a prompt, has an empty one, one that is too long, or lacks a
+                column that the teacher's template names. The message names the row.
         """
         self._warn_of_dates()
         template = self._template()

@@ -65,8 +65,13 @@ def once_ended(
 ) -> Ids:
     """An answer up to the first token that ends a response: after it nothing is ever written.
 
-    ``ends`` are the tokens that end the student's responses; empty: only its tokenizer's is known.
-    Raises TOPDError, with the row: the answer has no such token, or continues after it.
+    Args:
+        index: the row, for messages.
+        tokenizer: the student's.
+        ids: the answer, with an end.
+        ends: tokens that end the student's responses; empty: only the tokenizer's is known.
+
+    Raises TOPDError: the answer has no such token, or continues after it.
     """
     names, known = tokenizer.convert_ids_to_tokens, ends or {int(tokenizer.eos_token_id)}
     named = ", ".join(map(str, names(sorted(known))))

@@ -64,8 +64,10 @@ def known(value: Any) -> Any:
 def fill(values: Mapping[str, Any], template: Template) -> str:
     """The template filled in.
 
-    Raises TemplateError: it asks for what is not allowed, or the text is too long; TimeoutError: it
-    takes too long; MemoryError and RecursionError: what they say.
+    Raises:
+        TemplateError: it asks for what is not allowed, or the text is too long.
+        TimeoutError: it takes too long.
+        MemoryError, RecursionError: what they say.
     """
     end, parts, size = time.monotonic() + SECONDS, [], 0
 

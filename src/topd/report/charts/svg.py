@@ -17,8 +17,14 @@ SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 HINT = "hint:"
 # Okabe and Ito's colours, which colour-blind people can tell apart, and the page's names for them
 INK, FAINT, PAPER = "#1b1f24", "#d0d5db", "#ffffff"
-STUDENT, TEACHER, REAL = "#0072b2", "#009e73", "#d55e00"
-ALARM, OTHER, FOURTH = "#56b4e9", "#cc79a7", "#e69f00"
+STUDENT, TEACHER, REAL, ALARM, OTHER, FOURTH = (
+    "#0072b2",
+    "#009e73",
+    "#d55e00",
+    "#56b4e9",
+    "#cc79a7",
+    "#e69f00",
+)
 PALETTE = (STUDENT, REAL, TEACHER, OTHER, FOURTH, ALARM)
 THEME = {
     INK: "ink",
@@ -59,10 +65,12 @@ def hint(artist: Artist, texts: Sequence[str]) -> None:
 
 
 def to_svg(figure: Figure, *, name: str, label: str) -> str:
-    """The figure, drawn with the colours of this module, as an ``<svg>`` element.
+    """The figure as an ``<svg>`` element.
 
-    ``name`` makes its ids unique within the page, ``label`` says what it shows, for those who
-    cannot see it.
+    Args:
+        figure: drawn with the colours of this module.
+        name: makes its ids unique within the page.
+        label: what it shows, for those who cannot see it.
     """
     file = StringIO()
     with mpl.rc_context({"svg.hashsalt": name, **STYLE}):
@@ -105,5 +113,9 @@ def _unstyle(root: ElementTree.Element) -> None:
             if key == "font":
                 element.set("font-size", next(w for w in value.split() if w.endswith("px")))
             elif key:
-                colour = THEME.get(value.lower())
-                element.set(key, f"var(--{colour})" if colour else value)
+                element.set(key, _themed(value))
+
+
+def _themed(value: str) -> str:
+    colour = THEME.get(value.lower())
+    return f"var(--{colour})" if colour else value

@@ -207,11 +207,14 @@ def _value(figure: GateFigure, value: float) -> str:
 
 
 def _harm_cells(figure: GateFigure) -> tuple[str, str]:
-    """A harm and its interval, with signs; a 0 that is only rounded has none of its own."""
-    values = (figure.harm.mean, figure.harm.low, figure.harm.high)
-    of_brier = figure.name == "calibration"
-    mean, low, high = (f"{x:+z.3f}" if of_brier else f"{100 * x:+z.1f} %" for x in values)
+    harm = figure.harm
+    mean, low, high = (_amount(figure, x) for x in (harm.mean, harm.low, harm.high))
     return mean, f"{low} to {high}"
+
+
+def _amount(figure: GateFigure, value: float) -> str:
+    """With its sign; a 0 that is only rounded has none of its own."""
+    return f"{value:+z.3f}" if figure.name == "calibration" else f"{100 * value:+z.1f} %"
 
 
 def _harm(figure: GateFigure) -> str:

@@ -27,7 +27,7 @@ from topd.report.charts import (
 )
 from topd.report.charts.svg import ALARM, FAINT, INK, PALETTE, REAL, hint
 from topd.report.folder import finite, is_stage1, read_logs, settings_of
-from topd.report.guided import Verdict, rule_of, ways
+from topd.report.guided import Verdict, rule_of, trajectory_caption, ways
 from topd.report.headline import DIVERGENCES, change
 from topd.report.text import counted, plain
 from topd.runs.records import GuidanceRecord, read_records, updates_in
@@ -137,9 +137,11 @@ def training_charts(folder: Path) -> list[Chart]:
     """The figures of a training run; those that it has no numbers for are left out."""
     logs, found, rule = read_logs(folder), _found(folder), rule_of(folder)
     settings = settings_of(folder)
-    captions = {**_captions(settings), "alarms": rule.told}
-    if found.ways:
-        captions["trajectory"] = f"L_traj, mean over guided tokens: {'; '.join(found.ways)}."
+    captions = {
+        **_captions(settings),
+        "trajectory": trajectory_caption(found.ways),
+        "alarms": rule.told,
+    }
     left_out = {"alarms"} if not rule.why_alarm else set()
     if is_stage1(settings):
         left_out.add("health")  # of answers that the student did not write

@@ -53,10 +53,14 @@ REWRITTEN = 4  # tokens of the windows that a detector has written from every to
 
 
 class Observer:
-    """Lets the student write, with its current weights, and the teacher look ahead.
+    """Lets the student write and the teacher look ahead.
 
-    ``phases`` count the seconds. ``turns`` are an environment that replies to the student; none:
-    rollouts have one turn.
+    Args:
+        student: the engine that samples; current weights.
+        teacher: the engine that scores and continues.
+        args: what to look for.
+        phases: where the seconds are counted.
+        turns: an environment that replies to the student; none: rollouts have one turn.
     """
 
     def __init__(
@@ -82,13 +86,15 @@ class Observer:
     ) -> Experience:
         """Roll out and look ahead. A collective where there are several ranks.
 
-        Each prompt has one rollout, one that is there twice is answered twice. ``step``, the number
-        of the update, fixes with the seed what is sampled; ``numbers`` are those of the rollouts
-        within the update, over all ranks (none: from 0 on). Without ``look_ahead`` they are scored
-        only: no windows, and every token counts as it is. ``teacher_writes``: it does the
-        responses, not the student.
+        Args:
+            prompts: one a rollout; a prompt that is there twice is answered twice.
+            step: number of the update; with the seed it fixes what is sampled.
+            numbers: of the rollouts within the update, over all ranks; none: from 0 on.
+            look_ahead: False to score only: no windows, and every token counts as it is.
+            teacher_writes: it does the responses, not the student.
 
-        Raises TOPDError: here or on another rank.
+        Raises:
+            TOPDError: here or on another rank.
         """
         numbers = range(len(prompts)) if numbers is None else numbers
         seeds = [seed_of(self.args.seed, step, n) for n in numbers]

@@ -19,7 +19,10 @@ class Overlap:
     """Observes one update ahead, in a thread that touches no weight of the student.
 
     Its rollouts are written with the weights before the update under way: they are one update old
-    when they are learned from. Student and teacher are both served (``check_overlap``).
+    when they are learned from.
+
+    Args:
+        observer: whose student and teacher are both served, as ``check_overlap`` makes sure.
     """
 
     def __init__(self, observer: Observer) -> None:

@@ -28,12 +28,20 @@ Asked: TypeAlias = list[tuple[int, Ids]]  # rows and the tokens of their replies
 
 @dataclass(frozen=True)
 class Turns:
-    """Continues rollouts until the environment has no more to say."""
+    """Continues rollouts until the environment has no more to say.
+
+    Args:
+        environment: replies to the turns so far.
+        replies: writes a reply as tokens.
+        most: turns of the student in a rollout.
+        limit: tokens of a rollout, replies among them.
+        sampling: how the student writes.
+    """
 
     environment: Environment
-    replies: Replies  # how a reply is written
-    most: int  # turns of the student in a rollout
-    limit: int  # tokens of a rollout, replies among them
+    replies: Replies
+    most: int
+    limit: int
     sampling: Sampling
 
     def check(self, prompts: Sequence[Prompt]) -> None:

@@ -61,8 +61,9 @@ class LearningBatch(TypedDict):
     ``place`` [P] are flat positions in ``input_ids`` [B L] whose state predicts each token;
     ``sampled`` [P] the log-probs at sampling (NaN where none were recorded); ``guided`` counts the
     tokens of L_traj. ``capped`` [P] marks losses to be capped (None: none is); ``lengths`` are the
-    rollouts' numbers of response tokens, ``read`` those of each row without padding. ``positions``
-    [B L] and ``visible`` [B 1 L L] are None unless branches are packed after their rollouts.
+    rollouts' numbers of response tokens, ``read`` those of each row without padding.
+    ``positions`` [B L] and ``visible`` [B 1 L L] are None
+    unless branches are packed after their rollouts.
     """
 
     input_ids: Int[Tensor, "B L"]

@@ -32,7 +32,10 @@ def check_router(model: PreTrainedModel | PeftModel) -> None:
     """Make sure that a load-balancing loss which is asked for is the model's own to give.
 
     Its forward adds the loss to a cross-entropy over no tokens: that must be as much as its
-    configuration says. Raises TOPDError: it adds another amount, or none.
+    configuration says.
+
+    Raises:
+        TOPDError: it adds another amount, or none.
     """
     if not getattr(model.config.get_text_config(), "output_router_logits", False):
         return
@@ -62,9 +65,12 @@ def balanced_forward(
 ) -> tuple[Float[Tensor, "B L D"], Float[Tensor, ""]]:
     """Last hidden states, and the load-balancing loss that the model itself makes of its routers.
 
-    One forward, with the head on one position a row. Of each row of ``input_ids`` so many
-    ``tokens`` are counted: the rest is padding. Raises TOPDError where the loss would have no
-    gradient.
+    One forward, with the head on one position a row. Padding is not counted.
+
+    Args:
+        tokens: how many of each row of ``input_ids`` are not padding.
+
+    Raises TOPDError where it would have no gradient.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     forward = getattr(base, "_original_forward", base.forward)  # not accelerate's: float32 outputs

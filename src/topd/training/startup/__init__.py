@@ -307,8 +307,9 @@ def load_models(
 ) -> tuple[PreTrainedModel, ...]:
     """Student, with its adapter if it gets one, and teachers; checked as far as they can be alone.
 
-    Raises TOPDError: models that cannot be loaded, share weights or are on other devices, or a
-    student that is to be ``trained`` and cannot be.
+    Raises:
+        TOPDError: models that cannot be loaded, share weights or are on other devices, or a
+            student that is to be ``trained`` and cannot be.
     """
     student, *teachers = _loaded(sources, own)
     if lora is not None:

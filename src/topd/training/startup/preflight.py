@@ -90,7 +90,8 @@ def mend(config: GenerationConfig | None) -> None:
 def without_dropout(model: nn.Module) -> None:
     """Set every dropout, layer drop and router noise of a model to 0, whatever class it has.
 
-    Raises TOPDError: its noise is part of what it computes without noise too (PhiMoE's routing).
+    Raises:
+        TOPDError: its noise is part of what it computes without noise too (PhiMoE's routing).
     """
     noisy = any("jitter" in name for module in model.modules() for name in vars(module))
     before = _logits(model) if noisy else None
@@ -162,8 +163,11 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
     another device. The tokens are random ones of the whole vocabulary: what a model makes of the
     first few, which no text has, multiplies rounding to nats.
 
-    Returns the largest KL(in memory || on disk) of a next token, nats. Raises TOPDError: it is
-    above ``MOST_KL``; everything that was written stays there.
+    Returns:
+        The largest KL(in memory || on disk) of a next token, nats.
+
+    Raises:
+        TOPDError: it is above ``MOST_KL``; everything that was written stays there.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     size = base.config.get_text_config().vocab_size

@@ -31,10 +31,14 @@ def check_resumed(
 ) -> None:
     """Refuse another optimiser or adapter than the checkpoint is of.
 
-    ``student`` is as it was before the checkpoint is loaded; ``changed`` are settings before and
-    now (:func:`topd.runs.checkpoints.check_same`), ``schedule`` is the ``lr_scheduler_type``.
+    Args:
+        checkpoint: what is resumed from.
+        student: as it is before the checkpoint is loaded.
+        changed: settings before and now (:func:`topd.runs.checkpoints.check_same`).
+        schedule: the ``lr_scheduler_type``.
 
-    Raises TOPDError: its state would not fit, or would be read as that of other weights.
+    Raises:
+        TOPDError: its state would not fit, or would be read as that of other weights.
     """
     schedules = [schedule, *changed.get("config.lr_scheduler_type", ())]
     follows = any(one in FOLLOWING for one in schedules)

@@ -30,8 +30,14 @@ from topd.errors import TOPDError
 
 UPDATES = 1000  # of the trial schedule, where a run does not say how many it has
 _FAULTS = (
-    *(ImportError, ValueError, TypeError, RuntimeError, LookupError),
-    *(AttributeError, ArithmeticError, AssertionError),
+    ImportError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
 )
 _GIVEN_BY_TRAINER = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 _CONSTANT = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)  # not given their options
