@@ -35,7 +35,7 @@ from topd.inputs.models.vocabulary import check_embedding_rows, shared_ids
 from topd.inputs.rows import DataSpec
 from topd.report import page_line
 from topd.report.text import counted
-from topd.runs.files import as_json, digest, read_lines, trim
+from topd.runs.files import as_json, digest, kept_lines
 from topd.runs.folder import BEGUN, RunFolder, manifest
 from topd.runs.lock import one_writer
 from topd.runs.records import read_run
@@ -202,8 +202,7 @@ def _identity(
 
 def _kept(run: RunFolder, name: str, about: Mapping[str, Any]) -> tuple[list[Response], Keep]:
     """Responses that are there, and what adds to them. Raises TOPDError for those of another."""
-    about, path = as_json(about), run.folder / name
-    there = list(read_lines(path)) if trim(path) else []
+    about, there = as_json(about), kept_lines(run.folder / name)
     if not there:
         run.append(name, [about])
     elif there[0] != about:

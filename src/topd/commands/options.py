@@ -54,7 +54,7 @@ Chat = Annotated[bool | None, typer.Option("--chat/--no-chat", help="Chat templa
 TemplateKwargs = Annotated[
     str | None,
     typer.Option(
-        help="As in a recipe, e.g. '{enable_thinking: false}'; by default those of the run.",
+        help="As in a recipe, e.g. '{enable_thinking: false}'; by default those of the run."
     ),
 ]
 Output = Annotated[

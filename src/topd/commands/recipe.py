@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from peft import LoraConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from topd.commands.keys import mapping_at, read_content, refuse_unknown
+from topd.commands.keys import RECOMPUTED, mapping_at, read_content, refuse_unknown
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.errors import TOPDError, placed, shown
 from topd.evaluate.spec import TrainingEvaluation
@@ -169,7 +169,7 @@ def read_recipe(
     content = read_content(path, overrides or {}, fields=own, stage=stage, warmstart=warmstart)
     path = Path(path or "topd")
     config, known = (WarmstartConfig, stage) if warmstart else (config, own)
-    for name in ("activation_checkpointing", "gradient_checkpointing"):  # old and new are one
+    for name in RECOMPUTED:  # old and new are one
         for end in ("", "_kwargs"):
             if name + end in content:
                 content[CHECKPOINTING + end] = content.pop(name + end)

@@ -36,7 +36,7 @@ from topd.inputs.models import check_context
 from topd.inputs.models.fingerprints import fingerprint
 from topd.inputs.models.heads import check_head
 from topd.inputs.models.pairs import load_pair, tokenizers_of
-from topd.runs.files import as_json, read_lines, read_whole, trim
+from topd.runs.files import as_json, kept_lines, read_whole
 from topd.runs.folder import RunFolder, check_run_folder, manifest
 from topd.runs.lock import one_writer
 from topd.runs.records import read_run
@@ -122,9 +122,7 @@ class Pair:
 
     def token_writer(self, folder: Path) -> TokenWriter:
         """Writes what a run folder does not have yet; a line that was cut off is dropped."""
-        there = trim(folder / TOKENS)
-        seen = [record["id"] for record in read_lines(folder / TOKENS)] if there else []
-        return TokenWriter(self.tokenizer, seen)
+        return TokenWriter(self.tokenizer, [line["id"] for line in kept_lines(folder / TOKENS)])
 
     def questions(self, seed: int, group: int) -> Iterator[Prompt]:
         """Prompts without end, ``group`` times each, in the order of a training with this seed."""

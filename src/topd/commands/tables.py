@@ -11,15 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from topd.report import headline
 from topd.report.charts import spaced
 from topd.report.folder import finite, read_logs
-from topd.report.headline import (
-    DIVERGENCES,
-    compare_words,
-    held_out_words,
-    probe_words,
-    seeds_words,
-)
 from topd.report.summary import loss_name, verdict_in
 from topd.report.text import counted
 from topd.statistics import t_reach
@@ -36,7 +30,7 @@ def show_run(console: Console, folder: Path) -> None:
     if logs:
         show_table(console, logs)
         show_change(console, logs)
-    for line in held_out_words(every):
+    for line in headline.held_out_words(every):
         console.print(line, markup=False, highlight=False)
 
 
@@ -47,7 +41,7 @@ def show_change(console: Console, logs: Sequence[Log]) -> None:
     The intervals are 95 % t-intervals over logs. Each update has prompts of its own, so this
     shows the trend in training; it is no evaluation.
     """
-    found = ((key, *finite(logs, key)) for key in (*DIVERGENCES, "loss"))
+    found = ((key, *finite(logs, key)) for key in (*headline.DIVERGENCES, "loss"))
     name, values, updates = next((of for of in found if of[1]), ("", [], []))
     count = len(values) // 5
     if count < 2:
@@ -98,7 +92,7 @@ def show_probe(console: Console, summary: Summary) -> None:
         f"and {tokens['teacher_decoded']:,} written by the teacher, {seconds:,.0f} s",
         "{} ({})".format(*verdict_in(summary)),
     )
-    for line in (*lines, *_outcomes(summary), *probe_words(summary)):
+    for line in (*lines, *_outcomes(summary), *headline.probe_words(summary)):
         console.print(line, markup=False, highlight=False)
 
 
@@ -160,11 +154,12 @@ def show_compare(console: Console, summary: Summary) -> None:
         time = f"{arm['seconds_ratio']:.2f}"
         table.add_row(escape(name), scores[0], versus[0], scores[1], versus[1], time)
     console.print(table)
-    for line in compare_words(summary):
+    for line in headline.compare_words(summary):
         console.print(line, markup=False, highlight=False)
     problems = summary["summary"][base]["greedy"]["problems"]
     time = "CPU time" if summary.get("clock") == "cpu" else "time"
-    line = f"{counted(problems, 'problem')}, {seeds_words(summary)}; per cent; {time} over {base}'s"
+    asked = f"{counted(problems, 'problem')}, {headline.seeds_words(summary)}"
+    line = f"{asked}; per cent; {time} over {base}'s"
     console.print(line, markup=False, highlight=False)
 
 

@@ -11,14 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field
 from transformers import TrainingArguments
 
-from topd.config.rules import (
-    check_groups,
-    check_learns,
-    check_options,
-    check_ranks,
-    check_trackers,
-    check_values,
-)
+from topd.config import rules
 from topd.config.values import defaults_of, given_of, left_out_by, typed, worked_out
 from topd.detectors import DETECTORS, Detector, detector_named
 from topd.distributed import everywhere
@@ -252,12 +245,13 @@ class TOPDConfig(TrainingArguments):
             super().__post_init__()
         except (ValueError, TypeError, LookupError, AttributeError, ImportError, OSError) as error:
             raise TOPDError(f"{str(error).rstrip('.')}. Correct it, or leave it out.") from error
-        check_options(self.method, self._method_options(), self.token_loss)  # may have been JSON
-        check_trackers(self)
+        # again: they may have been JSON
+        rules.check_options(self.method, self._method_options(), self.token_loss)
+        rules.check_trackers(self)
         if not named:  # each rank looked at its own clock
             self.output_dir = everywhere(self.output_dir)[0]
         if self.world_size > 1:
-            check_ranks(self)
+            rules.check_ranks(self)
         self.left_out = left_out_by(self, self._given, self.brought)
 
     def _bring_settings(self) -> dict[str, Any]:
@@ -292,14 +286,14 @@ class TOPDConfig(TrainingArguments):
         return line
 
     def _check(self) -> None:
-        check_options(self.method, self._method_options(), self.token_loss)
+        rules.check_options(self.method, self._method_options(), self.token_loss)
         detector_named(self.candidate_loss)
-        check_values(self)
+        rules.check_values(self)
 
     def _check_learns(self) -> None:
         """Where updates follow ``method``."""
-        check_groups(self)
-        check_learns(self.method, self.token_loss, self.trajectory_weight)
+        rules.check_groups(self)
+        rules.check_learns(self.method, self.token_loss, self.trajectory_weight)
 
     def _method_options(self) -> dict[str, Any]:
         """As a mapping; a string is read by transformers later."""

@@ -52,8 +52,8 @@ RULES: tuple[tuple[str, Any, str], ...] = (  # of what is not None; none is NaN,
     ("max_importance", lambda x: x >= 1, "must be finite and at least 1"),
     (
         "max_prompt_length max_completion_length num_generations window_gap look_ahead_every "
-        "max_turns "
-        "chunk_tokens score_batch_size per_device_train_batch_size per_device_eval_batch_size "
+        "max_turns chunk_tokens score_batch_size "
+        "per_device_train_batch_size per_device_eval_batch_size "
         "gradient_accumulation_steps stop_patience save_total_limit torch_empty_cache_steps "
         "dataloader_prefetch_factor ddp_timeout ddp_bucket_cap_mb",
         lambda x: x >= 1,

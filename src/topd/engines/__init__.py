@@ -47,21 +47,17 @@ class Engine(Protocol):
     @property
     def head(self) -> Head:
         """The map from the hidden states that ``score`` returns to logits."""
-        ...
 
     def ends(self, tokens: Ids) -> bool:
         """Whether a text ends with an end-of-sequence token."""
-        ...
 
     def embed(self, tokens: Int[Tensor, "N n"]) -> Float[Tensor, "N n D"]:
         """Input embeddings of tokens."""
-        ...
 
     def generate(
         self, prompts: Texts, sampling: Sampling, seeds: Sequence[int], *, tick: Tick = ...
     ) -> list[Generation]:
         """Sample one response a prompt; a response depends on its prompt and its seed alone."""
-        ...
 
     def score(
         self, prompts: Texts, responses: Texts, *, temperature: float = 1.0, keep: bool = True
@@ -70,7 +66,6 @@ class Engine(Protocol):
 
         ``keep`` False spares the memory of what only ``continue_from`` needs.
         """
-        ...
 
     def continue_from(
         self,
@@ -89,4 +84,3 @@ class Engine(Protocol):
         ``rejoin`` above 0 a window whose last so many tokens are the response's stops, and takes
         its rest from there: no longer exact.
         """
-        ...

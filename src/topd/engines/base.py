@@ -17,7 +17,7 @@ from topd.engines import Scores, Tick, no_tick
 from topd.errors import TOPDError
 from topd.inputs.models.heads import evaluating, head_of
 from topd.losses import linear_logprobs
-from topd.types import Head, Ids, Needs, Sampling
+from topd.types import Head, Ids, Needs, Sampling, Starts
 
 WIDTHS = {"cuda": 64}  # of a device: the numbers of rows of a head that suit it, multiples of this
 
@@ -29,6 +29,10 @@ class Prefix:
     prompts: tuple[Ids, ...]
     responses: tuple[Ids, ...]
     cache: DynamicCache | None = None
+
+    def before(self, starts: Starts) -> list[Ids]:
+        """The texts, prompts included, before each (row, token)."""
+        return [self.prompts[row] + self.responses[row][:t] for row, t in starts]
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class HFEngine(ForwardEngine):
 
     def _continue_afresh(self, prefix: Prefix, starts: Starts, wanted: Wanted) -> list[Generation]:
         """Continue by reading every prefix again: for caches that cannot be shared."""
-        cut = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
+        cut = prefix.before(starts)
         longest = max(map(len, cut), default=1) + wanted.steps
         at_once = max(1, min(WINDOWS_AT_ONCE, TOKENS_AT_ONCE // longest))
         return in_chunks(lambda some: self._afresh(cut[some], wanted.of(some)), len(cut), at_once)

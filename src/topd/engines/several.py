@@ -269,8 +269,7 @@ class MeanTeacher:
     ) -> list[Generation]:
         """See :class:`~topd.engines.Engine`; windows are written to their end."""
         prefix = cast(Prefix, scores.prefix)
-        texts = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
-        return self._written(texts, Wanted(sampling, seeds, tick))
+        return self._written(prefix.before(starts), Wanted(sampling, seeds, tick))
 
     @torch.no_grad()
     def _written(self, prompts: Texts, wanted: Wanted) -> list[Generation]:

@@ -160,6 +160,12 @@ def read_lines(path: Path, kind: type = dict) -> Iterator[Any]:
     return (content for _, content in numbered_lines(path, kind))
 
 
+def kept_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file to be added to: a last line that was cut off is dropped from it."""
+    trim(path)
+    return list(read_lines(path))
+
+
 def sync(path: Path) -> None:
     """Have a file or a folder reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)

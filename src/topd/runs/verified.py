@@ -17,14 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from topd.errors import TOPDError
 from topd.runs.files import UNREADABLE, json_text, raw_lines
 from topd.runs.ledger import HEAD, LEDGER, Entry
-from topd.runs.records import (
-    BranchRecord,
-    ForkRecord,
-    GuidanceRecord,
-    Id,
-    PromptIds,
-    RolloutRecord,
-)
+from topd.runs.records import BranchRecord, ForkRecord, GuidanceRecord, Id, PromptIds, RolloutRecord
 
 
 class _Stored(BaseModel):
@@ -143,6 +136,11 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
         if json.dumps(entry).encode() != line:
             faults.append(f"{LEDGER}: line {number} was changed, though not what it says")
     return entries, faults if whole else [*faults, f"{LEDGER}: line {len(lines)} is cut off"]
+
+
+def entries_in(folder: Path) -> list[Entry]:
+    """The ledger's entries; none where there is no ledger."""
+    return read_entries(folder)[0] if (folder / LEDGER).exists() else []
 
 
 def _kind_of(entry: Any) -> type[_Link]:

@@ -23,8 +23,8 @@ from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.inputs.text_models import is_by_text
 from topd.losses import TokenTerms, importance
 from topd.runs.folder import check_run_folder
+from topd.training import startup
 from topd.training.experience.evidence import Experience
-from topd.training.experience.overlap import Overlap
 from topd.training.experience.turns import turns_of
 from topd.training.learning import LearningBatch, LearningTerms, Totals, collate, update_loss
 from topd.training.learning.layout import can_pack, dealt
@@ -34,24 +34,7 @@ from topd.training.progress import silence_others
 from topd.training.replay import EarlierWindows
 from topd.training.sampler import EpochTold, GroupSampler
 from topd.training.sharded import check_launch
-from topd.training.startup import (
-    AnyTeacher,
-    DataRows,
-    Rows,
-    Sources,
-    Tokenizers,
-    check_arguments,
-    check_optimizer,
-    check_sources,
-    check_student,
-    encoder_of,
-    load_models,
-    routes_of,
-    rows_of,
-    sets_of,
-    sources_of,
-    tokenizers_of_all,
-)
+from topd.training.startup import AnyTeacher, DataRows, Rows, Sources, Tokenizers, load_models
 from topd.training.startup.preflight import check_kept, check_saving
 from topd.training.startup.trials import check_settings
 from topd.training.stop_rules import Watch
@@ -162,26 +145,26 @@ class TOPDTrainer(ObservedTrainer):
         """The start-up checks, and what they have made by the way. Raises TOPDError."""
         silence_others()
         self.own = self_teacher_of(teacher_model)
-        sources = sources_of(model, teacher_model)
-        check_arguments(args, self.kind_of_args, sources, *data)
-        routes = routes_of(teacher_model, args)
+        sources = startup.sources_of(model, teacher_model)
+        startup.check_arguments(args, self.kind_of_args, sources, *data)
+        routes = startup.routes_of(teacher_model, args)
         agreed(lambda: check_run_folder(Path(args.output_dir), resume=True))
         if data[0] is not None:
             check_kept(sources, Path(args.output_dir))
-        tokenizers = tokenizers_of_all(sources, *processing)
+        tokenizers = startup.tokenizers_of_all(sources, *processing)
         ends, by_text = eos_ids(sources[0], tokenizers[0]), any(map(is_by_text, sources))
-        self.encoder = encoder_of(tokenizers, args, routes, by_text=by_text, ends=ends)
+        self.encoder = startup.encoder_of(tokenizers, args, routes, by_text=by_text, ends=ends)
         self.turns = turns_of(args, sources, tokenizers[0])
         train, evaluation, prompts = self._encoded(*data, args)
-        check_sources(sources, tokenizers, prompts, args)
+        startup.check_sources(sources, tokenizers, prompts, args)
         if self.turns:
             self.turns.check(prompts)
         check_launch()
         if train is not None:
-            check_optimizer(sources[0], lora, optimizers)
+            startup.check_optimizer(sources[0], lora, optimizers)
             check_settings(args, optimizers)
             check_saving(sources[0], tokenizers[0])
-        check_student(sources, args, lora, self.own)
+        startup.check_student(sources, args, lora, self.own)
         return sources, routes, tokenizers, train, evaluation
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -193,8 +176,9 @@ class TOPDTrainer(ObservedTrainer):
         self, rows: Any, evaluation: Any, args: TOPDConfig
     ) -> tuple[list[Prompt] | None, Any, list[Prompt]]:
         """The prompts of the training, those of the evaluation by set, and all together."""
-        train = None if rows is None else self._encode_training(rows_of(rows), args)
-        sets = {name: self.encoder.encode(rows_of(x)) for name, x in sets_of(evaluation).items()}
+        train = None if rows is None else self._encode_training(startup.rows_of(rows), args)
+        given = startup.sets_of(evaluation).items()
+        sets = {name: self.encoder.encode(startup.rows_of(rows)) for name, rows in given}
         prompts = [*(train or ()), *(prompt for held_out in sets.values() for prompt in held_out)]
         if self.own:
             check_own_prompts(prompts)
@@ -224,7 +208,9 @@ class TOPDTrainer(ObservedTrainer):
             experience = self._experience([p for batch in prompts for p in batch], numbers)
             if self.overlap and self.state.global_step + 1 < self.state.max_steps:
                 self.fetched = self._fetch(epoch_iterator, num_batches, device)
-                self._begin_next(self.overlap)
+                if self.fetched:  # an epoch's last update has no next one
+                    ahead = [prompt for batch in self.fetched for prompt in batch]
+                    self.overlap.begin(ahead, step=self.state.global_step + 1)
         self._record(experience, numbers)
         if self.state.global_step == 0 and self.is_world_process_zero():
             warn_of_cuts(experience.rollouts, self.args.max_completion_length)
@@ -288,12 +274,6 @@ class TOPDTrainer(ObservedTrainer):
             return self.observer.observe(
                 prompts, step=step, numbers=numbers, look_ahead=looks, teacher_writes=writes
             )
-
-    def _begin_next(self, overlap: Overlap) -> None:
-        """Have the next update's experience gathered while this one is learned."""
-        if self.fetched:  # an epoch's last update has no next one
-            prompts = [prompt for batch in self.fetched for prompt in batch]
-            overlap.begin(prompts, step=self.state.global_step + 1)
 
     def _collated(self, experience: Experience, sizes: Sequence[int]) -> list[LearningBatch]:
         """An experience as micro-batches of so many rollouts, on the device."""

@@ -27,9 +27,8 @@ from topd.inputs.rows import DataSpec
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import Teachers
 from topd.named import is_outside
-from topd.runs.ledger import LEDGER
 from topd.runs.records import check_format
-from topd.runs.verified import read_entries
+from topd.runs.verified import entries_in
 from topd.training.inherited import FOLLOWING
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import OF_ANSWERS, OF_ROLLOUTS, WarmstartConfig, WarmstartTrainer
@@ -96,9 +95,9 @@ def stored_recipe(
 
 def _directory(folder: Path) -> Path | None:
     """Where the command ran that wrote ``run.json``, as the ledger has it."""
-    entries = read_entries(folder)[0] if (folder / LEDGER).exists() else []
-    named = [e.get("directory") for e in entries if e.get("event") == "begin"]
-    return Path(named[-1]) if named and named[-1] else None
+    begun = [entry for entry in entries_in(folder) if entry.get("event") == "begin"]
+    named = begun[-1].get("directory") if begun else None
+    return Path(named) if named else None
 
 
 def _located(value: Any, directory: Path) -> Any:
@@ -236,16 +235,15 @@ def _recipe(
     settings = {key: value for key, value in config.items() if key in known} | ALONE
     if settings.get("lr_scheduler_type") in FOLLOWING:  # evaluations, and here are none
         settings |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": None}
+    teacher: ModelSpec | Teachers | SelfTeacher
+    if "teachers" in sources:
+        teacher = Teachers({name: ModelSpec(**spec) for name, spec in sources["teachers"].items()})
+    else:
+        teacher = self_teacher_of(sources["teacher"]) or ModelSpec(**sources["teacher"])
     return Recipe(
         student=ModelSpec(**sources["student"]),
-        teacher=_teacher_of(sources),
+        teacher=teacher,
         data=DataSpec.recorded(sources["data"]),
         lora=LoraConfig(**sources["lora"]) if sources["lora"] else None,
         args=kind(**{**settings, "output_dir": str(output)}, left_out={}),  # all as they were
     )
-
-
-def _teacher_of(sources: Mapping[str, Any]) -> ModelSpec | Teachers | SelfTeacher:
-    if "teachers" in sources:
-        return Teachers({name: ModelSpec(**spec) for name, spec in sources["teachers"].items()})
-    return self_teacher_of(sources["teacher"]) or ModelSpec(**sources["teacher"])

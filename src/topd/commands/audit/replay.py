@@ -29,9 +29,9 @@ from topd.inputs.models.fingerprints import trained_digest
 from topd.inputs.models.saved import tensors_in
 from topd.runs import checkpoints
 from topd.runs.folder import LINES, RECORDS
-from topd.runs.ledger import LEDGER, ended
+from topd.runs.ledger import ended
 from topd.runs.records import DRAWN, JUDGED
-from topd.runs.verified import read_entries, read_records
+from topd.runs.verified import entries_in, read_records
 from topd.training.inherited import FOLLOWING
 from topd.training.sharded import is_sharded
 from topd.training.trainer import TOPDTrainer
@@ -286,7 +286,7 @@ def _ended_with_best(folder: Path, step: int, recorded: Mapping[int, str]) -> bo
 
 def _compare_student(folder: Path, scratch: Path, step: int, found: AuditResult) -> None:
     """What the run ended with, value by value: the ledger's digest has 64 values of a tensor."""
-    end = ended(read_entries(folder)[0]) if (folder / LEDGER).exists() else None
+    end = ended(entries_in(folder))
     if end is None or end["step"] != step + 1:
         return
     for name in ("student", "adapter"):
@@ -309,9 +309,8 @@ def _are_equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def _weights(folder: Path) -> dict[int, str]:
-    entries = read_entries(folder)[0] if (folder / LEDGER).exists() else []
     found: dict[int, str] = {}
-    for entry in entries:
+    for entry in entries_in(folder):
         if entry.get("event") == "begin":  # what came after it was dropped
             found = {step: student for step, student in found.items() if step <= entry["step"]}
         elif entry.get("event") in ("update", "end"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +50,7 @@ def _difference(recorded: Any, now: Any, tolerance: float) -> str | None:
         pairs = [(f".{key}", recorded[key], now[key]) for key in recorded]
     elif isinstance(recorded, list) and isinstance(now, list) and len(recorded) == len(now):
         pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(recorded, now, strict=True))]
-    elif recorded == now or _near(recorded, now, tolerance):
+    elif recorded == now or _are_near(recorded, now, tolerance):
         return None
     else:
         return f": recorded {shortened(recorded)}, re-derived {shortened(now)}"
@@ -60,9 +61,10 @@ def _difference(recorded: Any, now: Any, tolerance: float) -> str | None:
     return None
 
 
-def _near(recorded: Any, now: Any, tolerance: float) -> bool:
-    numbers = all(isinstance(x, float) for x in (recorded, now))
-    return numbers and (abs(recorded - now) <= tolerance or (recorded != recorded and now != now))
+def _are_near(recorded: Any, now: Any, tolerance: float) -> bool:
+    if not (isinstance(recorded, float) and isinstance(now, float)):
+        return False
+    return abs(recorded - now) <= tolerance or (math.isnan(recorded) and math.isnan(now))
 
 
 def is_close(logged: Any, value: float, tolerance: float) -> bool:

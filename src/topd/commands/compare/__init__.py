@@ -36,7 +36,7 @@ from rich.console import Console
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from topd.commands.compare.budgets import TOKENS
+from topd.commands.compare.budgets import SCORES, TOKENS
 from topd.commands.compare.problems import (
     check_data,
     check_models,
@@ -57,7 +57,7 @@ from topd.commands.compare.start import (
     starts,
     without_checkpoints,
 )
-from topd.commands.compare.summary import SCORES, SECONDS, Result, summarise
+from topd.commands.compare.summary import SECONDS, Result, summarise
 from topd.commands.recipe import CompareSpec, read_recipe
 from topd.commands.session import quieten, until_stopped
 from topd.commands.train import make_trainer, watch_steps
@@ -68,7 +68,7 @@ from topd.errors import StoppedError, TOPDError, first_line
 from topd.evaluate import Evaluation, EvaluationCallback
 from topd.inputs.models import ModelSpec
 from topd.runs.checkpoints import begin_anew
-from topd.runs.files import as_json, file_digest, read_lines, trim
+from topd.runs.files import as_json, file_digest, kept_lines
 from topd.runs.folder import RunFolder, check_run_folder
 from topd.runs.lock import one_writer
 from topd.runs.records import read_run
@@ -102,7 +102,7 @@ def run_compare(path: Path, words: Sequence[str] = (), *, console: Console | Non
 def _compare(comparison: Comparison, console: Console | None) -> None:
     folder, spec = comparison.folder, comparison.spec
     content = _content(comparison)
-    results = _stored(folder)
+    results = kept_lines(folder / RESULTS)
     done = {(result["arm"], result["seed"]) for result in results}
     todo = [run for run in spec.runs() if run[:2] not in done]
     waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
@@ -313,7 +313,7 @@ def _content(comparison: Comparison) -> dict[str, Any]:
             f"output_dir: {folder} holds another run, or a {RESULTS} or a warmstart/ that is not "
             "of this comparison. Choose another folder."
         )
-    results = _stored(folder)
+    results = kept_lines(folder / RESULTS)
     if not all(key in point for result in results for point in result["curve"] for key in TOKENS):
         raise TOPDError(
             f"output_dir: {folder} was begun by a version that did not count tokens (0.1.0), so it "
@@ -382,12 +382,6 @@ def _given(value: Any) -> Any:
     with suppress(ValidationError):  # another part than a model
         value = ModelSpec.model_validate(value).model_dump(exclude_defaults=True)
     return {key: _given(own) for key, own in value.items() if own is not None}
-
-
-def _stored(folder: Path) -> list[Result]:
-    """Finished runs; a last line that was cut off is dropped."""
-    path = folder / RESULTS
-    return list(read_lines(path)) if trim(path) else []
 
 
 def _place(folder: Path, arm: str, seed: int) -> str:

@@ -22,6 +22,7 @@ from topd.statistics import seed_problem_interval
 
 READ = 0.2  # about what services charge for a token read, beside one written
 RATES = (1, 5, 25)  # r: how many times as dear the teacher is
+SCORES = ("greedy", "pass@1")
 TOKENS = ("student_written", "learned", "teacher_written", "teacher_read")
 LEARNED_AS_READ = 3  # forward and backward
 FORMULA = (
@@ -70,21 +71,17 @@ def spent(runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def at_equal_budgets(
-    runs: Mapping[int, Mapping[str, Any]],
-    reference: Mapping[int, Mapping[str, Any]],
-    scores: Sequence[str],
-    clock: str,
+    runs: Mapping[int, Mapping[str, Any]], reference: Mapping[int, Mapping[str, Any]], clock: str
 ) -> dict[str, Any]:
     """An arm against a reference, where it has spent what the reference spent in all.
 
     Both are results by seed, with ``curve`` (whose points have ``solved``, right answers by
     problem) and ``solved`` of the end. ``clock`` is the key of the seconds that count.
 
-    Returns:
-        By what is held equal: by score the difference, paired by seed and problem, with its
-        interval; None where the reference spent nothing. The arm is read off its curve, linear
-        between evaluations, so before its schedule has ended if it spent more in all; one that
-        spent less is taken at its end (``reached`` says what share of the budget it used).
+    Returns by what is held equal, and by score, the difference, paired by seed and problem, with
+    its interval; None where the reference spent nothing. The arm is read off its curve, linear
+    between evaluations, so before its schedule has ended if it spent more in all; one that spent
+    less is taken at its end (``reached`` says what share of the budget it used).
     """
     seeds = sorted(runs.keys() & reference.keys())
     found: dict[str, Any] = {}
@@ -96,7 +93,7 @@ def at_equal_budgets(
         ends = {s: axes(runs[s]["curve"][-1], clock)[axis] for s in seeds}
         used = [min(1.0, ends[s] / budgets[s]) for s in seeds]
         found[axis] = {"reached": float(np.mean(used))}
-        for score in scores:
+        for score in SCORES:
             gains = [
                 solved_at(runs[s]["curve"], score, axis, clock, budgets[s])
                 - np.asarray(reference[s]["solved"][score])
@@ -120,8 +117,8 @@ def solved_at(
     return first + share * (second - first)
 
 
-def mean_curve(runs: Mapping[int, Mapping[str, Any]], scores: Sequence[str]) -> list[Any]:
+def mean_curve(runs: Mapping[int, Mapping[str, Any]]) -> list[Any]:
     """The arm's curve, the mean over seeds at every evaluation that all of them have."""
-    keys = ("step", "seconds", "cpu_seconds", *TOKENS, *scores)
+    keys = ("step", "seconds", "cpu_seconds", *TOKENS, *SCORES)
     points = zip(*(run["curve"] for run in runs.values()), strict=False)
     return [{key: float(np.mean([p[key] for p in some])) for key in keys} for some in points]

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
 
-from topd.commands.compare.summary import SCORES, Result
+from topd.commands.compare.budgets import SCORES
+from topd.commands.compare.summary import Result
 from topd.commands.evaluate import writer_of
 from topd.commands.keys import (
     apart,

@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from topd.commands.compare.budgets import FORMULA, at_equal_budgets, mean_curve, solved_at, spent
+from topd.commands.compare import budgets
+from topd.commands.compare.budgets import SCORES
 from topd.commands.recipe import Clock
 from topd.statistics import SHARES, holm, p_value, seed_problem_interval
 
-SCORES = ("greedy", "pass@1")
 SECONDS: dict[Clock, str] = {"wall": "seconds", "cpu": "cpu_seconds"}
 Result: TypeAlias = dict[str, Any]
 
@@ -49,12 +49,12 @@ def summarise(
         "clock": clock,
         "starts": dict(starts),
         "summary": {arm: _summary(runs, by_arm[baseline], time) for arm, runs in by_arm.items()},
-        "spent": {arm: spent(runs) for arm, runs in by_arm.items()},
-        "cost": FORMULA,
-        "curves": {arm: mean_curve(runs, SCORES) for arm, runs in by_arm.items()},
+        "spent": {arm: budgets.spent(runs) for arm, runs in by_arm.items()},
+        "cost": budgets.FORMULA,
+        "curves": {arm: budgets.mean_curve(runs) for arm, runs in by_arm.items()},
         "equal": {
             name: {
-                arm: at_equal_budgets(runs, by_arm[name], SCORES, time)
+                arm: budgets.at_equal_budgets(runs, by_arm[name], time)
                 for arm, runs in by_arm.items()
                 if arm != name and runs.keys() & by_arm[name].keys()
             }
@@ -101,7 +101,7 @@ def _summary(runs: Mapping[int, Result], base: Mapping[int, Result], time: str) 
         gain = [np.subtract(runs[s]["solved"][score], base[s]["solved"][score]) for s in paired]
         found[f"{score}_vs_{name}"] = asdict(seed_problem_interval(gain))
         early = [
-            solved_at(runs[s]["curve"], score, "seconds", time, base[s]["curve"][-1][time])
+            budgets.solved_at(runs[s]["curve"], score, "seconds", time, base[s]["curve"][-1][time])
             for s in paired
         ]
         found[f"{score} at equal time"] = float(np.mean(early))

@@ -92,16 +92,14 @@ class Imported:
             raise TOPDError(
                 f"no recipe says what this {self.framework} configuration says. {reasons}"
             )
-        strange = [f"# {line.said}{_what(line)}" for line in self.unknown]
-        notes = [f"# {line.key}: {line.note}" for line in self.lines if line.note] + strange
+        notes = [f"# {line.key}: {line.note}" for line in self.lines if line.note]
+        for line in self.unknown:
+            of_script = line.key.startswith("$")  # a variable
+            notes.append(f"# {line.said}{'' if of_script else ': no counterpart here'}")
         head = f"# Imported from a {self.framework} configuration{_CLASSES[self.kind]}"
         head += "; see what differs:" if notes else ""
         body = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
         return "\n".join([head, *notes, "", body])
-
-
-def _what(line: Line) -> str:
-    return "" if line.key.startswith("$") else ": no counterpart here"  # of a script's variable
 
 
 def import_file(path: Path) -> Imported:

@@ -156,7 +156,10 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key in _VERL_SETTLED or (key in _LENGTHS.values() and isinstance(value, int)):
         return "translated", "", {}
     if key == "data.train_files":
-        return _files(value)
+        files = [value] if isinstance(value, str) else list(value or [])
+        if len(files) != 1:
+            return "refused", f"{len(files)} files: join them into one, and import again", {}
+        return "translated", "", {"data/path": files[0]}
     teacher = value is not None and key.startswith("distillation.teacher_models.")
     if teacher and key.endswith(("model_path", ".path")):
         place = key.rpartition(".")[0]
@@ -243,13 +246,6 @@ def _schedule(kind: Any, content: Mapping[str, Any]) -> Ruled:
         return "translated", "", {"lr_scheduler_type": "cosine"}
     named = {"lr_scheduler_type": "cosine_with_min_lr"}
     return "translated", "", {**named, "lr_scheduler_kwargs/min_lr_rate": least}
-
-
-def _files(value: Any) -> Ruled:
-    files = [value] if isinstance(value, str) else list(value or [])
-    if len(files) != 1:
-        return "refused", f"{len(files)} files: join them into one, and import again", {}
-    return "translated", "", {"data/path": files[0]}
 
 
 def _updates(content: Mapping[str, Any]) -> int:

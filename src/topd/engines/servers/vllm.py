@@ -270,5 +270,6 @@ class VLLMEngine(BaseEngine):
         prefix = scores.prefix
         assert isinstance(prefix, Prefix)
         check_seeds(seeds, starts)
-        texts = [prefix.prompts[b] + prefix.responses[b][:t] for b, t in starts]
-        return self.completions.write(texts, [b for b, _ in starts], sampling, seeds)
+        return self.completions.write(
+            prefix.before(starts), [b for b, _ in starts], sampling, seeds
+        )

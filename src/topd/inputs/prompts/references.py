@@ -20,9 +20,7 @@ def columns_of(template: str, environment: Environment) -> list[str]:
 
 
 def referred(
-    rows: Sequence[Mapping[str, Any]],
-    columns: Sequence[str],
-    reference: Literal["wrong", "none"],
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], reference: Literal["wrong", "none"]
 ) -> list[dict[str, Any]]:
     """For every row the values that its template gets in the place of its own reference.
 
