@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import create_autospec
 
@@ -31,6 +32,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PhimoeConfig,
+    PreTrainedModel,
     TrainingArguments,
     XGLMConfig,
 )
@@ -111,8 +113,9 @@ def test_an_adapter_passes_on_no_warning_about_names_of_libraries(tmp_path):
 
 
 def test_every_inherited_argument_is_known_to_work_or_is_refused():
-    """Those of the installed transformers: an older one has fewer."""
-    assert {f.name for f in fields(TrainingArguments)} <= WORKS | ELSEWHERE | set(REFUSED)
+    """Those of the installed transformers: an older one has fewer, and two that are no more."""
+    names = {f.name for f in fields(TrainingArguments)} - {"warmup_ratio", "logging_dir"}
+    assert names <= WORKS | ELSEWHERE | set(REFUSED)
     assert len(WORKS) + len(ELSEWHERE) + len(REFUSED) == len(WORKS | ELSEWHERE | set(REFUSED))
 
 
@@ -185,7 +188,14 @@ def test_what_transformers_cannot_make_is_said_before_models_load(
 NESTED = [
     ({"gradient_checkpointing_kwargs": {"use_reentrnt": True}}, "unknown key 'use_reentrnt'"),
     ({"gradient_checkpointing_kwargs": {"use_reentrant": "yes"}}, "must be true or false"),
-    ({"gradient_checkpointing_kwargs": {"every_n_layers": 0}}, "a whole number above 0"),
+    pytest.param(
+        {"gradient_checkpointing_kwargs": {"every_n_layers": 0}},
+        "a whole number above 0",
+        marks=pytest.mark.skipif(
+            not hasattr(PreTrainedModel, "activation_checkpointing_enable"),
+            reason="an older transformers",
+        ),
+    ),
     (
         {"gradient_checkpointing_kwargs": {"determinism_check": "no", "use_reentrant": False}},
         "determinism_check should be",
@@ -227,7 +237,7 @@ def test_settings_inside_settings_are_tried_before_models_load(
 def test_settings_inside_settings_work_where_they_are_right(tmp_path):
     options = {
         "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False, "early_stop": False},
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, "determinism_check": "none"},
         "lr_scheduler_type": "cosine",
         "lr_scheduler_kwargs": {"num_cycles": 1.5},
         "optim": "sgd",
@@ -295,6 +305,10 @@ def test_patterns_that_fit_are_taken(tmp_path):
     assert ranks == {2, 4, 8}
 
 
+@pytest.mark.skipif(
+    find_spec("peft.utils.transformers_weight_conversion") is None,
+    reason="an older peft, which knows the names of parameters alone",
+)
 @pytest.mark.parametrize(
     ("options", "ranks"),
     [
@@ -414,6 +428,22 @@ def test_a_saved_student_is_the_one_in_memory(tmp_path):
     model.lm_head.weight.data += 0.05 * torch.randn_like(model.lm_head.weight)
     with pytest.raises(TOPDError, match="differ by"):
         check_saved(tmp_path, model)
+
+
+def test_a_student_that_its_last_update_broke_is_not_given_out_as_trained(tmp_path):
+    """An update before would have been noticed by the next one's rollouts."""
+    student = tiny_model()
+    far = torch.optim.SGD(student.parameters(), lr=1e38)
+    args = TOPDConfig(
+        output_dir=str(tmp_path), max_steps=1, max_completion_length=8, warmup_steps=0,
+        use_cpu=USE_CPU,
+    )  # fmt: skip
+    trainer = TOPDTrainer(
+        student, tiny_model(seed=1), args, rows(4),
+        processing_class=tiny_tokenizer(), optimizers=(far, None),
+    )  # fmt: skip
+    with pytest.raises(TOPDError, match="NaN logits since its last update"):
+        trainer.train()
 
 
 def test_rounding_of_a_narrow_adapter_is_no_other_model(tmp_path):
@@ -577,7 +607,7 @@ def test_a_model_cast_to_16_bits_reads_as_it_does_once_it_is_loaded_again(tmp_pa
     """.to() casts the frequencies of RoPE too, and from_pretrained does not."""
     student, teacher = tiny_model().to(dtype), tiny_model(seed=1).to(dtype)
     assert student.model.rotary_emb.inv_freq.dtype == dtype
-    trainer = make(tmp_path, student, teacher)
+    trainer = make(tmp_path, student, teacher, optim="sgd")  # AdamW's epsilon is 0 in float16
     for name in ("inv_freq", "original_inv_freq"):
         for model in (student, teacher):
             expected = getattr(tiny_model().model.rotary_emb, name)

@@ -18,12 +18,13 @@ PARTS = ("student", "teacher", "teachers", "data", "eval_data", "evaluation", "l
 # Settings of prompts, lengths, precision and batches that stage 1 shares, but for groups of which
 # it names one itself. How long and how fast it learns is its own.
 RECOMPUTED = ("activation_checkpointing", "gradient_checkpointing")  # new and old name
+RECOMPUTING = (*RECOMPUTED, *(f"{name}_kwargs" for name in RECOMPUTED))
 SHARED = (
     *(("max_prompt_length",), ("drop_long_prompts",), ("max_completion_length",)),
     *(("chat_template_kwargs",), ("teacher_prompt",), ("teacher_column", "teachers_mix")),
     *(("use_cpu",), ("bf16", "fp16"), ("tf32",), ("chunk_tokens",), ("score_batch_size",)),
     ("per_device_train_batch_size", "gradient_accumulation_steps"),
-    (*RECOMPUTED, *(f"{name}_kwargs" for name in RECOMPUTED)),
+    RECOMPUTING,
 )
 
 STAGE_1 = "warmstart."  # before a key of stage 1
@@ -67,7 +68,7 @@ def read_content(
         )
     overrides = over(overrides, own)
     first = mapping_at(path, "warmstart", content.pop("warmstart", None) or {})
-    names = {*PARTS, "activation_checkpointing"}
+    names = {*PARTS, *RECOMPUTING}
     refuse_unknown(path, first, {*stage, *names}, "warmstart.")
     refuse_unknown(path, content, {*fields, *names})
     if warmstart:

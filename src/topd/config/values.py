@@ -34,9 +34,10 @@ def typed(kind: type, name: str, value: Any) -> Any:
         return value
     try:
         found = _as(_adapter(kind, name), value)
-    except ValidationError as error:
+    except ValueError as error:  # of older versions of pydantic an enum's own, too
         given = "not shown" if name.endswith("token") else shown(value)
-        raise TOPDError(f"{name}: {error.errors()[0]['msg']} (given: {given}).") from error
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise TOPDError(f"{name}: {said} (given: {given}).") from error
     _check_finite(name, found)
     return found
 

@@ -172,7 +172,8 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
         The largest KL(in memory || on disk) of a next token, nats.
 
     Raises:
-        TOPDError: it is above ``MOST_KL``; everything that was written stays there.
+        TOPDError: it is above ``MOST_KL``, or the one in memory has NaN logits; everything that was
+            written stays there.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     size = base.config.get_text_config().vocab_size
@@ -181,6 +182,12 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
     half = base.dtype.itemsize == 2
     with evaluating(model), _wide(model) if half else nullcontext():
         ours = forward(input_ids=ids.to(model.device), use_cache=False).logits
+    if ours.isnan().any():
+        raise TOPDError(
+            f"{folder}: the student has NaN logits since its last update. Earlier checkpoints are "
+            "kept: resume from one with a lower learning_rate; 16-bit weights are better loaded "
+            "in float32, with bf16: true."
+        )
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
