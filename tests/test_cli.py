@@ -268,10 +268,13 @@ def test_a_run_goes_on_from_a_checkpoint_with_every_update_recorded_once(folders
 
 def test_lora_trains_an_adapter_and_saves_the_whole_student_too(folders, tmp_path):
     folder = tmp_path / "run"
-    topd(folders, folder, "--lora", "{r: 2, lora_alpha: 8, target_modules: [q_proj, v_proj]}")
+    words = ("--lora", "{r: 2, lora_alpha: 8, target_modules: [q_proj, v_proj]}")
+    shown = topd(folders, folder, *words)
     student = AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
     start = AutoModelForCausalLM.from_pretrained(folders / "student").state_dict()
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+    trained = sum(weight.numel() for weight in adapter.values())
+    assert f"adapter on q_proj, v_proj: {trained} of " in shown
     changed = {name for name in start if not torch.equal(student[name], start[name])}
     assert changed == {n for n in start if "q_proj" in n or "v_proj" in n}
     for name in changed:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
@@ -17,6 +18,7 @@ from topd.commands.session import quieten
 from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
+from topd.inputs.models.adapters import adapted
 from topd.runs import checkpoints
 from topd.runs.folder import check_run_folder
 from topd.runs.lock import one_writer
@@ -76,6 +78,8 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, alone: bool) -> None:
     if checkpoint:
         say(console, f"resuming from {checkpoint.name}")
     say(console, trainer.args.settings_of_method())
+    if isinstance(trainer.model, PeftModel):
+        say(console, adapted(trainer.model))
     average = trainer.average.bytes if trainer.average else 0
     large = memory_warning(
         trainer.model, trainer.teacher_model, trainer.args, trainer.train_dataset, average

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -260,6 +260,18 @@ def check_trainable(student: PreTrainedModel | PeftModel) -> None:
             "with PeftModel.from_pretrained(base, adapter, is_trainable=True)."
         )
     raise TOPDError("student: all its weights are frozen. Call model.requires_grad_(True) first.")
+
+
+def adapted(student: PeftModel) -> str:
+    """Which layers an adapter is on: names such as all-linear leave experts or others out."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = {
+        getattr(module, "parameter_name", name.rpartition(".")[2])
+        for name, module in student.named_modules()
+        if isinstance(module, kinds)
+    }
+    trained, every = student.get_nb_trainable_parameters()
+    return f"adapter on {', '.join(sorted(layers))}: {trained:,} of {every:,} weights are trained"
 
 
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:
