@@ -140,8 +140,11 @@ def test_tries_are_bounded_and_the_last_answer_says_why(start, status):
 
 
 def test_no_server_makes_a_run_wait_for_longer_than_two_minutes():
-    answers = [HTTPResponse(headers={"Retry-After": after}) for after in ("7", "86400")]
-    assert [Again().get_retry_after(answer) for answer in answers] == [7, 120]
+    answers = [
+        HTTPResponse(headers={"Retry-After": after}) for after in ("7", "86400", "0.5", "1s", "")
+    ]
+    asked = [Again().get_retry_after(answer) for answer in answers]
+    assert asked == [7, 120, None, None, None]  # what is no header of HTTP's is no fault
     assert Again().get_retry_after(HTTPResponse()) is None
 
 
@@ -209,7 +212,7 @@ def test_a_key_that_no_request_can_carry_is_not_shown(monkeypatch, key):
 
 
 def test_a_redirect_is_not_followed(start):
-    with pytest.raises(TOPDError, match="answers 307"):
+    with pytest.raises(TOPDError, match="answers 307: http://elsewhere"):
         servers(start(statuses=[307]).url).ask([LIST])
 
 
@@ -357,6 +360,66 @@ def test_an_answer_that_was_cut_off_is_refused(folder, start):
     served = engine_of(spec_of(folder, [start(finish="abort")], [start()]))
     with pytest.raises(TOPDError, match="finish_reason 'abort'"):
         served.generate(PROMPTS * 20, Sampling(1.0, max_new_tokens=64), range(60))
+
+
+def test_texts_have_their_own_choices_in_whatever_order_they_come(folder, start):
+    fake = start()
+    engine = engine_of(spec_of(folder, [fake], [start()]))
+    sampling = Sampling(0.0, max_new_tokens=4)
+    known = engine.completions.write(PROMPTS, [0, 0, 0], sampling, range(3))
+    answer, changes = fake.answer, [lambda found: found[::-1], lambda found: [*found, *found]]
+
+    def shuffled(path: str, body: dict[str, Any]) -> Any:
+        found = answer(path, body)["choices"]
+        return {"choices": change([{**choice, "index": k} for k, choice in enumerate(found)])}
+
+    fake.answer = shuffled  # type: ignore[method-assign]
+    change = changes[0]
+    assert engine.completions.write(PROMPTS, [0, 0, 0], sampling, range(3)) == known
+    assert len({text.tokens for text in known}) == 3
+    change = changes[1]
+    for write in (engine.completions.write, lambda p, _, *how: engine.generate(p, *how)):
+        with pytest.raises(TOPDError, match=r"choices .* to \d texts"):
+            write(PROMPTS, [0, 0, 0], sampling, range(3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (lambda one: {"token_ids": one["token_ids"][:3]}, "'length' after 3 of 5 token_ids"),
+        (lambda one: {"token_ids": None}, "after 0 of 5 token_ids"),
+        (lambda one: {"logprobs": {"token_logprobs": [-1.0] * 4}}, "4 log-probs of 5 tokens"),
+        (lambda one: {"logprobs": {"token_logprobs": [None] * 5}}, "TypeError"),
+        (lambda one: {"logprobs": None}, "TypeError"),
+        (lambda one: {"prompt_logprobs": [None]}, "zip"),
+        (lambda one: {"prompt_logprobs": None}, "TypeError"),
+        (lambda one: {"prompt_logprobs": [None, *[{"-1": {}}] * 3]}, "KeyError"),
+    ],
+)
+def test_an_answer_that_is_not_what_was_asked_for_is_refused(folder, start, changes, said):
+    """As of a server whose generation_config.json has fewer max_new_tokens, which vLLM heeds."""
+    fake = start(engine=HFEngine(tiny_model(seed=1), eos_ids=[999]))
+    completions = engine_of(spec_of(folder, [fake], [start()])).completions
+    completions.ends, answer = frozenset(), fake.answer
+
+    def changed(path: str, body: dict[str, Any]) -> Any:
+        (choice,) = answer(path, body)["choices"]
+        return {"choices": [{**choice, **changes(choice)}]}
+
+    fake.answer = changed  # type: ignore[method-assign]
+    reads = "prompt_logprobs" in changes({"token_ids": []})
+    how = () if reads else (Sampling(0.0, max_new_tokens=5), [0])
+    ask = completions.read if reads else completions.write_each
+    with pytest.raises(TOPDError, match=f"no whole answer .*{said}"):
+        ask([PROMPTS[0]], *how)
+
+
+@pytest.mark.parametrize("answer", [{"object": "list", "data": None}, {"detail": "?"}, ["what"]])
+def test_what_lists_no_models_is_no_vllm_server(folder, start, answer):
+    fake = start()
+    fake.answer = lambda path, body: answer  # type: ignore[method-assign]
+    with pytest.raises(TOPDError, match=r"without a list 'data'\. Give the URL of a vLLM server"):
+        check(spec_of(folder, [fake], [start()]))
 
 
 def test_states_of_another_width_are_refused(folder, start):
@@ -671,6 +734,15 @@ def test_an_adapter_goes_over_in_the_weights(tmp_path, rollouts):
     served = run_recipe(student_recipe(tmp_path, "served", rollouts(), **changes), quiet=True)
     logs = records(served, "metrics.jsonl")[:-1]
     assert all(log["logprob_gap"] < 1e-4 for log in logs)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
+def test_an_adapter_that_parts_tied_embeddings_is_refused(tmp_path, rollouts, key):
+    """As real servers would tie them again, which nothing shows before an update."""
+    path = student_recipe(tmp_path, "run", rollouts(), lora={"r": 4, key: ["embed_tokens"]})
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "student")
+    with pytest.raises(TOPDError, match=r"student\.served: the adapter changes one of two tied"):
+        run_recipe(path, quiet=True)
 
 
 def test_a_server_that_cannot_load_says_why_and_the_others_write(tmp_path, rollouts, errors):

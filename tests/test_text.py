@@ -515,6 +515,12 @@ def test_a_completion_without_text_ends_a_text_and_answers_nothing(answering, te
         answering(chat=False, limit="max_completion_tokens")
 
 
+@pytest.mark.parametrize("finish", ["stop", "eos", "eos_token"])
+def test_a_text_ends_in_the_words_of_each_server(answering, finish):
+    answer = {"choices": [{"text": " so", "finish_reason": finish}]}
+    assert written(answering(answer, chat=False), "the") == Written(" so", True)
+
+
 def test_an_error_with_status_200_counts_as_its_code_says(answering, monkeypatch, said):
     monkeypatch.setattr("topd.engines.text.writers.PAUSE", 0.0)
     busy, moderated = ({"error": {"code": code, "message": "no"}} for code in (502, 403))
@@ -899,6 +905,20 @@ def test_log_probs_of_tokens_by_hand(name):
     found = logprobs_of_tokens(border, ids, [*prompt, *joined])
     assert all(map(math.isnan, found[:2]))
     assert found[2:] == [-p for p in range(3, len(ids) + 1)]
+
+
+def test_the_name_of_a_special_token_that_a_server_spells_tells_nothing_of_the_token():
+    """A server that ends by another token reads the student's end as so many letters."""
+    tokenizer = TOKENIZERS["bytes"]
+    border, end = Border(tokenizer), str(tokenizer.eos_token)
+    ids = (*(border.ids((), "so") or ()), int(tokenizer.eos_token_id))
+    words = [("so", -1.0)]
+    *known, last = logprobs_of_tokens(border, ids, [*words, (end, -0.5)])
+    assert last == -0.5
+    spelt = [(letter, -9.0) for letter in end]
+    *found, told = logprobs_of_tokens(border, ids, [*words, *spelt])
+    assert found == pytest.approx(known, nan_ok=True)
+    assert math.isnan(told)
 
 
 OPD = {"method": "opd", "token_loss": "sampled"}

@@ -27,9 +27,10 @@ import torch
 import typer
 import yaml
 from bench import served as served_bench
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
-from conftest import Gradients, tiny_model, tiny_tokenizer, write_pair
+from conftest import TINY, VOCAB, Gradients, tiny_model, tiny_tokenizer, write_pair
 from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
@@ -610,18 +611,27 @@ def test_the_benchmark_counts_bytes_and_what_is_lost(teacher, folder, tmp_path):
 # Rollouts
 
 
-@pytest.fixture(scope="session")
-def student(tmp_path_factory) -> Iterator[dict[str, Any]]:
-    """A tiny student whose head is tied to its embeddings, and what serve-student prints of it."""
-    root = tmp_path_factory.mktemp("student")
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "initializer_range": 0.2}
-    tied = {"tie_word_embeddings": True, "num_key_value_heads": 2}
-    tiny_model(**sizes, **tied).save_pretrained(root / "student")
+SIZES = {"hidden_size": 64, "num_attention_heads": 2, "head_dim": 32, "num_key_value_heads": 2}
+
+
+@contextmanager
+def serving_student(root: Path, model: PreTrainedModel) -> Iterator[dict[str, Any]]:
+    """What serve-student prints of a tiny model."""
+    model.save_pretrained(root / "student")
     tiny_tokenizer().save_pretrained(root / "student")
     words = [sys.executable, "-m", "topd", "serve-student", str(root / "student")]
     extra = ["--python", PYTHON, "--port", str(free_port()), "--enforce-eager"]
-    with started([*words, *extra, "--dtype", "float32"], root / "student.log") as process:
+    extra += ["--dtype", "float32", "--gpu-memory-utilization", "0.1"]  # of a shared machine
+    with started([*words, *extra], root / "student.log") as process:
         yield printed(process, root / "student.log")["student"]
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory) -> Iterator[dict[str, Any]]:
+    """A tiny student whose head is tied to its embeddings, and what serve-student prints of it."""
+    tied = tiny_model(**SIZES, initializer_range=0.2, tie_word_embeddings=True)
+    with serving_student(tmp_path_factory.mktemp("student"), tied) as found:
+        yield found
 
 
 def rollout_recipe(root: Path, student: dict[str, Any]) -> Path:
@@ -642,14 +652,28 @@ def rollout_recipe(root: Path, student: dict[str, Any]) -> Path:
     return root / "recipe.yaml"
 
 
-def test_rollouts_are_written_with_the_weights_of_now(student, tmp_path):
+def check_rollouts(root: Path, student: dict[str, Any]) -> None:
     """The log-probs at sampling are those in training, after every one of some large updates."""
-    result = CliRunner().invoke(app, ["train", str(rollout_recipe(tmp_path, student)), "--quiet"])
+    result = CliRunner().invoke(app, ["train", str(rollout_recipe(root, student)), "--quiet"])
     assert result.exit_code == 0, result.output
-    logs = losses(tmp_path / "run")
+    logs = losses(root / "run")
     assert all(log["logprob_gap"] < 1e-4 for log in logs)
     assert logs[-1]["reverse_kl"] < logs[0]["reverse_kl"] - 0.1  # the updates were large
-    assert not list((tmp_path / "weights").iterdir())
+    assert not list((root / "weights").iterdir())
+
+
+def test_rollouts_are_written_with_the_weights_of_now(student, tmp_path):
+    check_rollouts(tmp_path, student)
+
+
+def test_rollouts_of_experts_are_written_with_the_weights_of_now(tmp_path):
+    """In memory the experts are one tensor, on disk one each, and a CPU's kernel packs them."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    sizes = {**TINY, **SIZES, **experts, "vocab_size": VOCAB, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    with serving_student(tmp_path, Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))) as student:
+        (tmp_path / "pair").mkdir()
+        check_rollouts(tmp_path / "pair", student)
 
 
 def test_vllms_own_reload_which_forgets_a_tied_head_is_found_out(student, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from transformers.utils import logging
 from urllib3 import BaseHTTPResponse
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
 from topd.errors import UNREACHABLE, StoppedError, TOPDError
@@ -154,7 +154,7 @@ class Servers:
             return None
         if answer.status_code == 200:
             return content
-        text = content[:300].decode(errors="replace")
+        text = content[:300].decode(errors="replace") or answer.headers.get("Location", "")
         said = f"{path} answers {answer.status_code}: {text}"
         if answer.status_code < 500 and answer.status_code not in BUSY:
             unknown = answer.status_code in (401, 403)
@@ -232,8 +232,11 @@ class Again(Retry):
     """Tries with pauses, those that a server asks for too; none is longer than ``backoff_max``."""
 
     def get_retry_after(self, response: BaseHTTPResponse) -> float | None:
-        """The pause that an answer asks for, seconds."""
-        asked = super().get_retry_after(response)
+        """The pause that an answer asks for, seconds; None if it cannot be read, as 0.5 or 1s."""
+        try:
+            asked = super().get_retry_after(response)
+        except InvalidHeader:
+            return None
         return None if asked is None else min(asked, self.backoff_max)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePath
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -99,7 +100,8 @@ def probe_of(tokenizer: PreTrainedTokenizerBase) -> Ids:
 
 def _check_model(server: Servers, path: str, longest: int, window: int) -> None:
     """By the names that a server gives its models; a path and a hub name may end alike."""
-    wanted, listed = server.served.model or path, server.get("/v1/models")["data"]
+    wanted = server.served.model or path
+    listed = _part(server, server.get("/v1/models"), "data")
     for model in listed:
         names = (model["id"], model.get("root") or "")
         if wanted in names or (
@@ -121,12 +123,23 @@ def _check_model(server: Servers, path: str, longest: int, window: int) -> None:
 
 def _check_tokenizer(server: Servers, probe: Ids) -> None:
     body = {"prompt": PROBE, "add_special_tokens": False, **server.model}
-    theirs = tuple(server.post("/tokenize", body)["tokens"])
+    theirs = tuple(_part(server, server.post("/tokenize", body), "tokens"))
     if theirs != probe:
         raise TOPDError(
             f"{server.name}: the tokenizer of {server.urls[0]} splits {PROBE!r} into {theirs}, "
             f"that of the recipe's path into {probe}. Serve the model of the recipe."
         )
+
+
+def _part(server: Servers, answer: Any, key: str) -> list[Any]:
+    """The list of an answer under a key. Raises TOPDError if there is none."""
+    found = answer.get(key) if isinstance(answer, dict) else None
+    if not isinstance(found, list):
+        raise TOPDError(
+            f"{server.name}: {server.urls[0]} answers {str(answer)[:200]}, without a list {key!r}. "
+            f"{server.served.other}"
+        )
+    return found
 
 
 def _told(completions: Completions, probe: Ids) -> tuple[Ids, Tensor]:

@@ -9,7 +9,8 @@ loss sees its whole distribution; its decoder is not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from itertools import groupby
 from typing import Any, Unpack
@@ -79,7 +80,8 @@ class Completions:
         answers = self.servers.ask([request for _, request in wanted])
         found: dict[int, Generation] = {}
         for (own, _), answer in zip(wanted, answers, strict=True):
-            found.update(zip(own, self._generations(answer), strict=True))
+            written = self._generations(answer, len(own), sampling.max_new_tokens)
+            found.update(zip(own, written, strict=True))
         return [found[k] for k in range(len(texts))]
 
     def write_each(
@@ -87,15 +89,17 @@ class Completions:
     ) -> list[Generation]:
         """What comes after texts that share nothing."""
         body = [self.request([t], sampling, s) for t, s in zip(texts, seeds, strict=True)]
-        return [g for answer in self.servers.ask(body) for g in self._generations(answer)]
+        answers = self.servers.ask(body)
+        return [self._generations(a, 1, sampling.max_new_tokens)[0] for a in answers]
 
     def read(self, texts: Texts) -> list[Float[Tensor, " L"]]:
         """The log-probs of given texts' tokens but the first, nats."""
         wanted = [self.request([text], ONCE, 0, prompt_logprobs=0) for text in texts]
-        return [
-            _told(answer["choices"][0]["prompt_logprobs"], text)
-            for text, answer in zip(texts, self.servers.ask(wanted), strict=True)
-        ]
+        found = []
+        for text, answer in zip(texts, self.servers.ask(wanted), strict=True):
+            with self._expecting(answer):
+                found.append(_told(answer["choices"][0]["prompt_logprobs"], text))
+        return found
 
     def request(
         self, texts: Texts, sampling: Sampling, seed: int, group: int | None = None, **more: Any
@@ -133,19 +137,35 @@ class Completions:
             "return_tokens_as_token_ids": True,
         }
 
-    def _generations(self, answer: Any) -> Iterable[Generation]:
-        for choice in answer["choices"]:
-            tokens = choice.get("token_ids")
-            if not tokens or choice["finish_reason"] not in ("stop", "length"):
-                raise TOPDError(
-                    f"{self.servers.name}: no whole answer (token_ids {tokens}, finish_reason "
-                    f"{choice['finish_reason']!r}). Use vLLM 0.11 or later, and nothing that "
-                    "interrupts it."
-                )
-            self._check(tokens)
-            read, ended = len(tokens) - 1, tokens[-1] in self.ends
-            logprobs = self._logprobs(choice["logprobs"])
-            yield Generation(tuple(tokens), logprobs, ended, effort=Effort(read, read))
+    def _generations(self, answer: Any, count: int, limit: int) -> list[Generation]:
+        """What was written after ``count`` texts, at most ``limit`` tokens each, in their order."""
+        with self._expecting(answer):
+            found = [self._whole(choice, limit) for choice in _in_order(answer["choices"], count)]
+        for one in found:
+            self._check(one.tokens)
+        return found
+
+    @contextmanager
+    def _expecting(self, answer: Any) -> Iterator[None]:
+        """Inside, an answer that is of another form is refused. Raises TOPDError."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise TOPDError(
+                f"{self.servers.name}: no whole answer ({error!r}): {str(answer)[:200]}. Use vLLM "
+                "0.11 or later, started as topd serve-teacher does, and nothing that interrupts it."
+            ) from error
+
+    def _whole(self, choice: dict[str, Any], limit: int) -> Generation:
+        """One of an answer's texts. Raises ValueError where something other cut it short."""
+        tokens, why = tuple(choice.get("token_ids") or ()), choice["finish_reason"]
+        ended, read = not self.ends.isdisjoint(tokens[-1:]), len(tokens) - 1
+        if why not in ("stop", "length") or not (ended or len(tokens) == limit):
+            raise ValueError(f"finish_reason {why!r} after {len(tokens)} of {limit} token_ids")
+        logprobs = self._logprobs(choice["logprobs"])
+        if len(logprobs) != len(tokens):
+            raise ValueError(f"{len(logprobs)} log-probs of {len(tokens)} tokens")
+        return Generation(tokens, logprobs, ended, effort=Effort(read, read))
 
     def _check(self, tokens: Sequence[int]) -> None:
         """Refuse ids that may not be written. Raises TOPDError."""
@@ -168,12 +188,20 @@ class Completions:
     def _logprobs(self, told: Any) -> tuple[float, ...]:
         """Of a text's tokens, among the ids that all models have; at most 0 where rounding is."""
         if not self.unshared:
-            return tuple(told["token_logprobs"])
+            return tuple(map(float, told["token_logprobs"]))
         names, found = [f"token_id:{token}" for token in self.unshared], []
         for own, listed in zip(told["token_logprobs"], told["top_logprobs"], strict=True):
             others = sum(math.exp(listed[name]) for name in names if name in listed)
             found.append(own - math.log(max(1 - others, math.exp(own), 1e-300)))
         return tuple(found)
+
+
+def _in_order(choices: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """One choice a text, in the texts' order. Raises ValueError where they are others."""
+    known = {choice.get("index", k): choice for k, choice in enumerate(choices)}
+    if len(choices) != count or {*known} != {*range(count)}:
+        raise ValueError(f"choices {[*known]} to {count} texts")
+    return [known[k] for k in range(count)]
 
 
 def _told(places: Sequence[Any], text: Ids) -> Float[Tensor, " L"]:

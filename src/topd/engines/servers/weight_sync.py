@@ -16,7 +16,7 @@ from topd.engines.hf import HFEngine
 from topd.engines.servers import Servers
 from topd.engines.servers.checks import agree, whole_logprobs
 from topd.engines.servers.vllm import Completions
-from topd.errors import DISK, StoppedError
+from topd.errors import DISK, StoppedError, TOPDError
 from topd.inputs.models.adapters import merged
 from topd.inputs.models.fingerprints import trained_digest
 from topd.inputs.served import ServedSpec
@@ -76,8 +76,15 @@ class ServedStudent(HFEngine):
         servers = self.completions.servers
         assert isinstance(servers.served, ServedSpec)
         place = Path(servers.served.weights or "").absolute() / digest[:16]
+        whole = merged(self.model)
+        if _ties(whole) != _ties(self.model):  # at first they are equal: the probe sees nothing
+            raise TOPDError(
+                "student.served: the adapter changes one of two tied embeddings, so the model has "
+                "a head of its own, and servers would tie it again. Leave embeddings and head out "
+                "of lora.target_modules and lora.modules_to_save, or leave student.served out."
+            )
         try:
-            merged(self.model).save_pretrained(place)
+            whole.save_pretrained(place)
         except (OSError, SafetensorError) as error:
             raise StoppedError(
                 f"student.served.weights: {place} cannot be written ({error}). Choose a folder "
@@ -110,3 +117,8 @@ class ServedStudent(HFEngine):
                 "The servers must load what they are told: start them with topd serve-student, of "
                 "this version, and share the folder student.served.weights.",
             )
+
+
+def _ties(model: PreTrainedModel) -> bool:
+    """Whether a model's configuration says that its head is its embeddings."""
+    return bool(model.config.get_text_config().tie_word_embeddings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from topd.inputs.border import Border
 from topd.types import Ids
@@ -21,8 +22,8 @@ def logprobs_of_tokens(border: Border, ids: Ids, pieces: Pieces) -> list[float]:
     """The log-prob of every token, nats; NaN where none is told.
 
     A token has that of the server's tokens which read as it does. None is told where the server
-    splits the text inside it, where a character is several tokens, and before such a place that
-    the server does not spell.
+    splits the text inside it, where a character is several tokens, where it spells the name of a
+    special token letter by letter, and before such a place that the server does not spell.
 
     Args:
         border: of the student's tokenizer.
@@ -39,7 +40,10 @@ def logprobs_of_tokens(border: Border, ids: Ids, pieces: Pieces) -> list[float]:
         after[begin] = after[place] + logprob
         place = begin
     ends = [min(end, len(text)) for end in border.places(ids)]
-    spans = zip([0, *ends], ends, strict=False)
-    return [
-        after[a] - after[b] if a < b and a in after and b in after else math.nan for a, b in spans
-    ]
+    special = {*border.tokenizer.convert_tokens_to_ids(border.marks)}
+    found = []
+    for token, (a, b) in zip(ids, pairwise([0, *ends]), strict=True):
+        spelt = token in special and any(a < place < b for place in after)
+        told = a < b and a in after and b in after and not spelt
+        found.append(after[a] - after[b] if told else math.nan)
+    return found

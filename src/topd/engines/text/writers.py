@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 IN_A_ROW = 16  # prompts that a server may refuse, one after another, before it is at fault
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
-ENDS = {"stop": True, "length": False}
+ENDS = {"stop": True, "eos": True, "eos_token": True, "length": False}  # Together, TGI: eos
 ELSEWHERE = ("refusal", "tool_calls", "function_call")  # what a message says in the place of text
 THOUGHT = ("reasoning", "reasoning_content")  # and before it
 NOTHING = Written("", False)
