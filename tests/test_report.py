@@ -399,7 +399,7 @@ def test_a_comparison_shows_means_with_intervals_and_curves_over_seeds(tmp_path)
     (table,) = [t for t in parsed.tables if "teacher-written tokens" in t[0]]
     assert table[1][:4] == ["opd", "40.0 [37.0, 44.0]", "", "30.0 [28.0, 32.0]"]
     assert table[2][:3] == ["topd", "46.0 [43.0, 50.0]", "+6.0 [4.0, 8.0]"]
-    assert "topd +6.0 [4.0, 8.0] points over opd (greedy)." in parsed.text
+    assert "topd: +6.0 [4.0, 8.0] points over opd (greedy)." in parsed.text
     assert "{" not in parsed.text.partition("Arms")[2].partition("run.json")[0]
     arms = [t for t in parsed.tables if t[0] == ["arm", "mean", "low", "high"]]
     assert arms[0][1:] == [["opd", "0.4", "0.37", "0.44"], ["topd", "0.46", "0.43", "0.5"]]

@@ -241,6 +241,15 @@ def test_a_chosen_fork_is_seen_where_no_teacher_scored_and_no_shading_is_spoken_
     assert "candidate_loss2.5" in page.text("#fork .facts")
 
 
+def test_tokens_of_an_environment_are_told_apart_from_the_student_s(browser, tmp_path):
+    make.training(tmp_path, rollouts=1)
+    row = make.rollout(0, 0, 0, range(9)) | {"replies": [[3, 5]]}
+    make.lines(tmp_path / "rollouts.jsonl", [row])
+    page = Page(browser, write_report(tmp_path), "#/forks/0")
+    assert "9 tokens in 2 turns (7 by the student), ended by itself" in page.text("#rollout h2")
+    assert "pale" not in page.text(".legend")  # no token counts less than once
+
+
 def test_a_probe_s_rollouts_are_of_no_update(browser, tmp_path):
     page = Page(browser, write_report(make.probe(tmp_path)), "#/forks/0")
     assert "update" not in page.text("#rollouts") + page.text("#rollout h2")

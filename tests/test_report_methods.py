@@ -248,7 +248,7 @@ def test_all_of_several_teachers_are_named(tmp_path):
     run = json.loads((tmp_path / "run.json").read_text())
     run["recipe"] = {"teachers": {"math": {"path": "a"}, "code": {"path": "b"}}}
     (tmp_path / "run.json").write_text(json.dumps(run))
-    assert "student-of-test learned from math and code by opd." in page(tmp_path).text
+    assert "student-of-test learned by opd from math and code." in page(tmp_path).text
 
 
 @pytest.mark.parametrize(

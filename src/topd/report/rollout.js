@@ -105,9 +105,11 @@ function drawRollout(index, words) {
   const alarms = rollout.forks.filter((fork) => fork.verdict === "alarm").length;
   const real = rollout.forks.filter((fork) => fork.verdict === "real").length;
   const alarmed = about.why.alarm ? `, ${counted(alarms, "false alarm")}` : "";
+  const replied = rollout.replies.reduce((sum, [from, to]) => sum + to - from, 0);
+  const turns = rollout.replies.length ? ` in ${rollout.replies.length + 1} turns (${rollout.texts.length - replied} by the student)` : "";
   const found = rollout.forks.length ? ` · ${real} real${alarmed}` : "";
   byId("rollout").replaceChildren(...[
-    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `${about.trained ? `update ${rollout.step} · ` : ""}rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}${rollout.replies.length ? ` in ${rollout.replies.length + 1} turns` : ""}, ${end}${found}`)),
+    h("h2", {}, `Prompt ${rollout.prompt}`, h("small", {}, `${about.trained ? `update ${rollout.step} · ` : ""}rollout ${rollout.number}${rollout.whose ? ` · teacher ${rollout.whose}` : ""} · ${counted(rollout.texts.length, "token")}${turns}, ${end}${found}`)),
     rollout.prompt_text ? h("details", { class: "prompt" }, h("summary", {}, "Prompt"), h("div", { class: "text", lang: "" }, rollout.prompt_text)) : null,
     isAnswer(rollout) ? h("p", { class: "note" }, "The student did not write this: it is an answer to learn from, so without shading by loss.") : null,
     rollout.asked.length ? h("ul", { class: "asked", "aria-label": "What the method asks of this rollout" }, ...rollout.asked.map((words) => h("li", {}, words))) : null,

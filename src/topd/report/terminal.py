@@ -50,7 +50,8 @@ def rollout_text(seen: RolloutView, index: int, rule: Verdict, *, trained: bool)
     end = "ended by itself" if seen.finished else "cut by the length limit"
     update = f"update {seen.step}, " * trained  # of probes and repairs there is none
     heading = Text(f"rollout {index}: prompt {seen.prompt}, {update}", style="bold")
-    turns = f" in {len(seen.replies) + 1} turns" if seen.replies else ""
+    own = len(seen.texts) - sum(last - first for first, last in seen.replies)
+    turns = f" in {len(seen.replies) + 1} turns ({own} by the student)" if seen.replies else ""
     heading.append(f"{counted(len(seen.texts), 'token')}{turns}, {end}")
     signs = (
         (f"◆ {rule.real}", seen.forks),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle, product
 
 import matplotlib as mpl
 import numpy as np
@@ -18,7 +17,7 @@ from topd.runs.records import IntervalRecord
 
 HEIGHT = 2.9  # inches of a figure
 MARKS = 120  # points of a curve that have a tooltip
-DASHES = ("-", "--", ":", "-.")  # curves beyond the colours
+DASHES = ("-", "--", ":", "-.")  # a curve under another is seen through it
 LINES = 24  # lines of a table of numbers
 
 
@@ -95,18 +94,31 @@ def curves(
     """Curves over updates; long ones faint, with their running mean over a tenth of the run."""
 
     def draw(axes: Axes) -> None:
-        for (dash, colour), curve in zip(cycle(product(DASHES, PALETTE)), found, strict=False):
+        for n, curve in enumerate(found):  # all 24 pairs of a dash and a colour before one again
+            dash, colour = DASHES[(n + n // 12) % len(DASHES)], PALETTE[n % len(PALETTE)]
             _curve(axes, curve, colour, dash, unit, x_label)
         axes.set(xlabel=x_label, ylabel=unit)
-        if x_label == "updates":  # there is no half of one
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if min(min(curve.y) for curve in found) >= 0:  # nor is there less than none of it
+            axes.set_ylim(bottom=max(0, axes.get_ylim()[0]))
+        if x_label == "updates":
+            count_whole(axes)
         if len(found) > len(PALETTE):
             make_room(axes, HEIGHT + 0.18 * math.ceil(len(found) / 2))
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
+            legend_below(axes, 2)
         elif len(found) > 1:
             axes.legend()
 
     return draw
+
+
+def count_whole(axes: Axes) -> None:
+    """Whole numbers below the axis, also of a single one: there is no half of an update."""
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def legend_below(axes: Axes, columns: int) -> None:
+    """The names below the figure, where they are printed over nothing."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=columns)
 
 
 def _curve(axes: Axes, curve: Series, colour: str, dash: str, unit: str, x_label: str) -> None:
@@ -170,7 +182,8 @@ def histogram(
             axes.axvline(float(np.median(values)), color=colours[name], ls=dash, lw=1)
         axes.set(xlabel=unit, ylabel="share of the group", xlim=(0, edges[-1]))
         if sum(len(values) > 0 for values in groups.values()) > 1:
-            axes.legend()
+            make_room(axes, HEIGHT + 0.18)
+            legend_below(axes, 3)
 
     return draw
 

@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from topd.report.charts import (
     Chart,
     Fact,
+    count_whole,
     curve_table,
     curves,
     group_table,
     histogram,
+    legend_below,
     number,
     series,
     spaced,
@@ -190,10 +191,10 @@ def training_facts(folder: Path) -> list[Fact]:
     """The run in a few numbers."""
     every = read_logs(folder)
     logs = [log for log in every if "loss" in log]
-    done = number(max((log.get("step", 0) for log in every), default=0))
+    done, asked = max((log.get("step", 0) for log in every), default=0), _asked(folder)
     if not logs:
-        return [Fact("updates", done, "none was logged yet")]
-    facts = [Fact("updates", done)]
+        return [Fact("updates", number(done), "none was logged yet")]
+    facts = [Fact("updates", number(done), f"of {asked:,}" if done < asked else "")]
     changes = (_change(logs, key) for key in DIVERGENCES if finite(logs, key)[0])
     facts += [*changes][:1]
     found, rule = _found(folder), rule_of(folder)
@@ -208,6 +209,12 @@ def training_facts(folder: Path) -> list[Fact]:
         note = f"{share:.0%} of it in {slowest}"
         facts.append(Fact("time in the phases", duration(sum(times.values())), note))
     return facts
+
+
+def _asked(folder: Path) -> int:
+    """The updates that a run was to make; 0 where epochs say it, or nothing is known."""
+    asked = settings_of(folder).get("max_steps")
+    return asked if isinstance(asked, int) else 0
 
 
 def duration(seconds: float) -> str:
@@ -245,6 +252,8 @@ def _change(logs: Logs, key: str) -> Fact:
     """Means of the first and last updates, and of how many."""
     values, updates = finite(logs, key)
     first, last, count, differ = change(values)
+    if len(values) == 1:
+        return Fact(DIVERGENCES[key], f"{first:.3f}", "nats a token, logged once")
     head, tail = sum(updates[:count]), sum(updates[-count:])
     ends = f"first and last {tail}" if head == tail else f"first {head} and last {tail}"
     note = f"nats a token, mean of the {ends} of {counted(sum(updates), 'update')}"
@@ -327,7 +336,7 @@ def _time_bars(logs: Logs, phases: tuple[str, ...]) -> Callable[[Axes], None]:
                 hint(bar, [f"{phase}, {name}: {mean:.3g} s"])
             bottom += means
         axes.set(xlabel="updates", ylabel="seconds an update")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3)
+        count_whole(axes)
+        legend_below(axes, 3)
 
     return draw
