@@ -79,7 +79,7 @@ def worked_out(config: Any, name: str, value: Any) -> None:
     """Set what a value comes to; where none was given, none counts as given for it."""
     setattr(config, name, value)
     if name in config.left_out:
-        config.left_out[name] = value
+        config.left_out = {**config.left_out, name: value}  # a copy of it keeps its own
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ class TOPDTrainer(ObservedTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
     ) -> None:
         args = self.kind_of_args() if args is None else args
+        if optimizers[0] is not None:
+            args = copy(args)  # it is told the optimiser's rate
         processing = processing_class, teacher_processing_class
         sources, routes, tokenizers, train, evaluation = self._started(
             model, teacher_model, args, (train_dataset, eval_dataset), peft_config, processing,

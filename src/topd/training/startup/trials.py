@@ -199,18 +199,26 @@ def _check_one_loss(optimizer: Any) -> None:
 
 def _take_rate(args: TOPDConfig, optimizer: Any) -> None:
     """Of an optimiser that was given the rate counts, here and in the records of the run."""
-    groups = optimizer.param_groups
-    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    held = [_settings_of(group) for group in optimizer.param_groups]
     usual = defaults_of(type(args))
     for name in OF_OPTIMISER:
         value = getattr(args, name)
-        idle = name not in args.left_out and value != usual[name]
-        if idle and not (name == RATE and value in rates):
+        given = name not in args.left_out and value != usual[name]
+        if given and all(value != own.get(name) for own in held):
             raise TOPDError(
                 f"{name}: {_word(value)} has no effect: an optimiser was given (optimizers), which "
                 "has its own. Leave it out, or give no optimiser."
             )
-    worked_out(args, RATE, max(rates))
+    worked_out(args, RATE, max(float(own[RATE]) for own in held))
+
+
+def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group of an optimiser's parameters is learned with, by the names of the settings."""
+    first, second = (*(group.get("betas") or ()), None, None)[:2]
+    return {
+        RATE: group.get("initial_lr", group["lr"]), "weight_decay": group.get("weight_decay"),
+        "adam_beta1": first, "adam_beta2": second, "adam_epsilon": group.get("eps"),
+    }  # fmt: skip
 
 
 def _check_schedule(trainer: Trainer) -> None:
