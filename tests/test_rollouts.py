@@ -483,6 +483,13 @@ def test_a_message_that_a_template_cannot_do_without_is_written():
     reader.encode([{"prompt": [{"role": "user", "content": "what"}]}])
 
 
+def test_an_answer_that_a_template_cuts_at_its_marks_is_written():
+    marked = "{{ m['content'].split('<answer>')[-1].split('</answer>')[0] }}"
+    reader = with_template(TURNS.replace("{{ m['content'] }}", marked), "<eot>")
+    said = {**ANSWER, "content": f"we add <answer> {ANSWER['content']} </answer>"}
+    reader.encode([{"prompt": [*ASKED, said, *ASKED]}])
+
+
 def test_one_of_two_names_of_a_thought_does():
     reader = with_template(THINKING, "<think>", "</think>")
     both = {**ANSWER, "reasoning": "we add", "reasoning_content": "we add"}
