@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
-
-from topd.errors import TOPDError
 
 logger = logging.get_logger(__name__)
 
@@ -56,27 +55,33 @@ def exact_rope(role: str, model: nn.Module) -> None:
     """Give a model its RoPE's frequencies in float32 back, where ``.to(torch.bfloat16)`` cut them.
 
     ``from_pretrained(..., dtype=...)`` keeps them, so a model that is loaded again has others, and
-    the more so the longer a text is.
-
-    Raises:
-        TOPDError: the module that has them cannot be rebuilt.
+    the more so the longer a text is. Frequencies that are saved, or are made in 16 bits, stay.
     """
-    cut = False
+    said = set()
     for module in model.modules():
         for name, held in module.named_buffers(recurse=False):
-            if not (name.endswith("inv_freq") and held.dtype.itemsize == 2):
+            saved = name not in module._non_persistent_buffers_set
+            if saved or not name.endswith("inv_freq") or held.dtype.itemsize != 2:
                 continue
-            try:
-                fresh = getattr(type(module)(module.config), name)
-            except (AttributeError, TypeError, ValueError) as error:
-                raise TOPDError(
-                    f"{role}: the frequencies of its RoPE are in {held.dtype}, by .to() or .half()."
-                    " Load it in that dtype: from_pretrained(..., dtype=...)."
-                ) from error
-            module.register_buffer(name, fresh.to(held.device), persistent=False)
-            cut = True
-    if cut:
+            fresh = _as_made(module, name, held.dtype)
+            if fresh is None:
+                said.add("are in 16 bits. If that is by .to() or .half(), load it in that dtype by")
+            elif fresh.dtype != held.dtype:
+                module.register_buffer(name, fresh.to(held.device), persistent=False)
+                said.add("were in 16 bits, by .to() or .half(), and are in float32 again, as by")
+    for what in sorted(said):
         logger.warning(
-            f"{role}: the frequencies of its RoPE were in 16 bits, by .to() or .half(), and are in "
-            "float32 again, as from_pretrained(..., dtype=...) loads them."
+            f"{role}: the frequencies of its RoPE {what} from_pretrained(..., dtype=...)."
         )
+
+
+def _as_made(module: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+    """A buffer as from_pretrained makes it in a dtype; None of a module that wants more for it."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return getattr(type(module)(module.config), name)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    finally:
+        torch.set_default_dtype(usual)
