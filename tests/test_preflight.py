@@ -9,6 +9,7 @@ import warnings
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from unittest.mock import create_autospec
 
 import peft
@@ -32,6 +33,7 @@ from transformers import (
     MixtralConfig,
     OPTConfig,
     PhimoeConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     TrainingArguments,
     XGLMConfig,
@@ -42,6 +44,7 @@ from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
 from topd.errors import TOPDError
 from topd.inputs.models.adapters import merged
+from topd.inputs.models.positions import exact_rope
 from topd.report.kinds.training import training_charts
 from topd.training.inherited import ELSEWHERE, REFUSED, WORKS, check_inherited
 from topd.training.startup.preflight import (
@@ -544,6 +547,11 @@ def tied(model):
     ("wrap", "said"),
     [
         (lambda m: get_peft_model(m, AdaLoraConfig(total_step=9)), "kind ADALORA"),
+        pytest.param(
+            lambda m: get_peft_model(m, LoraConfig(kasa_config=peft.KasaConfig())),
+            "kind KASA",
+            marks=pytest.mark.skipif(not hasattr(peft, "KasaConfig"), reason="an older peft"),
+        ),
         (lambda m: get_peft_model(m, PromptTuningConfig(**VIRTUAL)), "kind PROMPT_TUNING"),
         (lambda m: get_peft_model(m, LoraConfig(alora_invocation_tokens=[5])), "aLoRA"),
         (lambda m: inject_adapter_in_model(LoraConfig(), m), "as a PeftModel"),
@@ -564,6 +572,7 @@ def test_a_student_that_would_be_lost_at_the_end_is_refused(tmp_path, wrap, said
     [
         ({"layer_replication": [(0, 2), (1, 2)]}, r"layers\.1\.\S+ is not as in a"),
         ({"init_lora_weights": "eva"}, "eva has no effect .*initialize_lora_eva_weights"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga has no effect"),
         ({"use_qalora": True}, "use_qalora: has no effect"),
     ],
 )  # fmt: skip
@@ -573,7 +582,10 @@ def test_an_adapter_that_is_not_merged_or_not_made_as_it_says_is_refused(tmp_pat
         make(tmp_path, tiny_model("llama"), peft_config=config)
 
 
-@pytest.mark.parametrize("kind", ["IA3Config", "LoHaConfig", "VeraConfig", "LoraConfig"])
+@pytest.mark.parametrize(
+    "kind",  # SHiRA is merged with its weights only
+    ["IA3Config", "LoHaConfig", "VeraConfig", "LoraConfig", "ShiraConfig"],
+)
 def test_other_adapters_of_layers_are_saved_as_they_are_trained(tmp_path, kind):
     more = {"feedforward_modules": []} if kind == "IA3Config" else {"r": 4}
     config = getattr(peft, kind)(target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
@@ -585,6 +597,12 @@ def test_other_adapters_of_layers_are_saved_as_they_are_trained(tmp_path, kind):
     torch.testing.assert_close(
         saved(input_ids=IDS).logits, trainer.model.eval()(input_ids=IDS).logits, rtol=0, atol=1e-3
     )
+
+
+def test_a_whole_student_need_not_be_copied(tmp_path):
+    student = tiny_model()
+    student.lock, student.last = Lock(), student(input_ids=IDS).logits
+    make(tmp_path, student).train()
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -616,6 +634,38 @@ def test_a_model_cast_to_16_bits_reads_as_it_does_once_it_is_loaded_again(tmp_pa
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "student").to(DEVICE)
     ours = trainer.model.eval()(input_ids=IDS).logits
     torch.testing.assert_close(saved(input_ids=IDS).logits, ours, rtol=0, atol=0)
+
+
+class Rope(torch.nn.Module):
+    """Of a model's own code: frequencies that .to() does not make others, or that have no maker."""
+
+    def __init__(self, config: PreTrainedConfig, size: int = 4, *, saved: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("inv_freq", 1e4 ** -(torch.arange(size) / size), persistent=saved)
+
+
+class Wide(Rope):
+    def __init__(self, config: PreTrainedConfig, size: int) -> None:
+        super().__init__(config, size)
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        (lambda config: Rope(config, saved=True), []),
+        (Rope, []),
+        (lambda config: Wide(config, 4), ["student: the frequencies of its RoPE are in 16 bits"]),
+    ],
+)
+def test_frequencies_that_are_loaded_as_they_are_stay(monkeypatch, rope, said):
+    student, told = tiny_model(), []
+    monkeypatch.setattr("topd.inputs.models.positions.logger.warning", told.append)
+    student.own = rope(student.config).to(torch.bfloat16)
+    before = student.own.inv_freq
+    exact_rope("student", student)
+    assert student.own.inv_freq is before
+    assert [text.split(". ")[0] for text in told] == said
 
 
 # Noise
@@ -824,6 +874,29 @@ def test_what_an_optimiser_that_was_given_does_not_take_is_refused(tmp_path):
     trainer(optimizer, learning_rate=0.25)
     trainer(optimizer).train()
     assert "| learning rate | 0.25 |" in (tmp_path / "run/student/README.md").read_text()
+
+
+def test_settings_that_an_optimiser_was_made_with_are_its_own(tmp_path):
+    """And a configuration that is used again has its own learning rate."""
+
+    def trainer(options, **made):
+        student = tiny_model()
+        optimizer = torch.optim.AdamW(student.parameters(), **made)
+        args = TOPDConfig(str(tmp_path), max_completion_length=8, use_cpu=USE_CPU, **options)
+        rate = args.learning_rate
+        trainer = TOPDTrainer(
+            student, tiny_model(seed=1), args, rows(4),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, None),
+        )  # fmt: skip
+        assert args.learning_rate == rate
+        return trainer
+
+    own = {"learning_rate": 3e-5, "weight_decay": 0.1, "adam_beta2": 0.95, "adam_epsilon": 1e-6}
+    made = {"lr": torch.tensor(3e-5), "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-6}
+    trainer(own, **made)
+    with pytest.raises(TOPDError, match=r"^adam_epsilon: 1e-06 has no effect"):
+        trainer(own, **{**made, "eps": 1e-8})
+    assert trainer({}, lr=0.25).args.learning_rate == 0.25
 
 
 def test_a_schedule_without_its_optimiser_is_refused(tmp_path):

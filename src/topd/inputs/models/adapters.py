@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from topd.errors import TOPDError
 
 ADAPTER = "adapter_config.json"
+_WITH_LOSS = ("MONTECLORA", "KASA")  # kinds of LoRA
 _PEFT_FAULTS = (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError)
 
 
@@ -49,10 +50,11 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
         kind = getattr(adapter, "peft_type", f"a {type(adapter).__name__}")
         raise TOPDError(f"peft_config: {kind} is not supported. Give a peft.LoraConfig.")
     _check_numbers(adapter)
-    if adapter.init_lora_weights == "eva":
+    if adapter.init_lora_weights in ("eva", "lora_ga"):
         raise TOPDError(
-            "lora.init_lora_weights: eva has no effect here: it needs texts. Wrap the model first, "
-            "with peft.initialize_lora_eva_weights, and give that without peft_config."
+            f"lora.init_lora_weights: {adapter.init_lora_weights} has no effect here: it needs "
+            "texts. Wrap the model first (peft.initialize_lora_eva_weights, or preprocess_loraga "
+            "and get_peft_model), and give that without peft_config."
         )
     if adapter.use_qalora:
         raise TOPDError(
@@ -179,15 +181,9 @@ def check_savable(student: PreTrainedModel | PeftModel) -> None:
     """Refuse a student that would be saved as another model, or not at all. Raises TOPDError.
 
     Its adapter is merged, and what comes of it is held against a model of its class and
-    configuration, both without weights: the same parameters, shared by the same layers.
+    configuration, without weights: the same parameters, shared by the same layers.
     """
-    if isinstance(student, PeftModel):
-        _check_kind(student)
-    try:
-        with torch.device("meta"):
-            whole = merged(_hollow(student))
-    except _PEFT_FAULTS as error:
-        raise _refused(error) from error
+    whole = _merged_on_trial(student) if isinstance(student, PeftModel) else student
     try:
         with torch.device("meta"):
             fresh = type(whole)._from_config(copy.deepcopy(whole.config))
@@ -208,18 +204,32 @@ def check_savable(student: PreTrainedModel | PeftModel) -> None:
     )
 
 
+def _merged_on_trial(student: PeftModel) -> PreTrainedModel:
+    """The model that will be saved; without weights, where its adapter is merged so."""
+    _check_kind(student)
+    try:
+        with torch.device("meta"):
+            return merged(_hollow(student))
+    except _PEFT_FAULTS:  # VB-LoRA, SHiRA and others need the weights
+        try:
+            return merged(student)
+        except _PEFT_FAULTS as error:
+            raise _refused(error) from error
+
+
 def _check_kind(student: PeftModel) -> None:
     """Refuse adapters that are more than layers: the layers alone are called here."""
-    tuner = student.base_model
-    if not isinstance(tuner, BaseTuner) or type(tuner).forward is not BaseTuner.forward:
-        kind = student.active_peft_config.peft_type.value
+    tuner, config = student.base_model, student.active_peft_config
+    own = [name for name in _WITH_LOSS if getattr(config, f"{name.lower()}_config", None)]
+    if own or not isinstance(tuner, BaseTuner) or type(tuner).forward is not BaseTuner.forward:
+        kind = own[0] if own else config.peft_type.value
         raise TOPDError(
             f"student: adapters of the kind {kind} are not supported: they do more than their "
             "layers do (a loss, virtual tokens, a choice of experts). Give one of LoRA."
         )
 
 
-def _hollow(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
+def _hollow(model: PeftModel) -> PeftModel:
     """The same model without weights: on the meta device, where copies cost nothing."""
     known: dict[int, torch.Tensor] = {}
     for weight in model.parameters():
