@@ -25,12 +25,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
-from conftest import rows
+from conftest import rows, tiny_model
 from test_trainer import lines, make, student, teacher
 from test_warmstart import make as stage_1
 from topd import TOPDTrainer
 from topd.distributed import agreed, end_ranks, everywhere, on_first, rank
 from topd.errors import StoppedError, TOPDError
+from topd.runs import lock
 from topd.training.experience.evidence import Experience
 from topd.training.learning import collate
 
@@ -243,6 +244,33 @@ def faults(folder: Path, ranks: int) -> dict[str, str]:
         found["agreed"] = str(error)
     found["everywhere"] = str(everywhere(rank()))
     found["on_first"] = str(on_first(rank()))
+    return found
+
+
+def apart(folder: Path, ranks: int) -> dict[str, str]:
+    """What is said where the second rank was given something else than the first."""
+    found, last, learned = {}, ranks > 1 and rank() == ranks - 1, {"method": "opd", "max_steps": 1}
+    data, held_out = rows(16), rows(7)
+    given: dict[str, dict[str, Any]] = {
+        "nothing": {},
+        "data": {"data": data[::-1] if last else data},
+        "eval": {"eval_dataset": {"a": held_out, "b": held_out[: 6 if last else 7]}},
+        "temperature": {"temperature": 0.8 if last else 1.0},
+        "learning_rate": {"learning_rate": 1e-2 if last else 1e-3},
+    }
+    models = {"teacher": (student(), tiny_model("qwen3", seed=2 if last else 1))}
+    waits, lock.PATIENCE = lock.PATIENCE, 1.0
+    for name in (*given, "teacher", "answers", "folder"):
+        place = folder / f"{name}{last if name == 'folder' else ''}"
+        options = {"data": data, **learned, **given.get(name, {})}
+        try:
+            if name == "answers":
+                stage_1(place, data=data[: 10 if last else 16]).train()
+            else:
+                make(place, *models.get(name, ()), **options).train()
+        except TOPDError as error:
+            found[name] = str(error).replace(str(place), "FOLDER")
+    lock.PATIENCE = waits
     return found
 
 

@@ -70,6 +70,7 @@ def folder(tmp_path_factory) -> Path:
 def two(folder) -> list[dict[str, Any]]:
     """What each of two ranks found, by case."""
     cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "answered", "reordered")
+    cases += ("apart",)
     cases += ("fsdp", "fsdp_resumed", "fsdp_evaluated")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
     ranks = [
@@ -225,6 +226,24 @@ def test_a_fault_on_one_rank_is_raised_on_all(two, folder):
     assert (folder / "faults" / "later" / "checkpoint-1" / "seal.json").exists()
     assert "max_logprob_gap" in first["gap"]
     assert first["everywhere"] == "[0, 1]"
+
+
+def test_ranks_that_were_given_something_else_are_refused(two):
+    """Each would train on what it has: with other rates even the weights are others."""
+    first, second = (rank["apart"] for rank in two)
+    assert "nothing" not in first
+    for name, said in (
+        ("data", "train_dataset: is not the same on rank 0 and on rank 1. Launch"),
+        ("eval", "eval_dataset b: is not the same"),
+        ("teacher", "teacher: is not the same"),
+        ("temperature", "temperature: is not the same on rank 0 and on rank 1: 1.0, and 0.8."),
+        ("learning_rate", "learning_rate: is not the same"),
+        ("answers", "train_dataset: is not the same"),  # before the teacher writes
+        ("folder", "output_dir: rank 1 does not see in FOLDER what rank 0 writes there."),
+    ):
+        assert first.pop(name).startswith(said)
+        assert second.pop(name).startswith(said)
+    assert first == second == {}
 
 
 def test_an_evaluation_counts_every_prompt_once_and_changes_no_training(two, tmp_path):

@@ -7,7 +7,7 @@ costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -79,6 +79,20 @@ def agreed(
     if faults:
         raise fault or faults[0]
     return found  # type: ignore[return-value]
+
+
+def check_alike(given: Mapping[str, Any]) -> None:
+    """Refuse ranks that were given different things, each picklable. Raises TOPDError on all."""
+    first, *others = everywhere(dict(given))
+    for number, other in enumerate(others, start=1):
+        for name in {**first, **other}:
+            ours, theirs = first.get(name), other.get(name)
+            if ours != theirs:
+                shown = f": {ours!r}, and {theirs!r}" if len(f"{ours!r}{theirs!r}") < 100 else ""
+                raise TOPDError(
+                    f"{name}: is not the same on rank 0 and on rank {number}{shown}. Launch all "
+                    "ranks with the same recipe, data, models and packages."
+                )
 
 
 def several() -> bool:

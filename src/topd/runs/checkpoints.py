@@ -312,7 +312,7 @@ def check_same(
         if not content:
             raise TOPDError(LOST.format(path=run / name))
     for part in ("data", "models"):
-        if _without_names(before.get(part)) != _without_names(record[part]):
+        if without_names(before.get(part)) != without_names(record[part]):
             if part == "data" and dated:
                 raise TOPDError(DATED.format(run=run))
             raise TOPDError(OTHER.format(run=run, what=f"other {part}"))
@@ -346,11 +346,11 @@ def check_same(
     return [*stored.get("resumed", ()), {"step": step, "changed": changed}]
 
 
-def _without_names(fingerprints: Any) -> Any:
+def without_names(fingerprints: Any) -> Any:
     """What models are, not where they were loaded from."""
     if not isinstance(fingerprints, dict):
         return fingerprints
-    return {key: _without_names(own) for key, own in fingerprints.items() if key != "name"}
+    return {key: without_names(own) for key, own in fingerprints.items() if key != "name"}
 
 
 def begin_anew(run: Path) -> None:

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from threading import Event, Thread
 
-from topd.distributed import agreed, rank, several
+from topd.distributed import agreed, everywhere, rank, several
 from topd.errors import TOPDError
 from topd.runs.files import LOCK, PATIENCE
 
@@ -83,6 +83,7 @@ def one_writer(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     agreed(lambda: _take(folder) if first else None)
     try:
+        _check_shared(folder)
         yield
     except TOPDError as error:
         if first and made and error.exit_code == TOPDError.exit_code:
@@ -101,6 +102,27 @@ def refuse_if_busy(folder: Path) -> None:
     if not several() and os.path.realpath(folder) not in _HELD:
         with suppress(FileNotFoundError), open(folder / LOCK, "r+b") as file:
             _check(folder, file.fileno())
+
+
+def _check_shared(folder: Path) -> None:
+    """Whether all ranks see the lock that rank 0 holds. Raises TOPDError on all."""
+    if not several():
+        return
+    held, end = everywhere(_content(folder))[0], time.monotonic() + PATIENCE
+    while (seen := _content(folder)) != held and time.monotonic() < end:  # NFS may show it later
+        time.sleep(PATIENCE / 60)
+    unseen = [number for number, same in enumerate(everywhere(seen == held)) if not same]
+    if unseen:
+        raise TOPDError(
+            f"output_dir: rank {unseen[0]} does not see in {folder} what rank 0 writes there. "
+            "Choose a folder on storage that all ranks see, by the same path."
+        )
+
+
+def _content(folder: Path) -> bytes:
+    with suppress(OSError), open(folder / LOCK, "rb") as file:
+        return file.read()
+    return b""
 
 
 def _take(folder: Path) -> None:

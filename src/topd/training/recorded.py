@@ -39,6 +39,7 @@ from topd.training.experience.evidence import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.progress import Phases, say
 from topd.training.sharded import WholeCopy, check_kind, whole_copy
+from topd.training.startup.alike import check_ranks_agree
 from topd.training.startup.loaded import LoadingTrainer
 from topd.training.startup.preflight import check_saved
 from topd.training.startup.resumed import check_resumed
@@ -147,9 +148,7 @@ class RecordedTrainer(LoadingTrainer):
             self._open_folder(checkpoint)
             if self.average and checkpoint:
                 self.average.load(checkpoint)
-            result = super().train(
-                resume_from_checkpoint=str(checkpoint) if checkpoint else None, **kwargs
-            )
+            result = super().train(str(checkpoint) if checkpoint else None, **kwargs)
             self._save_student(self.record)
         if self.at_end and self.is_world_process_zero():
             say(Console(), self.at_end(self.run_folder))
@@ -169,8 +168,8 @@ class RecordedTrainer(LoadingTrainer):
             seed=self.args.seed,
             device=self.accelerator.device,
         )
-        self._begun = None
-        args = self.args
+        check_ranks_agree(self.args, self.train_dataset, self.eval_dataset, self.record)
+        self._begun, args = None, self.args
         settings = {"recipe": self.recipe, "config": args.to_dict(), "ranks": args.world_size}
         if checkpoint:
             settings["resumed"] = self._go_back(checkpoint, settings)

@@ -31,6 +31,7 @@ from topd.runs.lock import one_writer
 from topd.seeds import Stream, sampling_seeds
 from topd.training.metrics import SHORTER
 from topd.training.startup import DataRows
+from topd.training.startup.alike import check_ranks_agree
 from topd.training.trainer import TOPDTrainer
 from topd.types import Prompt
 
@@ -180,6 +181,7 @@ class WarmstartTrainer(TOPDTrainer):
         with one_writer(folder):
             if self.args.answers == "teacher" and self.train_dataset is not None:
                 check_run_folder(folder, resume=bool(resume_from_checkpoint))
+                check_ranks_agree(self.args, self.questions)
                 self.train_dataset = self._answered(self.questions, folder / "answers.jsonl")
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
