@@ -57,7 +57,9 @@ CHOICE = re.compile(r"\(?([A-Z])\)?")
 CHOSEN = re.compile(
     r"(?:(?i:option|choice)\s+)?(?:\(?([A-Za-z])[).:]?|\(?([A-Z])[).:]\s+.+|\(([A-Z])\).*)"
 )
-SECOND = re.compile(r"[).:]*\s*(?:[,/&]|and\b|or\b)\s*(?i:(?:or|and|option|choice)\s+)*\(?[A-Z]\b")
+SECOND = re.compile(
+    r"[).:]*\s*(?:[,/&]|and\b|or\b)\s*(?i:(?:or|and|option|choice)\s+)*\(?(?!I [a-z])[A-Z]\b"
+)
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp min max gcd lcm mod det arcsin arccos arctan sinh cosh "
     "tanh sqrt pi infty frac cup cap inf lim sup".split()
