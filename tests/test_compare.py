@@ -653,6 +653,27 @@ def test_other_data_than_that_of_stage_1_is_refused_before_an_arm_runs(
     assert ran == ["".join(rows)] * 2
 
 
+def test_data_that_are_gone_are_asked_of_nothing_that_has_run(recipe, tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
+    path.write_text("".join(rows))
+    arms = f"{{opd: {{method: opd}}, own: {{data: {{path: '{path}', chat: false}}}}}}"
+    words = [f"--output_dir={tmp_path / 'run'}", "--max_steps=1", f"--compare.arms={arms}"]
+    words += ["--compare.seeds=[0]", "--compare.warmstart", f"--warmstart.data.path={path}"]
+    words += ["--warmstart.data.chat=false"]
+    table = run_compare(recipe, words) / "compare.json"
+    found = table.read_text()
+    path.unlink()
+    table.unlink()
+    run_compare(recipe, words)
+    assert table.read_text() == found
+    with pytest.raises(TOPDError, match="holds another comparison"):  # not: has other rows
+        run_compare(recipe, [*words, "--warmstart.data.limit=5"])
+    path.write_text("".join(reversed(rows)))
+    with pytest.raises(TOPDError, match=r"own\.jsonl has other rows than when stage 1 learned"):
+        run_compare(recipe, words)
+
+
 def test_a_comparison_of_a_version_that_did_not_count_tokens_is_refused(recipe, tmp_path):
     words = [f"--output_dir={tmp_path / 'run'}", "--max_steps=1", "--compare.seeds=[0]"]
     words += ["--compare.arms={opd: {method: opd}}"]

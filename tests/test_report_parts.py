@@ -236,6 +236,23 @@ def test_curves_are_in_the_order_of_the_arms_whichever_ended_first(tmp_path):
     assert chart.columns[1:] == ("opd", "topd")
 
 
+def test_curves_are_of_the_seeds_of_the_table(tmp_path):
+    """Others were taken out of the recipe; their runs are kept."""
+    path = make.compare(tmp_path) / "results.jsonl"
+    every = [json.loads(line) for line in path.read_text().splitlines()]
+    of_1 = [run for run in every if run["seed"] == 1]
+    summary = json.loads((tmp_path / "compare.json").read_text())
+
+    def curve(runs, seeds):
+        make.lines(path, runs)
+        summary["spent"] = {arm: {"seeds": seeds} for arm in summary["arms"]}
+        (tmp_path / "compare.json").write_text(json.dumps(summary))
+        (found,) = (c for c in PAGES["compare"].charts(tmp_path) if c.name == "curve-greedy")
+        return found.rows
+
+    assert curve(every, [1]) == curve(of_1, [1]) != curve(every, [1, 2])
+
+
 def test_bars_of_time_are_seconds_an_update_on_top_of_each_other(tmp_path):
     axes = drawn(by_name("training", tmp_path)["time"])
     tops = sorted({round(p.get_y() + p.get_height(), 6) for p in axes.patches})

@@ -340,7 +340,7 @@ def _scaled(number: str, word: str | None, letter: str | None) -> str:
 def last_boxed(text: str) -> str | None:
     """The content of the last ``\\boxed{}`` or ``\\fbox{}``; None without one, or if it is cut off.
 
-    Boxes that only a comma, "and" or "or" parts are one list.
+    Boxes that only a comma, "and" or "or" parts are one list, the same box twice is one answer.
 
     >>> last_boxed("\\\\boxed{1}, no: \\\\boxed {\\\\sqrt{2}}")
     '\\\\sqrt{2}'
@@ -361,7 +361,7 @@ def last_boxed(text: str) -> str | None:
         joined = not apart and re.search(r"(?<!\\)[,;&]|and|or", text[ended : box.start()])
         found = [*found, content] if joined else [content]
         place = ended = after
-    return ", ".join(found) if found else None
+    return ", ".join(found if len({*found}) > 1 else found[:1]) if found else None
 
 
 def _brace(text: str, start: int) -> int | None:

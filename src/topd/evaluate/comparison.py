@@ -18,7 +18,6 @@ from typing import TypeAlias
 
 from topd.evaluate.exact import exact
 from topd.evaluate.structures import (
-    GREEK,
     VARIABLE,
     assigned,
     has_relation,
@@ -26,6 +25,7 @@ from topd.evaluate.structures import (
     intervals,
     listed,
     value_of,
+    variables,
 )
 from topd.evaluate.units import SHORT, converted, quantity
 
@@ -51,10 +51,14 @@ SIGNS = frozenset(
 )
 TURNED = {"ge": "le", ">": "<", "gg": "ll", "bmod": "mod", "pmod": "mod"}  # sides may be turned
 EMPTY = re.compile(r"\\?\{\s*\\?\}|\\(?:emptyset|varnothing)|∅")
+UNREAD = re.compile(r"\\(?:text|math(?!bb)|bold|under|[mh]box|operator)")  # what is in it is lost
 TIME = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?\s*([ap]\.?\s*m\.?)?", re.I)
 CHOICE = re.compile(r"\(?([A-Z])\)?")
 CHOSEN = re.compile(
     r"(?:(?i:option|choice)\s+)?(?:\(?([A-Za-z])[).:]?|\(?([A-Z])[).:]\s+.+|\(([A-Z])\).*)"
+)
+SECOND = re.compile(
+    r"[).:]*\s*(?:[,/&]|and\b|or\b)\s*(?i:(?:or|and|option|choice)\s+)*\(?(?!I [a-z])[A-Z]\b"
 )
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc log ln exp min max gcd lcm mod det arcsin arccos arctan sinh cosh "
@@ -85,7 +89,8 @@ def same(gold: str, claim: str, ask: Ask, *, deep: int = 0) -> bool:
     if ("?" in claim) != ("?" in gold):
         return False
     gold, claim = _joined(gold), _joined(claim)
-    claim = claim if "=" in gold else value_of(claim)
+    if "=" not in gold and "\\approx" not in gold:
+        claim = value_of(claim, item=deep > 0)
     inner = partial(same, ask=ask, deep=deep + 1)
     for kind in (_choices, _literals, _matrices, _quantities, _words):
         verdict = kind(gold, claim, inner)
@@ -129,8 +134,9 @@ def _choices(gold: str, claim: str, inner: Ask) -> bool | None:
     ours, theirs = _unmarked(gold), _unmarked(claim)
     if CHOICE.fullmatch(ours):
         found = CHOSEN.fullmatch(theirs)
-        letter = next((g for g in found.groups() if g), "") if found else ""
-        return letter.upper() == re.sub(r"[()]", "", ours)
+        if found is None or SECOND.match(theirs, found.end(found.lastindex or 0)):
+            return False
+        return found[found.lastindex or 0].upper() == re.sub(r"[()]", "", ours)
     letters = re.split(r"\s*,\s*", ours)
     if len(letters) > 1 and all(CHOICE.fullmatch(letter) for letter in letters):
         bare = [sorted(re.sub(r"[()]", "", x) for x in re.split(r"\s*,\s*|\s+and\s+", y))
@@ -340,7 +346,7 @@ def _all_same(gold: Sequence[str], claim: Sequence[str], inner: Ask, *, ordered:
 def _item(gold: str, claim: str, inner: Ask) -> bool:
     """Two items of lists; regions by their brackets and ends."""
     if ";" not in gold + claim:
-        if has_relation(gold) and _variables(gold) != _variables(claim):
+        if has_relation(gold) and variables(gold) != variables(claim):
             return False  # x > 1, y < 2
         return inner(gold, claim)
     if gold[0] + gold[-1] != claim[0] + claim[-1]:
@@ -373,12 +379,13 @@ def _equation(gold: str, claim: str, inner: Ask, ask: Ask) -> bool:
 def _algebra(gold: str, claim: str, ask: Ask) -> bool:
     """What math-verify is asked: expressions of the same variables, no decimal for a root.
 
-    It overlooks relations, primes and what a number is modulo, and joins "1 2" to 12.
+    It overlooks relations, primes and what a number is modulo, and joins "1 2" to 12. Of a command
+    that it does not know it takes the last number.
     """
     gold, claim = _grouped(gold), _grouped(claim)
-    if _signs(gold) != _signs(claim) or APART.search(f"{gold};{claim}"):
+    if _signs(gold) != _signs(claim) or APART.search(f"{gold};{claim}") or UNREAD.search(claim):
         return False
-    if _variables(gold) != _variables(claim) or "\\ldots" in gold + claim:
+    if variables(gold) != variables(claim) or "\\ldots" in gold + claim:
         return False
     values = exact(gold), exact(claim)
     if (values[0] is None) != (values[1] is None):
@@ -391,9 +398,3 @@ def _algebra(gold: str, claim: str, ask: Ask) -> bool:
 def _signs(text: str) -> list[str]:
     found = re.findall(r"(?<=\\)[a-zA-Z]+|[<>']", text)
     return sorted(TURNED.get(sign, sign) for sign in found if sign in SIGNS or sign in "<>'")
-
-
-def _variables(text: str) -> set[str]:
-    names = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text)
-    greek = {name for name in names if name[0] == "\\" and name[1:] in GREEK}
-    return greek | {name for name in names if name[0] != "\\" and name not in "ei"}

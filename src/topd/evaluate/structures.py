@@ -14,7 +14,7 @@ GREEK = (  # as tuples have them: (rho, theta, phi)
 )
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 NAME = re.compile(  # of what the value after it is: an angle, a side, a sum, an area
-    rf"^(?:\\angle\s*[A-Z]{{1,3}}|[A-Z]{{2,3}}|[A-Za-z]\([^()=]+\)|«[A-Za-z ]+»"
+    rf"^(?:\\angle\s*[A-Z]{{1,3}}|[A-Z]{{2,3}}|[A-Za-z]\(-?[^()=+-]+\)|«[A-Za-z ]+»"
     rf"|{VARIABLE}(?:\s*\+\s*{VARIABLE})*)\s*=\s*(?=[^=]+$)"
 )
 NEARLY = re.compile(r"(?<=[\w})°])\s*\\approx\s*[-+\d.]+\s*(?:«[^»]*»|°)?$")
@@ -28,13 +28,16 @@ DOWN, UP = "(-\\infty", "\\infty)"
 THOUSANDS = re.compile(r"(?<=\d),\d{3}(?!\d)")
 
 
-def value_of(text: str) -> str:
-    """A value without the name before it, and without its decimals after it.
+def value_of(text: str, *, item: bool) -> str:
+    """A value without its decimals after it; one that is no item of a list without its name too.
 
-    >>> value_of("m+n = 204"), value_of("12\\\\pi \\\\approx 37.7"), value_of("2x = 4")
-    ('204', '12\\\\pi', '2x = 4')
+    >>> value_of("m+n = 204", item=False), value_of("12\\\\pi \\\\approx 37.7", item=True)
+    ('204', '12\\\\pi')
+    >>> value_of("2x = 4", item=False), value_of("AB = 3", item=True)  # beside BC = 2
+    ('2x = 4', 'AB = 3')
     """
-    return NAME.sub("", NEARLY.sub("", text))
+    text = NEARLY.sub("", text)
+    return text if item else NAME.sub("", text)
 
 
 def intervals(text: str) -> list[str] | None:
@@ -191,3 +194,14 @@ def _place(name: str) -> tuple[int, str, int, str]:
     letter, _, index = name.partition("_")
     greek = GREEK.index(letter[1:]) if letter[1:] in GREEK else -1
     return greek, letter, int(index) if index.isdigit() else 0, index
+
+
+def variables(text: str) -> set[str]:
+    """The letters of an expression, without those of constants.
+
+    >>> sorted(variables("2e + \\\\alpha x"))
+    ['\\\\alpha', 'x']
+    """
+    names = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text)
+    greek = {name for name in names if name[0] == "\\" and name[1:] in GREEK}
+    return greek | {name for name in names if name[0] != "\\" and name not in "ei"}

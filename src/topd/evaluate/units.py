@@ -106,12 +106,11 @@ def _one(word: str) -> str:
     if word in UNITS:
         return UNITS[word][0]
     word = {"sq": "square", "per": "/"}.get(word, word)
-    return word.strip("{}") if word[0] == "^" else word.removesuffix("s") or word
+    return re.sub(r"[{}]", "", word) if word[0] == "^" else word.removesuffix("s") or word
 
 
 def _squared(unit: str) -> str:
     """``square X`` as ``X ^2``; mph and the like as they stand."""
-    unit = re.sub(r"\^\{(-?\d)\}", r"^\1", unit)
     found = re.fullmatch(r"(square|cubic) (.+)", unit)
     return f"{found[2]} ^{2 if found[1] == 'square' else 3}" if found else unit
 

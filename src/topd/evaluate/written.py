@@ -28,7 +28,7 @@ GROUPS = re.compile(  # of thousands, as written where a comma or a stop is no d
 )
 TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol)"
-    r"\s*\{([^{}]*)\}"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 SWITCH = re.compile(r"\\(?:bf|rm|it|sf|displaystyle|textstyle|left|right|limits|bigl?|bigr)\b\s?")
 SPACE = re.compile(
@@ -149,9 +149,9 @@ def _without_delimiters(text: str) -> str:
 
 
 def _marked(found: re.Match[str]) -> str:
-    """Text in guillemets if it has letters; a single letter of a formula's font is a letter."""
+    """Text in guillemets if it has letters; a formula in a font is a formula, as is one letter."""
     inside = found.group(1)
-    if not re.search("[a-zA-Z]", inside):
+    if not re.search("[a-zA-Z]", inside) or re.search(r"\\[a-z]", inside):  # \mathbf{\frac12}
         return inside
     words = inside.strip()
     if re.fullmatch(r"[a-zA-Z]", words) and found.group().startswith((r"\math", r"\op", r"\bold")):

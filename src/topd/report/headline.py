@@ -274,7 +274,7 @@ def compare_words(summary: Mapping[str, Any]) -> Iterator[str]:
     """Every arm against the baseline, in points, with its time."""
     base, arms = str(summary.get("baseline", "opd")), summary.get("summary", {})
     cpu = "CPU " * (summary.get("clock") == "cpu")
-    seeds, every = _seeds(summary), set(summary.get("seeds", ()))
+    seeds, every = seeds_of(summary), set(summary.get("seeds", ()))
     for name, arm in arms.items():
         gain = arm.get(f"greedy_vs_{base}")
         if name == base or not isinstance(gain, dict) or gain.get("mean") is None:
@@ -298,7 +298,8 @@ def seeds_words(summary: Mapping[str, Any]) -> str:
     >>> seeds_words({"spent": {"a": {"seeds": [0, 1]}, "b": {"seeds": [0]}}}).partition(";")[0]
     '1 to 2 seeds an arm, compared on those in common'
     """
-    found = [len(seeds) for seeds in _seeds(summary).values()] or [len(summary.get("seeds", ()))]
+    each = seeds_of(summary).values()
+    found = [len(seeds) for seeds in each] or [len(summary.get("seeds", ()))]
     least, most = min(found), max(found)
     if most == 1:
         return "one seed; 95 % intervals over problems alone, not over seeds"
@@ -307,7 +308,7 @@ def seeds_words(summary: Mapping[str, Any]) -> str:
     return f"{count}; 95 % intervals over both{', of one seed over problems alone' * (least == 1)}"
 
 
-def _seeds(summary: Mapping[str, Any]) -> dict[str, set[int]]:
+def seeds_of(summary: Mapping[str, Any]) -> dict[str, set[int]]:
     """The seeds of every arm; older summaries do not have them."""
     return {arm: set(spent.get("seeds", ())) for arm, spent in summary.get("spent", {}).items()}
 

@@ -299,8 +299,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
     """
     folder, spec = comparison.folder, comparison.spec
     check_run_folder(folder, resume=True)
-    stages = comparison.stages()
-    if comparison.first:
+    stages, begun = comparison.stages(), is_begun(folder)
+    if comparison.first and not begun:
         stages["start"]["data"] = rows_digest(comparison.first.data.load())
     asked = as_json(spec.model_dump(exclude={"jobs", "clock", "plan"}))  # those may change
     content = {**resolved(comparison.recipe), "compare": asked, **stages}
@@ -320,9 +320,6 @@ def _content(comparison: Comparison) -> dict[str, Any]:
             "cannot continue. topd report shows it; choose another folder."
         )
     done = {result["arm"] for result in results}
-    begun = is_begun(folder)
-    if begun:
-        check_start(comparison, stored, content)
     if begun or done:
         content = {key: v for key, v in content.items() if key in stored or key not in stages}
     if _fixed(stored, done, begun=begun) != _fixed(content, done, begun=begun):
@@ -330,6 +327,8 @@ def _content(comparison: Comparison) -> dict[str, Any]:
             f"output_dir: {folder} holds another comparison: arms that have run, stage 1, or what "
             "all arms share, were different. Choose another folder."
         )
+    if comparison.first and begun and "start" in content:
+        content["start"]["data"] = check_start(comparison.first.data, stored)
     return content
 
 

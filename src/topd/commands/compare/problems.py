@@ -15,6 +15,7 @@ from topd.commands.train import make_evaluator
 from topd.errors import TOPDError
 from topd.evaluate import Evaluator
 from topd.evaluate.evaluation import first_rows
+from topd.inputs.rows import DataSpec
 from topd.runs.files import digest, read_whole
 from topd.runs.records import read_run
 
@@ -68,17 +69,18 @@ def check_data(
 ) -> None:
     """Hold what the runs to come learn from (``rows``, by their ``data``) against what runs had.
 
-    Data that only finished runs had are read too. Raises TOPDError where they have changed.
+    Data that only finished runs had are read too, if they are still there. Raises TOPDError where
+    they have changed.
     """
-    now = {data: rows_digest(found) for data, found in rows.items()}
+    now: dict[str, str | None] = {data: rows_digest(found) for data, found in rows.items()}
     for result in results:
         recipe = comparison.arms.get(result["arm"])
         if recipe is None or "data" not in result:  # left out, or of an older version
             continue
         data = recipe.data.model_dump_json()
         if data not in now:
-            now[data] = rows_digest(recipe.data.load())
-        if result["data"] != now[data]:
+            now[data] = _known(recipe.data)
+        if now[data] not in (None, result["data"]):
             raise TOPDError(
                 f"compare: {recipe.data.path or recipe.data.task} has other rows than when "
                 f"{result['arm']}, seed {result['seed']} learned from it. Bring those back, or "
@@ -86,20 +88,27 @@ def check_data(
             )
 
 
-def check_start(
-    comparison: Comparison, stored: Mapping[str, Any], content: Mapping[str, Any]
-) -> None:
-    """Hold what stage 1 would learn from now against what it had: its digest in run.json.
+def check_start(data: DataSpec, stored: Mapping[str, Any]) -> str | None:
+    """Hold what stage 1 has learned from against what ``stored`` of run.json says of it.
 
-    Raises TOPDError where that has changed. Older versions did not keep it.
+    Returns the digest of its rows; None if they are gone and an older version did not keep it.
+    Raises TOPDError where they have changed.
     """
-    before, now = (found.get("start") or {} for found in (stored, content))
-    if comparison.first and before.get("data", now.get("data")) != now.get("data"):
-        data = comparison.first.data
+    before, now = (stored.get("start") or {}).get("data"), _known(data)
+    if None not in (before, now) and before != now:
         raise TOPDError(
             f"compare: {data.path or data.task} has other rows than when stage 1 learned from it. "
             "Bring those back, or choose another folder."
         )
+    return now or before
+
+
+def _known(data: DataSpec) -> str | None:
+    """The digest of data that nothing is to learn from any more; None if they are gone."""
+    try:
+        return rows_digest(data.load())
+    except TOPDError:
+        return None
 
 
 def place_of(folder: Path, arm: str, seed: int) -> Path:

@@ -22,6 +22,7 @@ from topd.report.charts import (
     number,
 )
 from topd.report.charts.svg import FAINT, INK, PALETTE, hint
+from topd.report.headline import seeds_of
 from topd.report.text import plain
 from topd.runs.files import read_whole
 from topd.runs.records import IntervalRecord, ResultRecord, SampleRecord, read_records
@@ -82,7 +83,8 @@ def compare_charts(folder: Path) -> list[Chart]:
         others = {arm: v for arm, v in summary.items() if arm != content.get("baseline", "opd")}
         if any(_interval(arm.get(versus)) for arm in others.values()):
             charts.append(_interval_chart(versus, f"{name} against the baseline", others))
-    results = list(read_records(folder, "results.jsonl", ResultRecord))
+    seeds, found = seeds_of(content), read_records(folder, "results.jsonl", ResultRecord)
+    results = [run for run in found if run.seed in (seeds.get(run.arm) or {run.seed})]
     order = [*content.get("arms", []), *(result.arm for result in results)]
     results.sort(key=lambda result: order.index(result.arm))
     return [*charts, *_learning_curves(results, cpu=content.get("clock") == "cpu")]
