@@ -18,7 +18,7 @@ from topd.commands.audit import audit_run, replay_step
 from topd.commands.recipe import read_recipe
 from topd.commands.train import run_recipe
 from topd.engines.hf import HFEngine
-from topd.engines.several import MeanTeacher, SeveralHeads
+from topd.engines.several import MeanTeacher, SeveralHeads, SeveralTeachers
 from topd.errors import TOPDError
 from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.report import write_report
@@ -133,6 +133,16 @@ def test_the_loss_is_the_sum_of_what_each_teacher_asks(tmp_path, method) -> None
     torch.testing.assert_close(whole.tokens.divergence.sum(), loss, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(whole.branches, branches, rtol=1e-5, atol=1e-5)
     assert (branches > 0) == (method == "window_kd")
+
+
+def test_a_teacher_s_embeddings_are_not_rounded_to_the_dtype_of_another() -> None:
+    models = [tiny_model(seed=1).bfloat16(), tiny_model("llama", seed=2, hidden_size=48)]
+    teacher = SeveralTeachers([HFEngine(m, eos_ids=(2,)) for m in models], {"a": 0, "b": 1}, [0, 1])
+    tokens = torch.tensor([[5, 6], [7, 8]])
+    found = teacher.embed(tokens)
+    for row, model in enumerate(models):
+        own = model.get_input_embeddings()(tokens[row])
+        assert torch.equal(found[row, :, : own.shape[-1]], own.float())
 
 
 def test_a_mean_of_heads_by_hand(monkeypatch) -> None:

@@ -170,9 +170,11 @@ class SeveralTeachers:
         """Input embeddings of each row's teacher, padded with zeros to the widest."""
         pairs = list(zip(self.engines, self.rows, strict=True))
         parts = [engine.embed(tokens[rows]) for engine, rows in pairs]
-        wide = parts[0].new_zeros(*tokens.shape, max(part.shape[-1] for part in parts))
+        dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+        width = max(part.shape[-1] for part in parts)
+        wide = parts[0].new_zeros(*tokens.shape, width, dtype=dtype)
         for (_, rows), part in zip(pairs, parts, strict=True):
-            wide[rows, :, : part.shape[-1]] = part.to(wide.dtype)
+            wide[rows, :, : part.shape[-1]] = part.to(wide)
         return wide
 
     def generate(
