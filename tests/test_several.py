@@ -253,6 +253,8 @@ def recipe_of(root: Path, data: Any = None, **changes: Any) -> Path:
         (None, {"teachers": {"math": "self", "code": "x"}}, "self is not one of several"),
         (None, {"teachers_mix": "sum"}, "teachers_mix"),
         (None, {"teachers": None, "teacher": "teacher", "teachers_mix": "mean"}, "no effect"),
+        (None, {"teachers_mix": "mean", "window_rejoin": 2}, "window_rejoin: has no effect with"),
+        (None, {"teachers_mix": "mean", "teacher_column": "who"}, "teacher_column: has no effect"),
         (None, {"teachers": None}, "teacher is missing"),
     ],
 )

@@ -75,6 +75,9 @@ def sources_of(student: ModelSource | Mapping[str, Any], teacher: AnyTeacher | N
 def routes_of(teacher: object, args: TOPDConfig) -> Routes:
     """Which teacher reads which row. Raises TOPDError where a setting of several has no effect."""
     if isinstance(teacher, Teachers):
+        for name in ("window_rejoin", "teacher_column"):
+            if args.teachers_mix == "mean" and getattr(args, name) != getattr(TOPDConfig, name):
+                raise TOPDError(f"{name}: has no effect with teachers_mix: mean. Leave it out.")
         return Routes(teacher.places, args.teachers_mix, args.teacher_column)
     for name in ("teachers_mix", "teacher_column"):
         if getattr(args, name) != getattr(TOPDConfig, name):
