@@ -132,6 +132,15 @@ def test_a_call_whose_tags_are_special_tokens_is_heard(special):
     assert replies.text(()) == ""
 
 
+def test_an_environment_reads_every_space_that_the_student_wrote() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True  # as many a saved tokenizer has it
+    turn = tuple(tokenizer("what . the . so </s>", add_special_tokens=False)["input_ids"])
+    text = Replies(tokenizer, frozenset([EOS])).text(turn)
+    assert text == tokenizer.decode(list(turn[:-1]), clean_up_tokenization_spaces=False)
+    assert " ." in text
+
+
 def test_a_template_without_tools_has_the_reply_from_a_user_and_one_without_ends_is_refused():
     plain = with_template(ENDED)
     kwargs = {"no_tools": True}

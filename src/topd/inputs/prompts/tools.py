@@ -140,7 +140,8 @@ class Replies:
     def text(self, turn: Ids) -> str:
         """A turn of the student's without its end; a call may begin with a special token."""
         said = turn[:-1] if turn[-1:] and turn[-1] in self.ends else turn
-        return str(self.tokenizer.decode(list(said), skip_special_tokens=False))
+        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
+        return str(decode(list(said), skip_special_tokens=False))
 
     def ids(self, text: str, row: Row) -> Ids:
         """The tokens of a reply to a row's student. Raises TOPDError if the template fails."""
