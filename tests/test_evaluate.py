@@ -934,9 +934,14 @@ def test_two_callbacks_of_one_trainer_are_refused_their_figures_would_have_the_s
     assert [log["step"] for log in logs if "eval/greedy" in log] == [0, 1, 2, 3]
 
 
-def test_the_callback_refuses_to_evaluate_every_0_updates(trained):
+def test_the_callback_refuses_to_evaluate_every_0_updates_and_without_the_environment(
+    trained, monkeypatch
+):
     with pytest.raises(TOPDError, match="every: 0"):
         EvaluationCallback(trained[0], tiny_evaluator(), every=0)
+    monkeypatch.setattr(trained[0].args, "environment", "calculator")
+    with pytest.raises(TOPDError, match="EvaluationCallback: asks for one turn, without the env"):
+        EvaluationCallback(trained[0], tiny_evaluator(), every=1)
 
 
 # The command
@@ -1418,6 +1423,11 @@ def test_the_student_of_a_run_is_evaluated_as_it_was_trained(tmp_path):
     tokenizer.save_pretrained(bare.path)
     tiny_model().config.save_pretrained(bare.path)
     assert evaluating.as_trained(spec, [bare])[1] == []
+    (tmp_path / "e/run.json").write_text('{"config": {"environment": "calculator"}}')
+    assert evaluating.as_trained(spec, [other, bare])[1] == [  # of a trainer made in Python too
+        f"warning: {tmp_path / 'e'} was trained with environment: calculator; here a student has "
+        "one turn and gets no reply"
+    ]
     for data in ({"path": 3}, "a.jsonl"):
         (tmp_path / "e/run.json").write_text(json.dumps({"recipe": {"data": data}}))
         with pytest.raises(TOPDError, match=r"e/run\.json: its data cannot be read"):

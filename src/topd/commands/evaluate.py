@@ -243,6 +243,13 @@ def as_trained(spec: Spec, models: Sequence[ModelSpec]) -> tuple[Spec, list[str]
         if other:
             now = _shown({name: here[name] for name in other})
             said.append(f"warning: {run} was trained with {_shown(other)}, prompts here have {now}")
+    for run, stored in {str(Path(m.path).parent): _run_of(m) for m in models}.items():
+        environment = (stored.get("config") or {}).get("environment")
+        if environment is not None:
+            said.append(
+                f"warning: {run} was trained with environment: {environment}; here a student has "
+                "one turn and gets no reply"
+            )
     return spec, said
 
 
@@ -252,11 +259,16 @@ def _without_template(model: ModelSpec) -> bool:
     return False
 
 
-def _trained_with(model: ModelSpec) -> dict[str, Any]:
-    """How the run that a student or a checkpoint is of wrote prompts; empty if it is of none."""
+def _run_of(model: ModelSpec) -> dict[str, Any]:
+    """run.json of the run that a student or a checkpoint is of; empty if it is of none."""
     place = Path(model.path).expanduser()
     of_training = place.name == "student" or place.name.startswith("checkpoint-")
-    stored = read_run(place.parent) if of_training else {}
+    return read_run(place.parent) if of_training else {}
+
+
+def _trained_with(model: ModelSpec) -> dict[str, Any]:
+    """How the run that a student or a checkpoint is of wrote prompts; empty if it is of none."""
+    place, stored = Path(model.path).expanduser(), _run_of(model)
     recorded = (stored.get("recipe") or {}).get("data")
     if not recorded:  # as of a trainer made in Python
         return {}

@@ -18,6 +18,7 @@ from topd.commands.session import quieten
 from topd.distributed import agreed, everywhere, rank
 from topd.errors import TOPDError
 from topd.evaluate import EvaluationCallback, Evaluator
+from topd.evaluate.callback import check_one_turn
 from topd.inputs.models.adapters import adapted
 from topd.runs import checkpoints
 from topd.runs.folder import check_run_folder
@@ -165,11 +166,7 @@ def make_evaluator(recipe: Recipe) -> Evaluator | None:
     """What a recipe asks to be evaluated on during training, ready before a model loads."""
     if recipe.evaluation is None:
         return None
-    if recipe.args.environment is not None:
-        raise TOPDError(
-            "evaluation: asks for one turn, without the environment. Leave it out, or leave "
-            "environment out."
-        )
+    check_one_turn("evaluation", recipe.args)
     kwargs = recipe.args.chat_template_kwargs
     spec = recipe.evaluation.as_trained(
         chat=recipe.data.has_messages(),

@@ -27,6 +27,15 @@ from topd.statistics import Interval, paired_bootstrap
 TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")
 
 
+def check_one_turn(name: str, args: TrainingArguments) -> None:
+    """Refuse an evaluation in a training whose students have turns. Raises TOPDError."""
+    if getattr(args, "environment", None) is not None:
+        raise TOPDError(
+            f"{name}: asks for one turn, without the environment. Leave it out, or leave "
+            "environment out."
+        )
+
+
 class EvaluationCallback(TrainerCallback):
     """Evaluates before the first update, every ``every`` updates, and after the last.
 
@@ -47,12 +56,13 @@ class EvaluationCallback(TrainerCallback):
         every: updates between two evaluations.
 
     Raises:
-        TOPDError: ``every`` is below 1.
+        TOPDError: ``every`` is below 1, or the trainer has an environment.
     """
 
     def __init__(self, trainer: Trainer, evaluator: Evaluator, *, every: int) -> None:
         if every < 1:
             raise TOPDError(f"every: {every} must be at least 1.")
+        check_one_turn("EvaluationCallback", trainer.args)
         self.trainer, self.evaluator, self.every = trainer, evaluator, every
         self.allowed = shared_ids(evaluator.tokenizer, evaluator.tokenizer)
         self.latest: Evaluation | None = None
