@@ -41,6 +41,7 @@ from topd.runs.records import RolloutRecord
 from topd.testbed import FAMILIES, problems
 from topd.testbed.models import tokenizer_of
 from topd.training.experience import Observer
+from topd.training.experience import turns as turning
 from topd.training.experience.evidence import Experience
 from topd.training.experience.turns import Turns, turns_of
 from topd.training.learning import Totals, collate, learning_terms, update_loss
@@ -352,6 +353,25 @@ def test_no_batch_reaches_further_than_a_rollout_of_one_turn(observer, told, mon
     assert observer.roll_out(prompts_of(), list(range(8))) == told
     assert max(reached) <= LIMIT + max(len(p.student) for p in prompts_of())
     assert len(reached) > 3  # so the second turn had more than one batch
+
+
+def test_replies_that_leave_no_room_are_told_and_what_an_environment_does_to_a_row_is_its_own(
+    observer, told, monkeypatch
+) -> None:
+    def takes(row: dict[str, Any], turns: Sequence[str]) -> str | None:
+        return mirror({"prompt": row.pop("prompt")}, turns)  # a second time there would be none
+
+    said: list[str] = []
+    monkeypatch.setattr(turning.logger, "warning_once", said.append)
+    took = Observer(*(observer.student, observer.teacher), observer.args)
+    took.turns = replace(observer.turns, environment=takes, limit=LIMIT)
+    assert took.roll_out(prompts_of(), list(range(8))) == told
+    said.clear()
+    took.turns = replace(observer.turns, environment=lambda row, turns: "x " * LIMIT)
+    assert not any(r.replies for r in took.roll_out(prompts_of(), list(range(8))))
+    assert {line.partition(",")[0] for line in said} == {
+        f"environment: a reply leaves the student no token of max_completion_length ({LIMIT})"
+    }
 
 
 # Learning

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from topd.config import TOPDConfig
 from topd.engines import Engine, Tick
@@ -22,6 +23,8 @@ from topd.inputs.text_models import is_by_text
 from topd.named import called
 from topd.seeds import Stream, seed_of
 from topd.types import Ids, Prompt, Rollout, Sampling, Spans
+
+logger = logging.get_logger(__name__)
 
 Asked: TypeAlias = list[tuple[int, Ids]]  # rows and the tokens of their replies
 
@@ -141,7 +144,7 @@ class Turns:
             return None
         row = _columns(rollout.prompt)
         turns = [self.replies.text(turn) for turn in rollout.turns]
-        text = called("environment", self.environment, row, turns)
+        text = called("environment", self.environment, dict(row), turns)  # which it may change
         if text is None:
             return None
         if not isinstance(text, str):
@@ -150,7 +153,14 @@ class Turns:
                 "which may be empty, or None where there is no more to say."
             )
         ids = self.replies.ids(text, read_row(rollout.prompt.index, row))
-        return ids if len(rollout.response) + len(ids) < self.limit else None
+        if len(rollout.response) + len(ids) < self.limit:
+            return ids
+        logger.warning_once(
+            "environment: a reply leaves the student no token of max_completion_length "
+            f"({self.limit}), so it is left out and the rollout ends before it, as all such will. "
+            "Raise max_completion_length, or shorten the replies."
+        )
+        return None
 
 
 def _columns(prompt: Prompt) -> Mapping[str, Any]:
