@@ -167,6 +167,11 @@ def kl(evidence):
 
 def turned(tokens):
     return tokens.student.T
+
+def unknown_first(tokens):
+    score = tokens.student.clone()
+    score[:, 0] = float("nan")
+    return score
 """
 RAISING = """
 import torch
@@ -227,6 +232,10 @@ seen, known = [], {}.get
         (
             {"method": "wrong:kl"},
             r"^method: has a branch by 'kl'. Choose one of cross_entropy, forward_kl, reverse_kl.$",
+        ),
+        (
+            {"method": "topd", "candidate_loss": "wrong:unknown_first", "window_length": 4},
+            r"^candidate_loss: gave NaN to a token\. Give each token a number\.$",
         ),
         (
             {"method": "window_sft", "candidate_loss": "wrong:turned", "window_length": 4},

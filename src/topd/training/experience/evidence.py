@@ -260,13 +260,15 @@ def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
 
 
 def checked_scores(scores: object, mask: Tensor) -> Tensor:
-    """What a detector has returned, as floats. Raises TOPDError if it is not [B T]."""
+    """What a detector has returned, as floats. Raises TOPDError: not [B T], or NaN in ``mask``."""
     if not isinstance(scores, Tensor) or scores.shape != mask.shape:
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise TOPDError(
             f"candidate_loss: must return a tensor [B T], here {tuple(mask.shape)}, and returned "
             f"{shape}."
         )
+    if scores[mask].isnan().any():
+        raise TOPDError("candidate_loss: gave NaN to a token. Give each token a number.")
     return scores if scores.is_floating_point() else scores.float()
 
 
