@@ -133,6 +133,7 @@ def test_a_recipe_says_that_something_differs_only_where_it_does() -> None:
         ({"load_in_4bit": True}, "load_in_4bit: a quantised student"),
         ({"use_uld_loss": True}, "use_uld_loss: losses across tokenizers"),
         ({"reward_funcs": ["accuracy"]}, "reward_funcs: rewards are not in the loss"),
+        ({"datasets": [{"path": "a"}]}, "datasets: a mixture is not read"),
         ({"config": "more.yaml"}, "config: the rest of it is in that file"),
     ],
 )
@@ -179,8 +180,56 @@ def test_lora_and_precision() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "learned"),
+    [
+        ("loss_top_k=1", (None, 1.0, 0.95)),  # a DistillationConfig while it had lmbda
+        ("lmbda=1.0 max_prompt_length=300", (None, 1.0, 0.95)),
+        ("distillation_objective=jsd iw_opd_gamma=0.5", (None, 1.0, 0.95)),
+        ("distillation_objective=iw_opd", ("iw_opd", 1.0, 0.95)),
+        ("iw_opd_gamma=0.25", ("iw_opd", 1.0, 0.95)),
+        ("top_p=0.9", (None, 1.0, 0.9)),
+    ],
+)
+def test_a_distillation_config_that_had_lmbda_has_its_own_defaults(words, learned, tmp_path):
+    both = "--model_name_or_path s --teacher_model_name_or_path t --dataset_name d.jsonl"
+    given = " ".join(f"--{word}" for word in words.split())
+    (tmp_path / "run.sh").write_text(f"python trl/scripts/distillation.py {both} {given}\n")
+    found = import_file(tmp_path / "run.sh")
+    recipe = found.recipe
+    assert (recipe.get("method"), recipe["beta"], recipe["top_p"]) == learned
+    assert recipe.get("method_options", {}) == ({"gamma": 0.25} if "0.25" in words else {})
+    assert recipe["learning_rate"] == 1e-6
+    (tmp_path / "recipe.yaml").write_text(found.text())
+    assert read_recipe(tmp_path / "recipe.yaml", CPU).args.top_p == learned[2]
+
+
+def notes(content: dict[str, Any], **more: Any) -> dict[str, str]:
+    return {line.key: line.note for line in imported("x", {**content, **more}).lines}
+
+
+def test_the_temperature_of_gkd_is_not_in_its_loss() -> None:
+    assert notes(TRL, lmbda=1, temperature=0.7)["temperature"].startswith("of the sampling alone")
+    assert notes(TRL, lmbda=1)["temperature"].startswith("of the sampling alone there")  # 0.9
+    assert notes(TRL, lmbda=1, temperature=1.0)["temperature"] == ""
+    assert notes(TRL, temperature=0.7)["temperature"] == ""  # a DistillationConfig's is
+
+
+def test_what_models_are_made_with_is_kept_or_named() -> None:
+    given = {"dtype": "bfloat16", "trust_remote_code": True, "quantization_config": {"bits": 4}}
+    found = imported("x", {**TRL, "teacher_model_init_kwargs": given})
+    assert found.recipe["teacher"] == {
+        **{"path": "teacher", "dtype": "bfloat16", "trust_remote_code": True}
+    }
+    assert "\n# teacher_model_init_kwargs: not kept: quantization_config\n" in found.text()
+    assert notes(TRL, model_init_kwargs={"dtype": "auto"})["model_init_kwargs"].endswith(": dtype")
+    assert notes(TRL, model_init_kwargs={"revision": "a"})["model_init_kwargs"] == ""
+    assert notes(TRL, dtype="auto")["dtype"].startswith("as the weights are saved there")
+
+
+@pytest.mark.parametrize(
     "content",
     [
+        {**TRL, "lmbda": 1, "loss_top_k": 1, "max_length": 900, "max_prompt_length": 70},
         {**TRL, "lora_r": 64, "use_peft": True},
         {**TRL, "dtype": "bfloat16", "bf16": False},
         {**TRL, "warmup_steps": 0},
@@ -197,6 +246,7 @@ def test_the_order_of_keys_does_not_count(content) -> None:
 SEEN_ELSEWHERE = {  # what is logged and where, not what is learned
     *("output_dir", "logging_steps", "logging_nan_inf_filter", "per_device_eval_batch_size"),
     *("remove_unused_columns", "activation_checkpointing"),  # a name of gradient_checkpointing
+    "max_prompt_length",  # None: what max_length leaves; longer ones are refused here, not cut
 }
 
 
@@ -204,9 +254,9 @@ SEEN_ELSEWHERE = {  # what is logged and where, not what is learned
 def test_the_defaults_of_trl_are_those_of_its_classes(kind, tmp_path) -> None:
     """Every setting that both have, where theirs differs: none is forgotten, none is wrong."""
     trl = pytest.importorskip("trl", minversion="1.16")
-    module = {"gkd": "gkd", "gold": "gold"}.get(kind)
-    place = import_module(f"trl.experimental.{module}") if module else trl
-    named = {"gkd": "GKDConfig", "gold": "GOLDConfig", "distillation": "DistillationConfig"}[kind]
+    place = trl if kind == "distillation" else import_module(f"trl.experimental.{kind}")
+    names = {"gkd": "GKDConfig", "gold": "GOLDConfig", "iw_opd": "IWOPDConfig"}
+    named = names.get(kind, "DistillationConfig")
     theirs = getattr(place, named)(output_dir=str(tmp_path), use_cpu=True)
     ours = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
     known = {f.name for f in fields(theirs)} - SEEN_ELSEWHERE
@@ -276,6 +326,13 @@ def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
         ("actor_rollout_ref.rollout.response_length", 99, {"max_completion_length": 99}),
         ("actor_rollout_ref.rollout.prompt_length", 99, {"max_prompt_length": 99}),
         (f"{ACTOR}fsdp_config.model_dtype", "bf16", "translated"),
+        (f"{ACTOR}fsdp_config.dtype", "bfloat16", {"bf16": True}),
+        (f"{ACTOR}fsdp_config.dtype", "float16", {"fp16": True}),
+        (f"{ACTOR}fsdp_config.dtype", "float32", "translated"),
+        (f"{ACTOR}fsdp_config.dtype", "fp8", "unknown"),
+        ("actor_rollout_ref.rollout.min_p", 0.1, "unknown"),
+        ("actor_rollout_ref.rollout.stop_token_ids", [1, 2], "unknown"),
+        ("actor_rollout_ref.rollout.presence_penalty", 0.0, "left out"),
         ("algorithm.rollout_correction.rollout_is", "token", "unknown"),
         ("trainer.save_freq", 10, {"save_steps": 20}),
         ("data.train_max_samples", 9, {"data": {"path": "prompts.parquet", "limit": 9}}),
@@ -408,6 +465,7 @@ python3 -m verl.trainer.main_ppo "${DATA[@]}" \\
     assert found == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8}
 
 
+TAKEN_OUT = "taken out of the configuration"
 OF_BOTH = "--teacher_model_name_or_path t"
 
 
@@ -433,6 +491,10 @@ OF_BOTH = "--teacher_model_name_or_path t"
          "[ $X ] && M=(7)\nrun a.b=$M --c $N --d $L",
          {"$M": "7, of one branch of an if, case or &&", "a.b": 7, "d": 3,
           "$N": "2, of one branch of an if, case or &&", "c": 2}),
+        ("run --no_bf16 --no-tf32 --no_cuda --no_x y --beta 1",
+         {"bf16": False, "tf32": False, "no_cuda": True, "no_x": "y", "beta": 1}),
+        ("run a.b-c.d=1 ~a.e ~a.f=2 ~/g --h ~a.i",
+         {"a.b-c.d": 1, "h": "~a.i", **dict.fromkeys(("~a.e", "~a.f=2"), TAKEN_OUT)}),
         ("run a.b=$((2 ** 9)) --c $((N / 0))", {"a.b": "$((2**9))", "c": "$((N/0))"}),
         ("run a.b='{c:1}' --d \"x # \\\"y\\\"\" $MORE \"$@\"",
          {"a.b": {"c": 1}, "d": 'x # "y"', "$MORE": "not set by the file"}),
@@ -464,7 +526,8 @@ def test_a_script_that_cannot_be_read_is_refused_in_words(script, said, tmp_path
     [
         ("python gkd.py --lmbda 1", "gkd"),
         ("torchrun -m src.gold_vision --lmbda 1", "gold"),
-        ("trl distillation --lmbda 1", "distillation"),
+        ("trl distillation --beta 1", "distillation"),
+        ("trl distillation --lmbda 1", "iw_opd"),
         ("python my_distillation.py --lmbda 1 --max_completion_length 9", "gold"),
         ("python gkd_or_not/mine.py --lmbda 1", "gkd"),
         ("python mine.py  # not gold.py", "distillation"),
@@ -477,8 +540,8 @@ def test_a_recipe_says_whose_defaults_it_has(command, kind, tmp_path) -> None:
         (tmp_path / "x.sh").write_text(f"python mine.py {words}  # not gold.py")
     found = import_file(tmp_path / "x.sh")
     assert found.kind == kind
-    named = {"gkd": "GKD", "gold": "GOLD", "distillation": "Distillation"}[kind]
-    assert f"configuration ({named}Config)" in found.text()
+    named = {"gkd": "GKD", "gold": "GOLD", "iw_opd": "IWOPD"}.get(kind, "Distillation")
+    assert f"configuration ({named}Config" in found.text()
 
 
 def test_an_evaluation_of_trl_is_on_its_split_for_tests() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ def config(**changes: Any) -> TOPDConfig:
 def own(tmp_path, monkeypatch) -> Path:
     """The page's module in the working directory."""
     monkeypatch.chdir(tmp_path)
-    for module in ("my_guides", "raising"):
+    for module in ("my_guides", "raising", "tensors"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     Path("my_guides.py").write_text(block("python"))
     return tmp_path
@@ -144,12 +145,33 @@ def two(evidence, mass):
 def before(evidence):
     return [Guidance((1.0,) * len(r.response), capped=(-1,)) for r in evidence.rollouts]
 
+def endless(evidence):
+    return [Guidance((float("inf"),) * len(r.response)) for r in evidence.rollouts]
+
+def unsure(evidence):
+    rows = [len(r.response) for r in evidence.rollouts]
+    return [Guidance((1.0,) * n, advantages=(float("nan"),) * n) for n in rows]
+
+def worded(evidence):
+    return [Guidance(("much",) * len(r.response)) for r in evidence.rollouts]
+
+def parted(evidence):
+    return branched(evidence, (3.7,))
+
+def bare(evidence):
+    return [Guidance((1.0,) * len(r.response), ((0, (3,), (1.0,)),)) for r in evidence.rollouts]
+
 def kl(evidence):
     rows, branch = [r.response for r in evidence.rollouts], Branch(0, (3,), "kl")
     return [Guidance((1.0,) * len(r), branches=(branch,)) for r in rows]
 
 def turned(tokens):
     return tokens.student.T
+
+def unknown_first(tokens):
+    score = tokens.student.clone()
+    score[:, 0] = float("nan")
+    return score
 """
 RAISING = """
 import torch
@@ -199,8 +221,21 @@ seen, known = [], {}.get
         ),
         ({"method": "wrong:before"}, r"^method: has a target, .* at -1 of a rollout of \d+ tokens"),
         (
+            {"method": "wrong:endless"},
+            r"^method: gave a token the weight or advantage inf\. Give a",
+        ),
+        ({"method": "wrong:unsure"}, r"^method: gave a token the weight or advantage nan\. Give a"),
+        *(
+            ({"method": f"wrong:{name}"}, rf"^method: a Guidance has numbers, whole .*{of}")
+            for name, of in (("worded", "'much'"), ("parted", "'float'"), ("bare", "'tuple'"))
+        ),
+        (
             {"method": "wrong:kl"},
             r"^method: has a branch by 'kl'. Choose one of cross_entropy, forward_kl, reverse_kl.$",
+        ),
+        (
+            {"method": "topd", "candidate_loss": "wrong:unknown_first", "window_length": 4},
+            r"^candidate_loss: gave NaN to a token\. Give each token a number\.$",
         ),
         (
             {"method": "window_sft", "candidate_loss": "wrong:turned", "window_length": 4},
@@ -213,6 +248,50 @@ def test_what_does_not_fit_the_rollouts_is_refused(own, changes, said):
     path = write_pair(own, **SMALL, **changes)
     with pytest.raises(TOPDError, match=said):
         run_recipe(path, quiet=True)
+
+
+TENSORS = """
+import torch
+from topd.methods import Method, opd
+from topd.types import Branch, Guidance, SoftTarget
+
+def listed(evidence, kind=list):
+    target = SoftTarget(0, kind([3, 4]), kind([0.5, 0.5]))
+    return [
+        Guidance(kind([0.5] * len(r.response)), [target], kind([1]), [Branch(1, kind([3]), loss)])
+        for r, loss in zip(evidence.rollouts, ("cross_entropy", "forward_kl") * 2)
+    ]
+
+def tensors(evidence):
+    return listed(evidence, torch.tensor)
+
+def blanked(evidence):
+    evidence.windows.start.zero_()
+    evidence.transport.distance.zero_()
+    evidence.real.fill_(True)
+    return opd(evidence)
+
+blank, seen = Method(blanked, looks_ahead=True), Method(opd, looks_ahead=True)
+"""
+
+
+def recorded(own, method):
+    shutil.rmtree("run", ignore_errors=True)
+    run_recipe(write_pair(own, **SMALL, window_length=4, method=method), quiet=True)
+    return lines("guidance")
+
+
+def test_tensors_and_lists_of_a_method_are_its_numbers(own):
+    Path("tensors.py").write_text(TENSORS)
+    assert recorded(own, "tensors:tensors") == recorded(own, "tensors:listed")
+    assert not audit_run(Path("run"), trust=Trust(remote_code=True)).faults
+
+
+def test_a_method_that_changes_its_evidence_changes_no_record_of_it(own):
+    Path("tensors.py").write_text(TENSORS)
+    forks = [record["forks"] for record in recorded(own, "tensors:seen")]
+    assert any(fork["position"] for row in forks for fork in row)
+    assert forks == [record["forks"] for record in recorded(own, "tensors:blank")]
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,13 @@ UNSET = "it has a variable that the file does not set"
 DEFAULT = "its default there"
 _CLASSES = {
     **{"gkd": " (GKDConfig)", "gold": " (GOLDConfig)", "distillation": " (DistillationConfig)"},
+    "iw_opd": " (IWOPDConfig, or a DistillationConfig that has lmbda)",
     "verl": "",
 }
 Outcome: TypeAlias = Literal["kept", "translated", "left out", "unknown", "refused"]
 _STARTED = re.compile(r"(?:^|[/.])(?:(gkd|gold)\w*|(distillation))(?:\.py)?$")
-_DOTTED = re.compile(r"^\+{0,2}([a-z_]\w*(?:\.\w+)+)=(.*)$", re.DOTALL)
+_DOTTED = re.compile(r"^\+{0,2}([a-z_]\w*(?:\.[\w-]+)+)=(.*)$", re.DOTALL)
+_TAKEN_OUT = re.compile(r"~[a-z_]\w*(?:\.[\w-]+)+(?:=.*)?")
 _MAPPED = re.compile(r"(?<=\w):(?=[\w{\['\"])(?=.*\}$)")  # {a:1} of Hydra is {a: 1}
 
 
@@ -137,7 +139,9 @@ def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None)
             "nor verl's, which has actor_rollout_ref. Give the file that its command line or "
             "--config names."
         )
-    kind = kind or trl_kind(content)
+    by_keys = trl_kind(content)
+    former = kind == "distillation" and (by_keys == "iw_opd" or "lmbda" in content)
+    kind = "iw_opd" if former else kind or by_keys
     found = Imported("TRL", kind or "distillation")
     if kind is None:
         note = "read as a DistillationConfig; a GKDConfig and a GOLDConfig have half of the answers"
@@ -272,9 +276,14 @@ def _training(
         elif word.startswith("--") and len(word) > 2:
             key, equals, value = word[2:].partition("=")
             key = key.replace("-", "_")  # which are the same there
-            found[key] = parse_value(value if equals else "true" if after[:2] == "--" else after)
+            bare = not equals and after[:2] == "--"
+            off = bare and key[:3] == "no_" and key != "no_cuda"  # --no_x of a x that is on
+            given = parse_value(value if equals else "true" if bare else after)
+            found[key.removeprefix("no_") if off else key] = False if off else given
             if key in LISTS and not equals:
                 found[key] = [*takewhile(lambda one: one[:2] != "--", words[i + 1 :])]
+        elif _TAKEN_OUT.fullmatch(word) and not before.startswith("--"):
+            found[word] = "taken out of the configuration"
         elif word[:1] == "$" and len(word) > 2 and not before.startswith("--"):
             found[word] = "not set by the file"
     return started and (started[1] or started[2]), found

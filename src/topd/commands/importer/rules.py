@@ -30,6 +30,10 @@ TRL_DEFAULTS: dict[str, dict[str, Any]] = {  # that differ from ours, by the cla
         **{"beta": 1.0, "learning_rate": 1e-6, "max_completion_length": 512},
         "disable_dropout": False,
     },
+    "iw_opd": {  # and a DistillationConfig while it had lmbda
+        **{"lmbda": 1.0, "beta": 1.0, "top_p": 0.95, "max_completion_length": 512},
+        **{"learning_rate": 1e-6, "loss_top_k": 1},
+    },
 }
 TRL_COMMON: dict[str, Any] = {
     **{"per_device_train_batch_size": 8, "num_train_epochs": 3.0, "warmup_steps": 0},
@@ -58,6 +62,7 @@ _TRL_REFUSED = {
     "min_p": "sampling has no min_p here",
     "max_tool_calling_iterations": "rollouts with tools are not importable",
     "reward_funcs": "rewards are not in the loss",
+    "datasets": "a mixture is not read: join it into one file, and name that as dataset_name",
     "config": "the rest of it is in that file: write both into one, and import that",
 }
 _LORA = {
@@ -65,6 +70,10 @@ _LORA = {
     **{"lora_target_modules": "target_modules", "lora_modules_to_save": "modules_to_save"},
     **{"lora_target_parameters": "target_parameters", "lora_task_type": "task_type"},
     **{"use_rslora": "use_rslora", "use_dora": "use_dora"},
+}
+_OF_IW_OPD = {
+    *("loss_top_k", "loss_add_tail", "reverse_kl_top_1_mode", "use_teacher_server"),
+    *("distillation_objective", "iw_opd_gamma"),
 }
 LISTS = ("lora_target_modules", "lora_modules_to_save", "lora_target_parameters")
 _TRL_MACHINES = (  # where and how fast, and what belongs to what is refused
@@ -85,7 +94,9 @@ def number(key: str, value: Any, kind: type[int] | type[float] = int) -> Any:
 
 
 def trl_kind(content: Mapping[str, Any]) -> str | None:
-    """Whose keys these are, ``gkd``'s or ``gold``'s; None: they may be of any class."""
+    """Whose keys these are, a key of ``TRL_DEFAULTS``; None: they may be of any class."""
+    if _OF_IW_OPD & set(content):
+        return "iw_opd"
     if any(key.startswith(("uld_", "use_uld", "use_extended_uld")) for key in content):
         return "gold"
     if {"lmbda", "max_new_tokens", "seq_kd"} & set(content):
@@ -114,7 +125,9 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         return "refused", f"{value} of the answers are the student's own; a recipe has all", {}
     kind = trl_kind(content)
     if key == "max_length" and kind and value is not None:
-        answer = number(key, content.get("max_completion_length")) if kind == "gold" else 0
+        if content.get("max_prompt_length"):
+            return OUT
+        answer = number(key, content.get("max_completion_length")) if kind != "gkd" else 0
         note = "longer prompts are cut there, and refused here or left out: drop_long_prompts"
         return "translated", note, {"max_prompt_length": max(1, number(key, value) - answer)}
     if key in ("dtype", "torch_dtype") and value in _HALF:
@@ -122,7 +135,13 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         half = {"bf16" if value == "bfloat16" else "fp16": True}
         return "translated", note, {**half, "teacher/dtype": value}
     if key in ("dtype", "torch_dtype") and value in ("auto", "float32"):
-        return OUT
+        note = "as the weights are saved there; both models are loaded in float32 here"
+        return "left out", note if value == "auto" else "", {}
+    if key == "temperature" and kind == "gkd" and value != 1:
+        note = "of the sampling alone there; here it divides the logits of the loss too"
+        return "kept", note, {key: value}
+    if key in _OF_IW_OPD:
+        return _iw_opd(key, value, content)
     if key in ("bf16", "fp16") and not value and _HALF[key == "fp16"] in _dtypes(content):
         return OUT  # the weights have 16 bits
     if key == "warmup_ratio" and content.get("warmup_steps"):
@@ -159,14 +178,28 @@ def _evaluated(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     return "translated", "", {key: value, "eval_data/split": "test", **data}
 
 
+def _iw_opd(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
+    """What IWOPDConfig has, and a DistillationConfig had, besides."""
+    method: dict[str, Any] = {"method": "iw_opd"}
+    note = "of the sampled tokens there; here its weights are on the loss over the vocabulary"
+    if (key, value) == ("distillation_objective", "iw_opd"):
+        return "translated", note, method
+    if key == "iw_opd_gamma" and content.get("distillation_objective", "iw_opd") == "iw_opd":
+        return "translated", note, {**method, "method_options/gamma": value}
+    if key == "loss_top_k" and value:
+        return "translated", f"over {value} tokens there, over the vocabulary here", {}
+    return "left out", "", {}
+
+
 def _init_kwargs(key: str, given: Mapping[str, Any]) -> Ruled:
     role = "teacher" if key.startswith("teacher") else "student"
     names = {"dtype": "dtype", "torch_dtype": "dtype", "revision": "revision"}
-    names |= {"attn_implementation": "attn_implementation"}
+    names |= {name: name for name in ("attn_implementation", "trust_remote_code")}
     found = {f"{role}/{names[k]}": v for k, v in given.items() if k in names and v != "auto"}
     if role == "student":
         found.pop("student/dtype", None)
-    return "translated", "", found
+    lost = [k for k, v in given.items() if v is not None and f"{role}/{names.get(k)}" not in found]
+    return "translated", f"not kept: {', '.join(lost)}" if lost else "", found
 
 
 def _lora(key: str, value: Any) -> Ruled:

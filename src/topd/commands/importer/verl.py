@@ -82,6 +82,9 @@ _VERL_PLAIN: dict[str, Any] = {  # a value with which nothing is learned otherwi
     f"{ROLLOUT}do_sample": True,
     f"{ROLLOUT}ignore_eos": False,
     f"{ROLLOUT}repetition_penalty": 1.0,
+    **dict.fromkeys((f"{ROLLOUT}stop", f"{ROLLOUT}stop_token_ids", f"{ROLLOUT}logit_bias")),
+    **dict.fromkeys((f"{ROLLOUT}{n}_penalty" for n in ("presence", "frequency")), 0),
+    **dict.fromkeys((f"{ROLLOUT}min_p", f"{ROLLOUT}over_sample_rate"), 0),
     f"{ROLLOUT}multi_turn.enable": False,
     f"{ROLLOUT}agent.default_agent_loop": "single_turn_agent",
     f"{LOSS}distillation_loss_coef": 1.0,
@@ -194,7 +197,10 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key == f"{ACTOR}fsdp_config.model_dtype" and value in ("bfloat16", "bf16"):
         return "translated", "the student stays in float32 and computes in 16 bits", {}
     if key == f"{ACTOR}fsdp_config.dtype":
-        return "translated", "", {"bf16": True} if value in ("bfloat16", "bf16") else {}
+        half = {"bfloat16": "bf16", "float16": "fp16"}.get(value, value)
+        if half not in ("bf16", "fp16", "fp32", "float32"):
+            return "unknown", "", {}
+        return "translated", "", {half: True} if half in ("bf16", "fp16") else {}
     if key == f"{ACTOR}ppo_mini_batch_size":
         return _update(value, content)
     if key == f"{ROLLOUT}top_k":

@@ -25,6 +25,7 @@ from topd.losses import linear_token_statistics
 from topd.methods import Method
 from topd.named import called
 from topd.seeds import Stream, seed_of
+from topd.training.experience.asked import of_own_tokens
 from topd.training.experience.branches import branch_states, gone_on
 from topd.training.experience.evidence import (
     TOLD,
@@ -33,10 +34,10 @@ from topd.training.experience.evidence import (
     by_token_loss,
     candidates_of,
     checked_scores,
+    copied,
     differing,
     forks_of,
     logprobs_of,
-    of_own_tokens,
     own_mask,
     padded,
     pair_windows,
@@ -225,7 +226,7 @@ class Observer:
         self, rollouts: Sequence[Rollout], seeds: Sequence[int], method: Method, seen: Seen
     ) -> Experience:
         """What a method makes of what was seen, verdicts included. Raises TOPDError."""
-        asked = called("method", method.guide, seen.evidence)
+        asked = called("method", method.guide, copied(seen.evidence))
         asked = of_own_tokens(asked, rollouts, self.teacher.head.vocab_size)
         asked = by_token_loss(self.args.token_loss, asked, rollouts, seen.logprobs, seen.spans)
         guidance = gone_on(self, rollouts, asked, seeds)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from topd.errors import TOPDError
 from topd.methods import NEVER
 from topd.runs.records import Fork
 from topd.types import (
-    BranchLoss,
     Effort,
     Evidence,
     Generation,
@@ -29,7 +28,6 @@ from topd.types import (
     Ids,
     Needs,
     Rollout,
-    SoftTarget,
     Spans,
     Starts,
     TokenScores,
@@ -41,7 +39,6 @@ ALIKE = 1e-3  # nats a token; rounding is about 1e-5 (docs/method.md), a pair th
 
 logger = logging.get_logger(__name__)
 
-ROUNDING = 0.01  # of a target's sum, where its probabilities were made in bfloat16
 TOLD: tuple[Needs, ...] = ("logprobs", "distributions")  # what tells log-probs of given tokens
 
 
@@ -236,6 +233,12 @@ def pair_windows(
     return Windows(row, start, student_tokens, student_mask, teacher_tokens, teacher_mask)
 
 
+def copied(evidence: Evidence) -> Evidence:
+    """For a method, which may change its tensors in place: others and the records have theirs."""
+    tensors = copy.deepcopy(replace(evidence, rollouts=()))
+    return replace(tensors, rollouts=evidence.rollouts)
+
+
 def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     windows, solved = evidence.windows, evidence.transport
     lengths = windows.teacher_mask.sum(-1).tolist()
@@ -256,85 +259,17 @@ def forks_of(evidence: Evidence, count: int) -> tuple[tuple[Fork, ...], ...]:
     return tuple(tuple(row) for row in forks)
 
 
-def _check_guidance(found: object, rollouts: Sequence[Rollout], vocab_size: int) -> None:
-    """Raises TOPDError where a method has not given a Guidance a rollout that fits it."""
-    given = found if isinstance(found, Sequence) else ()
-    if len(given) != len(rollouts) or not all(isinstance(guide, Guidance) for guide in given):
-        raise TOPDError(
-            f"method: must return {len(rollouts)} Guidance here, one a rollout in their order, and "
-            f"returned {str(found)[:80]}."
-        )
-    for guide, rollout in zip(given, rollouts, strict=True):
-        tokens, weights, advantages = map(len, (rollout.response, guide.weights, guide.advantages))
-        if weights != tokens or advantages not in (0, tokens):
-            raise TOPDError(
-                f"method: gave {weights} weights and {advantages} advantages to a rollout of "
-                f"{tokens} tokens. Give each of its tokens a weight, and an advantage or none."
-            )
-        places = [*guide.capped, *(target.position for target in guide.targets)]
-        for place in (*places, *(branch.start for branch in guide.branches)):
-            if not 0 <= place < tokens:
-                raise TOPDError(
-                    f"method: has a target, a branch or a capped token at {place} of a rollout of "
-                    f"{tokens} tokens. Count them from 0."
-                )
-        ids = [token for part in (*guide.targets, *guide.branches) for token in part.tokens]
-        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise TOPDError(
-                f"method: has the tokens {min(ids)} to {max(ids)} in targets or branches, and may "
-                f"have 0 to {vocab_size - 1}. Take ids of the student's tokenizer."
-            )
-        for target in guide.targets:
-            _check_target(target)
-        known = get_args(BranchLoss)
-        for loss in {branch.loss for branch in guide.branches}.difference(known):
-            raise TOPDError(f"method: has a branch by {loss!r}. Choose one of {', '.join(known)}.")
-
-
-def _check_target(target: SoftTarget) -> None:
-    """Raises TOPDError for what is not a distribution over its tokens."""
-    if len(target.tokens) != len(target.probabilities):
-        raise TOPDError(
-            "method: has a target with other numbers of tokens and probabilities. Give each "
-            "token one."
-        )
-    total = sum(target.probabilities)
-    if not (min(target.probabilities, default=0) >= 0 and abs(total - 1) <= ROUNDING):
-        raise TOPDError(
-            f"method: has a target at {target.position} whose probabilities are negative or NaN, "
-            f"or sum to {total:.4g}, not to 1. Take a softmax, or divide them by their sum."
-        )
-
-
 def checked_scores(scores: object, mask: Tensor) -> Tensor:
-    """What a detector has returned, as floats. Raises TOPDError if it is not [B T]."""
+    """What a detector has returned, as floats. Raises TOPDError: not [B T], or NaN in ``mask``."""
     if not isinstance(scores, Tensor) or scores.shape != mask.shape:
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise TOPDError(
             f"candidate_loss: must return a tensor [B T], here {tuple(mask.shape)}, and returned "
             f"{shape}."
         )
+    if scores[mask].isnan().any():
+        raise TOPDError("candidate_loss: gave NaN to a token. Give each token a number.")
     return scores if scores.is_floating_point() else scores.float()
-
-
-def of_own_tokens(
-    guidance: Sequence[Guidance], rollouts: Sequence[Rollout], vocab_size: int
-) -> tuple[Guidance, ...]:
-    """The guidance without weights and advantages of tokens that an environment wrote.
-
-    Raises TOPDError where it does not fit the rollouts, or names tokens from ``vocab_size`` on.
-    """
-    _check_guidance(guidance, rollouts, vocab_size)
-    return tuple(
-        replace(
-            guide,
-            weights=tuple(w * own for w, own in zip(guide.weights, r.own, strict=True)),
-            advantages=tuple(a * own for a, own in zip(guide.advantages, r.own, strict=False)),
-        )
-        if r.replies
-        else guide
-        for guide, r in zip(guidance, rollouts, strict=True)
-    )
 
 
 def own_only(rollout: Rollout, values: Tensor) -> Tensor:
