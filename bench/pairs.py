@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from topd import TOPDConfig, TOPDTrainer
@@ -79,11 +78,12 @@ def moved(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def bar(model: PreTrainedModel, tokens: tuple[int, ...]) -> None:
-    """Give some tokens probability 0, by a bias that is not trained."""
+    """Give some tokens probability 0, by a bias that is no parameter: it is not of the class."""
     head = model.get_output_embeddings()
     bias = head.weight.detach().new_zeros(len(head.weight))
     bias[list(tokens)] = -1e4
-    head.bias = nn.Parameter(bias, requires_grad=False)
+    del head.bias
+    head.register_buffer("bias", bias, persistent=False)
 
 
 def words(vocab: int) -> PreTrainedTokenizerFast:
