@@ -611,13 +611,19 @@ def test_other_problems_than_those_of_runs_that_are_done_are_refused_before_one_
         run_compare(recipe, [*words, more])
 
 
+def rows_in(path: Path, recipe: Path) -> list[str]:
+    """The recipe's rows in a file of their own, as its lines."""
+    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
+    path.write_text("".join(rows))
+    return rows
+
+
 def test_other_data_than_that_of_runs_that_are_done_is_refused_before_one_runs(
     recipe, tmp_path, monkeypatch
 ):
     """Seeds of old and new rows would be averaged as those of one arm."""
     path = tmp_path / "train.jsonl"
-    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
-    path.write_text("".join(rows))
+    rows = rows_in(path, recipe)
     words = [f"--output_dir={tmp_path / 'run'}", f"--data.path={path}", "--max_steps=1"]
     words += ["--data.chat=false", "--compare.arms={opd: {method: opd}}"]
     run_compare(recipe, [*words, "--compare.seeds=[0]"])
@@ -634,8 +640,7 @@ def test_other_data_than_that_of_stage_1_is_refused_before_an_arm_runs(
 ):
     """Else the arms would begin from a student of rows that no file has."""
     path = tmp_path / "train.jsonl"
-    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
-    path.write_text("".join(rows))
+    rows = rows_in(path, recipe)
     words = [f"--output_dir={tmp_path / 'run'}", f"--data.path={path}", "--data.chat=false"]
     words += ["--compare.seeds=[0]", "--compare.warmstart"]
     ran = []
@@ -655,8 +660,7 @@ def test_other_data_than_that_of_stage_1_is_refused_before_an_arm_runs(
 
 def test_data_that_are_gone_are_asked_of_nothing_that_has_run(recipe, tmp_path):
     path = tmp_path / "own.jsonl"
-    rows = [json.dumps(row) + "\n" for row in read_recipe(recipe).data.load()]
-    path.write_text("".join(rows))
+    rows = rows_in(path, recipe)
     arms = f"{{opd: {{method: opd}}, own: {{data: {{path: '{path}', chat: false}}}}}}"
     words = [f"--output_dir={tmp_path / 'run'}", "--max_steps=1", f"--compare.arms={arms}"]
     words += ["--compare.seeds=[0]", "--compare.warmstart", f"--warmstart.data.path={path}"]

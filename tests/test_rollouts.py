@@ -478,16 +478,19 @@ def test_a_message_that_the_template_leaves_out_is_refused(written, messages, fa
 
 
 def test_a_message_that_a_template_cannot_do_without_is_written():
-    strict = "{% if m['content'] | length > 4 %}{{ raise_exception('long') }}{% endif %}"
+    """A content that it refuses is one that it reads."""
+    strict = "{% if m['content'] != 'what' %}{{ raise_exception('other') }}{% endif %}"
     reader = with_template(TURNS.replace("<|{{", f"{strict}<|{{{{"), "<eot>")
-    reader.encode([{"prompt": [{"role": "user", "content": "what"}]}])
+    (prompt,) = reader.encode([{"prompt": [{"role": "user", "content": "what"}]}])
+    assert reader.student.decode(prompt.student) == "<|user|> what <eot> <|assistant|>"
 
 
 def test_an_answer_that_a_template_cuts_at_its_marks_is_written():
     marked = "{{ m['content'].split('<answer>')[-1].split('</answer>')[0] }}"
     reader = with_template(TURNS.replace("{{ m['content'] }}", marked), "<eot>")
     said = {**ANSWER, "content": f"we add <answer> {ANSWER['content']} </answer>"}
-    reader.encode([{"prompt": [*ASKED, said, *ASKED]}])
+    (prompt,) = reader.encode([{"prompt": [*ASKED, said, *ASKED]}])
+    assert "<|assistant|> so 3 <eot>" in reader.student.decode(prompt.student)
 
 
 def test_one_of_two_names_of_a_thought_does():
