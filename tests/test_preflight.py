@@ -899,6 +899,35 @@ def test_settings_that_an_optimiser_was_made_with_are_its_own(tmp_path):
     assert trainer({}, lr=0.25).args.learning_rate == 0.25
 
 
+def test_what_a_schedule_that_was_given_does_not_take_is_refused(tmp_path):
+    """run.json named an optimiser and a schedule that the run did not have."""
+
+    def trainer(schedule, **options):
+        options = {"max_steps": 2, "max_completion_length": 8, "use_cpu": USE_CPU, **options}
+        args = TOPDConfig(output_dir=str(tmp_path / "run"), **options)
+        return TOPDTrainer(
+            student, tiny_model(seed=1), args, rows(4),
+            processing_class=tiny_tokenizer(), optimizers=(optimizer, schedule),
+        )  # fmt: skip
+
+    student = tiny_model()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.25)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for name, value in (("lr_scheduler_type", "cosine"), ("warmup_steps", 3)):
+        with pytest.raises(TOPDError, match=f"^{name}: {value}.* has no effect: a schedule was"):
+            trainer(schedule, **{name: value})
+    with pytest.raises(TOPDError, match="^lr_scheduler_kwargs: unknown key 'cycles'"):
+        trainer(None, lr_scheduler_type="cosine", lr_scheduler_kwargs={"cycles": 3})
+    trainer(schedule, warmup_steps=0).train()
+    stored = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert [stored[n] for n in ("optim", "lr_scheduler_type")] == ["SGD", "ConstantLR"]
+    student = tiny_model()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.25)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(TOPDError, match="optim was 'SGD' and is 'AdamW'"):
+        trainer(schedule, max_steps=3).train(resume_from_checkpoint=True)
+
+
 def test_a_schedule_without_its_optimiser_is_refused(tmp_path):
     """Its rates were logged, and another optimiser learned at a constant one."""
 

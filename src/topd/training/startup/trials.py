@@ -10,7 +10,7 @@ import copy
 import inspect
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -34,6 +34,7 @@ OF_OPTIMISER = (
     *(RATE, "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("optim", "optim_args", "optim_target_modules"),
 )
+OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 UPDATES = 1000  # of the trial schedule, where a run does not say how many it has
 _FAULTS = (
     ImportError,
@@ -56,10 +57,14 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
     """
     _check_checkpointing(args)
     _check_accelerator(args)
-    if optimizers[0] is not None:
-        _check_one_loss(optimizers[0])
-        _take_rate(args, optimizers[0])
+    optimizer, schedule = optimizers
     trial = copy.copy(args)
+    if optimizer is not None:
+        _check_one_loss(optimizer)
+        _take_optimiser(args, optimizer)
+    if schedule is not None:
+        _check_effect(args, OF_SCHEDULE, [{"warmup_steps": 0}], "a schedule")
+        worked_out(args, OF_SCHEDULE[0], type(schedule).__name__)
     with tempfile.TemporaryDirectory() as folder:
         trial.output_dir = folder
         with _place(f"report_to {args.report_to}"):
@@ -69,13 +74,14 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
             trainer = Trainer(nn.Linear(2, 2), trial, train_dataset=[0], eval_dataset=[0])
         with _place("dataloader settings"):
             trainer.get_train_dataloader()
-        if optimizers[0] is None:
+        if optimizer is None:
             _check_optimiser(args)
-        if optimizers[0] is None and not args.optim_target_modules:
-            with _place(f"optim {_word(args.optim)}"):
-                trainer.create_optimizer()
-            with _place(f"lr_scheduler_type {_word(args.lr_scheduler_type)}"):
-                _check_schedule(trainer)
+        if args.optim_target_modules:
+            return
+        with _place(f"optim {_word(trial.optim)}"):
+            trainer.create_optimizer()
+        with _place(f"lr_scheduler_type {_word(trial.lr_scheduler_type)}"):
+            _check_schedule(trainer)
 
 
 @contextmanager
@@ -197,19 +203,27 @@ def _check_one_loss(optimizer: Any) -> None:
         )
 
 
-def _take_rate(args: TOPDConfig, optimizer: Any) -> None:
-    """Of an optimiser that was given the rate counts, here and in the records of the run."""
+def _take_optimiser(args: TOPDConfig, optimizer: Any) -> None:
+    """Of an optimiser that was given its rate counts, here and in the records of the run."""
     held = [_settings_of(group) for group in optimizer.param_groups]
-    usual = defaults_of(type(args))
-    for name in OF_OPTIMISER:
-        value = getattr(args, name)
-        given = name not in args.left_out and value != usual[name]
-        if given and all(value != own.get(name) for own in held):
-            raise TOPDError(
-                f"{name}: {_word(value)} has no effect: an optimiser was given (optimizers), which "
-                "has its own. Leave it out, or give no optimiser."
-            )
+    _check_effect(args, OF_OPTIMISER, held, "an optimiser")
     worked_out(args, RATE, max(float(own[RATE]) for own in held))
+    worked_out(args, "optim", type(optimizer).__name__)
+
+
+def _check_effect(
+    args: TOPDConfig, names: Sequence[str], held: Sequence[Mapping[str, Any]], given: str
+) -> None:
+    """Refuse settings of what was given instead, unless that has the same. Raises TOPDError."""
+    usual = defaults_of(type(args))
+    for name in names:
+        value = getattr(args, name)
+        asked = name not in args.left_out and value != usual[name]
+        if asked and all(value != own.get(name) for own in held):
+            raise TOPDError(
+                f"{name}: {_word(value)} has no effect: {given} was given (optimizers), which "
+                f"has its own. Leave it out, or give no {given.partition(' ')[2]}."
+            )
 
 
 def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
