@@ -916,7 +916,7 @@ def test_what_a_schedule_that_was_given_does_not_take_is_refused(tmp_path):
     for name, value in (("lr_scheduler_type", "cosine"), ("warmup_steps", 3)):
         with pytest.raises(TOPDError, match=f"^{name}: {value}.* has no effect: a schedule was"):
             trainer(schedule, **{name: value})
-    with pytest.raises(TOPDError, match="^lr_scheduler_kwargs: unknown key 'cycles'"):
+    with pytest.raises(TOPDError, match=r"^lr_scheduler_kwargs: unknown key 'cycles'"):
         trainer(None, lr_scheduler_type="cosine", lr_scheduler_kwargs={"cycles": 3})
     trainer(schedule, warmup_steps=0).train()
     stored = json.loads((tmp_path / "run/run.json").read_text())["config"]
