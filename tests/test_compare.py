@@ -568,6 +568,28 @@ def test_a_comparison_may_get_more_arms_and_seeds_and_no_other_ones(recipe, tmp_
     assert len(results(folder)) == 3
 
 
+def test_code_that_changed_between_the_seeds_of_an_arm_is_refused(recipe, tmp_path, monkeypatch):
+    """They were averaged; another arm's code in the same file may change."""
+
+    def run(content, seeds, more=""):
+        (tmp_path / "my_mine.py").write_text(content)
+        monkeypatch.delitem(sys.modules, "my_mine", raising=False)
+        words = [f"--output_dir={tmp_path / 'run'}", "--max_steps=1"]
+        arms = f"opd: {{method: opd}}, own: {{method: my_mine:mine}}{more}"
+        words.append(f"--compare.arms={{{arms}}}")
+        run_compare(recipe, [*words, f"--compare.seeds={seeds}"])
+
+    monkeypatch.chdir(tmp_path)
+    first = "from topd.methods import opd\n\nmine = opd\n"
+    other = f"{first}more = opd\n"
+    run(first, [0])
+    more = ", more: {method: my_mine:more, seeds: [0]}"
+    run(other, [0], more)
+    with pytest.raises(TOPDError, match=r"my_mine:mine has changed since own, seed 0 was run"):
+        run(other, [0, 1], more)
+    assert len(results(tmp_path / "run")) == 3
+
+
 def test_what_an_adapter_trains_whole_makes_no_other_student(tmp_path):
     """It is in the hash of the student's weights; a stand-in for a teacher of text has none."""
     adapters = {"opd": None, "whole": {"r": 4, "modules_to_save": ["norm"]}, "alike": {"r": 4}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import sys
 import traceback
@@ -14,11 +15,22 @@ from topd.errors import TOPDError, first_line, out_of_memory
 
 Row = TypeVar("Row")
 Returned = TypeVar("Returned")
+NAMING = ("method", "candidate_loss", "environment")  # settings whose value may be a row's name
+CODE: dict[str, str] = {}  # of modules outside this package, the SHA-256 of their files
 
 
 def is_outside(name: str) -> bool:
     """Whether a name stands for code outside this package."""
     return ":" in name and "://" not in name
+
+
+def code_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Of settings that name code outside this package, the SHA-256 of its file at the import.
+
+    What that file imports is not in it.
+    """
+    names = filter(is_outside, (str(settings.get(key)) for key in NAMING))
+    return {name: CODE[module] for name in names if (module := name.partition(":")[0]) in CODE}
 
 
 def row_named(key: str, name: str, table: Mapping[str, Row], kind: Callable[[Any], Row]) -> Row:
@@ -89,7 +101,7 @@ def called(key: str, function: Callable[..., Returned], *args: Any) -> Returned:
 
 def _attribute(key: str, name: str) -> Any:
     module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
+    here, fresh = str(Path.cwd()), module not in sys.modules
     sys.path.insert(0, here)  # as python -m has it; a console script does not
     try:
         found = importlib.import_module(module)
@@ -102,7 +114,9 @@ def _attribute(key: str, name: str) -> Any:
         ) from error
     finally:
         sys.path.remove(here)
+    place = getattr(found, "__file__", None) or module
+    if (fresh or module not in CODE) and Path(place).is_file():
+        CODE[module] = hashlib.sha256(Path(place).read_bytes()).hexdigest()
     if not hasattr(found, attribute):
-        place = getattr(found, "__file__", None) or module
         raise TOPDError(f"{key}: {name}: {place} has no {attribute!r}.")
     return getattr(found, attribute)

@@ -270,6 +270,7 @@ def open_folder(command: str, recipe: Recipe, pair: Pair) -> RunFolder:
         data=fingerprint(pair.prompts),
         seed=args.seed,
         device=args.device,
+        settings=vars(args),
     )
     stored = read_whole(run.folder / "manifest.json")
     for key in ("models", "data"):

@@ -35,6 +35,7 @@ import torch
 
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import model_fingerprint
+from topd.named import code_of
 from topd.runs.files import digest, file_digest, raw_lines, write_whole
 from topd.runs.ledger import Ledger
 from topd.runs.lock import refuse_if_busy
@@ -185,11 +186,19 @@ def _try_to_write(folder: Path) -> None:
 
 
 def manifest(
-    *, models: Mapping[str, torch.nn.Module], data: str, seed: int, device: torch.device
+    *,
+    models: Mapping[str, torch.nn.Module],
+    data: str,
+    seed: int,
+    device: torch.device,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What a run was made of: versions, machine, seed, fingerprints."""
+    """What a run was made of: versions, machine, seed, fingerprints.
+
+    Code outside this package that the ``settings`` name counts among the versions.
+    """
     return {
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **_versions(), **code_of(settings or {})},
         "machine": {
             "platform": platform.platform(),
             "device": str(device),

@@ -167,6 +167,7 @@ class RecordedTrainer(LoadingTrainer):
             data=fingerprint(self.train_dataset),
             seed=self.args.seed,
             device=self.accelerator.device,
+            settings=vars(self.args),
         )
         check_ranks_agree(self.args, self.train_dataset, self.eval_dataset, self.record)
         self._begun, args = None, self.args

@@ -26,7 +26,7 @@ from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
 from topd.inputs.teachers import Teachers
-from topd.named import is_outside
+from topd.named import NAMING, is_outside
 from topd.runs.records import check_format
 from topd.runs.verified import entries_in
 from topd.training.inherited import FOLLOWING
@@ -186,7 +186,7 @@ def _refuse_code(
     said = "To run it, say --trust-remote-code."
     if any(spec.get("trust_remote_code") for spec in specs):
         raise TOPDError(f"{folder}: its models ran code of their repositories. {said}")
-    for key in ("method", "candidate_loss", "environment"):
+    for key in NAMING:
         if is_outside(str(config.get(key))):
             raise TOPDError(f"{folder}: its {key} {config[key]!r} is code of its own. {said}")
 

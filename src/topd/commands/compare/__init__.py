@@ -38,6 +38,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from topd.commands.compare.budgets import SCORES, TOKENS
 from topd.commands.compare.problems import (
+    check_code,
     check_data,
     check_models,
     check_problems,
@@ -107,6 +108,7 @@ def _compare(comparison: Comparison, console: Console | None) -> None:
     todo = [run for run in spec.runs() if run[:2] not in done]
     waiting = [*dict.fromkeys(arm for arm, *_ in todo)]
     check_data(comparison, check_arms(comparison, waiting), results)
+    check_code(folder, waiting, results)
     check_problems(comparison, waiting or [spec.baseline], results)
     run = RunFolder(folder, resume=True, chained=bool(spec.plan))
     run.write("run.json", content)

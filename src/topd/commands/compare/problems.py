@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from topd.errors import TOPDError
 from topd.evaluate import Evaluator
 from topd.evaluate.evaluation import first_rows
 from topd.inputs.rows import DataSpec
+from topd.named import code_of
 from topd.runs.files import digest, read_whole
 from topd.runs.records import read_run
 
@@ -86,6 +87,24 @@ def check_data(
                 f"{result['arm']}, seed {result['seed']} learned from it. Bring those back, or "
                 "choose another folder."
             )
+
+
+def check_code(folder: Path, arms: Collection[str], results: Sequence[Result]) -> None:
+    """Hold code outside this package against what it was when an arm's finished runs had it.
+
+    ``arms`` are those with runs to come. Raises TOPDError where its file has changed.
+    """
+    for result in results:
+        place = place_of(folder, result["arm"], result["seed"])
+        now = code_of(read_run(place).get("config") or {}) if result["arm"] in arms else {}
+        before = read_whole(place / "manifest.json").get("versions", {})
+        for name, found in now.items():
+            if before.get(name, found) != found:  # none: of an older version
+                raise TOPDError(
+                    f"compare: the file of {name} has changed since {result['arm']}, seed "
+                    f"{result['seed']} was run with it, and the arm's other seeds are still to be "
+                    "run. Bring it back, or give the arm another name."
+                )
 
 
 def check_start(data: DataSpec, stored: Mapping[str, Any]) -> str | None:
