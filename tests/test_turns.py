@@ -359,13 +359,17 @@ def test_replies_that_leave_no_room_are_told_and_what_an_environment_does_to_a_r
     observer, told, monkeypatch
 ) -> None:
     def takes(row: dict[str, Any], turns: Sequence[str]) -> str | None:
-        return mirror({"prompt": row.pop("prompt")}, turns)  # a second time there would be none
+        row["parts"].pop()  # a second time there would be none
+        return mirror({"prompt": row.pop("prompt")}, turns)
 
     said: list[str] = []
     monkeypatch.setattr(turning.logger, "warning_once", said.append)
     took = Observer(*(observer.student, observer.teacher), observer.args)
     took.turns = replace(observer.turns, environment=takes, limit=LIMIT)
-    assert took.roll_out(prompts_of(), list(range(8))) == told
+    prompts = [replace(p, row={**p.row, "parts": [1]}) for p in prompts_of()]
+    assert [r.response for r in took.roll_out(prompts, list(range(8)))] == [
+        r.response for r in told
+    ]
     said.clear()
     took.turns = replace(observer.turns, environment=lambda row, turns: "x " * LIMIT)
     assert not any(r.replies for r in took.roll_out(prompts_of(), list(range(8))))

@@ -7,6 +7,7 @@ nowhere else: no loss, no candidate, no window, no figure counts its tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -144,7 +145,7 @@ class Turns:
             return None
         row = _columns(rollout.prompt)
         turns = [self.replies.text(turn) for turn in rollout.turns]
-        text = called("environment", self.environment, dict(row), turns)  # which it may change
+        text = called("environment", self.environment, deepcopy(dict(row)), turns)  # its own
         if text is None:
             return None
         if not isinstance(text, str):
