@@ -297,6 +297,19 @@ def fsdp_evaluated(folder: Path, ranks: int) -> dict[str, Any]:
     return evaluated(folder, ranks)
 
 
+def fsdp_optimizers(folder: Path, ranks: int) -> dict[str, str]:
+    """What is said of optimisers that cannot be sharded, saved or loaded under FSDP2."""
+    os.environ.update(launched())
+    said = {}
+    for name in ("adafactor", "adagrad", "sgd"):
+        try:
+            made(folder / name, ranks, optim=name)
+        except TOPDError as error:
+            said[name] = str(error)
+    made(folder / "momentum", ranks, optim="sgd", optim_args="momentum=0.9")
+    return said
+
+
 def pretended() -> None:
     """Have accelerate shard on a CPU, where it silently runs DDP else."""
     init = AcceleratorState.__init__

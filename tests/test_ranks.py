@@ -71,7 +71,7 @@ def two(folder) -> list[dict[str, Any]]:
     """What each of two ranks found, by case."""
     cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "answered", "reordered")
     cases += ("apart",)
-    cases += ("fsdp", "fsdp_resumed", "fsdp_evaluated")
+    cases += ("fsdp", "fsdp_resumed", "fsdp_evaluated", "fsdp_optimizers")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
     ranks = [
         environment(**shared, **{f"{kind}WORLD_SIZE": "2" for kind in ("", "LOCAL_")}, **own)
@@ -324,6 +324,16 @@ def test_topd_train_by_accelerate_launch(tmp_path):
     assert found.faults == []
     assert "weights: not compared, 2 ranks made them" in found.checked
     shutil.rmtree(tmp_path / "two")
+
+
+def test_an_optimiser_that_fsdp_cannot_shard_save_or_load_is_refused_at_the_start(two):
+    """Adafactor failed in its first step, Adagrad at its first checkpoint, SGD at a resume."""
+    for found in two:
+        said = found["fsdp_optimizers"]
+        assert list(said) == ["adafactor", "adagrad", "sgd"]
+        assert all(
+            f"optim {name}, under FSDP2: cannot be used" in text for name, text in said.items()
+        )
 
 
 def test_the_launch_in_the_docs_goes(monkeypatch):

@@ -28,6 +28,7 @@ from transformers.trainer_utils import SchedulerType
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.config.values import defaults_of, worked_out
 from topd.errors import TOPDError
+from topd.training.sharded import try_optimizer
 
 RATE = "learning_rate"
 OF_OPTIMISER = (
@@ -51,7 +52,7 @@ _CONSTANT = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)  # not 
 
 
 def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
-    """Make loggers, a loader, optimiser and schedule of a model of four weights. Raises TOPDError.
+    """Make loggers, a loader, optimiser and schedule of a small layer. Raises TOPDError.
 
     An optimiser that names its modules is made with the student only.
     """
@@ -71,7 +72,8 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
             for logger_of in get_reporting_integration_callbacks(args.report_to):
                 logger_of()
         with _place("settings"):
-            trainer = Trainer(nn.Linear(2, 2), trial, train_dataset=[0], eval_dataset=[0])
+            layer = nn.Linear(2, 2 * args.world_size)
+            trainer = Trainer(layer, trial, train_dataset=[0], eval_dataset=[0])
         with _place("dataloader settings"):
             trainer.get_train_dataloader()
         if optimizer is None:
@@ -82,6 +84,8 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
             trainer.create_optimizer()
         with _place(f"lr_scheduler_type {_word(trial.lr_scheduler_type)}"):
             _check_schedule(trainer)
+        with _place(f"optim {_word(args.optim)}, under FSDP2"):
+            try_optimizer(layer, trainer.optimizer, trainer.accelerator)
 
 
 @contextmanager
