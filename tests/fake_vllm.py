@@ -30,13 +30,14 @@ class Fake:
     loaded weights, with ``heeds`` off it knows no logit_bias. To a prompt of text it answers with
     text, as its ``manner`` says: it continues it, starts ``over``, answers ``anew`` (chat), or
     ``strips`` white space. What it ``refuses`` it answers with a status, or ends with such a
-    finish_reason.
+    finish_reason. It reads the last ``context`` tokens of a text, and says how many.
     """
 
     engine: HFEngine
     tokenizer: PreTrainedTokenizerBase
     name: str = "teacher"
     room: int = 512
+    context: int = 10**6
     delay: float = 0.0
     statuses: list[int] = field(default_factory=list)
     key: str | None = None
@@ -67,14 +68,19 @@ class Fake:
             assert body["method"] == "take_weights"
             self.engine.model.load_state_dict(load_file(f"{body['args'][0]}/model.safetensors"))
         if path == "/v1/chat/completions":
-            return {"choices": [self.said(body)]}
+            return {"choices": [self.said(body)], "usage": self.usage(str(body["messages"]))}
         if path != "/v1/completions":
             return {}
         if body.get("echo"):
             return {"choices": [self.echoed(body["prompt"])]}
         if isinstance(body["prompt"], str):
-            return {"choices": [self.continued(body["prompt"], body)]}
+            usage = self.usage(body["prompt"])
+            return {"choices": [self.continued(body["prompt"], body)], "usage": usage}
         return {"choices": [self.written(tuple(ids), body) for ids in body["prompt"]]}
+
+    def usage(self, text: str) -> dict[str, int]:
+        """The usage of a text."""
+        return {"prompt_tokens": min(len(self.tokenizer(text)["input_ids"]), self.context)}
 
     def said(self, body: dict[str, Any]) -> dict[str, Any]:
         """To messages; a last one of the assistant's is continued where the server is told to."""

@@ -676,6 +676,18 @@ def test_a_server_that_does_not_continue_as_it_should_is_refused(tmp_path, start
     assert fake.url in str(caught.value)
 
 
+@pytest.mark.parametrize("context", [60, 150, 10**6])
+def test_a_server_that_cuts_long_texts_and_answers_is_refused(tmp_path, start, context):
+    """Ollama does, LM Studio may: the teacher would not have seen the prompt."""
+    fake = start(context=context)
+    changes = {"max_completion_length": 200, "window_length": 8}
+    if context > 1000:
+        learned(tmp_path, {"text": {"url": fake.url}}, **changes)
+        return
+    with pytest.raises(TOPDError, match=rf"has read {context} tokens of a text .* longer context"):
+        learned(tmp_path, {"text": {"url": fake.url}}, **changes)
+
+
 def test_an_answer_of_one_word_tells_nothing_of_a_server():
     """A server that starts over would seem to continue it, wherever it is cut."""
     assert _cuts(" the the the the") == []

@@ -25,7 +25,9 @@ from topd.types import Ids, Prompt, Sampling
 
 ASKED = 24  # tokens
 GREEDY = Sampling(temperature=0.0, max_new_tokens=ASKED)
-TOLD = 0.9  # of the student's tokens, where log-probs are wanted
+TOLD = 0.9  # of the student's tokens, where log-probs are wanted, and of those of a long text
+PIECE = f"{PROBE}\n"  # of a long text
+FEW = 4  # pieces, which any server reads
 PROMPTS = 4  # asked until one has an answer to be continued
 OVER = (
     "Give a server of the completions API, or chat: true where its chat API continues the "
@@ -40,17 +42,19 @@ def check_text_teacher(
     prompts: Sequence[Prompt],
     *,
     whole: Sampling | None = None,
+    most: int = 0,
 ) -> None:
     """Try a teacher by text as far as it goes without weights.
 
     The student's tokenizer must join a text at every border as it reads. Every server is asked to
     answer a prompt, then to continue from the middle of its own answer. Where only ``whole``
     answers are wanted of it, it is asked for the beginning of one, sampled so. A prompt that a
-    server refuses is passed over, if it answers another.
+    server refuses is passed over, if it answers another. A server that counts what it reads is sent
+    a text of ``most`` tokens, as long as the run's with what is to be written after it.
 
     Raises:
         TOPDError: a tokenizer that does not read back, a server that starts over, rewrites white
-            space or does not know the model, or an API key that is not there.
+            space, cuts long texts or does not know the model, or an API key that is not there.
         StoppedError: a server does not answer.
     """
     check_border("student", tokenizers[0])
@@ -62,6 +66,7 @@ def check_text_teacher(
         one = spec.text.model_copy(update={"url": (url,)})
         writer = TextServers("teacher", one, tokenizers[1])
         _check_answers(writer, prompts[:PROMPTS], whole)
+        _check_context(writer, most)
         if spec.text.logprobs:
             _check_tells(writer, prompts[:PROMPTS], Border(tokenizers[0]))
 
@@ -165,6 +170,27 @@ def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border)
             f"tokenizer: of {len(told)} tokens of the student's it tells {known}. Log-probs of "
             "single tokens want tokenizers that are alike: leave text.logprobs out, and set "
             "token_loss: none."
+        )
+
+
+def _check_context(writer: TextServers, most: int) -> None:
+    """Have a server read a short text, half of ``most`` tokens, and all: some, as Ollama, cut what
+    is longer than their context, and answer all the same.
+    """
+    times = most // len(writer.tokenizer(PIECE, add_special_tokens=False)["input_ids"])
+    if times < FEW:
+        return
+    counts = 1, times // 2, times  # each begins otherwise: what a server has kept it may not count
+    short, half, long = (writer.tokens_read(f"{count} {PIECE * count}") for count in counts)
+    if not (short and half and long):  # it does not tell
+        return
+    due = short + (half - short) * (times - 1) / (times // 2 - 1)
+    if long < TOLD * due:
+        raise TOPDError(
+            f"teacher.text: {writer.spec.url[0]} has read {long} tokens of a text of some "
+            f"{due:.0f}: it cuts what is longer, and answers all the same. Here texts have up to "
+            f"some {most}. Give it a longer context (Ollama: OLLAMA_CONTEXT_LENGTH), or lower "
+            "max_prompt_length or max_completion_length."
         )
 
 

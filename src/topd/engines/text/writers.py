@@ -89,6 +89,13 @@ class TextServers:
         wanted = [self._request(one, 0, **how) for one in asked]
         return self._answers(prompts, wanted, [self._pieces] * len(wanted), [])
 
+    def tokens_read(self, text: str) -> int:
+        """How many tokens of a text a server says that it has read; 0 where it does not."""
+        how = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
+        (answer,) = self._told([self._request(self._asked(text, ""), 1, **how)])
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        return int((usage or {}).get("prompt_tokens") or 0)
+
     def _request(self, asked: Mapping[str, Any], most: int, **how: Any) -> Request:
         """A request for ``most`` tokens after a text."""
         body = {**self.servers.model, **asked, self.spec.limit: most, **how, **self.spec.extra}

@@ -245,7 +245,9 @@ def check_sources(
                 writes = args.learns_from_answers or args.teacher_share
                 check_room(source, prompts, response if writes else ahead)
             whole = args.sampling if args.learns_from_answers else None
-            check_text_teacher(source, (tokenizers[0], tokenizer), prompts, whole=whole)
+            most = teacher if whole else teacher + ahead
+            pair = tokenizers[0], tokenizer
+            check_text_teacher(source, pair, prompts, whole=whole, most=most)
             continue
         check_context("teacher", source, teacher, ahead)
         check_servers("teacher", source, tokenizer, teacher, ahead)
