@@ -89,12 +89,17 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def short_trainings() -> Iterator[None]:
-    """No page at the end of one from Python, no count of what is frozen: a second each."""
+    """Of every test."""
     with pytest.MonkeyPatch.context() as patch:
         if "topd.training.trainer" in sys.modules:
-            patch.setattr("topd.training.trainer.TOPDTrainer.at_end", None)
-            patch.setattr("topd.training.trainer._what_is_there_kept", nullcontext)
+            shorten(patch)
         yield
+
+
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """No page at the end of a training from Python, no count of what is frozen: a second each."""
+    patch.setattr("topd.training.trainer.TOPDTrainer.at_end", None)
+    patch.setattr("topd.training.trainer._what_is_there_kept", nullcontext)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
