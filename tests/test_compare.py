@@ -816,7 +816,7 @@ def test_several_processes_are_refused(recipe, monkeypatch):
 
 def test_the_command_prints_its_table_and_writes_the_page(recipe, tmp_path):
     words = ["compare", str(recipe), "--quiet", "--output_dir", str(tmp_path / "run")]
-    words += ["--compare.seeds", "[0]", "--compare.jobs", "2"]
+    words += ["--compare.seeds", "[0]"]
     found = CliRunner().invoke(cli.app, words)
     assert found.exit_code == 0, found.output
     assert "topd, sharp" in found.output
