@@ -359,7 +359,7 @@ def test_a_server_that_writes_a_barred_id_is_refused(folder, start, allowed, uns
 def test_an_answer_that_was_cut_off_is_refused(folder, start):
     served = engine_of(spec_of(folder, [start(finish="abort")], [start()]))
     with pytest.raises(TOPDError, match="finish_reason 'abort'"):
-        served.generate(PROMPTS * 20, Sampling(1.0, max_new_tokens=64), range(60))
+        served.generate(PROMPTS * 4, Sampling(1.0, max_new_tokens=64), range(12))
 
 
 def test_texts_have_their_own_choices_in_whatever_order_they_come(folder, start):
