@@ -6,6 +6,7 @@ that the environment says (RANK, WORLD_SIZE, ...), and leaves ``CASE-RANK.pt`` i
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
@@ -25,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
-from conftest import rows, tiny_model
+from conftest import rows, shorten, tiny_model
 from test_trainer import lines, make, student, teacher
 from test_warmstart import make as stage_1
 from topd import TOPDTrainer
@@ -371,6 +373,8 @@ def layers(model: nn.Module, **policy: Any) -> None:
 def main(folder: Path, ranks: int, cases: Sequence[str]) -> None:
     """Run the cases and store what came of them, each rank for itself."""
     torch.set_num_threads(1)
+    gc.freeze()
+    shorten(pytest.MonkeyPatch())
     for case in cases:
         torch.save(globals()[case](folder / case, ranks), folder / f"{case}-{rank()}.pt")
     end_ranks()

@@ -364,21 +364,11 @@ def test_a_run_of_before_equal_windows_were_at_distance_zero_is_not_accused(tmp_
     assert any("teacher_tokens" in fault for fault in audit_run(RUN, updates=9).faults)
 
 
-def fewer(log: dict[str, Any]) -> None:
-    """Of as many digits: a checkpoint knows how long the file was."""
-    key = "tokens/teacher_written"
-    if key in log:
-        log[key] = float(re.sub(r"^\d", "1" if str(log[key])[0] != "1" else "2", str(log[key])))
-
-
 def test_the_format_of_an_update_is_that_of_its_run(copied):
-    """``tokens/`` counted less before 6; the rest repeats, also across the resume."""
+    """It repeats, also across the resume."""
     replace("run.json", f'"format": {FORMAT}', '"format": 5')
-    edit_all("metrics.jsonl", fewer)
     rechain()
-    found = replay_step(RUN, 1)
-    assert found.faults == []
-    assert any(line.startswith("tokens/ in metrics.jsonl: not compared") for line in found.checked)
+    assert replay_step(RUN, 1).faults == []
     words = [f"--resume_from_checkpoint={RUN / 'checkpoint-2'}"]
     run_recipe(Path("recipe.yaml"), words, quiet=True)
     resumed = json.loads((RUN / "run.json").read_text())["resumed"]

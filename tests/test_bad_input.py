@@ -85,21 +85,8 @@ def test_dropping_long_prompts_keeps_the_others(recipe, tmp_path):
     assert "2" in [word for line in shown.splitlines() if "prompt" in line for word in line.split()]
 
 
-def test_a_dataset_of_splits_is_refused_with_their_names(tmp_path):
-    splits = DatasetDict(train=Dataset.from_list(rows(2)), test=Dataset.from_list(rows(1)))
-    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(TOPDError, match=r"train_dataset: has splits train, test\. Choose one"):
-        TOPDTrainer(tiny_model(), tiny_model(), args, splits, processing_class=tiny_tokenizer())
-
-
-def test_a_streaming_dataset_is_refused(tmp_path):
-    stream = Dataset.from_list(rows(2)).to_iterable_dataset()
-    args = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
-    with pytest.raises(TOPDError, match=r"streaming is not supported\. Load it"):
-        TOPDTrainer(tiny_model(), tiny_model(), args, stream, processing_class=tiny_tokenizer())
-
-
 COLUMNS = {"prompt": ["what is 1 + 2 ?"], "solution": ["so the answer is 3 ."]}
+ROWS = Dataset.from_list(rows(2))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +94,7 @@ COLUMNS = {"prompt": ["what is 1 + 2 ?"], "solution": ["so the answer is 3 ."]}
     [
         ({"train_dataset": COLUMNS}, r"train_dataset: is a mapping of columns \(prompt, solution"),
         ({"train_dataset": rows(1)[0]}, "train_dataset: is a mapping of columns"),
-        ({"eval_dataset": Dataset.from_list(rows(2))[:1]}, r"eval_dataset: .*select\(range\(8\)\)"),
+        ({"eval_dataset": ROWS[:1]}, r"eval_dataset: .*select\(range\(8\)\)"),
         ({"eval_dataset": {"sums": COLUMNS}}, "eval_dataset 'sums': is a mapping of columns"),
         ({"eval_dataset": {"sums": None}}, "eval_dataset 'sums': None has no rows. Give a list"),
         ({"train_dataset": 8}, r"train_dataset: 8 has no rows\. Give a list"),
@@ -120,6 +107,11 @@ COLUMNS = {"prompt": ["what is 1 + 2 ?"], "solution": ["so the answer is 3 ."]}
             {"train_dataset": Dataset.from_dict(COLUMNS).with_format("arrow")},
             r"data row 0: must be a mapping .* not a Table\. Give .* without format",
         ),
+        (
+            {"train_dataset": DatasetDict(train=ROWS, test=ROWS)},
+            r"train_dataset: has splits train, test\. Choose one",
+        ),
+        ({"train_dataset": ROWS.to_iterable_dataset()}, r"streaming is not supported\. Load it"),
     ],
 )
 def test_what_python_may_take_for_rows_is_refused(tmp_path, data, said):

@@ -222,11 +222,11 @@ def test_a_comparison_goes_on_where_it_stopped_with_the_same_results(recipe, tmp
 
 
 def test_a_run_that_fails_loses_no_other(recipe, tmp_path):
-    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]", "--compare.jobs=2"]
+    words = [f"--output_dir={tmp_path / 'run'}", "--compare.seeds=[0]"]
     held = tmp_path / "run" / "arms" / "opd-0"
     held.mkdir(parents=True)
     with one_writer(held), pytest.raises(TOPDError, match="opd-0"):
-        run_compare(recipe, words)
+        run_compare(recipe, [*words, "--compare.jobs=2"])
     (kept,) = results(tmp_path / "run")
     assert kept["arm"] == "topd, sharp"
     assert results(run_compare(recipe, words))[0] == kept
@@ -838,7 +838,7 @@ def test_several_processes_are_refused(recipe, monkeypatch):
 
 def test_the_command_prints_its_table_and_writes_the_page(recipe, tmp_path):
     words = ["compare", str(recipe), "--quiet", "--output_dir", str(tmp_path / "run")]
-    words += ["--compare.seeds", "[0]", "--compare.jobs", "2"]
+    words += ["--compare.seeds", "[0]"]
     found = CliRunner().invoke(cli.app, words)
     assert found.exit_code == 0, found.output
     assert "topd, sharp" in found.output

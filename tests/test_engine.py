@@ -472,20 +472,13 @@ def test_end_tokens_stand_last_and_exactly_in_finished_answers(model_kind):
         Sampling(0.7, max_new_tokens=6),
         Sampling(0.7, top_p=0.8, top_k=9, max_new_tokens=6),
         Sampling(1.5, top_p=0.6, max_new_tokens=6),
+        GREEDY,  # as the plain softmax has them
     ],
 )
 def test_recorded_logprobs_are_the_scores_at_the_same_temperature(model_kind, sampling):
     engine = engine_of(model_kind)
     written = engine.generate(PROMPTS, sampling, range(4))
-    scores = engine.score(PROMPTS, tokens_of(written), temperature=sampling.temperature)
-    for one, scored in zip(written, scores.logprobs, strict=True):
-        assert one.logprobs == pytest.approx(scored[: len(one.tokens)].tolist(), rel=1e-5, abs=2e-5)
-
-
-def test_greedy_logprobs_are_those_of_the_plain_softmax(model_kind):
-    engine = engine_of(model_kind)
-    written = engine.generate(PROMPTS, GREEDY, range(4))
-    scores = engine.score(PROMPTS, tokens_of(written))
+    scores = engine.score(PROMPTS, tokens_of(written), temperature=sampling.temperature or 1.0)
     for one, scored in zip(written, scores.logprobs, strict=True):
         assert one.logprobs == pytest.approx(scored[: len(one.tokens)].tolist(), rel=1e-5, abs=2e-5)
 

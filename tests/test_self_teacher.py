@@ -119,7 +119,7 @@ def test_an_average_of_small_steps_is_not_rounded_away(tmp_path, dtype) -> None:
         average = Average(teacher, student, 0.99)
         student.weight += 0.0625
     for _ in range(100):
-        average.update()
+        average.on_step_end()
     average.save(tmp_path)
     other = torch.nn.Linear(50, 50, bias=False, dtype=kind)
     resumed = Average(other, student, 0.99)
@@ -127,7 +127,7 @@ def test_an_average_of_small_steps_is_not_rounded_away(tmp_path, dtype) -> None:
     assert torch.equal(other.weight, teacher.weight)
     for one in (average, resumed):
         for _ in range(50):
-            one.update()
+            one.on_step_end()
     assert torch.equal(other.weight, teacher.weight)
     assert teacher.weight.dtype == kind
     assert average.bytes == (0 if kind == torch.float32 else 4 * 2500)

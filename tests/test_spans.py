@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from conftest import tiny_model, write_pair
+from conftest import read, tiny_model, write_pair
 from test_text import TEACHER, TOKENIZERS, byte_level, learned
 from topd.cli import app
 from topd.engines import Scores
@@ -192,7 +191,7 @@ def test_where_every_token_is_a_span_it_is_token_loss_sampled(tmp_path):
         (tmp_path / name).mkdir()
         _, gradient = learned(tmp_path / name, teacher, **{**SPANS, "token_loss": loss})
         files = [tmp_path / name / "run" / f"{f}.jsonl" for f in ("rollouts", "guidance")]
-        found[name] = gradient, [lines(file) for file in files]
+        found[name] = gradient, [read(file) for file in files]
     (gradient, (rollouts, guidance)), (theirs, (others, guided)) = found.values()
     assert max(float(g.abs().max()) for g in gradient.values()) > 1e-3
     assert any(row["finished"] for row in rollouts)  # the end is a span too
@@ -202,12 +201,8 @@ def test_where_every_token_is_a_span_it_is_token_loss_sampled(tmp_path):
         assert b["teacher_logprobs"] == pytest.approx(a["teacher_logprobs"], abs=1e-6)
     for a, b in zip(guidance, guided, strict=True):
         assert b["advantages"] == pytest.approx(a["advantages"], abs=1e-6)
-    (log,) = [x for x in lines(tmp_path / "spans/run/metrics.jsonl") if "loss" in x]
+    (log,) = [x for x in read(tmp_path / "spans/run/metrics.jsonl") if "loss" in x]
     assert log["completions/share_in_spans"] == 1.0
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def made_pair(root: Path) -> None:
@@ -226,9 +221,9 @@ def test_a_pair_of_tokenizers_trains_and_its_run_is_audited_and_replayed(tmp_pat
     teacher = {"path": str(tmp_path / "teacher"), "as_text": True}
     _, gradient = learned(tmp_path, teacher, **pair, **changes, max_steps=2)
     assert max(float(g.abs().max()) for g in gradient.values()) > 1e-4
-    logs = [log for log in lines(tmp_path / "run/metrics.jsonl") if "loss" in log]
+    logs = [log for log in read(tmp_path / "run/metrics.jsonl") if "loss" in log]
     assert all(0 < log["completions/share_in_spans"] <= 1 for log in logs)
-    guidance = lines(tmp_path / "run/guidance.jsonl")
+    guidance = read(tmp_path / "run/guidance.jsonl")
     assert any(any(row["advantages"]) for row in guidance)
     for verb, *options in (("audit",), ("replay", "--step", "0")):
         result = CliRunner().invoke(app, [verb, str(tmp_path / "run"), *options])

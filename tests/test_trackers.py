@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 
+from conftest import read
 from test_resume import make
 from topd import TOPDConfig
 from topd.errors import TOPDError
@@ -37,16 +36,12 @@ def tables(sent: list[dict[str, Any]], name: str) -> list[list[dict[str, Any]]]:
     return [logs[name].rows for logs in sent if name in logs]
 
 
-def recorded(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_trackers_get_each_update_s_completions_and_forks(name, tmp_path, monkeypatch):
     sent = fake(monkeypatch, name)
     trainer = make(tmp_path, method="topd", report_to=name, log_completions=True, **WHERE)
     trainer.train()
-    rollouts, guidance = recorded(tmp_path, "rollouts.jsonl"), recorded(tmp_path, "guidance.jsonl")
+    rollouts, guidance = read(tmp_path / "rollouts.jsonl"), read(tmp_path / "guidance.jsonl")
     completions, forks = tables(sent, "completions"), tables(sent, "forks")
     assert [{row["step"] for row in table} for table in completions] == [{1}, {2}]
     said = [row for table in completions for row in table]

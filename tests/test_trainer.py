@@ -36,6 +36,7 @@ from topd.training.experience import Observer
 from topd.training.experience.evidence import Experience
 from topd.training.learning import Totals, collate, learning_terms
 from topd.training.sampler import GroupSampler
+from topd.training.trainer import _what_is_there_kept
 from topd.types import Rollout
 
 K = 4
@@ -204,18 +205,22 @@ def test_updates_between_those_that_look_ahead_are_opd(tmp_path):
     assert not any(all(w == 1 for w in row) for row in weights if row)  # never plain OPD
 
 
-def test_what_was_there_is_no_work_for_the_garbage_collector(tmp_path):
+def test_what_was_there_is_no_work_for_the_garbage_collector(tmp_path, monkeypatch):
     class Count(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.frozen = gc.get_freeze_count()
 
-    gc.unfreeze()  # what else this process has frozen
+    monkeypatch.setattr("topd.training.trainer._what_is_there_kept", _what_is_there_kept)
     counted = Count()
     trainer = make(tmp_path)
     trainer.add_callback(counted)
-    trainer.train()
-    assert counted.frozen > 100_000
-    assert gc.get_freeze_count() == 0
+    gc.unfreeze()  # what conftest.py has frozen
+    try:
+        trainer.train()
+        assert counted.frozen > 100_000
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()
 
 
 def test_guidance_changes_the_update(tmp_path):

@@ -558,13 +558,7 @@ def test_forged_replies_are_found(run, tmp_path) -> None:
             edit_record(Path("run/rollouts.jsonl"), number, change)
             chain_again()
             faults = audit_run(Path("run"), updates=3).faults
-            written = json.loads(Path("run/run.json").read_text())
-            Path("run/run.json").write_text(json.dumps({**written, "format": 5}))
-            before = audit_run(Path("run"), updates=3)
-        said = "its replies are not those of the environment"
-        assert any(said in fault for fault in faults)
-        assert not any(said in fault for fault in before.faults)  # they may have been others then
-        assert any(line.startswith("replies: not compared, as a ver") for line in before.checked)
+        assert any("its replies are not those of the environment" in fault for fault in faults)
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(run, tmp_path) -> None:

@@ -30,7 +30,7 @@ from bench import served as served_bench
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
-from conftest import TINY, VOCAB, Gradients, tiny_model, tiny_tokenizer, write_pair
+from conftest import TINY, VOCAB, Gradients, read, tiny_model, tiny_tokenizer, write_pair
 from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
@@ -269,7 +269,7 @@ def learned(root: Path, teacher: dict[str, Any], student: str) -> tuple[Any, dic
     gradients = Gradients()
     trainer.add_callback(gradients)
     trainer.train()
-    found = records(root / "run", "guidance.jsonl")
+    found = read(root / "run" / "guidance.jsonl")
     return [(r["branches"], r["weights"]) for r in found], gradients.kept[-1]
 
 
@@ -533,11 +533,7 @@ def write_recipe(root: Path, teacher: dict[str, Any], **changes: Any) -> Path:
 
 
 def losses(run: Path) -> list[dict[str, Any]]:
-    return [log for log in records(run, "metrics.jsonl") if "loss" in log]
-
-
-def records(run: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [log for log in read(run / "metrics.jsonl") if "loss" in log]
 
 
 def test_a_training_with_a_served_teacher(teacher, local, tmp_path):
@@ -547,7 +543,7 @@ def test_a_training_with_a_served_teacher(teacher, local, tmp_path):
     run = tmp_path / "run"
     assert [log["step"] for log in losses(run)] == [1, 2]
     assert all(log["topd/candidates"] >= 2 and log["loss"] < 10 for log in losses(run))
-    rollouts = records(run, "rollouts.jsonl")
+    rollouts = read(run / "rollouts.jsonl")
     prompts, responses = (
         [tuple(rollout[name]) for rollout in rollouts]
         for name in ("teacher_prompt_ids", "response_ids")

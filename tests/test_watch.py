@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import pickle
@@ -455,19 +454,6 @@ def test_counts_without_a_terminal_are_lines_now_and_then(monkeypatch):
         "samples 90/100  90 s",
         "samples 100/100  100 s",
     ]
-
-
-@pytest.mark.parametrize(
-    ("message", "kept"),
-    [
-        ("There were missing keys in the checkpoint model loaded: ['lm_head.weight'].", False),
-        ("There were missing keys in the checkpoint model loaded: ['model.norm.weight'].", True),
-    ],
-)
-def test_of_missing_keys_only_a_tied_head_is_left_out(message, kept):
-    silence_others()
-    record = logging.LogRecord("transformers.trainer", logging.WARNING, "", 0, message, (), None)
-    assert bool(logging.getLogger("transformers.trainer").filter(record)) == kept
 
 
 def test_only_the_warning_about_pinned_memory_is_left_out():

@@ -83,7 +83,7 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     with evaluation_folder("eval", folder, RESULT, [RESPONSES], console) as run:
         found = _evaluate_into(run, model, spec, console)
     show(found, spec, console)
-    console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
+    say(console, page_line(folder))
     return folder
 
 

@@ -54,7 +54,7 @@ def show_change(console: Console, logs: Sequence[Log]) -> None:
 
 def show_table(console: Console, logs: Sequence[Log]) -> None:
     """Print the updates of a run, at most 12 of them, evenly spaced."""
-    table = Table(title=None)
+    table = Table()
     columns = [
         ("step", "step", "{:.0f}"),
         ("loss", "loss", "{:.4f}"),

@@ -94,13 +94,9 @@ class Average(TrainerCallback):
         kept = (p for name, p in self._average.items() if p is not self._read[name])
         return sum(p.numel() * p.element_size() for p in kept)
 
-    def on_step_end(self, *_: object, **__: object) -> None:
-        """An update is done."""
-        self.update()
-
     @torch.no_grad()
-    def update(self) -> None:
-        """Take the current weights in."""
+    def on_step_end(self, *_: object, **__: object) -> None:
+        """Take the weights in that an update made."""
         for name, current in self._student.named_parameters():
             if name in self._average:
                 average = self._average[name]

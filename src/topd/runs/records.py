@@ -29,7 +29,7 @@ from topd.runs.files import numbered_lines, read_whole
 
 FORMAT = 6
 DRAWN = 3  # from here on tokens are drawn with the numbers of today
-JUDGED = 6  # from here on equal windows and replies are what they are today
+JUDGED = 6  # from here on equal windows are at distance 0
 LATER = {"forks": ("converged",)}  # fields of parts of records that format 1 has not
 Id = Annotated[int, Field(ge=0)]
 PromptIds = Annotated[tuple[Id, ...], Field(min_length=1)]

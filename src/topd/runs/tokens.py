@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,10 @@ class TokenWriter:
     """
 
     def __init__(self, tokenizer: Any, seen: Iterable[int] = ()) -> None:
-        from topd.inputs.models.vocabulary import known_ids  # with torch, which no reader needs
+        from topd.inputs.border import decoded  # with torch, which no reader needs
+        from topd.inputs.models.vocabulary import known_ids
 
-        self.tokenizer = tokenizer
+        self.tokenizer, self._decoded = tokenizer, partial(decoded, tokenizer)
         self._seen = set(seen)
         self._anchor: Ids = known_ids(tokenizer, "a")[-1:]
 
@@ -58,11 +60,6 @@ class TokenWriter:
         if BROKEN in text and all(c in _BYTE_OF for c in name):
             return {"bytes": bytes(_BYTE_OF[c] for c in name).hex()}
         return {"text": text}
-
-    def _decoded(self, ids: Ids) -> str:
-        return self.tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
 
 
 class TokenTexts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections import defaultdict
@@ -147,18 +146,9 @@ def span(seconds: float) -> str:
 
 
 def silence_others() -> None:
-    """Leave out three warnings of other libraries that say nothing about a run.
+    """Leave out two warnings of other libraries that say nothing about a run.
 
-    That a CPU has no pinned memory; that peft asks transformers for a name that will go; and, at a
-    resume, that a checkpoint lacks the head of a model whose head is its embedding: transformers
-    does not save it, and ties it again.
+    That a CPU has no pinned memory, and that peft asks transformers for a name that will go.
     """
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accel")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    logging.getLogger("transformers.trainer").addFilter(_not_tied_head)
-
-
-def _not_tied_head(record: logging.LogRecord) -> bool:
-    return record.getMessage() != (
-        "There were missing keys in the checkpoint model loaded: ['lm_head.weight']."
-    )

@@ -85,10 +85,8 @@ def check_decisions(
         otherwise, judged = written < DRAWN, written >= JUDGED
         if otherwise and trainer.args.window_temperature > 0:
             done.left_out.add("windows: not re-derived, drawn with the numbers of before 0.2.0")
-        if trainer.turns and not judged:
-            done.left_out.add(f"replies: not compared, {BEFORE}")
         if not is_suspect(found, "data:"):
-            found.faults += _rollout_faults(trainer, rollouts, replies=judged)
+            found.faults += _rollout_faults(trainer, rollouts)
         if step and trainer.own:
             continue
         again, means = _decided(trainer, step, rollouts, _divergences(folder, step, trainer.args))
@@ -116,10 +114,8 @@ def _without_verdicts(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "forks": forks}
 
 
-def _rollout_faults(
-    trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]], *, replies: bool
-) -> Iterator[str]:
-    """What a rollout says of itself against its prompt, its tokens and, if asked, the replies."""
+def _rollout_faults(trainer: TOPDTrainer, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a rollout says of itself against its prompt, its tokens and the replies."""
     args = trainer.args
     prompts = {prompt.index: prompt for prompt in trainer.train_dataset}
     ends = set(eos_ids(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class))
@@ -141,8 +137,6 @@ def _rollout_faults(
             yield f"{place}: has {len(response)} tokens, the limit is {args.max_completion_length}"
         if len(record["logprobs"]) != len(response):
             yield f"{place}: logprobs are missing"
-        if trainer.turns and not replies:
-            continue
         spans = tuple((first, end) for first, end in record.get("replies", ()))
         told = trainer.turns.spans(prompt, tuple(response)) if trainer.turns and prompt else ()
         if spans != told:

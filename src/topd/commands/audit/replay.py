@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from topd.commands.audit.decisions import BEFORE, is_sampled
+from topd.commands.audit.decisions import is_sampled
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
 from topd.commands.audit.result import AuditResult, disagreements
 from topd.commands.audit.settings import (
@@ -53,8 +53,8 @@ BY_FSDP2 = (
 )
 JUDGED_OTHERWISE = (
     "{folder}: update {step} repeats otherwise, as a version before format {judged} wrote it "
-    "(run.json): equal windows were not at distance 0 there, and replies were written otherwise. "
-    "Replay it with the version that wrote it, or audit it: topd audit {folder}."
+    "(run.json): equal windows were not at distance 0 there. Replay it with the version that wrote "
+    "it, or audit it: topd audit {folder}."
 )
 
 
@@ -112,10 +112,8 @@ def replay_step(
             _compare_weights(folder, scratch, trainer, step, found)
         else:
             found.checked.append(f"weights: not compared, {ranks} ranks made them")
-        if written < JUDGED:
-            found.checked.append(f"tokens/ in metrics.jsonl: not compared, {BEFORE}")
-            if found.faults:
-                _check_judged(folder, scratch, (first, step))
+        if written < JUDGED and found.faults:
+            _check_judged(folder, scratch, (first, step))
     begun = start.name if start else "the beginning"
     found.checked.insert(0, f"replay: update {step}, from {begun}")
     return found
@@ -206,7 +204,6 @@ def _compare_records(
 
     A record has the keys that another of its file has, where its version has them again.
     """
-    aside = TIMES if written >= JUDGED else (*TIMES, "tokens/")
     first, last = (step + (name == "metrics.jsonl") for step in steps)
     ours, theirs = (_of_updates(place, name, first, last) for place in (folder, scratch))
     if len(ours) != len(theirs):
@@ -215,7 +212,7 @@ def _compare_records(
     whole = read_records(folder, name) if written >= JUDGED else ()  # others may lack new keys
     everywhere = {key for record in whole for key in record}
     for recorded, now in zip(ours, theirs, strict=True):
-        keys = {key for key in {*recorded, *everywhere} if not key.startswith(aside)}
+        keys = {key for key in {*recorded, *everywhere} if not key.startswith(TIMES)}
         found.faults += (
             f"{name}, {said}" for said in disagreements(recorded, now, keys, tolerance)
         )
@@ -229,22 +226,12 @@ def _of_updates(place: Path, name: str, first: int, last: int) -> list[dict[str,
 
 
 def _check_judged(folder: Path, scratch: Path, steps: tuple[int, int]) -> None:
-    """Refuse updates in which equal windows or replies differ from what they were then.
-
-    Raises TOPDError.
-    """
-    for name, differs in (("rollouts.jsonl", _replied), ("guidance.jsonl", _judged)):
-        both = [_of_updates(place, name, *steps) for place in (folder, scratch)]
-        for recorded, now in zip(*both, strict=False):
-            if differs(recorded, now):
-                step = recorded["step"]
-                raise TOPDError(JUDGED_OTHERWISE.format(folder=folder, step=step, judged=JUDGED))
-
-
-def _replied(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether an environment's replies to the same rollout are others."""
-    texts = [record["response_ids"] for record in (recorded, now)]
-    return "replies" in recorded and texts[0] != texts[1]
+    """Refuse updates in which equal windows differ from what they were then. Raises TOPDError."""
+    both = [_of_updates(place, "guidance.jsonl", *steps) for place in (folder, scratch)]
+    for recorded, now in zip(*both, strict=False):
+        if _judged(recorded, now):
+            step = recorded["step"]
+            raise TOPDError(JUDGED_OTHERWISE.format(folder=folder, step=step, judged=JUDGED))
 
 
 def _judged(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -290,7 +290,7 @@ def run_gate(
     with evaluation_folder("gate", folder, RESULT, names, console) as run:
         figures, good = _gate_into(run, specs, suite, console)
     show(figures, suite, good, console)
-    console.print(page_line(folder), soft_wrap=True, markup=False, highlight=False)
+    say(console, page_line(folder))
     return good
 
 

@@ -51,7 +51,7 @@ from topd.runs.files import trim
 from topd.runs.folder import RunFolder, rollout_record
 from topd.runs.tokens import FILE as TOKENS
 from topd.seeds import Stream, sampling_seeds
-from topd.training.experience.evidence import differing, pair_windows
+from topd.training.experience.evidence import differing, padded, pair_windows
 from topd.training.progress import Phases
 from topd.transport import sparse_plans
 from topd.types import Ids, Prompt, Rollout, Transport, Windows
@@ -186,7 +186,7 @@ def probe_batch(
     scores = observer.score(rollouts, number)
     terms = _token_terms(pair, rollouts, scores)
     losses = observer.token_losses(rollouts, scores)
-    loss = torch.nn.utils.rnn.pad_sequence(losses, batch_first=True)
+    loss, _ = padded(losses)
     high: list[list[int]] = [[] for _ in rollouts]
     found = observer.candidates(losses, args.length)
     for row, t in differing(rollouts, scores.logprobs, found):
@@ -283,10 +283,7 @@ def _token_terms(pair: Pair, rollouts: Sequence[Rollout], scores: Scores) -> Tok
     args, responses = observer.args, [r.response for r in rollouts]
     with observer.phases.phase("scoring"):
         student = observer.student.score([r.prompt.student for r in rollouts], responses)
-        shape = scores.logprobs.shape
-        tokens = torch.zeros(shape, dtype=torch.long)
-        for row, response in zip(tokens, responses, strict=True):
-            row[: len(response)] = torch.tensor(response)
+        tokens, _ = padded([torch.tensor(response) for response in responses])
         terms = linear_token_terms(
             student.hidden.flatten(0, 1),
             observer.student.head,
@@ -297,7 +294,7 @@ def _token_terms(pair: Pair, rollouts: Sequence[Rollout], scores: Scores) -> Tok
             temperature=args.loss_temperature,
             chunk_tokens=args.chunk_tokens,
         )
-    return TokenTerms(*(term.cpu().unflatten(0, shape) for term in terms))
+    return TokenTerms(*(term.cpu().unflatten(0, tokens.shape) for term in terms))
 
 
 def _tokens(batch: Batch) -> dict[str, int]:

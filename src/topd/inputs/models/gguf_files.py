@@ -70,12 +70,10 @@ def _kept(
     read: dict[Key, Any] = {}
     reader = _plain(reader)
 
-    def once(path: Any, mode: str = "r") -> Any:
-        if mode != "r":
-            return reader(path, mode)
+    def once(path: Any) -> Any:
         key = unchanged(Path(path))
         if key not in read:
-            read[key] = reader(path, mode)
+            read[key] = reader(path)
         return read[key]
 
     return once, cache(names)

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
+from topd.inputs.border import decoded
 from topd.inputs.prompt_rows import Row
 from topd.inputs.prompts.chat import rendered
 from topd.inputs.prompts.ends import common_end
@@ -139,9 +140,7 @@ class Replies:
 
     def text(self, turn: Ids) -> str:
         """A turn of the student's without its end; a call may begin with a special token."""
-        said = turn[:-1] if turn[-1:] and turn[-1] in self.ends else turn
-        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
-        return str(decode(list(said), skip_special_tokens=False))
+        return decoded(self.tokenizer, turn[:-1] if {*turn[-1:]} & self.ends else turn)
 
     def ids(self, text: str, row: Row) -> Ids:
         """The tokens of a reply to a row's student. Raises TOPDError if the template fails."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -76,9 +76,9 @@ class Experience:
     forks: tuple[tuple[Fork, ...], ...]
     guidance: tuple[Guidance, ...]
     branch_hidden: tuple[tuple[Tensor, ...], ...]
-    efforts: tuple[Effort, ...] = ()
-    spans: tuple[Spans, ...] = ()
-    spent: Counter[str] = field(default_factory=Counter)
+    efforts: tuple[Effort, ...]
+    spans: tuple[Spans, ...]
+    spent: Counter[str]
 
 
 def candidates_of(
