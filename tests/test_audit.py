@@ -25,6 +25,7 @@ from topd import TOPDConfig, TOPDTrainer, transport
 from topd.cli import app
 from topd.commands.audit import AuditResult, Trust, audit_run, replay_step, stored_recipe
 from topd.commands.audit.settings import by_settings, format_at
+from topd.commands.probe import run_probe
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
 from topd.report.text import counted
@@ -824,6 +825,15 @@ def test_the_auditors_own_server_gets_the_auditors_own_key_and_no_other(copied, 
     assert {key for _, key in sent} == {"Bearer mine"}
 
 
+@pytest.mark.parametrize("option", ["--served-teacher", "--served-pooling", "--api-key-env"])
+def test_a_server_is_refused_where_the_teacher_was_not_served(copied, option):
+    """Else an auditor would take its verdict for the server's."""
+    for words in (["audit", "run"], ["replay", "run", "--step", "0"]):
+        result = CliRunner().invoke(app, [*words, option, "http://127.0.0.1:9"])
+        assert result.exit_code == 2
+        assert "its teacher was not served" in " ".join(result.stderr.split())
+
+
 def test_a_folder_that_names_models_of_the_hub_makes_no_connection(copied, monkeypatch):
     """Also where the auditor is online; nor is anything pushed."""
     replace("run.json", '"path": "student"', '"path": "somebody/else"')
@@ -1182,6 +1192,23 @@ def test_the_command_says_what_it_checked_and_ends_with_1_if_there_is_a_fault(co
 def test_a_folder_without_a_ledger_is_refused(tmp_path):
     with pytest.raises(TOPDError, match=r"has no ledger.jsonl\. Only runs of topd train"):
         audit_run(tmp_path)
+
+
+def test_a_probe_is_not_replayed_as_if_its_batches_were_updates(copied):
+    words = ["--rollouts", "2", "--bootstrap", "40", "--output_dir", "probe"]
+    run_probe(Path("recipe.yaml"), words)
+    with pytest.raises(TOPDError, match=r"probe: has no ledger\.jsonl\. Only runs of topd train"):
+        replay_step(Path("probe"), 0)
+
+
+def test_a_comparison_with_a_plan_has_a_ledger_and_is_not_accused(tmp_path):
+    run = RunFolder(tmp_path / "run", chained=True)
+    run.write("run.json", {"compare": {"plan": "plan.md"}})
+    run.note("plan", sha256="0" * 64, path="plan.md", results=0)
+    found = audit_run(tmp_path / "run", updates=0)
+    assert (found.faults, found.checked) == ([], ["chain: 2 entries", "files: 1, records: 0"])
+    with pytest.raises(TOPDError, match=r"is a comparison.*arms/ARM-SEED.*--updates 0"):
+        audit_run(tmp_path / "run")
 
 
 def test_models_from_python_cannot_be_loaded_again(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from topd.commands.audit.decisions import Rederived, check_decisions, chosen_updates
-from topd.commands.audit.files import SAVED, check_end, check_records, read_chain
+from topd.commands.audit.files import SAVED, check_end, check_records, of_comparison, read_chain
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt, started_elsewhere
 from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
 from topd.commands.audit.settings import as_stored, by_settings, ranks_at, read_from, was_changed
@@ -42,13 +42,20 @@ def audit_run(
             connects nowhere: models and data must be on this machine.
 
     Raises:
-        TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
-            faults already, that is one more).
+        TOPDError: the folder has no ledger, or is a comparison's, whose runs have the decisions, or
+            models or data cannot be loaded (where there are faults already, that is one more).
     """
     found, seed = AuditResult(), secrets.randbits(32) if seed is None else seed
+    compares = of_comparison(folder)
+    if compares and updates:
+        raise TOPDError(
+            f"{folder}: is a comparison, which has no decisions of its own. Audit its runs, each "
+            f"{folder}/arms/ARM-SEED, and its own ledger with --updates 0."
+        )
     entries = read_chain(folder, found)
     check_records(folder, entries, found)
-    check_end(folder, entries, found)
+    if not compares:
+        check_end(folder, entries, found)
     if not updates or not _readable(folder, found):
         return found
     try:
