@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
+from topd.report.kinds.evaluated import gate_words
+from topd.runs.files import write_whole
 from topd.runs.model_card import replace_section
 from topd.types import Generation
 
@@ -274,12 +277,28 @@ def test_problems_that_the_base_solves_and_the_candidate_does_not():
     assert lost_problems(base, candidate) == [1]
 
 
+ALONE = Limits(**dict.fromkeys(set(Limits.model_fields) - {"refusals"}))
+
+
 def test_refusals_count_if_there_are_some():
     pair = [{"problems": answers([True] * 300), "refusals": answers([ok] * 300)} for ok in (1, 0)]
     figures = compare_models(*pair, suite(refusals=RefusalSpec(path="x.jsonl")))
     assert [(f.name, f.verdict) for f in figures if f.verdict != "within"] == [
         ("refusals", "worse")
     ]
+
+
+def test_problems_and_refusals_are_counted_apart(tmp_path):
+    pair = [{"problems": answers([True] * 6), "refusals": answers([True] * 19)}] * 2
+    both = "6 problems of `x.jsonl` and 19 prompts of `r.jsonl`, same"
+    for limits, said in ((Limits(), both), (ALONE, "19 prompts of `r.jsonl`, same")):
+        asked = suite(refusals=RefusalSpec(path="r.jsonl"), limits=limits)
+        figures = compare_models(*pair, asked)
+        assert f"against `base` on {said}" in card_text("base", asked, figures, [], True)
+        record = {"passed": True, "figures": [asdict(f) for f in figures]}
+        write_whole(tmp_path / "gate.json", {**record, "suite": asked.model_dump()})
+        first = next(iter(gate_words(tmp_path)))
+        assert first.endswith(f" on {said.removesuffix(', same').replace('`', '')}.")
 
 
 # The command
@@ -369,6 +388,7 @@ def test_a_regression_ends_with_1_and_the_card_names_it(place):
             {"limits": {**dict.fromkeys(Limits.model_fields), "refusals": 0.1}, "refusals": None},
             r"suite: limits\.refusals has no effect without refusals",
         ),
+        ({"limits": {"refusals": None}}, r"suite: refusals have no effect without their limit"),
         ({"refusals": {"path": "problems.jsonl"}}, r"problems.jsonl, row 0: refuse is None"),
         (
             {"refusals": {"path": "refusals.jsonl", "columns": {"answer": "a"}}},

@@ -140,12 +140,14 @@ class Suite(BaseModel):
 
     @model_validator(mode="after")
     def _has_limits(self) -> Suite:
-        """Some figure has a limit, and refusals are there where a limit of theirs is given."""
+        """Some figure has a limit, and refusals are there if and only if they may have one."""
         given = self.limits.model_dump(exclude_unset=True)
         if self.refusals is None and given.get("refusals") is not None:
             raise ValueError("limits.refusals has no effect without refusals. Give their path")
         if not self.limited():
             raise ValueError("limits: no figure has one. Give at least one, e.g. {accuracy: 0.02}")
+        if self.refusals is not None and self.limits.refusals is None:
+            raise ValueError("refusals have no effect without their limit. Leave them out")
         return self
 
     @property

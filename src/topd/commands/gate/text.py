@@ -33,10 +33,16 @@ def card_text(
     base: str, suite: Suite, figures: Sequence[Figure], lost: Sequence[int], good: bool
 ) -> str:
     """The gate's result as a section of a model card: evidence, and known failures."""
-    asked = counted(figures[0].harm.problems, "problem")
+    asked = {figure.name == "refusals": figure.harm.problems for figure in figures}
+    parts = ((False, "problem", suite.problems), (True, "prompt", suite.refusals))
+    on = " and ".join(
+        f"{counted(asked[refused], name)} of `{part.path}`"
+        for refused, name, part in parts
+        if part and refused in asked
+    )
     lines = [
-        f"{'Passed' if good else 'FAILED'} against `{base}` on {asked} "
-        f"of `{suite.problems.path}`, same prompts and random numbers. Harm is how much worse. "
+        f"{'Passed' if good else 'FAILED'} against `{base}` on {on}, same prompts and random "
+        "numbers. Harm is how much worse. "
         "Where all harms are within their limits, some figure is called worse in about "
         f"{suite.error:.0%} of cases at most.",
         "",
