@@ -1262,6 +1262,12 @@ def test_a_run_folder_stands_for_its_student(tmp_path):
     assert evaluating._folder(found, spec).startswith("runs/eval-my-run-gsm8k-")
 
 
+def test_a_run_without_a_student_is_told_as_one(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(TOPDError, match="is a run folder without a student: the run has not ended"):
+        ModelSpec(path=str(tmp_path)).load_tokenizer()
+
+
 def test_a_folder_is_named_after_model_and_data(root, invoke):
     result = invoke("model", "gsm8k.jsonl", "--limit", "1", "--samples", "1")
     assert result.exit_code == 0

@@ -70,8 +70,9 @@ def replay_step(
 
     Raises:
         TOPDError: the folder has no ledger or no such update, its checkpoint is damaged, or models
-            or data cannot be loaded or are others, its texts were sampled by a version with other random numbers,
-            several ranks made it and there is no tolerance, or its checkpoint is one of FSDP2.
+            or data cannot be loaded or are others, its texts were sampled by a version with other
+            random numbers, several ranks made it and there is no tolerance, or its checkpoint is
+            one of FSDP2.
     """
     read_entries(folder)  # a probe has rollouts as well, and no updates
     recorded = read_records(folder, "rollouts.jsonl")
