@@ -1201,6 +1201,15 @@ def test_a_probe_is_not_replayed_as_if_its_batches_were_updates(copied):
         replay_step(Path("probe"), 0)
 
 
+def test_an_audit_of_a_run_without_rollouts_claims_nothing_of_them(tmp_path):
+    with contextlib.chdir(trained(tmp_path, log_rollouts=False)):
+        found = audit_run(RUN)
+    assert found.faults == []
+    assert "settings: learning rate of each log" in found.checked
+    said = "decisions: none re-derived, as no update has its rollouts on record"
+    assert found.checked[-1] == said
+
+
 def test_a_comparison_with_a_plan_has_a_ledger_and_is_not_accused(tmp_path):
     run = RunFolder(tmp_path / "run", chained=True)
     run.write("run.json", {"compare": {"plan": "plan.md"}})

@@ -122,11 +122,12 @@ def _check_settings(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> N
             f"{place_of(records[first])}: prompt {met[first]} where seed {trainer.args.seed} has "
             f"{order[first]}"
         )
-    checked = "order of the prompts"
+    checked = ["order of the prompts"] if met else []
     if trainer.args.max_steps > 0:
         found.faults += _rate_faults(folder, trainer)
-        checked += ", learning rate of each log"
-    found.checked.append(f"settings: {checked}")
+        checked.append("learning rate of each log")
+    if checked:
+        found.checked.append(f"settings: {', '.join(checked)}")
 
 
 def _check_resumed(folder: Path, entries: Sequence[Entry], found: AuditResult) -> None:
