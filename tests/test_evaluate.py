@@ -1168,6 +1168,22 @@ def test_results_are_never_written_over(invoke, tmp_path, monkeypatch, name, sai
     assert (tmp_path / name).read_text() == "{}"
 
 
+def test_results_may_be_put_below_the_home_folder(invoke, root, tmp_path, monkeypatch):
+    """No shell expands --output=~/out: a folder of that name was made where one stood."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert invoke("model", "gsm8k.jsonl", "--limit", "1", "--output=~/out").exit_code == 0
+    assert (tmp_path / "out" / "evaluation.json").exists()
+    suite = {"problems": {"path": "gsm8k.jsonl", "limit": 1, "samples": 1, "max_tokens": 4}}
+    (tmp_path / "suite.yaml").write_text(json.dumps(suite))
+    words = ["model", "model", "--suite", str(tmp_path / "suite.yaml"), "--output=~/gate"]
+    assert CliRunner().invoke(cli.app, ["gate", *words]).exit_code == 0
+    assert (tmp_path / "gate" / "gate.json").exists()
+    words = [str(tmp_path / "out"), "--format", "svg", "--output=~/drawn"]
+    assert CliRunner().invoke(cli.app, ["figures", *words]).exit_code == 0
+    assert (tmp_path / "drawn" / "accuracy.svg").exists()
+    assert not (root / "~").exists()
+
+
 def test_an_evaluation_that_is_stopped_continues_in_its_folder(invoke, tmp_path, monkeypatch):
     """And ends with the same responses; 7 of 15 were there."""
     words = ("model", "gsm8k.jsonl", "--batch-size", "2", "--output")

@@ -110,6 +110,7 @@ def import_(
     for line in found.lines:
         say(line)
     text = found.text()
+    output = output and output.expanduser()
     if output is None:
         say(f"\n{text}")
     elif output.exists():
@@ -324,7 +325,7 @@ def figures(
     """Write the figures of a run as files, for a paper."""
     from topd.report.paper import write_figures
 
-    for path in write_figures(run, output or run / "figures", format=format):
+    for path in write_figures(run, (output or run / "figures").expanduser(), format=format):
         say(path)
 
 

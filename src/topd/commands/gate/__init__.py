@@ -286,7 +286,8 @@ def run_gate(
     suite, said = _as_trained(suite, [candidate, base])
     for line in said:
         say(console, line)
-    folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    own = f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(output or own).expanduser()
     specs = {"base": base, "candidate": candidate}
     names = [_file(role, part) for role in specs for part in suite.parts]
     with evaluation_folder("gate", folder, RESULT, names, console) as run:
