@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from topd.commands.probe import run_probe
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
 from topd.report.text import counted
-from topd.runs.files import digest, file_digest
+from topd.runs.files import LOCK, digest, file_digest
 from topd.runs.folder import RECORDS, RunFolder
 from topd.runs.ledger import HEAD, LEDGER, Ledger
 from topd.runs.records import FORMAT
@@ -1199,6 +1201,18 @@ def test_a_probe_is_not_replayed_as_if_its_batches_were_updates(copied):
     run_probe(Path("recipe.yaml"), words)
     with pytest.raises(TOPDError, match=r"probe: has no ledger\.jsonl\. Only runs of topd train"):
         replay_step(Path("probe"), 0)
+
+
+def test_a_run_under_way_is_not_accused(copied):
+    """Records that it adds while an audit reads are in no ledger that was read before them."""
+    (RUN / LOCK).touch()
+    assert audit_run(RUN, updates=1).faults == []
+    edit(RUN / "guidance.jsonl", lambda lines: lines.append(lines[-1]))
+    for check in (partial(audit_run, updates=0), audit_run, partial(replay_step, step=2)):
+        with pytest.raises(TOPDError, match=r"the run is under way.*once it has ended"):
+            check(RUN)
+    os.utime(RUN / LOCK, (0, 0))  # of a process that was killed
+    assert audit_run(RUN, updates=0).faults
 
 
 def test_an_audit_of_a_run_without_rollouts_claims_nothing_of_them(tmp_path):

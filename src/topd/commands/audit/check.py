@@ -12,7 +12,14 @@ from peft import PeftModel
 from topd.commands.audit.decisions import Rederived, check_decisions, chosen_updates
 from topd.commands.audit.files import SAVED, check_end, check_records, of_comparison, read_chain
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt, started_elsewhere
-from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
+from topd.commands.audit.result import (
+    AuditResult,
+    is_close,
+    is_suspect,
+    not_under_way,
+    place_of,
+    shortened,
+)
 from topd.commands.audit.settings import as_stored, by_settings, ranks_at, read_from, was_changed
 from topd.commands.repair import restore, snapshot
 from topd.errors import TOPDError
@@ -43,7 +50,8 @@ def audit_run(
 
     Raises:
         TOPDError: the folder has no ledger, or is a comparison's, whose runs have the decisions, or
-            models or data cannot be loaded (where there are faults already, that is one more).
+            models or data cannot be loaded (where there are faults already, that is one more), or
+            there are faults and the run is under way.
     """
     found, seed = AuditResult(), secrets.randbits(32) if seed is None else seed
     compares = of_comparison(folder)
@@ -57,7 +65,7 @@ def audit_run(
     if not compares:
         check_end(folder, entries, found)
     if not updates or not _readable(folder, found):
-        return found
+        return not_under_way(folder, found)
     try:
         stored, done = chosen_updates(folder, updates, seed), Rederived()
         for number, steps in enumerate(by_settings(folder, stored)):
@@ -75,7 +83,7 @@ def audit_run(
         if not found.faults:
             raise TOPDError(f"{error} Chain, files and records were checked: no fault.") from error
         found.faults.append(f"decisions: not re-derived: {error}")
-    return found
+    return not_under_way(folder, found)
 
 
 def _readable(folder: Path, found: AuditResult) -> bool:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from topd.commands.audit.decisions import BEFORE, is_sampled
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
-from topd.commands.audit.result import AuditResult, disagreements
+from topd.commands.audit.result import AuditResult, disagreements, not_under_way
 from topd.commands.audit.settings import (
     as_stored,
     by_settings,
@@ -120,7 +120,7 @@ def replay_step(
                 _check_judged(folder, scratch, (first, step))
     begun = start.name if start else "the beginning"
     found.checked.insert(0, f"replay: update {step}, from {begun}")
-    return found
+    return not_under_way(folder, found)
 
 
 def _check_settings(folder: Path, first: int, step: int) -> None:
