@@ -1168,6 +1168,19 @@ def test_results_are_never_written_over(invoke, tmp_path, monkeypatch, name, sai
     assert (tmp_path / name).read_text() == "{}"
 
 
+def test_messages_are_no_text_without_a_template(invoke, root, tmp_path):
+    """They were written with it all the same, and the record said otherwise."""
+    row = {"prompt": [{"role": "user", "content": "what is 1 + 2 ?"}], "answer": "3"}
+    write(tmp_path / "messages.jsonl", [row])
+    words = ("model", str(tmp_path / "messages.jsonl"))
+    refused = invoke(*words, "--no-chat")
+    assert refused.exit_code == 2
+    said = " ".join(refused.stderr.split())
+    assert "its prompts are messages" in said
+    assert "(topd eval: --chat)" in said
+    assert invoke(*words, "--output", str(tmp_path / "out")).exit_code == 0
+
+
 def test_results_may_be_put_below_the_home_folder(invoke, root, tmp_path, monkeypatch):
     """No shell expands --output=~/out: a folder of that name was made where one stood."""
     monkeypatch.setenv("HOME", str(tmp_path))
