@@ -241,6 +241,13 @@ def test_equal_answers_to_few_problems_do_not_pass_a_strict_gate(problems):
     assert remarks(figures) == []
 
 
+def test_a_brier_score_that_is_open_has_no_per_cent():
+    few = answers([True] * 10)
+    alone = Limits(**{**dict.fromkeys(Limits.model_fields), "calibration": 0.02})
+    (said,) = remarks(compare_models({"problems": few}, {"problems": few}, suite(limits=alone)))
+    assert "whether the harm is within 0.02; that takes" in said
+
+
 def test_a_base_that_solves_nothing_is_named():
     nothing = answers([False] * 300)
     figures = compare_models({"problems": nothing}, {"problems": nothing}, suite())
@@ -292,9 +299,11 @@ def test_problems_and_refusals_are_counted_apart(tmp_path):
     pair = [{"problems": answers([True] * 6), "refusals": answers([True] * 19)}] * 2
     both = "6 problems of `x.jsonl` and 19 prompts of `r.jsonl`, same"
     for limits, said in ((Limits(), both), (ALONE, "19 prompts of `r.jsonl`, same")):
-        asked = suite(refusals=RefusalSpec(path="r.jsonl"), limits=limits)
+        asked = suite(refusals=RefusalSpec(path="r.jsonl"), limits=limits, error=0.005)
         figures = compare_models(*pair, asked)
-        assert f"against `base` on {said}" in card_text("base", asked, figures, [], True)
+        card = card_text("base", asked, figures, [], True)
+        assert f"against `base` on {said}" in card
+        assert "in about 0.5 % of cases at most" in card
         record = {"passed": True, "figures": [asdict(f) for f in figures]}
         write_whole(tmp_path / "gate.json", {**record, "suite": asked.model_dump()})
         first = next(iter(gate_words(tmp_path)))
