@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,11 @@ from topd import TOPDConfig, TOPDTrainer, transport
 from topd.cli import app
 from topd.commands.audit import AuditResult, Trust, audit_run, replay_step, stored_recipe
 from topd.commands.audit.settings import by_settings, format_at
+from topd.commands.probe import run_probe
 from topd.commands.train import run_recipe
 from topd.errors import StoppedError, TOPDError
 from topd.report.text import counted
-from topd.runs.files import digest, file_digest
+from topd.runs.files import LOCK, digest, file_digest
 from topd.runs.folder import RECORDS, RunFolder
 from topd.runs.ledger import HEAD, LEDGER, Ledger
 from topd.runs.records import FORMAT
@@ -814,6 +817,15 @@ def test_the_auditors_own_server_gets_the_auditors_own_key_and_no_other(copied, 
     assert {key for _, key in sent} == {"Bearer mine"}
 
 
+@pytest.mark.parametrize("option", ["--served-teacher", "--served-pooling", "--api-key-env"])
+def test_a_server_is_refused_where_the_teacher_was_not_served(copied, option):
+    """Else an auditor would take its verdict for the server's."""
+    for words in (["audit", "run"], ["replay", "run", "--step", "0"]):
+        result = CliRunner().invoke(app, [*words, option, "http://127.0.0.1:9"])
+        assert result.exit_code == 2
+        assert "its teacher was not served" in " ".join(result.stderr.split())
+
+
 def test_a_folder_that_names_models_of_the_hub_makes_no_connection(copied, monkeypatch):
     """Also where the auditor is online; nor is anything pushed."""
     replace("run.json", '"path": "student"', '"path": "somebody/else"')
@@ -1172,6 +1184,44 @@ def test_the_command_says_what_it_checked_and_ends_with_1_if_there_is_a_fault(co
 def test_a_folder_without_a_ledger_is_refused(tmp_path):
     with pytest.raises(TOPDError, match=r"has no ledger.jsonl\. Only runs of topd train"):
         audit_run(tmp_path)
+
+
+def test_a_probe_is_not_replayed_as_if_its_batches_were_updates(copied):
+    words = ["--rollouts", "2", "--bootstrap", "40", "--output_dir", "probe"]
+    run_probe(Path("recipe.yaml"), words)
+    with pytest.raises(TOPDError, match=r"probe: has no ledger\.jsonl\. Only runs of topd train"):
+        replay_step(Path("probe"), 0)
+
+
+def test_a_run_under_way_is_not_accused(copied):
+    """Records that it adds while an audit reads are in no ledger that was read before them."""
+    (RUN / LOCK).touch()
+    assert audit_run(RUN, updates=1).faults == []
+    edit(RUN / "guidance.jsonl", lambda lines: lines.append(lines[-1]))
+    for check in (partial(audit_run, updates=0), audit_run, partial(replay_step, step=2)):
+        with pytest.raises(TOPDError, match=r"the run is under way.*once it has ended"):
+            check(RUN)
+    os.utime(RUN / LOCK, (0, 0))  # of a process that was killed
+    assert audit_run(RUN, updates=0).faults
+
+
+def test_an_audit_of_a_run_without_rollouts_claims_nothing_of_them(tmp_path):
+    with contextlib.chdir(trained(tmp_path, log_rollouts=False)):
+        found = audit_run(RUN)
+    assert found.faults == []
+    assert "settings: learning rate of each log" in found.checked
+    said = "decisions: none re-derived, as no update has its rollouts on record"
+    assert found.checked[-1] == said
+
+
+def test_a_comparison_with_a_plan_has_a_ledger_and_is_not_accused(tmp_path):
+    run = RunFolder(tmp_path / "run", chained=True)
+    run.write("run.json", {"compare": {"plan": "plan.md"}})
+    run.note("plan", sha256="0" * 64, path="plan.md", results=0)
+    found = audit_run(tmp_path / "run", updates=0)
+    assert (found.faults, found.checked) == ([], ["chain: 2 entries", "files: 1, records: 0"])
+    with pytest.raises(TOPDError, match=r"is a comparison.*arms/ARM-SEED.*--updates 0"):
+        audit_run(tmp_path / "run")
 
 
 def test_models_from_python_cannot_be_loaded_again(tmp_path):

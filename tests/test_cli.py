@@ -128,6 +128,15 @@ def test_a_run_ends_with_the_path_of_its_folder_on_one_line(finished):
     assert output.splitlines()[-1] == f"run folder: {folder}"
 
 
+def test_what_a_terminal_cannot_show_ends_no_command(finished):
+    """Of a rollout that is ◆ and ○; tokens of another script are the same to it."""
+    words = [sys.executable, "-m", "topd", "show", str(finished[1])]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert shown.returncode == 0, shown.stderr
+    assert "? 1. " in shown.stdout
+
+
 def test_a_run_prints_no_warnings_and_leaves_no_bars(finished):
     output, _ = finished
     assert "Warning" not in output

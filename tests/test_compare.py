@@ -784,6 +784,7 @@ _AGAIN = "--compare.arms={opd: {}, x: {stage: warmstart, answers: start, data.li
         (["--compare.baseline=tpd"], "no arm 'tpd'"),
         (["--compare.references=[tpd]"], "no arm 'tpd'"),
         (["--compare.arms={opd: {seeds: 3}}"], "arm 'opd'.*seeds must be a list"),
+        (["--compare.seeds=[-1]", "--compare.warmstart"], "arm 'opd'.*seeds must be.*from 0 to"),
         (["--compare.arms={opd: {stage: two}}"], "arm 'opd'.*stage: 'two'"),
         (["--compare.arms={opd: {answers: start}}"], "arm 'opd'.*(answers|common start)"),
         (["--compare.arms={opd: {stage: warmstart, answers: start}}"], "common start"),

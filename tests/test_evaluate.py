@@ -1168,6 +1168,35 @@ def test_results_are_never_written_over(invoke, tmp_path, monkeypatch, name, sai
     assert (tmp_path / name).read_text() == "{}"
 
 
+def test_messages_are_no_text_without_a_template(invoke, root, tmp_path):
+    """They were written with it all the same, and the record said otherwise."""
+    row = {"prompt": [{"role": "user", "content": "what is 1 + 2 ?"}], "answer": "3"}
+    write(tmp_path / "messages.jsonl", [row])
+    words = ("model", str(tmp_path / "messages.jsonl"))
+    refused = invoke(*words, "--no-chat")
+    assert refused.exit_code == 2
+    said = " ".join(refused.stderr.split())
+    assert "its prompts are messages" in said
+    assert "(topd eval: --chat)" in said
+    assert invoke(*words, "--output", str(tmp_path / "out")).exit_code == 0
+
+
+def test_results_may_be_put_below_the_home_folder(invoke, root, tmp_path, monkeypatch):
+    """No shell expands --output=~/out: a folder of that name was made where one stood."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert invoke("model", "gsm8k.jsonl", "--limit", "1", "--output=~/out").exit_code == 0
+    assert (tmp_path / "out" / "evaluation.json").exists()
+    suite = {"problems": {"path": "gsm8k.jsonl", "limit": 1, "samples": 1, "max_tokens": 4}}
+    (tmp_path / "suite.yaml").write_text(json.dumps(suite))
+    words = ["model", "model", "--suite", str(tmp_path / "suite.yaml"), "--output=~/gate"]
+    assert CliRunner().invoke(cli.app, ["gate", *words]).exit_code == 0
+    assert (tmp_path / "gate" / "gate.json").exists()
+    words = [str(tmp_path / "out"), "--format", "svg", "--output=~/drawn"]
+    assert CliRunner().invoke(cli.app, ["figures", *words]).exit_code == 0
+    assert (tmp_path / "drawn" / "accuracy.svg").exists()
+    assert not (root / "~").exists()
+
+
 def test_an_evaluation_that_is_stopped_continues_in_its_folder(invoke, tmp_path, monkeypatch):
     """And ends with the same responses; 7 of 15 were there."""
     words = ("model", "gsm8k.jsonl", "--batch-size", "2", "--output")
@@ -1260,6 +1289,12 @@ def test_a_run_folder_stands_for_its_student(tmp_path):
     assert found.path == str(student)
     assert evaluating.of_run(found) == found
     assert evaluating._folder(found, spec).startswith("runs/eval-my-run-gsm8k-")
+
+
+def test_a_run_without_a_student_is_told_as_one(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(TOPDError, match="is a run folder without a student: the run has not ended"):
+        ModelSpec(path=str(tmp_path)).load_tokenizer()
 
 
 def test_a_folder_is_named_after_model_and_data(root, invoke):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
+from topd.report.kinds.evaluated import gate_words
+from topd.runs.files import write_whole
 from topd.runs.model_card import replace_section
 from topd.types import Generation
 
@@ -238,6 +241,13 @@ def test_equal_answers_to_few_problems_do_not_pass_a_strict_gate(problems):
     assert remarks(figures) == []
 
 
+def test_a_brier_score_that_is_open_has_no_per_cent():
+    few = answers([True] * 10)
+    alone = Limits(**{**dict.fromkeys(Limits.model_fields), "calibration": 0.02})
+    (said,) = remarks(compare_models({"problems": few}, {"problems": few}, suite(limits=alone)))
+    assert "whether the harm is within 0.02; that takes" in said
+
+
 def test_a_base_that_solves_nothing_is_named():
     nothing = answers([False] * 300)
     figures = compare_models({"problems": nothing}, {"problems": nothing}, suite())
@@ -274,12 +284,30 @@ def test_problems_that_the_base_solves_and_the_candidate_does_not():
     assert lost_problems(base, candidate) == [1]
 
 
+ALONE = Limits(**dict.fromkeys(set(Limits.model_fields) - {"refusals"}))
+
+
 def test_refusals_count_if_there_are_some():
     pair = [{"problems": answers([True] * 300), "refusals": answers([ok] * 300)} for ok in (1, 0)]
     figures = compare_models(*pair, suite(refusals=RefusalSpec(path="x.jsonl")))
     assert [(f.name, f.verdict) for f in figures if f.verdict != "within"] == [
         ("refusals", "worse")
     ]
+
+
+def test_problems_and_refusals_are_counted_apart(tmp_path):
+    pair = [{"problems": answers([True] * 6), "refusals": answers([True] * 19)}] * 2
+    both = "6 problems of `x.jsonl` and 19 prompts of `r.jsonl`, same"
+    for limits, said in ((Limits(), both), (ALONE, "19 prompts of `r.jsonl`, same")):
+        asked = suite(refusals=RefusalSpec(path="r.jsonl"), limits=limits, error=0.005)
+        figures = compare_models(*pair, asked)
+        card = card_text("base", asked, figures, [], True)
+        assert f"against `base` on {said}" in card
+        assert "in about 0.5 % of cases at most" in card
+        record = {"passed": True, "figures": [asdict(f) for f in figures]}
+        write_whole(tmp_path / "gate.json", {**record, "suite": asked.model_dump()})
+        first = next(iter(gate_words(tmp_path)))
+        assert first.endswith(f" on {said.removesuffix(', same').replace('`', '')}.")
 
 
 # The command
@@ -369,6 +397,7 @@ def test_a_regression_ends_with_1_and_the_card_names_it(place):
             {"limits": {**dict.fromkeys(Limits.model_fields), "refusals": 0.1}, "refusals": None},
             r"suite: limits\.refusals has no effect without refusals",
         ),
+        ({"limits": {"refusals": None}}, r"suite: refusals have no effect without their limit"),
         ({"refusals": {"path": "problems.jsonl"}}, r"problems.jsonl, row 0: refuse is None"),
         (
             {"refusals": {"path": "refusals.jsonl", "columns": {"answer": "a"}}},

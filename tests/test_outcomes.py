@@ -132,7 +132,7 @@ def probed(tmp_path_factory) -> Path:
         'data: {path: "testbed://programs", limit: 8}\nmax_completion_length: 48\n'
         "window_length: 12\ncandidate_loss: surprise\ncandidate_threshold: 1.0\nuse_cpu: true\n"
     )
-    words = ["--rollouts", "8", "--bootstrap", "20", "--verify", "1"]
+    words = ["--rollouts", "8", "--bootstrap", "40", "--verify", "1"]
     return run_probe(recipe, [*words, "--output_dir", str(recipe.parent / "run")])
 
 
@@ -179,7 +179,7 @@ def test_a_probe_records_shows_and_counts_what_came_of_its_candidates(probed):
 def test_a_probe_that_does_not_verify_has_no_word_of_it(tmp_path):
     recipe = write_pair(tmp_path, max_completion_length=12, window_length=4)
     folder = run_probe(
-        recipe, ["--rollouts", "4", "--bootstrap", "5", "--output_dir", str(tmp_path / "run")]
+        recipe, ["--rollouts", "4", "--bootstrap", "40", "--output_dir", str(tmp_path / "run")]
     )
     assert "outcome" not in (folder / "positions.jsonl").read_text()
     assert "outcomes" not in json.loads((folder / "probe.json").read_text())

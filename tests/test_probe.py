@@ -40,7 +40,7 @@ SETTINGS = {
     "max_prompt_length": 100,
 }
 FOUND = "probe.json"
-WORDS = ("--rollouts", "10", "--rollout_batch_size", "4", "--bootstrap", "20")
+WORDS = ("--rollouts", "10", "--rollout_batch_size", "4", "--bootstrap", "40")
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_other_weights_under_the_same_name_are_refused(tmp_path):
     [
         (("--rollouts", "0"), "rollouts: 0 must be at least 1"),
         (("--group_size", "0"), "group_size: 0 must be at least 1"),
-        (("--bootstrap", "0"), "bootstrap: 0 must be at least 1"),
+        (("--bootstrap", "39"), "bootstrap: 39 must be at least 40: fewer resamples"),
         (("--rollout_batch_size", "-2"), "rollout_batch_size: -2"),
         (("--low_share", "0"), "low_share: 0.0 must be above 0"),
         (("--low_share", "1.5"), "low_share: 1.5"),

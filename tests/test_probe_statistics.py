@@ -297,7 +297,7 @@ def test_so_it_is_of_full_windows(tmp_path):
     write(tmp_path / "positions.jsonl", records)
     for name in ("rollouts.jsonl", "metrics.jsonl"):
         write(tmp_path / name, [])
-    args = ProbeConfig(output_dir=str(tmp_path), use_cpu=True, window_length=2, bootstrap=20)
+    args = ProbeConfig(output_dir=str(tmp_path), use_cpu=True, window_length=2, bootstrap=40)
     found = summarise(tmp_path, args, str)
     for part in (found, found["full_windows"]):
         assert part["false_alarm_share"]["value"] == 0

@@ -52,7 +52,7 @@ SETTINGS = {
     "teacher_prompt": "{{ prompt }} {{ solution }}",
     "max_prompt_length": 100,
 }
-WORDS = ("--samples", "3", "--rollout_batch_size", "4", "--bootstrap", "20", "--updates", "2")
+WORDS = ("--samples", "3", "--rollout_batch_size", "4", "--bootstrap", "40", "--updates", "2")
 
 
 @pytest.fixture(scope="module")

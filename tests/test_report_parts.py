@@ -511,6 +511,14 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
         "1 to 2 seeds an arm, compared on those in common; 95 % intervals over both, of one"
     )
     assert seeds_words({"seeds": [3]}).startswith("one seed; 95 % intervals over problems alone")
+    apart = {"opd": {"seeds": [0, 1]}, "topd": {"seeds": [1, 7]}}  # as many, and one in common
+    assert seeds_words({"spent": apart}) == (
+        "2 seeds an arm, compared on those in common; 95 % intervals over both, of one seed over "
+        "problems alone"
+    )
+    assert seeds_words({"spent": {**apart, "topd": {"seeds": [1, 0]}}}) == (
+        "2 seeds; 95 % intervals over both"
+    )
 
 
 def test_a_comparison_of_one_arm_has_no_table_of_others():

@@ -14,8 +14,10 @@ import torch
 import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from conftest import tiny_model, tiny_tokenizer, write_pair
+from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import run_recipe
 from topd.commands.yaml_text import parse_yaml
@@ -69,12 +71,14 @@ def test_code_of_a_model_does_not_run_unless_the_recipe_says_so(tmp_path, monkey
     assert mark.exists()  # so the mark would have told
 
 
-@pytest.mark.parametrize("loaded", [False, True])
-def test_a_student_with_code_of_its_own_gets_an_adapter(tmp_path, monkeypatch, loaded):
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Path:
+    """A model with code of its own that can be used."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "m"))
     place = tmp_path / "own"
     tiny_model("llama").save_pretrained(place)
+    tiny_tokenizer().save_pretrained(place)
     code = """
 from transformers import LlamaConfig, LlamaForCausalLM
 class OwnConfig(LlamaConfig):
@@ -88,11 +92,35 @@ class OwnModel(LlamaForCausalLM):
     (place / "config.json").write_text(
         json.dumps({**config, "model_type": "own", "auto_map": auto})
     )
-    spec = ModelSpec(path=str(place), trust_remote_code=True)
+    return place
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_student_with_code_of_its_own_gets_an_adapter(own, loaded):
+    spec = ModelSpec(path=str(own), trust_remote_code=True)
     student = spec.load_model() if loaded else spec
     try_adapter(config_of(student), LoraConfig(r=2, target_modules=["q_proj"]), student)
     with pytest.raises(TOPDError, match="nowhere"):  # so its modules were looked at
         try_adapter(config_of(student), LoraConfig(r=2, target_modules=["nowhere"]), student)
+
+
+def test_a_model_with_code_of_its_own_is_evaluated_if_the_user_trusts_it(own, tmp_path):
+    """What a recipe with trust_remote_code has trained, eval and gate can read."""
+    row = {"prompt": "what is 1 + 2 ?", "answer": "3"}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(row))
+    problems = {"path": str(tmp_path / "problems.jsonl"), "max_tokens": 4, "samples": 1}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"problems": problems}))
+    few = ["--max-tokens", "4", "--samples", "1"]
+    for words in (
+        ["eval", str(own), problems["path"], *few],
+        ["gate", str(own), str(own), "--suite", str(tmp_path / "suite.yaml")],
+    ):
+        words += ["--output", str(tmp_path / words[0])]
+        refused = CliRunner().invoke(app, words)
+        assert refused.exit_code == 2
+        assert "trust_remote_code" in refused.stderr
+        done = CliRunner().invoke(app, [*words, "--trust-remote-code"])
+        assert done.exit_code == 0, done.output
 
 
 def test_trust_in_code_of_others_is_recorded(tmp_path):

@@ -613,7 +613,7 @@ def test_a_run_that_loses_its_servers_is_saved_and_goes_on(tmp_path, start, monk
 def test_an_analysis_with_a_served_teacher_is_that_with_an_embedded_one(
     tmp_path, start, command, count
 ):
-    words, found = ["--quiet", count, "4", "--bootstrap", "20"], []
+    words, found = ["--quiet", count, "4", "--bootstrap", "40"], []
     for name, given in (("served", spec_of(tmp_path, [start()], [start()])), ("plain", None)):
         path, run = recipe_of(tmp_path, given, "unused"), tmp_path / name
         result = CliRunner().invoke(app, [command, str(path), *words, "--output_dir", str(run)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import io
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ def main(version: options.Version = False) -> None:
     """On-policy distillation that looks ahead (arXiv 2606.00305)."""
     # at its end Python would go through all objects of the libraries, 1.5 s of a CPU
     atexit.register(gc.freeze)
+    for stream in (sys.stdout, sys.stderr):  # a token that a terminal cannot show ends no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 @app.command()
@@ -106,6 +110,7 @@ def import_(
     for line in found.lines:
         say(line)
     text = found.text()
+    output = output and output.expanduser()
     if output is None:
         say(f"\n{text}")
     elif output.exists():
@@ -216,6 +221,7 @@ def evaluate_model(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     chat: options.Chat = None,
     chat_template_kwargs: options.TemplateKwargs = None,
+    trust: options.TrustModels = False,
     output: options.Output = "",
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
@@ -240,8 +246,8 @@ def evaluate_model(
         chat=chat,
         chat_template_kwargs=parse_value(chat_template_kwargs or "null"),
     )
-    evaluated = ModelSpec(path=model, gguf_file=gguf_file, dtype=dtype)
-    folder = run_evaluation(evaluated, spec, output, terminal.console)
+    own = ModelSpec(path=model, gguf_file=gguf_file, dtype=dtype, trust_remote_code=trust)
+    folder = run_evaluation(own, spec, output, terminal.console)
     say(f"results: {folder}")
 
 
@@ -253,6 +259,7 @@ def gate(
     suite: Annotated[Path, typer.Option(help="YAML: problems, refusals, limits, error.")],
     dtype: options.Dtype = "float32",
     base_gguf_file: Annotated[str | None, typer.Option(help="GGUF file of the base.")] = None,
+    trust: options.TrustModels = False,
     output: options.Output = "",
 ) -> None:
     """Did anything get worse? Paired evaluation of a suite; exit code 1 on a regression."""
@@ -265,8 +272,8 @@ def gate(
     from topd.commands.gate import run_gate
     from topd.inputs.models import ModelSpec
 
-    before = ModelSpec(path=base, gguf_file=base_gguf_file, dtype=dtype)
-    after = ModelSpec(path=candidate, dtype=dtype)
+    own = ModelSpec(path=base, gguf_file=base_gguf_file, dtype=dtype, trust_remote_code=trust)
+    before, after = own, own.model_copy(update={"path": candidate, "gguf_file": None})
     if not run_gate(before, after, suite, output=output, console=terminal.console):
         raise typer.Exit(1)
 
@@ -318,7 +325,7 @@ def figures(
     """Write the figures of a run as files, for a paper."""
     from topd.report.paper import write_figures
 
-    for path in write_figures(run, output or run / "figures", format=format):
+    for path in write_figures(run, (output or run / "figures").expanduser(), format=format):
         say(path)
 
 

@@ -79,7 +79,7 @@ def run_evaluation(model: ModelSpec, spec: EvaluationSpec, output: str, console:
     spec, said = as_trained(spec.with_split(), [model])
     for line in said:
         say(console, line)
-    folder = Path(output or _folder(model, spec))
+    folder = Path(output or _folder(model, spec)).expanduser()  # --output=~/x, of any shell
     with evaluation_folder("eval", folder, RESULT, [RESPONSES], console) as run:
         found = _evaluate_into(run, model, spec, console)
     show(found, spec, console)

@@ -71,6 +71,9 @@ Tolerance = Annotated[float, typer.Option(min=0, help="By how much a number may 
 TrustCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code of the run's models and method.")
 ]
+TrustModels = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code of the models' repositories.")
+]
 OwnTeacher = Annotated[
     list[str] | None,
     typer.Option(metavar="URL", help="Your server of a served teacher; the run's is not asked."),

@@ -100,8 +100,11 @@ class CompareSpec(BaseModel):
         arms = self.all_arms()
         own = {arm: keys.get("seeds", self.seeds) for arm, keys in arms.items()}
         for arm, seeds in own.items():
-            if not (isinstance(seeds, list) and seeds and all(type(s) is int for s in seeds)):
-                raise TOPDError(f"compare, arm {arm!r}: seeds must be a list such as [0, 1].")
+            if not (isinstance(seeds, list) and seeds and all(map(_is_seed, seeds))):
+                raise TOPDError(
+                    f"compare, arm {arm!r}: seeds must be a list such as [0, 1], of whole numbers "
+                    "from 0 to 4294967295."
+                )
         for arm, seeds in own.items():
             if not set(seeds) & set(own[self.baseline]):
                 raise TOPDError(
@@ -134,6 +137,10 @@ class CompareSpec(BaseModel):
                 if name not in found:
                     raise TOPDError(f"compare.{key}: there is no arm {name!r}.")
         return found
+
+
+def _is_seed(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
 
 
 def in_files(arm: str) -> str:

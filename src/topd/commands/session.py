@@ -61,6 +61,7 @@ IDLE = (  # of a recipe, what no analysis reads, besides the rest of transformer
     *("log_completions", "overlap", "max_importance", "stop_length", "stop_finished"),
     *("stop_fresh", "stop_entropy", "stop_divergence", "stop_patience"),
 )
+LEAST_RESAMPLES = 40  # the least and the largest of 39 hold another one in 95 % of cases
 FREE = {"rollouts", "samples", "bootstrap"}  # what may change when an analysis continues
 Config = TypeVar("Config", bound="AnalysisConfig")
 
@@ -76,7 +77,12 @@ class AnalysisConfig(TOPDConfig):
 
     def _check(self) -> None:
         super()._check()
-        self._at_least_1("rollout_batch_size", "bootstrap")
+        self._at_least_1("rollout_batch_size")
+        if self.bootstrap < LEAST_RESAMPLES:
+            raise TOPDError(
+                f"bootstrap: {self.bootstrap} must be at least {LEAST_RESAMPLES}: fewer resamples "
+                "do not have a 95 % interval in them."
+            )
         if self.environment is not None:
             raise TOPDError(
                 "environment: an analysis looks at rollouts of one turn. Leave it out "

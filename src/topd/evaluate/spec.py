@@ -137,9 +137,16 @@ class EvaluationSpec(BaseModel):
             config: the model's, for its positions.
 
         Raises:
-            TOPDError: an empty prompt, or one that leaves no room for ``max_tokens``.
+            TOPDError: an empty prompt, one that leaves no room for ``max_tokens``, or messages that
+                are to be text.
         """
         chat = bool(tokenizer.chat_template) if self.chat is None else self.chat
+        if self.chat is False and not all(isinstance(prompt_of(row), str | None) for row in rows):
+            raise TOPDError(
+                f"data {self.path}: its prompts are messages, which only a chat template writes, "
+                "and they are to be text (--no-chat, chat: false, or as the run was trained). Set "
+                "chat: true (topd eval: --chat)."
+            )
         encoder = PromptEncoder(
             tokenizer,
             tokenizer,

@@ -298,14 +298,16 @@ def seeds_words(summary: Mapping[str, Any]) -> str:
     >>> seeds_words({"spent": {"a": {"seeds": [0, 1]}, "b": {"seeds": [0]}}}).partition(";")[0]
     '1 to 2 seeds an arm, compared on those in common'
     """
-    each = seeds_of(summary).values()
-    found = [len(seeds) for seeds in each] or [len(summary.get("seeds", ()))]
+    each = list(seeds_of(summary).values()) or [set(summary.get("seeds", ()))]
+    found = [len(seeds) for seeds in each]
     least, most = min(found), max(found)
     if most == 1:
         return "one seed; 95 % intervals over problems alone, not over seeds"
-    some = f"{least} to {most} seeds an arm, compared on those in common"
-    count = f"{most} seeds" if least == most else some
-    return f"{count}; 95 % intervals over both{', of one seed over problems alone' * (least == 1)}"
+    count = f"{most} seeds" if least == most else f"{least} to {most} seeds"
+    count += " an arm, compared on those in common" * any(seeds != each[0] for seeds in each)
+    base = seeds_of(summary).get(str(summary.get("baseline", "opd")), set())
+    alone = least == 1 or any(len(seeds & base) == 1 for seeds in each)
+    return f"{count}; 95 % intervals over both{', of one seed over problems alone' * alone}"
 
 
 def seeds_of(summary: Mapping[str, Any]) -> dict[str, set[int]]:

@@ -121,7 +121,10 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
     """
     path = folder / LEDGER
     if not path.is_file():
-        raise TOPDError(f"{folder}: has no {LEDGER}. Only runs of topd train can be audited.")
+        raise TOPDError(
+            f"{folder}: has no {LEDGER}. Only runs of topd train and topd warmstart can be audited "
+            "or replayed."
+        )
     lines, whole = split_lines(path)
     entries: list[Entry] = []
     faults: list[str] = []

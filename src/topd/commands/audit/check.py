@@ -10,9 +10,16 @@ import torch
 from peft import PeftModel
 
 from topd.commands.audit.decisions import Rederived, check_decisions, chosen_updates
-from topd.commands.audit.files import SAVED, check_end, check_records, read_chain
+from topd.commands.audit.files import SAVED, check_end, check_records, of_comparison, read_chain
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt, started_elsewhere
-from topd.commands.audit.result import AuditResult, is_close, is_suspect, place_of, shortened
+from topd.commands.audit.result import (
+    AuditResult,
+    is_close,
+    is_suspect,
+    not_under_way,
+    place_of,
+    shortened,
+)
 from topd.commands.audit.settings import as_stored, by_settings, ranks_at, read_from, was_changed
 from topd.commands.repair import restore, snapshot
 from topd.errors import TOPDError
@@ -42,15 +49,23 @@ def audit_run(
             connects nowhere: models and data must be on this machine.
 
     Raises:
-        TOPDError: the folder has no ledger, or models or data cannot be loaded (where there are
-            faults already, that is one more).
+        TOPDError: the folder has no ledger, or is a comparison's, whose runs have the decisions, or
+            models or data cannot be loaded (where there are faults already, that is one more), or
+            there are faults and the run is under way.
     """
     found, seed = AuditResult(), secrets.randbits(32) if seed is None else seed
+    compares = of_comparison(folder)
+    if compares and updates:
+        raise TOPDError(
+            f"{folder}: is a comparison, which has no decisions of its own. Audit its runs, each "
+            f"{folder}/arms/ARM-SEED, and its own ledger with --updates 0."
+        )
     entries = read_chain(folder, found)
     check_records(folder, entries, found)
-    check_end(folder, entries, found)
+    if not compares:
+        check_end(folder, entries, found)
     if not updates or not _readable(folder, found):
-        return found
+        return not_under_way(folder, found)
     try:
         stored, done = chosen_updates(folder, updates, seed), Rederived()
         for number, steps in enumerate(by_settings(folder, stored)):
@@ -68,7 +83,7 @@ def audit_run(
         if not found.faults:
             raise TOPDError(f"{error} Chain, files and records were checked: no fault.") from error
         found.faults.append(f"decisions: not re-derived: {error}")
-    return found
+    return not_under_way(folder, found)
 
 
 def _readable(folder: Path, found: AuditResult) -> bool:
@@ -115,11 +130,12 @@ def _check_settings(folder: Path, trainer: TOPDTrainer, found: AuditResult) -> N
             f"{place_of(records[first])}: prompt {met[first]} where seed {trainer.args.seed} has "
             f"{order[first]}"
         )
-    checked = "order of the prompts"
+    checked = ["order of the prompts"] if met else []
     if trainer.args.max_steps > 0:
         found.faults += _rate_faults(folder, trainer)
-        checked += ", learning rate of each log"
-    found.checked.append(f"settings: {checked}")
+        checked.append("learning rate of each log")
+    if checked:
+        found.checked.append(f"settings: {', '.join(checked)}")
 
 
 def _check_resumed(folder: Path, entries: Sequence[Entry], found: AuditResult) -> None:

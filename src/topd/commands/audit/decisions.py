@@ -56,6 +56,8 @@ class Rederived:
                 f"{counted(self.candidates, 'candidate')} of the {which} "
                 f"{', '.join(map(str, sorted(self.updates)))} re-derived (--seed {seed})"
             )
+        elif not self.left_out:
+            yield "decisions: none re-derived, as no update has its rollouts on record"
 
 
 def chosen_updates(folder: Path, updates: int, seed: int) -> Updates:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from topd.commands.audit.result import AuditResult, place_of
+from topd.errors import TOPDError
 from topd.runs import checkpoints
 from topd.runs.files import digest, file_digest
 from topd.runs.folder import RECORDS, files_in
 from topd.runs.ledger import HEAD, Entry, check_chain, ended, surviving
+from topd.runs.records import read_run
 from topd.runs.verified import read_entries, read_head, split_lines
 
 PLACES = ("student", "adapter")
 SAVED = " (by the resumed run, if that was stopped while it saved its student)"
+
+
+def of_comparison(folder: Path) -> bool:
+    """Whether a folder is a comparison's: it has a ledger for its plan, as its runs have theirs."""
+    with suppress(TOPDError):  # damaged, as its digest in the ledger says
+        return "compare" in read_run(folder)
+    return False
 
 
 def read_chain(folder: Path, found: AuditResult) -> list[Entry]:

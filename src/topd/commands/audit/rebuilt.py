@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -160,6 +160,14 @@ def _allowed(
     teachers = several or {"": sources["teacher"]}
     if not trust.remote_code:
         _refuse_code(folder, (student, *teachers.values()), config)
+    here = all(
+        spec.get("served") is None and spec.get("text") is None for spec in teachers.values()
+    )
+    if here and replace(trust, remote_code=False) != NO_TRUST:
+        raise TOPDError(
+            f"{folder}: its teacher was not served, so a server and its key have no effect. Leave "
+            "them out."
+        )
     student["served"] = None  # its weights are here
     if several:
         for name, spec in several.items():

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from topd.commands.audit.decisions import is_sampled
 from topd.commands.audit.rebuilt import NO_TRUST, Trust, rebuilt
-from topd.commands.audit.result import AuditResult, disagreements
+from topd.commands.audit.result import AuditResult, disagreements, not_under_way
 from topd.commands.audit.settings import (
     as_stored,
     by_settings,
@@ -31,7 +31,7 @@ from topd.runs import checkpoints
 from topd.runs.folder import LINES, RECORDS
 from topd.runs.ledger import ended
 from topd.runs.records import DRAWN, JUDGED
-from topd.runs.verified import entries_in, read_records
+from topd.runs.verified import entries_in, read_entries, read_records
 from topd.training.inherited import FOLLOWING
 from topd.training.sharded import is_sharded
 from topd.training.trainer import TOPDTrainer
@@ -69,10 +69,12 @@ def replay_step(
     See :func:`audit_run` for the arguments.
 
     Raises:
-        TOPDError: there is no such update, its checkpoint is damaged, or models or data cannot be
-            loaded or are others, its texts were sampled by a version with other random numbers,
-            several ranks made it and there is no tolerance, or its checkpoint is one of FSDP2.
+        TOPDError: the folder has no ledger or no such update, its checkpoint is damaged, or models
+            or data cannot be loaded or are others, its texts were sampled by a version with other
+            random numbers, several ranks made it and there is no tolerance, or its checkpoint is
+            one of FSDP2.
     """
+    read_entries(folder)  # a probe has rollouts as well, and no updates
     recorded = read_records(folder, "rollouts.jsonl")
     if not recorded:
         raise TOPDError(f"{folder}: has no rollouts to compare with (log_rollouts was off?).")
@@ -116,7 +118,7 @@ def replay_step(
             _check_judged(folder, scratch, (first, step))
     begun = start.name if start else "the beginning"
     found.checked.insert(0, f"replay: update {step}, from {begun}")
-    return found
+    return not_under_way(folder, found)
 
 
 def _check_settings(folder: Path, first: int, step: int) -> None:

@@ -6,9 +6,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from topd.runs.files import as_json
+from topd.errors import TOPDError
+from topd.runs.files import as_json, is_written_to
 from topd.runs.records import as_before
 
 
@@ -18,6 +20,20 @@ class AuditResult:
 
     checked: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+
+
+def not_under_way(folder: Path, found: AuditResult) -> AuditResult:
+    """What was found, but of no run that is under way: what it has just added looks like a fault.
+
+    Raises TOPDError for faults of a folder that a process writes to.
+    """
+    if found.faults and is_written_to(folder):
+        raise TOPDError(
+            f"{folder}: the run is under way, so that its files were read at different times and "
+            "faults cannot be told from what it added in between. Do this again once it has ended, "
+            "or, if it was killed, in a minute."
+        )
+    return found
 
 
 def is_suspect(found: AuditResult, *beginnings: str) -> bool:

@@ -140,12 +140,14 @@ class Suite(BaseModel):
 
     @model_validator(mode="after")
     def _has_limits(self) -> Suite:
-        """Some figure has a limit, and refusals are there where a limit of theirs is given."""
+        """Some figure has a limit, and refusals are there if and only if they may have one."""
         given = self.limits.model_dump(exclude_unset=True)
         if self.refusals is None and given.get("refusals") is not None:
             raise ValueError("limits.refusals has no effect without refusals. Give their path")
         if not self.limited():
             raise ValueError("limits: no figure has one. Give at least one, e.g. {accuracy: 0.02}")
+        if self.refusals is not None and self.limits.refusals is None:
+            raise ValueError("refusals have no effect without their limit. Leave them out")
         return self
 
     @property
@@ -284,7 +286,8 @@ def run_gate(
     suite, said = _as_trained(suite, [candidate, base])
     for line in said:
         say(console, line)
-    folder = Path(output or f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    own = f"runs/gate-{suite_file.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(output or own).expanduser()
     specs = {"base": base, "candidate": candidate}
     names = [_file(role, part) for role in specs for part in suite.parts]
     with evaluation_folder("gate", folder, RESULT, names, console) as run:

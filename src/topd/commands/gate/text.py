@@ -33,12 +33,18 @@ def card_text(
     base: str, suite: Suite, figures: Sequence[Figure], lost: Sequence[int], good: bool
 ) -> str:
     """The gate's result as a section of a model card: evidence, and known failures."""
-    asked = counted(figures[0].harm.problems, "problem")
+    asked = {figure.name == "refusals": figure.harm.problems for figure in figures}
+    parts = ((False, "problem", suite.problems), (True, "prompt", suite.refusals))
+    on = " and ".join(
+        f"{counted(asked[refused], name)} of `{part.path}`"
+        for refused, name, part in parts
+        if part and refused in asked
+    )
     lines = [
-        f"{'Passed' if good else 'FAILED'} against `{base}` on {asked} "
-        f"of `{suite.problems.path}`, same prompts and random numbers. Harm is how much worse. "
+        f"{'Passed' if good else 'FAILED'} against `{base}` on {on}, same prompts and random "
+        "numbers. Harm is how much worse. "
         "Where all harms are within their limits, some figure is called worse in about "
-        f"{suite.error:.0%} of cases at most.",
+        f"{_percent(suite.error)} of cases at most.",
         "",
         "| | base | candidate | harm | interval | limit | verdict |",
         "|---|---|---|---|---|---|---|",
@@ -77,7 +83,7 @@ def remarks(figures: Sequence[Figure]) -> list[str]:
         least = max(open_ones, key=_needed)
         found.append(
             f"open: {least.harm.problems} prompts do not show whether the harm is within "
-            f"{_percent(least.limit)}; that takes at least {_needed(least)}, more where answers "
+            f"{_limit(least)}; that takes at least {_needed(least)}, more where answers "
             "differ."
         )
     return found
@@ -105,9 +111,14 @@ def _cells(figure: Figure) -> tuple[str, ...]:
         mean.format(candidate),
         change.format(harm.mean),
         f"{change.format(harm.low)}, {change.format(harm.high)}",
-        f"{figure.limit:.4g}" if not percent else _percent(figure.limit).replace(" ", ""),
+        _limit(figure).replace(" ", ""),
         figure.verdict,
     )
+
+
+def _limit(figure: Figure) -> str:
+    """A Brier score has no unit."""
+    return f"{figure.limit:.4g}" if figure.name == "calibration" else _percent(figure.limit)
 
 
 def _title(figure: Figure) -> str:

@@ -32,6 +32,11 @@ def refuse_other_folder(path: str, place: str) -> None:
     student = student_of_run(Path(place))
     if student is not None:
         raise TOPDError(f"model {path}: is a run folder. Give its student: {student}.")
+    if (Path(place) / "run.json").is_file() and not (Path(place) / "config.json").exists():
+        raise TOPDError(
+            f"model {path}: is a run folder without a student: the run has not ended, or was one "
+            "that makes none. Resume it, or give one of its checkpoints, if they are whole models."
+        )
     stored = Path(place) / ADAPTER
     if stored.is_file():
         raise TOPDError(

@@ -125,10 +125,15 @@ def gate_words(folder: Path) -> Iterator[str]:
         return
     problems = found.suite.get("problems", {})
     base, candidate = (_model(found.models.get(role, {})) for role in ("base", "candidate"))
-    most = max((f.harm.problems for f in found.figures), default=0)
-    asked = counted(most, "problem") if most else "problems"
+    parts = {f.name == "refusals": f.harm.problems for f in found.figures}
+    asked = [
+        f"{counted(parts[of_refusals], 'prompt' if of_refusals else 'problem')} of {_file(data)}"
+        for of_refusals, data in ((False, problems), (True, found.suite.get("refusals") or {}))
+        if of_refusals in parts
+    ]
     told = "Passed" if found.passed else "FAILED"
-    yield f"{told}: {candidate} against {base} on {asked} of {_file(problems)}."
+    on = " and ".join(asked) or f"problems of {_file(problems)}"
+    yield f"{told}: {candidate} against {base} on {on}."
     for figure in found.figures:
         if figure.verdict == "worse":
             yield f"{_title(figure)} is worse: {_harm(figure)}; the limit is {_limit(figure)}."
