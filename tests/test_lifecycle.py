@@ -18,11 +18,16 @@ from conftest import rows, tiny_model, tiny_tokenizer, write_pair
 from conftest import torch_on_device as torch
 from test_resume import OPTIONS, make, no_file_above, records
 from topd import TOPDConfig, TOPDTrainer
+from topd.commands.evaluate import as_trained
 from topd.commands.train import run_recipe
 from topd.errors import COLLAPSED, TERMINATED, StoppedError, TOPDError
+from topd.evaluate.spec import EvaluationSpec
+from topd.inputs.models import ModelSpec
+from topd.runs.verified import not_of_the_end
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
 
 PLAIN: dict[str, Any] = {"method": "opd", "max_steps": 6}  # four updates an epoch
+SMALL = {"per_device_train_batch_size": 2, "max_completion_length": 8, "method": "opd"}
 EVERY: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "eval_data": rows(2)}
 EPOCHS = {"eval_strategy": "epoch", "logging_strategy": "epoch", "eval_data": rows(2)}
 
@@ -41,6 +46,10 @@ class At(TrainerCallback):
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def figures(folder: Path, name: str) -> dict[int, float]:
@@ -257,6 +266,35 @@ def test_how_often_is_logged_evaluated_and_saved_may_change_at_a_resume(tmp_path
     assert list(figures(run, "eval_loss"))[:4] == [2, 4, 6, 9]
     names = {path.name for path in run.glob("checkpoint-*")}
     assert names == {f"checkpoint-{step}" for step in (2, 4, 5, 10)}
+
+
+# A student that is not that of the run's latest updates
+
+
+def test_a_student_from_before_a_resume_is_told_from_that_of_the_end(tmp_path, capsys, monkeypatch):
+    """It was evaluated, and trained further, as that of the whole run."""
+    run = tmp_path / "run"
+    make(run, **{**PLAIN, "max_steps": 2}).train()
+    spec, model = EvaluationSpec(path="unread.jsonl"), ModelSpec(path=str(run / "student"))
+    assert as_trained(spec, [model])[1] == []
+    trainer = make(run, **PLAIN)
+    trainer.add_callback(At(4, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+    said = f"warning: {run} has not ended: its student/ is that of 2 updates, before it was resumed"
+    assert as_trained(spec, [model, model])[1] == [said]
+    recipe = write_pair(tmp_path, **{**SMALL, "max_steps": 1})
+    words = [f"--student={run / 'student'}", f"--output_dir={tmp_path / 'next'}"]
+    run_recipe(recipe, words, quiet=True)
+    assert said in capsys.readouterr().out.replace("\n", " ")
+    with monkeypatch.context() as patch:
+        patch.setattr("topd.training.recorded.check_saved", lambda *_: interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "new", **{**PLAIN, "max_steps": 1}).train()
+    model = ModelSpec(path=str(tmp_path / "new" / "student"))
+    assert as_trained(spec, [model])[1][0].endswith("has not ended: its student/ may be damaged")
+    make(run, **PLAIN).train(resume_from_checkpoint=True)
+    assert not_of_the_end(run / "student") == []
 
 
 # What is said where there is no checkpoint

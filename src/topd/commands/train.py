@@ -23,6 +23,7 @@ from topd.inputs.models.adapters import adapted
 from topd.runs import checkpoints
 from topd.runs.folder import check_run_folder, check_trains_here
 from topd.runs.lock import one_writer
+from topd.runs.verified import not_of_the_end
 from topd.training.footprint import memory_warning
 from topd.training.progress import Phases, log_line, say
 from topd.training.trainer import TOPDTrainer
@@ -71,6 +72,8 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, alone: bool) -> None:
     rows = recipe.data.load()
     say(console, f"loading {recipe.student.path} and {recipe.teacher.path}, encoding {len(rows):,} "
         "prompts")  # fmt: skip
+    for line in not_of_the_end(Path(recipe.student.path).expanduser()):
+        say(console, line)
     trainer, _ = make_trainer(recipe, rows)
     trainer.examined = examined
     left_out = len(rows) - len(trainer.train_dataset)
