@@ -89,6 +89,23 @@ def test_a_trainer_that_a_signal_stopped_resumes_in_the_same_process(tmp_path, s
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
+def test_a_trainer_that_was_interrupted_in_an_update_resumes_in_the_same_process(tmp_path):
+    class Within(At):
+        on_substep_end = At.on_step_begin
+
+        def on_step_begin(self, *_, **__):
+            """Not here."""
+
+    options = {**PLAIN, "gradient_accumulation_steps": 2}
+    make(tmp_path / "whole", **options).train()
+    trainer = make(tmp_path / "run", **options)
+    trainer.add_callback(Within(2, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
 def test_a_signal_in_the_last_update_does_not_stop_a_later_training(tmp_path):
     trainer = make(tmp_path, **{**PLAIN, "max_steps": 1, "save_strategy": "no"})
     trainer.watch.on_save = lambda *_, **__: None  # as if it had come a moment later

@@ -175,7 +175,7 @@ class TOPDTrainer(ObservedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""
         self._check_training(resume_from_checkpoint)
-        self.fetched = []  # of a training that was interrupted
+        self.fetched, self.current_flos = [], 0  # of a training that was interrupted
         with closing(self.overlap) if self.overlap else nullcontext(), _what_is_there_kept():
             return super().train(resume_from_checkpoint, **kwargs)
 
