@@ -827,6 +827,29 @@ def test_rollouts_are_one_update_old_and_no_more(overlapping, tmp_path):
     assert trainer.state.global_step == 6
 
 
+def test_a_trainer_with_overlap_that_was_interrupted_resumes(overlapping, tmp_path):
+    """It had the next update's prompts of before, and a pool of threads that was closed."""
+    changes = {"overlap": True, "max_steps": 4, "max_logprob_gap": 9.0, "learning_rate": 0.0}
+    often = {"save_strategy": "steps", "save_steps": 1}
+    run_recipe(overlapping("whole", **changes, **often), quiet=True)
+    recipe = read_recipe(overlapping("run", **changes, **often))
+    trainer, _ = make_trainer(recipe, recipe.data.load())
+    right, calls = trainer.compute_loss, iter(range(99))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 2 * recipe.args.gradient_accumulation_steps:
+            raise KeyboardInterrupt
+        return right(*args, **kwargs)
+
+    trainer.compute_loss = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.fetched
+    trainer.train(resume_from_checkpoint=True)
+    ours, theirs = (records(tmp_path / r, "rollouts.jsonl") for r in ("run", "whole"))
+    assert [r["prompt"] for r in ours] == [r["prompt"] for r in theirs]
+
+
 def test_with_nothing_learned_overlap_changes_nothing(overlapping, tmp_path):
     for run, overlap in (("plain", False), ("overlapped", True)):
         run_recipe(overlapping(run, overlap=overlap, learning_rate=0.0), quiet=True)

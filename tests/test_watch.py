@@ -391,7 +391,7 @@ def test_last_never_empties_the_folder_of_another_run(tmp_path, kind):
     else:
         found = {"command": "probe"} if kind == "probe" else {"compare": {"arms": {}}}
         (run / "run.json").write_text(json.dumps(found))
-    with pytest.raises(TOPDError, match=r"holds a(nother command's)? run .*no checkpoint"):
+    with pytest.raises(TOPDError, match=r"holds a(nother command's run| run .*no checkpoint)"):
         run_recipe(recipe, [f"--output_dir={run}", "--resume_from_checkpoint=last"])
     assert (run / "positions.jsonl").exists()
 

@@ -39,6 +39,7 @@ from topd.runs.files import as_json, digest, kept_lines
 from topd.runs.folder import BEGUN, RunFolder, manifest
 from topd.runs.lock import one_writer
 from topd.runs.records import read_run
+from topd.runs.verified import not_of_the_end
 from topd.statistics import Interval
 from topd.training.progress import say
 
@@ -243,6 +244,8 @@ def as_trained(spec: Spec, models: Sequence[ModelSpec]) -> tuple[Spec, list[str]
         if other:
             now = _shown({name: here[name] for name in other})
             said.append(f"warning: {run} was trained with {_shown(other)}, prompts here have {now}")
+    for place in dict.fromkeys(Path(m.path).expanduser() for m in models):
+        said += not_of_the_end(place)
     for run, stored in {str(Path(m.path).parent): _run_of(m) for m in models}.items():
         environment = (stored.get("config") or {}).get("environment")
         if environment is not None:

@@ -42,6 +42,7 @@ from topd.runs.lock import one_writer
 from topd.runs.records import read_run
 from topd.runs.tokens import FILE as TOKENS
 from topd.runs.tokens import TokenWriter
+from topd.runs.verified import not_of_the_end
 from topd.training.experience import Observer
 from topd.training.progress import Phases, say
 from topd.training.sampler import GroupSampler
@@ -181,6 +182,8 @@ def session(
         phases = Phases()
         if console:
             say(console, f"loading {recipe.student.path} and {one_teacher(recipe).path}")
+            for line in not_of_the_end(Path(recipe.student.path).expanduser()):
+                say(console, line)
         pair = open_pair(recipe, phases)
         run = open_folder(command, recipe, pair)
         if console:

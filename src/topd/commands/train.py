@@ -21,9 +21,9 @@ from topd.evaluate import EvaluationCallback, Evaluator
 from topd.evaluate.callback import check_one_turn
 from topd.inputs.models.adapters import adapted
 from topd.runs import checkpoints
-from topd.runs.folder import check_run_folder
+from topd.runs.folder import check_run_folder, check_trains_here
 from topd.runs.lock import one_writer
-from topd.runs.records import read_run
+from topd.runs.verified import not_of_the_end
 from topd.training.footprint import memory_warning
 from topd.training.progress import Phases, log_line, say
 from topd.training.trainer import TOPDTrainer
@@ -53,6 +53,7 @@ def train_recipe(recipe: Recipe, *, quiet: bool = False, alone: bool = True) -> 
     folder = Path(recipe.args.output_dir)
     resume = bool(recipe.args.resume_from_checkpoint)
     agreed(lambda: check_run_folder(folder, resume=resume))  # none removes what others have made
+    check_trains_here(folder)
     with one_writer(folder):
         _train(recipe, folder, quiet=quiet, alone=alone)
     return folder
@@ -71,6 +72,8 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, alone: bool) -> None:
     rows = recipe.data.load()
     say(console, f"loading {recipe.student.path} and {recipe.teacher.path}, encoding {len(rows):,} "
         "prompts")  # fmt: skip
+    for line in not_of_the_end(Path(recipe.student.path).expanduser()):
+        say(console, line)
     trainer, _ = make_trainer(recipe, rows)
     trainer.examined = examined
     left_out = len(rows) - len(trainer.train_dataset)
@@ -90,7 +93,7 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, alone: bool) -> None:
     _watch(trainer, console, bars=console.is_terminal and not quiet)
     try:
         with trainer.watch.until_terminated() if alone else nullcontext():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)
     finally:
         trainer.phases.stop()
 
@@ -114,13 +117,10 @@ def watch_steps(trainer: TOPDTrainer, console: Console) -> None:
 
 def _begin_anew(folder: Path) -> None:
     """Empty the folder of a run that was stopped before its first checkpoint, and of no other."""
-    settings = read_run(folder)
-    ended = (folder / "student" / "README.md").exists()  # the model card is written last
-    if ended or {"command", "compare"} & set(settings):
-        kind = "a run that has ended" if ended else "another command's run"
+    if (folder / "student" / "README.md").exists():  # the model card is written last
         raise TOPDError(
-            f"resume_from_checkpoint: {folder} holds {kind} and no checkpoint. Choose another "
-            "folder."
+            f"resume_from_checkpoint: {folder} holds a run that has ended and no checkpoint. "
+            "Choose another folder."
         )
     checkpoints.begin_anew(folder)
 

@@ -123,13 +123,8 @@ def making(
             partial.parent.rmdir()
     except WRITING_FAULTS as error:
         _discard(run, [])
-        before = last(run)
-        raise StoppedError(
-            f"{run / partial.name} could not be written: {error}. "
-            + (f"{before.name} is whole. " if before else "")
-            + "Free some space, then continue with resume_from_checkpoint: last.",
-            DISK,
-        ) from error
+        said = f"{run / partial.name} could not be written: {error}. {_once_there_is_space(run)}"
+        raise StoppedError(said, DISK) from error
 
 
 @contextmanager
@@ -144,11 +139,14 @@ def writing(run: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
             raise
-        raise StoppedError(
-            f"{run}: {error}. Free some space, or check its permissions, then continue with "
-            "resume_from_checkpoint: last.",
-            DISK,
-        ) from error
+        raise StoppedError(f"{run}: {error}. {_once_there_is_space(run)}", DISK) from error
+
+
+def _once_there_is_space(run: Path) -> str:
+    free = "Free some space, or check its permissions, then"
+    if found := last(run):
+        return f"{found.name} is whole. {free} continue with resume_from_checkpoint: last."
+    return f"There is no checkpoint. {free} start over, in Python in another folder."
 
 
 def _discard(run: Path, checkpoints: Iterable[Path]) -> None:

@@ -39,7 +39,7 @@ from topd.named import code_of
 from topd.runs.files import digest, file_digest, raw_lines, write_whole
 from topd.runs.ledger import Ledger
 from topd.runs.lock import refuse_if_busy
-from topd.runs.records import FORMAT, Fork
+from topd.runs.records import FORMAT, Fork, read_run
 from topd.runs.tokens import FILE as TOKENS
 from topd.types import Guidance, Rollout
 
@@ -159,6 +159,12 @@ def check_run_folder(folder: Path, *, resume: bool = False, begun: Collection[st
         )
     if any((folder / name).exists() for name in LINES) and not resume:
         raise TOPDError(holds_a_run(folder))
+
+
+def check_trains_here(folder: Path) -> None:
+    """Refuse to train where another command has its ``run.json``. Raises TOPDError."""
+    if {"command", "compare"} & read_run(folder).keys():
+        raise TOPDError(f"output_dir: {folder} holds another command's run. Choose another folder.")
 
 
 def holds_a_run(folder: Path) -> str:

@@ -24,6 +24,7 @@ TEMPLATE = """---
 | method | {{ method }} |
 | data (SHA-256 of the prompts' token ids) | `{{ data[:16] }}` |
 | updates | {{ steps }}
+{%- if best %}; the student is that of {{ best }}, the best of those evaluated and saved{% endif %}
 {%- if logged < steps %} (cost and tokens: of the first {{ logged }}, which are logged){% endif %} |
 | {{ "answers" if imitated else "rollouts" }} an update | {{ rollouts }} |
 | learning rate | {{ learning_rate }} |
@@ -59,8 +60,13 @@ def write_model_card(
     args: Any,
     history: list[dict[str, float]],
     ledger: Ledger | None = None,
+    *,
+    best: int | None = None,
 ) -> None:
-    """Write README.md into ``folder``, from a run's manifest, arguments, log history and ledger."""
+    """Write README.md into ``folder``, from a run's manifest, arguments, log history and ledger.
+
+    ``best``: the update that the student is of, if not the last one.
+    """
     logs = [entry for entry in history if "loss" in entry]
     imitated = hasattr(args, "answers")  # by a warm start
     way = "off" if imitated else "on"
@@ -74,6 +80,7 @@ def write_model_card(
         imitated=imitated,
         data=manifest["data"],
         steps=max((entry["step"] for entry in history), default=0),
+        best=best,
         logged=sum(updates_in(logs)),
         rollouts=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         learning_rate=args.learning_rate,

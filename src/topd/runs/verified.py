@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from topd.errors import TOPDError
 from topd.runs.files import UNREADABLE, json_text, raw_lines
-from topd.runs.ledger import HEAD, LEDGER, Entry
+from topd.runs.ledger import HEAD, LEDGER, Entry, ended
 from topd.runs.records import BranchRecord, ForkRecord, GuidanceRecord, Id, PromptIds, RolloutRecord
 
 
@@ -144,6 +144,16 @@ def read_entries(folder: Path) -> tuple[list[Entry], list[str]]:
 def entries_in(folder: Path) -> list[Entry]:
     """The ledger's entries; none where there is no ledger."""
     return read_entries(folder)[0] if (folder / LEDGER).exists() else []
+
+
+def not_of_the_end(student: Path) -> list[str]:
+    """A warning where a run's ``student/`` is not that of its latest updates; else nothing."""
+    run = student.parent
+    if student.name != "student" or not (entries := entries_in(run)) or ended(entries):
+        return []
+    ends = [entry["step"] for entry in entries if entry.get("event") == "end"]
+    stopped = f"is that of {ends[-1]} updates, before it was resumed" if ends else "may be damaged"
+    return [f"warning: {run} has not ended: its student/ {stopped}"]
 
 
 def _kind_of(entry: Any) -> type[_Link]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from transformers.trainer_utils import SchedulerType
 
@@ -34,6 +35,12 @@ _WORKS = """
 WORKS = frozenset(_WORKS.split())
 ELSEWHERE = frozenset(  # refused, or held to a value, by TOPDConfig itself
     ["fsdp", "fsdp_config", "deepspeed", "push_to_hub", "hub_token", "remove_unused_columns"]
+)
+READ_ONCE = (  # when a trainer is made: what they are changed to afterwards has no effect
+    *("output_dir", "seed", "bf16", "fp16", "per_device_train_batch_size", "method", "token_loss"),
+    *("temperature", "max_prompt_length", "drop_long_prompts", "teacher_prompt", "reference"),
+    *("chat_template_kwargs", "environment", "teachers_mix", "teacher_column", "window_replay"),
+    *("overlap", "disable_dropout", "answers"),
 )
 _LOSS = "the loss is TOPD's own"
 _ORDER = "the order of the prompts follows from seed alone, and is resumed and audited by it"
@@ -93,6 +100,24 @@ def check_inherited(args: TOPDConfig) -> None:
     if args.fp16 and args.device.type == "cpu":
         raise TOPDError("fp16: has no effect on a CPU. Set bf16, or leave it out.")
     _check_best(args)
+
+
+def read_once(args: TOPDConfig) -> dict[str, Any]:
+    """The settings of :data:`READ_ONCE`."""
+    return {name: getattr(args, name) for name in READ_ONCE if hasattr(args, name)}
+
+
+def check_as_read(args: TOPDConfig, before: Mapping[str, Any]) -> None:
+    """Refuse what was changed since a trainer was made and has no effect any more.
+
+    ``before`` is what :func:`read_once` gave when it was made. Raises TOPDError.
+    """
+    for name, now in read_once(args).items():
+        if now != before[name]:
+            raise TOPDError(
+                f"{name}: was {before[name]!r} when the trainer was made, which reads it then, and "
+                f"is {now!r} now. Make a new trainer with it."
+            )
 
 
 def with_one_figure(args: TOPDConfig) -> list[str]:

@@ -182,6 +182,13 @@ class ObservedTrainer(RecordedTrainer):
         finally:
             models.clear()
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, in training: after an update, before its checkpoint; or ``eval_on_start``."""
+        if kwargs.get("skip_scheduler") and self.state.global_step > 0:
+            return {}  # resumed: it was made when the run began
+        with self.saved_if_stopped():
+            return super()._evaluate(*args, **kwargs)
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean token divergence on fresh rollouts of the prompts, nats.
 

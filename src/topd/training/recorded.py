@@ -136,7 +136,8 @@ class RecordedTrainer(LoadingTrainer):
             raise TOPDError(holds_a_run(self.run_folder))
         if resume_from_checkpoint and not found:
             raise TOPDError(
-                f"resume_from_checkpoint: {self.run_folder} holds no checkpoint. Leave it out."
+                f"resume_from_checkpoint: {self.run_folder} holds no checkpoint. Leave it out; "
+                "where the records of a run are, choose another output_dir too."
             )
         if checkpoint and self.args.window_replay:
             raise TOPDError(
@@ -279,7 +280,8 @@ class RecordedTrainer(LoadingTrainer):
             self.run.seal(*files_in(self.run.folder, "student", "adapter"))
             self.run.note("end", step=self.state.global_step, student=trained)
             history, ledger = self.state.log_history, self.run.ledger
-            write_model_card(folder, record, self.args, history, ledger)
+            best = self.state.best_global_step if self.args.load_best_model_at_end else None
+            write_model_card(folder, record, self.args, history, ledger, best=best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's, with what the update measured; also a line of metrics.jsonl.
@@ -355,11 +357,6 @@ class RecordedTrainer(LoadingTrainer):
             if not several() and (saved := save_done(self)):
                 fault.add_note(saved)
             raise
-
-    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, in training: after an update, before its checkpoint."""
-        with self.saved_if_stopped():
-            return super()._evaluate(*args, **kwargs)
 
     def push_to_hub(
         self,

@@ -105,6 +105,18 @@ class Watch(TrainerCallback):
         self.trainer = trainer
         self.reason: StoppedError | None = None
         self.agreed: StoppedError | None = None  # what all ranks end for
+        self.put_off = False  # the checkpoint of an epoch's last update
+        self.over = False  # resumed where it had ended
+
+    def on_train_begin(self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Say it where a resumed run has nothing left to learn."""
+        self.put_off, self.over = False, 0 < state.max_steps <= state.global_step
+        if self.over and state.is_world_process_zero:
+            logger.warning(
+                f"{self.trainer.run_folder}: {state.global_step} updates are done, and the run is "
+                f"to have {state.max_steps}, so nothing more is learned. For more raise max_steps "
+                "or num_train_epochs."
+            )
 
     def on_pre_optimizer_step(
         self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any
@@ -163,23 +175,39 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Have a checkpoint saved if the run is to end here, on all ranks."""
+        """Have a checkpoint saved if the run is to end here, on all ranks.
+
+        That of an epoch's last update waits for what is logged and evaluated at its end: a run
+        that resumes from it begins with the next epoch.
+        """
         reasons = [reason for reason in ranks.everywhere(self.reason) if reason is not None]
         self.reason = self.agreed = reasons[0] if reasons else None
         control.should_save |= self.agreed is not None
+        last = (state.epoch or 0) % 1 == 0 or control.should_training_stop
+        if last and "epoch" in (args.logging_strategy, args.eval_strategy):
+            self.put_off, control.should_save = control.should_save, False
+
+    def on_epoch_end(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Have the checkpoint saved that was put off. Nothing is evaluated a second time."""
+        control.should_save |= self.put_off
+        control.should_evaluate &= not self.over
+        self.put_off = False
 
     def on_save(self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any) -> None:
         """End the run, now that it can be resumed. Raises StoppedError."""
         if self.agreed is None:
             return
-        if self.agreed.exit_code == TERMINATED:
+        reason, self.reason, self.agreed = self.agreed, None, None  # the trainer may resume
+        if reason.exit_code == TERMINATED:
             done, folder = state.global_step, self.trainer.run_folder
             raise StoppedError(
-                f"{self.agreed} The update under way is finished, and {folder}/checkpoint-{done} "
+                f"{reason} The update under way is finished, and {folder}/checkpoint-{done} "
                 f"is saved: {done} of {state.max_steps} updates. {how_to_resume(folder)}",
                 TERMINATED,
             )
-        raise self.agreed
+        raise reason
 
     def end_if_asked(self, saved: str) -> None:
         """Raise the StoppedError that is due, on all ranks: what is on disk by now is ``saved``."""
@@ -214,6 +242,7 @@ class Watch(TrainerCallback):
         try:
             yield
         finally:
+            self.reason = self.agreed = None
             for number, handler in before.items():
                 signal.signal(number, handler)
 

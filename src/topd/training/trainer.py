@@ -23,10 +23,11 @@ from topd.inputs.self_teacher import check_own_prompts, self_teacher_of
 from topd.inputs.teachers import Routes, Teachers, TeacherSet
 from topd.inputs.text_models import is_by_text
 from topd.losses import TokenTerms, importance
-from topd.runs.folder import check_run_folder
+from topd.runs.folder import check_run_folder, check_trains_here
 from topd.training import startup
 from topd.training.experience.evidence import Experience
 from topd.training.experience.turns import turns_of
+from topd.training.inherited import check_as_read, read_once
 from topd.training.learning import LearningBatch, LearningTerms, Totals, collate, update_loss
 from topd.training.learning.layout import can_pack, dealt
 from topd.training.metrics import warn_of_cuts
@@ -118,6 +119,7 @@ class TOPDTrainer(ObservedTrainer):
         self.gaps: list[Tensor] = []  # likewise: of log-probs, a sum and its count a micro-batch
         self.windows = EarlierWindows(self.args.window_replay, self.args.seed)
         self.watch, self.told = Watch(self), EpochTold()
+        self.as_made = read_once(self.args)
         self.add_callback(self.watch)
         self.add_callback(self.told)
 
@@ -172,8 +174,25 @@ class TOPDTrainer(ObservedTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""
+        self._check_training(resume_from_checkpoint)
+        self.fetched, self.current_flos = [], 0  # of a training that was interrupted
         with closing(self.overlap) if self.overlap else nullcontext(), _what_is_there_kept():
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def _check_training(self, resume: str | bool | None) -> None:
+        """What may have changed since the trainer was made. Raises TOPDError."""
+        check_as_read(self.args, self.as_made)
+        if resume is None and self.args.resume_from_checkpoint:
+            raise TOPDError(
+                "resume_from_checkpoint: the trainer does not read it. Call train("
+                "resume_from_checkpoint=args.resume_from_checkpoint)."
+            )
+        check_trains_here(self.run_folder)
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise TOPDError(
+                "student: all its weights are frozen since the trainer was made, as those of a "
+                "teacher are. Give another trainer a copy of it: copy.deepcopy(model)."
+            )
 
     def _encoded(
         self, rows: Any, evaluation: Any, args: TOPDConfig
@@ -298,6 +317,18 @@ class TOPDTrainer(ObservedTrainer):
         args, size = self.args, len(self.train_dataset)
         self.told.sampler = GroupSampler(size, args.num_generations, args.seed)
         return self.told.sampler
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's, of the students that are saved: at the end no other can be loaded.
+
+        Whether it is the best so far decides whether ``save_strategy: best`` saves it; the last one
+        of a run that is stopped is saved too.
+        """
+        args, saves = self.args, self.control.should_save or self.args.save_strategy == "best"
+        if args.load_best_model_at_end and not saves:
+            return False
+        best = super()._determine_best_metric(metrics, trial)
+        return best or self.watch.agreed is not None
 
     def _check_gaps(self) -> None:
         """All ranks stop if a micro-batch of the update is not what was sampled."""

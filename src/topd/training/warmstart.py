@@ -177,6 +177,7 @@ class WarmstartTrainer(TOPDTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Have the answers written if need be, then train."""
+        self._check_training(resume_from_checkpoint)
         folder = Path(self.args.output_dir)
         with one_writer(folder):
             if self.args.answers == "teacher" and self.train_dataset is not None:

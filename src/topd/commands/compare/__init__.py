@@ -158,7 +158,7 @@ def run_arm(task: Task, console: Console | None = None) -> Result:
     kept = _Kept(evaluation)
     trainer.add_callback(kept)
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=False)  # one that was stopped starts over
     finally:
         trainer.phases.stop()
     assert evaluation.latest is not None

@@ -54,8 +54,9 @@ class Overlap:
             self._student.held = False
 
     def close(self) -> None:
-        """Drop what is under way."""
+        """Drop what is under way. A later training begins with nothing."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool, self._found, self._student.held = ThreadPoolExecutor(1), None, False
 
 
 def check_overlap(student: ModelSource, teacher: ModelSource, args: TOPDConfig) -> None:

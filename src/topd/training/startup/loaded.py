@@ -16,11 +16,12 @@ from topd.inputs.models.saved import load_saved
 from topd.runs.checkpoints import SEAL, Seal
 
 
-class BestHere(TrainerCallback):
-    """The best checkpoint is that of the run's own folder, wherever the run has begun."""
+class AsNow(TrainerCallback):
+    """A resumed run has its current settings, and its best checkpoint where the run is now."""
 
     def on_train_begin(self, args: Any, state: TrainerState, *_: object, **__: object) -> None:
-        """Trainer has the path of before, and forgets a checkpoint that is not there."""
+        """Trainer has the steps and the path of before, and forgets a path that is not there."""
+        state.compute_steps(args, state.max_steps)  # of logs, evaluations and checkpoints
         best = Path(args.output_dir, f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)
@@ -34,7 +35,7 @@ class LoadingTrainer(Trainer):
 
     def __init__(self, *args: Any, **rest: Any) -> None:
         super().__init__(*args, **rest)
-        self.add_callback(BestHere())
+        self.add_callback(AsNow())
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
