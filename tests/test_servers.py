@@ -846,7 +846,7 @@ def test_a_trainer_with_overlap_that_was_interrupted_resumes(overlapping, tmp_pa
         trainer.train()
     assert trainer.fetched
     trainer.train(resume_from_checkpoint=True)
-    ours, theirs = (records(tmp_path / r, "rollouts.jsonl") for r in ("run", "whole"))
+    ours, theirs = (read(tmp_path / r / "rollouts.jsonl") for r in ("run", "whole"))
     assert [r["prompt"] for r in ours] == [r["prompt"] for r in theirs]
 
 
