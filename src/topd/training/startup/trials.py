@@ -72,7 +72,7 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
             for logger_of in get_reporting_integration_callbacks(args.report_to):
                 logger_of()
         with _place("settings"):
-            layer = nn.Linear(2, 2 * args.world_size)
+            layer = nn.Linear(64, 64 * args.world_size)  # 8-bit optimisers have small ones in 32
             trainer = Trainer(layer, trial, train_dataset=[0], eval_dataset=[0])
         with _place("dataloader settings"):
             trainer.get_train_dataloader()
