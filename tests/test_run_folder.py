@@ -194,6 +194,21 @@ def test_the_check_leaves_nothing(tmp_path):
 # Records
 
 
+@pytest.mark.parametrize("fault", [FileNotFoundError, FileExistsError])
+def test_the_check_outlives_another_rank_that_takes_the_folder_away(tmp_path, monkeypatch, fault):
+    """Path.mkdir raises either where a folder goes while it looks at it."""
+    faults, mkdir = [fault("gone")], Path.mkdir
+
+    def taken_away(path: Path, *args: object, **kwargs: object) -> None:
+        if faults:
+            raise faults.pop()
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", taken_away)
+    check_run_folder(tmp_path / "run")
+    assert not faults
+
+
 def test_the_manifest_says_what_a_run_was_made_of():
     models = {"student": little(), "teacher": tiny_model()}
     record = manifest(models=models, data="abc", seed=5, device=torch.device("cpu"))

@@ -183,7 +183,7 @@ def _try_to_write(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with TemporaryFile(dir=folder):
                 break
-        except FileNotFoundError:  # another rank, which tries the same, removed it
+        except (FileNotFoundError, FileExistsError):  # another rank, which tries it too, removed it
             if not attempt:
                 raise
     for path in made:
