@@ -117,7 +117,7 @@ ROWS = {
     "a column twice": (".csv", "prompt,prompt\n3,4\n", "its first line has a name twice"),
     "a key twice inside": (".jsonl", '{"prompt": "3", "m": {"a": 1, "a": 2}}\n', "there twice"),
     "6,000 digits": (".jsonl", '{"prompt": "3", "n": ' + "9" * 6000 + "}\n", "4300 digits"),
-    "5,000 lists": (".jsonl", '{"prompt": ' + "[" * 5000 + "]" * 5000 + "}\n", "recursion"),
+    "200,000 lists": (".jsonl", '{"m": ' + "[" * 200_000 + "]" * 200_000 + "}\n", "recursion"),
 }
 
 
