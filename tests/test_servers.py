@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 from typer.testing import CliRunner
 from urllib3 import HTTPResponse
+from urllib3.util import connection as urllib3_connection
 
 from conftest import EOS, VOCAB, WORDS, read, tiny_model, tiny_tokenizer, write_pair
 from fake_vllm import Fake, another, running
@@ -36,13 +37,13 @@ from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
 from topd.engines.hf import HFEngine
-from topd.engines.servers import Again, Request, Servers
+from topd.engines.servers import Again, RefusedError, Request, Servers
 from topd.engines.servers.checks import check_logprobs, check_servers
 from topd.engines.servers.serve import command, serving
 from topd.engines.servers.vllm import VLLMEngine
 from topd.errors import DISK, UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
-from topd.inputs.served import ServedSpec
+from topd.inputs.served import ServedSpec, TextSpec
 from topd.losses import importance
 from topd.training.experience import Observer
 from topd.training.trainer import TOPDTrainer
@@ -115,6 +116,43 @@ def test_a_busy_server_is_asked_again_and_not_left_out(start, statuses):
     fake = start(statuses=list(statuses))
     assert servers(fake.url, retries=2).ask([LIST]) == [ANSWER]
     assert fake.seen["/tokenize"] == len(statuses) + 1
+
+
+def test_an_error_of_a_server_of_text_may_be_due_to_one_text(start):
+    """llama.cpp answers 500, each time, where its parser of chats cannot read what was written."""
+    fake = start()
+    ours = Servers("t", [fake.url], TextSpec(url=fake.url, retries=0, concurrency=1))
+    for _ in range(2):  # an answer between them: the server is well
+        fake.statuses[:] = [500] * 8
+        *refused, answer = ours.ask_each([LIST] * 9)
+        assert [type(error) for error in refused] == [RefusedError] * 8
+        assert answer == ANSWER
+    fake.statuses[:] = [500] * 9
+    with pytest.raises(StoppedError, match="answers 500: not now"):
+        ours.ask_each([LIST] * 9)
+
+
+def test_connections_are_probed_before_a_router_forgets_them(start, monkeypatch):
+    """Those of clouds do after two minutes or six; a long answer has nothing to say for longer."""
+    real, found = urllib3_connection.create_connection, []
+
+    def create(*args: Any, **options: Any) -> socket.socket:
+        made = real(*args, **options)
+        found.append(
+            [
+                made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                made.getsockopt(socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPINTVL", 0)),
+                made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY),
+            ]
+        )
+        return made
+
+    monkeypatch.setattr(urllib3_connection, "create_connection", create)
+    servers(start().url).ask([LIST])
+    alive, interval, direct = found[0]
+    assert alive
+    assert direct  # as without it
+    assert interval == 60 or not hasattr(socket, "TCP_KEEPINTVL")
 
 
 def test_an_answer_that_breaks_off_is_asked_for_once_more(start):

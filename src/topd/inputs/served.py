@@ -81,6 +81,7 @@ class ServerSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     place: ClassVar[str] = "served"  # the key in a recipe
     largest: ClassVar[int] = 2 << 30  # bytes of an answer
+    errors_of_one: ClassVar[int] = 0  # answers of 500 in a row that may be due to what was asked
     other: ClassVar[str] = "Give the URL of a vLLM server, started as topd serve-teacher does."
 
     model: str | None = None
@@ -155,6 +156,7 @@ class TextSpec(ServerSpec):
         "there."
     )
     largest: ClassVar[int] = 64 << 20
+    errors_of_one: ClassVar[int] = 8  # llama.cpp: text that its parser of chats cannot read
 
     url: TextURLs
     chat: bool = False

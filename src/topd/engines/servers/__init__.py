@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from transformers.utils import logging
 from urllib3 import BaseHTTPResponse
+from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError, InvalidHeader
 from urllib3.util import Retry
 
@@ -28,6 +30,7 @@ OF_ONE = (400, 403, 413, 422, 451)  # answers that may concern what was asked, a
 CONNECT = 10.0  # seconds
 PIECE = 1 << 16  # bytes read at a time
 UNSUSPECTED, UNPACKED = 64 << 20, 50  # beyond so many bytes: at most so many for each that was sent
+PROBES = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 60, "TCP_KEEPCNT": 5}
 KEY = "Put its API key into an environment variable and name that in {}.api_key_env."
 
 
@@ -60,6 +63,7 @@ class Servers:
         self.session = _session(served)
         self._load = dict.fromkeys(self.urls, 0)  # requests under way at those that have not failed
         self._failures: dict[str, str] = {}
+        self._errors = dict.fromkeys(self.urls, 0)  # answers of 500 since the latest of 200
         self._lock = Lock()
 
     def alone(self) -> Iterator[Servers]:
@@ -153,6 +157,7 @@ class Servers:
             self._leave_out(url, self._reason(error))
             return None
         if answer.status_code == 200:
+            self._errors[url] = 0
             return content
         text = content[:300].decode(errors="replace") or answer.headers.get("Location", "")
         said = f"{path} answers {answer.status_code}: {text}"
@@ -161,6 +166,10 @@ class Servers:
             remedy = KEY.format(self.served.place) if unknown else self.served.other
             kind = RefusedError if answer.status_code in OF_ONE else TOPDError
             raise kind(f"{self.name}: {url}{said}. {remedy}")
+        if answer.status_code == 500:
+            self._errors[url] += 1
+            if self._errors[url] <= self.served.errors_of_one:
+                raise RefusedError(f"{self.name}: {url}{said}.")
         self._leave_out(url, said)
         return None
 
@@ -240,6 +249,23 @@ class Again(Retry):
         return None if asked is None else min(asked, self.backoff_max)
 
 
+class Kept(HTTPAdapter):
+    """Connections with TCP keep-alive.
+
+    Routers forget one that is silent for minutes, as while it waits for a long answer.
+    """
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        """Add the sockets' options, as far as the system has them."""
+        known = {getattr(socket, name): n for name, n in PROBES.items() if hasattr(socket, name)}
+        sockets = [
+            *HTTPConnection.default_socket_options,
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            *[(socket.IPPROTO_TCP, option, value) for option, value in known.items()],
+        ]
+        super().init_poolmanager(*args, socket_options=sockets, **options)
+
+
 def _session(served: ServerSpec) -> requests.Session:
     """Connections that are kept; tries with growing pauses, a read that timed out once more."""
     session = requests.Session()
@@ -252,7 +278,7 @@ def _session(served: ServerSpec) -> requests.Session:
         backoff_factor=0.5,
         backoff_jitter=0.5,
     )
-    adapter = HTTPAdapter(pool_maxsize=served.concurrency, max_retries=again)
+    adapter = Kept(pool_maxsize=served.concurrency, max_retries=again)
     session.mount("http://", adapter)
     session.mount("https://", adapter)
     session.auth = _signed(served.api_key)
