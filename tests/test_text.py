@@ -533,6 +533,71 @@ def test_an_error_with_status_200_counts_as_its_code_says(answering, monkeypatch
         written(answering(moderated))
 
 
+def broken_off(finish: str, **rest: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": "the"}, "finish_reason": finish, **rest}]}
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        broken_off("error", error={"code": 502, "message": "Provider disconnected"}),
+        broken_off("insufficient_system_resource"),
+    ],
+)
+def test_an_answer_that_a_server_broke_off_by_itself_is_asked_again(answering, monkeypatch, busy):
+    """OpenRouter names the error in the choice, DeepSeek in the finish_reason."""
+    monkeypatch.setattr("topd.engines.text.writers.PAUSE", 0.0)
+    writer = answering(busy, chat("so"))
+    assert written(writer) == Written("so", True)
+    assert len(writer.bodies) == 2
+    with pytest.raises(RefusedError, match=r"the"):
+        written(answering(busy, busy, retries=1))
+    moderated = broken_off("error", error={"code": 403, "message": "no"})
+    writer = answering(moderated)
+    with pytest.raises(RefusedError, match="403"):
+        written(writer)
+
+
+def test_half_an_emoji_ends_a_window_and_no_run(answering):
+    """A server that counts in UTF-16 may cut one in two; no tokenizer takes a half."""
+    half = json.loads(r'" so \ud83d"')
+    tokenizer = byte_level()
+    engine = TextEngine(
+        stand_in("x", len(tokenizer)),
+        answering(chat(half, "length")),
+        tokenizer,
+        eos_ids=[tokenizer.eos_token_id],
+    )
+    (window,) = engine.generate([(5,)], Sampling(0.0, max_new_tokens=20), [0])
+    assert engine.border.text(window.tokens) == " so"
+    assert written(answering(chat("\U0001f642 so"))) == Written("\U0001f642 so", True)
+
+
+def test_another_model_than_was_asked_for_is_said_once(answering, monkeypatch):
+    """LM Studio answers with what it has; a date or a tag after the name is no other model."""
+    found: list[str] = []
+    logger = logging.get_logger("topd.engines.text.writers")
+    monkeypatch.setattr(logger, "warning", found.append)
+    names = ["Big-7B", "big-7b-2026-01-01", "small-1b", "small-1b", None, ["x"]]
+    writer = answering(*[{**chat("so"), "model": name} for name in names], model="big-7b")
+    for _ in names:
+        written(writer)
+    (said,) = found
+    assert "asked for the model big-7b" in said
+    assert "answers as small-1b" in said
+
+
+def test_the_start_asks_with_a_seed_as_large_as_those_of_a_run(monkeypatch):
+    """Gemini's API takes none of half of them: every second text would be left out."""
+    bodies = tried(monkeypatch, [chat("so")], Sampling(1.0))
+    assert all(body["seed"] > 2**31 for body in bodies)
+    wants = RefusedError("Invalid value at 'generation_config.seed' (TYPE_INT32)")
+    with pytest.raises(TOPDError, match=r"TYPE_INT32.*text\.extra: \{seed: null\}"):
+        tried(monkeypatch, [wants], Sampling(0.6))
+    with pytest.raises(TOPDError, match=r"TYPE_INT32\)$"):
+        tried(monkeypatch, [wants], Sampling(0.6), extra={"seed": None})
+
+
 def test_a_limit_of_another_name_is_sent_and_offered(answering, monkeypatch):
     writer = answering(chat("so"), limit="max_completion_tokens")
     written(writer)
@@ -600,7 +665,8 @@ def test_what_is_null_is_not_sent():
     spec = TextSpec(url="http://h", extra={"seed": None, "top_p": None, "top_k": -1})
     servers = TextServers("teacher", spec, tiny_tokenizer())
     body = servers._request({"prompt": "so"}, 3, temperature=1.0, top_p=1.0, seed=7).body
-    assert body == {"prompt": "so", "max_tokens": 3, "temperature": 1.0, "top_k": -1}
+    told = {"prompt": "so", "max_tokens": 3, "temperature": 1.0, "top_k": -1}
+    assert body == {**told, "stream": False}  # left out, some proxies stream
 
 
 def test_a_teacher_by_text_is_the_same_at_another_url():
@@ -678,14 +744,39 @@ def test_a_server_that_does_not_continue_as_it_should_is_refused(tmp_path, start
 
 @pytest.mark.parametrize("context", [60, 150, 10**6])
 def test_a_server_that_cuts_long_texts_and_answers_is_refused(tmp_path, start, context):
-    """Ollama does, LM Studio may: the teacher would not have seen the prompt."""
-    fake = start(context=context)
+    """Ollama does, LM Studio may: the teacher would not have seen the prompt.
+
+    Answers of one token are an error to llama.cpp, whose parser wants more of a chat.
+    """
+    fake = start(context=context, refuses=lambda body: 400 if body["max_tokens"] < 3 else None)
     changes = {"max_completion_length": 200, "window_length": 8}
     if context > 1000:
         learned(tmp_path, {"text": {"url": fake.url}}, **changes)
         return
     with pytest.raises(TOPDError, match=rf"has read {context} tokens of a text .* longer context"):
         learned(tmp_path, {"text": {"url": fake.url}}, **changes)
+
+
+def test_a_server_that_counts_what_it_reads_anew_is_good_at_each_start(monkeypatch):
+    """It may have kept the longest text of the start before, and none of the others."""
+    kept: list[str] = []
+    asked: list[str] = []
+
+    def ask(_: Any, wanted: Any) -> list[Any]:
+        text = wanted[0].body["messages"][0]["content"]
+        begins = [next(n for n in range(len(one), -1, -1) if text[:n] == one[:n]) for one in kept]
+        asked.append(text)
+        if len(asked) % 4 == 0:  # an answer, then a short text, half of the longest, and that
+            kept.append(text)
+        anew = max(len(text) - max(begins, default=0), 1)  # the last one always
+        return [{**chat("so"), "usage": {"prompt_tokens": anew}}]
+
+    monkeypatch.setattr("topd.engines.servers.Servers.ask_each", ask)
+    spec = ByText.model_validate({"text": {"url": "http://127.0.0.1:9", "chat": True}})
+    pair, prompts = (byte_level(), byte_level()), [Prompt(0, (5,), (5,))]
+    for starts in (1, 2, 3):
+        check_text_teacher(spec, pair, prompts, whole=Sampling(1.0), most=4000)
+        assert len(kept) == starts
 
 
 def test_an_answer_of_one_word_tells_nothing_of_a_server():

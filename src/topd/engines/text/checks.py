@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from uuid import uuid4
 
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +26,7 @@ from topd.types import Ids, Prompt, Sampling
 
 ASKED = 24  # tokens
 GREEDY = Sampling(temperature=0.0, max_new_tokens=ASKED)
+SEED = 2**32 - 2  # next to the largest of a run, which is random to llama.cpp
 TOLD = 0.9  # of the student's tokens, where log-probs are wanted, and of those of a long text
 PIECE = f"{PROBE}\n"  # of a long text
 FEW = 4  # pieces, which any server reads
@@ -34,6 +36,7 @@ OVER = (
     "assistant's last message (continue_final_message of vLLM)."
 )
 LIMIT = "max_completion_tokens"
+NO_SEED = "If it takes no seed, or none so large, set text.extra: {seed: null}."
 
 
 def check_text_teacher(
@@ -65,8 +68,9 @@ def check_text_teacher(
     for url in spec.text.url:
         one = spec.text.model_copy(update={"url": (url,)})
         writer = TextServers("teacher", one, tokenizers[1])
-        _check_answers(writer, prompts[:PROMPTS], whole)
-        _check_context(writer, most)
+        how = replace(whole, max_new_tokens=ASKED) if whole else GREEDY
+        _check_answers(writer, prompts[:PROMPTS], how, bool(whole))
+        _check_context(writer, most, how)
         if spec.text.logprobs:
             _check_tells(writer, prompts[:PROMPTS], Border(tokenizers[0]))
 
@@ -118,10 +122,11 @@ def _known_part(tokenizer: PreTrainedTokenizerBase) -> str:
     return " ".join([w for w in sorted(vocabulary) if w.isalnum() and w not in specials][:8])
 
 
-def _check_answers(writer: TextServers, prompts: Sequence[Prompt], whole: Sampling | None) -> None:
+def _check_answers(
+    writer: TextServers, prompts: Sequence[Prompt], asked: Sampling, whole: bool
+) -> None:
     """Have a server begin a ``whole`` answer, or continue its own greedy one, at two places."""
     url, answer = writer.spec.url[0], ""
-    asked = replace(whole, max_new_tokens=ASKED) if whole else GREEDY
     faults: list[str] = []
     refused: RefusedError | None = None
     for prompt in prompts:
@@ -142,7 +147,9 @@ def _check_answers(writer: TextServers, prompts: Sequence[Prompt], whole: Sampli
             break
     if refused and not faults:
         named = LIMIT in str(refused) and writer.spec.limit != LIMIT
-        hint = OVER if answer else f"Set text.limit: {LIMIT}." if named else ""
+        seeds = "seed" in str(refused).lower() and "seed" not in writer.spec.extra
+        seed = NO_SEED if seeds else ""
+        hint = OVER if answer else f"Set text.limit: {LIMIT}." if named else seed
         raise TOPDError(f"{refused} {hint}".rstrip()) from refused
     if not faults:
         raise TOPDError(
@@ -173,15 +180,17 @@ def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border)
         )
 
 
-def _check_context(writer: TextServers, most: int) -> None:
+def _check_context(writer: TextServers, most: int, how: Sampling) -> None:
     """Have a server read a short text, half of ``most`` tokens, and all: some, as Ollama, cut what
     is longer than their context, and answer all the same.
     """
     times = most // len(writer.tokenizer(PIECE, add_special_tokens=False)["input_ids"])
     if times < FEW:
         return
-    counts = 1, times // 2, times  # each begins otherwise: what a server has kept it may not count
-    short, half, long = (writer.tokens_read(f"{count} {PIECE * count}") for count in counts)
+    wanted = Wanted(how, [SEED])  # of as many tokens as before: one token is an error to some
+    # each begins otherwise, at every start: what a server has kept it may not count
+    texts = [f"{uuid4().int % 10**4:04} {PIECE * n}" for n in (1, times // 2, times)]
+    short, half, long = (writer.tokens_read(text, wanted) for text in texts)
     if not (short and half and long):  # it does not tell
         return
     due = short + (half - short) * (times - 1) / (times // 2 - 1)
@@ -195,7 +204,7 @@ def _check_context(writer: TextServers, most: int) -> None:
 
 
 def _asked(writer: TextServers, prompt: Ids, text: str, how: Sampling = GREEDY) -> Written:
-    return writer.write([prompt], [text], Wanted(how, [0]))[0]
+    return writer.write([prompt], [text], Wanted(how, [SEED]))[0]
 
 
 def _cuts(answer: str) -> list[int]:

@@ -33,6 +33,7 @@ T = TypeVar("T")
 IN_A_ROW = 16  # prompts that a server may refuse, one after another, before it is at fault
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 ENDS = {"stop": True, "eos": True, "eos_token": True, "length": False}  # Together, TGI: eos
+OVERLOADED = "insufficient_system_resource"  # DeepSeek: the answer was interrupted
 ELSEWHERE = ("refusal", "tool_calls", "function_call")  # what a message says in the place of text
 THOUGHT = ("reasoning", "reasoning_content")  # and before it
 NOTHING = Written("", False)
@@ -59,6 +60,7 @@ class TextServers:
         self.spec, self.tokenizer, self.skips = spec, tokenizer, skips
         self.servers = Servers(name, spec.url, spec)
         self._refused = 0  # requests
+        self._names = {spec.model or ""}  # of models that have answered
         self._in_a_row: list[Ids] = []  # prompts refused since the latest answer
 
     def write(self, prompts: Texts, texts: Sequence[str], wanted: Wanted) -> list[Written]:
@@ -89,16 +91,20 @@ class TextServers:
         wanted = [self._request(one, 0, **how) for one in asked]
         return self._answers(prompts, wanted, [self._pieces] * len(wanted), [])
 
-    def tokens_read(self, text: str) -> int:
+    def tokens_read(self, text: str, wanted: Wanted) -> int:
         """How many tokens of a text a server says that it has read; 0 where it does not."""
-        how = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
-        (answer,) = self._told([self._request(self._asked(text, ""), 1, **how)])
+        how = {"temperature": wanted.sampling.temperature, "top_p": wanted.sampling.top_p}
+        request = self._request(self._asked(text, ""), wanted.steps, **how, seed=wanted.seeds[0])
+        (answer,) = self._told([request])
         usage = answer.get("usage") if isinstance(answer, dict) else None
-        return int((usage or {}).get("prompt_tokens") or 0)
+        told = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+        return told if isinstance(told, int) else 0
 
     def _request(self, asked: Mapping[str, Any], most: int, **how: Any) -> Request:
         """A request for ``most`` tokens after a text."""
-        body = {**self.servers.model, **asked, self.spec.limit: most, **how, **self.spec.extra}
+        # stream is said: some proxies stream where it is not
+        ours = {self.spec.limit: most, "stream": False}
+        body = {**self.servers.model, **asked, **ours, **how, **self.spec.extra}
         sent = {key: value for key, value in body.items() if value is not None}
         return Request(CHAT if self.spec.chat else COMPLETIONS, sent)
 
@@ -135,7 +141,22 @@ class TextServers:
             again = self.servers.ask_each([wanted[k] for k in busy])
             for k, answer in zip(busy, again, strict=True):
                 answers[k] = answer
+        for answer in answers:
+            self._say_name(answer.get("model") if isinstance(answer, dict) else None)
         return answers
+
+    def _say_name(self, name: object) -> None:
+        """Say once that another model answers than was asked for, as far as names tell."""
+        asked = self.spec.model
+        if not asked or not isinstance(name, str) or name in self._names:
+            return
+        self._names.add(name)
+        if asked.lower() not in name.lower() and name.lower() not in asked.lower():
+            logger.warning(
+                f"{self.servers.name}: asked for the model {asked}, {', '.join(self.spec.url)} "
+                f"answers as {name}. Is that the same? Some servers (LM Studio) answer with "
+                "whatever model they have."
+            )
 
     def _leave_out(self, prompt: Ids, error: RefusedError) -> None:
         if not self.skips:
@@ -203,8 +224,16 @@ class TextServers:
 
 
 def _error_code(answer: Any) -> object:
-    """The status in an answer that is an error in all but its own status, as OpenRouter has it."""
+    """The status in an answer that is an error in all but its own status, or in its only choice.
+
+    So OpenRouter has it; DeepSeek says by a finish_reason that it was too busy.
+    """
     error = answer.get("error") if isinstance(answer, dict) else None
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not error and isinstance(choices, list) and choices and isinstance(choices[0], dict):
+        if choices[0].get("finish_reason") == OVERLOADED:
+            return BUSY[-1]
+        error = choices[0].get("error")
     return error.get("code") if isinstance(error, dict) else None
 
 
@@ -214,7 +243,8 @@ def _text_of(content: Any) -> str:
         content = "".join(part["text"] for part in content if part["type"] == "text")
     if not isinstance(content, str | None):
         raise TypeError(content)
-    return content or ""
+    # half of an emoji that a limit has cut in two: no tokenizer takes it
+    return (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _says_no_text(message: Mapping[str, Any], text: str, continues: bool) -> bool:
