@@ -1024,6 +1024,22 @@ def test_the_name_of_a_special_token_that_a_server_spells_tells_nothing_of_the_t
     assert math.isnan(told)
 
 
+@pytest.mark.parametrize("told", [-9999.0, -math.inf, math.nan, 0.7, "-1.0", None])
+def test_what_is_no_log_prob_is_none(answering, told):
+    """vLLM says -9999 of a token that cannot be: it would outweigh all others of an update."""
+    border = Border(byte_level())
+    ids = border.ids((), "so the") or ()
+    pieces = [border.text((token,)) for token in ids]
+    known = [-1.0] * len(ids)
+    known[1] = told
+    answer = {"choices": [{"logprobs": {"tokens": pieces, "token_logprobs": known}}]}
+    (read,) = answering(answer, chat=False).read([(5,)], ["so the"])
+    found = logprobs_of_tokens(border, ids, read)
+    assert all(map(math.isnan, found[:2]))  # what comes before it is not told either
+    assert found[2:] == [-1.0] * (len(ids) - 2)
+    assert found[2:]
+
+
 OPD = {"method": "opd", "token_loss": "sampled"}
 
 

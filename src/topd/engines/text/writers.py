@@ -36,6 +36,7 @@ ENDS = {"stop": True, "eos": True, "eos_token": True, "length": False}  # Togeth
 OVERLOADED = "insufficient_system_resource"  # DeepSeek: the answer was interrupted
 ELSEWHERE = ("refusal", "tool_calls", "function_call")  # what a message says in the place of text
 THOUGHT = ("reasoning", "reasoning_content")  # and before it
+IMPOSSIBLE, ROUNDED = -9999.0, 1e-3  # vLLM's word for minus infinity, and what 0 may be
 NOTHING = Written("", False)
 PAUSE, LONGEST = 0.5, 120.0  # seconds before an error that came as an answer is asked again
 
@@ -171,7 +172,8 @@ class TextServers:
     def _pieces(self, answer: Any) -> Pieces:
         try:
             told = answer["choices"][0]["logprobs"]
-            return list(zip(told["tokens"], told["token_logprobs"], strict=True))
+            read = zip(told["tokens"], told["token_logprobs"], strict=True)
+            return [(_text_of(token), _told_logprob(logprob)) for token, logprob in read]
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise TOPDError(
                 f"teacher.text.logprobs: {', '.join(self.spec.url)} does not tell those of a "
@@ -245,6 +247,12 @@ def _text_of(content: Any) -> str:
         raise TypeError(content)
     # half of an emoji that a limit has cut in two: no tokenizer takes it
     return (content or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _told_logprob(told: Any) -> float | None:
+    """A log-prob; None for what is none: no number, one above 0, or that of an impossible token."""
+    good = isinstance(told, int | float) and IMPOSSIBLE < told <= ROUNDED
+    return float(told) if good else None
 
 
 def _says_no_text(message: Mapping[str, Any], text: str, continues: bool) -> bool:
