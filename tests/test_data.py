@@ -353,7 +353,7 @@ def test_a_configuration_of_what_has_none_is_refused(stored, name):
         ("a.jsonl", '{"prompt": "q", "solution": "2024-02-29"}\n{"prompt": "r", "solution": 1.50}'),
         ("a.json", '{"version": 1, "data": [{"prompt": "q", "solution": 0.00001}]}'),
         ("a.csv", "prompt,solution\nNull,007\nq,NA\nr,true\n"),
-        ("a.tsv", "prompt\tsolution\nq\t1.50\nr\t2024-02-29\n"),
+        ("a.tsv", "prompt\tsolution\nq\t1.50\nr\t2\n"),
     ],
 )
 def test_a_folder_is_read_as_its_files_are(tmp_path, name, text):
@@ -389,3 +389,9 @@ def test_a_folder_whose_card_says_how_is_read_so(tmp_path):
     (tmp_path / "a.csv").write_text("prompt;solution\nwhat, you;x\n")
     (row,) = load(tmp_path, name="main", chat=False)
     assert row == {"prompt": "what, you", "solution": "x"}
+
+
+@pytest.mark.parametrize("solution", [["3", "4"], b"3"])
+def test_a_solution_that_is_no_text_is_not_called_a_prompt(solution):
+    with pytest.raises(TOPDError, match=r"row 0: the solution is a text.*solution: NAME\.0"):
+        read_row(0, {"prompt": "1 + 2 =", "solution": solution})
