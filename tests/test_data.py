@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -344,3 +345,53 @@ def test_a_configuration_of_what_has_none_is_refused(stored, name):
         load(stored / name, name="main")
     with pytest.raises(ValueError, match="name has no effect with testbed"):
         DataSpec(path="testbed://logic", name="main")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"prompt": "q", "solution": "2024-02-29"}\n{"prompt": "r", "solution": 1.50}'),
+        ("a.json", '{"version": 1, "data": [{"prompt": "q", "solution": 0.00001}]}'),
+        ("a.csv", "prompt,solution\nNull,007\nq,NA\nr,true\n"),
+        ("a.tsv", "prompt\tsolution\nq\t1.50\nr\t2\n"),
+    ],
+)
+def test_a_folder_is_read_as_its_files_are(tmp_path, name, text):
+    file = tmp_path / "data" / name
+    file.parent.mkdir()
+    file.write_text(text)
+    found, alone = load(file.parent), load(file)
+    assert found == alone
+    assert [str(row["solution"]) for row in found] == [str(row["solution"]) for row in alone]
+
+
+def test_the_files_of_a_folder_are_read_in_order_and_by_split(tmp_path, caplog, monkeypatch):
+    for name in ("train-0", "train-1", "test"):
+        row = {"prompt": name, **({"solution": "3"} if name == "test" else {})}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "notes.csv").write_text("prompt\nmine\n")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    asked = {"train": 2, "test": 1, "train[1:]": 1, "test+train": 3, "all": 3}
+    found = {split: load(tmp_path, split=split, chat=False) for split in asked}
+    assert {split: len(rows) for split, rows in found.items()} == asked
+    assert [row["prompt"] for row in found["test+train"]] == ["test", "train-0", "train-1"]
+    assert "not read: notes.csv." in caplog.text
+    with pytest.raises(TOPDError, match=r"Unknown split \"dev\"\. Should be one of"):
+        load(tmp_path, split="dev")
+    (tmp_path / "train-1.jsonl").write_text("{")
+    with pytest.raises(TOPDError, match=r"train-1\.jsonl: line 1 is not a row"):
+        load(tmp_path)
+
+
+def test_a_folder_whose_card_says_how_is_read_so(tmp_path):
+    card = "---\nconfigs:\n- config_name: main\n  data_files: a.csv\n  sep: ';'\n---\n"
+    (tmp_path / "README.md").write_text(card)
+    (tmp_path / "a.csv").write_text("prompt;solution\nwhat, you;x\n")
+    (row,) = load(tmp_path, name="main", chat=False)
+    assert row == {"prompt": "what, you", "solution": "x"}
+
+
+@pytest.mark.parametrize("solution", [["3", "4"], b"3"])
+def test_a_solution_that_is_no_text_is_not_called_a_prompt(solution):
+    with pytest.raises(TOPDError, match=r"row 0: the solution is a text.*solution: NAME\.0"):
+        read_row(0, {"prompt": "1 + 2 =", "solution": solution})

@@ -208,6 +208,11 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
             solution = int(solution)
         _check_text(index, "solution", str(solution))
         return {"role": "assistant", "content": str(solution)}
+    if not (isinstance(solution, Mapping) or all(isinstance(turn, Mapping) for turn in solution)):
+        raise TOPDError(
+            f"data row {index}: the solution is a text or one message of the assistant, not "
+            f"{shown(solution)}. Of a list map one entry: columns: {{solution: NAME.0}}."
+        )
     turns = _checked_messages(index, solution)
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         raise TOPDError(

@@ -16,10 +16,13 @@ from typing import Any, Literal
 
 import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers.utils import logging
 
 from topd.errors import GIVE_DATA, TOPDError
 from topd.inputs.prompt_rows import labelled, plain_row, prompt_of
 from topd.testbed import SCHEME, rows_of
+
+logger = logging.get_logger(__name__)
 
 # of datasets; the latter where there is a loading script
 OF_DATASETS = (datasets.exceptions.DatasetGenerationError, RuntimeError)
@@ -199,8 +202,7 @@ def _inside(value: Any, key: str) -> Any:
 def _read(place: str, name: str | None, split: str) -> Any:
     """A data set, or the rows of a file of text."""
     path = Path(place).expanduser()
-    packed = path.suffix.lower() == ".gz"
-    kind = Path(path.stem if packed else path.name).suffix.lower()
+    kind = _kind(path)
     is_file = kind in (*TEXTS, ".parquet") and not path.is_dir()
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if name and (is_file or saved):
@@ -211,23 +213,32 @@ def _read(place: str, name: str | None, split: str) -> Any:
         return _loaded(str(path) if path.exists() else place, name, split)
     if not path.is_file():
         raise FileNotFoundError(f"no such file {path}")
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    if kind == ".parquet":
+    if kind == ".parquet" and path.stat().st_size:
         return datasets.load_dataset("parquet", data_files=str(path), split=split)
-    with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-        rows = _rows_of_text(kind, file)
-    if not rows:
-        raise ValueError("the file has no rows")
-    if split == "train":
-        return rows
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
-    return [row for part in parts for row in rows[part.from_ : part.to]]
+    rows = _rows_of_file(path)
+    return rows if split == "train" else _part(split, {"train": rows})
+
+
+def _kind(path: Path) -> str:
+    """What a file's name says that it is, packed by gzip or not."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+
+
+def _part(split: str, rows: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of rows by split what ``train``, ``train[:100]`` or ``train+test`` says."""
+    sizes = {name: len(found) for name, found in rows.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    return [row for part in parts for row in rows[part.splitname][part.from_ : part.to]]
 
 
 def _loaded(place: str, name: str | None, split: str) -> Any:
     """A folder of files, or what a hub has."""
     try:
+        files = _files_of(Path(place), name) if Path(place).is_dir() else None
+        if files is not None:
+            split = "+".join(files) if split == "all" else split
+            asked = {key: some if key in split else [] for key, some in files.items()}
+            return _part(split, {key: _rows_of_files(some) for key, some in asked.items()})
         return datasets.load_dataset(place, name, split=split)
     except ValueError as error:
         if not str(error).startswith("Config name is missing"):
@@ -237,6 +248,52 @@ def _loaded(place: str, name: str | None, split: str) -> Any:
             f"data {place}: has the configurations {known}. Say which one with name, beside path "
             "in a recipe or a suite (topd eval: give a file of it)."
         ) from error
+
+
+def _files_of(folder: Path, name: str | None) -> dict[str, list[Path]] | None:
+    """A folder's files of text by split; None if it has others, or its card says how to read them.
+
+    A warning names data that datasets leaves out.
+    """
+    builder = datasets.load_dataset_builder(str(folder), name)
+    config = builder.config
+    files = {str(split): [*map(Path, some)] for split, some in (config.data_files or {}).items()}
+    read = {file for some in files.values() for file in some}
+    known = {file for file in folder.resolve().rglob("*") if _kind(file) in (*TEXTS, ".parquet")}
+    if name is None and (unread := sorted(file.name for file in known - read)):
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        logger.warning(
+            f"data {folder}: not read: {', '.join(unread[:3])}{more}. Of a folder the commonest "
+            "format is read, and where names say the split (train, test), those files alone."
+        )
+    usual = type(config)(name=config.name, data_files=config.data_files)
+    if getattr(config, "sep", None) == "\t":
+        usual.sep = "\t"  # of TSV
+    are_texts = all(_kind(file) in TEXTS and file.is_file() for file in read)
+    return files if are_texts and config == usual and not builder.info.features else None
+
+
+def _rows_of_files(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Rows of one file after the other. Raises ValueError, with the file's name."""
+    rows = []
+    for file in files:
+        try:
+            rows += _rows_of_file(file)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{file.name}: {error}") from None
+    return rows
+
+
+def _rows_of_file(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of text, as they are written. Raises ValueError if there are none."""
+    if path.stat().st_size == 0:
+        raise ValueError("the file is empty")
+    packed = path.suffix.lower() == ".gz"
+    with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+        rows = _rows_of_text(_kind(path), file)
+    if not rows:
+        raise ValueError("the file has no rows")
+    return rows
 
 
 def _rows_of_text(kind: str, file: Any) -> list[dict[str, Any]]:
