@@ -365,6 +365,26 @@ def test_a_folder_is_read_as_its_files_are(tmp_path, name, text):
     assert [str(row["solution"]) for row in found] == [str(row["solution"]) for row in alone]
 
 
+def test_what_datasets_has_in_its_cache_changes_no_reading(tmp_path):
+    """A folder that it had read was left to it, with the types that it guesses."""
+    (tmp_path / "a.csv").write_text("prompt,solution\nq,007\n")
+    assert datasets.load_dataset(str(tmp_path), split="train")[0]["solution"] == 7
+    assert load(tmp_path)[0]["solution"] == "007"
+
+
+@pytest.mark.parametrize(("name", "text"), [("b.jsonl", ""), ("b.jsonl", "\n"), ("a.jsonl", "")])
+def test_of_several_files_one_may_have_no_rows(tmp_path, name, text):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q"}\n')
+    (tmp_path / "c.jsonl").write_text('{"prompt": "r"}\n')
+    (tmp_path / name).write_text(text)
+    rest = ["r"] if name == "a.jsonl" else ["q", "r"]
+    assert [row["prompt"] for row in load(tmp_path, chat=False)] == rest
+    for file in tmp_path.iterdir():
+        file.write_text("")
+    with pytest.raises(TOPDError, match=r"has no rows"):
+        load(tmp_path)
+
+
 def test_the_files_of_a_folder_are_read_in_order_and_by_split(tmp_path, caplog, monkeypatch):
     for name in ("train-0", "train-1", "test"):
         row = {"prompt": name, **({"solution": "3"} if name == "test" else {})}

@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import datasets
@@ -255,7 +256,8 @@ def _files_of(folder: Path, name: str | None) -> dict[str, list[Path]] | None:
 
     A warning names data that datasets leaves out.
     """
-    builder = datasets.load_dataset_builder(str(folder), name)
+    with TemporaryDirectory() as empty:  # a cache would have features that datasets guessed
+        builder = datasets.load_dataset_builder(str(folder), name, cache_dir=empty)
     config = builder.config
     files = {str(split): [*map(Path, some)] for split, some in (config.data_files or {}).items()}
     read = {file for some in files.values() for file in some}
@@ -274,24 +276,26 @@ def _files_of(folder: Path, name: str | None) -> dict[str, list[Path]] | None:
 
 
 def _rows_of_files(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """Rows of one file after the other. Raises ValueError, with the file's name."""
+    """Rows of one file after the other; one may have none. Raises ValueError with its name."""
     rows = []
     for file in files:
         try:
-            rows += _rows_of_file(file)
+            rows += _rows_of_file(file, alone=False)
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{file.name}: {error}") from None
     return rows
 
 
-def _rows_of_file(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of text, as they are written. Raises ValueError if there are none."""
+def _rows_of_file(path: Path, *, alone: bool = True) -> list[dict[str, Any]]:
+    """Rows of a file of text, as they are written. Raises ValueError if one ``alone`` has none."""
     if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
+        if alone:
+            raise ValueError("the file is empty")
+        return []
     packed = path.suffix.lower() == ".gz"
     with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
         rows = _rows_of_text(_kind(path), file)
-    if not rows:
+    if alone and not rows:
         raise ValueError("the file has no rows")
     return rows
 
