@@ -37,7 +37,7 @@ from topd.engines.base import Wanted
 from topd.engines.hf import HFEngine
 from topd.engines.servers import RefusedError
 from topd.engines.text import TextEngine, Written
-from topd.engines.text.checks import _cuts, check_border, check_text_teacher
+from topd.engines.text.checks import _check_context, _cuts, check_border, check_text_teacher
 from topd.engines.text.logprobs import logprobs_of_tokens
 from topd.engines.text.writers import NOTHING, EmbeddedWriter, TextServers
 from topd.errors import TOPDError
@@ -777,6 +777,11 @@ def test_a_server_that_counts_what_it_reads_anew_is_good_at_each_start(monkeypat
     for starts in (1, 2, 3):
         check_text_teacher(spec, pair, prompts, whole=Sampling(1.0), most=4000)
         assert len(kept) == starts
+
+
+def test_a_tokenizer_that_reads_nothing_of_a_piece_measures_no_context():
+    words = SimpleNamespace(tokenizer=lambda *_, **__: {"input_ids": []})  # and asks no server
+    _check_context(words, 4000, Sampling(1.0))  # type: ignore[arg-type]
 
 
 def test_an_answer_of_one_word_tells_nothing_of_a_server():
