@@ -160,6 +160,46 @@ def test_what_is_read_while_it_trains_may_be_changed(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["config"]["learning_rate"] == 0.0
 
 
+def given(folder: Path, args: TOPDConfig | None = None) -> TOPDTrainer:
+    """With an optimiser and a schedule of its own."""
+    model = tiny_model("llama", seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {key: value for key, value in {**OPTIONS, **PLAIN}.items() if key != "learning_rate"}
+    return TOPDTrainer(
+        model, tiny_model("qwen3", seed=1), args or TOPDConfig(output_dir=str(folder), **options),
+        train_dataset=rows(8), processing_class=tiny_tokenizer(),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)),
+    )  # fmt: skip
+
+
+def test_the_settings_of_a_trainer_with_an_optimiser_of_its_own_serve_again(tmp_path):
+    """They name its class, which transformers does not know."""
+    args = given(tmp_path).args
+    again = given(tmp_path, args)
+    assert [again.args.optim, again.args.lr_scheduler_type] == ["SGD", "ConstantLR"]
+
+
+def test_a_run_of_an_older_version_resumes_with_the_optimiser_that_was_given(tmp_path):
+    """Its run.json has the optimiser of the settings."""
+    given(tmp_path / "whole").train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-6")
+    trainer = given(tmp_path / "again")
+
+    def write(name: str, part: str, **values: str) -> None:
+        path = tmp_path / "again" / name
+        stored = json.loads(path.read_text())
+        stored[part] |= values
+        path.write_text(json.dumps(stored))
+
+    write("run.json", "config", optim="adamw_torch_fused", lr_scheduler_type="linear")
+    with pytest.raises(TOPDError, match="optim was 'adamw_torch_fused' and is 'SGD'"):
+        trainer.train(resume_from_checkpoint=True)
+    write("manifest.json", "versions", topd="0.1.0")
+    trainer.train(resume_from_checkpoint=True)
+    assert records(tmp_path / "again") == records(tmp_path / "whole")
+
+
 def test_where_to_resume_from_is_said_to_train(tmp_path):
     """In the configuration it had no effect, and the folder was called one that holds a run."""
     make(tmp_path, **{**PLAIN, "max_steps": 2}).train()
@@ -216,6 +256,7 @@ def judged(trainer: TOPDTrainer, losses: list[float]) -> TOPDTrainer:
     def evaluate(*_: Any, **__: Any) -> dict[str, float]:
         found = {"eval_loss": losses[trainer.state.global_step - 1]}
         trainer.log(found)
+        trainer.control.should_evaluate = False  # as Trainer's
         return found
 
     trainer.evaluate = evaluate  # type: ignore[method-assign]
@@ -236,6 +277,15 @@ def test_the_best_is_one_that_was_saved(tmp_path):
     assert (
         "| updates | 6; the student is that of 2, the best of those evaluated and saved |" in card
     )
+
+
+@pytest.mark.parametrize("steps", [4, 6])  # 6: ends within an epoch
+def test_the_best_may_be_the_last_of_an_epoch(tmp_path, steps):
+    """Its checkpoint waits for the epoch's log: it was taken for one that is not saved."""
+    options = {**PLAIN, **EVERY, "eval_steps": 2, "save_steps": 2, "logging_strategy": "epoch"}
+    trainer = make(tmp_path, **{**options, "max_steps": steps, "load_best_model_at_end": True})
+    judged(trainer, [9, 8, 9, 7, 9, 6]).train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{steps}")
 
 
 def test_a_run_that_saves_the_best_alone_ends_at_a_signal_too(tmp_path):

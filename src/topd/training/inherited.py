@@ -122,7 +122,8 @@ def check_as_read(args: TOPDConfig, before: Mapping[str, Any]) -> None:
 
 def with_one_figure(args: TOPDConfig) -> list[str]:
     """The settings that go by the figure of an evaluation."""
-    schedule = SchedulerType(args.lr_scheduler_type).value
+    named = args.lr_scheduler_type  # or the class of one that was given
+    schedule = named.value if isinstance(named, SchedulerType) else named
     asked = {
         "load_best_model_at_end": args.load_best_model_at_end,
         "save_strategy best": args.save_strategy == "best",

@@ -324,11 +324,12 @@ class TOPDTrainer(ObservedTrainer):
         Whether it is the best so far decides whether ``save_strategy: best`` saves it; the last one
         of a run that is stopped is saved too.
         """
-        args, saves = self.args, self.control.should_save or self.args.save_strategy == "best"
+        args, control, watch = self.args, self.control, self.watch
+        saves = control.should_save or watch.put_off or args.save_strategy == "best"
         if args.load_best_model_at_end and not saves:
             return False
         best = super()._determine_best_metric(metrics, trial)
-        return best or self.watch.agreed is not None
+        return best or watch.agreed is not None
 
     def _check_gaps(self) -> None:
         """All ranks stop if a micro-batch of the update is not what was sampled."""

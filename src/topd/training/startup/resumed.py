@@ -11,12 +11,14 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.training_args import OptimizerNames
 
 from topd.errors import TOPDError
 from topd.training.inherited import FOLLOWING
 
 OPTIONS = ("weight_decay", "betas", "eps")  # of a group of parameters, besides its rate
 KEPT = ("optim", "optim_args", "optim_target_modules")
+OF_TRANSFORMERS = frozenset(one.value for one in OptimizerNames)
 RATES = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs")  # in the state of FOLLOWING
 # of an adapter's configuration, what changes neither its weights nor what they do
 FREE = frozenset(
@@ -45,6 +47,9 @@ def check_resumed(
     for name in (*KEPT, *(RATES if follows else ())):
         if found := changed.get(f"config.{name}"):
             before, now = found
+            given = name == "optim" and now not in OF_TRANSFORMERS
+            if given and "versions.topd" in changed:  # earlier ones did not say that one was given
+                continue
             raise TOPDError(
                 f"resume_from_checkpoint: {name} was {before!r} and is {now!r}: {checkpoint} has "
                 "a state of the optimiser and its schedule that goes with the former. Set it as it "

@@ -59,13 +59,15 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
     _check_checkpointing(args)
     _check_accelerator(args)
     optimizer, schedule = optimizers
-    trial = copy.copy(args)
+    trial, usual = copy.copy(args), defaults_of(type(args))
     if optimizer is not None:
         _check_one_loss(optimizer)
         _take_optimiser(args, optimizer)
+        trial.optim = usual["optim"]
     if schedule is not None:
         _check_effect(args, OF_SCHEDULE, [{"warmup_steps": 0}], "a schedule")
         worked_out(args, OF_SCHEDULE[0], type(schedule).__name__)
+        trial.lr_scheduler_type = usual[OF_SCHEDULE[0]]
     with tempfile.TemporaryDirectory() as folder:
         trial.output_dir = folder
         with _place(f"report_to {args.report_to}"):
