@@ -30,8 +30,8 @@ def not_under_way(folder: Path, found: AuditResult) -> AuditResult:
     if found.faults and is_written_to(folder):
         raise TOPDError(
             f"{folder}: the run is under way, so that its files were read at different times and "
-            "faults cannot be told from what it added in between. Run this again once it has ended, "
-            "or, if it was killed, in a minute."
+            "faults cannot be told from what it added in between. Run this again once it has "
+            "ended, or, if it was killed, in a minute."
         )
     return found
 
