@@ -86,8 +86,9 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
             trainer.create_optimizer()
         with _place(f"lr_scheduler_type {_word(trial.lr_scheduler_type)}"):
             _check_schedule(trainer)
-        with _place(f"optim {_word(args.optim)}, under FSDP2"):
-            try_optimizer(layer, trainer.optimizer, trainer.accelerator)
+        if optimizer is None:
+            with _place(f"optim {_word(args.optim)}, under FSDP2"):
+                try_optimizer(layer, trainer.optimizer, trainer.accelerator)
 
 
 @contextmanager
