@@ -29,8 +29,9 @@ from topd.commands.compare.budgets import TOKENS
 from topd.commands.compare.problems import check_models, rows_digest
 from topd.commands.compare.start import read_comparison
 from topd.commands.compare.summary import summarise
+from topd.commands.probe import run_probe
 from topd.commands.recipe import read_recipe
-from topd.commands.session import session, until_stopped
+from topd.commands.session import until_stopped
 from topd.commands.tables import show_compare
 from topd.commands.workers import VISIBLE, in_workers, visible_devices
 from topd.errors import NONFINITE, TERMINATED, StoppedError, TOPDError
@@ -827,14 +828,12 @@ def test_a_wrong_arm_is_refused_before_anything_runs(recipe, tmp_path, words, fa
 
 def test_several_processes_are_refused(recipe, monkeypatch):
     """Each would run every arm, and all would write into one folder."""
-    monkeypatch.setattr("topd.commands.session.several", lambda: True)
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
     with pytest.raises(TOPDError, match=r"topd compare runs in one process.*compare\.jobs"):
         run_compare(recipe)
-    with (
-        pytest.raises(TOPDError, match="topd probe runs in one process"),
-        session("probe", read_recipe(recipe), None),
-    ):
-        pytest.fail("began")
+    with pytest.raises(TOPDError, match="topd probe runs in one process"):
+        run_probe(recipe)
 
 
 def test_the_command_prints_its_table_and_writes_the_page(recipe, tmp_path):

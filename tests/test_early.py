@@ -26,26 +26,25 @@ CONFIGS = [
     TOPDConfig, WarmstartConfig, session.AnalysisConfig, probe.ProbeConfig, repair.RepairConfig,
 ]  # fmt: skip
 SPECS = [ModelSpec, DataSpec, EvaluationSpec, TrainingEvaluation, recipe.CompareSpec]
+COMMANDS = app.registered_commands
 PAIR = "student: no/student\nteacher: no/teacher\ndata: {path: prompts.jsonl}\n"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["eval", "no/model", "p.jsonl"],
-        ["gate", "no/base", "no/model", "--suite", "s.yaml"],
-        ["audit", "run"],
-        ["replay", "run", "--step", "0"],
-    ],
-)
-def test_a_launcher_of_several_processes_is_refused(monkeypatch, words):
-    """Each would do the work: one was refused as a second writer, an audit saw faults."""
-    for ranks, said in (("2", f"topd {words[0]} runs in one process"), ("1", "")):
-        monkeypatch.setenv("WORLD_SIZE", ranks)
-        result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+@pytest.mark.parametrize("command", [one.name or one.callback.__name__ for one in COMMANDS])
+def test_a_launcher_of_several_processes_is_refused_where_nothing_is_trained(monkeypatch, command):
+    """Each would do the work: one was refused as a second writer, two wrote one page at a time."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def refused() -> bool:
+        result = CliRunner().invoke(app, [command, "--unknown", "x"], env={"COLUMNS": "200"})
         assert result.exit_code == 2
-        assert ("runs in one process" in result.output) is bool(said)
-        assert said in result.output
+        return f"launcher: topd {command} runs in one process, not in 2." in result.output
+
+    assert not refused()  # a batch system says so of a job
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert refused() is (command not in ("train", "warmstart"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not refused()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

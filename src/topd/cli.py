@@ -60,8 +60,10 @@ def _settings(*classes: str) -> str:
 
 
 @app.callback()
-def main(version: options.Version = False) -> None:
+@faults()
+def main(context: typer.Context, version: options.Version = False) -> None:
     """On-policy distillation that looks ahead (arXiv 2606.00305)."""
+    check_one_process(context.invoked_subcommand or "")
     # at its end Python would go through all objects of the libraries, 1.5 s of a CPU
     atexit.register(gc.freeze)
     for stream in (sys.stdout, sys.stderr):  # a token that a terminal cannot show ends no command
@@ -225,7 +227,6 @@ def evaluate_model(
     output: options.Output = "",
 ) -> None:
     """Verified answers on a file of problems, greedy and sampled, with intervals."""
-    check_one_process("eval")
     check_model(model)
     check_data(data)
     from topd.commands.evaluate import run_evaluation, spec_of
@@ -263,7 +264,6 @@ def gate(
     output: options.Output = "",
 ) -> None:
     """Did anything get worse? Paired evaluation of a suite; exit code 1 on a regression."""
-    check_one_process("gate")
     from topd.commands.keys import read_mapping
 
     read_mapping(suite, "problems: PATH")
@@ -342,7 +342,6 @@ def audit(
     api_key_env: options.OwnKey = None,
 ) -> None:
     """Was this run's folder changed? Checks chain, files, models, data; samples decisions."""
-    check_one_process("audit")
     check_is_folder(run)
     from topd.commands.audit import Trust, audit_run
 
@@ -363,7 +362,6 @@ def replay(
     api_key_env: options.OwnKey = None,
 ) -> None:
     """Repeat an update from the checkpoint before it and compare it with the records."""
-    check_one_process("replay")
     check_is_folder(run)
     from topd.commands.audit import Trust, replay_step
 

@@ -52,13 +52,22 @@ SPECS = {
     "compare": "CompareSpec",
 }
 FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")  # each also with .gz
-ALONE = "accelerate: topd {command} runs in one process. Start it without a launcher."
+ON_RANKS = ("train", "warmstart")
 
 
 def check_one_process(command: str) -> None:
-    """Refuse a launcher's several processes, which would all do the same. Raises TOPDError."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise TOPDError(ALONE.format(command=command))
+    """Refuse a launcher's several processes to all commands but those that share work among them.
+
+    Each would do all of it and write the same files. A batch system may set WORLD_SIZE, too; only
+    a launcher numbers the processes of a machine. Raises TOPDError.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+    if ranks != "1" and command not in ON_RANKS:
+        more = " compare.jobs spreads its runs over GPUs." if command == "compare" else ""
+        raise TOPDError(
+            f"launcher: topd {command} runs in one process, not in {ranks}. Start it without "
+            f"accelerate launch or torchrun.{more}"
+        )
 
 
 def check_early(

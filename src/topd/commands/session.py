@@ -24,11 +24,10 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import logging
 
-from topd.commands.early import ALONE
+from topd.commands.early import check_one_process
 from topd.commands.keys import from_command_line, part_of
 from topd.commands.recipe import Recipe, one_teacher, read_recipe
 from topd.config import TOPDConfig, _field
-from topd.distributed import several
 from topd.engines.factory import open_engines
 from topd.engines.servers.checks import check_servers
 from topd.errors import TERMINATED, StoppedError, TOPDError
@@ -143,8 +142,10 @@ def read_analysis(command: str, path: Path, words: Sequence[str], config: type[C
     """A recipe read for an analysis, its folder checked; ``output_dir`` is the command line's.
 
     A recipe's own ``output_dir`` is its training run's, so it is not used.
-    Raises TOPDError: bad recipe or options, or the folder holds a run that is not this one.
+    Raises TOPDError: bad recipe or options, the folder holds a run that is not this one, or there
+    are several processes.
     """
+    check_one_process(command)
     named, overrides = from_command_line(path, words)
     now = f"{datetime.now():%Y%m%d-%H%M%S}"
     overrides.setdefault("output_dir", f"runs/{named.stem if named else 'topd'}-{command}-{now}")
@@ -174,9 +175,8 @@ def session(
 ) -> Iterator[tuple[Pair, RunFolder, Phases]]:
     """The pair of an analysis, its folder, which nobody else writes in, and bars on ``console``.
 
-    Raises TOPDError as :func:`open_pair` and :func:`open_folder` do, and for several processes.
+    Raises TOPDError as :func:`open_pair` and :func:`open_folder` do.
     """
-    check_one_process(command)
     folder = Path(recipe.args.output_dir)
     with one_writer(folder), until_stopped(command, folder, console):
         phases = Phases()
@@ -192,12 +192,6 @@ def session(
             yield pair, run, phases
         finally:
             phases.stop()
-
-
-def check_one_process(command: str, instead: str = "") -> None:
-    """Refuse several processes, which would all do the same work. Raises TOPDError."""
-    if several():
-        raise TOPDError(f"{ALONE.format(command=command)}{instead}")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from topd.commands.compare.budgets import SCORES
 from topd.commands.compare.summary import Result
+from topd.commands.early import check_one_process
 from topd.commands.evaluate import writer_of
 from topd.commands.keys import (
     apart,
@@ -29,7 +30,7 @@ from topd.commands.keys import (
     read_mapping,
 )
 from topd.commands.recipe import CompareSpec, Recipe, in_files, read_recipe
-from topd.commands.session import autocast_of, check_one_process, quieten
+from topd.commands.session import autocast_of, quieten
 from topd.commands.train import check_recipe, make_evaluator, train_recipe
 from topd.config import TOPDConfig
 from topd.errors import TOPDError, placed, shown
@@ -95,8 +96,10 @@ class Comparison:
 def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
     """Read a recipe, its arms and its stage 1.
 
-    Raises TOPDError: the recipe has no ``compare`` or ``evaluation`` part, or an arm is wrong.
+    Raises TOPDError: several processes, a recipe without ``compare`` or ``evaluation`` part, or a
+    wrong arm.
     """
+    check_one_process("compare")
     named, overrides = from_command_line(path, words)
     rest, own = apart(overrides)
     if "seed" in rest:
@@ -107,7 +110,6 @@ def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
     recipe = read_recipe(named, rest)
     for key in rest.keys() & FIXED.keys():
         raise TOPDError(f"{key}: has no effect on a comparison. {FIXED[key]} Leave it out.")
-    check_one_process("compare", " compare.jobs spreads its runs over GPUs.")
     path = named or Path("topd")
     spec = _checked(path, recipe)
     first, folder = None, Path(recipe.args.output_dir)
