@@ -22,6 +22,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -309,6 +310,24 @@ def fsdp_optimizers(folder: Path, ranks: int) -> dict[str, str]:
         except TOPDError as error:
             said[name] = str(error)
     made(folder / "momentum", ranks, optim="sgd", optim_args="momentum=0.9")
+    return said
+
+
+def fsdp_adapters(folder: Path, ranks: int) -> dict[str, str]:
+    """What is said under FSDP2 of adapters on tied embeddings."""
+    os.environ.update(launched())
+    said, tie = {}, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    for name, options in (
+        ("tokens", {"trainable_token_indices": [3]}),
+        ("modules", {"modules_to_save": ["embed_tokens"]}),
+        ("both", tie),
+    ):
+        models = student(tie_word_embeddings=True), teacher()
+        lora = LoraConfig(r=2, target_modules=["q_proj"], **options)
+        try:
+            make(folder / name, *models, data=rows(4), peft_config=lora)
+        except TOPDError as error:
+            said[name] = str(error)
     return said
 
 

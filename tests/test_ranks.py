@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -33,6 +34,7 @@ from topd.commands.audit.settings import ranks_at
 from topd.commands.train import run_recipe
 from topd.errors import TOPDError
 from topd.training.sharded import WholeCopy, check_kind, check_launch, fsdp_plugin
+from topd.training.startup import check_optimizer
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 300  # seconds; a hang, not a slow machine
@@ -71,7 +73,7 @@ def two(folder) -> list[dict[str, Any]]:
     """What each of two ranks found, by case."""
     cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "answered", "reordered")
     cases += ("apart",)
-    cases += ("fsdp", "fsdp_resumed", "fsdp_evaluated", "fsdp_optimizers")
+    cases += ("fsdp", "fsdp_resumed", "fsdp_evaluated", "fsdp_optimizers", "fsdp_adapters")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
     ranks = [
         environment(**shared, **{f"{kind}WORLD_SIZE": "2" for kind in ("", "LOCAL_")}, **own)
@@ -334,6 +336,28 @@ def test_an_optimiser_that_fsdp_cannot_shard_save_or_load_is_refused_at_the_star
         assert all(
             f"optim {name}, under FSDP2: cannot be used" in text for name, text in said.items()
         )
+
+
+def test_a_student_that_fsdp_cannot_shard_is_refused_at_the_start(two):
+    """Both ended in tracebacks of torch's, one of them at the first update."""
+    for found in two:
+        said = found["fsdp_adapters"]
+        assert list(said) == ["tokens", "modules"]
+        assert all("student: FSDP2 cannot shard it: " in text for text in said.values())
+        torn = r"lm_head\.weight and \S+embed_tokens\.original_module\.weight would no longer"
+        assert re.search(torn, said["modules"])
+
+
+def test_an_optimiser_that_is_given_is_refused_under_fsdp(monkeypatch):
+    """transformers did so, in a traceback once the models were read."""
+    model = student()
+    optimizer = torch.optim.AdamW(model.parameters())
+    check_optimizer(model, None, (optimizer, None))
+    for name, value in rank_worker.launched().items():
+        monkeypatch.setenv(name, value)
+    check_optimizer(model, None, (None, None))
+    with pytest.raises(TOPDError, match=r"optimizers: .* under FSDP, .* set optim"):
+        check_optimizer(model, None, (optimizer, None))
 
 
 def test_the_launch_in_the_docs_goes(monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
@@ -24,7 +24,10 @@ from transformers import PreTrainedModel
 
 from topd.distributed import WRAPPER, whole
 from topd.errors import TOPDError
+from topd.inputs.models.adapters import hollow, parts
 from topd.runs.checkpoints import SHARDED
+
+_FAULTS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 class WholeCopy:
@@ -65,7 +68,7 @@ class WholeCopy:
 def whole_copy(student: PreTrainedModel, accelerator: Accelerator) -> WholeCopy | None:
     """What the engines write with where FSDP2 is going to shard the student; else None.
 
-    Raises TOPDError where accelerate would not shard.
+    Raises TOPDError where accelerate would not shard, or cannot.
     """
     if fsdp_plugin() is None:
         return None
@@ -74,9 +77,31 @@ def whole_copy(student: PreTrainedModel, accelerator: Accelerator) -> WholeCopy 
             "accelerate: FSDP shards over several accelerators, and would run DDP here. Launch "
             "without it."
         )
+    _check_shards(student, accelerator)
     student.to(accelerator.device)
     policy = accelerator.state.fsdp_plugin.mixed_precision_policy
     return WholeCopy(student, policy.param_dtype if policy else None)
+
+
+def _check_shards(student: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Have a copy without weights sharded. Raises TOPDError if it fails, or parts shared weights.
+
+    accelerate shards tied embeddings together only where an adapter leaves them as they are.
+    """
+    trial, fault = hollow(student), ""
+    before = parts(trial)
+    try:
+        fsdp2_prepare_model(accelerator, trial)
+        if torn := before.keys() - parts(trial).keys():
+            fault = f"{' and '.join(sorted(min(torn, key=sorted)))} would no longer be one weight"
+    except _FAULTS as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        raise TOPDError(
+            f"student: FSDP2 cannot shard it: {fault.rstrip('.')}. Launch with --multi_gpu (DDP). "
+            "Where an adapter is the cause (modules_to_save or trainable_token_indices on tied "
+            "embeddings), leave them out, or set ensure_weight_tying."
+        )
 
 
 def try_optimizer(model: nn.Linear, optimizer: Optimizer, accelerator: Accelerator) -> None:

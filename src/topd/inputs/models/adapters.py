@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
@@ -17,6 +18,7 @@ from topd.errors import TOPDError
 
 ADAPTER = "adapter_config.json"
 _WITH_LOSS = ("MONTECLORA", "KASA")  # kinds of LoRA
+Model = TypeVar("Model", bound=nn.Module)
 _PEFT_FAULTS = (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError)
 
 
@@ -197,7 +199,7 @@ def check_savable(student: PreTrainedModel | PeftModel) -> None:
             f"student: its configuration makes no {type(whole).__name__}, so it could not be "
             f"loaded once it is saved: {error}"
         ) from error
-    ours, saved = _parts(whole), _parts(fresh)
+    ours, saved = parts(whole), parts(fresh)
     if ours == saved:
         return
     names = sorted(min(ours.items() ^ saved.items(), key=lambda part: sorted(part[0]))[0])
@@ -214,7 +216,7 @@ def _merged_on_trial(student: PeftModel) -> PreTrainedModel:
     _check_kind(student)
     try:
         with torch.device("meta"):
-            return merged(_hollow(student))
+            return merged(hollow(student))
     except _PEFT_FAULTS:  # VB-LoRA, SHiRA and others need the weights
         try:
             return merged(student)
@@ -234,7 +236,7 @@ def _check_kind(student: PeftModel) -> None:
         )
 
 
-def _hollow(model: PeftModel) -> PeftModel:
+def hollow(model: Model) -> Model:
     """The same model without weights: on the meta device, where copies cost nothing."""
     known: dict[int, torch.Tensor] = {}
     for weight in model.parameters():
@@ -244,7 +246,7 @@ def _hollow(model: PeftModel) -> PeftModel:
     return copy.deepcopy(model, known)
 
 
-def _parts(model: nn.Module) -> dict[frozenset[str], torch.Size]:
+def parts(model: nn.Module) -> dict[frozenset[str], torch.Size]:
     """The shape of every parameter, by all of its names."""
     names: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):

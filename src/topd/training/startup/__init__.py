@@ -39,6 +39,7 @@ from topd.training.experience import REWRITTEN
 from topd.training.experience.overlap import check_overlap
 from topd.training.inherited import check_inherited, with_one_figure
 from topd.training.learning.router import check_router
+from topd.training.sharded import fsdp_plugin
 from topd.training.startup.preflight import without_dropout
 from topd.training.startup.text_needs import check_gives
 from topd.types import Prompt
@@ -258,9 +259,14 @@ def check_optimizer(
 ) -> None:
     """Whether an optimiser that was given has all that is to be trained, and a schedule it.
 
-    Raises TOPDError.
+    Raises TOPDError; under FSDP for any that was given.
     """
     optimizer, schedule = optimizers
+    if fsdp_plugin() and (optimizer is not None or schedule is not None):
+        raise TOPDError(
+            "optimizers: transformers takes none under FSDP, which shards the weights that they "
+            "have. Leave them out, and set optim, optim_args and lr_scheduler_type."
+        )
     own = getattr(schedule, "optimizer", optimizer)  # or what is wrapped by the other
     groups = [getattr(one, "param_groups", None) for one in (own, optimizer)]
     other = own is not optimizer and groups[0] is not groups[1]

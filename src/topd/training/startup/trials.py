@@ -86,9 +86,8 @@ def check_settings(args: TOPDConfig, optimizers: tuple[Any, Any]) -> None:
             trainer.create_optimizer()
         with _place(f"lr_scheduler_type {_word(trial.lr_scheduler_type)}"):
             _check_schedule(trainer)
-        if optimizer is None:
-            with _place(f"optim {_word(args.optim)}, under FSDP2"):
-                try_optimizer(layer, trainer.optimizer, trainer.accelerator)
+        with _place(f"optim {_word(args.optim)}, under FSDP2"):
+            try_optimizer(layer, trainer.optimizer, trainer.accelerator)
 
 
 @contextmanager
