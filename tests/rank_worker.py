@@ -202,6 +202,28 @@ def reordered(folder: Path, ranks: int) -> list[list[int]]:
     return [[r["prompt"] for r in lines(folder / k, "rollouts")] for k in ("whole", "cut")]
 
 
+class OnLast(TrainerCallback):
+    """Asks for a checkpoint after an update, and in the log of the next for an end; on one rank."""
+
+    def __init__(self, ranks: int) -> None:
+        self.asks = rank() == ranks - 1
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        control.should_save |= self.asks and state.global_step == 1
+
+    def on_log(self, args, state, control, **_) -> None:
+        control.should_training_stop |= self.asks and state.global_step == 2
+
+
+def asked(folder: Path, ranks: int) -> tuple[int, list[str]]:
+    """Where a run ends that a callback of one rank ends, and what it has saved."""
+    trainer = made(folder, ranks, method="opd", max_steps=4, save_strategy="steps", save_steps=9)
+    trainer.add_callback(OnLast(ranks))
+    trainer.train()
+    everywhere(None)
+    return trainer.state.global_step, [path.name for path in folder.glob("checkpoint-*")]
+
+
 def faults(folder: Path, ranks: int) -> dict[str, str]:
     """What every rank raises where one of them has a fault."""
     found = {}

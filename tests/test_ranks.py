@@ -72,7 +72,7 @@ def folder(tmp_path_factory) -> Path:
 def two(folder) -> list[dict[str, Any]]:
     """What each of two ranks found, by case."""
     cases = ("ddp", "ddp_resumed", "layouts", "faults", "evaluated", "answered", "reordered")
-    cases += ("apart",)
+    cases += ("apart", "asked")
     cases += ("fsdp", "fsdp_resumed", "fsdp_evaluated", "fsdp_optimizers", "fsdp_adapters")
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
     ranks = [
@@ -246,6 +246,12 @@ def test_ranks_that_were_given_something_else_are_refused(two):
         assert first.pop(name).startswith(said)
         assert second.pop(name).startswith(said)
     assert first == second == {}
+
+
+def test_what_a_callback_of_one_rank_asks_for_all_do(two, tmp_path):
+    """Ranks that did different things ended in tracebacks of gloo's, or hung."""
+    assert rank_worker.asked(tmp_path, 1) == (2, ["checkpoint-1"])
+    assert [rank["asked"] for rank in two] == [(2, ["checkpoint-1"])] * 2
 
 
 def test_an_evaluation_counts_every_prompt_once_and_changes_no_training(two, tmp_path):

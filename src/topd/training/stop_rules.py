@@ -171,6 +171,11 @@ class Watch(TrainerCallback):
                 "lower learning_rate, or change the limit (null: no limit).",
                 COLLAPSED,
             )
+        _agree(control)
+
+    def on_evaluate(self, _: object, __: object, control: TrainerControl, **___: Any) -> None:
+        """Have all ranks do what a callback of one asks for; likewise at other events."""
+        _agree(control)
 
     def on_step_end(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
@@ -180,6 +185,7 @@ class Watch(TrainerCallback):
         That of an epoch's last update waits for what is logged and evaluated at its end: a run
         that resumes from it begins with the next epoch.
         """
+        _agree(control)
         reasons = [reason for reason in ranks.everywhere(self.reason) if reason is not None]
         self.reason = self.agreed = reasons[0] if reasons else None
         control.should_save |= self.agreed is not None
@@ -191,12 +197,16 @@ class Watch(TrainerCallback):
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Have the checkpoint saved that was put off. Nothing is evaluated a second time."""
+        _agree(control)
         control.should_save |= self.put_off
         control.should_evaluate &= not self.over
         self.put_off = False
 
-    def on_save(self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any) -> None:
+    def on_save(
+        self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """End the run, now that it can be resumed. Raises StoppedError."""
+        _agree(control)
         if self.agreed is None:
             return
         reason, self.reason, self.agreed = self.agreed, None, None  # the trainer may resume
@@ -245,6 +255,14 @@ class Watch(TrainerCallback):
             self.reason = self.agreed = None
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _agree(control: TrainerControl) -> None:
+    """Have all ranks do what a callback of one asks for: else they would do different things, and
+    each wait for the other. A collective.
+    """
+    asked = ranks.everywhere(vars(control))
+    vars(control).update({name: any(own[name] for own in asked) for name in asked[0]})
 
 
 def save_done(trainer: RecordedTrainer) -> str:

@@ -176,6 +176,8 @@ class TOPDTrainer(ObservedTrainer):
         """Train, writing the run folder (see :mod:`topd.runs.folder`). As in transformers."""
         self._check_training(resume_from_checkpoint)
         self.fetched, self.current_flos = [], 0  # of a training that was interrupted
+        self.remove_callback(self.watch)
+        self.add_callback(self.watch)  # after all others, and what they ask for
         with closing(self.overlap) if self.overlap else nullcontext(), _what_is_there_kept():
             return super().train(resume_from_checkpoint, **kwargs)
 
