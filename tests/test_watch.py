@@ -26,6 +26,7 @@ from topd.commands import terminal
 from topd.commands.train import run_recipe
 from topd.errors import COLLAPSED, DISK, NONFINITE, TERMINATED, StoppedError, TOPDError
 from topd.methods import Method
+from topd.training import stop_rules
 from topd.training.progress import Phases, silence_others
 from topd.training.stop_rules import Rule, rules
 from topd.training.warmstart import WarmstartConfig, WarmstartTrainer
@@ -319,16 +320,23 @@ def test_a_signal_ends_the_update_saves_and_says_so(tmp_path, monkeypatch, capfd
     assert records(tmp_path / "run") == records(tmp_path / "whole")
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
+@pytest.mark.parametrize("later", [False, True])
+def test_a_second_ctrl_c_ends_at_once_where_no_launcher_passed_on_the_first(
+    tmp_path, monkeypatch, later
+):
+    """The checkpoint was lost where a batch system signals ranks and their launcher."""
+    if later:
+        monkeypatch.setattr(stop_rules, "PASSED_ON", 0.0)
     trainer = make(tmp_path, method="opd", max_steps=4)
     trainer.add_callback(Terminate(signal.SIGINT, times=2))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
     try:
-        with pytest.raises(KeyboardInterrupt), trainer.watch.until_terminated():
+        ends = KeyboardInterrupt if later else StoppedError
+        with pytest.raises(ends), trainer.watch.until_terminated():
             trainer.train()
     finally:
         signal.signal(signal.SIGINT, before)
-    assert not (tmp_path / "checkpoint-3").exists()
+    assert (tmp_path / "checkpoint-3").exists() is not later
     assert not (tmp_path / ".lock").exists()
 
 

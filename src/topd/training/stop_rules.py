@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
-UNDER_WAY = "finishing the update under way, then saving a checkpoint. Once more ends at once."
+PASSED_ON = 3.0  # seconds: a batch system signals all processes, and their launcher them again
+UNDER_WAY = (
+    "finishing the update under way, then saving a checkpoint. Once more, after "
+    f"{PASSED_ON:g} seconds, ends at once."
+)
 
 
 @dataclass(frozen=True)
@@ -230,17 +235,22 @@ class Watch(TrainerCallback):
     def until_terminated(self) -> Iterator[None]:
         """Take SIGTERM and Ctrl-C as the wish to end after the update under way.
 
-        A second one ends at once. Only the main thread is told of signals; in another one nothing
-        changes.
+        A second one ends at once, unless it comes within ``PASSED_ON``. Only the main thread is
+        told of signals; in another one nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before: dict[int, Any] = {}
+        asked: list[float] = []
 
         def end(number: int, _: Any) -> None:
-            for caught, handler in before.items():
-                signal.signal(caught, handler)
+            asked.append(time.monotonic())
+            if len(asked) > 1:
+                if asked[-1] - asked[0] >= PASSED_ON:
+                    signal.signal(number, before[number])
+                    signal.raise_signal(number)
+                return
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             self.reason = StoppedError(f"{name}: the run was stopped.", TERMINATED)
             if ranks.rank() == 0:
