@@ -29,11 +29,13 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
 from conftest import rows, shorten, tiny_model
+from test_evaluate import tiny_evaluator
 from test_trainer import lines, make, student, teacher
 from test_warmstart import make as stage_1
 from topd import TOPDTrainer
 from topd.distributed import agreed, end_ranks, everywhere, on_first, rank
 from topd.errors import StoppedError, TOPDError
+from topd.evaluate import EvaluationCallback
 from topd.runs import lock
 from topd.training.experience.evidence import Experience
 from topd.training.learning import collate
@@ -254,10 +256,23 @@ def faults(folder: Path, ranks: int) -> dict[str, str]:
 
         trainer.observer.student.generate = wrong
 
+    def judged(trainer: TOPDTrainer, _: int) -> None:
+        evaluator = tiny_evaluator()
+        callback = EvaluationCallback(trainer, evaluator, every=1)
+
+        def failing(engine: Any) -> Any:
+            if trainer.state.global_step == 1:
+                one_fails()
+            return evaluator(engine)
+
+        failing.tokenizer = evaluator.tokenizer
+        callback.evaluator = failing
+        trainer.add_callback(callback)
+
     later, rare = partial(broken, step=1), {"save_strategy": "steps", "save_steps": 9}
     for name, change, args in (
         *(("observe", broken, rare), ("gap", gap, rare)),
-        *(("later", later, rare), ("later, not saved", later, {})),
+        *(("later", later, rare), ("later, not saved", later, {}), ("judged", judged, rare)),
     ):
         try:
             trained(folder / name, ranks, change, **args)

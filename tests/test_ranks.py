@@ -224,8 +224,9 @@ def test_a_fault_on_one_rank_is_raised_on_all(two, folder):
     assert (first.pop("on_first"), second.pop("on_first")) == ("[0, 1]", "[]")
     assert first == second
     assert first["observe"] == first["agreed"] == first["later, not saved"] == "rank 1: its fault."
-    assert "checkpoint-1 is saved: 1 of 2 updates" in first["later"]
-    assert (folder / "faults" / "later" / "checkpoint-1" / "seal.json").exists()
+    for name in ("later", "judged"):
+        assert "checkpoint-1 is saved: 1 of 2 updates" in first[name]
+        assert (folder / "faults" / name / "checkpoint-1" / "seal.json").exists()
     assert "max_logprob_gap" in first["gap"]
     assert first["everywhere"] == "[0, 1]"
 

@@ -16,6 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from topd.distributed import agreed
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
@@ -121,8 +122,7 @@ class EvaluationCallback(TrainerCallback):
                 autocast=accelerator.autocast,
             )
             try:
-                check_decoding(engine)
-                self.latest = self.evaluator(engine)
+                self.latest = agreed(lambda: self._evaluated(engine))
             finally:
                 engine.release()
         times = (began - self._began - self._spent).tolist()
@@ -133,6 +133,10 @@ class EvaluationCallback(TrainerCallback):
         control.should_log = log_wanted  # a log of ours must not stand for that of the update
         self._latest_step = step
         self._spent = self._spent + _clocks() - began
+
+    def _evaluated(self, engine: HFEngine) -> Evaluation:
+        check_decoding(engine)
+        return self.evaluator(engine)
 
     def _whole(self) -> AbstractContextManager[PreTrainedModel]:
         """The model, with its weights whole where a TOPDTrainer has them sharded."""
