@@ -370,7 +370,7 @@ def test_an_optimiser_that_is_given_is_refused_under_fsdp(monkeypatch):
 def test_the_launch_in_the_docs_goes(monkeypatch):
     for name, value in rank_worker.launched().items():
         monkeypatch.setenv(name, value)
-    check_launch()
+    check_launch(TOPDConfig(use_cpu=True))
     assert fsdp_plugin().reshard_after_forward is True
 
 
@@ -378,6 +378,8 @@ def test_the_launch_in_the_docs_goes(monkeypatch):
     ("variables", "said"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "PARALLELISM_CONFIG is not supported"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend: inductor has no effect here"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1 is not supported"),
         (
             {
@@ -399,11 +401,20 @@ def test_the_launch_in_the_docs_goes(monkeypatch):
     ],
 )
 def test_a_launch_that_does_not_go_is_refused(monkeypatch, variables, said):
-    check_launch()
+    args = TOPDConfig(use_cpu=True)
+    check_launch(args)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(TOPDError, match=said):
-        check_launch()
+        check_launch(args)
+
+
+def test_a_launchers_mixed_precision_is_that_of_the_settings(monkeypatch):
+    """Else a run was trained in bfloat16, and its records said otherwise."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_launch(TOPDConfig(use_cpu=True, bf16=True))
+    with pytest.raises(TOPDError, match=r"mixed_precision: bf16 is the launcher's.*Set bf16: true"):
+        check_launch(TOPDConfig(use_cpu=True))
 
 
 @pytest.mark.parametrize(

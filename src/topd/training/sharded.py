@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from topd.config import TOPDConfig
 from topd.distributed import WRAPPER, whole
 from topd.errors import TOPDError
 from topd.inputs.models.adapters import hollow, parts
@@ -156,9 +157,20 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     return FullyShardedDataParallelPlugin() if launched else None
 
 
-def check_launch() -> None:
+def check_launch(args: TOPDConfig) -> None:
     """Refuse what accelerate was launched with and does not go. Raises TOPDError."""
-    for name in ("DEEPSPEED", "MEGATRON_LM"):
+    if args.mixed_precision != "no" and not (args.bf16 or args.fp16):
+        raise TOPDError(
+            f"accelerate: mixed_precision: {args.mixed_precision} is the launcher's, and the run's "
+            "own settings, which are recorded, have none. Set bf16: true (or fp16), or launch with "
+            "--mixed_precision no."
+        )
+    if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+        raise TOPDError(
+            f"accelerate: dynamo_backend: {compiler} has no effect here: the student's layers are "
+            "called without the compiled wrapper. Launch with --dynamo_backend no."
+        )
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise TOPDError(
                 f"accelerate: {name} is not supported. Launch with --multi_gpu (DDP), or with FSDP "

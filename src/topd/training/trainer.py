@@ -164,7 +164,7 @@ class TOPDTrainer(ObservedTrainer):
         startup.check_sources(sources, tokenizers, prompts, args)
         if self.turns:
             self.turns.check(prompts)
-        check_launch()
+        check_launch(args)
         if train is not None:
             startup.check_optimizer(sources[0], lora, optimizers)
             check_settings(args, optimizers)
