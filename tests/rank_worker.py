@@ -156,13 +156,16 @@ def fsdp(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def ddp_resumed(folder: Path, ranks: int, kind: str = "ddp") -> dict[str, Any]:
-    """The first case's run, which was saved, continued with from its first update."""
+    """The first case's run, which was saved, continued with from its first update.
+
+    The other ranks take another checkpoint for the newest, as on a file system that shows it late.
+    """
     if rank() == 0:
         shutil.copytree(folder.parent / kind / "opd", folder)
         shutil.rmtree(folder / "student")
     everywhere(None)
     trainer = made(folder, ranks, **CASES["opd"][1])
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{1 + (rank() > 0)}"))
     return left(trainer)
 
 

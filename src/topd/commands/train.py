@@ -62,7 +62,7 @@ def train_recipe(recipe: Recipe, *, quiet: bool = False, alone: bool = True) -> 
 def _train(recipe: Recipe, folder: Path, *, quiet: bool, alone: bool) -> None:
     """Everything after the folder is ours. Raises TOPDError for bad input."""
     wanted = recipe.args.resume_from_checkpoint
-    checkpoint = checkpoints.resolve(wanted, folder)
+    checkpoint = everywhere(checkpoints.resolve(wanted, folder))[0]  # NFS shows it late elsewhere
     examined = {checkpoint: checkpoints.check(checkpoint, resumable=True)} if checkpoint else {}
     if wanted and not checkpoint:
         agreed(lambda: _begin_anew(folder) if rank() == 0 else None)

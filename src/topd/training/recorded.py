@@ -130,7 +130,7 @@ class RecordedTrainer(LoadingTrainer):
                 "dataloader_drop_last: leaves no batch, since there are fewer rollouts than "
                 "per_device_train_batch_size. Lower it, or leave dataloader_drop_last out."
             )
-        checkpoint = checkpoints.resolve(resume_from_checkpoint, self.run_folder)
+        checkpoint = everywhere(checkpoints.resolve(resume_from_checkpoint, self.run_folder))[0]
         found = checkpoints.last(self.run_folder)
         if found and not resume_from_checkpoint:
             raise TOPDError(holds_a_run(self.run_folder))
