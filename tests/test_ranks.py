@@ -431,3 +431,15 @@ def test_what_does_not_go_with_several_ranks_is_refused(tmp_path, monkeypatch, o
     monkeypatch.setattr(TOPDConfig, "world_size", 2)
     with pytest.raises(TOPDError, match=said):
         TOPDConfig(**args)
+
+
+def test_the_generations_of_a_prompt_may_be_on_several_ranks(tmp_path, monkeypatch):
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 1}
+    with pytest.raises(
+        TOPDError, match=r"2 does not divide the 1 rollouts .* x gradient_accu\w+\)"
+    ):
+        TOPDConfig(**args, num_generations=2)
+    monkeypatch.setattr(TOPDConfig, "world_size", 2)
+    TOPDConfig(**args, num_generations=2)
+    with pytest.raises(TOPDError, match=r"3 does not divide the 2 rollouts .* x ranks\)"):
+        TOPDConfig(**args, num_generations=3)

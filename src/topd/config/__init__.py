@@ -250,6 +250,7 @@ class TOPDConfig(TrainingArguments):
         rules.check_trackers(self)
         if not named:  # each rank looked at its own clock
             self.output_dir = everywhere(self.output_dir)[0]
+        self._check_learns()  # by now it knows its ranks
         if self.world_size > 1:
             rules.check_ranks(self)
         self.left_out = left_out_by(self, self._given, self.brought)

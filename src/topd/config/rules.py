@@ -93,7 +93,6 @@ def check_values(config: TOPDConfig) -> None:
                 raise TOPDError(f"{name}: {value!r} {rule}.")
     if config.token_loss != "full":
         _check_token_loss(config)
-    config._check_learns()
     logged = config.token_loss == "full" and config.logging_strategy != "no"
     if config.look_ahead_until == "auto" and not logged:
         raise TOPDError(
@@ -233,10 +232,12 @@ def check_learns(name: str, token_loss: str, trajectory_weight: float) -> None:
 def check_groups(config: TOPDConfig) -> None:
     """Whether an update has all rollouts of a prompt. Raises TOPDError."""
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rollouts *= config.world_size
     if rollouts % config.num_generations:
+        ranks = " x ranks" if config.world_size > 1 else ""
         raise TOPDError(
             f"num_generations: {config.num_generations} does not divide the {rollouts} rollouts "
-            "of an update (per_device_train_batch_size x gradient_accumulation_steps)."
+            f"of an update (per_device_train_batch_size x gradient_accumulation_steps{ranks})."
         )
 
 
