@@ -208,12 +208,17 @@ def reordered(folder: Path, ranks: int) -> list[list[int]]:
 
 
 class OnLast(TrainerCallback):
-    """Asks for a checkpoint after an update, and in the log of the next for an end; on one rank."""
+    """Asks for a checkpoint after an update, and in the log of the next for an end; on one rank.
 
-    def __init__(self, ranks: int) -> None:
-        self.asks = rank() == ranks - 1
+    It has a figure of its own in the log.
+    """
+
+    def __init__(self, trainer: TOPDTrainer, ranks: int) -> None:
+        self.trainer, self.asks = trainer, rank() == ranks - 1
 
     def on_step_end(self, args, state, control, **_) -> None:
+        if self.asks:
+            self.trainer.log({"own": 1.0})
         control.should_save |= self.asks and state.global_step == 1
 
     def on_log(self, args, state, control, **_) -> None:
@@ -223,7 +228,7 @@ class OnLast(TrainerCallback):
 def asked(folder: Path, ranks: int) -> tuple[int, list[str]]:
     """Where a run ends that a callback of one rank ends, and what it has saved."""
     trainer = made(folder, ranks, method="opd", max_steps=4, save_strategy="steps", save_steps=9)
-    trainer.add_callback(OnLast(ranks))
+    trainer.add_callback(OnLast(trainer, ranks))
     trainer.train()
     everywhere(None)
     return trainer.state.global_step, [path.name for path in folder.glob("checkpoint-*")]

@@ -166,9 +166,12 @@ class Watch(TrainerCallback):
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Apply the rules to the log of an update."""
+        if "loss" not in state.log_history[-1]:  # a callback's own, which one rank may have alone
+            return
+        _agree(control)
         logs = [log for log in state.log_history if "loss" in log]
-        found = [rule.broken(logs, args) for rule in rules(args)] if logs else []
-        if "loss" in state.log_history[-1] and any(found):
+        found = [rule.broken(logs, args) for rule in rules(args)]
+        if any(found):
             control.should_save = True
             self.reason = self.agreed = StoppedError(
                 f"update {state.global_step}: the run collapsed. {'; '.join(filter(None, found))}. "
@@ -176,7 +179,6 @@ class Watch(TrainerCallback):
                 "lower learning_rate, or change the limit (null: no limit).",
                 COLLAPSED,
             )
-        _agree(control)
 
     def on_evaluate(self, _: object, __: object, control: TrainerControl, **___: Any) -> None:
         """Have all ranks do what a callback of one asks for; likewise at other events."""
