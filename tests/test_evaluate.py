@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -384,6 +386,15 @@ def test_a_child_that_dies_is_replaced_and_close_ends_it():
     child = judge._child
     del judge
     assert child.poll() is not None
+
+
+def test_a_child_under_a_lower_limit_of_memory_still_answers():
+    """One that it may not raise. macOS refuses such limits in the same way."""
+    limited = ["sh", "-c", 'ulimit -v 3000000; exec "$0" "$@"', sys.executable, "-P"]
+    told = subprocess.run(
+        [*limited, judging.equality.__file__], input='["1", "1"]\n', capture_output=True, text=True
+    )
+    assert told.stdout.splitlines() == ["ready", "true"]
 
 
 def test_the_verifier_works_in_threads(verifier):
