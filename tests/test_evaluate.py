@@ -926,10 +926,28 @@ def test_an_evaluation_that_fails_loses_no_update_and_is_made_on_resuming(
     again.add_callback(EvaluationCallback(again, tiny_evaluator(), every=2))
     again.train(resume_from_checkpoint=True)
     found, whole = (
-        {log["step"]: log["eval/pass@1"] for log in logs if "eval/greedy" in log}
+        {log["step"]: _figures(log) for log in logs if "eval/greedy" in log}
         for logs in (read(tmp_path / "metrics.jsonl"), trained[1])
     )
     assert found == whole
+    assert "eval/greedy_change" in found[3]  # paired with what the first process evaluated
+
+
+def _figures(log: dict[str, Any]) -> dict[str, Any]:
+    return {key: log[key] for key in log if key.startswith("eval/") and "seconds" not in key}
+
+
+def test_a_resumed_run_is_paired_with_its_first_evaluation_only_on_the_same_problems(tmp_path):
+    often = {"save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tmp_path, **often)
+    trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=50))
+    trainer.train()
+    again = trainer_of(tmp_path, **often)
+    evaluator = replace(tiny_evaluator(), seed=tiny_evaluator().seed + 1)
+    again.add_callback(EvaluationCallback(again, evaluator, every=50))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    last = [log for log in read(tmp_path / "metrics.jsonl") if "eval/greedy" in log][-1]
+    assert "eval/greedy_change" not in last
 
 
 def test_two_callbacks_of_one_trainer_are_refused_their_figures_would_have_the_same_names(tmp_path):
