@@ -182,6 +182,8 @@ def rows_of(data: Any) -> Any:
     if _are_texts(data):
         return [{"prompt": text} for text in data]
     if hasattr(data, "iloc") and hasattr(data, "columns"):
+        for name in data.select_dtypes(["float16", "float32"]).columns:  # else 0.10000000149011612
+            data = data.assign(**{name: data[name].astype(str).astype(float)})
         return data.to_dict("records")
     if hasattr(data, "__len__") and not hasattr(data, "__iter__"):  # torch's, which may have no end
         return [data[index] for index in range(len(data))]
