@@ -436,7 +436,7 @@ def test_names_that_are_patterns_are_read_as_names_or_refused(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(json.dumps({"prompt": f"in {name}"}))
         datasets.Dataset.from_list([{"prompt": name}]).to_parquet(tmp_path / f"{name}.parquet")
-    with pytest.raises(TOPDError, match="takes for a pattern of names. Rename that folder"):
+    with pytest.raises(TOPDError, match=r"takes for a pattern of names\. Rename that folder"):
         load(tmp_path / "[1]")
     assert load(tmp_path / "[1]" / "train.jsonl", chat=False) == [{"prompt": "in [1]"}]
     assert load(tmp_path / "[1].parquet", chat=False) == [{"prompt": "[1]"}]

@@ -20,7 +20,8 @@ logger = logging.get_logger(__name__)
 Messages = Sequence[Mapping[str, Any]]
 UNREAD = ("images", "image", "videos", "video", "audios", "audio")
 NOT_READ = (
-    "data row {}: has {}, which are not read: only text is. Remove the column, or choose other data."
+    "data row {}: has {}, which are not read: only text is. Remove the column, or choose other "
+    "data."
 )
 MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
 NARROW, NUMPY = ("float16", "float32"), (np.ndarray, np.generic)
@@ -82,11 +83,12 @@ def unformatted(rows: Iterable[Any]) -> Iterator[Any]:
     if not isinstance(rows, datasets.Dataset):
         yield from rows
         return
+    stored = rows
     if rows.format["type"] != "custom":
-        rows = rows.with_format(None, rows.format["columns"])
-        _check_media(rows)
-    readers = {name: read for name, kind in rows.features.items() if (read := _reader(kind))}
-    for row in rows:
+        stored = rows.with_format(None, rows.format["columns"])
+        _check_media(stored)
+    readers = {name: read for name, kind in stored.features.items() if (read := _reader(kind))}
+    for row in stored:
         yield _read_parts(readers, row) if readers else row
 
 
