@@ -104,10 +104,6 @@ ROWS = Dataset.from_list(rows(2))
         ),
         ({"train_dataset": {"what is 1 + 2 ?"}}, "data row 0: must be a mapping .* not a str"),
         (
-            {"train_dataset": Dataset.from_dict(COLUMNS).with_format("arrow")},
-            r"data row 0: must be a mapping .* not a Table\. Give .* without format",
-        ),
-        (
             {"train_dataset": DatasetDict(train=ROWS, test=ROWS)},
             r"train_dataset: has splits train, test\. Choose one",
         ),

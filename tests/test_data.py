@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
@@ -440,6 +441,12 @@ def test_names_that_are_patterns_are_read_as_names_or_refused(tmp_path):
         load(tmp_path / "[1]")
     assert load(tmp_path / "[1]" / "train.jsonl", chat=False) == [{"prompt": "in [1]"}]
     assert load(tmp_path / "[1].parquet", chat=False) == [{"prompt": "[1]"}]
+
+
+def test_packed_files_of_a_folder_whose_types_would_be_guessed_are_refused(tmp_path):
+    (tmp_path / "train.csv.bz2").write_bytes(bz2.compress(b"prompt,solution\nwhat,007\n"))
+    with pytest.raises(TOPDError, match=r"train\.csv\.bz2 is packed\. Unpack it, or pack it with"):
+        load(tmp_path)
 
 
 def test_what_datasets_has_in_its_cache_changes_no_reading(tmp_path):

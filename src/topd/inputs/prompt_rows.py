@@ -161,7 +161,7 @@ def _mapping(index: int, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise TOPDError(
             f"data row {index}: must be a mapping such as {{'prompt': 'What is 1 + 2?'}}, not a "
-            f"{type(row).__name__}. Give a list of these, or a data set of datasets without format."
+            f"{type(row).__name__}. Give a list of these, or a data set of datasets."
         )
     return row
 

@@ -30,6 +30,7 @@ logger = logging.get_logger(__name__)
 OF_DATASETS = (datasets.exceptions.DatasetGenerationError, RuntimeError)
 csv.field_size_limit(1 << 30)  # a cell may be longer than 131,072 characters
 ABSENT = (KeyError, TypeError, IndexError, ValueError)  # a column, raised on the way to it
+PACKED = (".zip", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar", ".tar", ".tgz")
 ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json")  # which hold no rows
 OPTIONAL = ("answer", "solution")  # a row may lack them where others have them
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
@@ -256,7 +257,8 @@ def _loaded(place: str, name: str | None, split: str) -> Any:
 def _files_of(folder: Path, name: str | None) -> dict[str, list[Path]] | None:
     """A folder's files of text by split; None if it has others, or its card says how to read them.
 
-    A warning names data that datasets leaves out. Raises ValueError for a name that is a pattern.
+    A warning names data that datasets leaves out. Raises ValueError for a name that is a pattern,
+    and for files packed otherwise than by gzip, in which datasets would guess types.
     """
     if not {*str(folder.resolve())}.isdisjoint("*?["):
         raise ValueError(
@@ -268,6 +270,8 @@ def _files_of(folder: Path, name: str | None) -> dict[str, list[Path]] | None:
     config = builder.config
     files = {str(split): [*map(Path, some)] for split, some in (config.data_files or {}).items()}
     read = {file for some in files.values() for file in some}
+    if packed := sorted(file.name for file in read if file.suffix.lower() in PACKED):
+        raise ValueError(f"{packed[0]} is packed. Unpack it, or pack it with gzip (.gz)")
     known = {file for file in folder.resolve().rglob("*") if _kind(file) in (*TEXTS, ".parquet")}
     known = {file for file in known if file.name not in ABOUT}
     if name is None and (unread := sorted(file.name for file in known - read)):
