@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -103,6 +104,10 @@ ROWS = Dataset.from_list(rows(2))
             "data row 0: must be a mapping .* not a str",
         ),
         ({"train_dataset": {"what is 1 + 2 ?"}}, "data row 0: must be a mapping .* not a str"),
+        (
+            {"train_dataset": pandas.DataFrame([["q", "r"]], columns=["prompt", "prompt"])},
+            "data: the column 'prompt' is there twice",
+        ),
         (
             {"train_dataset": DatasetDict(train=ROWS, test=ROWS)},
             r"train_dataset: has splits train, test\. Choose one",
