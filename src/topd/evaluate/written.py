@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 
+ALIKE = str.maketrans(  # \u2011 is a hyphen that breaks no line, which gpt-oss writes for a minus
+    "−‒–‐\u2011﹣－⋅∙✕✖⨯∗⁄∕∶", "-------··×××*//:"
+)
 CHARACTERS = {
-    **dict.fromkeys(map(ord, "−‒–﹣－"), "-"),
     **{ord(a): b for a, b in zip("０１２３４５６７８９", "0123456789", strict=True)},
     **{ord(a): f"\\frac{{{b[0]}}}{{{b[1]}}}" for a, b in
        zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞",
@@ -78,7 +80,7 @@ def plain(answer: str) -> str:
         "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", answer
     )
     text = DOTS.sub(r"\\ldots ", BREAK.sub(r"\\\\", text))
-    text = _without_delimiters(text.translate(CHARACTERS).replace("**", " ").strip(" _\t\n"))
+    text = _without_delimiters(text.translate(ALIKE).translate(CHARACTERS).replace("**", " ").strip(" _\t\n"))
     text = re.sub(r"\\tag\*?\s*\{[^{}]*\}|\\!(?!\s*\d)", "", text)
     text = re.sub(r"\{,\}|,\s*\\!\s*(?=\d)|\\!", "", text)
     text = SPACE.sub(" ", SWITCH.sub("", text))
@@ -103,9 +105,9 @@ def plain(answer: str) -> str:
 
 
 def typed(text: str) -> str:
-    """Text with ASCII's minus and blank for the other ones, none between groups of thousands."""
+    """Text with one minus, blank and sign of a kind, and no blanks between groups of thousands."""
     text = re.sub(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"[^\S\n]", " ", re.sub("[−‒–﹣－]", "-", text))
+    text = re.sub(r"[^\S\n]", " ", text.translate(ALIKE))
     return SIGNED.sub("-", text)
 
 
@@ -163,10 +165,10 @@ def _marked(found: re.Match[str]) -> str:
 
 
 def _fractions(text: str) -> str:
-    """``\\frac12`` and ``\\sqrt2`` with their braces."""
+    """``\\frac12`` and ``\\sqrt2`` with their braces. A root is that of all digits: √12 is not 2."""
     text = re.sub(r"\\[dtc]frac(?![^\W\d])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\w)", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*(\{)", r"\\frac\1\2", text)
-    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(\d+(?:\.\d+)?|\w)", r"\\sqrt{\1}", text)
     return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
