@@ -80,7 +80,8 @@ def plain(answer: str) -> str:
         "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", answer
     )
     text = DOTS.sub(r"\\ldots ", BREAK.sub(r"\\\\", text))
-    text = _without_delimiters(text.translate(ALIKE).translate(CHARACTERS).replace("**", " ").strip(" _\t\n"))
+    text = text.translate(ALIKE).translate(CHARACTERS).replace("**", " ")
+    text = _without_delimiters(text.strip(" _\t\n"))
     text = re.sub(r"\\tag\*?\s*\{[^{}]*\}|\\!(?!\s*\d)", "", text)
     text = re.sub(r"\{,\}|,\s*\\!\s*(?=\d)|\\!", "", text)
     text = SPACE.sub(" ", SWITCH.sub("", text))
@@ -165,7 +166,7 @@ def _marked(found: re.Match[str]) -> str:
 
 
 def _fractions(text: str) -> str:
-    """``\\frac12`` and ``\\sqrt2`` with their braces. A root is that of all digits: √12 is not 2."""
+    """``\\frac12`` and ``\\sqrt2`` with their braces. √12 is the root of 12."""
     text = re.sub(r"\\[dtc]frac(?![^\W\d])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\w)", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
