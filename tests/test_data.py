@@ -207,6 +207,7 @@ def test_a_class_label_is_written_by_its_name_and_counts_as_its_number(tmp_path)
     found = encoder.encode(data.select([0, 1]))
     assert [tiny_tokenizer().decode(prompt.teacher) for prompt in found] == ["<unk> 4", "<unk> 3"]
     assert [str(prompt.row["answer"]) for prompt in found] == ["B", "A"]
+    assert [str(row["answer"]) for row in plain_rows(data.to_iterable_dataset())][:2] == ["B", "A"]
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])

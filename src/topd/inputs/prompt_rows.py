@@ -80,14 +80,11 @@ def unformatted(rows: Iterable[Any]) -> Iterator[Any]:
 
     Raises TOPDError: a row has a picture or sound.
     """
-    if not isinstance(rows, datasets.Dataset):
-        yield from rows
-        return
-    stored = rows
-    if rows.format["type"] != "custom":
+    stored, kinds = rows, getattr(rows, "features", None) or {}
+    if isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom":
         stored = rows.with_format(None, rows.format["columns"])
         _check_media(stored)
-    readers = {name: read for name, kind in stored.features.items() if (read := _reader(kind))}
+    readers = {name: read for name, kind in kinds.items() if (read := _reader(kind))}
     for row in stored:
         yield _read_parts(readers, row) if readers else row
 
