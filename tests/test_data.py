@@ -444,6 +444,13 @@ def test_names_that_are_patterns_are_read_as_names_or_refused(tmp_path):
     assert load(tmp_path / "[1].parquet", chat=False) == [{"prompt": "[1]"}]
 
 
+@pytest.mark.parametrize("text", ["prompt;solution\nq;1\n", "sep=;\nq;1\n", "prompt\tx\nq\t1\n"])
+def test_a_table_with_other_marks_between_its_columns_is_refused_as_one(tmp_path, text):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(TOPDError, match=r"separated by '(;|\\t)'\. Save it with commas"):
+        load(tmp_path / "x.csv")
+
+
 def test_packed_files_of_a_folder_whose_types_would_be_guessed_are_refused(tmp_path):
     (tmp_path / "train.csv.bz2").write_bytes(bz2.compress(b"prompt,solution\nwhat,007\n"))
     with pytest.raises(TOPDError, match=r"train\.csv\.bz2 is packed\. Unpack it, or pack it with"):

@@ -336,6 +336,11 @@ def _table(reader: csv.DictReader[str]) -> list[dict[str, Any]]:
     names = [name for name in reader.fieldnames or () if name]
     if len(set(names)) < len(names):
         raise ValueError("its first line has a name twice")
+    if len(names) == 1 and (other := set(names[0]) & {*";,|\t"}):
+        raise ValueError(
+            f"its columns seem to be separated by {other.pop()!r}. Save it with commas (.csv) or "
+            "tabs (.tsv)"
+        )
     for row in reader:
         if None in row or None in row.values():
             more = "more" if None in row else "fewer"
