@@ -12,6 +12,19 @@ VARIABLE = r"(?:[A-Za-z]|\\(?!not\b)[a-z]+)(?:_\{?\w+\}?)?'?(?:\([a-z](?:,\s*[a-
 GREEK = (  # as tuples have them: (rho, theta, phi)
     "alpha beta gamma delta epsilon rho theta lambda mu nu sigma tau phi chi psi omega".split()
 )
+SIGNS = frozenset(
+    "le ge ne gg ll nleq ngeq nless ngtr lesssim gtrsim prec succ preceq succeq in notin subset "
+    "subseteq supset supseteq not equiv approx sim simeq cong propto to rightarrow mapsto mid nmid "
+    "mod bmod pmod prime".split()
+)
+READ = SIGNS | {  # commands that math-verify reads; of others it takes a number that is near
+    *"frac over sqrt cdot times div pi infty pm mp binom cup cap setminus emptyset".split(),
+    *"varnothing sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp".split(),
+    *"lfloor rfloor lceil rceil lvert rvert vert mathbb".split(),
+    *GREEK,
+    *"zeta eta iota kappa xi upsilon varepsilon vartheta varphi".split(),
+    *"Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split(),
+}
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 NAME = re.compile(  # of what the value after it is: an angle, a side, a sum, an area
     rf"^(?:\\angle\s*[A-Z]{{1,3}}|[A-Z]{{2,3}}|[A-Za-z]\(-?[^()=+-]+\)|«[A-Za-z ]+»"

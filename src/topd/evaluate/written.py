@@ -28,10 +28,12 @@ SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 GROUPS = re.compile(  # of thousands, as written where a comma or a stop is no decimal mark
     r"(?<![\d.,'’_])\d{1,3}(?:(?:['’]\d{3})+|(?:_\d{3})+|(?:\.\d{3}){2,})(?![\d.'’_])"
 )
+NESTED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # braces three deep
 TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol)"
-    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+    rf"\s*{NESTED}"
 )
+BOXED = re.compile(rf"\\f?box(?:ed)?\s*{NESTED}")
 SWITCH = re.compile(r"\\(?:bf|rm|it|sf|displaystyle|textstyle|left|right|limits|bigl?|bigr)\b\s?")
 SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|(?:thin|med|thick|nobreak)?space|hfill)(?![A-Za-z])"
@@ -86,7 +88,7 @@ def plain(answer: str) -> str:
     text = re.sub(r"\{,\}|,\s*\\!\s*(?=\d)|\\!", "", text)
     text = SPACE.sub(" ", SWITCH.sub("", text))
     for _ in range(3):  # nested boxes and styles
-        text = re.sub(r"\\f?box(?:ed)?\s*\{([^{}]*)\}", r"\1", text)
+        text = BOXED.sub(r"\1", text)
         text = TEXT.sub(_marked, text)
     text = re.sub(r"\^\s*(?:\\prime\b|\{\s*\\prime\s*\})", "'", text)
     text = DEGREES.sub("°", text.replace("\\%", "%"))
@@ -172,4 +174,5 @@ def _fractions(text: str) -> str:
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*(\{)", r"\\frac\1\2", text)
     text = re.sub(r"\\sqrt\s*(\d+(?:\.\d+)?|\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})", r"\\sqrt{\1}", text)
     return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)
