@@ -39,6 +39,9 @@ SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|(?:thin|med|thick|nobreak)?space|hfill)(?![A-Za-z])"
     r"|[hm](?:space|skip)\*?\{[^{}]*\})|~"
 )
+ARGUMENT = re.compile(  # as sympy writes it; math-verify reads on, \\sin{(1)}/2 as the sine of 1/2
+    r"(\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp)(?:[_^](?:\w|\{-?\w+\}))?)\s*\{(\([^(){}]*\))\}"
+)
 BREAK = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|mm|cm|em|ex|in)\s*\]")  # and space after it
 DOTS = re.compile(r"\.{3,}|…|\\[lc]?dots[a-z]?(?![A-Za-z])")
 COUNTED = re.compile(r"([-+]?[$€£¥]?\d[\d.,]*)\s+((?!am\b|pm\b)[a-z]+(?: [a-z]+)?)")
@@ -100,7 +103,7 @@ def plain(answer: str) -> str:
     text = text.replace("\\lt", "<").replace("\\gt", ">").replace("<=", "\\le ").replace(
         ">=", "\\ge "
     )  # fmt: skip
-    text = PREFIX.sub("", _fractions(text).strip())
+    text = PREFIX.sub("", _fractions(ARGUMENT.sub(r"\1\2", text)).strip())
     text = GROUPS.sub(lambda found: re.sub(r"\D", "", found.group()), text)
     if text.count("«") != text.count("»"):
         text = re.sub("[«»]", "", text)
