@@ -18,7 +18,6 @@ from typing import TypeAlias
 
 from topd.evaluate.exact import exact
 from topd.evaluate.structures import (
-    READ,
     SIGNS,
     VARIABLE,
     assigned,
@@ -26,6 +25,7 @@ from topd.evaluate.structures import (
     in_order,
     intervals,
     listed,
+    misread,
     value_of,
     variables,
 )
@@ -375,14 +375,12 @@ def _equation(gold: str, claim: str, inner: Ask, ask: Ask) -> bool:
 def _algebra(gold: str, claim: str, ask: Ask) -> bool:
     """What math-verify is asked: expressions of the same variables, no decimal for a root.
 
-    It overlooks relations, primes and what a number is modulo, and joins "1 2" to 12. Of a command
-    that it does not know it takes the last number, or the fraction before it: \\lg 2 would be 2.
+    It overlooks relations, primes and what a number is modulo, and joins "1 2" to 12.
     """
     gold, claim = _grouped(gold), _grouped(claim)
-    both = f"{gold};{claim}"
-    if _signs(gold) != _signs(claim) or APART.search(both):
+    if _signs(gold) != _signs(claim) or APART.search(f"{gold};{claim}"):
         return False
-    if not READ.issuperset(re.findall(r"\\([a-zA-Z]+)", both)):
+    if misread(gold) or misread(claim):
         return False
     if variables(gold) != variables(claim) or "\\ldots" in gold + claim:
         return False
