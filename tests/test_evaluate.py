@@ -1170,6 +1170,13 @@ def test_one_of_several_configurations_is_chosen(tmp_path):
     assert len(EvaluationSpec(path=str(tmp_path), name="socratic").load()) == 2
 
 
+def test_references_that_are_whole_solutions_are_told(tmp_path, caplog):
+    boxed = {"problem": "what", "solution": "so " * 99 + "\\boxed{3}"}
+    write(tmp_path / "x.jsonl", [boxed, {**boxed, "solution": "so " * 99 + "it is 3"}])
+    EvaluationSpec(path=str(tmp_path / "x.jsonl")).load()
+    assert "x.jsonl, 1 of 2 rows, first row 1: the reference is a text of more than" in caplog.text
+
+
 def test_rows_that_repeat_a_prompt_are_told(root, invoke, tmp_path, caplog):
     write(tmp_path / "twice.jsonl", [{"question": "what", "answer": str(i)} for i in range(3)])
     result = invoke("model", str(tmp_path / "twice.jsonl"), "--output", str(tmp_path / "a"))
