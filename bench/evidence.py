@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.imitated import ANSWERS, AS_OPD, FORK_BY_CE, NEW, SAME, SAME_BY_CE
+from bench.prefixes import HALF, QUARTER
 from bench.real import ONCE
 from bench.stage_one import CE
 from topd.commands.compare.budgets import RATES, READ, cost
@@ -57,6 +58,8 @@ LABELS = {  # of arms, in text for readers
     "opd": "OPD",
     "opd, forward KL": "OPD, forward KL",
     "opd, three times the updates": "OPD, three times the updates",
+    HALF: "OPD, first half of rollouts",
+    QUARTER: "OPD, first quarter of rollouts",
     "first_fork": "first_fork, forward KL",
     "random handover": "random place, forward KL",
     "start handover": "from the start, forward KL",
@@ -103,6 +106,10 @@ def pages() -> dict[str, str]:
         title, command, texts = JUDGED[name]
         tables[name] = [*imitated(found, title, command)]
         tables[name] += judged(found, texts) if "judged" in found else []
+    for family, found in _read("prefixes").items():
+        title = f"{family}, 320 answers by cross-entropy: the beginnings of rollouts"
+        name, command = f"prefixes-{family}", f"python -m bench.prefixes {family}"
+        tables[name], larger[name] = [*imitated(found, title, command)], found
     screened = _found("screening-arithmetic-few")
     tables["screening"] = [*imitated(screened, "arithmetic, 320 answers: all methods", SCREENING)]
     for name, found in (worlds | larger | {"screening": screened}).items():

@@ -35,7 +35,7 @@ from test_warmstart import make as stage_1
 from topd import TOPDTrainer
 from topd.distributed import agreed, end_ranks, everywhere, on_first, rank
 from topd.errors import StoppedError, TOPDError
-from topd.evaluate import EvaluationCallback
+from topd.evaluate import EvaluationCallback, Evaluator
 from topd.runs import lock
 from topd.training.experience.evidence import Experience
 from topd.training.learning import collate
@@ -266,16 +266,14 @@ def faults(folder: Path, ranks: int) -> dict[str, str]:
 
     def judged(trainer: TOPDTrainer, _: int) -> None:
         evaluator = tiny_evaluator()
-        callback = EvaluationCallback(trainer, evaluator, every=1)
 
-        def failing(engine: Any) -> Any:
+        def judge(text: str, row: Any) -> bool:
             if trainer.state.global_step == 1:
                 one_fails()
-            return evaluator(engine)
+            return bool(text)
 
-        failing.tokenizer = evaluator.tokenizer
-        callback.evaluator = failing
-        trainer.add_callback(callback)
+        made = Evaluator(evaluator.prompts, evaluator.rows, judge, evaluator.tokenizer)
+        trainer.add_callback(EvaluationCallback(trainer, made, every=1))
 
     later, rare = partial(broken, step=1), {"save_strategy": "steps", "save_steps": 9}
     for name, change, args in (

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
@@ -104,8 +105,8 @@ ROWS = Dataset.from_list(rows(2))
         ),
         ({"train_dataset": {"what is 1 + 2 ?"}}, "data row 0: must be a mapping .* not a str"),
         (
-            {"train_dataset": Dataset.from_dict(COLUMNS).with_format("arrow")},
-            r"data row 0: must be a mapping .* not a Table\. Give .* without format",
+            {"train_dataset": pandas.DataFrame([["q", "r"]], columns=["prompt", "prompt"])},
+            "data: the column 'prompt' is there twice",
         ),
         (
             {"train_dataset": DatasetDict(train=ROWS, test=ROWS)},

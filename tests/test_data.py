@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
@@ -16,9 +17,10 @@ import pytest
 from conftest import rows, tiny_tokenizer
 from topd.errors import TOPDError
 from topd.evaluate.answers import reference_text
-from topd.inputs.prompt_rows import read_row
+from topd.inputs.prompt_rows import plain_rows, read_row
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.rows import DataSpec
+from topd.training.startup import rows_of
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 ROWS = rows(6)
@@ -205,6 +207,71 @@ def test_a_class_label_is_written_by_its_name_and_counts_as_its_number(tmp_path)
     found = encoder.encode(data.select([0, 1]))
     assert [tiny_tokenizer().decode(prompt.teacher) for prompt in found] == ["<unk> 4", "<unk> 3"]
     assert [str(prompt.row["answer"]) for prompt in found] == ["B", "A"]
+    assert [str(row["answer"]) for row in plain_rows(data.to_iterable_dataset())][:2] == ["B", "A"]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas", "arrow"])
+def test_rows_of_a_data_set_are_those_stored_whatever_its_format(kind, tmp_path):
+    """numpy's and torch's make numbers of 32 bits of all."""
+    columns = {"prompt": ["what ?"], "solution": [0.123456789012], "answer": ["x"]}
+    data = datasets.Dataset.from_dict(columns)
+    assert plain_rows(data.with_format(kind)) == [*data]
+    two = data.with_format(kind, ["prompt", "solution"])
+    assert plain_rows(two) == [*data.remove_columns("answer")]
+    data.with_format(kind).save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "saved", chat=False) == [*data]
+
+
+def test_a_transform_of_a_data_set_is_made():
+    data = datasets.Dataset.from_dict({"prompt": ["what"]})
+    made = data.with_transform(lambda rows: {"prompt": [f"{text} ?" for text in rows["prompt"]]})
+    assert plain_rows(made) == [{"prompt": "what ?"}]
+
+
+@pytest.mark.parametrize(("kind", "pi"), [("float16", 3.14), ("float32", 3.141593)])
+def test_short_numbers_are_read_with_the_digits_that_they_were_written_with(tmp_path, kind, pi):
+    texts = ["0.1", str(pi), "3", None]
+    numbers = {"prompt": ["what ?"] * 4, "solution": [0.1, pi, 3.0, None]}
+    frame = pandas.DataFrame(numbers).astype({"solution": kind})
+    if kind == "float32":  # pandas writes no others
+        frame.to_parquet(tmp_path / "x.parquet")
+        stored = load(tmp_path / "x.parquet", chat=False)
+        assert [read_row(i, row).solution for i, row in enumerate(stored)] == texts
+    given = [rows_of(frame), [{"prompt": "what ?", "solution": x} for x in frame["solution"].array]]
+    for rows_ in given:
+        plain = plain_rows(rows_)
+        assert [read_row(i, row).solution for i, row in enumerate(plain)] == texts
+
+
+def test_numbers_and_labels_inside_of_columns_are_read_as_those_of_columns(tmp_path):
+    label, short = datasets.ClassLabel(names=["A", "B"]), datasets.Value("float32")
+    kinds = {"prompt": datasets.Value("string"), "m": {"l": label, "x": short}}
+    kinds["s"] = datasets.List({"l": label, "x": datasets.LargeList(short)})
+    columns = {"prompt": ["what ?"] * 2, "m": [{"l": 1, "x": 0.1}, None]}
+    columns["s"] = [[{"l": 0, "x": [0.1, None]}, {"l": -1, "x": None}], None]
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    data.to_parquet(tmp_path / "x.parquet")
+    first, second = load(tmp_path / "x.parquet", chat=False, limit=2)
+    assert (str(first["m"]["l"]), first["m"]["x"]) == ("B", 0.1)
+    assert [str(part["l"]) for part in first["s"]] == ["A", "None"]
+    assert [part["x"] for part in first["s"]] == [[0.1, None], None]
+    assert second["s"] is None
+    mapped = load(tmp_path / "x.parquet", columns={"solution": "s.0.l"}, limit=1)
+    assert str(mapped[0]["solution"]) == "A"
+
+
+@pytest.mark.parametrize("kind", [datasets.Image(), datasets.List(datasets.Image()), "sound"])
+def test_pictures_and_sound_are_refused_by_their_kind_and_not_decoded(tmp_path, kind):
+    """Their names are any, and what decodes them may not be installed."""
+    file = {"bytes": b"no picture", "path": "a"}
+    cell = [file] if isinstance(kind, datasets.List) else file
+    data = datasets.Dataset.from_dict({"prompt": ["what ?"] * 2, "shown": [None, cell]})
+    kind = datasets.Audio() if kind == "sound" else kind
+    data.info.features["shown"] = kind
+    data.to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(TOPDError, match="row 1: has shown, which are not read"):
+        load(tmp_path / "x.parquet")
+    assert load(tmp_path / "x.parquet", limit=1)[0]["shown"] is None
 
 
 # The task generator
@@ -365,6 +432,31 @@ def test_a_folder_is_read_as_its_files_are(tmp_path, name, text):
     assert [str(row["solution"]) for row in found] == [str(row["solution"]) for row in alone]
 
 
+def test_names_that_are_patterns_are_read_as_names_or_refused(tmp_path):
+    """datasets would read of [1] what is in 1."""
+    for name in ("1", "[1]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"prompt": f"in {name}"}))
+        datasets.Dataset.from_list([{"prompt": name}]).to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(TOPDError, match=r"takes for a pattern of names\. Rename that folder"):
+        load(tmp_path / "[1]")
+    assert load(tmp_path / "[1]" / "train.jsonl", chat=False) == [{"prompt": "in [1]"}]
+    assert load(tmp_path / "[1].parquet", chat=False) == [{"prompt": "[1]"}]
+
+
+@pytest.mark.parametrize("text", ["prompt;solution\nq;1\n", "sep=;\nq;1\n", "prompt\tx\nq\t1\n"])
+def test_a_table_with_other_marks_between_its_columns_is_refused_as_one(tmp_path, text):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(TOPDError, match=r"separated by '(;|\\t)'\. Save it with commas"):
+        load(tmp_path / "x.csv")
+
+
+def test_packed_files_of_a_folder_whose_types_would_be_guessed_are_refused(tmp_path):
+    (tmp_path / "train.csv.bz2").write_bytes(bz2.compress(b"prompt,solution\nwhat,007\n"))
+    with pytest.raises(TOPDError, match=r"train\.csv\.bz2 is packed\. Unpack it, or pack it with"):
+        load(tmp_path)
+
+
 def test_what_datasets_has_in_its_cache_changes_no_reading(tmp_path):
     """A folder that it had read was left to it, with the types that it guesses."""
     (tmp_path / "a.csv").write_text("prompt,solution\nq,007\n")
@@ -390,12 +482,13 @@ def test_the_files_of_a_folder_are_read_in_order_and_by_split(tmp_path, caplog, 
         row = {"prompt": name, **({"solution": "3"} if name == "test" else {})}
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "notes.csv").write_text("prompt\nmine\n")
+    (tmp_path / "dataset_infos.json").write_text("{}")
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     asked = {"train": 2, "test": 1, "train[1:]": 1, "test+train": 3, "all": 3}
     found = {split: load(tmp_path, split=split, chat=False) for split in asked}
     assert {split: len(rows) for split, rows in found.items()} == asked
     assert [row["prompt"] for row in found["test+train"]] == ["test", "train-0", "train-1"]
-    assert "not read: notes.csv." in caplog.text
+    assert "not read: notes.csv. Of" in caplog.text
     with pytest.raises(TOPDError, match=r"Unknown split \"dev\"\. Should be one of"):
         load(tmp_path, split="dev")
     (tmp_path / "train-1.jsonl").write_text("{")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -384,6 +386,15 @@ def test_a_child_that_dies_is_replaced_and_close_ends_it():
     child = judge._child
     del judge
     assert child.poll() is not None
+
+
+def test_a_child_under_a_lower_limit_of_memory_still_answers():
+    """One that it may not raise. macOS refuses such limits in the same way."""
+    limited = ["sh", "-c", 'ulimit -v 3000000; exec "$0" "$@"', sys.executable, "-P"]
+    told = subprocess.run(
+        [*limited, judging.equality.__file__], input='["1", "1"]\n', capture_output=True, text=True
+    )
+    assert told.stdout.splitlines() == ["ready", "true"]
 
 
 def test_the_verifier_works_in_threads(verifier):
@@ -915,10 +926,28 @@ def test_an_evaluation_that_fails_loses_no_update_and_is_made_on_resuming(
     again.add_callback(EvaluationCallback(again, tiny_evaluator(), every=2))
     again.train(resume_from_checkpoint=True)
     found, whole = (
-        {log["step"]: log["eval/pass@1"] for log in logs if "eval/greedy" in log}
+        {log["step"]: _figures(log) for log in logs if "eval/greedy" in log}
         for logs in (read(tmp_path / "metrics.jsonl"), trained[1])
     )
     assert found == whole
+    assert "eval/greedy_change" in found[3]  # paired with what the first process evaluated
+
+
+def _figures(log: dict[str, Any]) -> dict[str, Any]:
+    return {key: log[key] for key in log if key.startswith("eval/") and "seconds" not in key}
+
+
+def test_a_resumed_run_is_paired_with_its_first_evaluation_only_on_the_same_problems(tmp_path):
+    often = {"save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tmp_path, **often)
+    trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=50))
+    trainer.train()
+    again = trainer_of(tmp_path, **often)
+    evaluator = replace(tiny_evaluator(), seed=tiny_evaluator().seed + 1)
+    again.add_callback(EvaluationCallback(again, evaluator, every=50))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    last = [log for log in read(tmp_path / "metrics.jsonl") if "eval/greedy" in log][-1]
+    assert "eval/greedy_change" not in last
 
 
 def test_two_callbacks_of_one_trainer_are_refused_their_figures_would_have_the_same_names(tmp_path):
@@ -1139,6 +1168,13 @@ def test_one_of_several_configurations_is_chosen(tmp_path):
     with pytest.raises(TOPDError, match=r"the configurations main, socratic\. Say which one with"):
         EvaluationSpec(path=str(tmp_path)).load()
     assert len(EvaluationSpec(path=str(tmp_path), name="socratic").load()) == 2
+
+
+def test_references_that_are_whole_solutions_are_told(tmp_path, caplog):
+    boxed = {"problem": "what", "solution": "so " * 99 + "\\boxed{3}"}
+    write(tmp_path / "x.jsonl", [boxed, {**boxed, "solution": "so " * 99 + "it is 3"}])
+    EvaluationSpec(path=str(tmp_path / "x.jsonl")).load()
+    assert "x.jsonl, 1 of 2 rows, first row 1: the reference is a text of more than" in caplog.text
 
 
 def test_rows_that_repeat_a_prompt_are_told(root, invoke, tmp_path, caplog):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import EOS, rows, tiny_model, tiny_tokenizer
+from conftest import EOS, WORDS, load, read, rows, tiny_model, tiny_tokenizer
 from report_folders import lines
 from topd.cli import app
 from topd.commands.gate import (
@@ -34,7 +35,7 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate import Evaluation, Response, summarise
 from topd.evaluate.spec import EvaluationSpec
-from topd.report.kinds.evaluated import gate_words
+from topd.report.kinds.evaluated import gate_tables, gate_words
 from topd.runs.files import write_whole
 from topd.runs.model_card import replace_section
 from topd.types import Generation
@@ -114,6 +115,26 @@ def test_length_is_relative_to_the_base():
     )
     assert (figure.base, figure.candidate, figure.harm.mean) == (2, 3, 0.5)
     assert figure.verdict == "worse"
+
+
+def test_models_with_other_tokens_are_compared_by_characters(place):
+    """A text is not longer for being in twice as many tokens."""
+    responses = answers([True] * 40), answers([True] * 40, ids=(1, 2, 3, 4))
+    pair = [
+        {"problems": summarise([replace(r, text="so 3") for r in found.responses])}
+        for found in responses
+    ]
+    figures = compare_models(*pair, suite(), same_tokens=False)
+    (figure,) = (f for f in figures if f.name == "length")
+    assert (figure.base, figure.candidate, figure.harm.mean) == (4, 4, 0)
+    assert any("the length is in characters" in remark for remark in remarks(figures))
+    tiny_tokenizer([*WORDS[:5], *WORDS[:4:-1]]).save_pretrained("other")
+    assert "the length is in characters" in " ".join(gate("base", "other").output.split())
+    (figure,) = (f for f in load(Path("out/gate.json"))["figures"] if f["name"] == "length")
+    texts = [len(one["text"]) for one in read(Path("out/base_problems.jsonl"))]
+    assert (figure["unit"], figure["base"]) == ("characters", pytest.approx(fmean(texts)))
+    (value,) = (row[1] for row in gate_tables(Path("out"))[0].rows if row[0] == "length")
+    assert value.endswith(" characters")
 
 
 def test_rows_with_one_prompt_are_one_problem():
@@ -460,11 +481,11 @@ def test_a_gate_that_is_stopped_continues_in_its_folder(place, monkeypatch):
         assert Path("out", name).read_text() == Path("whole", name).read_text()
 
 
-def stop(*_: Any) -> None:
+def stop(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
 
 
-def fail(*_: Any) -> None:
+def fail(*_: Any, **__: Any) -> None:
     raise TOPDError("not a number")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,11 +174,18 @@ def test_choosing_a_fork_shows_both_windows_threads_and_targets(page):
 
 
 def test_verdicts_differ_in_shape_and_words_not_only_in_colour(page):
-    marks = [(b.text.split()[0], b.get_attribute("aria-label")) for b in page.all("#rollout .fork")]
-    assert marks[0][0].startswith("◆1")
-    assert marks[1][0].startswith("○2")
-    assert marks[0][1].startswith("Candidate 1, real divergent point, OT distance 0.500")
-    assert marks[1][1].startswith("Candidate 2, false alarm, OT distance 0.100")
+    drawn = page.run(
+        "return [...document.querySelectorAll('#rollout .fork')].map("
+        "fork => getComputedStyle(fork, '::before').content)"
+    )
+    assert drawn[:2] == ['"◆1"', '"○2"']
+    first, second, *_ = page.all("#rollout .fork")
+    told = "Candidate 1, real divergent point, OT distance 0.500"
+    assert first.get_attribute("aria-label").startswith(told)
+    assert second.get_attribute("aria-label").startswith(
+        "Candidate 2, false alarm, OT distance 0.100"
+    )
+    assert first.text in first.get_attribute("aria-label")  # as one says it to choose it
 
 
 def test_a_thread_is_lit_with_its_two_tokens(page):
@@ -372,16 +380,20 @@ def test_dark_and_light_follow_the_system_until_chosen(page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(scheme, page):
-    """At least 4.5 to 1 (WCAG AA) for body, notes and the marks of both verdicts' badges."""
+    """At least 4.5 to 1 (WCAG AA) for body, notes, marks, and tokens at every shade."""
     page.driver.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
         {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
     )
 
-    def luminance(colour: list[int]) -> float:
+    def luminance(colour: list[float]) -> float:
         parts = [c / 255 for c in colour[:3]]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: list[float], other: list[float]) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
 
     colours = page.run(
         "const probe = document.createElement('i'); document.body.append(probe);"
@@ -392,8 +404,20 @@ def test_text_has_contrast(scheme, page):
     )
     for name in ("ink", "soft", "vermilion", "blue"):
         for ground in ("paper", "card"):
-            pair = sorted((luminance(colours[name]), luminance(colours[ground])))
-            assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (name, ground)
+            assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+    names = [*(f"h{n}" for n in range(9)), *(f"c{n}" for n in range(1, 5))]
+    shades = page.run(
+        "const box = document.querySelector('#rollout .text');"
+        "return arguments[0].map(name => {"
+        "  const token = document.createElement('span'); token.className = `t ${name}`;"
+        "  box.append(token); return getComputedStyle(token).backgroundColor; })",
+        names,
+    )
+    for name, shade in zip(names, shades, strict=True):
+        *colour, alpha = (*(float(x) for x in re.findall(r"[\d.]+", shade)), 1.0)[:4]
+        mixed = [alpha * c + (1 - alpha) * p for c, p in zip(colour, colours["paper"], strict=True)]
+        assert contrast(colours["ink"], mixed) >= 4.5, name
+    assert len(set(shades)) == len(names)
 
 
 def test_a_narrow_screen_does_not_scroll_sideways(page):

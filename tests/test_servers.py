@@ -37,7 +37,7 @@ from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
 from topd.engines.hf import HFEngine
-from topd.engines.servers import Again, RefusedError, Request, Servers
+from topd.engines.servers import Again, FailedError, Request, Servers
 from topd.engines.servers.checks import check_logprobs, check_servers
 from topd.engines.servers.serve import command, serving
 from topd.engines.servers.vllm import VLLMEngine
@@ -125,11 +125,24 @@ def test_an_error_of_a_server_of_text_may_be_due_to_one_text(start):
     for _ in range(2):  # an answer between them: the server is well
         fake.statuses[:] = [500] * 8
         *refused, answer = ours.ask_each([LIST] * 9)
-        assert [type(error) for error in refused] == [RefusedError] * 8
+        assert [type(error) for error in refused] == [FailedError] * 8
         assert answer == ANSWER
     fake.statuses[:] = [500] * 9
     with pytest.raises(StoppedError, match="answers 500: not now"):
         ours.ask_each([LIST] * 9)
+
+
+def test_a_text_that_one_server_fails_at_is_asked_of_the_others(start):
+    """One that is ill loses no texts until it is left out."""
+    fakes = [start(statuses=[500] * 99), start()]
+    spec = TextSpec(url=tuple(fake.url for fake in fakes), retries=0, concurrency=1)
+    ours = Servers("t", [fake.url for fake in fakes], spec)
+    assert ours.ask_each([LIST] * 12) == [ANSWER] * 12
+    assert [fake.seen["/tokenize"] for fake in fakes] == [9, 12]
+    ours, fakes[1].statuses[:] = Servers("t", [fake.url for fake in fakes], spec), [500]
+    refused, *answers = ours.ask_each([LIST] * 2)
+    assert isinstance(refused, FailedError)
+    assert answers == [ANSWER]
 
 
 def test_connections_are_probed_before_a_router_forgets_them(start, monkeypatch):

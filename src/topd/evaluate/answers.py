@@ -73,7 +73,7 @@ CHANGED = re.compile(  # what makes another number of the one before it
     r"|\s+[-+]?\d(?![\d.]*-[a-z]|\d*/\d+-[a-z]+\s[a-z]+s\b)"
     r"|\s*\\(?!text|math|mbox|approx|q?quad)[a-zA-Z]"
     rf"|\s*,(?:\s+and)?(?:\s+[A-Za-z]+:)?\s*[-+({{]*(?!{EXPLAINED})\d"
-    r"|\s*(?:[-+/*×·÷:&]|(?<=\s)(?:x|plus|minus|times|less|mod|choose|to|through"
+    r"|\s*(?:[-+±/*×·÷:&]|(?<=\s)(?:x|plus|minus|times|less|mod|choose|to|through"
     r"|over(?!\s+\d+\s+(?:second|minute|hour|day|week|month|year))"
     r"|(?:divided|multiplied)\s+by|(?:more|less|fewer)\s+than)(?=\s))\s*[-+({]*\d"
     r"|(?:\s+[A-Za-z]+){1,2}(?:\s*[+*×÷]|\s+(?:x|plus|minus|times|less)\s)\s*\d"
@@ -86,7 +86,7 @@ CHANGED = re.compile(  # what makes another number of the one before it
     r"|\s*[+×÷^]\s*[A-Za-z(]"
 )
 ARGUMENT = re.compile(  # what makes another number of the one after it
-    r"(?:[-+/^*×·÷√∛]|\\(?!text|math|mbox|approx|q?quad)[a-zA-Z]+\s*\{?"
+    r"(?:[-+±/^*×·÷√∛]|\\(?!text|math|mbox|approx|q?quad)[a-zA-Z]+\s*\{?"
     r"|(?i:\b(?:half(?:\s+of)?|(?:thirds?|quarters?|fourths?|fifths?|tenths?)\s+of|twice|double|triple"
     r"|sqrt|root\s+of|log|over|under|(?:more|less|fewer|greater)\s+than)))\s*[({]*$"
 )

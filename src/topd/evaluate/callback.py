@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -22,8 +26,13 @@ from topd.engines.hf import HFEngine
 from topd.errors import TOPDError
 from topd.evaluate.evaluation import Evaluation, Evaluator
 from topd.inputs.models import eos_ids
+from topd.inputs.models.fingerprints import fingerprint
 from topd.inputs.models.vocabulary import shared_ids
 from topd.statistics import Interval, paired_bootstrap
+
+GREEDY, PASS = "greedy", "pass@1"
+FIRST = "eval/first"  # of a log in the trainer's state: what was solved at first
+Solved = Mapping[str, Sequence[float]]  # by name, of every problem
 
 TIMES = ("eval/training_seconds", "eval/training_cpu_seconds")
 
@@ -46,8 +55,8 @@ class EvaluationCallback(TrainerCallback):
     ``eval/training_cpu_seconds`` are the wall-clock and this process's CPU time since the beginning
     without the evaluations; a resumed run counts on from its last evaluation. From the second
     evaluation on ``eval/greedy_change`` and ``eval/pass@1_change`` are the gains since the first,
-    with their ends: paired by problem, so only where this process made both. ``latest`` is the
-    latest evaluation.
+    with their ends, paired by problem; a resumed run has the first one from its checkpoint.
+    ``latest`` is the latest evaluation.
 
     >>> trainer.add_callback(EvaluationCallback(trainer, evaluator, every=50))  # doctest: +SKIP
 
@@ -67,7 +76,7 @@ class EvaluationCallback(TrainerCallback):
         self.trainer, self.evaluator, self.every = trainer, evaluator, every
         self.allowed = shared_ids(evaluator.tokenizer, evaluator.tokenizer)
         self.latest: Evaluation | None = None
-        self._first: Evaluation | None = None  # before the first update
+        self._first: Solved = {}  # before the first update
         self._latest_step = -1
         self._began = self._spent = np.zeros(2)
 
@@ -89,6 +98,8 @@ class EvaluationCallback(TrainerCallback):
             if TIMES[0] in log:  # a resumed run: what was evaluated before
                 self._latest_step = log["step"]
                 self._spent = -np.array([log[time] for time in TIMES])
+            if log.get(FIRST, {}).get("of") == self._problems():
+                self._first = log[FIRST]["solved"]
         if state.global_step != self._latest_step:
             self.on_step_end(args, state, control)  # at 0, or where a fault ended the run before
 
@@ -128,8 +139,10 @@ class EvaluationCallback(TrainerCallback):
         times = (began - self._began - self._spent).tolist()
         found = {**logged(self.latest), **changes(self._first, self.latest)}
         self.trainer.log({**found, **dict(zip(TIMES, times, strict=True))})
-        if step == 0:
-            self._first = self.latest
+        if step == 0:  # in the state, which checkpoints have; no logger is given it
+            self._first = {key: self.latest.solved(greedy=key == GREEDY) for key in (GREEDY, PASS)}
+            first = {"of": self._problems(), "solved": self._first}
+            self.trainer.state.log_history[-1][FIRST] = first
         control.should_log = log_wanted  # a log of ours must not stand for that of the update
         self._latest_step = step
         self._spent = self._spent + _clocks() - began
@@ -137,6 +150,13 @@ class EvaluationCallback(TrainerCallback):
     def _evaluated(self, engine: HFEngine) -> Evaluation:
         check_decoding(engine)
         return self.evaluator(engine)
+
+    def _problems(self) -> str:
+        """SHA-256 of what is evaluated on, and how: values are paired only where it is the same."""
+        asked = self.evaluator
+        rows = [asked.rows[prompt.index] for prompt in asked.prompts]
+        how = [fingerprint(asked.prompts), rows, asked.samples, asdict(asked.sampling), asked.seed]
+        return hashlib.sha256(json.dumps(how, default=str).encode()).hexdigest()
 
     def _whole(self) -> AbstractContextManager[PreTrainedModel]:
         """The model, with its weights whole where a TOPDTrainer has them sharded."""
@@ -170,16 +190,14 @@ def logged(evaluation: Evaluation) -> dict[str, float]:
     return logs
 
 
-def changes(first: Evaluation | None, last: Evaluation) -> dict[str, float]:
+def changes(first: Solved, last: Evaluation) -> dict[str, float]:
     """How much more is solved than at first, with the ends of the paired interval over problems.
 
     The names are ``eval/greedy_change``, ``eval/greedy_change_low``, ...; likewise ``pass@1``.
     """
     logs: dict[str, float] = {}
-    if first is None:
-        return logs
-    for name, greedy in (("greedy", True), ("pass@1", False)):
-        gain = paired_bootstrap(last.solved(greedy=greedy), first.solved(greedy=greedy))
+    for name, before in first.items():
+        gain = paired_bootstrap(last.solved(greedy=name == GREEDY), before)
         logs |= _with_ends(f"eval/{name}_change", gain)
     return logs
 

@@ -18,12 +18,14 @@ from typing import TypeAlias
 
 from topd.evaluate.exact import exact
 from topd.evaluate.structures import (
+    SIGNS,
     VARIABLE,
     assigned,
     has_relation,
     in_order,
     intervals,
     listed,
+    misread,
     value_of,
     variables,
 )
@@ -44,14 +46,8 @@ GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 SPACED = re.compile(r"(?<![\d._^])\d{1,3}(?: \d{3})+(?!\d)")
 APART = re.compile(r"(?<=\d)(?<!_\d)(?<!_\d\d)\s+(?=\d)")  # the 8 of \log_2 8 is no second number
 WORD = re.compile(r",?\s*(?:«\s*(and|or)\s*»|\b(and|or)\b)\s*")
-SIGNS = frozenset(
-    "le ge ne gg ll nleq ngeq nless ngtr lesssim gtrsim prec succ preceq succeq in notin subset "
-    "subseteq supset supseteq not equiv approx sim simeq cong propto to rightarrow mapsto mid nmid "
-    "mod bmod pmod prime".split()
-)
 TURNED = {"ge": "le", ">": "<", "gg": "ll", "bmod": "mod", "pmod": "mod"}  # sides may be turned
 EMPTY = re.compile(r"\\?\{\s*\\?\}|\\(?:emptyset|varnothing)|∅")
-UNREAD = re.compile(r"\\(?:text|math(?!bb)|bold|under|[mh]box|operator)")  # what is in it is lost
 TIME = re.compile(r"(\d{1,2}):(\d{2})(?::\d{2})?\s*([ap]\.?\s*m\.?)?", re.I)
 CHOICE = re.compile(r"\(?([A-Z])\)?")
 CHOSEN = re.compile(
@@ -379,11 +375,12 @@ def _equation(gold: str, claim: str, inner: Ask, ask: Ask) -> bool:
 def _algebra(gold: str, claim: str, ask: Ask) -> bool:
     """What math-verify is asked: expressions of the same variables, no decimal for a root.
 
-    It overlooks relations, primes and what a number is modulo, and joins "1 2" to 12. Of a command
-    that it does not know it takes the last number.
+    It overlooks relations, primes and what a number is modulo, and joins "1 2" to 12.
     """
     gold, claim = _grouped(gold), _grouped(claim)
-    if _signs(gold) != _signs(claim) or APART.search(f"{gold};{claim}") or UNREAD.search(claim):
+    if _signs(gold) != _signs(claim) or APART.search(f"{gold};{claim}"):
+        return False
+    if misread(gold) or misread(claim):
         return False
     if variables(gold) != variables(claim) or "\\ldots" in gold + claim:
         return False

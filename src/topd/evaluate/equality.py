@@ -8,19 +8,18 @@ integer operations: so it runs where it can be killed.
 from __future__ import annotations
 
 import json
+import resource
 import sys
+from contextlib import suppress
 
 SECONDS = 3  # for each parse and each comparison; the parent's patience is longer
 MEMORY = 4 << 30  # bytes of address space
 
 
 def limit_memory() -> None:
-    """Make too large numbers a MemoryError. Not on Windows, which has no such limit."""
-    try:
-        import resource
-    except ImportError:
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    """Make too large numbers a MemoryError. Not on macOS, which may refuse such a limit."""
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 def serve() -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from topd.engines import Engine, Tick, no_tick
 from topd.errors import TOPDError
 from topd.evaluate.answers import Verify
-from topd.inputs.prompt_rows import labelled
+from topd.inputs.prompt_rows import unformatted
 from topd.seeds import Stream, seed_of
 from topd.statistics import Interval, bootstrap, pass_at_k
 from topd.types import Generation, Ids, Prompt, Sampling
@@ -201,7 +201,7 @@ class Evaluator:
                 "makes of these rows, once, and rows as a list of mappings."
             )
         if hasattr(self.rows, "features"):  # a data set, whose class labels are numbers
-            object.__setattr__(self, "rows", [*labelled(self.rows)])
+            object.__setattr__(self, "rows", [*unformatted(self.rows)])
         given = self.sampling
         if not (
             given.temperature < math.inf

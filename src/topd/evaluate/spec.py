@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from topd.errors import TOPDError
-from topd.evaluate.answers import AnswerVerifier
+from topd.evaluate.answers import AnswerVerifier, reference_answer, reference_text
 from topd.evaluate.evaluation import Evaluator, first_rows
 from topd.inputs.prompt_rows import UNREAD, prompt_of
 from topd.inputs.prompts import PromptEncoder
@@ -32,6 +32,7 @@ FORMATS = (
     ("problem", "solution"),  # MATH
 )
 NO_LIMIT = 1 << 40
+PROSE = 200  # characters; no answer of GSM8K, MATH-500, AIME or HMMT has as many
 
 
 class EvaluationSpec(BaseModel):
@@ -85,6 +86,7 @@ class EvaluationSpec(BaseModel):
         chosen = cast(dict[Any, str], self._chosen(list(data.load()[0])))
         rows = data.model_copy(update={"limit": self.limit, "columns": chosen}).load()
         AnswerVerifier().check(rows)
+        self._warn_of_prose(rows)
         return rows
 
     def with_split(self) -> Self:
@@ -176,6 +178,18 @@ class EvaluationSpec(BaseModel):
                 f"{', '.join(names)}."
             )
         return {"prompt" if k == "prompt" else "answer": v for k, v in self.columns.items()}
+
+    def _warn_of_prose(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Of references that are whole solutions, which no final answer equals."""
+        found = [reference_answer(reference_text(row["answer"])) for row in rows]
+        long = [i for i, answer in enumerate(found) if len(answer) > PROSE]
+        if long:
+            logger.warning_once(
+                f"data {self.path}, {len(long)} of {len(rows)} rows, first row {long[0]}: the "
+                f"reference is a text of more than {PROSE} characters without #### or \\boxed{{}}. "
+                "A response is right only if its final answer is all of it. Name the column of the "
+                "bare answer (columns)."
+            )
 
     def _warn_of_repeats(self, prompts: Sequence[Prompt]) -> None:
         repeats = len(first_rows(prompts))

@@ -12,6 +12,25 @@ VARIABLE = r"(?:[A-Za-z]|\\(?!not\b)[a-z]+)(?:_\{?\w+\}?)?'?(?:\([a-z](?:,\s*[a-
 GREEK = (  # as tuples have them: (rho, theta, phi)
     "alpha beta gamma delta epsilon rho theta lambda mu nu sigma tau phi chi psi omega".split()
 )
+SIGNS = frozenset(
+    "le ge ne gg ll nleq ngeq nless ngtr lesssim gtrsim prec succ preceq succeq in notin subset "
+    "subseteq supset supseteq not equiv approx sim simeq cong propto to rightarrow mapsto mid nmid "
+    "mod bmod pmod prime".split()
+)
+UNARY = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp".split()
+READ = SIGNS | {  # commands that math-verify reads
+    *UNARY,
+    *"frac over sqrt cdot times div pi infty pm mp binom cup cap setminus emptyset".split(),
+    *"varnothing lfloor rfloor lceil rceil lvert rvert vert mathbb".split(),
+    *GREEK,
+    *"zeta eta iota kappa xi upsilon varepsilon vartheta varphi".split(),
+    *"Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split(),
+}
+UNCLEAR = re.compile(  # 1/2x, 1/2(x+1), ln 2/3, sin x * y
+    r"/\s*\d+\s*(?:[a-zA-Z(]|\\(?!cdot|times|div|pm|mp)[a-z])"
+    rf"|\\(?:{'|'.join(UNARY)})(?![a-z])(?:[_^](?:\w|\{{[^{{}}]*\}}))*\s*(?![\s(])"
+    r"(?:[^-+()=,{}/]|\{[^{}]*\})*?(?:/|\\(?:cdot|times|div)(?![a-z]))"
+)
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 NAME = re.compile(  # of what the value after it is: an angle, a side, a sum, an area
     rf"^(?:\\angle\s*[A-Z]{{1,3}}|[A-Z]{{2,3}}|[A-Za-z]\(-?[^()=+-]+\)|«[A-Za-z ]+»"
@@ -205,3 +224,16 @@ def variables(text: str) -> set[str]:
     names = re.findall(r"\\[a-zA-Z]+|[a-zA-Z]", text)
     greek = {name for name in names if name[0] == "\\" and name[1:] in GREEK}
     return greek | {name for name in names if name[0] != "\\" and name not in "ei"}
+
+
+def misread(text: str) -> bool:
+    """Whether math-verify would read an expression otherwise than it may be meant.
+
+    Of a command that it does not know, and of degrees, it takes a number that is near. What is
+    divided by a product, and where the argument of a function ends, it decides.
+
+    >>> misread("\\\\lg 2"), misread("2\\\\ln 2"), misread("\\\\sin 5°+1"), misread("1/2x")
+    (True, False, True, True)
+    """
+    known = READ.issuperset(re.findall(r"\\([a-zA-Z]+)", text))
+    return not known or "°" in text or UNCLEAR.search(text) is not None

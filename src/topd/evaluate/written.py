@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 
+ALIKE = str.maketrans(  # \u2011 is a hyphen that breaks no line, which gpt-oss writes for a minus
+    "−‒–‐\u2011﹣－⋅∙✕✖⨯∗⁄∕∶", "-------··×××*//:"
+)
 CHARACTERS = {
-    **dict.fromkeys(map(ord, "−‒–﹣－"), "-"),
     **{ord(a): b for a, b in zip("０１２３４５６７８９", "0123456789", strict=True)},
     **{ord(a): f"\\frac{{{b[0]}}}{{{b[1]}}}" for a, b in
        zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞",
@@ -26,14 +28,19 @@ SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 GROUPS = re.compile(  # of thousands, as written where a comma or a stop is no decimal mark
     r"(?<![\d.,'’_])\d{1,3}(?:(?:['’]\d{3})+|(?:_\d{3})+|(?:\.\d{3}){2,})(?![\d.'’_])"
 )
+NESTED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # braces three deep
 TEXT = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:rm|bf|it|sf|tt)|mbox|hbox|operatorname|boldsymbol)"
-    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+    rf"\s*{NESTED}"
 )
+BOXED = re.compile(rf"\\f?box(?:ed)?\s*{NESTED}")
 SWITCH = re.compile(r"\\(?:bf|rm|it|sf|displaystyle|textstyle|left|right|limits|bigl?|bigr)\b\s?")
 SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|(?:thin|med|thick|nobreak)?space|hfill)(?![A-Za-z])"
     r"|[hm](?:space|skip)\*?\{[^{}]*\})|~"
+)
+ARGUMENT = re.compile(  # as sympy writes it; math-verify reads on, \\sin{(1)}/2 as the sine of 1/2
+    r"(\\(?:sin|cos|tan|cot|sec|csc|log|ln|exp)(?:[_^](?:\w|\{-?\w+\}))?)\s*\{(\([^(){}]*\))\}"
 )
 BREAK = re.compile(r"\\\\\s*\[\s*-?[\d.]+\s*(?:pt|mm|cm|em|ex|in)\s*\]")  # and space after it
 DOTS = re.compile(r"\.{3,}|…|\\[lc]?dots[a-z]?(?![A-Za-z])")
@@ -78,12 +85,13 @@ def plain(answer: str) -> str:
         "[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+", lambda m: "^{" + m.group().translate(SUPERSCRIPTS) + "}", answer
     )
     text = DOTS.sub(r"\\ldots ", BREAK.sub(r"\\\\", text))
-    text = _without_delimiters(text.translate(CHARACTERS).replace("**", " ").strip(" _\t\n"))
+    text = text.translate(ALIKE).translate(CHARACTERS).replace("**", " ")
+    text = _without_delimiters(text.strip(" _\t\n"))
     text = re.sub(r"\\tag\*?\s*\{[^{}]*\}|\\!(?!\s*\d)", "", text)
     text = re.sub(r"\{,\}|,\s*\\!\s*(?=\d)|\\!", "", text)
     text = SPACE.sub(" ", SWITCH.sub("", text))
     for _ in range(3):  # nested boxes and styles
-        text = re.sub(r"\\f?box(?:ed)?\s*\{([^{}]*)\}", r"\1", text)
+        text = BOXED.sub(r"\1", text)
         text = TEXT.sub(_marked, text)
     text = re.sub(r"\^\s*(?:\\prime\b|\{\s*\\prime\s*\})", "'", text)
     text = DEGREES.sub("°", text.replace("\\%", "%"))
@@ -95,7 +103,7 @@ def plain(answer: str) -> str:
     text = text.replace("\\lt", "<").replace("\\gt", ">").replace("<=", "\\le ").replace(
         ">=", "\\ge "
     )  # fmt: skip
-    text = PREFIX.sub("", _fractions(text).strip())
+    text = PREFIX.sub("", _fractions(ARGUMENT.sub(r"\1\2", text)).strip())
     text = GROUPS.sub(lambda found: re.sub(r"\D", "", found.group()), text)
     if text.count("«") != text.count("»"):
         text = re.sub("[«»]", "", text)
@@ -103,9 +111,9 @@ def plain(answer: str) -> str:
 
 
 def typed(text: str) -> str:
-    """Text with ASCII's minus and blank for the other ones, none between groups of thousands."""
+    """Text with one minus, blank and sign of a kind, and no blanks between groups of thousands."""
     text = re.sub(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"[^\S\n]", " ", re.sub("[−‒–﹣－]", "-", text))
+    text = re.sub(r"[^\S\n]", " ", text.translate(ALIKE))
     return SIGNED.sub("-", text)
 
 
@@ -163,10 +171,11 @@ def _marked(found: re.Match[str]) -> str:
 
 
 def _fractions(text: str) -> str:
-    """``\\frac12`` and ``\\sqrt2`` with their braces."""
+    """``\\frac12`` and ``\\sqrt2`` with their braces. √12 is the root of 12."""
     text = re.sub(r"\\[dtc]frac(?![^\W\d])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\w)", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*(\{)", r"\\frac\1\2", text)
-    text = re.sub(r"\\sqrt\s*(\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(\d+(?:\.\d+)?|\w)", r"\\sqrt{\1}", text)
+    text = re.sub(r"\\sqrt\s*(\\frac\s*\{[^{}]*\}\s*\{[^{}]*\})", r"\\sqrt{\1}", text)
     return re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text)

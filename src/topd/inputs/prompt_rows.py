@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import datasets
+import numpy as np
 from transformers.utils import logging
 
 from topd.errors import TOPDError, shown
@@ -16,6 +19,12 @@ logger = logging.get_logger(__name__)
 
 Messages = Sequence[Mapping[str, Any]]
 UNREAD = ("images", "image", "videos", "video", "audios", "audio")
+NOT_READ = (
+    "data row {}: has {}, which are not read: only text is. Remove the column, or choose other "
+    "data."
+)
+MEDIA = (datasets.Image, datasets.Audio, datasets.Video)
+NARROW, NUMPY = ("float16", "float32"), (np.ndarray, np.generic)
 EXACT = 2**53  # below it a float is the whole number that it was made of
 ROLES = ("user", "assistant", "system", "tool", "developer", "function")
 MISNAMED = (*ROLES, "human", "gpt", "model", "bot", "ai")
@@ -63,18 +72,71 @@ class Label(int):
         return Label, (int(self), self._name)
 
 
-def labelled(rows: Iterable[Any]) -> Iterator[Any]:
-    """Rows with the class labels that a data set names as :class:`Label`; -1 is none."""
-    features: Mapping[str, Any] = getattr(rows, "features", None) or {}
-    known = {name: kind.names for name, kind in features.items() if hasattr(kind, "int2str")}
-    for row in rows:
-        numbers = {n: _plain(row.get(n)) for n in known} if isinstance(row, Mapping) else {}
-        labels = {
-            name: Label(number, known[name][number]) if number >= 0 else None
-            for name, number in numbers.items()
-            if type(number) is int
-        }
-        yield {**row, **labels} if labels else row
+def unformatted(rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows as a data set has them, whatever its format makes of them.
+
+    Class labels are :class:`Label` (-1 is none), and numbers of 32 bits or less the shortest that
+    are stored so: 0.1, not 0.10000000149011612. A transform of its own stays.
+
+    Raises TOPDError: a row has a picture or sound.
+    """
+    stored, kinds = rows, getattr(rows, "features", None) or {}
+    if isinstance(rows, datasets.Dataset) and rows.format["type"] != "custom":
+        stored = rows.with_format(None, rows.format["columns"])
+        _check_media(stored)
+    readers = {name: read for name, kind in kinds.items() if (read := _reader(kind))}
+    for row in stored:
+        yield _read_parts(readers, row) if readers else row
+
+
+def _check_media(rows: datasets.Dataset) -> None:
+    """Refuse files in columns that datasets would decode, whatever their names. Raises TOPDError.
+
+    They are not decoded here: that takes libraries which nothing else needs.
+    """
+    for name in rows.format["columns"]:
+        if _is_media(rows.features[name]):
+            for index, table in enumerate(rows.with_format("arrow", [name])):
+                if table[name][0].as_py():
+                    raise TOPDError(NOT_READ.format(index, name))
+
+
+def _reader(kind: Any) -> Callable[[Any], Any] | None:
+    """What makes of a stored value what was written; None for a kind that is stored so."""
+    if isinstance(kind, datasets.ClassLabel):
+        return partial(_label, kind.names)
+    if isinstance(kind, datasets.Value) and kind.dtype in NARROW:
+        return partial(_shortest, np.dtype(kind.dtype).type)
+    if isinstance(kind, Mapping):
+        parts = {name: read for name, inner in kind.items() if (read := _reader(inner))}
+        return partial(_read_parts, parts) if parts else None
+    read = _reader(kind.feature) if hasattr(kind, "feature") else None
+    return None if read is None else partial(_read_each, read)
+
+
+def _is_media(kind: Any) -> bool:
+    """Whether a column's kind is a file that datasets decodes, or a list of these."""
+    return isinstance(kind, MEDIA) or (hasattr(kind, "feature") and _is_media(kind.feature))
+
+
+def _label(names: Sequence[str], value: Any) -> Any:
+    if type(value) is not int:
+        return value
+    return Label(value, names[value]) if value >= 0 else None
+
+
+def _shortest(kind: type[np.floating[Any]], value: Any) -> Any:
+    return float(str(kind(value))) if isinstance(value, float) else value
+
+
+def _read_parts(readers: Mapping[str, Callable[[Any], Any]], value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {**value, **{name: read(value[name]) for name, read in readers.items() if name in value}}
+
+
+def _read_each(read: Callable[[Any], Any], value: Any) -> Any:
+    return [*map(read, value)] if isinstance(value, list) else value
 
 
 def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -82,7 +144,7 @@ def plain_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Raises TOPDError: one is not a mapping.
     """
-    found = [plain_row(_mapping(index, row)) for index, row in enumerate(labelled(rows))]
+    found = [plain_row(_mapping(index, row)) for index, row in enumerate(unformatted(rows))]
     if any(row.get("prompt") is not None and row.get("messages") is not None for row in found):
         logger.warning(
             "data: rows have both prompt and messages. prompt counts and messages is not read. To "
@@ -96,7 +158,7 @@ def _mapping(index: int, row: Any) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise TOPDError(
             f"data row {index}: must be a mapping such as {{'prompt': 'What is 1 + 2?'}}, not a "
-            f"{type(row).__name__}. Give a list of these, or a data set of datasets without format."
+            f"{type(row).__name__}. Give a list of these, or a data set of datasets."
         )
     return row
 
@@ -114,7 +176,8 @@ def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy's, as in what pandas reads from Parquet
-        value = value.tolist()
+        narrow = str(getattr(value, "dtype", "")) in NARROW and isinstance(value, NUMPY)
+        value = (value.astype(str).astype(float) if narrow else value).tolist()
     if isinstance(value, Sequence | Mapping):
         return value
     try:
@@ -153,10 +216,7 @@ def read_row(index: int, row: Mapping[str, Any]) -> Row:
     """A row's prompt, answer, tools and template arguments. Raises TOPDError, with the row."""
     unread = [name for name in UNREAD if _filled(row.get(name)) not in (None, "", [], {})]
     if unread:
-        raise TOPDError(
-            f"data row {index}: has {unread[0]}, which are not read: only text is. Remove the "
-            "column, or choose other data."
-        )
+        raise TOPDError(NOT_READ.format(index, unread[0]))
     prompt = prompt_of(row)
     if prompt is None and row.keys() & {"prompt", "messages"}:
         prompt = ""
@@ -208,10 +268,12 @@ def _answer(index: int, row: Mapping[str, Any]) -> Mapping[str, Any] | None:
             solution = int(solution)
         _check_text(index, "solution", str(solution))
         return {"role": "assistant", "content": str(solution)}
-    if not (isinstance(solution, Mapping) or all(isinstance(turn, Mapping) for turn in solution)):
+    said = [solution] if isinstance(solution, Mapping) else solution
+    if not all(isinstance(turn, Mapping) and "role" in turn for turn in said):
         raise TOPDError(
             f"data row {index}: the solution is a text or one message of the assistant, not "
-            f"{shown(solution)}. Of a list map one entry: columns: {{solution: NAME.0}}."
+            f"{shown(solution)}. Of several values map one: columns: {{solution: NAME.0}}, or "
+            "NAME.KEY."
         )
     turns = _checked_messages(index, solution)
     if len(turns) != 1 or turns[0]["role"] != "assistant":

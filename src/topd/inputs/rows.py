@@ -6,6 +6,7 @@ Files of text are read as they are written: a date stays text, a number keeps it
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
 import json
@@ -20,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers.utils import logging
 
 from topd.errors import GIVE_DATA, TOPDError
-from topd.inputs.prompt_rows import labelled, plain_row, prompt_of
+from topd.inputs.prompt_rows import plain_row, prompt_of, unformatted
 from topd.testbed import SCHEME, rows_of
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,8 @@ logger = logging.get_logger(__name__)
 OF_DATASETS = (datasets.exceptions.DatasetGenerationError, RuntimeError)
 csv.field_size_limit(1 << 30)  # a cell may be longer than 131,072 characters
 ABSENT = (KeyError, TypeError, IndexError, ValueError)  # a column, raised on the way to it
+PACKED = (".zip", ".bz2", ".xz", ".zst", ".lz4", ".7z", ".rar", ".tar", ".tgz")
+ABOUT = ("config.json", "dataset_info.json", "dataset_infos.json")  # which hold no rows
 OPTIONAL = ("answer", "solution")  # a row may lack them where others have them
 TEXTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")  # each also with .gz after it
 
@@ -167,7 +170,7 @@ class DataSpec(BaseModel):
                 return found[: self.limit]
             if self.limit is not None:
                 found = found.take(min(self.limit, len(found)))
-            return list(labelled(found))
+            return list(unformatted(found))
         except TOPDError:
             raise
         except UnicodeDecodeError as error:
@@ -215,7 +218,7 @@ def _read(place: str, name: str | None, split: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no such file {path}")
     if kind == ".parquet" and path.stat().st_size:
-        return datasets.load_dataset("parquet", data_files=str(path), split=split)
+        return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split=split)
     rows = _rows_of_file(path)
     return rows if split == "train" else _part(split, {"train": rows})
 
@@ -254,14 +257,23 @@ def _loaded(place: str, name: str | None, split: str) -> Any:
 def _files_of(folder: Path, name: str | None) -> dict[str, list[Path]] | None:
     """A folder's files of text by split; None if it has others, or its card says how to read them.
 
-    A warning names data that datasets leaves out.
+    A warning names data that datasets leaves out. Raises ValueError for a name that is a pattern,
+    and for files packed otherwise than by gzip, in which datasets would guess types.
     """
+    if not {*str(folder.resolve())}.isdisjoint("*?["):
+        raise ValueError(
+            f"{folder.resolve()} has one of * ? [ in it, which datasets takes for a pattern of "
+            "names. Rename that folder, or give a file of it"
+        )
     with TemporaryDirectory() as empty:  # a cache would have features that datasets guessed
         builder = datasets.load_dataset_builder(str(folder), name, cache_dir=empty)
     config = builder.config
     files = {str(split): [*map(Path, some)] for split, some in (config.data_files or {}).items()}
     read = {file for some in files.values() for file in some}
+    if packed := sorted(file.name for file in read if file.suffix.lower() in PACKED):
+        raise ValueError(f"{packed[0]} is packed. Unpack it, or pack it with gzip (.gz)")
     known = {file for file in folder.resolve().rglob("*") if _kind(file) in (*TEXTS, ".parquet")}
+    known = {file for file in known if file.name not in ABOUT}
     if name is None and (unread := sorted(file.name for file in known - read)):
         more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         logger.warning(
@@ -324,6 +336,11 @@ def _table(reader: csv.DictReader[str]) -> list[dict[str, Any]]:
     names = [name for name in reader.fieldnames or () if name]
     if len(set(names)) < len(names):
         raise ValueError("its first line has a name twice")
+    if len(names) == 1 and (other := set(names[0]) & {*";,|\t"}):
+        raise ValueError(
+            f"its columns seem to be separated by {other.pop()!r}. Save it with commas (.csv) or "
+            "tabs (.tsv)"
+        )
     for row in reader:
         if None in row or None in row.values():
             more = "more" if None in row else "fewer"

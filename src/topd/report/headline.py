@@ -163,7 +163,7 @@ def held_out_words(logs: Sequence[Mapping[str, float]]) -> Iterator[str]:
 
 
 def _gain_words(log: Mapping[str, float], key: str) -> str:
-    """A paired gain since the first evaluation; nothing where a resumed run has no pairs."""
+    """A paired gain since the first evaluation; nothing where there are no pairs."""
     if f"{key}_change" not in log:
         return ""
     gain, low, high = (100 * log[f"{key}_change{end}"] for end in ("", "_low", "_high"))

@@ -54,8 +54,7 @@ function token(rollout, position, number, less) {
   if (!fork) return h("span", { class: kind, "data-at": position }, text);
   const label = `Candidate ${number + 1}, ${NAMES[fork.verdict]}, OT distance ${fixed(fork.distance, 3)}, `
     + `${fork.loss === null ? "" : `token loss ${fixed(fork.loss, 2)} nats, `}token ${JSON.stringify(text)}`;
-  return h("button", { type: "button", class: `${kind} fork ${fork.verdict}`, "data-at": position, "data-fork": number, "aria-label": label, "aria-pressed": "false" },
-    h("span", { class: "badge", "aria-hidden": "true" }, `${SIGNS[fork.verdict]}${number + 1}`), text);
+  return h("button", { type: "button", class: `${kind} fork ${fork.verdict}`, "data-at": position, "data-fork": number, "data-badge": `${SIGNS[fork.verdict]}${number + 1}`, "aria-label": label, "aria-pressed": "false" }, text);
 }
 
 function tokensOf(rollout, from, to) {

@@ -220,6 +220,7 @@ class GateFigure(Record):
     harm: IntervalRecord
     limit: float
     verdict: str
+    unit: str = "tokens"  # of a length
 
 
 class GateRecord(Record):

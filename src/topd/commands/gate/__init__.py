@@ -37,7 +37,7 @@ from topd.evaluate.answers import spoken
 from topd.evaluate.evaluation import by_problem, first_rows
 from topd.evaluate.spec import EvaluationSpec
 from topd.inputs.models import ModelSpec
-from topd.inputs.models.vocabulary import check_embedding_rows
+from topd.inputs.models.vocabulary import PROBE, check_embedding_rows, known_ids
 from topd.inputs.prompts import repeated_ngram_share
 from topd.report import page_line
 from topd.runs.folder import RunFolder
@@ -163,7 +163,10 @@ class Suite(BaseModel):
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of both models: means, the harm with its interval, and what follows from it."""
+    """One figure of both models: means, the harm with its interval, and what follows from it.
+
+    ``unit`` is that of a length.
+    """
 
     name: str
     base: float
@@ -171,6 +174,7 @@ class Figure:
     harm: Interval
     limit: float
     verdict: Verdict
+    unit: Literal["tokens", "characters"] = "tokens"
 
 
 def read_suite(path: Path) -> Suite:
@@ -194,6 +198,14 @@ def _mean_of(measure_of: Callable[[Response], float]) -> Measure:
     return measured
 
 
+def _tokens(response: Response) -> int:
+    return len(response.ids)
+
+
+def _characters(response: Response) -> int:
+    return len(response.text)
+
+
 def confidence(response: Response) -> float:
     """The geometric mean of the probabilities of a response's tokens; 0 for an empty one."""
     return min(1.0, math.exp(response.logprob / len(response.ids))) if response.ids else 0.0
@@ -208,7 +220,7 @@ def brier(found: Evaluation) -> list[float]:
 MEASURES: dict[str, Measure] = {
     "accuracy": lambda found: [1 - share for share in found.solved(greedy=True)],
     "sampled_accuracy": lambda found: [1 - share for share in found.solved()],
-    "length": _mean_of(lambda response: len(response.ids)),
+    "length": _mean_of(_tokens),
     "truncated": _mean_of(lambda response: not response.finished),
     "repetition": _mean_of(lambda response: repeated_ngram_share(response.ids)),
     "calibration": brier,
@@ -217,14 +229,22 @@ MEASURES: dict[str, Measure] = {
 
 
 def compare_models(
-    base: Mapping[str, Evaluation], candidate: Mapping[str, Evaluation], suite: Suite
+    base: Mapping[str, Evaluation],
+    candidate: Mapping[str, Evaluation],
+    suite: Suite,
+    *,
+    same_tokens: bool = True,
 ) -> list[Figure]:
-    """The figures of a suite, of evaluations of ``problems`` and, if it has some, ``refusals``."""
+    """The figures of a suite, of evaluations of ``problems`` and, if it has some, ``refusals``.
+
+    Lengths are counted in tokens, or in characters where the models' tokens are not the same.
+    """
     limits = suite.limited()
-    return [
-        _figure(name, base, candidate, limit, suite.error / len(limits))
+    found = [
+        _figure(name, base, candidate, limit, suite.error / len(limits), same_tokens)
         for name, limit in limits.items()
     ]
+    return found if same_tokens else [replace(figure, unit="characters") for figure in found]
 
 
 def _figure(
@@ -233,13 +253,16 @@ def _figure(
     candidate: Mapping[str, Evaluation],
     limit: float,
     error: float,
+    same_tokens: bool,
 ) -> Figure:
     part = "refusals" if name == "refusals" else "problems"
-    before, after = (MEASURES[name](found[part]) for found in (base, candidate))
+    length = _tokens if same_tokens else _characters
+    measured = _mean_of(length) if name == "length" else MEASURES[name]
+    before, after = (measured(found[part]) for found in (base, candidate))
     unit, most = 1.0, 1.0
     if name == "length":  # a response to another prompt is at most as long as the longest of these
         unit = fmean(before) or 1.0
-        most = max(len(r.ids) for found in (base, candidate) for r in found[part].responses) / unit
+        most = max(length(r) for found in (base, candidate) for r in found[part].responses) / unit
     harm = paired_bootstrap(
         [value / unit for value in after],
         [value / unit for value in before],
@@ -318,7 +341,9 @@ def _gate_into(
         evaluations, made_of[role] = measure(spec, asked, run, console)
         found[role] = dict(zip(evaluators[role], evaluations, strict=True))
         responses |= dict(zip(asked, evaluations, strict=True))
-    figures = compare_models(found["base"], found["candidate"], suite)
+    base, candidate = (asked["problems"].tokenizer for asked in evaluators.values())
+    same = known_ids(base, PROBE) == known_ids(candidate, PROBE)
+    figures = compare_models(found["base"], found["candidate"], suite, same_tokens=same)
     good = passed(figures, strict=suite.strict)
     lost = lost_problems(found["base"]["problems"], found["candidate"]["problems"])
     record = {

@@ -78,6 +78,11 @@ def remarks(figures: Sequence[Figure]) -> list[str]:
                 f"{_title(figure)} to lose, so these problems say nothing of harm. Choose problems "
                 "that it can solve."
             )
+        if figure.name == "length" and figure.unit == "characters":
+            found.append(
+                "the models' tokenizers split text differently: the length is in characters, "
+                "and repetition, calibration and max_tokens count each model's own tokens."
+            )
     open_ones = [f for f in figures if f.verdict == "open" and f.name != "length" and f.limit > 0]
     if open_ones:
         least = max(open_ones, key=_needed)
@@ -97,7 +102,7 @@ def _needed(figure: Figure) -> int:
 def _cells(figure: Figure) -> tuple[str, ...]:
     """A line of the table. Accuracies and refusals are shown as shares that are right.
 
-    All in per cent but lengths, which are tokens, and the Brier score; a harm of a share is in
+    All in per cent but lengths and the Brier score; a harm of a share is in
     points, that of the length relative to the base's mean.
     """
     turned = figure.name in ("accuracy", "sampled_accuracy", "refusals")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Lock
@@ -36,6 +36,10 @@ KEY = "Put its API key into an environment variable and name that in {}.api_key_
 
 class RefusedError(TOPDError):
     """A request that a server does not answer, although it may answer others."""
+
+
+class FailedError(RefusedError):
+    """A request that a server answers with 500; another one may answer it."""
 
 
 class Request(NamedTuple):
@@ -126,9 +130,16 @@ class Servers:
             pool.shutdown(cancel_futures=True)
 
     def _send(self, method: str, path: str, body: Any = None, group: int | None = None) -> bytes:
+        failed: set[str] = set()  # servers that answer 500 to this request
         while True:
-            with self._chosen(group) as url:
-                answer = self._answer(method, url, path, body)
+            with self._chosen(group, failed) as url:
+                try:
+                    answer = self._answer(method, url, path, body)
+                except FailedError:
+                    failed.add(url)
+                    if failed.issuperset(list(self._load)):
+                        raise
+                    continue
             if answer is not None:
                 return answer
 
@@ -169,7 +180,7 @@ class Servers:
         if answer.status_code == 500:
             self._errors[url] += 1
             if self._errors[url] <= self.served.errors_of_one:
-                raise RefusedError(f"{self.name}: {url}{said}.")
+                raise FailedError(f"{self.name}: {url}{said}.")
         self._leave_out(url, said)
         return None
 
@@ -195,11 +206,12 @@ class Servers:
         return b"".join(parts)
 
     @contextmanager
-    def _chosen(self, group: int | None) -> Iterator[str]:
-        """The server for a request, which counts as under way meanwhile."""
+    def _chosen(self, group: int | None, failed: Collection[str] = ()) -> Iterator[str]:
+        """The server for a request, which counts as under way meanwhile; if possible not one of
+        ``failed``."""
         with self._lock:
             self._check_left()
-            urls = list(self._load)
+            urls = [url for url in self._load if url not in failed] or list(self._load)
             url = (
                 min(urls, key=self._load.__getitem__) if group is None else urls[group % len(urls)]
             )

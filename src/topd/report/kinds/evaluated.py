@@ -207,7 +207,7 @@ def _value(figure: GateFigure, value: float) -> str:
     if figure.name == "calibration":
         return f"{value:.3f}"
     if figure.name == "length":
-        return f"{value:,.1f} tokens"
+        return f"{value:,.1f} {plain(figure.unit, limit=20)}"
     return f"{100 * (1 - value if figure.name in RIGHT else value):.1f} %"
 
 

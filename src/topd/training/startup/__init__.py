@@ -177,12 +177,19 @@ def _are_texts(rows: Any) -> bool:
 def rows_of(data: Any) -> Any:
     """The rows of a DataFrame of pandas, a Dataset of torch or a list of texts; others as they are.
 
+    Raises TOPDError: a DataFrame has a column twice.
+
     >>> rows_of(["What is 1 + 2?"])
     [{'prompt': 'What is 1 + 2?'}]
     """
     if _are_texts(data):
         return [{"prompt": text} for text in data]
     if hasattr(data, "iloc") and hasattr(data, "columns"):
+        if not data.columns.is_unique:
+            twice = data.columns[data.columns.duplicated()][0]
+            raise TOPDError(f"data: the column {twice!r} is there twice. Rename one.")
+        for name in data.select_dtypes(["float16", "float32"]).columns:  # else 0.10000000149011612
+            data = data.assign(**{name: data[name].astype(str).astype(float)})
         return data.to_dict("records")
     if hasattr(data, "__len__") and not hasattr(data, "__iter__"):  # torch's, which may have no end
         return [data[index] for index in range(len(data))]
