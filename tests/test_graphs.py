@@ -333,7 +333,7 @@ def test_an_adapter_on_a_weight_itself_writes_its_own_text(half):
         assert sum(gaps) / len(gaps) < (0.1 if half else 1e-4)
 
 
-def test_a_head_that_is_made_anew_each_time_is_not_captured():
+def test_a_head_whose_weight_is_another_each_time_is_not_captured():
     """A graph would multiply with the head of the update that it was captured in."""
     assert graphable(model_of("llama"))
     config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]})

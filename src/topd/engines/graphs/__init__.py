@@ -59,7 +59,7 @@ def graphable(model: PreTrainedModel) -> bool:
         and bool(getattr(text, "rope_parameters", None))
         and rope_switch(model.config) is None
         and all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
-        # that of a head with trained tokens is made anew each time, and a graph keeps its first
+        # a head with trained tokens has another each time, and a graph keeps its first
         and any(head_of(model).weight is weight for weight in weights)
         and len({weight.device for weight in weights}) == 1
         and not any(hasattr(module, "_hf_hook") for module in model.modules())

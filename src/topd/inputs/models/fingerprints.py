@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -96,9 +96,19 @@ def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def _plain(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by name; those that torchao has quantised are made of several."""
+    for name, tensor in sorted(tensors.items()):
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts = tensor.__tensor_flatten__()[0]
+            yield from _plain({f"{name}.{part}": getattr(tensor, part) for part in parts})
+        else:
+            yield name, tensor
+
+
 def _tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in _plain(tensors):
         found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         found.update(flat.view(torch.uint8).numpy().tobytes())
