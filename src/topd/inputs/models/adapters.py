@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.models.fingerprints import BELOW, model_fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -156,10 +157,22 @@ def with_adapter(student: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
             f"lora.init_lora_weights: {start} takes from the base what it draws at random, so that "
             "peft does not load adapter/ as it was trained. Use student/, or give pissa."
         )
+    below = model_fingerprint(student)["sha256"] if begins_with_base(adapter) else None
     try:
-        return get_peft_model(student, copy.deepcopy(adapter))  # PEFT changes what it is given
+        wrapped = get_peft_model(student, copy.deepcopy(adapter))  # PEFT changes what it is given
     except _PEFT_FAULTS as error:
         raise _refused(error) from error
+    if below is not None:
+        setattr(wrapped, BELOW, below)
+    return wrapped
+
+
+def begins_with_base(adapter: PeftConfig) -> bool:
+    """Whether an adapter begins with parts of the weights below it, and takes them out there.
+
+    Both are the same everywhere but for rounding, which depends on the machine and its threads.
+    """
+    return getattr(adapter, "init_lora_weights", None) in ("pissa", "olora")
 
 
 def _refused(error: Exception) -> TOPDError:

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from topd.distributed import WRAPPER, whole
 from topd.types import Prompt
 
+BELOW = "sha256_below"  # of a model with an adapter: of the one below, before it was wrapped
+
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
     """SHA-256 over the token ids of all prompts, in order, and their teachers' names, if any."""
@@ -29,7 +31,7 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
 def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """Name, size and a SHA-256 over every parameter's name, shape, type and values.
 
-    Of a model with an adapter, those of the model below it.
+    Of a model with an adapter, those of the model below it, as it was before if that is known.
     """
     tensors = _base_weights(model)
     config = getattr(model, "config", None)
@@ -37,7 +39,7 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         "name": getattr(config, "_name_or_path", "") or type(model).__name__,
         "class": type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
         "values": sum(tensor.numel() for tensor in tensors.values()),
-        "sha256": _tensor_digest(tensors),
+        "sha256": getattr(model, BELOW, None) or _tensor_digest(tensors),
     }
 
 
