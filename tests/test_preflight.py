@@ -286,6 +286,7 @@ def test_no_value_of_an_option_is_taken_for_one_without_effect(tmp_path, value):
         ({"lora_dropout": float("nan")}, r"lora_dropout: nan must be in \[0, 1\)"),
         ({"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS' is not CAUSAL_LM"),
         ({"trainable_token_indices": [10**6]}, "must be tokens from 0 to 63"),
+        ({"trainable_token_indices": []}, "must be tokens from 0 to 63"),
         ({"target_modules": ["lm_head"]}, "LoRA on the output head is not supported"),
     ],
 )

@@ -117,10 +117,10 @@ def _check_numbers(adapter: LoraConfig) -> None:
 
 def _check_names(wrapped: PeftModel, adapter: LoraConfig) -> None:
     """Refuse names, patterns and tokens that the model does not have. Raises TOPDError."""
-    listed = adapter.trainable_token_indices or []
+    listed = adapter.trainable_token_indices
     rows = wrapped.config.get_text_config().vocab_size
     for tokens in listed.values() if isinstance(listed, dict) else (listed,):
-        if not all(0 <= token < rows for token in tokens):
+        if tokens == [] or not all(0 <= token < rows for token in tokens or ()):
             raise TOPDError(f"lora.trainable_token_indices: must be tokens from 0 to {rows - 1}.")
     every = [name for name, _ in wrapped.get_base_model().named_modules()]
     plain = [name.replace(".base_layer", "").replace(".modules_to_save.default", "")
