@@ -306,6 +306,22 @@ def test_a_run_goes_on_only_with_its_data_and_models(run):
     trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_run_goes_on_only_with_the_adapter_of_its_teacher(tmp_path):
+    """Its fingerprint was of the model below: another adapter was another teacher, unsaid."""
+
+    def trainer(seed: int, **options: Any) -> TOPDTrainer:
+        made, below = make(tmp_path, method="opd", **options), tiny_model(seed=1)
+        torch.manual_seed(seed)
+        config = LoraConfig(**{**LORA, "init_lora_weights": False})
+        made.teacher_model = get_peft_model(below, config).requires_grad_(False)
+        return made
+
+    trainer(1, max_steps=1).train()
+    with pytest.raises(TOPDError, match="begun with other models"):
+        trainer(2, max_steps=2).train(resume_from_checkpoint=True)
+    trainer(1, max_steps=2).train(resume_from_checkpoint=True)
+
+
 def test_files_that_are_not_the_runs_own_are_left_alone(run):
     """Whatever their names end in, and if an older version's seal names them."""
     path = run / "checkpoint-2" / "seal.json"

@@ -164,9 +164,9 @@ class RecordedTrainer(LoadingTrainer):
 
     def _open_folder(self, checkpoint: Path | None) -> None:
         """Begin the records of a run, or have them as they were at a checkpoint."""
-        data = data_prints(self.train_dataset, self.eval_dataset)
+        data, teacher = data_prints(self.train_dataset, self.eval_dataset), self.teacher_model
         made = self.record or manifest(
-            models={"student": self.model, "teacher": self.teacher_model},
+            models={"student": self.model, "teacher": self.model if self.average else teacher},
             data=data["data"],
             seed=self.args.seed,
             device=self.accelerator.device,

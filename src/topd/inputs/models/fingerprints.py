@@ -31,7 +31,8 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
 def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """Name, size and a SHA-256 over every parameter's name, shape, type and values.
 
-    Of a model with an adapter, those of the model below it, as it was before if that is known.
+    Of a student with an adapter, those of the model below it, as it was before if that is known; of
+    a teacher, which is frozen, its adapter's too.
     """
     tensors = _base_weights(model)
     config = getattr(model, "config", None)
@@ -89,7 +90,8 @@ def _fetched(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     weights = model.state_dict()
-    if not isinstance(model, PeftModel):
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    if not (isinstance(model, PeftModel) and learns):
         return weights
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
