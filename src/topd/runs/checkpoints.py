@@ -327,6 +327,9 @@ def check_same(
         for key, value in new.items()
         if key not in FREE and then.get(key) != value
     }
+    held_out = record["eval_data"]
+    if before.get("eval_data", held_out) != held_out:  # earlier versions did not say
+        changed["eval_data"] = [before["eval_data"], held_out]
     ranks = [stored.get("ranks") or ranks_of(run / f"checkpoint-{step}"), asked["ranks"]]
     if ranks[0] != ranks[1]:
         changed["ranks"] = ranks
@@ -337,9 +340,6 @@ def check_same(
                 run=run, then=ranks[0], now=ranks[1], before=before, here=here
             )
             raise TOPDError(said)
-    held_out = record["eval_data"]
-    if before.get("eval_data", held_out) != held_out:  # earlier versions did not say
-        changed["eval_data"] = [before["eval_data"], held_out]
     if stored.get("format", 1) != FORMAT:
         changed["format"] = [stored.get("format", 1), FORMAT]
     if changed:
