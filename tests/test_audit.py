@@ -748,6 +748,28 @@ def test_an_exchanged_adapter_is_found(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(("start", "part"), [("pissa", "svd"), ("olora", "qr")])
+def test_an_adapter_made_of_the_weights_is_audited_and_resumed_elsewhere(
+    tmp_path, monkeypatch, start, part
+):
+    """Another number of threads rounds otherwise: an honest run was accused, and not resumed."""
+    monkeypatch.chdir(trained(tmp_path, lora={**LORA, "init_lora_weights": start}))
+    parts = getattr(torch.linalg, part)
+
+    def elsewhere(*args: Any, **options: Any) -> Any:
+        return tuple(factor * (1 + 1e-6) for factor in parts(*args, **options))
+
+    monkeypatch.setattr(torch.linalg, part, elsewhere)
+    assert audit_run(RUN, updates=9).faults == []
+    words = ["--output_dir=run", "--resume_from_checkpoint=last", "--max_steps=4"]
+    run_recipe(Path("recipe.yaml"), words, quiet=True)
+    assert audit_run(RUN, updates=9).faults == []
+    weights = load_file("student/model.safetensors")
+    weights["model.norm.weight"][0] += 1e-3
+    save_file(weights, "student/model.safetensors", {"format": "pt"})
+    assert any("student" in said for said in audit_run(RUN, updates=1).faults)
+
+
 def test_nobody_knows_beforehand_which_updates_an_audit_takes(copied):
     said = {audit_run(RUN, updates=1).checked[-1].rpartition("--seed ")[2] for _ in range(3)}
     assert len(said) == 3

@@ -793,6 +793,8 @@ _AGAIN = "--compare.arms={opd: {}, x: {stage: warmstart, answers: start, data.li
         (["--compare.arms={opd: {learning_rat: 1}}"], "arm 'opd'.*learning_rat"),
         (["--compare.sweeps=[{arm: x, key: epsilon, values: [1]}]"], "no arm 'x'"),
         (["--compare.arms={opd: {}, x y: {}, x/y: {}}"], "x y, x/y: would be one folder"),
+        (["--compare.arms={opd: {}, ' ': {}}"], "arm ' '.*table would not tell it.*Rename"),
+        (["--compare.arms={opd: {}, base: {}}", "--compare.warmstart"], "arm 'base'.*not tell it"),
         (["--compare.arms={opd: {}, x: {seeds: [7]}}"], "arm 'x'.*no seed of.*opd"),
         ([f"--compare.sweeps=[{_ONE % 'r'}, {_ONE % 'b.r'}]"], "two arms are 'opd, r 1'"),
         (["--compare.arms={opd: {}, x: {data.path: no.jsonl}}"], "arm 'x'.*no.jsonl"),

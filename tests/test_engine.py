@@ -921,12 +921,25 @@ def test_packed_products_have_the_precision_of_the_model_or_of_autocast(model_ki
         assert set(products) == ({half} if weights == "packed" else set())
 
 
-def test_a_model_with_adapters_writes_its_own_text(model_kind):
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": [], "target_parameters": ["q_proj.weight", "down_proj.weight"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [*range(40)]}},
+    ],
+)
+def test_a_model_with_adapters_writes_its_own_text(model_kind, adapter):
+    """With one on the weight of a layer itself it wrote as the model below it."""
     model = tiny_model(model_kind)
     torch.manual_seed(3)
-    adapted = get_peft_model(
-        model, LoraConfig(target_modules="all-linear", init_lora_weights=False, r=4)
-    )
+    adapted = get_peft_model(model, LoraConfig(**adapter, init_lora_weights=False, r=4))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "tokens_delta" in name:
+                weight.normal_(0, 1)
     found = HFEngine(adapted, eos_ids=NEVER).generate(PROMPTS, GREEDY, range(4))
     adapted.eval()
     assert tokens_of(found) == [greedy_by_hand(adapted, p, 7, NEVER) for p in PROMPTS]
+    with adapted.disable_adapter():
+        assert tokens_of(found) != [greedy_by_hand(adapted, p, 7, NEVER) for p in PROMPTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -312,6 +313,31 @@ def test_adapters_write_their_own_text():
         assert_same(other, plain.generate(PROMPTS, WARM, range(4)))
     assert other != expected
     assert_same(ours.generate(PROMPTS, WARM, range(4)), expected)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_adapter_on_a_weight_itself_writes_its_own_text(half):
+    """Under autocast the copy of the weight below it was multiplied with."""
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["q_proj.weight"])
+    adapted = get_peft_model(model_of("llama"), config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    cast = partial(torch.autocast, DEVICE.type, torch.bfloat16) if half else nullcontext
+    plain, ours = pair(adapted.eval(), autocast=cast)
+    written = ours.generate(PROMPTS, WARM, range(4))
+    scores = plain.score(PROMPTS, [one.tokens for one in written], temperature=1.1)
+    for one, scored in zip(written, scores.logprobs.tolist(), strict=True):
+        gaps = [abs(x - y) for x, y in zip(one.logprobs, scored, strict=False)]
+        assert sum(gaps) / len(gaps) < (0.1 if half else 1e-4)
+
+
+def test_a_head_whose_weight_is_another_each_time_is_not_captured():
+    """A graph would multiply with the head of the update that it was captured in."""
+    assert graphable(model_of("llama"))
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices={"lm_head": [5]})
+    assert not graphable(get_peft_model(model_of("llama"), config))
 
 
 def test_under_autocast_weights_are_cast_once_a_call_and_texts_are_near_autocasts(monkeypatch):

@@ -18,6 +18,7 @@ from conftest import rows, tiny_model, tiny_tokenizer, write_pair
 from conftest import torch_on_device as torch
 from test_resume import OPTIONS, make, no_file_above, records
 from topd import TOPDConfig, TOPDTrainer
+from topd.commands.audit import audit_run
 from topd.commands.evaluate import as_trained
 from topd.commands.train import run_recipe
 from topd.errors import COLLAPSED, TERMINATED, StoppedError, TOPDError
@@ -215,6 +216,95 @@ def test_that_a_resumed_run_has_nothing_left_to_learn_is_said(tmp_path, caplog):
     assert "nothing more is learned" not in caplog.text
     make(tmp_path, **{**PLAIN, "max_steps": 2}).train(resume_from_checkpoint=True)
     assert "3 updates are done, and the run is to have 2, so nothing more" in caplog.text
+
+
+# What a run has been given, and what comes after it
+
+
+def test_other_data_given_to_a_trainer_between_two_trainings_are_seen(tmp_path):
+    """What it had at first was held against the run, not what it was about to use."""
+    trainer = make(tmp_path, **{**PLAIN, **EVERY, "max_steps": 1})
+    trainer.train()
+    trainer.args.max_steps, every = 2, trainer.train_dataset
+    trainer.eval_dataset = trainer.encoder.encode(rows(3))
+    trainer.train_dataset = every[:4]
+    with pytest.raises(TOPDError, match="begun with other data"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train_dataset = every
+    trainer.train(resume_from_checkpoint=True)
+    assert list(changed(tmp_path)) == ["config.max_steps", "eval_data"]
+
+
+def changed(folder: Path) -> dict[str, Any]:
+    """By the latest resume."""
+    return json.loads((folder / "run.json").read_text())["resumed"][-1]["changed"]
+
+
+def test_another_evaluation_from_a_resume_on_is_recorded(tmp_path):
+    """Its figures were of other problems, and nothing said so."""
+    more = {"eval_data": {"sums": rows(2), "more": rows(3)}}
+    make(tmp_path, **{**PLAIN, **EVERY, "max_steps": 1}).train()
+    make(tmp_path, **{**PLAIN, **EVERY, "max_steps": 2}).train(resume_from_checkpoint=True)
+    assert list(changed(tmp_path)) == ["config.max_steps"]
+    make(tmp_path, **{**PLAIN, **EVERY, **more}).train(resume_from_checkpoint=True)
+    before, now = changed(tmp_path)["eval_data"]
+    assert before.keys() == {""}
+    assert now == {"sums": before[""], "more": now["more"]}
+    manifest = tmp_path / "manifest.json"
+    stored = json.loads(manifest.read_text())
+    assert stored.pop("eval_data") == before
+    manifest.write_text(json.dumps(stored))  # as by an older version
+    make(tmp_path, **{**PLAIN, "max_steps": 7}).train(resume_from_checkpoint=True)
+    assert "eval_data" not in changed(tmp_path)
+
+
+def test_the_best_is_not_chosen_by_two_evaluations(tmp_path):
+    best = {**PLAIN, **EVERY, "load_best_model_at_end": True}
+    make(
+        tmp_path,
+        **best,
+    ).train()
+    with pytest.raises(TOPDError, match=r"eval_dataset .*another than before, and load_best_mod"):
+        make(tmp_path, **{**best, "max_steps": 7, "eval_data": rows(3)}).train(True)
+    make(tmp_path, **{**best, "max_steps": 7}).train(True)
+
+
+def test_an_evaluation_before_the_first_update_is_not_asked_for_after_it(tmp_path):
+    """It was not made, unsaid."""
+    make(tmp_path, **{**PLAIN, "max_steps": 1}).train()
+    late = {**PLAIN, "eval_on_start": True, "eval_data": rows(2)}
+    with pytest.raises(TOPDError, match=r"^eval_on_start: has no effect on a run that is resumed"):
+        make(tmp_path, **late).train(resume_from_checkpoint=True)
+
+
+def test_what_is_evaluated_after_a_run_is_not_recorded_in_it(tmp_path):
+    """Its folder may be another's by then: two entries of the ledger had one number."""
+    first = make(tmp_path, **{**PLAIN, **EVERY, "max_steps": 1})
+    first.train()
+    make(tmp_path, **{**PLAIN, **EVERY, "max_steps": 2}).train(resume_from_checkpoint=True)
+    found = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    assert first.evaluate(rows(3))["eval_loss"] > 0
+    assert found == {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    assert not audit_run(tmp_path, updates=0).faults
+
+
+@pytest.mark.parametrize("fault", [TOPDError("gone."), ConnectionError("gone.")])
+def test_a_fault_after_the_last_update_loses_none_though_no_checkpoint_is_wanted(tmp_path, fault):
+    class Fails(TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            raise fault
+
+    options = {**PLAIN, "max_steps": 2, "save_strategy": "no"}
+    make(tmp_path / "whole", **options).train()
+    trainer = make(tmp_path / "run", **options)
+    trainer.add_callback(Fails())
+    with pytest.raises(type(fault), match=r"gone\.") as found:
+        trainer.train()
+    said = " ".join([str(found.value), *getattr(found.value, "__notes__", ())])
+    assert said.count("checkpoint-2 is saved: 2 of 2 updates. Resume with") == 1
+    make(tmp_path / "run", **options).train(resume_from_checkpoint=True)
+    pair = (student(tmp_path / name / "student") for name in ("run", "whole"))
+    torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
 # Trainers side by side

@@ -157,6 +157,15 @@ def test_ends_are_known_without_weights_as_they_are_once_loaded(folder, tmp_path
     assert eos_ids(spec, tokenizer) == eos_ids(spec.load_model(), tokenizer)
 
 
+@pytest.mark.parametrize("listed", [-1, [2, -1], "2", 2.0, [[2]], [True]])
+def test_ends_that_are_no_tokens_are_named(folder, tmp_path, listed):
+    """They ended in tracebacks, of tokenizers and of torch."""
+    copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    with pytest.raises(TOPDError, match=rf"model {tmp_path}: eos_token_id .*must be a token's"):
+        eos_ids(ModelSpec(path=str(tmp_path)), tiny_tokenizer())
+
+
 # Pairs
 
 

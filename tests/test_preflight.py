@@ -286,6 +286,8 @@ def test_no_value_of_an_option_is_taken_for_one_without_effect(tmp_path, value):
         ({"lora_dropout": float("nan")}, r"lora_dropout: nan must be in \[0, 1\)"),
         ({"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS' is not CAUSAL_LM"),
         ({"trainable_token_indices": [10**6]}, "must be tokens from 0 to 63"),
+        ({"trainable_token_indices": []}, "must be tokens from 0 to 63"),
+        ({"target_modules": ["lm_head"]}, "LoRA on the output head is not supported"),
     ],
 )
 def test_an_adapters_names_and_numbers_are_those_of_the_model(
@@ -474,10 +476,21 @@ def test_rounding_of_a_narrow_adapter_is_no_other_model(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_on_tied_embeddings_is_saved_as_it_was_trained(tmp_path, tied):
+@pytest.mark.parametrize(
+    "on",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"trainable_token_indices": [5, 9]},
+        {"trainable_token_indices": {"lm_head": [5, 9]}},
+        {"trainable_token_indices": {"lm_head": [5, 9], "embed_tokens": [7]}},
+        {"target_modules": ["embed_tokens"], "trainable_token_indices": {"lm_head": [5, 9]}},
+    ],
+)
+def test_an_adapter_on_tied_embeddings_is_saved_as_it_was_trained(tmp_path, tied, on):
+    """Tokens that one of the two had learned were merged into both: a run failed at its end."""
     base = tiny_model(tie_word_embeddings=tied)
     before = copy.deepcopy(base)(input_ids=IDS).logits
-    config = LoraConfig(target_modules=["q_proj", "embed_tokens"], **LORA)
+    config = LoraConfig(**{"target_modules": ["q_proj"], **LORA, **on})
     trainer = make(tmp_path, base, max_steps=3, peft_config=config)
     trainer.train()
     model = trainer.model.eval()
@@ -524,6 +537,24 @@ def test_a_second_adapter_and_one_that_cannot_be_merged_are_refused(tmp_path):
     missing = LoraConfig(target_modules=["no_such_proj"], **LORA)
     with pytest.raises(TOPDError, match=r"peft_config .*no_such_proj"):
         make(tmp_path, peft_config=missing)
+
+
+@pytest.mark.parametrize("unfrozen", ["norm.weight", "layers.1.mlp.up_proj.weight"])
+def test_trainable_weights_below_an_adapter_are_refused(tmp_path, unfrozen):
+    """No checkpoint had them, which was found out when a run was resumed."""
+    student = adapted()
+    student.get_parameter(f"base_model.model.model.{unfrozen}").requires_grad_(True)
+    with pytest.raises(TOPDError, match=rf"1 weights below its adapter .*{unfrozen}.*modules_to_"):
+        make(tmp_path, student)
+    config = LoraConfig(**LORA, target_modules=["q_proj"], bias="all", modules_to_save=["norm"])
+    make(tmp_path, get_peft_model(tiny_model(attention_bias=True), config))
+
+
+def test_an_adapter_that_peft_does_not_load_as_it_was_is_said(tmp_path, caplog):
+    for start in ("pissa", "pissa_niter_2"):
+        config = LoraConfig(**LORA, target_modules=["q_proj"], init_lora_weights=start)
+        make(tmp_path, peft_config=config)
+        assert ("does not load adapter/ as it was trained" in caplog.text) == (start != "pissa")
 
 
 def test_a_teacher_inside_the_students_adapter_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -306,6 +306,22 @@ def test_a_run_goes_on_only_with_its_data_and_models(run):
     trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_run_goes_on_only_with_the_adapter_of_its_teacher(tmp_path):
+    """Its fingerprint was of the model below: another adapter was another teacher, unsaid."""
+
+    def trainer(seed: int, **options: Any) -> TOPDTrainer:
+        made, below = make(tmp_path, method="opd", **options), tiny_model(seed=1)
+        torch.manual_seed(seed)
+        config = LoraConfig(**{**LORA, "init_lora_weights": False})
+        made.teacher_model = get_peft_model(below, config).requires_grad_(False)
+        return made
+
+    trainer(1, max_steps=1).train()
+    with pytest.raises(TOPDError, match="begun with other models"):
+        trainer(2, max_steps=2).train(resume_from_checkpoint=True)
+    trainer(1, max_steps=2).train(resume_from_checkpoint=True)
+
+
 def test_files_that_are_not_the_runs_own_are_left_alone(run):
     """Whatever their names end in, and if an older version's seal names them."""
     path = run / "checkpoint-2" / "seal.json"
@@ -566,6 +582,27 @@ def test_the_best_adapter_is_loaded_whatever_its_name(tmp_path):
     best = Path(trainer.state.best_model_checkpoint)
     saved = (f / "mine" / "adapter_model.safetensors" for f in (best, tmp_path / "adapter"))
     torch.testing.assert_close(*(load_file(file) for file in saved), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("trained", ["both", "second"])
+def test_two_adapters_at_once_resume(tmp_path, trained):
+    """Trainer makes the first of them the only one: a whole checkpoint could not be resumed."""
+
+    def student() -> PeftModel:
+        torch.manual_seed(7)
+        model = get_peft_model(tiny_model("llama", seed=0), LoraConfig(**LORA))
+        model.add_adapter("more", LoraConfig(**{**LORA, "init_lora_weights": False}))
+        model.base_model.set_adapter(["default", "more"])
+        for name, weight in model.named_parameters():
+            if trained == "second" and ".default" in name:
+                weight.requires_grad_(False)
+        return model
+
+    options = {"method": "opd", "max_steps": 2}
+    make(tmp_path / "whole", student=student(), **options).train()
+    again = resumed(tmp_path / "whole", tmp_path / "again", 1, student=student(), **options)
+    pair = (load_file(f / "student/model.safetensors") for f in (tmp_path / "whole", again))
+    torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from conftest import tiny_model
 from topd.errors import TOPDError
@@ -307,6 +308,18 @@ def test_a_model_with_an_adapter_has_the_fingerprint_of_the_one_below_it():
     whole = model_fingerprint(model)
     adapter = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     assert model_fingerprint(get_peft_model(model, adapter)) == whole
+
+
+def test_a_model_whose_weights_are_made_of_several_tensors_has_a_fingerprint():
+    """As torchao's have, which ended a run after its models were loaded."""
+
+    def found(*parts: float) -> str:
+        model = nn.Linear(2, 2, bias=False)
+        model.weight = nn.Parameter(TwoTensor(*(torch.full((2, 2), part) for part in parts)))
+        return model_fingerprint(model)["sha256"]
+
+    assert found(1.0, 2.0) == found(1.0, 2.0)
+    assert len({found(1.0, 2.0), found(3.0, 2.0), found(1.0, 3.0), found(2.0, 1.0)}) == 4
 
 
 def test_a_copy_has_the_same_fingerprint():

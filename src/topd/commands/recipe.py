@@ -59,6 +59,7 @@ class Recipe:
 
 
 Clock: TypeAlias = Literal["wall", "cpu"]
+STARTS = ("base", "warm start")  # the student before and after stage 1, in a comparison's table
 
 
 class Sweep(BaseModel):
@@ -117,7 +118,8 @@ class CompareSpec(BaseModel):
     def all_arms(self) -> dict[str, dict[str, Any]]:
         """The arms and those of the sweeps.
 
-        Raises TOPDError if one names an arm there is not, or two would have one folder.
+        Raises TOPDError if one names an arm there is not, two would have one folder, or the table
+        would not tell one from another row.
         """
         found = dict(self.arms)
         for sweep in self.sweeps:
@@ -128,6 +130,12 @@ class CompareSpec(BaseModel):
                 keys = {**self.arms[sweep.arm], sweep.key: value}
                 if found.setdefault(arm, keys) != keys:
                     raise TOPDError(f"compare.sweeps: two arms are {arm!r}. Give one as an arm.")
+        for arm in found:
+            if not arm.strip() or (self.warmstart and arm in STARTS):
+                raise TOPDError(
+                    f"compare, arm {arm!r}: the table would not tell it from the student before or "
+                    "after stage 1, or has no name for it. Rename the arm."
+                )
         folders = Counter(map(in_files, found))
         if folders.total() > len(folders):
             alike = [arm for arm in found if folders[in_files(arm)] > 1]

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from topd.inputs.models.adapters import plain_layers
 from topd.types import Head, autocast_dtype
 
 LEAST = 2**16  # entries of a weight: of smaller ones the call costs more than the product
@@ -45,11 +46,7 @@ def packed(model: PreTrainedModel, head: Head) -> Iterator[Head]:
     precision of the autocast that is on, and are gone after it. A model that fits into the
     processor's cache stays as it is.
     """
-    layers = [
-        module
-        for module in model.get_decoder().modules()
-        if type(module) is nn.Linear and "forward" not in vars(module) and packable(module.weight)
-    ]
+    layers = [layer for layer in plain_layers(model) if packable(layer.weight)]
     weights = [layer.weight for layer in layers] + [head.weight] * packable(head.weight)
     with ExitStack() as stack:
         if sum(weight.numel() for weight in weights) >= LEAST_MODEL:

@@ -327,6 +327,9 @@ def check_same(
         for key, value in new.items()
         if key not in FREE and then.get(key) != value
     }
+    held_out = record["eval_data"]
+    if before.get("eval_data", held_out) != held_out:  # earlier versions did not say
+        changed["eval_data"] = [before["eval_data"], held_out]
     ranks = [stored.get("ranks") or ranks_of(run / f"checkpoint-{step}"), asked["ranks"]]
     if ranks[0] != ranks[1]:
         changed["ranks"] = ranks

@@ -87,6 +87,10 @@ class RunFolder:
             write_whole(self.folder / name, record)
             self.seal(name)
 
+    def close(self) -> None:
+        """From now on nothing is written: another process may by now."""
+        self.active, self.ledger = False, None
+
     def begin(self, step: int) -> None:
         """Note that a run begins at update ``step``, on top of the records that are there.
 

@@ -190,7 +190,7 @@ class ObservedTrainer(RecordedTrainer):
             return super()._evaluate(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Mean token divergence on fresh rollouts of the prompts, nats.
+        """Mean token divergence on fresh rollouts of the prompts, nats; recorded only in training.
 
         ``eval_dataset``: rows, encoded prompts, or sets of either by name.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from topd.distributed import agreed, everywhere, on_first, several
 from topd.errors import StoppedError, TOPDError
 from topd.inputs.models.adapters import merged
 from topd.inputs.models.bare import named_faults
-from topd.inputs.models.fingerprints import fingerprint, is_elsewhere, saved_digest, trained_digest
+from topd.inputs.models.fingerprints import is_elsewhere, saved_digest, trained_digest
 from topd.inputs.self_teacher import Average
 from topd.runs import checkpoints
 from topd.runs.folder import (
@@ -39,11 +39,11 @@ from topd.training.experience.evidence import Experience
 from topd.training.metrics import Means, mean_seconds, measure_experience
 from topd.training.progress import Phases, say
 from topd.training.sharded import WholeCopy, check_kind, whole_copy
-from topd.training.startup.alike import check_ranks_agree
+from topd.training.startup.alike import check_ranks_agree, data_prints
 from topd.training.startup.loaded import LoadingTrainer
 from topd.training.startup.preflight import check_saved
 from topd.training.startup.resumed import check_resumed
-from topd.training.stop_rules import save_done
+from topd.training.stop_rules import save_done, saved_once_done
 from topd.training.trackers import Tables, log_tables, tables_of
 from topd.types import Prompt
 
@@ -149,8 +149,9 @@ class RecordedTrainer(LoadingTrainer):
             self._open_folder(checkpoint)
             if self.average and checkpoint:
                 self.average.load(checkpoint)
-            result = super().train(str(checkpoint) if checkpoint else None, **kwargs)
-            self._save_student(self.record)
+            with closing(self.run), saved_once_done(self):
+                result = super().train(str(checkpoint) if checkpoint else None, **kwargs)
+                self._save_student(self.record)
         if self.at_end and self.is_world_process_zero():
             say(Console(), self.at_end(self.run_folder))
         return result
@@ -163,13 +164,15 @@ class RecordedTrainer(LoadingTrainer):
 
     def _open_folder(self, checkpoint: Path | None) -> None:
         """Begin the records of a run, or have them as they were at a checkpoint."""
-        self.record = self.record or manifest(
-            models={"student": self.model, "teacher": self.teacher_model},
-            data=fingerprint(self.train_dataset),
+        data, teacher = data_prints(self.train_dataset, self.eval_dataset), self.teacher_model
+        made = self.record or manifest(
+            models={"student": self.model, "teacher": self.model if self.average else teacher},
+            data=data["data"],
             seed=self.args.seed,
             device=self.accelerator.device,
             settings=vars(self.args),
         )
+        self.record = {**made, **data}  # of the current data
         check_ranks_agree(self.args, self.train_dataset, self.eval_dataset, self.record)
         self._begun, args = None, self.args
         settings = {"recipe": self.recipe, "config": args.to_dict(), "ranks": args.world_size}
@@ -199,7 +202,7 @@ class RecordedTrainer(LoadingTrainer):
             named=is_elsewhere(self.teacher_model),
             dated="strftime_now" in str(self.processing_class.chat_template),
         )
-        check_resumed(checkpoint, self.model, history[-1]["changed"], self.args.lr_scheduler_type)
+        check_resumed(checkpoint, self.model, history[-1]["changed"], self.args)
         if self.is_world_process_zero():
             checkpoints.cut_back(self.run_folder, seal)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

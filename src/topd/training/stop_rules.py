@@ -280,11 +280,12 @@ def _agree(control: TrainerControl) -> None:
 def save_done(trainer: RecordedTrainer) -> str:
     """Save a checkpoint of the updates that are done, if any are; what to say of it.
 
-    A collective. No other checkpoint is removed for it. Weights that are not finite are not saved:
-    an earlier checkpoint is to be resumed from.
+    A collective. No other checkpoint is removed for it. Where none is wanted, one is saved once all
+    updates are done. Weights that are not finite are not saved: an earlier checkpoint is to be
+    resumed from.
     """
     done, run = trainer.state.global_step, trainer.run_folder
-    if done == 0 or trainer.args.save_strategy == "no":
+    if done == 0 or (trainer.args.save_strategy == "no" and done < trainer.state.max_steps):
         return ""
     try:
         if not all(whole(p).isfinite().all() for p in trainer.model.parameters()):
@@ -294,6 +295,21 @@ def save_done(trainer: RecordedTrainer) -> str:
         return f"No checkpoint could be saved: {error}"
     updates = f"{done} of {trainer.state.max_steps} updates"
     return f"{run}/checkpoint-{done} is saved: {updates}. {how_to_resume(run)}"
+
+
+@contextmanager
+def saved_once_done(trainer: RecordedTrainer) -> Iterator[None]:
+    """Save a checkpoint of a run whose updates are all done, where anything stops it inside."""
+    try:
+        yield
+    except StoppedError:
+        raise
+    except Exception:
+        done, updates = trainer.state.global_step, trainer.state.max_steps
+        if not 0 < updates <= done or (trainer.run_folder / f"checkpoint-{done}").exists():
+            raise
+        with trainer.saved_if_stopped():
+            raise
 
 
 def save_batches(batches: Sequence[LearningBatch], folder: Path, rank: int = 0) -> None:

@@ -29,7 +29,7 @@ from topd.commands.keys import (
     part_of,
     read_mapping,
 )
-from topd.commands.recipe import CompareSpec, Recipe, in_files, read_recipe
+from topd.commands.recipe import STARTS, CompareSpec, Recipe, in_files, read_recipe
 from topd.commands.session import autocast_of, quieten
 from topd.commands.train import check_recipe, make_evaluator, train_recipe
 from topd.config import TOPDConfig
@@ -300,10 +300,8 @@ def starting_point(comparison: Comparison, *, quiet: bool) -> dict[str, Any]:
 def starts(comparison: Comparison, start: Mapping[str, Any]) -> dict[str, Result]:
     """The student before and after stage 1, evaluated as the arms are."""
     shared = of_stage(comparison.overrides, first=False)
-    changes = {"base": shared, "warm start": begun_at(shared, start)} if start else {}
-    return {
-        name: evaluated(read_recipe(comparison.path, changed)) for name, changed in changes.items()
-    }
+    changes = zip(STARTS, (shared, begun_at(shared, start)), strict=True) if start else ()
+    return {name: evaluated(read_recipe(comparison.path, changed)) for name, changed in changes}
 
 
 def evaluated(recipe: Recipe) -> Result:

@@ -30,6 +30,7 @@ from topd.engines.draws import draw, row_words, step_keys, token_words
 from topd.engines.graphs.buffers import SLACK, Buffers, UncapturedError, entry_bytes
 from topd.engines.graphs.cast import CastWeights
 from topd.engines.graphs.fused import Fused
+from topd.inputs.models.heads import head_of
 from topd.inputs.models.positions import rope_switch
 from topd.types import Head, Sampling, autocast_dtype
 
@@ -46,7 +47,7 @@ Take = Callable[[list[int], list[list[int]], list[list[float]], Tensor | None], 
 def graphable(model: PreTrainedModel) -> bool:
     """Whether a configuration promises that a model can write in graphs.
 
-    So it is with RoPE, full or sliding attention, and plain weights on one device.
+    So it is with RoPE, full or sliding attention, and plain weights on one device, the head's too.
     """
     text = model.config.get_text_config()
     layers = DynamicCache(config=model.config).layers
@@ -58,6 +59,8 @@ def graphable(model: PreTrainedModel) -> bool:
         and bool(getattr(text, "rope_parameters", None))
         and rope_switch(model.config) is None
         and all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
+        # a head with trained tokens has another each time, and a graph keeps its first
+        and any(head_of(model).weight is weight for weight in weights)
         and len({weight.device for weight in weights}) == 1
         and not any(hasattr(module, "_hf_hook") for module in model.modules())
     )

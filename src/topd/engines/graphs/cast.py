@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from topd.inputs.models.adapters import plain_layers
 from topd.types import Head, autocast_dtype
 
 HEAD = 0  # the key of the head's copy: no object has this id
@@ -36,10 +37,9 @@ class CastWeights:
             return
         before = {key: copy.data_ptr() for key, copy in self._copies.items()}
         with ExitStack() as stack:
-            for layer in model.get_decoder().modules():
-                if type(layer) is nn.Linear and "forward" not in vars(layer):
-                    vars(layer)["forward"] = self._product(layer.weight, layer.bias)
-                    stack.callback(vars(layer).pop, "forward")
+            for layer in plain_layers(model):
+                vars(layer)["forward"] = self._product(layer.weight, layer.bias)
+                stack.callback(vars(layer).pop, "forward")
             product = self._product(head.weight, head.bias, HEAD)
             stack.callback(self._forget)
             now = {key: copy.data_ptr() for key, copy in self._copies.items()}

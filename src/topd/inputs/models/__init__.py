@@ -274,7 +274,7 @@ def eos_ids(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int
     """Every token that ends a model's responses, known without its weights, sorted.
 
     The tokenizer's, which must have one, and those of a spec's ``eos_token``, or else of the
-    generation config.
+    generation config. Raises TOPDError where there are none, or others than tokens.
     """
     if tokenizer.eos_token_id is None:
         raise TOPDError("processing_class: has no end-of-sequence token. Set its eos_token.")
@@ -283,8 +283,14 @@ def eos_ids(model: ModelSource, tokenizer: PreTrainedTokenizerBase) -> tuple[int
         listed = tokenizer.convert_tokens_to_ids(list(named))
     else:
         listed = getattr(generation_config_of(model), "eos_token_id", None)
-    listed = [listed] if isinstance(listed, int) else listed or []
-    return tuple(sorted({tokenizer.eos_token_id, *listed}))
+    ends = listed if isinstance(listed, list | tuple) else [] if listed is None else [listed]
+    if not all(type(end) is int and end >= 0 for end in ends):
+        place = "" if isinstance(model, LOADED) else f" {as_spec(model).path}"
+        raise TOPDError(
+            f"model{place}: eos_token_id of its generation config must be a token's number, or a "
+            f"list of them, not {listed!r}. Correct it."
+        )
+    return tuple(sorted({tokenizer.eos_token_id, *ends}))
 
 
 def generation_config_of(model: ModelSource) -> GenerationConfig | None:

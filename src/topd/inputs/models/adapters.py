@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from topd.errors import TOPDError
+from topd.inputs.models.fingerprints import BELOW, model_fingerprint
+
+logger = logging.get_logger(__name__)
 
 ADAPTER = "adapter_config.json"
 _WITH_LOSS = ("MONTECLORA", "KASA")  # kinds of LoRA
@@ -79,6 +84,7 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
         with torch.device("meta"):
             wrapped = get_peft_model(_without_weights(config, student), empty)
             _check_names(wrapped, adapter)
+            _check_head(wrapped)
             check_savable(wrapped)
     except TOPDError:
         raise
@@ -112,10 +118,10 @@ def _check_numbers(adapter: LoraConfig) -> None:
 
 def _check_names(wrapped: PeftModel, adapter: LoraConfig) -> None:
     """Refuse names, patterns and tokens that the model does not have. Raises TOPDError."""
-    listed = adapter.trainable_token_indices or []
+    listed = adapter.trainable_token_indices
     rows = wrapped.config.get_text_config().vocab_size
     for tokens in listed.values() if isinstance(listed, dict) else (listed,):
-        if not all(0 <= token < rows for token in tokens):
+        if tokens == [] or not all(0 <= token < rows for token in tokens or ()):
             raise TOPDError(f"lora.trainable_token_indices: must be tokens from 0 to {rows - 1}.")
     every = [name for name, _ in wrapped.get_base_model().named_modules()]
     plain = [name.replace(".base_layer", "").replace(".modules_to_save.default", "")
@@ -146,10 +152,28 @@ def _check_names(wrapped: PeftModel, adapter: LoraConfig) -> None:
 
 def with_adapter(student: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
     """The student wrapped in a new adapter. Raises TOPDError."""
+    start = getattr(adapter, "init_lora_weights", None)
+    if isinstance(start, str) and start.startswith("pissa_niter"):
+        logger.warning(
+            f"lora.init_lora_weights: {start} takes from the base what it draws at random, so that "
+            "peft does not load adapter/ as it was trained. Use student/, or give pissa."
+        )
+    below = model_fingerprint(student)["sha256"] if begins_with_base(adapter) else None
     try:
-        return get_peft_model(student, copy.deepcopy(adapter))  # PEFT changes what it is given
+        wrapped = get_peft_model(student, copy.deepcopy(adapter))  # PEFT changes what it is given
     except _PEFT_FAULTS as error:
         raise _refused(error) from error
+    if below is not None:
+        setattr(wrapped, BELOW, below)
+    return wrapped
+
+
+def begins_with_base(adapter: PeftConfig) -> bool:
+    """Whether an adapter begins with parts of the weights below it, and takes them out there.
+
+    Both are the same everywhere but for rounding, which depends on the machine and its threads.
+    """
+    return getattr(adapter, "init_lora_weights", None) in ("pissa", "olora")
 
 
 def _refused(error: Exception) -> TOPDError:
@@ -159,21 +183,29 @@ def _refused(error: Exception) -> TOPDError:
 def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The model itself; of one with an adapter a copy that has it in its weights.
 
-    An adapter on one of two tied embeddings parts them: the copy has a head of its own then, and
-    its configuration says so.
+    An adapter or trained tokens on one of two tied embeddings, or others on the other, part them:
+    the copy has a head of its own then, and its configuration says so.
     """
     if not isinstance(model, PeftModel):
         return model
     whole = copy.deepcopy(model)
     base = whole.get_base_model()
-    inputs, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if isinstance(inputs, BaseTunerLayer) and not isinstance(head, BaseTunerLayer):
-        own = inputs.get_base_layer().weight
-        if head is not None and head.weight is own:
-            head.weight = nn.Parameter(own.detach().clone())
-    plain = whole.merge_and_unload()
-    _say_parted(plain)
-    return plain
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    inputs, head = map(_below, ends)
+    plain = inputs is ends[0] and head is ends[1]
+    together = getattr(getattr(ends[1], "token_adapter", None), "tied_adapter", None)
+    if head is not None and head.weight is inputs.weight and not (plain or together):
+        head.weight = nn.Parameter(inputs.weight.detach().clone())
+    alone = whole.merge_and_unload()
+    _say_parted(alone)
+    return alone
+
+
+def _below(layer: Any) -> Any:
+    """The layer that an adapter is on, or that has trained tokens; another as it is."""
+    if isinstance(layer, BaseTunerLayer):
+        return layer.get_base_layer()
+    return layer.original_module if isinstance(layer, TrainableTokensWrapper) else layer
 
 
 def _say_parted(model: PreTrainedModel) -> None:
@@ -255,10 +287,15 @@ def parts(model: nn.Module) -> dict[frozenset[str], torch.Size]:
     return {frozenset(own): shapes[key] for key, own in names.items()}
 
 
-def check_trainable(student: PreTrainedModel | PeftModel) -> None:
-    """Refuse a student that nothing would be learned by. Raises TOPDError."""
+def _check_head(student: PreTrainedModel | PeftModel) -> None:
+    """Refuse an adapter on the head, whose weight is read here. Raises TOPDError."""
     if isinstance(student.get_output_embeddings(), BaseTunerLayer):
         raise TOPDError("peft_config: LoRA on the output head is not supported. Leave it out.")
+
+
+def check_trainable(student: PreTrainedModel | PeftModel) -> None:
+    """Refuse a student that nothing would be learned by. Raises TOPDError."""
+    _check_head(student)
     layers = [module for module in student.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.merged or layer.disable_adapters for layer in layers):
         raise TOPDError(
@@ -267,7 +304,9 @@ def check_trainable(student: PreTrainedModel | PeftModel) -> None:
             "merge_and_unload(), then requires_grad_(True)."
         )
     if any(parameter.requires_grad for parameter in student.parameters()):
-        if not isinstance(student, PeftModel):
+        if isinstance(student, PeftModel):
+            _check_all_kept(student)
+        else:
             _say_parted(student)
         check_savable(student)
         return
@@ -277,6 +316,26 @@ def check_trainable(student: PreTrainedModel | PeftModel) -> None:
             "with PeftModel.from_pretrained(base, adapter, is_trainable=True)."
         )
     raise TOPDError("student: all its weights are frozen. Call model.requires_grad_(True) first.")
+
+
+def _check_all_kept(student: PeftModel) -> None:
+    """Refuse trainable weights below an adapter: checkpoints have those of it. Raises TOPDError."""
+    biases = any(
+        getattr(config, "bias", "none") != "none" for config in student.peft_config.values()
+    )
+    below = [
+        name
+        for name, weight in student.named_parameters()
+        if weight.requires_grad
+        and student.peft_config.keys().isdisjoint(name.split("."))
+        and not (biases and name.endswith(".bias"))
+    ]
+    if below:
+        raise TOPDError(
+            f"student: {len(below)} weights below its adapter are trainable, such as {below[0]}, "
+            "and peft saves those of the adapter alone, so that a run could not be resumed. Name "
+            "their modules in modules_to_save, or freeze them."
+        )
 
 
 def adapted(student: PeftModel) -> str:
@@ -289,6 +348,19 @@ def adapted(student: PeftModel) -> str:
     }
     trained, every = student.get_nb_trainable_parameters()
     return f"adapter on {', '.join(sorted(layers))}: {trained:,} of {every:,} weights are trained"
+
+
+def plain_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """The decoder's linear layers that multiply with their weight as it is, and in their own way.
+
+    Not one whose weight has the adapter (``target_parameters``): it is another in every call.
+    """
+    modules = [*model.get_decoder().modules()]
+    adapted = {
+        id(module.get_base_layer()) for module in modules if isinstance(module, ParamWrapper)
+    }
+    linear = [module for module in modules if type(module) is nn.Linear]
+    return [one for one in linear if "forward" not in vars(one) and id(one) not in adapted]
 
 
 def check_apart(student: nn.Module, teacher: nn.Module) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from topd.distributed import WRAPPER, whole
 from topd.types import Prompt
+
+BELOW = "sha256_below"  # of a model with an adapter: of the one below, before it was wrapped
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
@@ -29,7 +31,8 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
 def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
     """Name, size and a SHA-256 over every parameter's name, shape, type and values.
 
-    Of a model with an adapter, those of the model below it.
+    Of a student with an adapter, those of the model below it, as it was before if that is known; of
+    a teacher, which is frozen, its adapter's too.
     """
     tensors = _base_weights(model)
     config = getattr(model, "config", None)
@@ -37,7 +40,7 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
         "name": getattr(config, "_name_or_path", "") or type(model).__name__,
         "class": type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__,
         "values": sum(tensor.numel() for tensor in tensors.values()),
-        "sha256": _tensor_digest(tensors),
+        "sha256": getattr(model, BELOW, None) or _tensor_digest(tensors),
     }
 
 
@@ -87,7 +90,8 @@ def _fetched(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     weights = model.state_dict()
-    if not isinstance(model, PeftModel):
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    if not (isinstance(model, PeftModel) and learns):
         return weights
     return {
         name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor
@@ -96,9 +100,19 @@ def _base_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+def _plain(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors by name; those that torchao has quantised are made of several."""
+    for name, tensor in sorted(tensors.items()):
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts = tensor.__tensor_flatten__()[0]
+            yield from _plain({f"{name}.{part}": getattr(tensor, part) for part in parts})
+        else:
+            yield name, tensor
+
+
 def _tensor_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in _plain(tensors):
         found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         found.update(flat.view(torch.uint8).numpy().tobytes())

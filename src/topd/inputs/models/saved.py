@@ -22,13 +22,16 @@ def load_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 
     Args:
         model: the model, of the shapes that were saved; its dtypes stay. Or one with an adapter.
-        folder: has ``model*.safetensors``, or ``adapter_model.safetensors``, and maybe others.
+        folder: has ``model*.safetensors``, or ``adapter_model.safetensors``, and maybe others;
+            of adapters that are not called ``default`` in a folder of their name.
     """
-    pattern = f"{'adapter_' if isinstance(model, PeftModel) else ''}model*.safetensors"
-    weights = tensors_in(folder, pattern)
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, weights)
+        for name in model.peft_config:
+            place = folder if name == "default" else folder / name
+            weights = tensors_in(place, "adapter_model*.safetensors")
+            set_peft_model_state_dict(model, weights, adapter_name=name)
         return
+    weights = tensors_in(folder, "model*.safetensors")
     if {name for name, _ in model.named_parameters()} - weights.keys():
         weights.clear()
         kinds = (p.dtype for p in model.parameters() if p.is_floating_point())

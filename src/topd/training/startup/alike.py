@@ -14,6 +14,12 @@ from topd.training.startup import sets_of
 from topd.types import Prompt
 
 
+def data_prints(prompts: Sequence[Prompt], evaluation: Any) -> dict[str, Any]:
+    """Of manifest.json: fingerprints of the training's prompts and of an evaluation's, by set."""
+    held_out = {name: fingerprint(rows) for name, rows in sets_of(evaluation).items()}
+    return {"data": fingerprint(prompts), "eval_data": held_out}
+
+
 def check_ranks_agree(
     args: TOPDConfig,
     prompts: Sequence[Prompt],
@@ -35,6 +41,6 @@ def check_ranks_agree(
         return
     settings = {k: v for k, v in as_json(args.to_dict()).items() if k not in FREE}
     made_of = {**record["models"], "versions": record["versions"]} if record else {}
-    held_out = {f"eval_dataset {k}".strip(): fingerprint(v) for k, v in sets_of(evaluation).items()}
-    data = {"train_dataset": fingerprint(prompts), **held_out}
-    check_alike({**data, **without_names(made_of), **settings})
+    data = data_prints(prompts, evaluation)
+    held_out = {f"eval_dataset {name}".strip(): own for name, own in data["eval_data"].items()}
+    check_alike({"train_dataset": data["data"], **held_out, **without_names(made_of), **settings})

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
@@ -43,7 +42,7 @@ class LoadingTrainer(Trainer):
         """Raises TOPDError: the student has not the weights that it was saved with."""
         checkpoint = Path(resume_from_checkpoint)
         student = self.accelerator.unwrap_model(self.model)
-        if self.is_fsdp_enabled or isinstance(student, PeftModel):
+        if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_saved(student, checkpoint)

@@ -13,8 +13,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.training_args import OptimizerNames
 
+from topd.config import TOPDConfig
 from topd.errors import TOPDError
-from topd.training.inherited import FOLLOWING
+from topd.training.inherited import FOLLOWING, with_one_figure
 
 OPTIONS = ("weight_decay", "betas", "eps")  # of a group of parameters, besides its rate
 KEPT = ("optim", "optim_args", "optim_target_modules")
@@ -29,20 +30,32 @@ CONFIG = "adapter_config.json"
 
 
 def check_resumed(
-    checkpoint: Path, student: nn.Module, changed: Mapping[str, Any], schedule: str
+    checkpoint: Path, student: nn.Module, changed: Mapping[str, Any], args: TOPDConfig
 ) -> None:
-    """Refuse another optimiser or adapter than the checkpoint is of.
+    """Refuse another optimiser or adapter than the checkpoint is of, and what comes too late.
 
     Args:
         checkpoint: what is resumed from.
         student: as it is before the checkpoint is loaded.
         changed: settings before and now (:func:`topd.runs.checkpoints.check_same`).
-        schedule: the ``lr_scheduler_type``.
+        args: the current ones.
 
     Raises:
-        TOPDError: its state would not fit, or would be read as that of other weights.
+        TOPDError: its state would not fit, or would be read as that of other weights; or figures
+            of other evaluations would be held against each other.
     """
-    schedules = [schedule, *changed.get("config.lr_scheduler_type", ())]
+    if changed.get("config.eval_on_start") == [False, True]:
+        raise TOPDError(
+            "eval_on_start: has no effect on a run that is resumed: it is for the student before "
+            "the first update. Leave it out."
+        )
+    if "eval_data" in changed and (judged := with_one_figure(args)):
+        raise TOPDError(
+            f"eval_dataset (eval_data in a recipe): is another than before, and {judged[0]} would "
+            "hold its figures against those of the other. Give the same, or start over in another "
+            "folder."
+        )
+    schedules = [args.lr_scheduler_type, *changed.get("config.lr_scheduler_type", ())]
     follows = any(one in FOLLOWING for one in schedules)
     for name in (*KEPT, *(RATES if follows else ())):
         if found := changed.get(f"config.{name}"):
