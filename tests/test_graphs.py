@@ -505,6 +505,27 @@ def test_memory_that_runs_out_halves_the_rows(monkeypatch):
     assert asked[-2:] == [2, 2]
 
 
+def test_fewer_rows_that_fit_are_written_after_memory_ran_out(monkeypatch, caplog):
+    """Of what was taken for more rows nothing is left, and no number of rows is tried twice."""
+    plain, ours = pair(model_of("llama"))
+    taken, asked = buffers.Cells.of, []
+
+    def limited(self, shape, like):
+        asked.append(shape[0])
+        found = taken(self, shape, like)
+        held = [layer.own.pair[0].numel() for layer in ours.graphs.buffers.layers]
+        if sum(held) > 4 * 2 * 2 * 128 * 8:  # four rows' keys in both layers
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return found
+
+    monkeypatch.setattr(buffers.Cells, "of", limited)
+    prompts, seeds = PROMPTS * 2, range(8)
+    assert_same(ours.generate(prompts, GREEDY, seeds), plain.generate(prompts, GREEDY, seeds))
+    assert asked == [8, 8, 4, 4, 4, 4]
+    assert ours.graphs.broken is None
+    assert "4 rollouts or windows at a time" in caplog.text
+
+
 def test_a_tokens_entry_is_as_large_as_the_buffers_are(model):
     _, ours = pair(model)
     ours.generate(PROMPTS, GREEDY, range(4))
