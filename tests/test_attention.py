@@ -108,6 +108,21 @@ def test_a_kernel_that_is_off_is_not_used(monkeypatch, windowed, continuing):
     assert (tried(*how) is None) is continuing
 
 
+def kernels_module(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Tensor]) -> object:
+    """In the place of the kernel's, which there is nowhere without Triton."""
+    module = SimpleNamespace(serves=lambda _: True, attend=attend)
+    monkeypatch.setattr("topd.engines.graphs.decode_kernel", module, raising=False)
+    monkeypatch.setitem(sys.modules, "topd.engines.graphs.decode_kernel", module)
+    return module
+
+
+def test_a_kernel_that_gives_nan_is_not_used(monkeypatch, caplog):
+    kernels_module(monkeypatch, lambda *given, **_: attention._plain(*given, scale=torch.nan, window=None))
+    how = (HEADS, GROUPS, 16), torch.float32, torch.float32, DEVICE, False, False
+    assert attention._tried.__wrapped__(*how) is None
+    assert "off by nan" in caplog.text
+
+
 @pytest.mark.parametrize("continuing", [False, True])
 def test_a_right_kernel_is_used_where_float32_has_few_digits(monkeypatch, continuing):
     """TF32 is a setting of torch's products; a kernel in their place has all digits."""
@@ -129,9 +144,7 @@ def test_a_right_kernel_is_used_where_float32_has_few_digits(monkeypatch, contin
             return right(query, *given, **options)
 
     whole = attends.scaled_dot_product_attention
-    module = SimpleNamespace(serves=lambda _: True, attend=kernel)
-    monkeypatch.setattr("topd.engines.graphs.decode_kernel", module, raising=False)
-    monkeypatch.setitem(sys.modules, "topd.engines.graphs.decode_kernel", module)
+    module = kernels_module(monkeypatch, kernel)
     monkeypatch.setattr(torch, "einsum", products)
     monkeypatch.setattr(attends, "scaled_dot_product_attention", attention_by)
     how = (HEADS, GROUPS, 16), torch.float32, torch.float32, DEVICE, False, continuing

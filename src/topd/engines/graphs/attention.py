@@ -125,7 +125,7 @@ def _tried(
     except compiler_faults() as fault:
         logger.warning(f"no kernel for attention ({first_line(fault)}): slower.")
         return None
-    if gap > (1e-4 if torch.float32 in (dtype, kept) and dtype == kept else 0.05):
+    if not gap <= (1e-4 if torch.float32 in (dtype, kept) and dtype == kept else 0.05):  # or NaN
         logger.warning(f"no kernel for attention: it is off by {gap:.2g}. Writing is slower.")
         return None
     return decode_kernel
