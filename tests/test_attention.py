@@ -117,7 +117,9 @@ def kernels_module(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Tensor
 
 
 def test_a_kernel_that_gives_nan_is_not_used(monkeypatch, caplog):
-    kernels_module(monkeypatch, lambda *given, **_: attention._plain(*given, scale=torch.nan, window=None))
+    kernels_module(
+        monkeypatch, lambda *given, **_: attention._plain(*given, scale=torch.nan, window=None)
+    )
     how = (HEADS, GROUPS, 16), torch.float32, torch.float32, DEVICE, False, False
     assert attention._tried.__wrapped__(*how) is None
     assert "off by nan" in caplog.text
