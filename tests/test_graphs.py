@@ -381,6 +381,23 @@ def test_nothing_of_the_model_is_changed_after_writing(model):
     assert buffers._stepping is None
 
 
+@pytest.mark.parametrize("when", ["made", "called"])
+def test_what_does_not_compile_runs_as_it_is(when, monkeypatch, caplog):
+    """As on a Python newer than torch compiles for, which it says before anything is called."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("not on this Python")
+
+    model = model_of("qwen3")
+    plain, ours = pair(model)
+    monkeypatch.setattr(fused, "_pieces", {})
+    monkeypatch.setattr("torch.compile", failing if when == "made" else lambda _: failing)
+    ours.graphs._fused = fused.Fused(model, on=True)
+    assert_same(ours.generate(PROMPTS, WARM, range(4)), plain.generate(PROMPTS, WARM, range(4)))
+    assert ours.graphs.broken is None
+    assert "draw: not compiled (RuntimeError: not on this Python)" in caplog.text
+
+
 def test_what_is_compiled_is_looked_up_once(monkeypatch):
     """Sources of classes are read at the first text, not at every one for every layer."""
     read: list[object] = []
