@@ -9,6 +9,7 @@ printed. Models have the shapes of known ones and random weights; the end of a t
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -240,25 +241,48 @@ class FinishedError(Exception):
 
 
 class Clock(TrainerCallback):
-    """Seconds, phases and memory of every step; ends the run after so many."""
+    """Seconds, phases and memory of every step; ends the run after so many.
+
+    Also what makes equal steps differ: seconds of Python's garbage collector, and how often memory
+    was taken from the device (a capture has given back what was cached).
+    """
 
     def __init__(self, steps: int, take: Callable[[], dict[str, float]]) -> None:
         self.steps, self.take = steps, take
         self.found: list[Row] = []
+        self.collecting = self.collected = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         settle()
         self.base = restart_peak()
+        self.start()
+
+    def start(self) -> None:
+        self.collected, self.taken = 0.0, takings()
         self.started = time.perf_counter()
+
+    def collect(self, phase: str, _: object) -> None:
+        """As one of ``gc.callbacks``."""
+        now = time.monotonic()
+        if phase == "start":
+            self.collecting = now
+        else:
+            self.collected += now - self.collecting
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         settle()
         spent = time.perf_counter() - self.started
-        self.found.append({"seconds": spent, "peak": peak(), "phases": self.take()})
+        why = {"collector": self.collected, "taken": takings() - self.taken}
+        self.found.append({"seconds": spent, "peak": peak(), "phases": self.take(), **why})
         if len(self.found) == self.steps:
             raise FinishedError
         restart_peak()
-        self.started = time.perf_counter()
+        self.start()
+
+
+def takings() -> int:
+    """How often memory was taken from the device so far."""
+    return int(torch.cuda.memory_stats().get("num_device_alloc", 0))
 
 
 @dataclass(frozen=True)
@@ -355,8 +379,10 @@ def timed(build: Callable[..., Any], arm: str, size: Update, steps: int) -> Cloc
     trainer, take = build(arm, size)
     clock = Clock(steps, take)
     trainer.add_callback(clock)
+    gc.callbacks.append(clock.collect)
     with contextlib.suppress(FinishedError), patch("time.perf_counter", settled_clock):
         trainer.train()
+    gc.callbacks.remove(clock.collect)
     return clock
 
 
@@ -374,6 +400,9 @@ def figures(arm: str, size: Update, clock: Clock, kept: Sequence[Row]) -> Row:
         "peak GiB": round(max(one["peak"] for one in kept), 2),
         "GiB before": round(clock.base, 2),
         **phases,
+        "learning s, each": " ".join(f"{one['phases'].get('learning', 0):.2f}" for one in kept),
+        "collector s, each": " ".join(f"{one['collector']:.2f}" for one in kept),
+        "cudaMalloc, each": " ".join(str(one["taken"]) for one in kept),
     }
 
 

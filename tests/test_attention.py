@@ -5,7 +5,9 @@ The kernel runs on a GPU, or with ``TRITON_INTERPRET=1`` on a CPU; elsewhere it 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,3 +106,48 @@ def test_a_kernel_that_is_off_is_not_used(monkeypatch, windowed, continuing):
 
     monkeypatch.setattr(kernel, "attend", wrong)
     assert (tried(*how) is None) is continuing
+
+
+def kernels_module(monkeypatch: pytest.MonkeyPatch, attend: Callable[..., Tensor]) -> object:
+    """In the place of the kernel's, which there is nowhere without Triton."""
+    module = SimpleNamespace(serves=lambda _: True, attend=attend)
+    monkeypatch.setattr("topd.engines.graphs.decode_kernel", module, raising=False)
+    monkeypatch.setitem(sys.modules, "topd.engines.graphs.decode_kernel", module)
+    return module
+
+
+def test_a_kernel_that_gives_nan_is_not_used(monkeypatch, caplog):
+    kernels_module(
+        monkeypatch, lambda *given, **_: attention._plain(*given, scale=torch.nan, window=None)
+    )
+    how = (HEADS, GROUPS, 16), torch.float32, torch.float32, DEVICE, False, False
+    assert attention._tried.__wrapped__(*how) is None
+    assert "off by nan" in caplog.text
+
+
+@pytest.mark.parametrize("continuing", [False, True])
+def test_a_right_kernel_is_used_where_float32_has_few_digits(monkeypatch, continuing):
+    """TF32 is a setting of torch's products; a kernel in their place has all digits."""
+    right, product, attends = attention._plain, torch.einsum, torch.nn.functional
+
+    def coarse(x: Any) -> Any:
+        return x.bfloat16().float() if getattr(x, "dtype", None) == torch.float32 else x
+
+    def products(how: str, *given: Tensor) -> Tensor:
+        return product(how, *map(coarse, given))
+
+    def attention_by(*given: Tensor, **options: Any) -> Tensor:
+        return whole(*map(coarse, given), **options)
+
+    def kernel(query: Tensor, *given: Any, **options: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as exact:
+            exact.setattr(torch, "einsum", product)
+            exact.setattr(attends, "scaled_dot_product_attention", whole)
+            return right(query, *given, **options)
+
+    whole = attends.scaled_dot_product_attention
+    module = kernels_module(monkeypatch, kernel)
+    monkeypatch.setattr(torch, "einsum", products)
+    monkeypatch.setattr(attends, "scaled_dot_product_attention", attention_by)
+    how = (HEADS, GROUPS, 16), torch.float32, torch.float32, DEVICE, False, continuing
+    assert attention._tried.__wrapped__(*how) is module

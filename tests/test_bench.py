@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -260,9 +261,25 @@ def test_every_part_for_a_gpu_gives_its_figures_on_tiny_shapes():
     assert [row["trainer"] for row in found["step-first-fork"]] == ["opd", "first_fork"]
     assert all("over opd" in found[name][1] for name in names[2:])
     assert {row["activations"] for row in found["step"]} == {"recomputed", "kept"}
+    for row in found["step"]:  # what tells equal steps apart
+        each = ("learning s, each", "collector s, each", "cudaMalloc, each")
+        assert [len(row[name].split()) for name in each] == [1, 1, 1]
     results = {name: {"rows": rows, "seconds": 1.0} for name, rows in found.items()}
     text = "\n".join(map(str, gpu.tables({"results": results})))
     assert all(f"| {arm} " in text for arm in ("opd", "topd", "first_fork"))
+
+
+def test_the_collectors_seconds_are_those_of_each_step(monkeypatch):
+    clock, now = gpu.Clock(3, dict), iter([1.0, 1.5, 9.0, 9.25])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    clock.on_train_begin()
+    for pauses in (1, 0, 1):
+        for _ in range(pauses):
+            clock.collect("start", {})
+            clock.collect("stop", {})
+        with suppress(gpu.FinishedError):
+            clock.on_step_end()
+    assert [step["collector"] for step in clock.found] == [0.5, 0, 0.25]
 
 
 def test_a_part_that_fails_or_takes_too_long_is_named_with_its_reason(monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -30,7 +32,7 @@ from transformers import (
 
 from conftest import DEVICE, EOS, VOCAB, cpu_only
 from conftest import torch_on_device as torch
-from topd.engines import decode_check, graphs
+from topd.engines import decode_check, graphs, memory
 from topd.engines.base import Prefix
 from topd.engines.decode_check import check_decoding
 from topd.engines.graphs import BUCKETS, attention, bucket, buffers, fused, graphable
@@ -405,6 +407,23 @@ def test_nothing_of_the_model_is_changed_after_writing(model):
     assert buffers._stepping is None
 
 
+@pytest.mark.parametrize("when", ["made", "called"])
+def test_what_does_not_compile_runs_as_it_is(when, monkeypatch, caplog):
+    """As on a Python newer than torch compiles for, which it says before anything is called."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("not on this Python")
+
+    model = model_of("qwen3")
+    plain, ours = pair(model)
+    monkeypatch.setattr(fused, "_pieces", {})
+    monkeypatch.setattr("torch.compile", failing if when == "made" else lambda _: failing)
+    ours.graphs._fused = fused.Fused(model, on=True)
+    assert_same(ours.generate(PROMPTS, WARM, range(4)), plain.generate(PROMPTS, WARM, range(4)))
+    assert ours.graphs.broken is None
+    assert "draw: not compiled (RuntimeError: not on this Python)" in caplog.text
+
+
 def test_what_is_compiled_is_looked_up_once(monkeypatch):
     """Sources of classes are read at the first text, not at every one for every layer."""
     read: list[object] = []
@@ -531,6 +550,29 @@ def test_memory_that_runs_out_halves_the_rows(monkeypatch):
     assert asked[-2:] == [2, 2]
 
 
+def test_fewer_rows_that_fit_are_written_after_memory_ran_out(monkeypatch):
+    """Of what was taken for more rows nothing is left, and no number of rows is tried twice."""
+    plain, ours = pair(model_of("llama"))
+    taken, asked, said = buffers.Cells.of, [], []
+
+    def limited(self, shape, like):
+        asked.append(shape[0])
+        found = taken(self, shape, like)
+        held = [layer.own.pair[0].numel() for layer in ours.graphs.buffers.layers]
+        if sum(held) > 4 * 2 * 2 * 128 * 8:  # four rows' keys in both layers
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return found
+
+    monkeypatch.setattr(buffers.Cells, "of", limited)
+    monkeypatch.setattr(memory.logger, "warning_once", said.append)
+    prompts, seeds = PROMPTS * 2, range(8)
+    assert_same(ours.generate(prompts, GREEDY, seeds), plain.generate(prompts, GREEDY, seeds))
+    assert asked == [8, 8, 4, 4, 4, 4]
+    assert ours.graphs.broken is None
+    assert len(said) == 1
+    assert "4 rollouts or windows at a time" in said[0]
+
+
 def test_a_tokens_entry_is_as_large_as_the_buffers_are(model):
     _, ours = pair(model)
     ours.generate(PROMPTS, GREEDY, range(4))
@@ -542,16 +584,50 @@ def test_a_tokens_entry_is_as_large_as_the_buffers_are(model):
     assert cells == entry_bytes(model) * bucket(4) * rounded(9 + 20)
 
 
+class FakeCuda:
+    """As much of torch.cuda as a capture takes: the captured step runs at once.
+
+    As torch has it, a capture that fails raises at its end, before its stream is left. ``doing`` is
+    what is under way; ``refused`` whether what waits for the device is an error.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now: Any = SimpleNamespace(wait_stream=lambda _: None)
+        self.doing, self.refused = "trials", False
+        names = ("stream", "graph", "current_stream", "set_sync_debug_mode")
+        fakes = {name: getattr(self, name) for name in names}
+        fakes |= dict.fromkeys(("Stream", "CUDAGraph"), lambda *_: copy.copy(self.now))
+        fakes |= dict.fromkeys(("graph_pool_handle", "synchronize"), lambda *_: None)
+        for name, fake in fakes.items():
+            monkeypatch.setattr(f"torch.cuda.{name}", fake)
+        monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: 0)
+        monkeypatch.setattr(graphs, "stream_of", lambda _: copy.copy(self.now))
+
+    def current_stream(self, *_: object) -> Any:
+        return self.now
+
+    @contextmanager
+    def stream(self, new: Any) -> Iterator[None]:
+        old, self.now = self.now, new
+        try:
+            yield
+        finally:
+            self.now = old
+
+    @contextmanager
+    def graph(self, *_: object, stream: Any, **__: object) -> Iterator[None]:
+        old, self.now, self.doing = self.now, stream, "capture"
+        yield
+        self.now = old
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.refused = mode == "error"
+
+
 @cpu_only
 def test_steps_that_are_tried_before_a_capture_leave_no_trace(monkeypatch):
-    """Here the captured step runs at once: all stands one token further, not three."""
-    stream = SimpleNamespace(wait_stream=lambda _: None)
-    cuda = {name: lambda *_, **__: nullcontext() for name in ("stream", "graph")}
-    cuda |= {name: lambda *_: stream for name in ("Stream", "current_stream", "CUDAGraph")}
-    cuda |= {name: lambda *_: None for name in ("graph_pool_handle", "synchronize")}
-    for name, fake in cuda.items():
-        monkeypatch.setattr(f"torch.cuda.{name}", fake)
-    graphs.stream_of.cache_clear()
+    """All stands one token further, not three."""
+    FakeCuda(monkeypatch)
     _, ours = pair(model_of("qwen3"))
     own, lengths = ours.graphs, [len(prompt) for prompt in PROMPTS]
     own.open(4, rounded(9 + 20))
@@ -562,13 +638,46 @@ def test_steps_that_are_tried_before_a_capture_leave_no_trace(monkeypatch):
         moved = (own._token, own._place, own._step, own._slot)
         before = [state.clone() for state in moved]
         own._captured(4, lambda: own._one(4, ours.head, WARM, keep=False))
-    graphs.stream_of.cache_clear()
     for state, old in zip(moved[1:], before[1:], strict=True):
         assert (state[:4] == old[:4] + 1).all()
     expected = ours.generate(PROMPTS, replace(WARM, max_new_tokens=2), SEEDS[:4])
     pairs = zip(own._token.tolist(), before[0].tolist(), expected, strict=False)
     for token, first, text in pairs:
         assert text.tokens == (first, token)[: len(text.tokens)]
+
+
+@cpu_only
+@pytest.mark.parametrize("when", ["trials", "capture"])
+def test_a_step_that_cannot_be_captured_leaves_the_stream_of_before(monkeypatch, when):
+    cuda = FakeCuda(monkeypatch)
+    before = cuda.now
+
+    def one() -> None:
+        assert cuda.now is not before
+        if cuda.doing == when:
+            raise RuntimeError("not in a capture")
+
+    with pytest.raises(RuntimeError, match="not in a capture"):
+        pair(model_of("llama"))[1].graphs._captured(4, one)
+    assert cuda.now is before
+    assert cuda.doing == when
+
+
+@cpu_only
+def test_a_step_that_waits_for_the_device_is_found_before_it_is_captured(monkeypatch):
+    """The first that is tried may wait: it compiles. A capture that fails costs memory for good."""
+    cuda, waits = FakeCuda(monkeypatch), []
+
+    def one() -> None:
+        waits.append(cuda.refused)
+        if cuda.refused:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        pair(model_of("llama"))[1].graphs._captured(4, one)
+    assert waits == [False, True]
+    assert cuda.doing == "trials"
+    assert not cuda.refused
 
 
 def test_all_captures_of_a_device_have_one_stream(monkeypatch):

@@ -6,6 +6,8 @@ import itertools
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from conftest import DEVICE
 from conftest import torch_on_device as torch
 from topd.errors import TOPDError
 from topd.losses import (
+    TokenTerms,
     Upstream,
     chunked,
     importance,
@@ -1202,3 +1205,18 @@ def test_factors_times_the_importance_are_foreseen(frozen, passes):
     terms = linear_token_terms(*case, tokens, targets)
     again = weighted(terms.divergence, terms.logprob, terms.target_logprobs, actual)
     torch.testing.assert_close(found, torch.autograd.grad(again, inputs))
+
+
+@pytest.mark.parametrize("wrong", [None, *TokenTerms._fields])
+@pytest.mark.parametrize("by", [1e-2, math.nan])
+def test_a_kernel_is_not_used_whose_trial_has_one_wrong_value(wrong, by, monkeypatch):
+    """A NaN beside a right gradient too; here a kernel is made of the path that it is held to."""
+
+    def block(logits: Tensor, *given: Any) -> None:
+        logits.copy_(chunked._block(logits, *given))
+        if wrong:
+            getattr(given[-1], wrong)[1] += by
+
+    monkeypatch.setattr(chunked, "kernels", SimpleNamespace(block=block))
+    how = DEVICE, torch.float32, "forward_kl", 1.0, ((1.0, None), (1.0, None))
+    assert chunked._tried.__wrapped__(*how) == (wrong is None)

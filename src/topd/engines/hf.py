@@ -83,7 +83,10 @@ class HFEngine(ForwardEngine):
         try:
             with self.evaluating():
                 return in_chunks(
-                    lambda some: write(graphs, some), count, graphs.at_once(entries, share)
+                    lambda some: write(graphs, some),
+                    count,
+                    graphs.at_once(entries, share),
+                    graphs.release,
                 )
         except compiler_faults() as fault:
             if isinstance(fault, TOPDError):

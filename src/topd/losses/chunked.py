@@ -201,8 +201,9 @@ def _tried(
     assert slope is not None
     try:
         kernels.block(logits, teacher, here, task, upstream, values)
-        gaps = logits - slope, values.divergence - expected.divergence
-        gap = max(float(x.abs().max()) for x in gaps)
+        pairs = zip(values, expected, strict=True)
+        gaps = [logits - slope, *((x - y) / (1 + y.abs()) for x, y in pairs)]
+        gap = float(torch.cat([x.float().flatten() for x in gaps]).abs().max())
     except compiler_faults() as fault:
         logger.warning(f"the loss without kernels ({first_line(fault)}): slower.")
         return False

@@ -15,8 +15,9 @@ Elsewhere than on a GPU the same step runs as it is, which is how it is tested.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -286,7 +287,10 @@ class Graphs:
         return self._graphs[key][0].replay
 
     def _captured(self, rows: int, one: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """The step as a graph, after steps that compile and allocate what it needs."""
+        """The step as a graph, after steps that compile and allocate what it needs.
+
+        A step that waits for the device is found before the capture.
+        """
         stream = stream_of(self._device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -295,17 +299,17 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with self._decoding(rows):
             stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(stream):
-                for _ in range(SLACK):
-                    one()
+            with torch.cuda.stream(stream):  # torch leaves it current where a capture fails
+                for trial in range(SLACK):
+                    with _refusing_waits() if trial else nullcontext():
+                        one()
                 for state, old in zip(moved, before, strict=True):
                     state.copy_(old)
-            torch.cuda.current_stream(self._device).wait_stream(stream)
-            torch.cuda.synchronize(self._device)
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                one()
+                torch.cuda.synchronize(self._device)
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                ):
+                    one()
         return graph
 
     @contextmanager
@@ -352,6 +356,23 @@ class Graphs:
         if self._moves > MOST_MOVES:
             raise UncapturedError("its weights are moved again and again")
         self._weights = now
+
+
+@contextmanager
+def _refusing_waits() -> Iterator[None]:
+    """Inside, what waits for the device raises RuntimeError.
+
+    Within a capture it would end that, too, but torch's allocator would then take it to be under
+    way until the process ends, and free nothing that is cached when memory runs out.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @functools.cache

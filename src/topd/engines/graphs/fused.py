@@ -38,7 +38,11 @@ class Piece:
 
     def __init__(self, name: str, plain: Callable[..., Any]) -> None:
         self._name, self._plain = name, plain
-        self._compiled: Callable[..., Any] | None = torch.compile(plain)
+        self._compiled: Callable[..., Any] | None = None
+        try:
+            self._compiled = torch.compile(plain)
+        except compiler_faults() as fault:  # of a Python that torch does not compile for
+            self._give_up(fault)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain function; the first axis, which is the first tensor's, may have any size."""
@@ -54,9 +58,12 @@ class Piece:
             with config.patch({limit: RECOMPILED}):
                 return self._compiled(*args, **kwargs)
         except compiler_faults() as fault:
-            self._compiled = None
-            logger.warning(f"{self._name}: not compiled ({first_line(fault)}); writing is slower.")
+            self._give_up(fault)
             return self._plain(*args, **kwargs)
+
+    def _give_up(self, fault: Exception) -> None:
+        self._compiled = None
+        logger.warning(f"{self._name}: not compiled ({first_line(fault)}); writing is slower.")
 
 
 _pieces: dict[Any, Piece] = {}  # of all models of this process
