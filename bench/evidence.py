@@ -84,6 +84,7 @@ READ_FIRST = (
     "[how to read the tables](../evidence.md#how-to-read-the-tables)."
 )
 SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE, "ONCE": ONCE}
+SHORT |= {"HALF": HALF, "QUARTER": QUARTER}
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
 # without "over" the accuracy itself; "at 0.6": sampled as students are served
 FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+|0\.6))?\}")
