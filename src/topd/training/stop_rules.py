@@ -184,6 +184,8 @@ class Watch(TrainerCallback):
         """Have all ranks do what a callback of one asks for; likewise at other events."""
         _agree(control)
 
+    on_substep_end = on_evaluate
+
     def on_step_end(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -273,7 +275,7 @@ def _agree(control: TrainerControl) -> None:
     """Have all ranks do what a callback of one asks for: else they would do different things, and
     each wait for the other. A collective.
     """
-    asked = ranks.everywhere(vars(control))
+    asked = ranks.everywhere(control.state()["args"])  # without what a callback keeps in it
     vars(control).update({name: any(own[name] for own in asked) for name in asked[0]})
 
 
@@ -282,10 +284,12 @@ def save_done(trainer: RecordedTrainer) -> str:
 
     A collective. No other checkpoint is removed for it. Where none is wanted, one is saved once all
     updates are done. Weights that are not finite are not saved: an earlier checkpoint is to be
-    resumed from.
+    resumed from. Nor are those of the best student in place of the last one's.
     """
     done, run = trainer.state.global_step, trainer.run_folder
     if done == 0 or (trainer.args.save_strategy == "no" and done < trainer.state.max_steps):
+        return ""
+    if trainer.has_best and not (run / f"checkpoint-{done}").exists():
         return ""
     try:
         if not all(whole(p).isfinite().all() for p in trainer.model.parameters()):
@@ -300,13 +304,15 @@ def save_done(trainer: RecordedTrainer) -> str:
 @contextmanager
 def saved_once_done(trainer: RecordedTrainer) -> Iterator[None]:
     """Save a checkpoint of a run whose updates are all done, where anything stops it inside."""
+    before = trainer.state  # of an earlier training
     try:
         yield
     except StoppedError:
         raise
     except Exception:
         done, updates = trainer.state.global_step, trainer.state.max_steps
-        if not 0 < updates <= done or (trainer.run_folder / f"checkpoint-{done}").exists():
+        saved = (trainer.run_folder / f"checkpoint-{done}").exists()
+        if trainer.state is before or saved or not 0 < updates <= done:
             raise
         with trainer.saved_if_stopped():
             raise
