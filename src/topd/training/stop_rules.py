@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+ENDS = "should_training_stop", "should_epoch_stop"
 PASSED_ON = 3.0  # seconds: a batch system signals all processes, and their launcher them again
 UNDER_WAY = (
     "finishing the update under way, then saving a checkpoint. Once more, after "
@@ -112,10 +113,12 @@ class Watch(TrainerCallback):
         self.agreed: StoppedError | None = None  # what all ranks end for
         self.put_off = False  # the checkpoint of an epoch's last update
         self.over = False  # resumed where it had ended
+        self.ends: set[str] = set()  # what was asked for within the update
 
     def on_train_begin(self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any) -> None:
         """Say it where a resumed run has nothing left to learn."""
         self.put_off, self.over = False, 0 < state.max_steps <= state.global_step
+        self.ends.clear()
         if self.over and state.is_world_process_zero:
             logger.warning(
                 f"{self.trainer.run_folder}: {state.global_step} updates are done, and the run is "
@@ -184,7 +187,13 @@ class Watch(TrainerCallback):
         """Have all ranks do what a callback of one asks for; likewise at other events."""
         _agree(control)
 
-    on_substep_end = on_evaluate
+    def on_substep_end(self, _: object, __: object, control: TrainerControl, **___: Any) -> None:
+        """Have an update that was begun done, on all ranks; then comes the end that is asked for.
+
+        No collective: it would wait for the device at every micro-batch.
+        """
+        self.ends |= {name for name in ENDS if getattr(control, name)}
+        vars(control).update(dict.fromkeys(ENDS, False))
 
     def on_step_end(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
@@ -194,6 +203,8 @@ class Watch(TrainerCallback):
         That of an epoch's last update waits for what is logged and evaluated at its end: a run
         that resumes from it begins with the next epoch.
         """
+        vars(control).update(dict.fromkeys(self.ends, True))
+        self.ends.clear()
         _agree(control)
         reasons = [reason for reason in ranks.everywhere(self.reason) if reason is not None]
         self.reason = self.agreed = reasons[0] if reasons else None
