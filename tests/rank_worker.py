@@ -26,7 +26,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from conftest import rows, shorten, tiny_model
 from test_evaluate import tiny_evaluator
@@ -208,13 +208,12 @@ def reordered(folder: Path, ranks: int) -> list[list[int]]:
 
 
 class OnLast(TrainerCallback):
-    """Asks for a checkpoint after an update, and in the log of the next for an end; on one rank.
-
-    It has a figure of its own in the log.
+    """Asks for a checkpoint after an update, and at an event after the next for an end; on one
+    rank. It has a figure of its own in the log.
     """
 
-    def __init__(self, trainer: TOPDTrainer, ranks: int) -> None:
-        self.trainer, self.asks = trainer, rank() == ranks - 1
+    def __init__(self, trainer: TOPDTrainer, ranks: int, event: str) -> None:
+        self.trainer, self.asks, self.event = trainer, rank() == ranks - 1, event
 
     def on_step_end(self, args, state, control, **_) -> None:
         if self.asks:
@@ -222,16 +221,27 @@ class OnLast(TrainerCallback):
         control.should_save |= self.asks and state.global_step == 1
 
     def on_log(self, args, state, control, **_) -> None:
-        control.should_training_stop |= self.asks and state.global_step == 2
+        self._end("log", state, control)
+
+    def on_substep_end(self, args, state, control, **_) -> None:
+        self._end("substep", state, control)
+
+    def _end(self, event: str, state: TrainerState, control: TrainerControl) -> None:
+        ends = self.asks and event == self.event and state.global_step == 2
+        control.should_training_stop |= ends
 
 
-def asked(folder: Path, ranks: int) -> tuple[int, list[str]]:
-    """Where a run ends that a callback of one rank ends, and what it has saved."""
-    trainer = made(folder, ranks, method="opd", max_steps=4, save_strategy="steps", save_steps=9)
-    trainer.add_callback(OnLast(trainer, ranks))
-    trainer.train()
-    everywhere(None)
-    return trainer.state.global_step, [path.name for path in folder.glob("checkpoint-*")]
+def asked(folder: Path, ranks: int) -> list[tuple[int, list[str]]]:
+    """Where a run ends that a callback of one rank ends, and what it has saved; by event."""
+    found, rare = [], {"max_steps": 4, "save_strategy": "steps", "save_steps": 9}
+    for event in ("log", "substep"):
+        trainer = made(folder / event, ranks, method="opd", **rare)
+        trainer.add_callback(OnLast(trainer, ranks, event))
+        trainer.train()
+        everywhere(None)
+        saved = [path.name for path in (folder / event).glob("checkpoint-*")]
+        found.append((trainer.state.global_step, saved))
+    return found
 
 
 def faults(folder: Path, ranks: int) -> dict[str, str]:

@@ -937,15 +937,21 @@ def _figures(log: dict[str, Any]) -> dict[str, Any]:
     return {key: log[key] for key in log if key.startswith("eval/") and "seconds" not in key}
 
 
-def test_a_resumed_run_is_paired_with_its_first_evaluation_only_on_the_same_problems(tmp_path):
+def test_a_resumed_run_is_paired_with_its_first_evaluation_only_on_the_same_problems(
+    tmp_path, monkeypatch
+):
+    """The problems are hashed once for it, not for every log of the run."""
     often = {"save_strategy": "steps", "save_steps": 1}
     trainer = trainer_of(tmp_path, **often)
     trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=50))
     trainer.train()
     again = trainer_of(tmp_path, **often)
     evaluator = replace(tiny_evaluator(), seed=tiny_evaluator().seed + 1)
-    again.add_callback(EvaluationCallback(again, evaluator, every=50))
+    again.add_callback(callback := EvaluationCallback(again, evaluator, every=50))
+    seen = [callback._problems()]
+    monkeypatch.setattr(callback, "_problems", lambda: seen.append(seen[0]) or seen[0])
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(seen) == 2
     last = [log for log in read(tmp_path / "metrics.jsonl") if "eval/greedy" in log][-1]
     assert "eval/greedy_change" not in last
 

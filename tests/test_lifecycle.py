@@ -288,16 +288,22 @@ def test_what_is_evaluated_after_a_run_is_not_recorded_in_it(tmp_path):
     assert not audit_run(tmp_path, updates=0).faults
 
 
+class Fails(TrainerCallback):
+    """Raises at the end of a training."""
+
+    def __init__(self, fault: Exception) -> None:
+        self.fault = fault
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        raise self.fault
+
+
 @pytest.mark.parametrize("fault", [TOPDError("gone."), ConnectionError("gone.")])
 def test_a_fault_after_the_last_update_loses_none_though_no_checkpoint_is_wanted(tmp_path, fault):
-    class Fails(TrainerCallback):
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            raise fault
-
     options = {**PLAIN, "max_steps": 2, "save_strategy": "no"}
     make(tmp_path / "whole", **options).train()
     trainer = make(tmp_path / "run", **options)
-    trainer.add_callback(Fails())
+    trainer.add_callback(Fails(fault))
     with pytest.raises(type(fault), match=r"gone\.") as found:
         trainer.train()
     said = " ".join([str(found.value), *getattr(found.value, "__notes__", ())])
@@ -305,6 +311,40 @@ def test_a_fault_after_the_last_update_loses_none_though_no_checkpoint_is_wanted
     make(tmp_path / "run", **options).train(resume_from_checkpoint=True)
     pair = (student(tmp_path / name / "student") for name in ("run", "whole"))
     torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+def test_a_training_that_fails_as_it_begins_is_not_saved_as_the_one_before(tmp_path, monkeypatch):
+    """Its student was, as that of the last update, whose records had been cut away."""
+    trainer = make(tmp_path, **{**PLAIN, "max_steps": 2})
+    trainer.train()
+    monkeypatch.setattr(trainer, "_load_from_checkpoint", Fails(OSError("gone.")).on_train_end)
+    with pytest.raises(OSError, match="gone"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not (tmp_path / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("more", [{"save_strategy": "best"}, {"save_total_limit": 1}])
+def test_the_best_student_is_not_saved_as_that_of_the_last_update(tmp_path, monkeypatch, more):
+    """A run resumed from there, with more updates, began with the weights of an earlier one."""
+    best = {**PLAIN, **EVERY, "max_steps": 3, "load_best_model_at_end": True, **more}
+    trainer = make(tmp_path, **best)
+    trainer.add_callback(Fails(OSError("gone.")))
+    monkeypatch.setattr(trainer, "evaluation_loop", worse(trainer))
+    with pytest.raises(OSError, match="gone"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def worse(trainer: TOPDTrainer) -> Any:
+    """Evaluations whose figures rise."""
+    loop = trainer.evaluation_loop
+
+    def evaluated(*args: Any, **options: Any) -> Any:
+        found = loop(*args, **options)
+        found.metrics["eval_loss"] = 10.0 + trainer.state.global_step
+        return found
+
+    return evaluated
 
 
 # Trainers side by side

@@ -272,6 +272,19 @@ def test_such_an_update_can_be_left_out(tmp_path, monkeypatch, fault):
     assert math.isfinite(logs[-1]["train_loss"])
 
 
+def test_what_a_callback_keeps_in_the_control_is_left_alone(tmp_path):
+    """It became true or false where ranks agree on what is asked for."""
+
+    class Keeps(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            control.own = [state.global_step]
+
+    trainer = make(tmp_path, method="opd", max_steps=2)
+    trainer.add_callback(Keeps())
+    trainer.train()
+    assert trainer.control.own == [1]
+
+
 # SIGTERM and Ctrl-C
 
 

@@ -174,7 +174,7 @@ class RecordedTrainer(LoadingTrainer):
         )
         self.record = {**made, **data}  # of the current data
         check_ranks_agree(self.args, self.train_dataset, self.eval_dataset, self.record)
-        self._begun, args = None, self.args
+        self._begun, self.has_best, args = None, False, self.args
         settings = {"recipe": self.recipe, "config": args.to_dict(), "ranks": args.world_size}
         if checkpoint:
             settings["resumed"] = self._go_back(checkpoint, settings)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+ENDS = "should_training_stop", "should_epoch_stop"
 PASSED_ON = 3.0  # seconds: a batch system signals all processes, and their launcher them again
 UNDER_WAY = (
     "finishing the update under way, then saving a checkpoint. Once more, after "
@@ -112,10 +113,12 @@ class Watch(TrainerCallback):
         self.agreed: StoppedError | None = None  # what all ranks end for
         self.put_off = False  # the checkpoint of an epoch's last update
         self.over = False  # resumed where it had ended
+        self.ends: set[str] = set()  # what was asked for within the update
 
     def on_train_begin(self, args: TOPDConfig, state: TrainerState, *_: Any, **__: Any) -> None:
         """Say it where a resumed run has nothing left to learn."""
         self.put_off, self.over = False, 0 < state.max_steps <= state.global_step
+        self.ends.clear()
         if self.over and state.is_world_process_zero:
             logger.warning(
                 f"{self.trainer.run_folder}: {state.global_step} updates are done, and the run is "
@@ -184,6 +187,14 @@ class Watch(TrainerCallback):
         """Have all ranks do what a callback of one asks for; likewise at other events."""
         _agree(control)
 
+    def on_substep_end(self, _: object, __: object, control: TrainerControl, **___: Any) -> None:
+        """Have an update that was begun done, on all ranks; then comes the end that is asked for.
+
+        No collective: it would wait for the device at every micro-batch.
+        """
+        self.ends |= {name for name in ENDS if getattr(control, name)}
+        vars(control).update(dict.fromkeys(ENDS, False))
+
     def on_step_end(
         self, args: TOPDConfig, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -192,6 +203,8 @@ class Watch(TrainerCallback):
         That of an epoch's last update waits for what is logged and evaluated at its end: a run
         that resumes from it begins with the next epoch.
         """
+        vars(control).update(dict.fromkeys(self.ends, True))
+        self.ends.clear()
         _agree(control)
         reasons = [reason for reason in ranks.everywhere(self.reason) if reason is not None]
         self.reason = self.agreed = reasons[0] if reasons else None
@@ -273,7 +286,7 @@ def _agree(control: TrainerControl) -> None:
     """Have all ranks do what a callback of one asks for: else they would do different things, and
     each wait for the other. A collective.
     """
-    asked = ranks.everywhere(vars(control))
+    asked = ranks.everywhere(control.state()["args"])  # without what a callback keeps in it
     vars(control).update({name: any(own[name] for own in asked) for name in asked[0]})
 
 
@@ -282,10 +295,12 @@ def save_done(trainer: RecordedTrainer) -> str:
 
     A collective. No other checkpoint is removed for it. Where none is wanted, one is saved once all
     updates are done. Weights that are not finite are not saved: an earlier checkpoint is to be
-    resumed from.
+    resumed from. Nor are those of the best student in place of the last one's.
     """
     done, run = trainer.state.global_step, trainer.run_folder
     if done == 0 or (trainer.args.save_strategy == "no" and done < trainer.state.max_steps):
+        return ""
+    if trainer.has_best and not (run / f"checkpoint-{done}").exists():
         return ""
     try:
         if not all(whole(p).isfinite().all() for p in trainer.model.parameters()):
@@ -300,13 +315,15 @@ def save_done(trainer: RecordedTrainer) -> str:
 @contextmanager
 def saved_once_done(trainer: RecordedTrainer) -> Iterator[None]:
     """Save a checkpoint of a run whose updates are all done, where anything stops it inside."""
+    before = trainer.state  # of an earlier training
     try:
         yield
     except StoppedError:
         raise
     except Exception:
         done, updates = trainer.state.global_step, trainer.state.max_steps
-        if not 0 < updates <= done or (trainer.run_folder / f"checkpoint-{done}").exists():
+        saved = (trainer.run_folder / f"checkpoint-{done}").exists()
+        if trainer.state is before or saved or not 0 < updates <= done:
             raise
         with trainer.saved_if_stopped():
             raise

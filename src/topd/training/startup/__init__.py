@@ -188,8 +188,9 @@ def rows_of(data: Any) -> Any:
         if not data.columns.is_unique:
             twice = data.columns[data.columns.duplicated()][0]
             raise TOPDError(f"data: the column {twice!r} is there twice. Rename one.")
-        for name in data.select_dtypes(["float16", "float32"]).columns:  # else 0.10000000149011612
-            data = data.assign(**{name: data[name].astype(str).astype(float)})
+        short = data.select_dtypes(["float16", "float32"])  # else 0.1 is 0.10000000149011612
+        for kind in (str, float):
+            data = data.astype(dict.fromkeys(short, kind))
         return data.to_dict("records")
     if hasattr(data, "__len__") and not hasattr(data, "__iter__"):  # torch's, which may have no end
         return [data[index] for index in range(len(data))]

@@ -33,6 +33,7 @@ class LoadingTrainer(Trainer):
     """
 
     def __init__(self, *args: Any, **rest: Any) -> None:
+        self.has_best = False  # the student's weights are of its best checkpoint
         super().__init__(*args, **rest)
         self.add_callback(AsNow())
 
@@ -56,4 +57,5 @@ class LoadingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """As at a resume: Trainer would look for an adapter of the name ``default`` alone."""
+        self.has_best = True
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
