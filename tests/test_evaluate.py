@@ -937,7 +937,9 @@ def _figures(log: dict[str, Any]) -> dict[str, Any]:
     return {key: log[key] for key in log if key.startswith("eval/") and "seconds" not in key}
 
 
-def test_a_resumed_run_is_paired_with_its_first_evaluation_only_on_the_same_problems(tmp_path):
+def test_a_resumed_run_is_paired_with_its_first_evaluation_only_on_the_same_problems(
+    tmp_path, monkeypatch
+):
     often = {"save_strategy": "steps", "save_steps": 1}
     trainer = trainer_of(tmp_path, **often)
     trainer.add_callback(EvaluationCallback(trainer, tiny_evaluator(), every=50))
@@ -945,9 +947,14 @@ def test_a_resumed_run_is_paired_with_its_first_evaluation_only_on_the_same_prob
     again = trainer_of(tmp_path, **often)
     evaluator = replace(tiny_evaluator(), seed=tiny_evaluator().seed + 1)
     again.add_callback(EvaluationCallback(again, evaluator, every=50))
+    made, problems = [], EvaluationCallback._problems
+    monkeypatch.setattr(
+        EvaluationCallback, "_problems", lambda self: made.append(problems(self)) or made[-1]
+    )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     last = [log for log in read(tmp_path / "metrics.jsonl") if "eval/greedy" in log][-1]
     assert "eval/greedy_change" not in last
+    assert len(made) == 1  # not once a log: it reads all problems
 
 
 def test_two_callbacks_of_one_trainer_are_refused_their_figures_would_have_the_same_names(tmp_path):

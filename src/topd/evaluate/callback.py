@@ -98,7 +98,7 @@ class EvaluationCallback(TrainerCallback):
             if TIMES[0] in log:  # a resumed run: what was evaluated before
                 self._latest_step = log["step"]
                 self._spent = -np.array([log[time] for time in TIMES])
-            if log.get(FIRST, {}).get("of") == self._problems():
+            if FIRST in log and log[FIRST]["of"] == self._problems():
                 self._first = log[FIRST]["solved"]
         if state.global_step != self._latest_step:
             self.on_step_end(args, state, control)  # at 0, or where a fault ended the run before
