@@ -26,11 +26,13 @@ READ = SIGNS | {  # commands that math-verify reads
     *"zeta eta iota kappa xi upsilon varepsilon vartheta varphi".split(),
     *"Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split(),
 }
+ENDS = "|".join([*SIGNS, *"cdot times div pm mp cup cap setminus rfloor rceil rvert".split()])
 UNCLEAR = re.compile(  # 1/2x, 1/2(x+1), ln 2/3, sin x * y
-    r"/\s*\d+\s*(?:[a-zA-Z(]|\\(?!cdot|times|div|pm|mp)[a-z])"
+    rf"/\s*\d+\s*(?:[a-zA-Z(]|\\(?!(?:{ENDS})(?![a-zA-Z]))[a-zA-Z])"
     rf"|\\(?:{'|'.join(UNARY)})(?![a-z])(?:[_^](?:\w|\{{[^{{}}]*\}}))*\s*(?![\s(])"
-    r"(?:[^-+()=,{}/]|\{[^{}]*\})*?(?:/|\\(?:cdot|times|div)(?![a-z]))"
+    r"(?:[^-+()=,{}/<>]|\{[^{}]*\})*?(?:/|\\(?:cdot|times|div)(?![a-z]))"
 )
+MARKED = re.compile(r"\\(?:vec|hat|bar|overline|overrightarrow)\s*\{[A-Za-z]+\}")  # names, read so
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 NAME = re.compile(  # of what the value after it is: an angle, a side, a sum, an area
     rf"^(?:\\angle\s*[A-Z]{{1,3}}|[A-Z]{{2,3}}|[A-Za-z]\(-?[^()=+-]+\)|«[A-Za-z ]+»"
@@ -235,5 +237,5 @@ def misread(text: str) -> bool:
     >>> misread("\\\\lg 2"), misread("2\\\\ln 2"), misread("\\\\sin 5°+1"), misread("1/2x")
     (True, False, True, True)
     """
-    known = READ.issuperset(re.findall(r"\\([a-zA-Z]+)", text))
+    known = READ.issuperset(re.findall(r"\\([a-zA-Z]+)", MARKED.sub("", text)))
     return not known or "°" in text or UNCLEAR.search(text) is not None

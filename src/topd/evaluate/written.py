@@ -34,7 +34,10 @@ TEXT = re.compile(
     rf"\s*{NESTED}"
 )
 BOXED = re.compile(rf"\\f?box(?:ed)?\s*{NESTED}")
-SWITCH = re.compile(r"\\(?:bf|rm|it|sf|displaystyle|textstyle|left|right|limits|bigl?|bigr)\b\s?")
+SWITCH = re.compile(  # fonts and sizes
+    r"\\(?:bf|rm|it|sf|(?:display|text|script)style|small|[lL]arge|LARGE|[hH]uge|left|right|limits"
+    r"|[bB]igg?[lr]?)(?![A-Za-z])\s?"
+)
 SPACE = re.compile(
     r"(?<!\\)\\(?:[,;:> ]|(?:q?quad|enspace|(?:thin|med|thick|nobreak)?space|hfill)(?![A-Za-z])"
     r"|[hm](?:space|skip)\*?\{[^{}]*\})|~"
@@ -94,7 +97,8 @@ def plain(answer: str) -> str:
         text = BOXED.sub(r"\1", text)
         text = TEXT.sub(_marked, text)
     text = re.sub(r"\^\s*(?:\\prime\b|\{\s*\\prime\s*\})", "'", text)
-    text = DEGREES.sub("°", text.replace("\\%", "%"))
+    text = text.replace("\\%", "%").replace("\\pounds", "£").replace("\\euro", "€")
+    text = DEGREES.sub("°", text)
     text = re.sub(
         r"\\(leqslant|leq|geqslant|geq|neq)(?![A-Za-z])",
         lambda m: "\\" + RELATIONS[m.group(1)],
@@ -172,7 +176,7 @@ def _marked(found: re.Match[str]) -> str:
 
 def _fractions(text: str) -> str:
     """``\\frac12`` and ``\\sqrt2`` with their braces. √12 is the root of 12."""
-    text = re.sub(r"\\[dtc]frac(?![^\W\d])", r"\\frac", text)
+    text = re.sub(r"\\[dtc](frac|binom)(?![^\W\d])", r"\\\1", text)
     text = re.sub(r"\\frac\s*(\w)", r"\\frac{\1}", text)
     text = re.sub(r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}", text)
     text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*(\{)", r"\\frac\1\2", text)
