@@ -13,6 +13,11 @@ GIVE_DATA = (
     "name."
 )
 SHOWN = 200  # characters of a value in a message
+# what a library raises at what it is given, which is then told in our words
+LIBRARY_FAULTS: tuple[type[Exception], ...] = (
+    *(ImportError, ValueError, TypeError, RuntimeError, LookupError, AttributeError),
+    *(ArithmeticError, AssertionError),
+)
 NONFINITE, COLLAPSED, DISK, UNREACHABLE, TERMINATED = 3, 4, 5, 6, 75
 
 
@@ -58,10 +63,7 @@ def compiler_faults() -> tuple[type[Exception], ...]:
         from triton.errors import TritonError
     except ImportError:  # no Triton, or one before it had this
         TritonError = RuntimeError  # noqa: N806
-    return (
-        *(RuntimeError, ImportError, OSError, AttributeError, TypeError, ValueError),
-        *(AssertionError, LookupError, subprocess.SubprocessError, TritonError),
-    )
+    return (*LIBRARY_FAULTS, OSError, subprocess.SubprocessError, TritonError)
 
 
 def out_of_memory() -> tuple[type[Exception], ...]:

@@ -24,11 +24,9 @@ from transformers import PreTrainedModel
 
 from topd.config import TOPDConfig
 from topd.distributed import WRAPPER, whole
-from topd.errors import TOPDError
+from topd.errors import LIBRARY_FAULTS, TOPDError
 from topd.inputs.models.adapters import hollow, parts
 from topd.runs.checkpoints import SHARDED
-
-_FAULTS = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, AssertionError)
 
 
 class WholeCopy:
@@ -95,7 +93,7 @@ def _check_shards(student: PreTrainedModel, accelerator: Accelerator) -> None:
         fsdp2_prepare_model(accelerator, trial)
         if torn := before.keys() - parts(trial).keys():
             fault = f"{' and '.join(sorted(min(torn, key=sorted)))} would no longer be one weight"
-    except _FAULTS as error:
+    except LIBRARY_FAULTS as error:
         fault = f"{type(error).__name__}: {error}"
     if fault:
         raise TOPDError(

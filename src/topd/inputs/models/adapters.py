@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from topd.errors import TOPDError
+from topd.errors import LIBRARY_FAULTS, TOPDError
 from topd.inputs.models.fingerprints import BELOW, model_fingerprint
 
 logger = logging.get_logger(__name__)
@@ -24,7 +24,6 @@ logger = logging.get_logger(__name__)
 ADAPTER = "adapter_config.json"
 _WITH_LOSS = ("MONTECLORA", "KASA")  # kinds of LoRA
 Model = TypeVar("Model", bound=nn.Module)
-_PEFT_FAULTS = (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError)
 
 
 def student_of_run(folder: Path) -> Path | None:
@@ -88,7 +87,7 @@ def try_adapter(config: PretrainedConfig, adapter: PeftConfig, student: object) 
             check_savable(wrapped)
     except TOPDError:
         raise
-    except _PEFT_FAULTS as error:
+    except LIBRARY_FAULTS as error:
         raise _refused(error) from error
 
 
@@ -161,7 +160,7 @@ def with_adapter(student: PreTrainedModel, adapter: PeftConfig) -> PeftModel:
     below = model_fingerprint(student)["sha256"] if begins_with_base(adapter) else None
     try:
         wrapped = get_peft_model(student, copy.deepcopy(adapter))  # PEFT changes what it is given
-    except _PEFT_FAULTS as error:
+    except LIBRARY_FAULTS as error:
         raise _refused(error) from error
     if below is not None:
         setattr(wrapped, BELOW, below)
@@ -226,7 +225,7 @@ def check_savable(student: PreTrainedModel | PeftModel) -> None:
     try:
         with torch.device("meta"):
             fresh = type(whole)._from_config(copy.deepcopy(whole.config))
-    except _PEFT_FAULTS as error:
+    except LIBRARY_FAULTS as error:
         raise TOPDError(
             f"student: its configuration makes no {type(whole).__name__}, so it could not be "
             f"loaded once it is saved: {error}"
@@ -249,10 +248,10 @@ def _merged_on_trial(student: PeftModel) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return merged(hollow(student))
-    except _PEFT_FAULTS:  # VB-LoRA, SHiRA and others need the weights
+    except LIBRARY_FAULTS:  # VB-LoRA, SHiRA and others need the weights
         try:
             return merged(student)
-        except _PEFT_FAULTS as error:
+        except LIBRARY_FAULTS as error:
             raise _refused(error) from error
 
 

@@ -8,9 +8,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 
-from topd.errors import TOPDError
+from topd.errors import LIBRARY_FAULTS, TOPDError
 
-_FAULTS = (ImportError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, OSError)
+_FAULTS: tuple[type[Exception], ...] = (*LIBRARY_FAULTS, OSError)
 _REMEDY = "Give the same model in bfloat16, not quantised."
 
 

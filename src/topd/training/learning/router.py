@@ -10,11 +10,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from topd.errors import TOPDError
+from topd.errors import LIBRARY_FAULTS, TOPDError
 from topd.inputs.models.heads import evaluating
 
 _WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")  # names that transformers' models read
-_FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError)
 
 
 def router_weight(model: PreTrainedModel | PeftModel) -> float:
@@ -50,7 +49,7 @@ def check_router(model: PreTrainedModel | PeftModel) -> None:
         if isinstance(loss, Tensor) and loss.requires_grad:
             given = weight * float(loss.detach())
         said = f"its own forward adds {added:.4g}, and its balance times the weight is {given:.4g}"
-    except _FAULTS as error:
+    except LIBRARY_FAULTS as error:
         added, given, said = 1.0, 0.0, f"{type(error).__name__}: {str(error)[:100]}"
     if not abs(added - given) <= 1e-3 * abs(added) or (weight and not given):
         raise TOPDError(

@@ -41,6 +41,6 @@ def check_ranks_agree(
         return
     settings = {k: v for k, v in as_json(args.to_dict()).items() if k not in FREE}
     made_of = {**record["models"], "versions": record["versions"]} if record else {}
-    data = data_prints(prompts, evaluation)
+    data = record or data_prints(prompts, evaluation)
     held_out = {f"eval_dataset {name}".strip(): own for name, own in data["eval_data"].items()}
     check_alike({"train_dataset": data["data"], **held_out, **without_names(made_of), **settings})

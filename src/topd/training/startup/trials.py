@@ -27,7 +27,7 @@ from transformers.trainer_utils import SchedulerType
 
 from topd.config import CHECKPOINTING, TOPDConfig
 from topd.config.values import defaults_of, worked_out
-from topd.errors import TOPDError
+from topd.errors import LIBRARY_FAULTS, TOPDError
 from topd.training.sharded import try_optimizer
 
 RATE = "learning_rate"
@@ -37,16 +37,6 @@ OF_OPTIMISER = (
 )
 OF_SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 UPDATES = 1000  # of the trial schedule, where a run does not say how many it has
-_FAULTS = (
-    ImportError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-)
 _GIVEN_BY_TRAINER = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
 _CONSTANT = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)  # not given their options
 
@@ -97,7 +87,7 @@ def _place(name: str) -> Iterator[None]:
         yield
     except TOPDError:
         raise
-    except _FAULTS as error:
+    except LIBRARY_FAULTS as error:
         raise TOPDError(
             f"{name}: cannot be used: {type(error).__name__}: {str(error).rstrip('.')}. "
             "Choose another, or install what it needs."
@@ -179,7 +169,7 @@ def _check_optimiser(args: TOPDConfig) -> None:
             setattr(trial, name, value)
         try:
             return str(Trainer.get_optimizer_cls_and_kwargs(trial, nn.Linear(2, 2)))
-        except _FAULTS as error:  # it was read, at least
+        except LIBRARY_FAULTS as error:  # it was read, at least
             return str(error)
 
     said = f"has no effect with optim {_word(args.optim)}. Leave it out"
