@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from contextlib import nullcontext
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 from bench.families import V, examine, tiny
@@ -292,6 +292,26 @@ def test_a_soft_cap_far_above_the_logits_is_seen_and_known(monkeypatch):
     known = head_of(model)
     monkeypatch.setattr(model.config, "logits_soft_cap", 30.0)
     monkeypatch.setattr(heads, "head_of", lambda _: known)
+    with pytest.raises(TOPDError, match="treats logits in a way that TOPD does not know"):
+        check_head("teacher", model)
+
+
+@pytest.mark.parametrize("bars", [[-1], [-1, 7]])
+def test_rows_that_a_model_bars_hide_no_other_logits(monkeypatch, bars):
+    """A gap of infinity is not above a share of infinity."""
+    model = tiny_model()
+    forward = type(model).forward
+
+    def own(self, factor, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = factor * output.logits
+        output.logits[..., bars] = -torch.inf
+        return output
+
+    monkeypatch.setattr(type(model), "forward", partialmethod(own, 1.0))
+    if bars == [-1]:  # a row of padding
+        check_head("teacher", model)
+        monkeypatch.setattr(type(model), "forward", partialmethod(own, 2.0))
     with pytest.raises(TOPDError, match="treats logits in a way that TOPD does not know"):
         check_head("teacher", model)
 

@@ -433,6 +433,11 @@ def test_a_saved_student_is_the_one_in_memory(tmp_path):
     model.lm_head.weight.data += 0.05 * torch.randn_like(model.lm_head.weight)
     with pytest.raises(TOPDError, match="differ by"):
         check_saved(tmp_path, model)
+    broken = tiny_model()
+    broken.model.norm.weight.data[0] = torch.nan
+    broken.save_pretrained(tmp_path)
+    with pytest.raises(TOPDError, match="differ by nan"):
+        check_saved(tmp_path, model)
 
 
 def test_a_student_that_its_last_update_broke_is_not_given_out_as_trained(tmp_path):
