@@ -119,8 +119,16 @@ class Fake:
         read = [self.tokenizer.decode(ids[: end + 1]) for end in range(len(ids))]
         pieces = [b[len(a) :] for a, b in zip(["", *read], read, strict=False)]
         with self.lock:
-            told = self.engine.score([ids[:1]], [ids[1:]]).logprobs[0].tolist()
-        known = {"tokens": pieces, "token_logprobs": [None, *told]}
+            scores = self.engine.score([ids[:1]], [ids[1:]])
+        told = scores.logprobs[0].tolist()
+        best, tokens = self.engine.head.logits(scores.hidden[0]).log_softmax(-1).topk(3)
+        names = [map(str, row) for row in tokens.tolist()]
+        tops = [dict(zip(*row, strict=True)) for row in zip(names, best.tolist(), strict=True)]
+        known = {
+            "tokens": pieces,
+            "token_logprobs": [None, *told],
+            "top_logprobs": [None, *tops],
+        }
         return {"text": text, "finish_reason": "length", "logprobs": known if self.tells else None}
 
     def states(self, body: dict[str, Any]) -> bytes:

@@ -364,7 +364,7 @@ class Refuses:
 @pytest.fixture
 def said(monkeypatch) -> list[str]:
     found: list[str] = []
-    logger = logging.get_logger("topd.engines.text.writers")
+    logger = logging.get_logger("topd.engines.text")
     monkeypatch.setattr(logger, "error", found.append)
     return found
 
@@ -583,8 +583,13 @@ def test_another_model_than_was_asked_for_is_said_once(answering, monkeypatch):
     for _ in names:
         written(writer)
     (said,) = found
-    assert "asked for the model big-7b" in said
-    assert "answers as small-1b" in said
+    assert "answers as small-1b, asked for the model big-7b." in said
+    found.clear()
+    writer = answering(*[{**chat("so"), "model": name} for name in names], model=None)
+    for _ in names:
+        written(writer)
+    assert "answers as small-1b, and at first as Big-7B." in found[0]
+    assert not found[1:]
 
 
 def test_the_start_asks_with_a_seed_as_large_as_those_of_a_run(monkeypatch):
@@ -1090,6 +1095,45 @@ def test_log_probs_that_cannot_be_had_are_refused_in_words(tmp_path, start, chan
     others = {k: v for k, v in changes.items() if "." not in k}
     with pytest.raises(TOPDError, match=said):
         learned(tmp_path, {"text": text}, **{**OPD, **others})
+
+
+@pytest.mark.parametrize("fault", ["those of another place", "no natural logarithms"])
+def test_log_probs_of_another_place_or_base_are_refused(tmp_path, start, monkeypatch, fault):
+    """By the likeliest tokens that the server tells beside those of its own greedy answers."""
+    echoed = Fake.echoed
+
+    def other(self: Fake, text: str) -> dict[str, Any]:
+        choice = echoed(self, text)
+        known = choice["logprobs"]
+        if "place" in fault:
+            known["token_logprobs"] = [None, *known["token_logprobs"][:-1]]
+        else:
+            tops = known["top_logprobs"][1:]
+            known["top_logprobs"][1:] = [{k: x / math.log(10) for k, x in t.items()} for t in tops]
+        return choice
+
+    monkeypatch.setattr(Fake, "echoed", other)
+    with pytest.raises(TOPDError, match=fault):
+        learned(tmp_path, {"text": {"url": start().url, "logprobs": True}}, **OPD)
+
+
+def test_a_server_that_has_another_model_by_now_is_said_and_stops_the_run(
+    tmp_path, start, monkeypatch, said
+):
+    """Of whose tokens none reads as one of the student's: they would count as agreed on."""
+    echoed, read = Fake.echoed, list[str]()
+
+    def other(self: Fake, text: str) -> dict[str, Any]:
+        read.append(text)
+        if len(read) <= 4:  # at the start
+            return echoed(self, text)
+        return {"logprobs": {"tokens": [text], "token_logprobs": [-1.0]}}
+
+    monkeypatch.setattr(Fake, "echoed", other)
+    with pytest.raises(TOPDError, match=r"another model than .* none of the last 16 responses"):
+        learned(tmp_path, {"text": {"url": start().url, "logprobs": True}}, **OPD, max_steps=6)
+    (one,) = said
+    assert "the server tells 0: it splits text otherwise" in one
 
 
 def test_a_server_that_splits_text_otherwise_tells_no_log_probs_of_the_students_tokens(

@@ -6,21 +6,27 @@ at the border (:mod:`topd.inputs.border`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from topd.engines import Scores, Tick, no_tick
 from topd.engines.base import BaseEngine, Prefix, Wanted, check_seeds
-from topd.engines.text.logprobs import Pieces, logprobs_of_tokens, whole_text
+from topd.engines.text.logprobs import TOLD, Pieces, logprobs_of_tokens, whole_text
 from topd.engines.text.spans import SpanReader
+from topd.errors import TOPDError
 from topd.inputs.border import BROKEN, Border
 from topd.types import Generation, Ids, Needs, Sampling, Starts, Texts
 
+logger = logging.get_logger(__name__)
+
 SPARE = 8  # tokens that are written beyond a window, so that its last word is a whole one
+IN_A_ROW = 16  # prompts that a server may refuse, or texts of which it tells nothing, in a row
 
 
 class Written(NamedTuple):
@@ -70,6 +76,7 @@ class TextEngine(BaseEngine):
         self.writer, self.read, self.spans = writer, read, spans
         self.border, self.theirs = Border(tokenizer), Border(writer.tokenizer)
         self.end = int(tokenizer.eos_token_id)
+        self._untold, self._none_in_a_row = 0, 0  # batches, texts
         self._ends = {str(t) for t in tokenizer.convert_ids_to_tokens(sorted(self.end_ids))}
 
     def generate(
@@ -84,7 +91,8 @@ class TextEngine(BaseEngine):
         """States of zeros; log-probs, zeros as well unless the writer tells them.
 
         They are NaN where the writer does not tell one, see :func:`logprobs_of_tokens`, and outside
-        of spans; the tokens of a span share its log-prob.
+        of spans; the tokens of a span share its log-prob. Raises TOPDError where it tells none of
+        ``IN_A_ROW`` responses in a row.
         """
         shape = len(responses), max(map(len, responses))
         weight = self.head.weight
@@ -97,10 +105,39 @@ class TextEngine(BaseEngine):
         if self.read is not None:
             texts = [whole_text(self.border, response) for response in responses]
             pieces = self.read(prompts, texts)
-            for row, (response, told) in enumerate(zip(responses, pieces, strict=True)):
-                found = logprobs_of_tokens(self.border, response, told)
+            pairs = zip(responses, pieces, strict=True)
+            known = [logprobs_of_tokens(self.border, *pair) for pair in pairs]
+            for row, found in enumerate(known):
                 logprobs[row, : len(found)] = torch.tensor(found)
+            self._check_told([k for k, one in enumerate(pieces) if one], responses, known)
         return Scores(hidden, logprobs, ids, prefix)
+
+    def _check_told(
+        self, rows: Sequence[int], responses: Texts, known: Sequence[Sequence[float]]
+    ) -> None:
+        """Say where of the texts in ``rows`` few log-probs are told, ends left out.
+
+        Else a server that has another model by now would teach nothing, without a word.
+        """
+        told = [
+            [not math.isnan(x) for token, x in zip(responses[k], known[k], strict=True)
+             if token not in self.end_ids]
+            for k in rows
+        ]  # fmt: skip
+        for text in filter(None, told):
+            self._none_in_a_row = 0 if any(text) else self._none_in_a_row + 1
+        count, asked = sum(map(sum, told)), sum(map(len, told))
+        if count >= TOLD * asked:
+            return
+        why = (
+            f"teacher.text.logprobs: of {asked} tokens in a batch of responses the server tells "
+            f"{count}: it splits text otherwise than the student's tokenizer, or has another model "
+            "than at the start."
+        )
+        if self._none_in_a_row >= IN_A_ROW:
+            raise TOPDError(f"{why} It told none of the last {self._none_in_a_row} responses.")
+        self._untold += 1
+        say_left_out(f"{why} The others count as agreed on", self._untold, "batches")
 
     def _by_spans(self, reader: SpanReader, scores: Scores) -> Scores:
         prefix = scores.prefix
@@ -170,3 +207,9 @@ class TextEngine(BaseEngine):
         if ended:
             return (*ids, self.end)[:limit]
         return ids[:limit] if len(ids) > limit or mark else ids[:-1]
+
+
+def say_left_out(said: str, count: int, of: str) -> None:
+    """Say the first one that is left out, the 10th, the 100th, and so on."""
+    if str(count).strip("0") == "1":
+        logger.error(f"{said}, {count} {of} so far; said again at ten times as many.")

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from topd.engines.base import Wanted
 from topd.engines.servers import RefusedError
 from topd.engines.text import SPARE, Written
-from topd.engines.text.logprobs import logprobs_of_tokens
-from topd.engines.text.writers import TextServers
+from topd.engines.text.logprobs import TOLD, logprobs_of_tokens
+from topd.engines.text.writers import ROUNDED, Place, TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border, tells_places
 from topd.inputs.models import ModelSpec
@@ -27,7 +27,8 @@ from topd.types import Ids, Prompt, Sampling
 ASKED = 24  # tokens
 GREEDY = Sampling(temperature=0.0, max_new_tokens=ASKED)
 SEED = 2**32 - 2  # next to the largest of a run, which is random to llama.cpp
-TOLD = 0.9  # of the student's tokens, where log-probs are wanted, and of those of a long text
+HALF, PLACES = 0.5, 8  # of the tokens of greedy answers, where there are so many
+MASS = 1.01  # of the likeliest tokens in one place, with rounding
 PIECE = f"{PROBE}\n"  # of a long text
 FEW = 4  # pieces, which any server reads
 PROMPTS = 4  # asked until one has an answer to be continued
@@ -167,7 +168,8 @@ def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border)
         with suppress(RefusedError):
             answers[prompt.teacher] = _asked(writer, prompt.teacher, "").text
     rows = [border.ids((), answer) or () for answer in answers.values()]
-    read = writer.read(list(answers), list(answers.values()))
+    places = writer.read_places(list(answers), list(answers.values()))
+    read = [[(piece, logprob) for piece, logprob, _ in one] for one in places]
     pairs = zip(rows, read, strict=True)
     told = [x for ids, pieces in pairs for x in logprobs_of_tokens(border, ids, pieces)]
     known = sum(not math.isnan(x) for x in told)
@@ -177,6 +179,39 @@ def _check_tells(writer: TextServers, prompts: Sequence[Prompt], border: Border)
             f"tokenizer: of {len(told)} tokens of the student's it tells {known}. Log-probs of "
             "single tokens want tokenizers that are alike: leave text.logprobs out, and set "
             "token_loss: none."
+        )
+    _check_likeliest(writer, places, list(answers.values()))
+
+
+def _check_likeliest(
+    writer: TextServers, read: Sequence[Sequence[Place]], answers: Sequence[str]
+) -> None:
+    """Hold what a server tells of its greedy answers against the likeliest tokens that it tells.
+
+    A greedy token is the likeliest in its place, unless the log-probs are those of another place;
+    and natural log-probs are those of probabilities that sum to 1 at most.
+    """
+    own: list[tuple[float, list[float]]] = []
+    for places, answer in zip(read, answers, strict=True):
+        left = len(answer)
+        for piece, logprob, likeliest in reversed(places):
+            left -= len(piece)
+            if left >= 0 and logprob is not None and likeliest:
+                own.append((logprob, likeliest))
+    mass = max((sum(map(math.exp, likeliest)) for _, likeliest in own), default=0.0)
+    first = sum(logprob >= max(likeliest) - ROUNDED for logprob, likeliest in own)
+    why = ""
+    if mass > MASS:
+        why = f"whose probabilities sum to {mass:.3g} in one place: they are no natural logarithms"
+    elif len(own) >= PLACES and first < HALF * len(own):
+        why = (
+            f"by which {first} of {len(own)} tokens that it wrote at temperature 0 are the "
+            "likeliest: they are those of another place, or it does not write greedily"
+        )
+    if why:
+        raise TOPDError(
+            f"teacher.text.logprobs: {writer.spec.url[0]} tells log-probs {why}. Leave "
+            "text.logprobs out, and set token_loss: none."
         )
 
 

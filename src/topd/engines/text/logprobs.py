@@ -9,6 +9,7 @@ from itertools import pairwise
 from topd.inputs.border import Border
 from topd.types import Ids
 
+TOLD = 0.9  # of the student's tokens at least, where log-probs are wanted
 Pieces = Sequence[tuple[str, float | None]]  # a server's tokens of a text, and their log-probs
 
 

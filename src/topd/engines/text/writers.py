@@ -16,7 +16,7 @@ from topd.engines.base import Wanted
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.servers import BUSY, OF_ONE, RefusedError, Request, Servers
-from topd.engines.text import TextEngine, Written
+from topd.engines.text import IN_A_ROW, TextEngine, Written, say_left_out
 from topd.engines.text.logprobs import Pieces
 from topd.engines.text.spans import SpanReader
 from topd.errors import TOPDError
@@ -30,13 +30,13 @@ from topd.types import Ids, Texts
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
-IN_A_ROW = 16  # prompts that a server may refuse, one after another, before it is at fault
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 ENDS = {"stop": True, "eos": True, "eos_token": True, "length": False}  # Together, TGI: eos
 OVERLOADED = "insufficient_system_resource"  # DeepSeek: the answer was interrupted
 ELSEWHERE = ("refusal", "tool_calls", "function_call")  # what a message says in the place of text
 THOUGHT = ("reasoning", "reasoning_content")  # and before it
 IMPOSSIBLE, ROUNDED = -9999.0, 1e-3  # vLLM's word for minus infinity, and what 0 may be
+Place = tuple[str, float | None, list[float]]  # a token of Pieces, and the likeliest's log-probs
 NOTHING = Written("", False)
 PAUSE, LONGEST = 0.5, 120.0  # seconds before an error that came as an answer is asked again
 
@@ -61,7 +61,7 @@ class TextServers:
         self.spec, self.tokenizer, self.skips = spec, tokenizer, skips
         self.servers = Servers(name, spec.url, spec)
         self._refused = 0  # requests
-        self._names = {spec.model or ""}  # of models that have answered
+        self._names, self._known = set[str](), spec.model  # of models that have answered; the first
         self._in_a_row: list[Ids] = []  # prompts refused since the latest answer
 
     def write(self, prompts: Texts, texts: Sequence[str], wanted: Wanted) -> list[Written]:
@@ -86,11 +86,16 @@ class TextServers:
 
         Raises TOPDError where a server tells none.
         """
+        told = self.read_places(prompts, texts)
+        return [[(piece, logprob) for piece, logprob, _ in one] for one in told]
+
+    def read_places(self, prompts: Texts, texts: Sequence[str]) -> list[list[Place]]:
+        """As :meth:`read`, each token with the log-probs of the likeliest in its place."""
         how = {"temperature": 1.0, "echo": True, "logprobs": 1}
         pairs = zip(prompts, texts, strict=True)
         asked = [{"prompt": self.prompt_text(prompt) + text} for prompt, text in pairs]
         wanted = [self._request(one, 0, **how) for one in asked]
-        return self._answers(prompts, wanted, [self._pieces] * len(wanted), [])
+        return self._answers(prompts, wanted, [self._places] * len(wanted), [])
 
     def tokens_read(self, text: str, wanted: Wanted) -> int:
         """How many tokens of a text a server says that it has read; 0 where it does not."""
@@ -147,16 +152,19 @@ class TextServers:
         return answers
 
     def _say_name(self, name: object) -> None:
-        """Say once that another model answers than was asked for, as far as names tell."""
-        asked = self.spec.model
-        if not asked or not isinstance(name, str) or name in self._names:
+        """Say once that another model answers than was asked for or before, as far as names tell.
+
+        Else one that a server was started again with would go unseen.
+        """
+        if not isinstance(name, str) or name in self._names:
             return
         self._names.add(name)
-        if asked.lower() not in name.lower() and name.lower() not in asked.lower():
+        known = self._known = self._known or name
+        if known.lower() not in name.lower() and name.lower() not in known.lower():
+            due = "asked for the model" if self.spec.model else "and at first as"
             logger.warning(
-                f"{self.servers.name}: asked for the model {asked}, {', '.join(self.spec.url)} "
-                f"answers as {name}. Is that the same? Some servers (LM Studio) answer with "
-                "whatever model they have."
+                f"{self.servers.name}: {', '.join(self.spec.url)} answers as {name}, {due} {known}."
+                " Is that the same? Some servers (LM Studio) answer with whatever model they have."
             )
 
     def _leave_out(self, prompt: Ids, error: RefusedError) -> None:
@@ -167,14 +175,18 @@ class TextServers:
         if len(self._in_a_row) >= IN_A_ROW:
             raise TOPDError(f"{error} It refused {IN_A_ROW} prompts in a row.") from error
         self._refused += 1
-        _say_left_out(f"{error} What it refuses is left out", self._refused, "requests")
+        say_left_out(f"{error} What it refuses is left out", self._refused, "requests")
 
-    def _pieces(self, answer: Any) -> Pieces:
+    def _places(self, answer: Any) -> list[Place]:
         try:
             told = answer["choices"][0]["logprobs"]
-            read = zip(told["tokens"], told["token_logprobs"], strict=True)
-            return [(_text_of(token), _told_logprob(logprob)) for token, logprob in read]
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            tokens, tops = told["tokens"], told.get("top_logprobs")
+            read = zip(tokens, told["token_logprobs"], tops or [None] * len(tokens), strict=True)
+            return [
+                (_text_of(token), _told_logprob(logprob), _likeliest(top))
+                for token, logprob, top in read
+            ]
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise TOPDError(
                 f"teacher.text.logprobs: {', '.join(self.spec.url)} does not tell those of a "
                 f"prompt's tokens (echo with logprobs); it answers {str(answer)[:200]}. Leave "
@@ -255,6 +267,12 @@ def _told_logprob(told: Any) -> float | None:
     return float(told) if good else None
 
 
+def _likeliest(top: Any) -> list[float]:
+    """The log-probs of the likeliest tokens at a place, as far as they are told."""
+    told = map(_told_logprob, top.values()) if isinstance(top, dict) else ()
+    return [logprob for logprob in told if logprob is not None]
+
+
 def _says_no_text(message: Mapping[str, Any], text: str, continues: bool) -> bool:
     """Whether a message that has ended is no answer: a refusal, a call, or thoughts alone."""
     if any(message.get(key) for key in ELSEWHERE):
@@ -267,12 +285,6 @@ def _after(written: Written, blank: str) -> Written:
     if not written.text.startswith(blank):
         return NOTHING
     return Written(written.text[len(blank) :], written.ended)
-
-
-def _say_left_out(said: str, count: int, of: str) -> None:
-    """Say the first one that is left out, the 10th, the 100th, and so on."""
-    if str(count).strip("0") == "1":
-        logger.error(f"{said}, {count} {of} so far; said again at ten times as many.")
 
 
 def messages_of(prompt: str) -> list[dict[str, Any]]:
@@ -323,7 +335,7 @@ class EmbeddedWriter:
         if found is not None:
             why = f"prompt, text and window are {length} tokens, it has {self.reach} positions"
         self._left += 1
-        _say_left_out(f"teacher.as_text: {why}. Such a text is left out", self._left, "times")
+        say_left_out(f"teacher.as_text: {why}. Such a text is left out", self._left, "times")
         return None
 
     def _text(self, before: Ids, tokens: Ids, finished: bool) -> Written:
