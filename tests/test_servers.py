@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -37,9 +37,9 @@ from topd.cli import app
 from topd.commands.recipe import read_recipe
 from topd.commands.train import make_trainer, run_recipe
 from topd.engines.hf import HFEngine
-from topd.engines.servers import Again, FailedError, Request, Servers
+from topd.engines.servers import Again, FailedError, Request, Servers, serve
 from topd.engines.servers.checks import check_logprobs, check_servers
-from topd.engines.servers.serve import command, serving
+from topd.engines.servers.serve import command, run_servers, serving
 from topd.engines.servers.vllm import VLLMEngine
 from topd.errors import DISK, UNREACHABLE, StoppedError, TOPDError
 from topd.inputs.models import ModelSpec
@@ -498,6 +498,20 @@ def test_another_model_is_refused_by_its_name(folder, start):
         check(spec_of(folder, [start()], [wrong]))
     check(spec_of(folder, [wrong], [wrong], model="some/another"))
     assert all(body["model"] == "some/another" for body in wrong.bodies if body.get("prompt"))
+
+
+def test_a_server_that_is_started_again_with_another_model_refuses_what_is_asked(folder, start):
+    """Where no name was asked for it is the one that the server had at the start."""
+    fakes = start(), start()
+    engine = engine_of(spec_of(folder, [fakes[0]], [fakes[1]]))
+    check_logprobs(engine, tiny_tokenizer())
+    engine.score(PROMPTS, RESPONSES)
+    for fake in fakes:  # as vLLM: it takes requests that name no model
+        fake.refuses = lambda body: 404 if body.get("model", "some/other") != "some/other" else None
+    with pytest.raises(TOPDError, match="/pooling answers 404"):
+        engine.score(PROMPTS, RESPONSES)
+    with pytest.raises(TOPDError, match="/v1/completions answers 404"):
+        engine.generate(PROMPTS, Sampling(0.0, max_new_tokens=4), range(3))
 
 
 def test_another_model_under_the_same_name_is_refused_with_both_numbers(folder, start):
@@ -1020,6 +1034,31 @@ def test_a_server_is_started_once_the_one_before_it_answers(tmp_path):
     with serving(found, patience=30) as running:
         assert len(running) == 2
     assert note.read_text() == "0 begins 0 answers 1 begins 1 answers "
+
+
+@pytest.mark.parametrize(("host", "place"), [("here", "here"), ("::1", "[::1]")])
+def test_the_lines_of_a_recipe_have_the_host_as_a_url_has_it(monkeypatch, host, place):
+    @contextmanager
+    def served(servers: Any, *, patience: float) -> Iterator[list[Any]]:
+        for url, (_, words) in servers.items():
+            assert url.startswith(f"http://{place}:80")
+            assert words[words.index("--host") + 1] == host
+        yield []
+
+    monkeypatch.setattr(serve, "serving", served)
+    monkeypatch.setattr(serve, "has_accelerator", lambda _: False)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    said: list[str] = []
+
+    def ready(lines: str) -> None:
+        said.append(lines)
+        raise KeyboardInterrupt
+
+    run_servers(
+        ("completions",), "m", [], host=host, port=8000, python="p", patience=1.0, ready=ready
+    )
+    assert f'"http://{place}:8000"' in said[0]
+    ServedSpec(completions=f"http://{place}:8000")
 
 
 def free_port() -> int:

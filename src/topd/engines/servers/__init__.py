@@ -58,13 +58,15 @@ class Servers:
         urls: where they are.
         served: key, time limit, tries.
 
+    ``names`` are those of the model, by URL, for requests that name none.
+
     Every method that sends raises TOPDError where a server refuses a request (a RefusedError where
     that may be due to this request alone), and StoppedError where no server is left.
     """
 
     def __init__(self, name: str, urls: Sequence[str], served: ServerSpec) -> None:
         self.name, self.urls, self.served = name, tuple(urls), served
-        self.session = _session(served)
+        self.session, self.names = _session(served), dict[str, str]()
         self._load = dict.fromkeys(self.urls, 0)  # requests under way at those that have not failed
         self._failures: dict[str, str] = {}
         self._errors = dict.fromkeys(self.urls, 0)  # answers of 500 since the latest of 200
@@ -151,6 +153,8 @@ class Servers:
         An answer that breaks off is asked for once more, as is one that does not come.
         """
         answer: requests.Response | None = None
+        if body is not None and url in self.names:
+            body = {"model": self.names[url], **body}
         try:
             with self.session.request(
                 method,

@@ -51,8 +51,12 @@ def check_logprobs(engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase) -> No
     Compared are those of each completions server when it writes, when it reads and when it reads
     again, and those of each pooling server's states under the head that is here. Raises TOPDError
     with both numbers where they differ, or if ids cannot be barred; StoppedError if a server does
-    not answer.
+    not answer. From now on requests say each server's name of the model, so that one that is
+    started again with another refuses them.
     """
+    for servers in (engine.completions.servers, engine.pooling):
+        for one in servers.alone():
+            servers.names[one.urls[0]] = str(_model_of(one, engine.path)["id"])
     probe = probe_of(tokenizer)
     for completions in engine.completions.alone(bars=True) if engine.completions.unshared else ():
         completions.write_each([probe], PROBED, [0])  # as windows are
@@ -99,7 +103,19 @@ def probe_of(tokenizer: PreTrainedTokenizerBase) -> Ids:
 
 
 def _check_model(server: Servers, path: str, longest: int, window: int) -> None:
-    """By the names that a server gives its models; a path and a hub name may end alike."""
+    room = _model_of(server, path).get("max_model_len")
+    if room and room < longest + window:
+        raise TOPDError(
+            f"{server.name}: {server.urls[0]} has room for {room} tokens; {counted(window)} make "
+            f"{longest + window}. Raise its --max-model-len, or lower these."
+        )
+
+
+def _model_of(server: Servers, path: str) -> dict[str, Any]:
+    """What a server lists of a model, found by its names; a path and a hub name may end alike.
+
+    Raises TOPDError if it lists only others.
+    """
     wanted = server.served.model or path
     listed = _part(server, server.get("/v1/models"), "data")
     for model in listed:
@@ -107,18 +123,11 @@ def _check_model(server: Servers, path: str, longest: int, window: int) -> None:
         if wanted in names or (
             not server.served.model and PurePath(wanted).name in [PurePath(n).name for n in names]
         ):
-            room = model.get("max_model_len")
-            break
-    else:
-        raise TOPDError(
-            f"{server.name}: {server.urls[0]} serves {', '.join(m['id'] for m in listed)}, not "
-            f"{wanted}. Serve that, or name the same model as the server does in served.model."
-        )
-    if room and room < longest + window:
-        raise TOPDError(
-            f"{server.name}: {server.urls[0]} has room for {room} tokens; {counted(window)} make "
-            f"{longest + window}. Raise its --max-model-len, or lower these."
-        )
+            return dict(model)
+    raise TOPDError(
+        f"{server.name}: {server.urls[0]} serves {', '.join(m['id'] for m in listed)}, not "
+        f"{wanted}. Serve that, or name the same model as the server does in served.model."
+    )
 
 
 def _check_tokenizer(server: Servers, probe: Ids) -> None:

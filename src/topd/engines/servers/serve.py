@@ -164,7 +164,8 @@ def run_servers(
     ends by itself.
     """
     cpu = not has_accelerator(python)
-    urls = {kind: f"http://{host}:{port + i}" for i, kind in enumerate(kinds)}
+    place = f"[{host}]" if ":" in host else host  # IPv6
+    urls = {kind: f"http://{place}:{port + i}" for i, kind in enumerate(kinds)}
     servers = {
         urls[kind]: (kind, command(kind, model, host, port + i, extra, python=python, cpu=cpu))
         for i, kind in enumerate(kinds)
