@@ -407,6 +407,26 @@ def test_a_server_that_writes_a_barred_id_is_refused(folder, start, allowed, uns
         served.generate(PROMPTS, Sampling(1.0, max_new_tokens=64), range(3))
 
 
+@pytest.mark.parametrize("listed", [lambda top: {}, lambda top: {k[9:]: x for k, x in top.items()}])
+def test_a_server_that_does_not_tell_barred_ids_log_probs_is_refused(folder, start, listed):
+    """Those of the others would count as if the barred had none."""
+    fake = start()
+    spec = spec_of(folder, [fake], [start()])
+    options = {"eos_ids": [EOS], "allowed": [*range(30), 63]}
+    served = VLLMEngine(spec.load_frame(), spec.path, spec.served, [*range(30, 63)], **options)
+    written = fake.written
+
+    def other(*given: Any) -> dict[str, Any]:
+        choice = written(*given)
+        known = choice["logprobs"]
+        known["top_logprobs"] = [listed(top) for top in known["top_logprobs"]]
+        return choice
+
+    fake.written = other  # type: ignore[method-assign]
+    with pytest.raises(TOPDError, match="0 of 33 logprob_token_ids"):
+        served.generate(PROMPTS, Sampling(1.0, max_new_tokens=4), range(3))
+
+
 def test_an_answer_that_was_cut_off_is_refused(folder, start):
     served = engine_of(spec_of(folder, [start(finish="abort")], [start()]))
     with pytest.raises(TOPDError, match="finish_reason 'abort'"):

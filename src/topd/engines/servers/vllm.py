@@ -186,11 +186,17 @@ class Completions:
         raise TOPDError(f"{self.servers.name}: wrote token {strange}{why}")
 
     def _logprobs(self, told: Any) -> tuple[float, ...]:
-        """Of a text's tokens, among the ids that all models have; at most 0 where rounding is."""
+        """Of a text's tokens, among the ids that all models have; at most 0 where rounding is.
+
+        Raises ValueError where the others' are not told: neither theirs nor those of the likeliest.
+        """
         if not self.unshared:
             return tuple(map(float, told["token_logprobs"]))
         names, found = [f"token_id:{token}" for token in self.unshared], []
         for own, listed in zip(told["token_logprobs"], told["top_logprobs"], strict=True):
+            known = sum(name.startswith("token_id:") for name in listed)
+            if known < min(LIKELIEST, self.rows) and not {*names[:LISTED]} <= {*listed}:
+                raise ValueError(f"{known} of {len(names[:LISTED])} logprob_token_ids")
             others = sum(math.exp(listed[name]) for name in names if name in listed)
             found.append(own - math.log(max(1 - others, math.exp(own), 1e-300)))
         return tuple(found)
