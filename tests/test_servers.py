@@ -461,6 +461,9 @@ def test_texts_have_their_own_choices_in_whatever_order_they_come(folder, start)
         (lambda one: {"token_ids": None}, "after 0 of 5 token_ids"),
         (lambda one: {"logprobs": {"token_logprobs": [-1.0] * 4}}, "4 log-probs of 5 tokens"),
         (lambda one: {"logprobs": {"token_logprobs": [None] * 5}}, "TypeError"),
+        (lambda one: {"logprobs": {"token_logprobs": [0.37] * 5}}, "not all at most 0"),
+        (lambda one: {"logprobs": {"token_logprobs": [math.nan] * 5}}, "not all at most 0"),
+        (lambda one: {"token_ids": [7, 998, 7, 7, 7]}, "5 token_ids, which go on after an end"),
         (lambda one: {"logprobs": None}, "TypeError"),
         (lambda one: {"prompt_logprobs": [None]}, "zip"),
         (lambda one: {"prompt_logprobs": None}, "TypeError"),
@@ -471,7 +474,7 @@ def test_an_answer_that_is_not_what_was_asked_for_is_refused(folder, start, chan
     """As of a server whose generation_config.json has fewer max_new_tokens, which vLLM heeds."""
     fake = start(engine=HFEngine(tiny_model(seed=1), eos_ids=[999]))
     completions = engine_of(spec_of(folder, [fake], [start()])).completions
-    completions.ends, answer = frozenset(), fake.answer
+    completions.ends, answer = frozenset({998}), fake.answer
 
     def changed(path: str, body: dict[str, Any]) -> Any:
         (choice,) = answer(path, body)["choices"]

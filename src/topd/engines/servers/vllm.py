@@ -30,6 +30,7 @@ from topd.types import Effort, Generation, Ids, Sampling, Starts, Texts
 
 COMPLETIONS, POOLING = "/v1/completions", "/pooling"
 ONCE = Sampling(temperature=0, max_new_tokens=1)
+ROUNDED = 1e-3  # what a log-prob of 0 may be
 LISTED, LIKELIEST = 128, 20  # log-probs a token that vLLM tells: of ids, of the likeliest
 WIRE = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -165,6 +166,10 @@ class Completions:
         logprobs = self._logprobs(choice["logprobs"])
         if len(logprobs) != len(tokens):
             raise ValueError(f"{len(logprobs)} log-probs of {len(tokens)} tokens")
+        if not all(logprob <= ROUNDED for logprob in logprobs):  # NaN too
+            raise ValueError(f"log-probs {logprobs}, not all at most 0")
+        if not self.ends.isdisjoint(tokens[:-1]):
+            raise ValueError(f"{len(tokens)} token_ids, which go on after an end")
         return Generation(tokens, logprobs, ended, effort=Effort(read, read))
 
     def _check(self, tokens: Sequence[int]) -> None:

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from topd.engines.base import Wanted
 from topd.engines.servers import RefusedError
+from topd.engines.servers.vllm import ROUNDED
 from topd.engines.text import SPARE, Written
 from topd.engines.text.logprobs import TOLD, logprobs_of_tokens
-from topd.engines.text.writers import ROUNDED, Place, TextServers
+from topd.engines.text.writers import Place, TextServers
 from topd.errors import TOPDError
 from topd.inputs.border import Border, tells_places
 from topd.inputs.models import ModelSpec

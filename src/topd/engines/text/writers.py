@@ -16,6 +16,7 @@ from topd.engines.base import Wanted
 from topd.engines.decode_check import check_decoding
 from topd.engines.hf import HFEngine
 from topd.engines.servers import BUSY, OF_ONE, RefusedError, Request, Servers
+from topd.engines.servers.vllm import ROUNDED
 from topd.engines.text import IN_A_ROW, TextEngine, Written, say_left_out
 from topd.engines.text.logprobs import Pieces
 from topd.engines.text.spans import SpanReader
@@ -35,7 +36,7 @@ ENDS = {"stop": True, "eos": True, "eos_token": True, "length": False}  # Togeth
 OVERLOADED = "insufficient_system_resource"  # DeepSeek: the answer was interrupted
 ELSEWHERE = ("refusal", "tool_calls", "function_call")  # what a message says in the place of text
 THOUGHT = ("reasoning", "reasoning_content")  # and before it
-IMPOSSIBLE, ROUNDED = -9999.0, 1e-3  # vLLM's word for minus infinity, and what 0 may be
+IMPOSSIBLE = -9999.0  # vLLM's word for minus infinity
 Place = tuple[str, float | None, list[float]]  # a token of Pieces, and the likeliest's log-probs
 NOTHING = Written("", False)
 PAUSE, LONGEST = 0.5, 120.0  # seconds before an error that came as an answer is asked again
