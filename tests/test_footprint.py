@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.families import tiny
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
@@ -184,6 +185,9 @@ def test_a_run_that_will_not_fit_is_warned_of_with_what_to_do(monkeypatch):
     monkeypatch.setattr(TOPDConfig, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     assert "the GPU has 1." in str(memory_warning(model, model, args, prompts))
+    for kind in ("Mamba", "RWKV", "xLSTM"):  # without attention: nothing is predicted
+        assert memory_warning(tiny(kind), model, args, prompts) is None
+        assert memory_warning(model, tiny(kind), args, prompts) is None
     gpu.total_memory = 2 * GIB
     assert memory_warning(model, tiny_model(), args, prompts) is None
     assert memory_warning(model, tiny_model(), args, prompts, GIB) is not None  # with an average

@@ -227,12 +227,16 @@ def memory_warning(
 ) -> str | None:
     """A warning where an update is predicted not to fit on this process's GPU; else None.
 
+    None too where a configuration does not name the sizes, as of models without attention.
     ``average``: bytes of a self-teacher's besides its weights.
     """
     if args.device.type != "cuda" or not prompts:
         return None
     capacity = torch.cuda.get_device_properties(args.device).total_memory
-    own, other = size_of(student, trained=True), size_of_all(teacher)
+    try:
+        own, other = size_of(student, trained=True), size_of_all(teacher)
+    except (AttributeError, TypeError):
+        return None
     sizes = own, replace(other, bytes=0 if teacher is student else other.bytes + average)
     return warning(highest(peaks(*sizes, work_of(args, prompts)), args), capacity)
 
