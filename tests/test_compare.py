@@ -774,6 +774,7 @@ def test_a_folder_whose_settings_are_damaged_is_refused(recipe, tmp_path):
         run_compare(recipe, [f"--output_dir={tmp_path}", "--compare.warmstart"])
 
 
+_SERVED = ("--student.served.completions=http://a:1", "--student.served.weights=w")
 _ONE = "{arm: opd, key: %s, values: [1]}"
 _AGAIN = "--compare.arms={opd: {}, x: {stage: warmstart, answers: start, data.limit: 3}}"
 
@@ -806,6 +807,7 @@ _AGAIN = "--compare.arms={opd: {}, x: {stage: warmstart, answers: start, data.li
         (["--warmstart.answers=me", "--compare.warmstart"], "stage 1.*answers: 'me'"),
         (["--warmstart.max_steps=1"], r"warmstart\.max_steps: has no effect.*compare\.warmstart"),
         (["--compare.warmstart", "--student.served.completions=http://a:1"], "served.model"),
+        (["--compare.jobs=2", *_SERVED], "jobs: 2 runs at a time would give their weights to the"),
         (["--compare.arms={opd: {}, x: {evaluation.limit: 9}}"], "'x': evaluation.limit is 9.*20"),
         (["--compare.arms={opd: {}, x: {evaluation.split: test}}"], "'x': evaluation.split is 'te"),
         (["--compare.arms={opd: {}, x: {evaluation.top_p: 0.5}}"], "'x': evaluation.top_p is 0.5"),

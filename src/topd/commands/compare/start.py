@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -129,6 +130,7 @@ def read_comparison(path: Path, words: Sequence[str]) -> Comparison:
             arms[arm] = read_recipe(named, keys_of_arm, warmstart=staged)
             _check_answers(keys, first, arms[arm])
             _check_evaluation(recipe, arms[arm])
+    _check_servers_apart(spec, arms)
     if own and not first and not any(r.args.learns_from_answers for r in arms.values()):
         raise TOPDError(
             f"{path}: warmstart.{next(iter(own))}: has no effect without stage 1. Set "
@@ -155,6 +157,18 @@ def _check_served(recipe: Recipe) -> None:
         raise TOPDError(
             "student.served.model: is missing. After stage 1 the student has another path: name "
             "the model as its servers do."
+        )
+
+
+def _check_servers_apart(spec: CompareSpec, arms: Mapping[str, Recipe]) -> None:
+    """A student's servers have the weights of one run at a time. Raises TOPDError."""
+    served = [arms[arm].student.served for arm, *_ in spec.runs()]
+    shared = Counter(url for one in served if one for url in one.completions)
+    if spec.jobs > 1 and max(shared.values(), default=0) > 1:
+        raise TOPDError(
+            f"compare.jobs: {spec.jobs} runs at a time would give their weights to the same "
+            "servers (student.served), and each get texts by those of another. Set compare.jobs: "
+            "1, or leave student.served out."
         )
 
 
