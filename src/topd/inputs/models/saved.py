@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from topd.errors import TOPDError
 from topd.inputs.models.bare import named_faults
+
+logger = logging.get_logger(__name__)
+
+NAMED = 3  # weights in a message
 
 
 @torch.no_grad()
@@ -45,3 +54,47 @@ def load_saved(model: PreTrainedModel | PeftModel, folder: Path) -> None:
 def tensors_in(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.Tensor]:
     """All tensors of a folder's files, by the names that they have there."""
     return {k: v for file in folder.glob(pattern) for k, v in load_file(file).items()}
+
+
+def check_complete(path: str, report: Mapping[str, Collection[str]]) -> None:
+    """Refuse a model whose files lack weights: transformers makes up random ones, and warns.
+
+    Weights that no part of the model has are said. ``report`` is transformers' of the loading.
+    Raises TOPDError.
+    """
+    lacking, idle = (sorted(report[key]) for key in ("missing_keys", "unexpected_keys"))
+    others = f"{len(idle)} that the model has no place for ({_some(idle)})"
+    if lacking:
+        raise TOPDError(
+            f"model {path}: its files lack {len(lacking)} weights ({_some(lacking)}), which would "
+            f"be random{f'; they have {others}' * bool(idle)}. Are they whole, of this model, and "
+            "with its own names of weights, as save_pretrained writes them?"
+        )
+    if idle:
+        logger.warning(f"model {path}: of the weights in its files {others} are not used.")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
+
+
+@torch.no_grad()
+def remake_buffers(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model by code of its own the buffers that no file has, as its code makes them.
+
+    transformers 5 leaves them without values (frequencies of RoPE, say), but for its own models.
+    """
+    if type(model).__module__.startswith("transformers."):
+        return model
+    unsaved = [
+        (f"{place}.{name}" if place else name, module.get_buffer(name))
+        for place, module in model.named_modules()
+        for name in sorted(module._non_persistent_buffers_set & module._buffers.keys())
+        if module._buffers[name] is not None
+    ]
+    if unsaved:
+        with init_empty_weights(include_buffers=False):
+            made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+        for name, buffer in unsaved:
+            buffer.copy_(made[name])
+    return model

@@ -20,6 +20,7 @@ from topd.errors import TOPDError
 from topd.inputs.models import LOADED, ModelSource, generation_config_of
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.heads import evaluating
+from topd.inputs.models.saved import remake_buffers
 
 logger = logging.get_logger(__name__)
 MOST_KL = 1e-2  # nats a token between the student in memory and the one on disk
@@ -193,6 +194,7 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
     try:
         dtype = torch.float32 if half else base.dtype
         saved = type(base).from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
+        saved = remake_buffers(saved)
     finally:
         logging.set_verbosity(verbosity)
     theirs = saved(input_ids=ids, use_cache=False).logits
