@@ -210,7 +210,7 @@ class ModelSpec(ByText):
         if self.attn_implementation:
             options["attn_implementation"] = self.attn_implementation
         model, report = self._load(AutoModelForCausalLM, "weights", **options)
-        check_complete(self.path, report)
+        check_complete(self.path, model, report)
         model = remake_buffers(model)
         model = _without_quantisation(model) if self.gguf_file else model
         if isinstance(self.eos_token, tuple):

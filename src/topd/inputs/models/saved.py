@@ -56,13 +56,17 @@ def tensors_in(folder: Path, pattern: str = "*.safetensors") -> dict[str, torch.
     return {k: v for file in folder.glob(pattern) for k, v in load_file(file).items()}
 
 
-def check_complete(path: str, report: Mapping[str, Collection[str]]) -> None:
+def check_complete(
+    path: str, model: PreTrainedModel, report: Mapping[str, Collection[str]]
+) -> None:
     """Refuse a model whose files lack weights: transformers makes up random ones, and warns.
 
-    Weights that no part of the model has are said. ``report`` is transformers' of the loading.
-    Raises TOPDError.
+    Buffers that they lack are as its own models begin. Weights that no part of the model has are
+    said. ``report`` is transformers' of the loading. Raises TOPDError.
     """
     lacking, idle = (sorted(report[key]) for key in ("missing_keys", "unexpected_keys"))
+    begun = {name for name, _ in model.named_buffers()} if _is_known(model) else set[str]()
+    lacking = [name for name in lacking if name not in begun]
     others = f"{len(idle)} that the model has no place for ({_some(idle)})"
     if lacking:
         raise TOPDError(
@@ -72,6 +76,10 @@ def check_complete(path: str, report: Mapping[str, Collection[str]]) -> None:
         )
     if idle:
         logger.warning(f"model {path}: of the weights in its files {others} are not used.")
+
+
+def _is_known(model: PreTrainedModel) -> bool:
+    return type(model).__module__.startswith("transformers.")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -84,7 +92,7 @@ def remake_buffers(model: PreTrainedModel) -> PreTrainedModel:
 
     transformers 5 leaves them without values (frequencies of RoPE, say), but for its own models.
     """
-    if type(model).__module__.startswith("transformers."):
+    if _is_known(model):
         return model
     unsaved = [
         (f"{place}.{name}" if place else name, module.get_buffer(name))
