@@ -712,7 +712,7 @@ CASES: tuple[Case, ...] = (
     ),
     pair(
         "weights of which some are not there",
-        "its files lack 11 weights (model.layers.1.",
+        "its files lack weights (model.layers.1.",
         "model partial",
         "Are they whole",
         True,

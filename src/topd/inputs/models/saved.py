@@ -67,15 +67,15 @@ def check_complete(
     lacking, idle = (sorted(report[key]) for key in ("missing_keys", "unexpected_keys"))
     begun = {name for name, _ in model.named_buffers()} if _is_known(model) else set[str]()
     lacking = [name for name in lacking if name not in begun]
-    others = f"{len(idle)} that the model has no place for ({_some(idle)})"
+    others = f"weights that the model has no place for ({_some(idle)})" if idle else ""
     if lacking:
         raise TOPDError(
-            f"model {path}: its files lack {len(lacking)} weights ({_some(lacking)}), which would "
-            f"be random{f'; they have {others}' * bool(idle)}. Are they whole, of this model, and "
-            "with its own names of weights, as save_pretrained writes them?"
+            f"model {path}: its files lack weights ({_some(lacking)}), which would be random"
+            f"{f', and have {others}' * bool(idle)}. Are they whole, of this model, and with its "
+            "own names of weights, as save_pretrained writes them?"
         )
     if idle:
-        logger.warning(f"model {path}: of the weights in its files {others} are not used.")
+        logger.warning(f"model {path}: its files have {others}. They are not used.")
 
 
 def _is_known(model: PreTrainedModel) -> bool:
@@ -83,7 +83,8 @@ def _is_known(model: PreTrainedModel) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
+    more = f", {len(names)} in all" * (len(names) > NAMED)
+    return ", ".join(names[:NAMED]) + more
 
 
 @torch.no_grad()
