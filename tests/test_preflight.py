@@ -35,13 +35,26 @@ from transformers import (
     PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     TrainingArguments,
     XGLMConfig,
 )
 
-from conftest import DEVICE, USE_CPU, VOCAB, renamed_model, rows, tiny_model, tiny_tokenizer
+from conftest import (
+    DEVICE,
+    TINY,
+    USE_CPU,
+    VOCAB,
+    renamed_model,
+    rows,
+    tiny_model,
+    tiny_tokenizer,
+    write_pair,
+)
 from conftest import torch_on_device as torch
 from topd import TOPDConfig, TOPDTrainer
+from topd.commands.train import run_recipe
 from topd.errors import TOPDError
 from topd.inputs.models.adapters import merged
 from topd.inputs.models.positions import exact_rope
@@ -438,6 +451,22 @@ def test_a_saved_student_is_the_one_in_memory(tmp_path):
     broken.save_pretrained(tmp_path)
     with pytest.raises(TOPDError, match="differ by nan"):
         check_saved(tmp_path, model)
+
+
+def test_a_tokenizer_that_is_another_once_it_is_saved_is_refused(tmp_path):
+    """transformers makes Qwen2's own of any file beside a model of that type."""
+    place, run = str(tmp_path / "qwen2"), str(tmp_path / "run")
+    model = Qwen2ForCausalLM(Qwen2Config(**TINY))
+    model.save_pretrained(place)
+    student = {"path": place, "tokenizer": "teacher"}
+    path = write_pair(tmp_path, student=student, output_dir=run, max_completion_length=8)
+    fault = r"\(TokenizersBackend\) .* \(Qwen2Tokenizer\).* type, qwen2"
+    with pytest.raises(TOPDError, match=fault):
+        run_recipe(path, quiet=True)
+    args = TOPDConfig(output_dir=run, use_cpu=USE_CPU, max_completion_length=8)
+    with pytest.raises(TOPDError, match=fault):
+        TOPDTrainer(model, tiny_model(), args, rows(2), processing_class=tiny_tokenizer())
+    assert not (tmp_path / "run" / "student").exists()
 
 
 def test_a_student_that_its_last_update_broke_is_not_given_out_as_trained(tmp_path):

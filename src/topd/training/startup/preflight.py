@@ -17,10 +17,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from topd.errors import TOPDError
-from topd.inputs.models import LOADED, ModelSource, generation_config_of
+from topd.inputs.models import (
+    LOADED,
+    ModelSource,
+    ModelSpec,
+    config_of,
+    generation_config_of,
+)
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.heads import evaluating
 from topd.inputs.models.saved import remake_buffers
+from topd.inputs.models.vocabulary import PROBE, known_ids
 
 logger = logging.get_logger(__name__)
 MOST_KL = 1e-2  # nats a token between the student in memory and the one on disk
@@ -58,8 +65,7 @@ def check_saving(student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> No
                 config.save_pretrained(folder)
             with named_faults():
                 tokenizer.save_pretrained(folder)
-            if isinstance(student, LOADED):
-                student.config.save_pretrained(folder)
+            config_of(student).save_pretrained(folder)
         except (ValueError, TypeError, AttributeError, OSError) as error:
             full = isinstance(error, OSError) and error.errno is not None
             raise TOPDError(
@@ -71,6 +77,28 @@ def check_saving(student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> No
                     else "Correct its generation_config.json, config.json or tokenizer."
                 )
             ) from error
+        _check_read_back(folder, student, tokenizer)
+
+
+def _check_read_back(folder: str, student: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether the tokenizer that was saved is the same once it is read. Raises TOPDError if not.
+
+    transformers goes by the model's type: of some types it makes their own tokenizer of any file.
+    """
+    trusted = getattr(student, "trust_remote_code", False)
+    try:
+        again = ModelSpec(path=folder, trust_remote_code=trusted).load_tokenizer()
+    except TOPDError:  # it needs code that is not saved with it
+        return
+    if known_ids(again, PROBE) == known_ids(tokenizer, PROBE):
+        return
+    kinds = [type(one).__name__ for one in (tokenizer, again)]
+    raise TOPDError(
+        f"student: its tokenizer ({kinds[0]}) would be another once it is saved with the student "
+        f"and read again ({kinds[1]}), and split text otherwise: transformers goes by the model's "
+        f"type, {config_of(student).model_type}. Leave tokenizer (processing_class) of the student "
+        "out, or choose a student whose own tokenizer it is."
+    )
 
 
 def mend(config: GenerationConfig | None) -> None:
