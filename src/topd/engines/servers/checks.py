@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -56,7 +57,8 @@ def check_logprobs(engine: VLLMEngine, tokenizer: PreTrainedTokenizerBase) -> No
     """
     for servers in (engine.completions.servers, engine.pooling):
         for one in servers.alone():
-            servers.names[one.urls[0]] = str(_model_of(one, engine.path)["id"])
+            with suppress(TOPDError):  # an auditor's own may have another name
+                servers.names[one.urls[0]] = str(_model_of(one, engine.path)["id"])
     probe = probe_of(tokenizer)
     for completions in engine.completions.alone(bars=True) if engine.completions.unshared else ():
         completions.write_each([probe], PROBED, [0])  # as windows are

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from topd.errors import TOPDError
+from topd.errors import LIBRARY_FAULTS, TOPDError
 from topd.inputs.models.bare import named_faults
 
 logger = logging.get_logger(__name__)
@@ -92,6 +92,7 @@ def remake_buffers(model: PreTrainedModel) -> PreTrainedModel:
     """Give a model by code of its own the buffers that no file has, as its code makes them.
 
     transformers 5 leaves them without values (frequencies of RoPE, say), but for its own models.
+    Raises TOPDError if it does not make them.
     """
     if _is_known(model):
         return model
@@ -101,9 +102,18 @@ def remake_buffers(model: PreTrainedModel) -> PreTrainedModel:
         for name in sorted(module._non_persistent_buffers_set & module._buffers.keys())
         if module._buffers[name] is not None
     ]
-    if unsaved:
+    if not unsaved:
+        return model
+    try:
         with init_empty_weights(include_buffers=False):
-            made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+            fresh = type(model)(copy.deepcopy(model.config))
+        made = dict(fresh.named_buffers(remove_duplicate=False))
         for name, buffer in unsaved:
             buffer.copy_(made[name])
+    except LIBRARY_FAULTS as error:
+        raise TOPDError(
+            f"model {model.name_or_path}: its code does not make the buffers that its files do not "
+            f"have ({type(error).__name__}: {error}), and transformers leaves them without values. "
+            "Load it in Python, and give TOPDTrainer the model."
+        ) from error
     return model
