@@ -24,6 +24,7 @@ from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.prompt_rows import Messages, Row, last_user, plain_rows, read_row, with_last_user
 from topd.inputs.prompts.chat import TEMPLATE_FAULTS, check_messages, rendered, said
 from topd.inputs.prompts.ends import (
+    check_one_thought,
     check_parts,
     common_end,
     ended,
@@ -281,6 +282,9 @@ class PromptEncoder:
                 f"which ends with {before[-40:]!r}. Give the part that it wants (reasoning_content "
                 "in the last message), or chat_template_kwargs such as {enable_thinking: false}."
             )
+        if "</think>" in asked.answer["content"]:
+            given = rendered(index, tokenizer, asked.prompt, more, tokenize=False, asks=False)
+            check_one_thought(index, asked.answer, given, after)
         ids = rendered(index, tokenizer, whole, more, tokenize=True, asks=False)
         if ids[: len(prompt)] == prompt:
             ids = ids[len(prompt) :]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from topd.errors import TOPDError
 from topd.inputs.models.bare import named_faults
 from topd.inputs.prompt_rows import Messages
+from topd.inputs.tool_calls import arguments_of, as_text, with_texts
 
 TEMPLATE_FAULTS = (
     *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
@@ -40,19 +43,28 @@ def rendered(
         )
     try:
         with named_faults():
-            found = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=asks,
-                tokenize=tokenize,
-                return_dict=tokenize,
-                **more,
-            )
+            write = partial(tokenizer.apply_chat_template, add_generation_prompt=asks, **more)
+            given = _as_taken(messages, partial(write, tokenize=False))
+            found = write(given, tokenize=tokenize, return_dict=tokenize)
         return tuple(found["input_ids"]) if tokenize else found
     except TEMPLATE_FAULTS as error:
         raise TOPDError(
             f"{name}: its chat template fails at data row {index}: {said(error)}. Check the "
             "messages' roles, tools and chat_template_kwargs."
         ) from error
+
+
+def _as_taken(messages: Messages, write: Callable[[Any], str]) -> list[dict[str, Any]]:
+    """Messages with the arguments of calls as the template takes them: a mapping, or text."""
+    given = [dict(message) for message in messages]
+    arguments = arguments_of(messages)
+    misread = {str(one) for one in arguments} - {as_text(one) for one in arguments}
+    for form in (given, [with_texts(message) for message in messages]) if arguments else ():
+        with suppress(*TEMPLATE_FAULTS):
+            text = write(form)
+            if not any(one in text for one in misread):  # a mapping as Python writes it
+                return form
+    return given
 
 
 def check_messages(
@@ -68,9 +80,11 @@ def check_messages(
 
     Raises TOPDError.
     """
+    roles = [message["role"] for message in messages]
     for place, message in enumerate(messages):
-        given = [part for part in ("content", "tool_calls") if message.get(part)]
-        kind = (message["role"], place == 0, *given)
+        given = [part for part in ("content", "tool_calls", "function_call") if message.get(part)]
+        # Mistral's writes a system message into a last message of the user, DeepSeek's the last one
+        kind = (roles[place], place == 0, roles[place] in roles[place + 1 :], roles[-1], *given)
         for part in given if kind not in known else ():
             other = {name: value for name, value in message.items() if name != part}
             pair = (message, other)
