@@ -259,6 +259,22 @@ def test_a_row_s_own_template_arguments_hold_in_every_turn() -> None:
             assert (spans == ((len(turn), len(turn + reply)),)) == (thinks != bool(index))
 
 
+def test_a_teacher_whose_template_writes_replies_otherwise_is_told_of(caplog) -> None:
+    tokenizer, ends = published(QWEN)
+    prompts = PromptEncoder(tokenizer, tokenizer, with_rows=True).encode([{"prompt": CHAT.prompt}])
+    plain = replace(prompts[0], row={"prompt": "what"})
+    turns = Turns(lambda row, turns: "27", Replies(tokenizer, ends), 2, 999, Sampling())
+    alike, other, mute = (published(QWEN)[0] for _ in range(3))
+    other.chat_template = QWEN.replace("tool_response>", "tool>")
+    mute.chat_template = "{{ raise_exception('no tools') }}"
+    turns.check(prompts, [alike])
+    turns.check([plain], [other])
+    assert not caplog.records
+    turns.check(prompts, [alike, other, mute])
+    assert ["<tool>" in r.message for r in caplog.records] == [True, False]
+    assert all("reads another format than its own" in r.message for r in caplog.records)
+
+
 # Rollouts
 
 
@@ -660,6 +676,14 @@ def test_served_models_and_replies_that_are_no_text_are_refused() -> None:
     observer = observer_with()
     observer.turns = replace(observer.turns, environment=lambda row, turns: 3)
     with pytest.raises(TOPDError, match=r"data row [0-7]: replied 3\. Return a text, which may be"):
+        observer.roll_out(prompts_of(), list(range(8)))
+
+
+def test_half_a_character_in_a_reply_is_refused_in_words() -> None:
+    """As output of a command has it that is decoded with surrogateescape."""
+    observer = observer_with()
+    observer.turns = replace(observer.turns, environment=lambda row, turns: "so \udcff")
+    with pytest.raises(TOPDError, match=r"row [0-7]: replied a text with half a character: 'so"):
         observer.roll_out(prompts_of(), list(range(8)))
 
 

@@ -16,7 +16,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
@@ -147,6 +147,15 @@ class Replies:
         if isinstance(row.prompt, str):
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._after(self.role, text, row.index, row.template_kwargs)
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+        """A reply to this student as another tokenizer's template writes it; "" if it does not."""
+        with suppress(TOPDError):
+            other = replace(self, tokenizer=tokenizer)
+            return decoded(
+                tokenizer, other._after(self.role, PROBE, row.index, row.template_kwargs)
+            )
+        return ""
 
     @cached_property
     def role(self) -> str:
