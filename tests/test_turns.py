@@ -259,6 +259,26 @@ def test_a_row_s_own_template_arguments_hold_in_every_turn() -> None:
             assert (spans == ((len(turn), len(turn + reply)),)) == (thinks != bool(index))
 
 
+def test_what_a_conversation_says_holds_in_every_turn() -> None:
+    """As SmolLM3's template reads in a system message whether the student thinks."""
+    tokenizer, ends = published(QWEN)
+    told = "'/no_think' in messages[0].content"
+    tokenizer.chat_template = QWEN.replace("enable_thinking is defined and", f"{told} or")
+    told = [{"role": "system", "content": "/no_think"}, *CHAT.prompt]
+    replies = Replies(tokenizer, ends)
+    for prompt, empty in ((CHAT.prompt, False), (told, True)):
+        found = tokenizer.decode(list(replies.ids("27", replace(CHAT, prompt=prompt))))
+        assert found.endswith("<think>\n\n</think>\n\n") == empty
+
+
+def test_every_kind_of_conversation_is_asked_for_a_reply() -> None:
+    plain = with_template(ENDED.replace("no_tools %", "messages | length > 3 %"))
+    talk = [{"role": "system", "content": "so"}, *CHAT.prompt]
+    Replies(plain, frozenset([2])).check([CHAT])
+    with pytest.raises(TOPDError, match="fails at data row 7: no tools"):
+        Replies(plain, frozenset([2])).check([CHAT, replace(CHAT, index=7, prompt=talk)])
+
+
 def test_a_teacher_whose_template_writes_replies_otherwise_is_told_of(caplog) -> None:
     tokenizer, ends = published(QWEN)
     prompts = PromptEncoder(tokenizer, tokenizer, with_rows=True).encode([{"prompt": CHAT.prompt}])
