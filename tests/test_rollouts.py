@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import EOS, WORDS, rows, tiny_tokenizer
 from test_text import byte_level
 from topd.errors import TOPDError
+from topd.inputs import prompts as prompts_module
 from topd.inputs.models.fingerprints import fingerprint
 from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts import PromptEncoder, make_rollout, repeated_ngram_share
@@ -488,6 +489,24 @@ def test_an_answer_whose_end_does_not_end_the_student_is_refused():
     eot = reader.student.convert_tokens_to_ids("<eot>")
     (read,) = replace(reader, ends=frozenset({EOS, eot})).encode([row], with_response=True)
     assert read.response[-1] == eot
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "told"),
+    [(TURNS, {EOS}, [True]), (TURNS, {EOS, 64}, []), (TURNS.replace("<eot>", ""), {EOS}, [])],
+)
+def test_a_template_whose_end_does_not_end_a_response_is_told_of(template, ends, told, monkeypatch):
+    """As of a base model with a chat template: its responses would continue after their turn."""
+    said: list[str] = []
+    monkeypatch.setattr(prompts_module.logger, "warning_once", said.append)
+    reader = replace(with_template(template, "<eot>"), ends=frozenset(ends))
+    assert reader.student.convert_tokens_to_ids("<eot>") == 64
+    reader.encode([{"prompt": ASKED}])
+    assert [
+        "ends a turn with '<eot>', and its responses end at </s>" in one for one in said
+    ] == told
+    reader.encode([{"prompt": "what is 1 + 2 ?"}])
+    assert len(said) == len(told)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -88,6 +88,8 @@ class PromptEncoder:
         self._warn_of_dates()
         template = self._template()
         given = plain_rows(rows)
+        if self.ends and given and not with_response:  # of a response it is refused
+            self._warn_of_ends(read_row(0, given[0]))
         told = self._told(given)
 
         def prompt_of(index: int) -> Prompt | None:
@@ -136,6 +138,24 @@ class PromptEncoder:
                     f"{tokenizer.name_or_path}: its chat template writes today's date, so on "
                     "another day the prompts are others and a run is not resumed. Where the "
                     "template takes one, set chat_template_kwargs: {date_string: ...}."
+                )
+
+    def _warn_of_ends(self, asked: Row) -> None:
+        """Say that the student's responses go on where its chat template ends a turn."""
+        if isinstance(asked.prompt, str):
+            return
+        more = {**self.template_kwargs, **asked.template_kwargs}
+        talks = ([*asked.prompt, {"role": "assistant", "content": text}] for text in "ab")
+        ends = [self.student.decode([end]) for end in sorted(self.ends)]
+        with suppress(TOPDError):  # a template may want more of an answer
+            tail = common_end(
+                *(rendered(0, self.student, t, more, tokenize=False, asks=False) for t in talks)
+            )
+            if tail.strip() and not any(end in tail for end in ends):
+                logger.warning_once(
+                    f"student: its chat template ends a turn with {tail.strip()!r}, and its "
+                    f"responses end at {', '.join(ends)}: where it writes that end, it writes on. "
+                    "Set eos_token of the student (a list, if there are several)."
                 )
 
     def _told(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
