@@ -42,11 +42,12 @@ from topd.testbed import FAMILIES, problems
 from topd.testbed.models import tokenizer_of
 from topd.training.experience import Observer
 from topd.training.experience import turns as turning
+from topd.training.experience.asked import of_own_tokens
 from topd.training.experience.evidence import Experience
 from topd.training.experience.turns import Turns, turns_of
 from topd.training.learning import Totals, collate, learning_terms, update_loss
 from topd.training.metrics import Means, measure_experience
-from topd.types import Prompt, Rollout, Sampling
+from topd.types import Branch, Guidance, Prompt, Rollout, Sampling, SoftTarget
 
 FAMILY = FAMILIES["programs"]
 TEXTS = problems("programs", "train", 8)
@@ -503,6 +504,30 @@ def test_the_figures_count_the_students_tokens_alone(observer, told) -> None:
     batch = collate(experience, range(8), Totals(sum(written), 0), CPU)
     assert batch["lengths"] == written
     assert len(batch["tokens"]) == sum(written)
+
+
+def test_a_method_that_would_learn_what_an_environment_wrote_is_refused() -> None:
+    rollout = Rollout(Prompt(0, (5,), (5,)), (7, 1, 8, 8, 9, 1), (0.0,) * 6, True, ((2, 4),))
+
+    def asked(**parts: Any) -> Guidance:
+        (found,) = of_own_tokens([Guidance((1.0,) * 6, **parts)], [rollout], 20)
+        return found
+
+    target = SoftTarget(1, (3,), (1.0,))
+    whole = Branch(0, rollout.response, "forward_kl")
+    assert asked(targets=(target,)).weights == (1, 1, 0, 0, 1, 1)
+    assert asked(branches=(replace(whole, tokens=(7, 1)), Branch(4, (8, 8, 8), "forward_kl")))
+    for place, parts in [
+        (2, {"targets": (replace(target, position=2),)}),
+        (3, {"branches": (Branch(3, (9,), "forward_kl"),)}),
+        (2, {"branches": (whole,)}),
+    ]:
+        with pytest.raises(TOPDError, match=f"a branch at token {place} of a rollout, which the"):
+            asked(**parts)
+        (found,) = of_own_tokens(
+            [Guidance((1.0,) * 6, **parts)], [replace(rollout, replies=())], 20
+        )
+        assert found.weights == (1,) * 6
 
 
 def test_a_random_place_is_one_of_the_mask() -> None:
