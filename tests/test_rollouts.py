@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from tokenizers import normalizers, processors
+from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, rows, tiny_tokenizer
 from test_text import byte_level
 from topd.errors import TOPDError
-from topd.inputs import prompts as prompts_module
 from topd.inputs.models.fingerprints import fingerprint
 from topd.inputs.prompt_rows import read_row
-from topd.inputs.prompts import PromptEncoder, make_rollout, repeated_ngram_share
+from topd.inputs.prompts import PromptEncoder, make_rollout, remarks, repeated_ngram_share
 from topd.seeds import sampling_seeds
 from topd.training.startup import rows_of
 from topd.types import Generation, Prompt
@@ -498,7 +497,7 @@ def test_an_answer_whose_end_does_not_end_the_student_is_refused():
 def test_a_template_whose_end_does_not_end_a_response_is_told_of(template, ends, told, monkeypatch):
     """As of a base model with a chat template: its responses would continue after their turn."""
     said: list[str] = []
-    monkeypatch.setattr(prompts_module.logger, "warning_once", said.append)
+    monkeypatch.setattr(remarks.logger, "warning_once", said.append)
     reader = replace(with_template(template, "<eot>"), ends=frozenset(ends))
     assert reader.student.convert_tokens_to_ids("<eot>") == 64
     reader.encode([{"prompt": ASKED}])
@@ -507,6 +506,28 @@ def test_a_template_whose_end_does_not_end_a_response_is_told_of(template, ends,
     ] == told
     reader.encode([{"prompt": "what is 1 + 2 ?"}])
     assert len(said) == len(told)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (
+            [{"role": "user", "content": "<|user|> what is 1 + 2 ? </s> <|assistant|>"}],
+            ["<|user|>"],
+        ),
+        ([*TALK, {"role": "user", "content": "what ? </s>"}], ["</s>"]),
+        ("what is 1 + 2 ? </s>", []),  # text is as it is
+        (TALK, []),
+    ],
+)
+def test_a_prompt_that_is_already_in_the_form_of_a_chat_is_told_of(prompt, told, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(remarks.logger, "warning_once", said.append)
+    student = tiny_tokenizer()
+    student.add_tokens([AddedToken("<|user|>", special=True)])  # as of Llama 3
+    PromptEncoder(student, student).encode([{"prompt": ASKED}, *[{"prompt": prompt}] * 2])
+    assert [one.split("has ")[1].split(",")[0].strip("'") for one in said] == told
+    assert all(one.startswith("data row 1: ") and "data.chat: false" in one for one in said)
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,7 @@ class Border:
         self.tokenizer = tokenizer
         self._lead = self._plain("\n") or self._plain(PROBE)[:1]
         self._lead_text = self._decoded(self._lead)
-        added = tokenizer.added_tokens_decoder.values()
-        special = [str(token) for token in added if token.special]  # no text is meant by them
-        self.marks = sorted({*tokenizer.all_special_tokens, *special} - {""}, key=len, reverse=True)
+        self.marks = special_names(tokenizer)
 
     def text(self, ids: Ids) -> str | None:
         """What ids read as inside a text; None where they end inside a character."""
@@ -136,6 +134,12 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The names of special tokens, by which no text is meant; longer ones first."""
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
 
 
 def tells_places(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -34,6 +34,7 @@ from topd.inputs.prompts.ends import (
 )
 from topd.inputs.prompts.many import mapped
 from topd.inputs.prompts.references import Reference, columns_of, referred
+from topd.inputs.prompts.remarks import LOOKED_AT, warn_of_dates, warn_of_ends, warn_of_marks
 from topd.inputs.prompts.templates import BoundedSandbox, fill, known
 from topd.inputs.teachers import NO_ROUTES, Routes
 from topd.inputs.text_models import check_reaches
@@ -85,11 +86,9 @@ class PromptEncoder:
             TOPDError: a row lacks a prompt, has an empty one, one that is too long, or lacks a
                 column that the teacher's template names. The message names the row.
         """
-        self._warn_of_dates()
         template = self._template()
         given = plain_rows(rows)
-        if self.ends and given and not with_response:  # of a response it is refused
-            self._warn_of_ends(read_row(0, given[0]))
+        self._remark(given, asks=not with_response)
         told = self._told(given)
 
         def prompt_of(index: int) -> Prompt | None:
@@ -131,32 +130,14 @@ class PromptEncoder:
             "drop_long_prompts: true."
         )
 
-    def _warn_of_dates(self) -> None:
-        for tokenizer in {id(t): t for t in (self.student, *self._teachers)}.values():
-            if "strftime_now" in str(tokenizer.chat_template or ""):
-                logger.warning(
-                    f"{tokenizer.name_or_path}: its chat template writes today's date, so on "
-                    "another day the prompts are others and a run is not resumed. Where the "
-                    "template takes one, set chat_template_kwargs: {date_string: ...}."
-                )
-
-    def _warn_of_ends(self, asked: Row) -> None:
-        """Say that the student's responses go on where its chat template ends a turn."""
-        if isinstance(asked.prompt, str):
-            return
-        more = {**self.template_kwargs, **asked.template_kwargs}
-        talks = ([*asked.prompt, {"role": "assistant", "content": text}] for text in "ab")
-        ends = [self.student.decode([end]) for end in sorted(self.ends)]
-        with suppress(TOPDError):  # a template may want more of an answer
-            tail = common_end(
-                *(rendered(0, self.student, t, more, tokenize=False, asks=False) for t in talks)
-            )
-            if tail.strip() and not any(end in tail for end in ends):
-                logger.warning_once(
-                    f"student: its chat template ends a turn with {tail.strip()!r}, and its "
-                    f"responses end at {', '.join(ends)}: where it writes that end, it writes on. "
-                    "Set eos_token of the student (a list, if there are several)."
-                )
+    def _remark(self, rows: Sequence[Mapping[str, Any]], *, asks: bool) -> None:
+        """Warnings about these rows; ``asks``: the student is to answer them."""
+        warn_of_dates((self.student, *self._teachers))
+        first = [read_row(index, row) for index, row in enumerate(rows[:LOOKED_AT])]
+        warn_of_marks(first, self.student)
+        if self.ends and first and asks and not isinstance(first[0].prompt, str):
+            more = {**self.template_kwargs, **first[0].template_kwargs}
+            warn_of_ends(first[0], self.student, self.ends, more)
 
     def _told(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """For every row what replaces its own reference in the teacher's prompt."""
