@@ -541,6 +541,20 @@ def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused(name):
     encoder().encode([row])  # nothing is learned of it
 
 
+def test_calls_that_the_template_leaves_out_are_refused():
+    """As gpt-oss's writes the first call alone."""
+    first = "{{ m['content'] }} {{ m.tool_calls[0].function.name if m.tool_calls }}"
+    reader = with_template(TURNS.replace("{{ m['content'] }}", first), "<eot>")
+    calls = [{"function": {"name": name}} for name in ("so", "then")]
+    one, both = ({"role": "assistant", "tool_calls": calls[:count]} for count in (1, 2))
+    assert learned(reader, *ASKED, one)[0].endswith("so <eot>")
+    with pytest.raises(TOPDError, match="does not write the answer's tool_calls, so it would"):
+        learned(reader, *ASKED, both)
+    told = [{"prompt": [*ASKED, said, *ASKED]} for said in (one, both)]
+    with pytest.raises(TOPDError, match="row 1: the chat template does not write the tool_calls"):
+        reader.encode(told)
+
+
 def test_a_thought_that_the_template_cuts_off_is_refused_unless_it_is_empty():
     cut = TURNS.replace("m['content']", "m['content'].split('</think>')[-1] | trim")
     reader = with_template(cut, "<eot>", "<think>", "</think>")

@@ -29,6 +29,14 @@ def with_texts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, **({"tool_calls": _changed(calls, as_text)} if calls else {})}
 
 
+def with_less(message: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A message without parts of these names; of several calls the last one alone is left out."""
+    rest = {name: value for name, value in message.items() if name not in names}
+    calls = message.get("tool_calls") if "tool_calls" in names else None
+    several = isinstance(calls, Sequence) and not isinstance(calls, str) and len(calls) > 1
+    return {**rest, **({"tool_calls": calls[:-1]} if calls and several else {})}
+
+
 def as_text(arguments: Any) -> str:
     """The arguments of a call as JSON text."""
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

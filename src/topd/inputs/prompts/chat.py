@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from topd.errors import TOPDError
 from topd.inputs.models.bare import named_faults
 from topd.inputs.prompt_rows import Messages
-from topd.inputs.tool_calls import arguments_of, as_text, with_texts
+from topd.inputs.tool_calls import arguments_of, as_text, with_less, with_texts
 
 TEMPLATE_FAULTS = (
     *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
@@ -85,8 +85,9 @@ def check_messages(
         given = [part for part in ("content", "tool_calls", "function_call") if message.get(part)]
         # Mistral's writes a system message into a last message of the user, DeepSeek's the last one
         kind = (roles[place], place == 0, roles[place] in roles[place + 1 :], roles[-1], *given)
+        kind = (*kind, len(message.get("tool_calls") or ()) > 1)  # gpt-oss's writes the first one
         for part in given if kind not in known else ():
-            other = {name: value for name, value in message.items() if name != part}
+            other = with_less(message, part)
             pair = (message, other)
             if part == "content":  # texts without marks, which a template may cut at
                 pair = ({**other, part: "a"}, {**other, part: "b"})

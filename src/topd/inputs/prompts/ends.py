@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
+from topd.inputs.tool_calls import with_less
 from topd.types import Ids
 
 Text = TypeVar("Text", str, Ids)
@@ -106,7 +107,7 @@ def check_parts(
     for names in PARTS:
         given = [name for name in names if answer.get(name)]
         if given:
-            fewer[given[0]] = {k: value for k, value in answer.items() if k not in names}
+            fewer[given[0]] = with_less(answer, *names)
     thought, closed, rest = answer["content"].rpartition("</think>")
     if thought.replace("<think>", "").strip():
         fewer[f"thought before {closed}"] = {**answer, "content": rest}
