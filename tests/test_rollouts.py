@@ -541,6 +541,17 @@ def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused(name):
     encoder().encode([row])  # nothing is learned of it
 
 
+def test_tools_that_the_template_leaves_out_are_refused():
+    """Phi-4-mini's reads them of the system message."""
+    system = "{% if m.role == 'system' and 'tools' in m %}{{ m.tools }}{% endif %}<|{{"
+    rows = [{"prompt": ASKED}, {"prompt": ASKED, "tools": TOOLS}]
+    reader = with_template(TURNS.replace("<|{{", system), "<eot>")
+    with pytest.raises(TOPDError, match="row 1: the chat template does not write the row's tools"):
+        reader.encode(rows)
+    strict = "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    with_template(strict + TURNS, "<eot>").encode(rows[1:])
+
+
 def test_calls_that_the_template_leaves_out_are_refused():
     """As gpt-oss's writes the first call alone."""
     first = "{{ m['content'] }} {{ m.tool_calls[0].function.name if m.tool_calls }}"

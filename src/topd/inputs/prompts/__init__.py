@@ -22,7 +22,7 @@ from topd.inputs.border import Border, tells_places
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.prompt_rows import Messages, Row, last_user, plain_rows, read_row, with_last_user
-from topd.inputs.prompts.chat import TEMPLATE_FAULTS, check_messages, rendered, said
+from topd.inputs.prompts.chat import TEMPLATE_FAULTS, check_messages, check_tools, rendered, said
 from topd.inputs.prompts.ends import (
     check_one_thought,
     check_parts,
@@ -241,9 +241,9 @@ class PromptEncoder:
         if not isinstance(prompt, str):
             found: Ids = rendered(index, tokenizer, prompt, more, tokenize=True)
             written = partial(rendered, index, tokenizer, more=more, tokenize=False)
-            check_messages(
-                index, prompt, written, self._known.setdefault((id(tokenizer), *more), set())
-            )
+            known = self._known.setdefault((id(tokenizer), *more), set())
+            check_messages(index, prompt, written, known)
+            check_tools(index, tokenizer, prompt, more, known)
         elif more:
             raise TOPDError(
                 f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "

@@ -106,6 +106,32 @@ def check_messages(
         known.add(kind)
 
 
+def check_tools(
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    more: Mapping[str, Any],
+    known: set[Any],
+) -> None:
+    """Refuse tools that the chat template does not write: the model would not know of them.
+
+    ``known`` is as of :func:`check_messages`. Raises TOPDError.
+    """
+    if not more.get("tools") or "tools" in known:
+        return
+    without = {name: value for name, value in more.items() if name != "tools"}
+    texts: list[str] = []
+    with suppress(TOPDError):  # it cannot do without
+        for some in (more, without):
+            texts.append(rendered(index, tokenizer, messages, some, tokenize=False))
+    if texts[1:] == texts[:1]:
+        raise TOPDError(
+            f"data row {index}: the chat template does not write the row's tools: the model would "
+            "not know of them. Leave them out, or use a template that writes them."
+        )
+    known.add("tools")
+
+
 def said(error: Exception) -> str:
     """What a library's error says, without a full stop."""
     return str(error).rstrip(".") or type(error).__name__
