@@ -63,6 +63,6 @@ def warn_of_marks(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> No
             logger.warning_once(
                 f"data row {row.index}: a message's text has {found[0]!r}, which is read as that "
                 "special token. If prompts are already written by a chat template, set data.chat: "
-                "false, so that none is put around them; else take it out."
+                "false (topd eval: --no-chat), and none is put around them; else take it out."
             )
             return
