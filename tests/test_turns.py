@@ -272,6 +272,39 @@ def test_what_a_conversation_says_holds_in_every_turn() -> None:
         assert found.endswith("<think>\n\n</think>\n\n") == empty
 
 
+GLM = r"""
+{%- for m in messages %}
+    {{- "<|observation|>\n" if m.role == "tool" else "<|" + m.role + "|>\n" }}{{ m.content }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|assistant|>" }}{% endif %}"""
+
+
+def test_a_reply_begins_where_the_student_s_own_end_was() -> None:
+    """GLM's messages have no end: the next one's beginning ends a turn, or <|endoftext|> does."""
+    tokenizer = byte_level()
+    marks = ["<|user|>", "<|observation|>", "<|endoftext|>", "<|assistant|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = GLM
+    user, tool, end = tokenizer.convert_tokens_to_ids(marks[:3])
+    replies = Replies(tokenizer, frozenset([user, tool, end]))
+    replies.check([CHAT])
+    reply = "\n27<|assistant|>"
+    for own, begun in ((tool, ""), (end, "<|observation|>"), (None, "")):
+        assert tokenizer.decode(list(replies.ids("27", CHAT, own))) == begun + reply
+    turns = Turns(lambda row, turns: "27", replies, 2, 999, Sampling())
+    (prompt,) = PromptEncoder(tokenizer, tokenizer, with_rows=True).encode(
+        [{"prompt": CHAT.prompt}]
+    )
+    for own in (tool, end):
+        first = (*tokenizer("7")["input_ids"], own)
+        told = replies.ids("27", CHAT, own)
+        spans = turns.spans(prompt, first + told + first)
+        assert spans == ((len(first), len(first + told)),)
+    qwen, ends = published(QWEN)  # which ends its messages: another end is no reason to write it
+    other = Replies(qwen, frozenset({*ends, qwen.eos_token_id}))
+    assert other.ids("27", CHAT, qwen.eos_token_id) == other.ids("27", CHAT, *ends)
+
+
 def test_every_kind_of_conversation_is_asked_for_a_reply() -> None:
     plain = with_template(ENDED.replace("no_tools %", "messages | length > 3 %"))
     talk = [{"role": "system", "content": "so"}, *CHAT.prompt]

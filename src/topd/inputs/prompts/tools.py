@@ -144,11 +144,15 @@ class Replies:
         """A turn of the student's without its end; a call may begin with a special token."""
         return decoded(self.tokenizer, turn[:-1] if {*turn[-1:]} & self.ends else turn)
 
-    def ids(self, text: str, row: Row) -> Ids:
-        """The tokens of a reply to a row's student. Raises TOPDError if the template fails."""
+    def ids(self, text: str, row: Row, end: int | None = None) -> Ids:
+        """The tokens of a reply to a row's student. Raises TOPDError if the template fails.
+
+        ``end`` is the token that its turn ends with. Where the template has none, and the beginning
+        of the next message ends a turn (GLM's), that is part of the reply if it is another token.
+        """
         if isinstance(row.prompt, str):
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._after(self.role, text, row)
+        return self._after(self.role, text, row, None if self._ends_turns else end)
 
     def sample(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
         """A reply to this student as another tokenizer's template writes it; "" if it does not."""
@@ -166,6 +170,21 @@ class Replies:
                     return role
         raise self._fault()
 
+    @cached_property
+    def _ends_turns(self) -> bool:
+        """Whether the template ends an assistant's message, with or without another after it."""
+        talks = (
+            [*TALK.prompt, {"role": "assistant", "content": text}]
+            for text in (ANSWER, f"{ANSWER} {ANSWER}")
+        )
+        with suppress(TOPDError):  # it may want more of a last message
+            one, other = (
+                rendered(0, self.tokenizer, t, self.template_kwargs, tokenize=True, asks=False)
+                for t in talks
+            )
+            return not self.ends.isdisjoint(common_end(one, other))
+        return True
+
     def _fault(self, place: str = "") -> TOPDError:
         ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
         return TOPDError(
@@ -180,8 +199,10 @@ class Replies:
         one, other = (self._after(role, text, row) for text in (PROBE, f"{PROBE} {PROBE}"))
         return one != other
 
-    def _after(self, role: str, text: str, row: Row) -> Ids:
+    def _after(self, role: str, text: str, row: Row, own: int | None = None) -> Ids:
         """What is written after the end of the assistant's message; empty if that has no end.
+
+        With that end, if the message has another of its ``own``.
 
         What follows a message is where the conversation is the same with a longer one: the empty
         reasoning that some templates put before a last message is not looked at. It may depend on
@@ -196,8 +217,8 @@ class Replies:
 
         short, long = written(ANSWER), written(f"{ANSWER} {ANSWER}")
         tail = common_end(short, long) if short != long else ()
-        end = next((i + 1 for i, token in enumerate(tail) if token in self.ends), len(tail))
-        return tail[end:]
+        end = next((i for i, token in enumerate(tail) if token in self.ends), len(tail))
+        return tail[end if own not in (None, *tail[end : end + 1]) else end + 1 :]
 
 
 def _roles(row: Row) -> list[str]:

@@ -174,7 +174,7 @@ class Turns:
                 f"environment: data row {rollout.prompt.index}: replied a text with half a "
                 f"character: {shown(text)}. Decode what it reads with errors='replace'."
             )
-        ids = self.replies.ids(text, read_row(rollout.prompt.index, row))
+        ids = self.replies.ids(text, read_row(rollout.prompt.index, row), rollout.response[-1])
         if len(rollout.response) + len(ids) < self.limit:
             return ids
         logger.warning_once(
