@@ -765,6 +765,17 @@ def test_half_a_character_in_a_reply_is_refused_in_words() -> None:
         observer.roll_out(prompts_of(), list(range(8)))
 
 
+@pytest.mark.parametrize(("reply", "told"), [("so </s> then", True), ("so < / s > then", False)])
+def test_the_name_of_a_special_token_in_a_reply_is_told_of(reply, told, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(turning.logger, "warning_once", said.append)
+    observer = observer_with()
+    observer.turns = replace(observer.turns, environment=lambda row, turns: reply)
+    assert "</s>" in observer.turns.replies.tokenizer.all_special_tokens
+    observer.roll_out(prompts_of(), list(range(8)))
+    assert any("a reply has '</s>' in it, which is read as that" in one for one in said) == told
+
+
 def test_an_audit_runs_no_foreign_environment_without_leave(tmp_path) -> None:
     folder = trained(tmp_path, environment="test_turns:silent", max_steps=1, save_strategy="no")
     with pytest.raises(TOPDError, match="its environment 'test_turns:silent' is code of its own"):

@@ -6,7 +6,8 @@ would make of the whole; what is joined reads back as what was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -140,6 +141,11 @@ def special_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The names of special tokens, by which no text is meant; longer ones first."""
     added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
     return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+
+
+def special_search(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], re.Match[str] | None]:
+    """Finds the first name of a special token in a text."""
+    return re.compile("|".join(map(re.escape, special_names(tokenizer))) or "(?!)").search
 
 
 def tells_places(tokenizer: PreTrainedTokenizerBase) -> bool:

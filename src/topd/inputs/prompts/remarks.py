@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from topd.errors import TOPDError
-from topd.inputs.border import special_names
+from topd.inputs.border import special_search
 from topd.inputs.prompt_rows import Row
 from topd.inputs.prompts.chat import rendered
 from topd.inputs.prompts.ends import common_end
@@ -55,7 +54,7 @@ def warn_of_ends(
 
 def warn_of_marks(rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase) -> None:
     """Say that a message's text has the name of a special token, as of a finished prompt."""
-    search = re.compile("|".join(map(re.escape, special_names(tokenizer))) or "(?!)").search
+    search = special_search(tokenizer)
     for row in rows:
         texts = () if isinstance(row.prompt, str) else (m["content"] for m in row.prompt)
         found = next(filter(None, map(search, texts)), None)

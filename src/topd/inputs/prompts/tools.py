@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
-from topd.inputs.border import decoded
+from topd.inputs.border import decoded, special_search
 from topd.inputs.prompt_rows import Row
 from topd.inputs.prompts.chat import rendered
 from topd.inputs.prompts.ends import common_end
@@ -153,6 +153,11 @@ class Replies:
         if isinstance(row.prompt, str):
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._after(self.role, text, row, None if self._ends_turns else end)
+
+    @cached_property
+    def mark(self) -> Callable[[str], re.Match[str] | None]:
+        """Finds the name of a special token in a reply, which is read as that token."""
+        return special_search(self.tokenizer)
 
     def sample(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
         """A reply to this student as another tokenizer's template writes it; "" if it does not."""

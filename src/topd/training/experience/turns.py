@@ -174,6 +174,11 @@ class Turns:
                 f"environment: data row {rollout.prompt.index}: replied a text with half a "
                 f"character: {shown(text)}. Decode what it reads with errors='replace'."
             )
+        if found := self.replies.mark(text):
+            logger.warning_once(
+                f"environment: a reply has {found[0]!r} in it, which is read as that special "
+                "token, here as where a model is served. Take such names out of replies."
+            )
         ids = self.replies.ids(text, read_row(rollout.prompt.index, row), rollout.response[-1])
         if len(rollout.response) + len(ids) < self.limit:
             return ids
