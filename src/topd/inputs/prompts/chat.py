@@ -19,6 +19,7 @@ TEMPLATE_FAULTS = (
     *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError, TimeoutError),
 )
+_JOINS: dict[str, bool] = {}  # of chat templates, whether they join arguments of calls as text
 
 
 def rendered(
@@ -44,7 +45,8 @@ def rendered(
     try:
         with named_faults():
             write = partial(tokenizer.apply_chat_template, add_generation_prompt=asks, **more)
-            given = _as_taken(messages, partial(write, tokenize=False))
+            template = str(tokenizer.chat_template)
+            given = _as_taken(template, messages, partial(write, tokenize=False))
             found = write(given, tokenize=tokenize, return_dict=tokenize)
         return tuple(found["input_ids"]) if tokenize else found
     except TEMPLATE_FAULTS as error:
@@ -54,15 +56,24 @@ def rendered(
         ) from error
 
 
-def _as_taken(messages: Messages, write: Callable[[Any], str]) -> list[dict[str, Any]]:
+def _as_taken(
+    template: str, messages: Messages, write: Callable[[Any], str]
+) -> list[dict[str, Any]]:
     """Messages with the arguments of calls as the template takes them: a mapping, or text."""
     given = [dict(message) for message in messages]
     arguments = arguments_of(messages)
+    if not arguments or _JOINS.get(template) is False:
+        return given
+    forms = given, [with_texts(message) for message in messages]
+    if template in _JOINS:
+        return forms[1]
     misread = {str(one) for one in arguments} - {as_text(one) for one in arguments}
-    for form in (given, [with_texts(message) for message in messages]) if arguments else ():
+    for joins, form in enumerate(forms):
         with suppress(*TEMPLATE_FAULTS):
             text = write(form)
             if not any(one in text for one in misread):  # a mapping as Python writes it
+                if misread:
+                    _JOINS[template] = bool(joins)
                 return form
     return given
 
