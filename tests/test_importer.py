@@ -134,6 +134,7 @@ def test_a_recipe_says_that_something_differs_only_where_it_does() -> None:
         ({"use_uld_loss": True}, "use_uld_loss: losses across tokenizers"),
         ({"reward_funcs": ["accuracy"]}, "reward_funcs: rewards are not in the loss"),
         ({"datasets": [{"path": "a"}]}, "datasets: a mixture is not read"),
+        ({"vllm_structured_outputs_regex": "[0-9]+"}, "sampling has no regular expression here"),
         ({"config": "more.yaml"}, "config: the rest of it is in that file"),
     ],
 )
@@ -342,6 +343,8 @@ def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
         ("distillation.num_workers", 8, "left out"),
         ("config_name", "ppo_trainer.yaml", "left out"),
         ("config_name", "mine", "unknown"),
+        ("trainer.critic_warmup", 5, "unknown"),
+        ("trainer.critic_warmup", 0, "left out"),
         (f"{ACTOR}surprise", 1, "unknown"),
         (f"{ACTOR}use_surprise", 1, "unknown"),
         ("algorithm.surprise", 1, "unknown"),
@@ -589,6 +592,23 @@ def test_a_file_s_text_is_read_as_the_parser_of_trl_reads_it(tmp_path) -> None:
     words = " ".join(f"--{key} {value}" for key, value in TRL.items())
     (tmp_path / "x.sh").write_text(f"trl distillation {words}", encoding="utf-8-sig")
     assert not [line for line in import_file(tmp_path / "x.sh").lines if line.key == "class"]
+
+
+def test_the_end_and_the_template_of_trl_are_the_student_s() -> None:
+    given = {"eos_token": "<|im_end|>", "chat_template_path": "chat.jinja"}
+    found = imported("x", {**TRL, **given})
+    assert found.recipe["student"] == {
+        **{"path": "student", "eos_token": "<|im_end|>", "chat_template": "chat.jinja"}
+    }
+    assert outcomes({**TRL, **given})["eos_token"] == "translated"
+    assert outcomes({**TRL, "chat_template_path": "a/model"})["chat_template_path"] == "unknown"
+
+
+def test_rollouts_of_older_weights_are_told_of() -> None:
+    key = "vllm_sync_frequency"
+    assert notes(TRL, vllm_sync_frequency=4)[key].endswith("there up to 4 updates old")
+    assert notes(TRL, vllm_sync_frequency=1)[key] == ""
+    assert outcomes({**TRL, key: 1})[key] == "left out"
 
 
 def test_an_evaluation_of_trl_is_on_its_split_for_tests() -> None:

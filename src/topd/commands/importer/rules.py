@@ -48,6 +48,7 @@ _TRL_MOVED = {
     "model_name_or_path": "student/path",
     "model_revision": "student/revision",
     "chat_template": "student/chat_template",
+    "eos_token": "student/eos_token",
     "teacher_model_name_or_path": "teacher/path",
     "teacher_model_revision": "teacher/revision",
     "dataset_name": "data/path",
@@ -62,6 +63,7 @@ _TRL_REFUSED = {
     "seq_kd": "it learns the teacher's texts: use topd warmstart for that",
     "use_uld_loss": "losses across tokenizers are not importable",
     "min_p": "sampling has no min_p here",
+    "vllm_structured_outputs_regex": "sampling has no regular expression here",
     "max_tool_calling_iterations": "rollouts with tools are not importable",
     "reward_funcs": "rewards are not in the loss",
     "datasets": "a mixture is not read: join it into one file, and name that as dataset_name",
@@ -170,6 +172,11 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key == "temperature" and kind == "gkd" and value != 1:
         note = "of the sampling alone there; here it divides the logits of the loss too"
         return "kept", note, {key: value}
+    if key == "chat_template_path" and str(value).endswith(".jinja"):
+        return "translated", "", {"student/chat_template": value}
+    if key == "vllm_sync_frequency" and value is not None and number(key, value) > 1:
+        note = f"rollouts are of the current weights here, there up to {value} updates old"
+        return "translated", note, {}
     if key in _OF_IW_OPD:
         return _iw_opd(key, value, content)
     if key in ("bf16", "fp16") and not value and _HALF[key == "fp16"] in _dtypes(content):
