@@ -47,7 +47,7 @@ def warn_of_ends(
         if tail.strip() and not any(name in tail for name in names):
             logger.warning_once(
                 f"student: its chat template ends a turn with {tail.strip()!r}, and its "
-                f"responses end at {', '.join(names)}: where it writes that end, it writes on. "
+                f"responses end at {', '.join(names)}: they continue after the end of a turn. "
                 "Set eos_token of the student (a list, if there are several)."
             )
 
