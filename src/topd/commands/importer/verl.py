@@ -94,6 +94,8 @@ _VERL_PLAIN: dict[str, Any] = {  # a value with which nothing is learned otherwi
     "data.shuffle": True,
     "data.truncation": "error",
     "data.train_max_samples": -1,
+    "trainer.critic_warmup": 0,  # updates before the actor's first
+    "trainer.val_only": False,
 }
 _VERL_MACHINES = (  # where and how fast, and what belongs to rewards, which are off
     *(f"{MODEL}use_{name}" for name in ("shm", "remove_padding", "liger", "fused_kernels")),
