@@ -361,7 +361,7 @@ WORLDS = {
         {"test": 200, "validation": 120, "answers": 64, "prompts": 640, "teacher": 1200},
         teacher={"max_steps": 150, "per_device_train_batch_size": 16, "learning_rate": 1e-4},
         **{"batch": 16, "at_once": 16, "updates": 40, "arms": arms_of_sums()},
-        **{"rates": (2e-5, 6e-5), "start_updates": (10, 20, 40), "start_rate": 1e-4},
+        **{"rates": (2e-6, 7e-6, 2e-5, 6e-5), "start_updates": (10, 20, 40), "start_rate": 1e-4},
         **{"judged": {"samples": 4}, "kd_ratio": 0.0, "system": False},
     ),
 }

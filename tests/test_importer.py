@@ -134,6 +134,7 @@ def test_a_recipe_says_that_something_differs_only_where_it_does() -> None:
         ({"use_uld_loss": True}, "use_uld_loss: losses across tokenizers"),
         ({"reward_funcs": ["accuracy"]}, "reward_funcs: rewards are not in the loss"),
         ({"datasets": [{"path": "a"}]}, "datasets: a mixture is not read"),
+        ({"vllm_structured_outputs_regex": "[0-9]+"}, "sampling has no regular expression here"),
         ({"config": "more.yaml"}, "config: the rest of it is in that file"),
     ],
 )
@@ -342,6 +343,8 @@ def test_a_saved_configuration_of_verl_says_nothing_more() -> None:
         ("distillation.num_workers", 8, "left out"),
         ("config_name", "ppo_trainer.yaml", "left out"),
         ("config_name", "mine", "unknown"),
+        ("trainer.critic_warmup", 5, "unknown"),
+        ("trainer.critic_warmup", 0, "left out"),
         (f"{ACTOR}surprise", 1, "unknown"),
         (f"{ACTOR}use_surprise", 1, "unknown"),
         ("algorithm.surprise", 1, "unknown"),
@@ -544,9 +547,75 @@ def test_a_recipe_says_whose_defaults_it_has(command, kind, tmp_path) -> None:
     assert f"configuration ({named}Config" in found.text()
 
 
+@pytest.mark.parametrize(
+    ("more", "method"),
+    [("", "iw_opd"), ("--lmbda 1.0", "iw_opd"), ("--distillation_objective jsd", None)],
+)
+def test_a_script_of_iw_opd_has_its_defaults_and_its_method(more, method, tmp_path) -> None:
+    words = " ".join(f"--{key} {value}" for key, value in TRL.items() if key != "beta")
+    path = tmp_path / "x.sh"
+    path.write_text(f"python trl/experimental/iw_opd/iw_opd.py {words} {more}\n")
+    found = import_file(path)
+    assert found.kind == "iw_opd"
+    assert found.recipe.get("method") == method
+    assert (found.recipe["beta"], found.recipe["top_p"]) == (1.0, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "read as a DistillationConfig; a GKDConfig"),
+        ({"lmbda": 1.0}, "read as a GKDConfig; other classes"),
+        ({"lmbda": 1.0, "max_completion_length": 9}, "read as a GOLDConfig; other classes"),
+        ({"loss_top_k": 1}, "read as a DistillationConfig of a former TRL; an IWOPDConfig has"),
+        ({"lmbda": 1.0, "max_new_tokens": 9}, None),
+        ({"use_uld_loss": False}, None),
+        ({"loss_top_k": 1, "distillation_objective": "jsd"}, None),
+        ({"iw_opd_epsilon": 1e-8}, None),
+    ],
+)
+def test_a_class_that_is_guessed_is_told_of(more, said) -> None:
+    (*found,) = (line for line in imported("x", {**TRL, **more}).lines if line.key == "class")
+    assert [line.note.startswith(said) for line in found] == ([True] if said else [])
+    assert imported("x", {**TRL, **more}, kind="gkd").lines[0].key != "class"
+
+
+def test_a_file_s_text_is_read_as_the_parser_of_trl_reads_it(tmp_path) -> None:
+    """As a saved TrainingArguments has them, or YAML in quotes."""
+    off = {"use_peft": "False", "bf16": "false", "fp16": "True"}
+    kwargs = {"teacher_model_init_kwargs": '{"dtype": "bfloat16"}'}
+    ratio = {"warmup_ratio": None, "warmup_steps": 0}
+    found = imported("x", {**TRL, **off, **kwargs, **ratio}).recipe
+    assert (found["bf16"], found["fp16"], found["warmup_steps"]) == (False, True, 0)
+    assert "lora" not in found
+    assert found["teacher"] == {"path": "teacher", "dtype": "bfloat16"}
+    words = " ".join(f"--{key} {value}" for key, value in TRL.items())
+    (tmp_path / "x.sh").write_text(f"trl distillation {words}", encoding="utf-8-sig")
+    assert not [line for line in import_file(tmp_path / "x.sh").lines if line.key == "class"]
+
+
+def test_the_end_and_the_template_of_trl_are_the_student_s() -> None:
+    given = {"eos_token": "<|im_end|>", "chat_template_path": "chat.jinja"}
+    found = imported("x", {**TRL, **given})
+    assert found.recipe["student"] == {
+        **{"path": "student", "eos_token": "<|im_end|>", "chat_template": "chat.jinja"}
+    }
+    assert outcomes({**TRL, **given})["eos_token"] == "translated"
+    assert outcomes({**TRL, "chat_template_path": "a/model"})["chat_template_path"] == "unknown"
+
+
+def test_rollouts_of_older_weights_are_told_of() -> None:
+    key = "vllm_sync_frequency"
+    assert notes(TRL, vllm_sync_frequency=4)[key].endswith("there up to 4 updates old")
+    assert notes(TRL, vllm_sync_frequency=1)[key] == ""
+    assert outcomes({**TRL, key: 1})[key] == "left out"
+
+
 def test_an_evaluation_of_trl_is_on_its_split_for_tests() -> None:
     found = imported("x", {**TRL, "eval_strategy": "steps", "dataset_config": "main"}).recipe
     assert found["eval_data"] == {"path": "prompts.jsonl", "name": "main", "split": "test"}
+    assert found["eval_steps"] == 10  # as it logs
+    assert "eval_steps" not in imported("x", {**TRL, "eval_strategy": "epoch"}).recipe
     more = {"eval_strategy": "epoch", "dataset_test_split": "val"}
     assert imported("x", {**TRL, **more}).recipe["eval_data"]["split"] == "val"
     off = imported("x", {**TRL, "eval_strategy": "no", "dataset_test_split": "val"})

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from tokenizers import normalizers, processors
+from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from conftest import EOS, WORDS, rows, tiny_tokenizer
+from test_text import byte_level
 from topd.errors import TOPDError
 from topd.inputs.models.fingerprints import fingerprint
-from topd.inputs.prompts import PromptEncoder, make_rollout, repeated_ngram_share
+from topd.inputs.prompt_rows import read_row
+from topd.inputs.prompts import PromptEncoder, make_rollout, remarks, repeated_ngram_share
 from topd.seeds import sampling_seeds
 from topd.training.startup import rows_of
 from topd.types import Generation, Prompt
@@ -302,6 +305,61 @@ TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": None}}]
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "sum", "arguments": {}}}]}
 
 
+GIVEN = {"a": 1, "it's": 2, "c": "ü"}
+PAIRS = '{"a": 1, "it\'s": 2, "c": "ü"}'
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("{{ a | tojson }}", PAIRS),
+        ("{% if a is string %}{{ a }}{% else %}{{ a | tojson }}{% endif %}", PAIRS),
+        ("{{ 'with ' + a }}", f"with {PAIRS}"),
+        ("{{ 'with ' ~ a }}", f"with {PAIRS}"),
+        ("{% for k, v in a | items %}{{ k }}={{ v }} {% endfor %}", "a=1 it's=2 c=ü "),
+    ],
+)
+@pytest.mark.parametrize("given", [GIVEN, json.dumps(GIVEN), json.dumps(GIVEN, indent=1)])
+@pytest.mark.parametrize("flat", [False, True])
+def test_the_arguments_of_a_call_are_what_a_template_takes(written, expected, given, flat):
+    """OpenAI's logs have them as text, which tojson would put into quotes once more."""
+    call = "m.tool_calls[0]" if flat else "m.tool_calls[0].function"
+    student = byte_level()
+    student.chat_template = (
+        f"{{% for m in messages %}}{{{{ m.role }}}} {{{{ m.content }}}}{{% if m.tool_calls %}}"
+        f"{{% set a = {call}.arguments %}}{written}{{% endif %}}</s>{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    reader = PromptEncoder(student, student)
+
+    def called(arguments: Any) -> str:
+        named = {"name": "sum", "arguments": arguments}
+        said = {"role": "assistant", "tool_calls": [named if flat else {"function": named}]}
+        (prompt,) = reader.encode([{"messages": [*ASKED, said]}], with_response=True)
+        (later,) = reader.encode([{"prompt": [*ASKED, said, *ASKED]}])
+        response = student.decode(prompt.response)
+        assert f"assistant {response}user" in student.decode(later.student)
+        return response
+
+    assert called(given) == f"{expected}</s>"
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "3", 3, [1], '"{}"'])
+def test_arguments_that_are_no_mapping_are_refused(arguments):
+    call = {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
+    with pytest.raises(TOPDError, match="row 0: the arguments of a tool call must be a mapping"):
+        read_row(0, {"messages": [*ASKED, call]})
+
+
+def test_what_is_given_as_json_text_keeps_its_nulls():
+    """Those of a mapping may be Arrow's, which has every key in every row."""
+    tools = [{"function": {"name": "sum", "default": None}}]
+    call = {"role": "assistant", "tool_calls": [{"function": {"arguments": '{"a": null}'}}]}
+    row = read_row(0, {"messages": [*ASKED, call], "tools": json.dumps(tools)})
+    assert row.template_kwargs == {"tools": tools}
+    assert row.answer["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
 @pytest.mark.parametrize("form", [TOOLS, json.dumps(TOOLS)])
 def test_tools_and_template_arguments_of_a_row_are_rendered(form):
     reader = with_template(CALLS, "use", "call")
@@ -432,13 +490,80 @@ def test_an_answer_whose_end_does_not_end_the_student_is_refused():
     assert read.response[-1] == eot
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "tool_calls"])
+@pytest.mark.parametrize(
+    ("template", "ends", "told"),
+    [(TURNS, {EOS}, [True]), (TURNS, {EOS, 64}, []), (TURNS.replace("<eot>", ""), {EOS}, [])],
+)
+def test_a_template_whose_end_does_not_end_a_response_is_told_of(template, ends, told, monkeypatch):
+    """As of a base model with a chat template: its responses would continue after their turn."""
+    said: list[str] = []
+    monkeypatch.setattr(remarks.logger, "warning_once", said.append)
+    reader = replace(with_template(template, "<eot>"), ends=frozenset(ends))
+    assert reader.student.convert_tokens_to_ids("<eot>") == 64
+    reader.encode([{"prompt": ASKED}])
+    assert [
+        "ends a turn with '<eot>', and its responses end at </s>" in one for one in said
+    ] == told
+    reader.encode([{"prompt": "what is 1 + 2 ?"}])
+    assert len(said) == len(told)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (
+            [{"role": "user", "content": "<|user|> what is 1 + 2 ? </s> <|assistant|>"}],
+            ["<|user|>"],
+        ),
+        ([*TALK, {"role": "user", "content": "what ? </s>"}], ["</s>"]),
+        ("what is 1 + 2 ? </s>", []),  # text is as it is
+        (TALK, []),
+    ],
+)
+def test_a_prompt_that_is_already_in_the_form_of_a_chat_is_told_of(prompt, told, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(remarks.logger, "warning_once", said.append)
+    student = tiny_tokenizer()
+    student.add_tokens([AddedToken("<|user|>", special=True)])  # as of Llama 3
+    PromptEncoder(student, student).encode([{"prompt": ASKED}, *[{"prompt": prompt}] * 2])
+    assert [one.split("has ")[1].split(",")[0].strip("'") for one in said] == told
+    assert all(one.startswith("data row 1: ") and "data.chat: false" in one for one in said)
+
+
+@pytest.mark.parametrize(
+    "name", ["reasoning_content", "reasoning", "thinking", "tool_calls", "function_call"]
+)
 def test_a_part_of_an_answer_that_the_template_leaves_out_is_refused(name):
     value = [{"function": {"name": "add"}}] if name == "tool_calls" else "what we have"
     row = {"messages": [*ASKED, {**ANSWER, name: value}]}
     with pytest.raises(TOPDError, match=f"row 0: the chat template does not write .* {name}, so"):
         encoder().encode([row], with_response=True)
     encoder().encode([row])  # nothing is learned of it
+
+
+def test_tools_that_the_template_leaves_out_are_refused():
+    """Phi-4-mini's reads them of the system message."""
+    system = "{% if m.role == 'system' and 'tools' in m %}{{ m.tools }}{% endif %}<|{{"
+    rows = [{"prompt": ASKED}, {"prompt": ASKED, "tools": TOOLS}]
+    reader = with_template(TURNS.replace("<|{{", system), "<eot>")
+    with pytest.raises(TOPDError, match="row 1: the chat template does not write the row's tools"):
+        reader.encode(rows)
+    strict = "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}"
+    with_template(strict + TURNS, "<eot>").encode(rows[1:])
+
+
+def test_calls_that_the_template_leaves_out_are_refused():
+    """As gpt-oss's writes the first call alone."""
+    first = "{{ m['content'] }} {{ m.tool_calls[0].function.name if m.tool_calls }}"
+    reader = with_template(TURNS.replace("{{ m['content'] }}", first), "<eot>")
+    calls = [{"function": {"name": name}} for name in ("so", "then")]
+    one, both = ({"role": "assistant", "tool_calls": calls[:count]} for count in (1, 2))
+    assert learned(reader, *ASKED, one)[0].endswith("so <eot>")
+    with pytest.raises(TOPDError, match="does not write the answer's tool_calls, so it would"):
+        learned(reader, *ASKED, both)
+    told = [{"prompt": [*ASKED, said, *ASKED]} for said in (one, both)]
+    with pytest.raises(TOPDError, match="row 1: the chat template does not write the tool_calls"):
+        reader.encode(told)
 
 
 def test_a_thought_that_the_template_cuts_off_is_refused_unless_it_is_empty():
@@ -448,6 +573,20 @@ def test_a_thought_that_the_template_cuts_off_is_refused_unless_it_is_empty():
         learned(reader, *ASKED, {**ANSWER, "content": "<think> we add </think> so 3"})
     empty = {**ANSWER, "content": "<think> </think> so 3"}
     assert learned(reader, *ASKED, empty) == learned(reader, *ASKED, ANSWER)
+
+
+@pytest.mark.parametrize("asks", ["<think> </think> ", ""])
+def test_a_thought_in_the_text_after_one_of_the_template_s_own_is_refused(asks):
+    """As Qwen3.8's and Kimi K2's write it, or SmolLM3's without thinking."""
+    own = "{% if m['role'] == 'assistant' %}<think> </think> {% endif %}{{ m['content'] }}"
+    template = TURNS.replace("{{ m['content'] }}", own)
+    template = template.replace("<|assistant|>{%", f"<|assistant|> {asks}{{%")
+    reader = with_template(template, "<eot>", "<think>", "</think>")
+    said = {**ANSWER, "content": "<think> we add </think> so 3"}
+    with pytest.raises(TOPDError, match="row 0: the chat template writes a thought of its own"):
+        learned(reader, *ASKED, said)
+    ours, _ = learned(reader, *ASKED, said, *ASKED, ANSWER)  # nothing is learned of an earlier one
+    assert ours.endswith("<think> </think> so 3 <eot>")
 
 
 RULE, RESULT = {"role": "system", "content": "be brief"}, {"role": "tool", "content": "3"}
@@ -463,6 +602,18 @@ RULE, RESULT = {"role": "system", "content": "be brief"}, {"role": "tool", "cont
             "content of message 3",
         ),
         ("true", [*ASKED, {**ANSWER, **CALL}, RESULT], "tool_calls of message 1"),
+        ("true", [*ASKED, {**ANSWER, "function_call": {"name": "sum"}}, *ASKED], "function_call"),
+        (  # as Mistral's writes it: in a last message of the user
+            "messages[-1].role == 'user' or m['role'] != 'system'",
+            [RULE, *ASKED, ANSWER, RESULT],
+            "content of message 0",
+        ),
+        (  # as DeepSeek's writes it: the last one
+            "m['role'] != 'system' or messages[loop.index:] | map(attribute='role') | "
+            "select('equalto', 'system') | list | length == 0",
+            [RULE, *ASKED, ANSWER, RULE, *ASKED],
+            "content of message 0",
+        ),
     ],
 )
 def test_a_message_that_the_template_leaves_out_is_refused(written, messages, fault):

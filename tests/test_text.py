@@ -39,14 +39,14 @@ from topd.engines.servers import RefusedError
 from topd.engines.text import TextEngine, Written
 from topd.engines.text.checks import _check_context, _cuts, check_border, check_text_teacher
 from topd.engines.text.logprobs import logprobs_of_tokens
-from topd.engines.text.writers import NOTHING, EmbeddedWriter, TextServers
+from topd.engines.text.writers import NOTHING, EmbeddedWriter, TextServers, messages_of
 from topd.errors import TOPDError
 from topd.inputs.border import Border
 from topd.inputs.models import ModelSpec
 from topd.inputs.models.fingerprints import model_fingerprint
 from topd.inputs.prompts import PromptEncoder
 from topd.inputs.served import ByText, TextSpec
-from topd.inputs.text_models import stand_in, text_tokenizer
+from topd.inputs.text_models import CHAT_TEMPLATE, stand_in, text_tokenizer
 from topd.methods import METHODS
 from topd.training.startup.text_needs import check_gives
 from topd.training.warmstart import WarmstartConfig
@@ -328,6 +328,20 @@ def test_a_chat_server_continues_the_assistants_message(tmp_path):
     continued = [body for body in fake.bodies if body["messages"][-1]["role"] == "assistant"]
     assert all(body["messages"][0]["role"] == "user" for body in fake.bodies)
     assert all(body["add_generation_prompt"] is False for body in continued)
+
+
+@pytest.mark.parametrize("arguments", [{"a": "ü"}, '{"a": "ü"}'])
+def test_a_chat_server_gets_the_arguments_of_calls_as_text(arguments):
+    """As OpenAI's API has them; a mapping is refused there."""
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    asked = {"role": "user", "content": "3 + 4"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
+    rows = [{"prompt": [asked, call, asked]}]
+    (prompt,) = PromptEncoder(tokenizer, tokenizer).encode(rows)
+    sent = messages_of(tokenizer.decode(prompt.student))
+    assert sent[1]["tool_calls"] == [{"function": {"arguments": '{"a": "ü"}'}}]
+    assert [sent[0], sent[2]] == [asked, asked]
 
 
 def test_a_warm_start_on_a_text_teachers_answers(tmp_path, start):

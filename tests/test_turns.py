@@ -42,11 +42,12 @@ from topd.testbed import FAMILIES, problems
 from topd.testbed.models import tokenizer_of
 from topd.training.experience import Observer
 from topd.training.experience import turns as turning
+from topd.training.experience.asked import of_own_tokens
 from topd.training.experience.evidence import Experience
 from topd.training.experience.turns import Turns, turns_of
 from topd.training.learning import Totals, collate, learning_terms, update_loss
 from topd.training.metrics import Means, measure_experience
-from topd.types import Prompt, Rollout, Sampling
+from topd.types import Branch, Guidance, Prompt, Rollout, Sampling, SoftTarget
 
 FAMILY = FAMILIES["programs"]
 TEXTS = problems("programs", "train", 8)
@@ -259,6 +260,75 @@ def test_a_row_s_own_template_arguments_hold_in_every_turn() -> None:
             assert (spans == ((len(turn), len(turn + reply)),)) == (thinks != bool(index))
 
 
+def test_what_a_conversation_says_holds_in_every_turn() -> None:
+    """As SmolLM3's template reads in a system message whether the student thinks."""
+    tokenizer, ends = published(QWEN)
+    told = "'/no_think' in messages[0].content"
+    tokenizer.chat_template = QWEN.replace("enable_thinking is defined and", f"{told} or")
+    told = [{"role": "system", "content": "/no_think"}, *CHAT.prompt]
+    replies = Replies(tokenizer, ends)
+    for prompt, empty in ((CHAT.prompt, False), (told, True)):
+        found = tokenizer.decode(list(replies.ids("27", replace(CHAT, prompt=prompt))))
+        assert found.endswith("<think>\n\n</think>\n\n") == empty
+
+
+GLM = r"""
+{%- for m in messages %}
+    {{- "<|observation|>\n" if m.role == "tool" else "<|" + m.role + "|>\n" }}{{ m.content }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- "<|assistant|>" }}{% endif %}"""
+
+
+def test_a_reply_begins_where_the_student_s_own_end_was() -> None:
+    """GLM's messages have no end: the next one's beginning ends a turn, or <|endoftext|> does."""
+    tokenizer = byte_level()
+    marks = ["<|user|>", "<|observation|>", "<|endoftext|>", "<|assistant|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    tokenizer.chat_template = GLM
+    user, tool, end = tokenizer.convert_tokens_to_ids(marks[:3])
+    replies = Replies(tokenizer, frozenset([user, tool, end]))
+    replies.check([CHAT])
+    reply = "\n27<|assistant|>"
+    for own, begun in ((tool, ""), (end, "<|observation|>"), (None, "")):
+        assert tokenizer.decode(list(replies.ids("27", CHAT, own))) == begun + reply
+    turns = Turns(lambda row, turns: "27", replies, 2, 999, Sampling())
+    (prompt,) = PromptEncoder(tokenizer, tokenizer, with_rows=True).encode(
+        [{"prompt": CHAT.prompt}]
+    )
+    for own in (tool, end):
+        first = (*tokenizer("7")["input_ids"], own)
+        told = replies.ids("27", CHAT, own)
+        spans = turns.spans(prompt, first + told + first)
+        assert spans == ((len(first), len(first + told)),)
+    qwen, ends = published(QWEN)  # which ends its messages: another end is no reason to write it
+    other = Replies(qwen, frozenset({*ends, qwen.eos_token_id}))
+    assert other.ids("27", CHAT, qwen.eos_token_id) == other.ids("27", CHAT, *ends)
+
+
+def test_every_kind_of_conversation_is_asked_for_a_reply() -> None:
+    plain = with_template(ENDED.replace("no_tools %", "messages | length > 3 %"))
+    talk = [{"role": "system", "content": "so"}, *CHAT.prompt]
+    Replies(plain, frozenset([2])).check([CHAT])
+    with pytest.raises(TOPDError, match="fails at data row 7: no tools"):
+        Replies(plain, frozenset([2])).check([CHAT, replace(CHAT, index=7, prompt=talk)])
+
+
+def test_a_teacher_whose_template_writes_replies_otherwise_is_told_of(caplog) -> None:
+    tokenizer, ends = published(QWEN)
+    prompts = PromptEncoder(tokenizer, tokenizer, with_rows=True).encode([{"prompt": CHAT.prompt}])
+    plain = replace(prompts[0], row={"prompt": "what"})
+    turns = Turns(lambda row, turns: "27", Replies(tokenizer, ends), 2, 999, Sampling())
+    alike, other, mute = (published(QWEN)[0] for _ in range(3))
+    other.chat_template = QWEN.replace("tool_response>", "tool>")
+    mute.chat_template = "{{ raise_exception('no tools') }}"
+    turns.check(prompts, [alike])
+    turns.check([plain], [other])
+    assert not caplog.records
+    turns.check(prompts, [alike, other, mute])
+    assert ["<tool>" in r.message for r in caplog.records] == [True, False]
+    assert all("reads another format than its own" in r.message for r in caplog.records)
+
+
 # Rollouts
 
 
@@ -469,6 +539,30 @@ def test_the_figures_count_the_students_tokens_alone(observer, told) -> None:
     assert len(batch["tokens"]) == sum(written)
 
 
+def test_a_method_that_would_learn_what_an_environment_wrote_is_refused() -> None:
+    rollout = Rollout(Prompt(0, (5,), (5,)), (7, 1, 8, 8, 9, 1), (0.0,) * 6, True, ((2, 4),))
+
+    def asked(**parts: Any) -> Guidance:
+        (found,) = of_own_tokens([Guidance((1.0,) * 6, **parts)], [rollout], 20)
+        return found
+
+    target = SoftTarget(1, (3,), (1.0,))
+    whole = Branch(0, rollout.response, "forward_kl")
+    assert asked(targets=(target,)).weights == (1, 1, 0, 0, 1, 1)
+    assert asked(branches=(replace(whole, tokens=(7, 1)), Branch(4, (8, 8, 8), "forward_kl")))
+    for place, parts in [
+        (2, {"targets": (replace(target, position=2),)}),
+        (3, {"branches": (Branch(3, (9,), "forward_kl"),)}),
+        (2, {"branches": (whole,)}),
+    ]:
+        with pytest.raises(TOPDError, match=f"a branch at token {place} of a rollout, which the"):
+            asked(**parts)
+        (found,) = of_own_tokens(
+            [Guidance((1.0,) * 6, **parts)], [replace(rollout, replies=())], 20
+        )
+        assert found.weights == (1,) * 6
+
+
 def test_a_random_place_is_one_of_the_mask() -> None:
     mask = torch.tensor([[True, False, False, False, False, True]])
     for token in range(20):
@@ -661,6 +755,25 @@ def test_served_models_and_replies_that_are_no_text_are_refused() -> None:
     observer.turns = replace(observer.turns, environment=lambda row, turns: 3)
     with pytest.raises(TOPDError, match=r"data row [0-7]: replied 3\. Return a text, which may be"):
         observer.roll_out(prompts_of(), list(range(8)))
+
+
+def test_half_a_character_in_a_reply_is_refused_in_words() -> None:
+    """As output of a command has it that is decoded with surrogateescape."""
+    observer = observer_with()
+    observer.turns = replace(observer.turns, environment=lambda row, turns: "so \udcff")
+    with pytest.raises(TOPDError, match=r"row [0-7]: replied a text with half a character: 'so"):
+        observer.roll_out(prompts_of(), list(range(8)))
+
+
+@pytest.mark.parametrize(("reply", "told"), [("so </s> then", True), ("so < / s > then", False)])
+def test_the_name_of_a_special_token_in_a_reply_is_told_of(reply, told, monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(turning.logger, "warning_once", said.append)
+    observer = observer_with()
+    observer.turns = replace(observer.turns, environment=lambda row, turns: reply)
+    assert "</s>" in observer.turns.replies.tokenizer.all_special_tokens
+    observer.roll_out(prompts_of(), list(range(8)))
+    assert any("a reply has '</s>' in it, which is read as that" in one for one in said) == told
 
 
 def test_an_audit_runs_no_foreign_environment_without_leave(tmp_path) -> None:

@@ -6,7 +6,8 @@ would make of the whole; what is joined reads back as what was written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -29,9 +30,7 @@ class Border:
         self.tokenizer = tokenizer
         self._lead = self._plain("\n") or self._plain(PROBE)[:1]
         self._lead_text = self._decoded(self._lead)
-        added = tokenizer.added_tokens_decoder.values()
-        special = [str(token) for token in added if token.special]  # no text is meant by them
-        self.marks = sorted({*tokenizer.all_special_tokens, *special} - {""}, key=len, reverse=True)
+        self.marks = special_names(tokenizer)
 
     def text(self, ids: Ids) -> str | None:
         """What ids read as inside a text; None where they end inside a character."""
@@ -136,6 +135,17 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(
         tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     )
+
+
+def special_names(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The names of special tokens, by which no text is meant; longer ones first."""
+    added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
+
+
+def special_search(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], re.Match[str] | None]:
+    """Finds the first name of a special token in a text."""
+    return re.compile("|".join(map(re.escape, special_names(tokenizer))) or "(?!)").search
 
 
 def tells_places(tokenizer: PreTrainedTokenizerBase) -> bool:

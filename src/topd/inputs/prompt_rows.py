@@ -14,6 +14,7 @@ import numpy as np
 from transformers.utils import logging
 
 from topd.errors import TOPDError, shown
+from topd.inputs.tool_calls import with_mappings
 
 logger = logging.get_logger(__name__)
 
@@ -298,18 +299,18 @@ def _check_text(index: int, what: str, text: str) -> None:
 
 def _json_column(index: int, row: Mapping[str, Any], name: str, kind: Any) -> Any:
     """A column with values of the template's, given as they are or as JSON text."""
-    value = row.get(name)
+    value = _filled(row.get(name))
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError as error:
+            value = json.loads(value)  # whose nulls are its own
+        except (ValueError, RecursionError) as error:
             raise TOPDError(f"data row {index}: {name} is not JSON: {error}.") from error
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, kind):
         wanted = "a mapping such as {a: 1}" if kind is Mapping else "a list of tools"
         raise TOPDError(f"data row {index}: {name} must be {wanted}, not {value!r}.")
-    return _filled(value)
+    return value
 
 
 def _filled(value: Any) -> Any:
@@ -330,6 +331,7 @@ def _checked_messages(index: int, prompt: Any) -> list[dict[str, Any]]:
         fields = _filled(message) if isinstance(message, Mapping) else {}
         if fields.get("role") == "assistant" and fields.get("tool_calls"):
             fields = {"content": "", **fields}
+            fields["tool_calls"] = with_mappings(index, fields["tool_calls"])
         if "content" in fields:
             fields["content"] = _joined(fields["content"])
         if not all(isinstance(fields.get(key), str) for key in ("role", "content")):

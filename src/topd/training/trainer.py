@@ -163,7 +163,7 @@ class TOPDTrainer(ObservedTrainer):
         train, evaluation, prompts = self._encoded(*data, args)
         startup.check_sources(sources, tokenizers, prompts, args)
         if self.turns:
-            self.turns.check(prompts)
+            self.turns.check(prompts, tokenizers[1:])
         check_launch(args)
         if train is not None:
             startup.check_optimizer(sources[0], lora, optimizers)

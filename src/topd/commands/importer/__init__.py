@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from topd.commands.importer.rules import LISTS, trl_defaults, trl_kind, trl_rule
+from topd.commands.importer.rules import LISTS, guessed, trl_defaults, trl_kind, trl_rule, typed
 from topd.commands.importer.shell import commands_of
 from topd.commands.importer.verl import DISTILLS, verl_defaults, verl_rule
 from topd.commands.keys import parse_value
@@ -40,7 +40,7 @@ _CLASSES = {
     "verl": "",
 }
 Outcome: TypeAlias = Literal["kept", "translated", "left out", "unknown", "refused"]
-_STARTED = re.compile(r"(?:^|[/.])(?:(gkd|gold)\w*|(distillation))(?:\.py)?$")
+_STARTED = re.compile(r"(?:^|[/.])(?:(gkd|gold|iw_opd)\w*|(distillation))(?:\.py)?$")
 _DOTTED = re.compile(r"^\+{0,2}([a-z_]\w*(?:\.[\w-]+)+)=(.*)$", re.DOTALL)
 _TAKEN_OUT = re.compile(r"~[a-z_]\w*(?:\.[\w-]+)+(?:=.*)?")
 _MAPPED = re.compile(r"(?<=\w):(?=[\w{\['\"])(?=.*\}$)")  # {a:1} of Hydra is {a: 1}
@@ -107,7 +107,7 @@ class Imported:
 def import_file(path: Path) -> Imported:
     """Read a configuration. Raises TOPDError: it cannot be read, or is neither TRL's nor verl's."""
     try:
-        text = path.read_text(encoding="utf-8")[: LONGEST + 1]
+        text = path.read_text(encoding="utf-8-sig")[: LONGEST + 1]
     except (OSError, UnicodeDecodeError) as error:
         raise TOPDError(f"{path}: cannot be read: {error}.") from error
     if path.suffix in (".yaml", ".yml", ".json"):
@@ -123,7 +123,7 @@ def import_file(path: Path) -> Imported:
 def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None) -> Imported:
     """Every key by the rules of its framework. Raises TOPDError if it is of neither.
 
-    ``kind``: whose defaults a configuration of TRL has, ``gkd``'s, ``gold``'s or
+    ``kind``: whose defaults a configuration of TRL has, ``gkd``'s, ``gold``'s, ``iw_opd``'s or
     ``distillation``'s; None: not known.
     """
     content = {str(key): value for key, value in content.items()}
@@ -139,14 +139,15 @@ def imported(place: str, content: Mapping[str, Any], *, kind: str | None = None)
             "nor verl's, which has actor_rollout_ref. Give the file that its command line or "
             "--config names."
         )
+    content = {key: typed(key, value) for key, value in content.items()}
     by_keys = trl_kind(content)
     former = kind == "distillation" and (by_keys == "iw_opd" or "lmbda" in content)
-    kind = "iw_opd" if former else kind or by_keys
+    named, kind = kind, "iw_opd" if former else kind or by_keys
     found = Imported("TRL", kind or "distillation")
-    if kind is None:
-        note = "read as a DistillationConfig; a GKDConfig and a GOLDConfig have half of the answers"
-        found.lines.append(Line("lmbda", None, "unknown", f"{note} on-policy"))
-    return _ruled(found, content, trl_rule, trl_defaults(found.kind, content))
+    if named is None and (note := guessed(by_keys, content)):
+        found.lines.append(Line("class", _CLASSES[found.kind].strip(" ()"), "unknown", note))
+    own = {"distillation_objective": "iw_opd"} if named == "iw_opd" else {}
+    return _ruled(found, content, trl_rule, {**trl_defaults(found.kind, content), **own})
 
 
 def _framework(content: Mapping[str, Any]) -> Literal["TRL", "verl"] | None:

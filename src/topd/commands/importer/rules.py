@@ -6,7 +6,9 @@ the recipe are paths such as ``student/path``. What comes out does not depend on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TypeAlias
 
@@ -46,6 +48,7 @@ _TRL_MOVED = {
     "model_name_or_path": "student/path",
     "model_revision": "student/revision",
     "chat_template": "student/chat_template",
+    "eos_token": "student/eos_token",
     "teacher_model_name_or_path": "teacher/path",
     "teacher_model_revision": "teacher/revision",
     "dataset_name": "data/path",
@@ -60,6 +63,7 @@ _TRL_REFUSED = {
     "seq_kd": "it learns the teacher's texts: use topd warmstart for that",
     "use_uld_loss": "losses across tokenizers are not importable",
     "min_p": "sampling has no min_p here",
+    "vllm_structured_outputs_regex": "sampling has no regular expression here",
     "max_tool_calling_iterations": "rollouts with tools are not importable",
     "reward_funcs": "rewards are not in the loss",
     "datasets": "a mixture is not read: join it into one file, and name that as dataset_name",
@@ -73,7 +77,7 @@ _LORA = {
 }
 _OF_IW_OPD = {
     *("loss_top_k", "loss_add_tail", "reverse_kl_top_1_mode", "use_teacher_server"),
-    *("distillation_objective", "iw_opd_gamma"),
+    *("distillation_objective", "iw_opd_gamma", "iw_opd_epsilon"),
 }
 LISTS = ("lora_target_modules", "lora_modules_to_save", "lora_target_parameters")
 _TRL_MACHINES = (  # where and how fast, and what belongs to what is refused
@@ -93,6 +97,16 @@ def number(key: str, value: Any, kind: type[int] | type[float] = int) -> Any:
         ) from error
 
 
+def typed(key: str, value: Any) -> Any:
+    """A value that a file has as text, as TRL's parser reads it: "false", and mappings in JSON."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, str) and key.endswith("_kwargs"):
+        with suppress(ValueError):
+            return json.loads(value)
+    return value
+
+
 def trl_kind(content: Mapping[str, Any]) -> str | None:
     """Whose keys these are, a key of ``TRL_DEFAULTS``; None: they may be of any class."""
     if _OF_IW_OPD & set(content):
@@ -104,14 +118,32 @@ def trl_kind(content: Mapping[str, Any]) -> str | None:
     return None
 
 
+def guessed(kind: str | None, content: Mapping[str, Any]) -> str:
+    """What to look at where keys that several classes have tell the class; else nothing."""
+    if kind is None:
+        read = "read as a DistillationConfig; a GKDConfig and a GOLDConfig have half of the answers"
+        return f"{read} on-policy"
+    if kind == "iw_opd":
+        objective = any(key.startswith(("distillation_objective", "iw_opd_")) for key in content)
+        read = "read as a DistillationConfig of a former TRL; an IWOPDConfig has the method iw_opd"
+        return "" if objective else read
+    own = ("max_new_tokens", "uld_", "use_uld", "use_extended_uld")
+    if any(key.startswith(own) for key in content):
+        return ""
+    read = f"read as a {kind.upper()}Config; other classes with lmbda have another learning_rate, "
+    return f"{read}beta, temperature and max_completion_length where they are not given"
+
+
 def trl_defaults(kind: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration leaves to a class of TRL and we have otherwise."""
     found = {**TRL_COMMON, **TRL_DEFAULTS[kind], **(TRL_LORA if content.get("use_peft") else {})}
     beside = {  # what replaces a default
         "bf16": content.get("fp16") or "float16" in _dtypes(content),
-        "warmup_steps": "warmup_ratio" in content,
+        "warmup_steps": content.get("warmup_ratio") is not None,
         "gradient_checkpointing": "activation_checkpointing" in content,
     }
+    if content.get("eval_strategy") == "steps" and "logging_steps" not in content:
+        found["eval_steps"] = 10  # its logging_steps
     return {name: value for name, value in found.items() if not beside.get(name)}
 
 
@@ -140,13 +172,18 @@ def trl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     if key == "temperature" and kind == "gkd" and value != 1:
         note = "of the sampling alone there; here it divides the logits of the loss too"
         return "kept", note, {key: value}
+    if key == "chat_template_path" and str(value).endswith(".jinja"):
+        return "translated", "", {"student/chat_template": value}
+    if key == "vllm_sync_frequency" and value is not None and number(key, value) > 1:
+        note = f"rollouts are of the current weights here, there up to {value} updates old"
+        return "translated", note, {}
     if key in _OF_IW_OPD:
         return _iw_opd(key, value, content)
     if key in ("bf16", "fp16") and not value and _HALF[key == "fp16"] in _dtypes(content):
         return OUT  # the weights have 16 bits
-    if key == "warmup_ratio" and content.get("warmup_steps"):
+    if key == "warmup_ratio" and (value is None or content.get("warmup_steps")):
         return OUT  # the steps count
-    if key == "warmup_steps" and not value and "warmup_ratio" in content:
+    if key == "warmup_steps" and not value and content.get("warmup_ratio") is not None:
         return OUT
     if key in ("model_init_kwargs", "teacher_model_init_kwargs") and isinstance(value, Mapping):
         return _init_kwargs(key, value)
@@ -184,7 +221,10 @@ def _iw_opd(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     note = "of the sampled tokens there; here its weights are on the loss over the vocabulary"
     if (key, value) == ("distillation_objective", "iw_opd"):
         return "translated", note, method
-    if key == "iw_opd_gamma" and content.get("distillation_objective", "iw_opd") == "iw_opd":
+    on = content.get("distillation_objective", "iw_opd") == "iw_opd"
+    if key == "iw_opd_epsilon" and on:
+        return "unknown", "", method
+    if key == "iw_opd_gamma" and on:
         return "translated", note, {**method, "method_options/gamma": value}
     if key == "loss_top_k" and value:
         return "translated", f"over {value} tokens there, over the vocabulary here", {}

@@ -63,6 +63,16 @@ _VERL_SETTLED = (  # by what follows from several keys
     *("algorithm.adv_estimator", "distillation.teacher_key", f"{LOSS}use_policy_loss"),
     f"{OPTIM}warmup_style",  # the former name of lr_scheduler_type
 )
+_IMAGES = ("data.image_key", "data.video_key")
+_VERL_REFUSED = {  # where they are on
+    **dict.fromkeys(
+        (f"{ACTOR}use_kl_loss", "algorithm.use_kl_in_reward"),
+        "a second divergence, from another model, is not in the loss",
+    ),
+    f"{ACTOR}entropy_coeff": "an entropy bonus is not in the loss",
+    f"{ROLLOUT}multi_turn.enable": "rollouts with tools are not importable",
+    **dict.fromkeys(_IMAGES, "images are not read; take the key out if the data has none"),
+}
 _VERL_PLAIN: dict[str, Any] = {  # a value with which nothing is learned otherwise than here
     f"{OPTIM}optimizer": "AdamW",
     f"{OPTIM}optimizer_impl": "torch.optim",
@@ -94,6 +104,8 @@ _VERL_PLAIN: dict[str, Any] = {  # a value with which nothing is learned otherwi
     "data.shuffle": True,
     "data.truncation": "error",
     "data.train_max_samples": -1,
+    "trainer.critic_warmup": 0,  # updates before the actor's first
+    "trainer.val_only": False,
 }
 _VERL_MACHINES = (  # where and how fast, and what belongs to rewards, which are off
     *(f"{MODEL}use_{name}" for name in ("shm", "remove_padding", "liger", "fused_kernels")),
@@ -145,52 +157,31 @@ def verl_defaults(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
     """A dotted key of verl's ppo_trainer."""
-    if key in _LORA:
-        used = content.get(f"{MODEL}lora_rank") and value is not None
-        return ("translated", "", {f"lora/{_LORA[key]}": value}) if used else OUT
-    if key.startswith(OPTIM) and (found := _optimiser(key.removeprefix(OPTIM), value, content)):
-        return found
-    if key.startswith(TEMPLATE) and len(key) > len(TEMPLATE):
-        return "translated", "", {f"chat_template_kwargs/{key.removeprefix(TEMPLATE)}": value}
     if key in _LENGTHS and isinstance(content.get(_LENGTHS[key]), int):
         value = content[_LENGTHS[key]]  # where it is a number, it is the one that counts
     if key in _VERL_MOVED:
         return "translated", "", {} if value is None else {_VERL_MOVED[key]: value}
     if key in _VERL_SETTLED or (key in _LENGTHS.values() and isinstance(value, int)):
         return "translated", "", {}
-    if key == "data.train_files":
-        files = [value] if isinstance(value, str) else list(value or [])
-        if len(files) != 1:
-            return "refused", f"{len(files)} files: join them into one, and import again", {}
-        return "translated", "", {"data/path": files[0]}
-    teacher = value is not None and key.startswith("distillation.teacher_models.")
-    if teacher and key.endswith(("model_path", ".path")):
-        place = key.rpartition(".")[0]
-        keys = (content.get(f"{place}.key"), content.get(f"{place}.domain"), key.split(".")[2])
-        named = str(next(name for name in keys if name))
-        return "translated", "", {f"teachers/{named.replace('/', '|')}": value}
-    if key == f"{LOSS}loss_mode" or (key == DISTILLS and value is not None):
-        known = _LOSSES.get(str(value))
-        if known is None:
-            return "refused", f"{value} is not a divergence that is known here", {}
-        return "translated", known[1], {"beta": known[0]}
-    if key in ("data.image_key", "data.video_key") and value:
-        if value in UNREAD:  # verl's default has one in every configuration
-            return "left out", "data with such a column is refused when it is read", {}
-        return "refused", "images are not read; take the key out if the data has none", {}
-    if key.endswith(("loss_max_clamp", "log_prob_min_clamp")) and value is not None:
-        return "translated", f"losses are not clamped here (there: {value})", {}
-    if key == f"{ACTOR}use_kl_loss" and value and content.get(f"{ACTOR}kl_loss_coef") == 0:
+    for rule in (_of_model, _of_optimiser, _of_teachers, _of_loss, _of_data, _of_steps):
+        if found := rule(key, value, content):
+            return found
+    if key in _VERL_REFUSED and value:
+        return "refused", _VERL_REFUSED[key], {}
+    if key == "config_name":
+        note = f"what {value} sets is not read; verl's own defaults are taken"
+        return OUT if str(value).startswith("ppo_") else ("unknown", note, {})
+    if value in (None, {}, []) or key.endswith("._target_"):
         return OUT
-    if key in (f"{ACTOR}use_kl_loss", "algorithm.use_kl_in_reward") and value:
-        return "refused", "a second divergence, from another model, is not in the loss", {}
-    if key == f"{ACTOR}entropy_coeff" and value:
-        return "refused", "an entropy bonus is not in the loss", {}
-    if key == f"{ACTOR}ppo_epochs":
-        once = number(key, value) == 1
-        return OUT if once else ("refused", f"{value} updates by each rollout; here one", {})
-    if key == f"{ROLLOUT}multi_turn.enable" and value:
-        return "refused", "rollouts with tools are not importable", {}
+    plain = value == _VERL_PLAIN[key] if key in _VERL_PLAIN else key.startswith(_VERL_MACHINES)
+    return OUT if plain else ("unknown", "", {})
+
+
+def _of_model(key: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
+    """A key of the student: its adapter, its code, its precision."""
+    if key in _LORA:
+        used = content.get(f"{MODEL}lora_rank") and value is not None
+        return ("translated", "", {f"lora/{_LORA[key]}": value}) if used else OUT
     if key == f"{MODEL}trust_remote_code" and value:
         note = "of the student; give it to the teacher too, if it needs it"
         return "translated", note, {"student/trust_remote_code": True}
@@ -201,29 +192,73 @@ def verl_rule(key: str, value: Any, content: Mapping[str, Any]) -> Ruled:
         if half not in ("bf16", "fp16", "fp32", "float32"):
             return "unknown", "", {}
         return "translated", "", {half: True} if half in ("bf16", "fp16") else {}
+    return None
+
+
+def _of_teachers(key: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
+    """The path of one of several teachers, by the name that its rows have."""
+    told = value is not None and key.startswith("distillation.teacher_models.")
+    if not told or not key.endswith(("model_path", ".path")):
+        return None
+    place = key.rpartition(".")[0]
+    keys = (content.get(f"{place}.key"), content.get(f"{place}.domain"), key.split(".")[2])
+    named = str(next(name for name in keys if name))
+    return "translated", "", {f"teachers/{named.replace('/', '|')}": value}
+
+
+def _of_loss(key: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
+    """A key of the divergence, or of what the loss may have besides."""
+    if key == f"{LOSS}loss_mode" or (key == DISTILLS and value is not None):
+        known = _LOSSES.get(str(value))
+        if known is None:
+            return "refused", f"{value} is not a divergence that is known here", {}
+        return "translated", known[1], {"beta": known[0]}
+    if key.endswith(("loss_max_clamp", "log_prob_min_clamp")) and value is not None:
+        return "translated", f"losses are not clamped here (there: {value})", {}
+    if key == f"{ACTOR}use_kl_loss" and value and content.get(f"{ACTOR}kl_loss_coef") == 0:
+        return OUT
+    return None
+
+
+def _of_data(key: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
+    """A key of the rows and of how they are written."""
+    if key.startswith(TEMPLATE) and len(key) > len(TEMPLATE):
+        return "translated", "", {f"chat_template_kwargs/{key.removeprefix(TEMPLATE)}": value}
+    if key == "data.train_files":
+        files = [value] if isinstance(value, str) else list(value or [])
+        if len(files) != 1:
+            return "refused", f"{len(files)} files: join them into one, and import again", {}
+        return "translated", "", {"data/path": files[0]}
+    if key == "data.train_max_samples" and value is not None and number(key, value) > 0:
+        note = "the first rows; there drawn if it shuffles"
+        return "translated", note, {"data/limit": number(key, value)}
+    if key in _IMAGES and value in UNREAD:  # verl's default has one in every configuration
+        return "left out", "data with such a column is refused when it is read", {}
+    return None
+
+
+def _of_steps(key: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
+    """A key of rollouts, updates, and what is counted in them."""
+    if key == f"{ACTOR}ppo_epochs":
+        once = number(key, value) == 1
+        return OUT if once else ("refused", f"{value} updates by each rollout; here one", {})
     if key == f"{ACTOR}ppo_mini_batch_size":
         return _update(value, content)
     if key == f"{ROLLOUT}top_k":
         return "translated", "", {"top_k": max(0, number(key, value))}
-    if key == "data.train_max_samples" and value is not None and number(key, value) > 0:
-        note = "the first rows; there drawn if it shuffles"
-        return "translated", note, {"data/limit": number(key, value)}
     if key == "trainer.save_freq" and number(key, value) < 1:
         return "translated", "", {"save_strategy": "no"}
     if key in _STEPS and value is not None:
         note = f"in updates, {_updates(content)} a step there" if _updates(content) > 1 else ""
         return "translated", note, {_STEPS[key]: number(key, value) * _updates(content)}
-    if key == "config_name":
-        note = f"what {value} sets is not read; verl's own defaults are taken"
-        return OUT if str(value).startswith("ppo_") else ("unknown", note, {})
-    if value in (None, {}, []) or key.endswith("._target_"):
-        return OUT
-    plain = value == _VERL_PLAIN[key] if key in _VERL_PLAIN else key.startswith(_VERL_MACHINES)
-    return OUT if plain else ("unknown", "", {})
+    return None
 
 
-def _optimiser(name: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
+def _of_optimiser(key: str, value: Any, content: Mapping[str, Any]) -> Ruled | None:
     """A key of the optimiser that is not only named otherwise."""
+    if not key.startswith(OPTIM):
+        return None
+    name = key.removeprefix(OPTIM)
     steps = number(f"{OPTIM}lr_warmup_steps", content.get(f"{OPTIM}lr_warmup_steps") or 0)
     if name == "lr_warmup_steps":  # none: the ratio counts
         steps *= _updates(content)

@@ -26,6 +26,7 @@ from topd.inputs.models import ModelSpec, eos_ids
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.served import TextSpec
 from topd.inputs.text_models import reach_of, stand_in
+from topd.inputs.tool_calls import with_texts
 from topd.types import Ids, Texts
 
 logger = logging.get_logger(__name__)
@@ -293,7 +294,7 @@ def messages_of(prompt: str) -> list[dict[str, Any]]:
     with suppress(ValueError):
         found = json.loads(prompt)
         if isinstance(found, list) and all(isinstance(message, dict) for message in found):
-            return found
+            return [with_texts(message) for message in found]
     return [{"role": "user", "content": prompt}]
 
 

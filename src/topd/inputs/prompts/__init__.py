@@ -22,8 +22,9 @@ from topd.inputs.border import Border, tells_places
 from topd.inputs.models.bare import named_faults
 from topd.inputs.models.vocabulary import shared_ids
 from topd.inputs.prompt_rows import Messages, Row, last_user, plain_rows, read_row, with_last_user
-from topd.inputs.prompts.chat import TEMPLATE_FAULTS, check_messages, rendered, said
+from topd.inputs.prompts.chat import TEMPLATE_FAULTS, check_messages, check_tools, rendered, said
 from topd.inputs.prompts.ends import (
+    check_one_thought,
     check_parts,
     common_end,
     ended,
@@ -33,6 +34,7 @@ from topd.inputs.prompts.ends import (
 )
 from topd.inputs.prompts.many import mapped
 from topd.inputs.prompts.references import Reference, columns_of, referred
+from topd.inputs.prompts.remarks import LOOKED_AT, warn_of_dates, warn_of_ends, warn_of_marks
 from topd.inputs.prompts.templates import BoundedSandbox, fill, known
 from topd.inputs.teachers import NO_ROUTES, Routes
 from topd.inputs.text_models import check_reaches
@@ -84,9 +86,9 @@ class PromptEncoder:
             TOPDError: a row lacks a prompt, has an empty one, one that is too long, or lacks a
                 column that the teacher's template names. The message names the row.
         """
-        self._warn_of_dates()
         template = self._template()
         given = plain_rows(rows)
+        self._remark(given, asks=not with_response)
         told = self._told(given)
 
         def prompt_of(index: int) -> Prompt | None:
@@ -128,14 +130,14 @@ class PromptEncoder:
             "drop_long_prompts: true."
         )
 
-    def _warn_of_dates(self) -> None:
-        for tokenizer in {id(t): t for t in (self.student, *self._teachers)}.values():
-            if "strftime_now" in str(tokenizer.chat_template or ""):
-                logger.warning(
-                    f"{tokenizer.name_or_path}: its chat template writes today's date, so on "
-                    "another day the prompts are others and a run is not resumed. Where the "
-                    "template takes one, set chat_template_kwargs: {date_string: ...}."
-                )
+    def _remark(self, rows: Sequence[Mapping[str, Any]], *, asks: bool) -> None:
+        """Warnings about these rows; ``asks``: the student is to answer them."""
+        warn_of_dates((self.student, *self._teachers))
+        first = [read_row(index, row) for index, row in enumerate(rows[:LOOKED_AT])]
+        warn_of_marks(first, self.student)
+        if self.ends and first and asks and not isinstance(first[0].prompt, str):
+            more = {**self.template_kwargs, **first[0].template_kwargs}
+            warn_of_ends(first[0], self.student, self.ends, more)
 
     def _told(self, rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
         """For every row what replaces its own reference in the teacher's prompt."""
@@ -239,9 +241,9 @@ class PromptEncoder:
         if not isinstance(prompt, str):
             found: Ids = rendered(index, tokenizer, prompt, more, tokenize=True)
             written = partial(rendered, index, tokenizer, more=more, tokenize=False)
-            check_messages(
-                index, prompt, written, self._known.setdefault((id(tokenizer), *more), set())
-            )
+            known = self._known.setdefault((id(tokenizer), *more), set())
+            check_messages(index, prompt, written, known)
+            check_tools(index, tokenizer, prompt, more, known)
         elif more:
             raise TOPDError(
                 f"data row {index}: {', '.join(more)} need a chat template, and the prompt is "
@@ -281,6 +283,9 @@ class PromptEncoder:
                 f"which ends with {before[-40:]!r}. Give the part that it wants (reasoning_content "
                 "in the last message), or chat_template_kwargs such as {enable_thinking: false}."
             )
+        if "</think>" in asked.answer["content"]:
+            given = rendered(index, tokenizer, asked.prompt, more, tokenize=False, asks=False)
+            check_one_thought(index, asked.answer, given, after)
         ids = rendered(index, tokenizer, whole, more, tokenize=True, asks=False)
         if ids[: len(prompt)] == prompt:
             ids = ids[len(prompt) :]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError
@@ -11,11 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from topd.errors import TOPDError
 from topd.inputs.models.bare import named_faults
 from topd.inputs.prompt_rows import Messages
+from topd.inputs.tool_calls import arguments_of, as_text, with_less, with_texts
 
 TEMPLATE_FAULTS = (
     *(TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
     *(MemoryError, RecursionError, TimeoutError),
 )
+_JOINS: dict[str, bool] = {}  # of chat templates, whether they join arguments of calls as text
 
 
 def rendered(
@@ -40,19 +44,38 @@ def rendered(
         )
     try:
         with named_faults():
-            found = tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                add_generation_prompt=asks,
-                tokenize=tokenize,
-                return_dict=tokenize,
-                **more,
-            )
+            write = partial(tokenizer.apply_chat_template, add_generation_prompt=asks, **more)
+            template = str(tokenizer.chat_template)
+            given = _as_taken(template, messages, partial(write, tokenize=False))
+            found = write(given, tokenize=tokenize, return_dict=tokenize)
         return tuple(found["input_ids"]) if tokenize else found
     except TEMPLATE_FAULTS as error:
         raise TOPDError(
             f"{name}: its chat template fails at data row {index}: {said(error)}. Check the "
             "messages' roles, tools and chat_template_kwargs."
         ) from error
+
+
+def _as_taken(
+    template: str, messages: Messages, write: Callable[[Any], str]
+) -> list[dict[str, Any]]:
+    """Messages with the arguments of calls as the template takes them: a mapping, or text."""
+    given = [dict(message) for message in messages]
+    arguments = arguments_of(messages)
+    if not arguments or _JOINS.get(template) is False:
+        return given
+    forms = given, [with_texts(message) for message in messages]
+    if template in _JOINS:
+        return forms[1]
+    misread = {str(one) for one in arguments} - {as_text(one) for one in arguments}
+    for joins, form in enumerate(forms):
+        with suppress(*TEMPLATE_FAULTS):
+            text = write(form)
+            if not any(one in text for one in misread):  # a mapping as Python writes it
+                if misread:
+                    _JOINS[template] = bool(joins)
+                return form
+    return given
 
 
 def check_messages(
@@ -68,11 +91,14 @@ def check_messages(
 
     Raises TOPDError.
     """
+    roles = [message["role"] for message in messages]
     for place, message in enumerate(messages):
-        given = [part for part in ("content", "tool_calls") if message.get(part)]
-        kind = (message["role"], place == 0, *given)
+        given = [part for part in ("content", "tool_calls", "function_call") if message.get(part)]
+        # Mistral's writes a system message into a last message of the user, DeepSeek's the last one
+        kind = (roles[place], place == 0, roles[place] in roles[place + 1 :], roles[-1], *given)
+        kind = (*kind, len(message.get("tool_calls") or ()) > 1)  # gpt-oss's writes the first one
         for part in given if kind not in known else ():
-            other = {name: value for name, value in message.items() if name != part}
+            other = with_less(message, part)
             pair = (message, other)
             if part == "content":  # texts without marks, which a template may cut at
                 pair = ({**other, part: "a"}, {**other, part: "b"})
@@ -89,6 +115,32 @@ def check_messages(
                     "Leave it out, or use a template that writes it."
                 )
         known.add(kind)
+
+
+def check_tools(
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    more: Mapping[str, Any],
+    known: set[Any],
+) -> None:
+    """Refuse tools that the chat template does not write: the model would not know of them.
+
+    ``known`` is as of :func:`check_messages`. Raises TOPDError.
+    """
+    if not more.get("tools") or "tools" in known:
+        return
+    without = {name: value for name, value in more.items() if name != "tools"}
+    texts: list[str] = []
+    with suppress(TOPDError):  # it cannot do without
+        for some in (more, without):
+            texts.append(rendered(index, tokenizer, messages, some, tokenize=False))
+    if texts[1:] == texts[:1]:
+        raise TOPDError(
+            f"data row {index}: the chat template does not write the row's tools: the model would "
+            "not know of them. Leave them out, or use a template that writes them."
+        )
+    known.add("tools")
 
 
 def said(error: Exception) -> str:

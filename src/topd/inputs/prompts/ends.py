@@ -9,10 +9,14 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
+from topd.inputs.tool_calls import with_less
 from topd.types import Ids
 
 Text = TypeVar("Text", str, Ids)
-PARTS = (("tool_calls",), ("reasoning_content", "reasoning", "thinking"))  # under several names
+PARTS = (  # some under several names
+    *(("tool_calls",), ("function_call",)),
+    ("reasoning_content", "reasoning", "thinking"),
+)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Ids:
@@ -103,7 +107,7 @@ def check_parts(
     for names in PARTS:
         given = [name for name in names if answer.get(name)]
         if given:
-            fewer[given[0]] = {k: value for k, value in answer.items() if k not in names}
+            fewer[given[0]] = with_less(answer, *names)
     thought, closed, rest = answer["content"].rpartition("</think>")
     if thought.replace("<think>", "").strip():
         fewer[f"thought before {closed}"] = {**answer, "content": rest}
@@ -113,3 +117,17 @@ def check_parts(
                 f"data row {index}: the chat template does not write the answer's {part}, so it "
                 "would not be learned. Leave it out, or use a template that writes it."
             )
+
+
+def check_one_thought(index: int, answer: Mapping[str, Any], before: str, whole: str) -> None:
+    """Refuse a thought in an answer's text after one of the template's own: both would be learned.
+
+    ``whole`` is the conversation with it, ``before`` that without it. Raises TOPDError.
+    """
+    here, known, written = (text.count("</think>") for text in (answer["content"], before, whole))
+    if written - known > here:
+        raise TOPDError(
+            f"data row {index}: the chat template writes a thought of its own before the one in "
+            "the answer's text, so both would be learned. Give the latter as reasoning_content "
+            "alone, or use a template or chat_template_kwargs that take it from the text."
+        )

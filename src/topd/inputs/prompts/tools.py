@@ -16,14 +16,14 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
 from topd.errors import TOPDError
-from topd.inputs.border import decoded
+from topd.inputs.border import decoded, special_search
 from topd.inputs.prompt_rows import Row
 from topd.inputs.prompts.chat import rendered
 from topd.inputs.prompts.ends import common_end
@@ -115,7 +115,8 @@ def environment_named(name: str) -> Environment:
     return row_named("environment", name, ENVIRONMENTS, lambda function: function)
 
 
-QUESTION, ANSWER, PROBE = "Please.", "Done.", "a reply of the environment"
+ANSWER, PROBE = "Done.", "a reply of the environment"
+TALK = Row(0, [{"role": "user", "content": "Please."}], None, {})
 ROLES = ("tool", "user")  # the first that the chat template writes
 
 
@@ -134,28 +135,60 @@ class Replies:
 
     def check(self, rows: Iterable[Row]) -> None:
         """Refuse a chat template that writes no reply in these conversations. Raises TOPDError."""
-        for row in {repr(row.template_kwargs): row for row in rows}.values():
-            if not self._writes(self.role, row.index, row.template_kwargs):
+        kinds = {repr((row.template_kwargs, _roles(row))): row for row in rows}
+        for row in kinds.values():
+            if not self._writes(self.role, row):
                 raise self._fault(f"data row {row.index}: ")
 
     def text(self, turn: Ids) -> str:
         """A turn of the student's without its end; a call may begin with a special token."""
         return decoded(self.tokenizer, turn[:-1] if {*turn[-1:]} & self.ends else turn)
 
-    def ids(self, text: str, row: Row) -> Ids:
-        """The tokens of a reply to a row's student. Raises TOPDError if the template fails."""
+    def ids(self, text: str, row: Row, end: int | None = None) -> Ids:
+        """The tokens of a reply to a row's student. Raises TOPDError if the template fails.
+
+        ``end`` is the token that its turn ends with. Where the template has none, and the beginning
+        of the next message ends a turn (GLM's), that is part of the reply if it is another token.
+        """
         if isinstance(row.prompt, str):
             return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._after(self.role, text, row.index, row.template_kwargs)
+        return self._after(self.role, text, row, None if self._ends_turns else end)
+
+    @cached_property
+    def mark(self) -> Callable[[str], re.Match[str] | None]:
+        """Finds the name of a special token in a reply, which is read as that token."""
+        return special_search(self.tokenizer)
+
+    def sample(self, tokenizer: PreTrainedTokenizerBase, row: Row) -> str:
+        """A reply to this student as another tokenizer's template writes it; "" if it does not."""
+        with suppress(TOPDError):
+            other = replace(self, tokenizer=tokenizer)
+            return decoded(tokenizer, other._after(self.role, PROBE, row))
+        return ""
 
     @cached_property
     def role(self) -> str:
         """Whose messages replies are, whatever they say. Raises TOPDError if nobody's."""
         for role in ROLES:
             with suppress(TOPDError):  # a template may know no tools
-                if self._writes(role, 0, {}):
+                if self._writes(role, TALK):
                     return role
         raise self._fault()
+
+    @cached_property
+    def _ends_turns(self) -> bool:
+        """Whether the template ends an assistant's message, with or without another after it."""
+        talks = (
+            [*TALK.prompt, {"role": "assistant", "content": text}]
+            for text in (ANSWER, f"{ANSWER} {ANSWER}")
+        )
+        with suppress(TOPDError):  # it may want more of a last message
+            one, other = (
+                rendered(0, self.tokenizer, t, self.template_kwargs, tokenize=True, asks=False)
+                for t in talks
+            )
+            return not self.ends.isdisjoint(common_end(one, other))
+        return True
 
     def _fault(self, place: str = "") -> TOPDError:
         ends = self.tokenizer.convert_ids_to_tokens(sorted(self.ends))
@@ -166,25 +199,32 @@ class Replies:
             "strings (data.chat: false)."
         )
 
-    def _writes(self, role: str, index: int, more: Mapping[str, Any]) -> bool:
+    def _writes(self, role: str, row: Row) -> bool:
         """Whether what the template writes for a reply depends on the reply."""
-        one, other = (self._after(role, text, index, more) for text in (PROBE, f"{PROBE} {PROBE}"))
+        one, other = (self._after(role, text, row) for text in (PROBE, f"{PROBE} {PROBE}"))
         return one != other
 
-    def _after(self, role: str, text: str, index: int, more: Mapping[str, Any]) -> Ids:
+    def _after(self, role: str, text: str, row: Row, own: int | None = None) -> Ids:
         """What is written after the end of the assistant's message; empty if that has no end.
 
+        With that end, if the message has another of its ``own``.
+
         What follows a message is where the conversation is the same with a longer one: the empty
-        reasoning that some templates put before a last message is not looked at.
+        reasoning that some templates put before a last message is not looked at. It may depend on
+        what is asked: a system message turns reasoning off in SmolLM3's.
         """
-        kwargs = {**self.template_kwargs, **more}
+        kwargs = {**self.template_kwargs, **row.template_kwargs}
 
         def written(answer: str) -> Ids:
-            said = zip(("user", "assistant", role), (QUESTION, answer, text), strict=True)
-            messages = [{"role": who, "content": content} for who, content in said]
-            return rendered(index, self.tokenizer, messages, kwargs, tokenize=True)
+            said = zip(("assistant", role), (answer, text), strict=True)
+            messages = [*row.prompt, *({"role": who, "content": content} for who, content in said)]
+            return rendered(row.index, self.tokenizer, messages, kwargs, tokenize=True)
 
         short, long = written(ANSWER), written(f"{ANSWER} {ANSWER}")
         tail = common_end(short, long) if short != long else ()
-        end = next((i + 1 for i, token in enumerate(tail) if token in self.ends), len(tail))
-        return tail[end:]
+        end = next((i for i, token in enumerate(tail) if token in self.ends), len(tail))
+        return tail[end if own not in (None, *tail[end : end + 1]) else end + 1 :]
+
+
+def _roles(row: Row) -> list[str]:
+    return [message["role"] for message in row.prompt if not isinstance(message, str)]

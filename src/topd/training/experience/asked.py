@@ -45,6 +45,7 @@ def _checked(found: object, rollouts: Sequence[Rollout], vocab_size: int) -> tup
     plain = tuple(map(_plain, given))
     for guide, rollout in zip(plain, rollouts, strict=True):
         _check_fits(guide, len(rollout.response), vocab_size)
+        _check_own(guide, rollout)
     return plain
 
 
@@ -75,6 +76,21 @@ def _check_fits(guide: Guidance, tokens: int, vocab_size: int) -> None:
     known = get_args(BranchLoss)
     for loss in {branch.loss for branch in guide.branches}.difference(known):
         raise TOPDError(f"method: has a branch by {loss!r}. Choose one of {', '.join(known)}.")
+
+
+def _check_own(guide: Guidance, rollout: Rollout) -> None:
+    """Raises TOPDError for a target, or a branch, that is learned of what an environment wrote."""
+    places = [target.position for target in guide.targets] if rollout.replies else []
+    for branch in guide.branches if rollout.replies else ():
+        count = len(branch.tokens) if branch.is_part_of(rollout.response) else 1
+        places += range(branch.start, branch.start + count)
+    for place in places:
+        if not rollout.own[place]:
+            raise TOPDError(
+                f"method: has a target or a branch at token {place} of a rollout, which the "
+                "environment wrote. Take places where evidence.mask is true, and end a branch of "
+                "the rollout's own text with its turn."
+            )
 
 
 def _plain(guide: Guidance) -> Guidance:

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from topd.config import TOPDConfig
 from topd.engines import Engine, Tick
-from topd.errors import TOPDError
+from topd.errors import TOPDError, shown
 from topd.inputs.models import ModelSource, ModelSpec, eos_ids
 from topd.inputs.prompt_rows import read_row
 from topd.inputs.prompts.tools import Environment, Replies, environment_named
@@ -48,10 +48,26 @@ class Turns:
     limit: int
     sampling: Sampling
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Whether the chat template can write replies, where it has to. Raises TOPDError."""
+    def check(
+        self, prompts: Sequence[Prompt], teachers: Sequence[PreTrainedTokenizerBase] = ()
+    ) -> None:
+        """Whether the chat template can write replies, where it has to. Raises TOPDError.
+
+        A warning says where a teacher's template would write them otherwise.
+        """
         rows = [read_row(prompt.index, _columns(prompt)) for prompt in prompts]
-        self.replies.check([row for row in rows if not isinstance(row.prompt, str)])
+        talks = [row for row in rows if not isinstance(row.prompt, str)]
+        self.replies.check(talks)
+        for teacher in teachers if talks else ():
+            ours, theirs = (
+                self.replies.sample(one, talks[0]) for one in (self.replies.tokenizer, teacher)
+            )
+            if theirs != ours:
+                logger.warning(
+                    f"environment: the teacher's chat template writes a reply as {theirs!r}, the "
+                    f"student's as {ours!r}, and both read the latter: from the second turn on the "
+                    "teacher reads another format than its own. Give both the same chat_template."
+                )
 
     def resumed(
         self, rollouts: Sequence[Rollout], student: Engine, seeds: Sequence[int], tick: Tick
@@ -153,7 +169,17 @@ class Turns:
                 f"environment: data row {rollout.prompt.index}: replied {text!r}. Return a text, "
                 "which may be empty, or None where there is no more to say."
             )
-        ids = self.replies.ids(text, read_row(rollout.prompt.index, row))
+        if text != text.encode(errors="replace").decode():
+            raise TOPDError(
+                f"environment: data row {rollout.prompt.index}: replied a text with half a "
+                f"character: {shown(text)}. Decode what it reads with errors='replace'."
+            )
+        if found := self.replies.mark(text):
+            logger.warning_once(
+                f"environment: a reply has {found[0]!r} in it, which is read as that special "
+                "token, here as where a model is served. Take such names out of replies."
+            )
+        ids = self.replies.ids(text, read_row(rollout.prompt.index, row), rollout.response[-1])
         if len(rollout.response) + len(ids) < self.limit:
             return ids
         logger.warning_once(
