@@ -68,8 +68,9 @@ def test_the_table_of_settings_is_up_to_date():
 
 
 def test_a_run_that_gives_nothing_differs_in_nothing(tmp_path):
-    plain = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert differing(plain.to_dict()) == {}
+    for use_cpu in (True, False):
+        plain = TOPDConfig(output_dir=str(tmp_path), use_cpu=use_cpu)
+        assert differing(plain.to_dict()) == {}
     other = TOPDConfig(output_dir=str(tmp_path), use_cpu=True, method="topd", window_length=9)
     assert differing(other.to_dict()) == {"method": ("topd", "opd"), "window_length": (9, 50)}
 
