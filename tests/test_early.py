@@ -19,7 +19,7 @@ from topd.evaluate.spec import EvaluationSpec, TrainingEvaluation
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import TEXTS, DataSpec
 from topd.methods import METHODS
-from topd.runs.settings import TABLE, differing
+from topd.runs.settings import TABLE, differing, known, matching
 from topd.training.warmstart import WarmstartConfig
 
 CONFIGS = [
@@ -65,6 +65,14 @@ def test_methods_and_detectors_are_those_of_the_tables():
 def test_the_table_of_settings_is_up_to_date():
     """``python -m bench.settings`` writes it."""
     assert TABLE.read_text(encoding="utf-8") == settings.table()
+
+
+@pytest.mark.parametrize("kind", ["ProbeConfig", "RepairConfig", "AnalysisConfig"])
+def test_what_the_help_of_an_analysis_names_is_explained(kind):
+    for name in early.own_settings(kind):
+        found = [row for row in matching(name, known().settings) if row.name.split()[0] == name]
+        assert len(found) == 1
+        assert found[0].words
 
 
 def test_a_run_that_gives_nothing_differs_in_nothing(tmp_path):

@@ -260,6 +260,11 @@ def test_an_unknown_key_like_no_other_points_to_the_list_of_keys(write):
     says(refusal(write(xyzzyxx=1)), "'xyzzyxx'", "topd settings WORD finds them")
 
 
+def test_an_unknown_key_of_a_part_is_told_which_the_part_has(write):
+    words = "It has chat, columns, limit, name, path, seed, size, split, task."
+    says(refusal(write(data={"path": "prompts.jsonl", "xyzzyxx": 1})), "in data", words)
+
+
 def test_an_unknown_key_of_the_command_line_is_refused(write):
     says(refusal(write(), {"sed": 1}), "'sed'", "Did you mean seed?")
 

@@ -259,6 +259,12 @@ ALIASES = {  # names of other trainers
 }
 
 
+EXPLAINED = {  # where the keys of a section are
+    **dict.fromkeys(("", STAGE_1), "topd settings WORD finds them"),
+    "lora.": "See peft.LoraConfig",
+}
+
+
 def refuse_unknown(
     path: Path, content: Mapping[str, Any], known: set[str], section: str = ""
 ) -> None:
@@ -269,7 +275,7 @@ def refuse_unknown(
             near = (
                 [alias] if alias in known else difflib.get_close_matches(str(key)[:100], known, n=1)
             )
-            where = "See peft.LoraConfig" if section == "lora." else "topd settings WORD finds them"
+            where = EXPLAINED.get(section) or f"It has {', '.join(sorted(known))}"
             hint = f" Did you mean {near[0]}?" if near else f" {where}."
             place = f" in {section[:-1]}" if section else ""
             raise TOPDError(f"{path}: unknown key {shown(key)}{place}.{hint}")
