@@ -244,6 +244,7 @@ def test_bars_are_taken_away_when_a_run_fails(folders, tmp_path, monkeypatch):
         draw(phases, console)
 
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(screen, "isatty", lambda: True)
     terminal = Console(file=screen, force_terminal=True)
     monkeypatch.setattr("topd.commands.train.Console", lambda **_: terminal)
     monkeypatch.setattr(Phases, "show", show)

@@ -1039,6 +1039,7 @@ def test_the_command_leaves_figures_and_responses(root, invoke, tmp_path):
     assert "math-verify" in record["versions"]
     assert record["models"]["model"]["name"] == "model"
     assert len(record["data"]) == len(record["references"]) == 64
+    assert "responses 12/12" in result.stdout  # a log was silent until the end
 
 
 def test_the_table_fits_80_columns_and_shows_figures_with_intervals(root, invoke, tmp_path):

@@ -477,6 +477,20 @@ def test_counts_without_a_terminal_are_lines_now_and_then(monkeypatch):
     ]
 
 
+def test_no_bar_is_drawn_where_only_colours_are_asked_for(monkeypatch):
+    """As a notebook does for its commands, and some CI: every turn of the bar was there to read."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    phases, file = Phases(), io.StringIO()
+    phases.show(Console(file=file))
+    phases.start(2, "samples")
+    with phases.phase("rollouts", 3) as tick:
+        tick()
+    phases.step_done(2)
+    phases.stop()
+    assert "samples 2/2" in file.getvalue()
+    assert "rollouts" not in file.getvalue()
+
+
 def test_only_the_warning_about_pinned_memory_is_left_out():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
