@@ -90,8 +90,8 @@ def test_a_run_that_gives_nothing_differs_in_nothing(tmp_path):
         (("--student.dtyp", "x"), "unknown key 'dtyp' in student. Did you mean dtype?"),
         (("--method", "topdd"), "method: 'topdd' is not one of opd, first_fork, topd"),
         (("--candidate_loss", "loud"), "candidate_loss: 'loud' is not one of sampled"),
-        (("--student", "./nowhere"), "model ./nowhere: no such file or folder"),
-        ((), "no such file prompts.jsonl"),
+        (("--student", "./nowhere"), "model ./nowhere: no such file or folder (a relative path "),
+        ((), "no such file prompts.jsonl (a relative path starts where the command runs)"),
     ],
 )
 def test_the_same_is_refused_early_and_late(tmp_path, monkeypatch, words, fault):

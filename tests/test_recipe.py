@@ -16,7 +16,7 @@ from peft import LoraConfig
 from topd import TOPDConfig
 from topd.commands.keys import SHARED, parse_overrides, read_mapping
 from topd.commands.recipe import read_recipe
-from topd.config import CHECKPOINTING
+from topd.config import CHECKPOINTING, rules
 from topd.config.rules import RULES
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
@@ -518,6 +518,13 @@ def test_a_value_out_of_range_is_refused_with_its_key_in_a_recipe_and_in_python(
 def test_values_of_wrong_types_are_refused_in_python_as_in_recipes(options, said):
     with pytest.raises(TOPDError, match=said):
         TOPDConfig(output_dir="unused", use_cpu=True, **options)
+
+
+def test_bf16_without_a_gpu_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setattr(rules, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(TOPDError, match="bf16: there is no GPU here that has it"):
+        TOPDConfig(output_dir="unused", bf16=True)
+    TOPDConfig(output_dir="unused", bf16=True, use_cpu=True)
 
 
 def test_values_are_taken_as_the_types_of_their_fields(tmp_path):

@@ -508,16 +508,16 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
     assert first.endswith("1.9 x the time; one seed, so an interval over problems alone.")
     assert second.endswith("the interval over problems alone holds 0, no difference to be seen.")
     assert seeds_words(found).startswith(
-        "1 to 2 seeds an arm, compared on those in common; 95 % intervals over both, of one"
+        "1 to 2 seeds an arm, compared on those in common; 95 % intervals over seeds and problems, "
     )
     assert seeds_words({"seeds": [3]}).startswith("one seed; 95 % intervals over problems alone")
     apart = {"opd": {"seeds": [0, 1]}, "topd": {"seeds": [1, 7]}}  # as many, and one in common
     assert seeds_words({"spent": apart}) == (
-        "2 seeds an arm, compared on those in common; 95 % intervals over both, of one seed over "
-        "problems alone"
+        "2 seeds an arm, compared on those in common; 95 % intervals over seeds and problems, of "
+        "one seed over problems alone"
     )
     assert seeds_words({"spent": {**apart, "topd": {"seeds": [1, 0]}}}) == (
-        "2 seeds; 95 % intervals over both"
+        "2 seeds; 95 % intervals over seeds and problems"
     )
 
 

@@ -299,7 +299,7 @@ def _answers_in(path: Path, header: dict[str, Any]) -> list[list[int]]:
     if not begin.encode().startswith(next(raw_lines(path), b"")):  # whole, or cut off
         raise TOPDError(
             f"{path}: holds answers to other prompts, of another teacher or of other sampling. "
-            "Choose another folder."
+            "Choose another folder, or remove the file."
         )
     if not trim(path):
         path.write_text(begin, encoding="utf-8")
