@@ -143,6 +143,7 @@ def test_a_file_that_is_not_there_is_told_early_as_it_is_late():
         (("--help",), 0),
         (("train", "--help"), 0),
         (("eval", "--help"), 0),
+        (("train", "-h"), 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -36,6 +36,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",  # joins the lines of a paragraph
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 RECOMMENDED = (
     "Start with opd, the default: after stage 1 (topd warmstart) if the teacher may write answers. "
