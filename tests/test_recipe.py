@@ -522,7 +522,7 @@ def test_values_of_wrong_types_are_refused_in_python_as_in_recipes(options, said
 
 def test_bf16_without_a_gpu_is_refused_by_its_name(monkeypatch):
     monkeypatch.setattr(rules, "is_torch_bf16_gpu_available", lambda: False)
-    with pytest.raises(TOPDError, match="bf16: there is no GPU here that has it"):
+    with pytest.raises(TOPDError, match="bf16: no GPU here has it"):
         TOPDConfig(output_dir="unused", bf16=True)
     TOPDConfig(output_dir="unused", bf16=True, use_cpu=True)
 

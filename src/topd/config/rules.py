@@ -128,7 +128,7 @@ def check_values(config: TOPDConfig) -> None:
             f"reference: {config.reference} has no effect without teacher_prompt. Leave it out."
         )
     if config.bf16 and not (config.use_cpu or is_torch_bf16_gpu_available()):
-        raise TOPDError("bf16: there is no GPU here that has it. Leave it out, or set use_cpu: true.")
+        raise TOPDError("bf16: no GPU here has it. Leave it out, or set use_cpu: true.")
     _check_environment(config)
     if config.epsilon != type(config).epsilon and config.solver == "exact":
         raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")
