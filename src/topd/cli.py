@@ -11,6 +11,7 @@ import io
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -127,7 +128,7 @@ def import_(
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TOPDError(f"--output: {output} cannot be written ({error.strerror}).") from error
-    say(f"{output}: read it, then: topd train {output}")
+    say(f"{output}: read it, then: topd train {quote(str(output))}")
 
 
 @app.command(context_settings=EXTRA, epilog=_settings())
