@@ -256,6 +256,7 @@ ALIASES = {  # names of other trainers
     "max_tokens": "max_completion_length",
     "output": "output_dir",
     "lambda": "trajectory_weight",
+    "window": "window_length",
 }
 
 
