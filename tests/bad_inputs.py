@@ -425,7 +425,7 @@ CASES: tuple[Case, ...] = (
         "an answer of the data that is too long",
         "the solution has 13 tokens, the limit max_completion_length is 8",
         "row 0",
-        "Raise it, or drop the row",
+        "Above it: 1 of 1 rows, the longest 13. Raise it, or drop them",
         {"prompt": "what", "solution": "so " * 12},
         changes={"warmstart": {**STAGE, "answers": "data"}},
         stage=1,

@@ -244,6 +244,7 @@ def test_bars_are_taken_away_when_a_run_fails(folders, tmp_path, monkeypatch):
         draw(phases, console)
 
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(screen, "isatty", lambda: True)
     terminal = Console(file=screen, force_terminal=True)
     monkeypatch.setattr("topd.commands.train.Console", lambda **_: terminal)
     monkeypatch.setattr(Phases, "show", show)
@@ -507,7 +508,12 @@ def test_arms_of_a_comparison_keep_the_dashes_of_their_names():
 
 
 @pytest.mark.parametrize(
-    ("word", "meant"), [("lr", "learning_rate"), ("batch-size", "per_device_train_batch_size")]
+    ("word", "meant"),
+    [
+        ("lr", "learning_rate"),
+        ("batch-size", "per_device_train_batch_size"),
+        ("window", "window_length"),
+    ],
 )
 def test_names_of_other_trainers_are_known(word, meant, folders, tmp_path):
     result = invoke(folders, "--output_dir", str(tmp_path / "run"), f"--{word}", "1")

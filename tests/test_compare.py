@@ -193,7 +193,7 @@ def test_the_table_fits_a_terminal_of_80_columns():
     assert max(map(len, text.splitlines())) <= 80
     assert "+0.0 [-60.2,60.2]" in text
     assert "downweight_matched" in text
-    assert "2 seeds; 95 % intervals over both; per cent; time over opd's" in text
+    assert "2 seeds; 95 % intervals over seeds and problems; per cent; time over\nopd's" in text
 
 
 # Runs

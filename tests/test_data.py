@@ -389,6 +389,12 @@ def test_a_line_that_is_no_row_is_named(tmp_path, text):
         DataSpec(path=str(tmp_path / "x.jsonl")).load()
 
 
+def test_a_file_of_another_kind_is_not_looked_for_on_the_hub(tmp_path):
+    (tmp_path / "x.txt").write_text("What is 2 + 3?")
+    with pytest.raises(TOPDError, match=r"x\.txt: cannot be read.*its name ends otherwise"):
+        DataSpec(path=str(tmp_path / "x.txt")).load()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "fault"),
     [

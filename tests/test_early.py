@@ -19,7 +19,7 @@ from topd.evaluate.spec import EvaluationSpec, TrainingEvaluation
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import TEXTS, DataSpec
 from topd.methods import METHODS
-from topd.runs.settings import TABLE, differing
+from topd.runs.settings import TABLE, differing, known, matching
 from topd.training.warmstart import WarmstartConfig
 
 CONFIGS = [
@@ -67,9 +67,18 @@ def test_the_table_of_settings_is_up_to_date():
     assert TABLE.read_text(encoding="utf-8") == settings.table()
 
 
+@pytest.mark.parametrize("kind", ["ProbeConfig", "RepairConfig", "AnalysisConfig"])
+def test_what_the_help_of_an_analysis_names_is_explained(kind):
+    for name in early.own_settings(kind):
+        found = [row for row in matching(name, known().settings) if row.name.split()[0] == name]
+        assert len(found) == 1
+        assert found[0].words
+
+
 def test_a_run_that_gives_nothing_differs_in_nothing(tmp_path):
-    plain = TOPDConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert differing(plain.to_dict()) == {}
+    for use_cpu in (True, False):
+        plain = TOPDConfig(output_dir=str(tmp_path), use_cpu=use_cpu)
+        assert differing(plain.to_dict()) == {}
     other = TOPDConfig(output_dir=str(tmp_path), use_cpu=True, method="topd", window_length=9)
     assert differing(other.to_dict()) == {"method": ("topd", "opd"), "window_length": (9, 50)}
 
@@ -81,8 +90,8 @@ def test_a_run_that_gives_nothing_differs_in_nothing(tmp_path):
         (("--student.dtyp", "x"), "unknown key 'dtyp' in student. Did you mean dtype?"),
         (("--method", "topdd"), "method: 'topdd' is not one of opd, first_fork, topd"),
         (("--candidate_loss", "loud"), "candidate_loss: 'loud' is not one of sampled"),
-        (("--student", "./nowhere"), "model ./nowhere: no such file or folder"),
-        ((), "no such file prompts.jsonl"),
+        (("--student", "./nowhere"), "model ./nowhere: no such file or folder (a relative path "),
+        ((), "no such file prompts.jsonl (a relative path starts where the command runs)"),
     ],
 )
 def test_the_same_is_refused_early_and_late(tmp_path, monkeypatch, words, fault):
@@ -134,6 +143,7 @@ def test_a_file_that_is_not_there_is_told_early_as_it_is_late():
         (("--help",), 0),
         (("train", "--help"), 0),
         (("eval", "--help"), 0),
+        (("train", "-h"), 0),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -1039,6 +1039,7 @@ def test_the_command_leaves_figures_and_responses(root, invoke, tmp_path):
     assert "math-verify" in record["versions"]
     assert record["models"]["model"]["name"] == "model"
     assert len(record["data"]) == len(record["references"]) == 64
+    assert "responses 12/12" in result.stdout  # a log was silent until the end
 
 
 def test_the_table_fits_80_columns_and_shows_figures_with_intervals(root, invoke, tmp_path):
@@ -1253,12 +1254,12 @@ def test_an_evaluation_that_is_stopped_continues_in_its_folder(invoke, tmp_path,
 
     monkeypatch.setattr(evaluating, "check_decoding", lambda _: None)
     monkeypatch.setattr(HFEngine, "generate", stops)
-    folder = tmp_path / "a"
+    folder = tmp_path / "My Drive"
     result = invoke(*words, str(folder))
     assert result.exit_code == 75
     said = " ".join(result.stderr.split())
     assert "topd eval was stopped." in said
-    again = f"--output_dir {folder} continues it"
+    again = f"--output_dir '{folder}' continues it"
     assert again in said
     assert again in " ".join(result.stdout.split())  # told as it began, too
     assert [path.name for path in folder.iterdir()] == ["responses.begun.jsonl"]

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from topd import TOPDConfig
 from topd.commands.keys import SHARED, parse_overrides, read_mapping
 from topd.commands.recipe import read_recipe
-from topd.config import CHECKPOINTING
+from topd.config import CHECKPOINTING, rules
 from topd.config.rules import RULES
 from topd.errors import TOPDError
 from topd.inputs.models import ModelSpec
@@ -258,6 +258,11 @@ def test_an_unknown_key_is_refused_with_a_suggestion(write, warmstart):
 
 def test_an_unknown_key_like_no_other_points_to_the_list_of_keys(write):
     says(refusal(write(xyzzyxx=1)), "'xyzzyxx'", "topd settings WORD finds them")
+
+
+def test_an_unknown_key_of_a_part_is_told_which_the_part_has(write):
+    words = "It has chat, columns, limit, name, path, seed, size, split, task."
+    says(refusal(write(data={"path": "prompts.jsonl", "xyzzyxx": 1})), "in data", words)
 
 
 def test_an_unknown_key_of_the_command_line_is_refused(write):
@@ -513,6 +518,13 @@ def test_a_value_out_of_range_is_refused_with_its_key_in_a_recipe_and_in_python(
 def test_values_of_wrong_types_are_refused_in_python_as_in_recipes(options, said):
     with pytest.raises(TOPDError, match=said):
         TOPDConfig(output_dir="unused", use_cpu=True, **options)
+
+
+def test_bf16_without_a_gpu_is_refused_by_its_name(monkeypatch):
+    monkeypatch.setattr(rules, "is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(TOPDError, match="bf16: no GPU here has it"):
+        TOPDConfig(output_dir="unused", bf16=True)
+    TOPDConfig(output_dir="unused", bf16=True, use_cpu=True)
 
 
 def test_values_are_taken_as_the_types_of_their_fields(tmp_path):

@@ -43,7 +43,7 @@ from topd.report.headline import (
 )
 from topd.report.kinds import PAGES
 from topd.report.kinds.experiments import _interval_chart, labels
-from topd.report.kinds.training import _time_bars, duration, training_facts
+from topd.report.kinds.training import _time_bars, _time_chart, duration, training_facts
 from topd.report.paper import write_figures
 from topd.report.summary import verdict_in
 from topd.report.terminal import show
@@ -137,6 +137,22 @@ def test_no_curve_phase_or_name_is_left_out_or_printed_over_another():
     phases = {f"seconds/{name}": 1.0 for name in "abcdefgh"}
     axes = drawn_by(_time_bars([{"step": 1.0, **phases}], tuple("abcdefgh")))
     assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(8.0)
+
+
+def test_a_phase_without_time_is_in_the_numbers_alone():
+    """A warm start's legend named transport, of which it has none."""
+    logs = [{"step": 1.0, "seconds/learning": 8.0, "seconds/transport": 0.003}]
+    chart = _time_chart(logs, {"learning": 8.0, "transport": 0.003})
+    assert [bars.get_label() for bars in drawn_by(chart.draw).containers] == ["learning"]
+    assert [row[0] for row in chart.rows] == ["learning", "transport"]
+
+
+def test_a_tick_says_its_value():
+    """Of an entropy that hardly moved the axis had 2.4 to 3.2, and 1e-5+1.07901e1 above it."""
+    axes = drawn_by(curves([Series("a", (1.0, 2.0), (10.790123, 10.790133))], unit="nats"))
+    axes.figure.canvas.draw()
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    assert all(tick.get_text().startswith("10.79") for tick in axes.get_yticklabels())
 
 
 def test_an_axis_has_whole_updates_and_nothing_below_none_of_it():
@@ -508,16 +524,16 @@ def test_a_comparison_is_told_in_points_with_its_interval_and_its_time():
     assert first.endswith("1.9 x the time; one seed, so an interval over problems alone.")
     assert second.endswith("the interval over problems alone holds 0, no difference to be seen.")
     assert seeds_words(found).startswith(
-        "1 to 2 seeds an arm, compared on those in common; 95 % intervals over both, of one"
+        "1 to 2 seeds an arm, compared on those in common; 95 % intervals over seeds and problems, "
     )
     assert seeds_words({"seeds": [3]}).startswith("one seed; 95 % intervals over problems alone")
     apart = {"opd": {"seeds": [0, 1]}, "topd": {"seeds": [1, 7]}}  # as many, and one in common
     assert seeds_words({"spent": apart}) == (
-        "2 seeds an arm, compared on those in common; 95 % intervals over both, of one seed over "
-        "problems alone"
+        "2 seeds an arm, compared on those in common; 95 % intervals over seeds and problems, of "
+        "one seed over problems alone"
     )
     assert seeds_words({"spent": {**apart, "topd": {"seeds": [1, 0]}}}) == (
-        "2 seeds; 95 % intervals over both"
+        "2 seeds; 95 % intervals over seeds and problems"
     )
 
 

@@ -274,6 +274,11 @@ def test_no_pickled_arguments_are_left(run):
     assert not list(run.rglob("training_args.bin"))
 
 
+def test_the_command_that_resumes_can_be_pasted():
+    said = checkpoints.how_to_resume(Path("runs/My Drive"))
+    assert "--output_dir 'runs/My Drive' --resume_from_checkpoint last (in" in said
+
+
 def test_only_the_optimiser_makes_a_checkpoint_resumable(tmp_path):
     make(tmp_path, max_steps=1, save_only_model=True).train()
     with pytest.raises(TOPDError, match=r"no optimizer.pt.*save_only_model"):

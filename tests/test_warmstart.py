@@ -172,9 +172,10 @@ def test_answers_that_are_there_need_the_positions_that_they_have(tmp_path):
 
 
 def test_a_solution_longer_than_the_limit_is_refused_with_its_row(tmp_path):
-    data = [*rows(2), {"prompt": "what ?", "solution": "so " * 24}]
-    with pytest.raises(TOPDError, match="data row 2: the solution has 25 tokens"):
-        make(tmp_path, data=data, answers="data")
+    long = [{"prompt": "what ?", "solution": "so " * count} for count in (24, 29)]
+    said = "data row 2: the solution has 25 tokens.*Above it: 2 of 4 rows, the longest 30"
+    with pytest.raises(TOPDError, match=said):
+        make(tmp_path, data=[*rows(2), *long], answers="data")
 
 
 def test_the_teacher_answers_every_prompt_and_unfinished_answers_are_left_out(tmp_path, caplog):

@@ -301,13 +301,14 @@ class Terminate(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")]
+    ("number", "name"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "SIGHUP")],
 )
 def test_a_signal_ends_the_update_saves_and_says_so(tmp_path, monkeypatch, capfd, number, name):
     settings = {"max_steps": 4, "per_device_train_batch_size": 2, "max_completion_length": 8}
     recipe = write_pair(tmp_path, **settings, save_strategy="no", method="opd")
     run_recipe(recipe, [f"--output_dir={tmp_path / 'whole'}"], quiet=True)
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(n) for n in stop_rules.SIGNALS]
     with monkeypatch.context() as patch:
         create = TOPDTrainer.__init__
 
@@ -327,10 +328,38 @@ def test_a_signal_ends_the_update_saves_and_says_so(tmp_path, monkeypatch, capfd
         "trainer.train(resume_from_checkpoint=True))."
     )
     assert f"{name}: finishing the update under way" in capfd.readouterr().err
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(n) for n in stop_rules.SIGNALS] == handlers
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     run_recipe(recipe, words, quiet=True)
     assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_what_is_printed_when_the_terminal_has_gone_stops_nothing(capfd):
+    """Writing to it fails: the run ended before it was saved."""
+    before, (read_end, write_end) = os.dup(1), os.pipe()
+    os.dup2(write_end, 1)
+    try:
+        stop_rules._leave_terminal()
+        os.close(read_end)
+        os.write(1, b"lost")
+        os.write(2, b"kept")
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(write_end)
+    assert capfd.readouterr() == ("", "kept")
+
+
+def test_a_run_under_nohup_goes_on(tmp_path):
+    trainer = make(tmp_path, method="opd", max_steps=4)
+    trainer.add_callback(Terminate(signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with trainer.watch.until_terminated():
+            trainer.train()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize("later", [False, True])
@@ -475,6 +504,20 @@ def test_counts_without_a_terminal_are_lines_now_and_then(monkeypatch):
         "samples 90/100  90 s",
         "samples 100/100  100 s",
     ]
+
+
+def test_no_bar_is_drawn_where_only_colours_are_asked_for(monkeypatch):
+    """As a notebook does for its commands, and some CI: every turn of the bar was there to read."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    phases, file = Phases(), io.StringIO()
+    phases.show(Console(file=file))
+    phases.start(2, "samples")
+    with phases.phase("rollouts", 3) as tick:
+        tick()
+    phases.step_done(2)
+    phases.stop()
+    assert "samples 2/2" in file.getvalue()
+    assert "rollouts" not in file.getvalue()
 
 
 def test_only_the_warning_about_pinned_memory_is_left_out():

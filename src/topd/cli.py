@@ -11,6 +11,7 @@ import io
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -36,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",  # joins the lines of a paragraph
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 RECOMMENDED = (
     "Start with opd, the default: after stage 1 (topd warmstart) if the teacher may write answers. "
@@ -126,7 +128,7 @@ def import_(
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise TOPDError(f"--output: {output} cannot be written ({error.strerror}).") from error
-    say(f"{output}: read it, then: topd train {output}")
+    say(f"{output}: read it, then: topd train {quote(str(output))}")
 
 
 @app.command(context_settings=EXTRA, epilog=_settings())

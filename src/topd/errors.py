@@ -12,6 +12,7 @@ GIVE_DATA = (
     "Give a .jsonl, .json, .csv or .tsv file (also as .gz), a .parquet file, a folder, or a hub "
     "name."
 )
+RELATIVE = " (a relative path starts where the command runs)"
 SHOWN = 200  # characters of a value in a message
 # what a library raises at what it is given, which is then told in our words
 LIBRARY_FAULTS: tuple[type[Exception], ...] = (

@@ -24,7 +24,7 @@ from topd.commands.keys import (
     read_content,
     refuse_unknown,
 )
-from topd.errors import GIVE_DATA, TOPDError
+from topd.errors import GIVE_DATA, RELATIVE, TOPDError
 from topd.named import is_outside, unknown
 
 HERE = Path(__file__).parents[1]
@@ -113,7 +113,8 @@ def check_model(place: str | None) -> None:
         return
     local = place.startswith(("/", "./", "../", "~")) or place.count("/") > 1
     if local and not Path(place).expanduser().exists():
-        raise TOPDError(f"model {place}: no such file or folder. Check the path.")
+        start = RELATIVE * place.startswith(".")
+        raise TOPDError(f"model {place}: no such file or folder{start}. Check the path.")
 
 
 def check_data(place: str | None) -> None:
@@ -121,8 +122,10 @@ def check_data(place: str | None) -> None:
     path = Path(place or "").expanduser()
     kind = path.with_suffix("") if path.suffix == ".gz" else path
     if place and "://" not in place and kind.suffix.lower() in FILES and not path.exists():
+        start = RELATIVE * (not path.is_absolute())
         raise TOPDError(
             f"data {place}: cannot be read. {GIVE_DATA} FileNotFoundError: no such file {path}"
+            f"{start}"
         )
 
 

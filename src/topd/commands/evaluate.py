@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,7 +16,6 @@ import datasets
 from accelerate import PartialState
 from pydantic import ValidationError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -41,7 +41,7 @@ from topd.runs.lock import one_writer
 from topd.runs.records import read_run
 from topd.runs.verified import not_of_the_end
 from topd.statistics import Interval
-from topd.training.progress import say
+from topd.training.progress import Phases, say
 
 RESULT, RESPONSES = "evaluation.json", "responses.jsonl"
 Spec = TypeVar("Spec", bound=EvaluationSpec)
@@ -163,7 +163,7 @@ def measure(
         device=device,
     )
     made_of["versions"]["math-verify"] = version("math-verify")
-    with _bar(console, sum(evaluator.count for evaluator in evaluators)) as tick:
+    with _counted(console, sum(evaluator.count for evaluator in evaluators)) as tick:
         found = []
         for name, (settings, evaluator) in asked.items():
             about = _identity(settings, evaluator, made_of)
@@ -301,11 +301,15 @@ def _folder(model: ModelSpec, spec: EvaluationSpec) -> str:
 
 
 @contextmanager
-def _bar(console: Console, total: int) -> Iterator[Tick]:
-    columns = (TextColumn("responses"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("responses", total=total)
-        yield lambda: progress.advance(task)
+def _counted(console: Console, total: int) -> Iterator[Tick]:
+    """Show how many responses are there: a bar, or now and then a line."""
+    phases, done = Phases(), itertools.count(1)
+    phases.show(console)
+    phases.start(total, "responses")
+    try:
+        yield lambda: phases.step_done(next(done))
+    finally:
+        phases.stop()
 
 
 def show(found: Evaluation, spec: EvaluationSpec, console: Console) -> None:

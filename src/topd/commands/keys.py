@@ -256,6 +256,13 @@ ALIASES = {  # names of other trainers
     "max_tokens": "max_completion_length",
     "output": "output_dir",
     "lambda": "trajectory_weight",
+    "window": "window_length",
+}
+
+
+EXPLAINED = {  # where the keys of a section are
+    **dict.fromkeys(("", STAGE_1), "topd settings WORD finds them"),
+    "lora.": "See peft.LoraConfig",
 }
 
 
@@ -269,7 +276,7 @@ def refuse_unknown(
             near = (
                 [alias] if alias in known else difflib.get_close_matches(str(key)[:100], known, n=1)
             )
-            where = "See peft.LoraConfig" if section == "lora." else "topd settings WORD finds them"
+            where = EXPLAINED.get(section) or f"It has {', '.join(sorted(known))}"
             hint = f" Did you mean {near[0]}?" if near else f" {where}."
             place = f" in {section[:-1]}" if section else ""
             raise TOPDError(f"{path}: unknown key {shown(key)}{place}.{hint}")

@@ -16,6 +16,7 @@ from datetime import datetime
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar, TypeVar
 
 import datasets
@@ -200,7 +201,7 @@ def until_stopped(command: str, folder: Path, console: Console | None) -> Iterat
 
     Raises StoppedError then.
     """
-    again = f"the same command with --output_dir {folder} continues it"
+    again = f"the same command with --output_dir {quote(str(folder))} continues it"
     if console:
         say(console, f"run folder: {folder}; if it is stopped, {again}")
     try:

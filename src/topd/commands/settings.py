@@ -11,10 +11,15 @@ from typing import Any
 import transformers
 from transformers import TrainingArguments
 
+from topd.commands.probe import ProbeConfig
+from topd.commands.repair.config import RepairConfig
+from topd.commands.session import AnalysisConfig
 from topd.config import TOPDConfig
 from topd.methods import METHODS, Method
 from topd.runs.settings import NO_CHOICE, Setting
 from topd.training.warmstart import WarmstartConfig
+
+ANALYSES = (AnalysisConfig, "probe, repair"), (ProbeConfig, "probe"), (RepairConfig, "repair")
 
 
 def table() -> str:
@@ -37,7 +42,7 @@ def methods() -> Iterator[tuple[str, str, str]]:
 
 
 def settings() -> list[Setting]:
-    """Every setting of stage 2, then those of stage 1 that differ from it."""
+    """Every setting of stage 2, those of stage 1 that differ from it, and those of analyses."""
     theirs = {field.name: _default(field) for field in fields(TrainingArguments)}
     found: dict[str, Setting] = {}
     for kind, place in ((TOPDConfig, ""), (WarmstartConfig, "warmstart.")):
@@ -47,6 +52,10 @@ def settings() -> list[Setting]:
             if not (place and same and same[1:3] == (default, words)):
                 ours = theirs.get(field.name) != default
                 found[place + field.name] = Setting(place + field.name, default, words, ours)
+    for kind, commands in ANALYSES:
+        for field in fields(kind):
+            name = f"{field.name} (topd {commands})"
+            found.setdefault(field.name, Setting(name, _default(field), _words(field), ours=True))
     return list(found.values())
 
 

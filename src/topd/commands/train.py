@@ -25,7 +25,7 @@ from topd.runs.folder import check_run_folder, check_trains_here
 from topd.runs.lock import one_writer
 from topd.runs.verified import not_of_the_end
 from topd.training.footprint import memory_warning
-from topd.training.progress import Phases, log_line, say
+from topd.training.progress import Phases, log_line, moves, say
 from topd.training.trainer import TOPDTrainer
 from topd.training.warmstart import WarmstartTrainer
 
@@ -90,7 +90,7 @@ def _train(recipe: Recipe, folder: Path, *, quiet: bool, alone: bool) -> None:
     )
     if large:
         say(console, f"warning: {large}")
-    _watch(trainer, console, bars=console.is_terminal and not quiet)
+    _watch(trainer, console, bars=moves(console) and not quiet)
     try:
         with trainer.watch.until_terminated() if alone else nullcontext():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else False)

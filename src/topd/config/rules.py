@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
+from transformers.utils import is_torch_bf16_gpu_available
+
 from topd.errors import TOPDError
 from topd.methods import METHODS, method_named
 from topd.types import BranchLoss
@@ -125,6 +127,8 @@ def check_values(config: TOPDConfig) -> None:
         raise TOPDError(
             f"reference: {config.reference} has no effect without teacher_prompt. Leave it out."
         )
+    if config.bf16 and not (config.use_cpu or is_torch_bf16_gpu_available()):
+        raise TOPDError("bf16: no GPU here has it. Leave it out, or set use_cpu: true.")
     _check_environment(config)
     if config.epsilon != type(config).epsilon and config.solver == "exact":
         raise TOPDError("epsilon: has no effect with solver: exact. Set solver: sinkhorn.")

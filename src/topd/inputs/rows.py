@@ -20,7 +20,7 @@ import datasets
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers.utils import logging
 
-from topd.errors import GIVE_DATA, TOPDError
+from topd.errors import GIVE_DATA, RELATIVE, TOPDError
 from topd.inputs.prompt_rows import plain_row, prompt_of, unformatted
 from topd.testbed import SCHEME, rows_of
 
@@ -213,10 +213,12 @@ def _read(place: str, name: str | None, split: str) -> Any:
         raise ValueError(f"it has no configurations, so name {name!r} has no effect: leave it out")
     if saved:
         return _saved(path, split)
+    if not is_file and path.is_file():
+        raise ValueError("it is a file, and its name ends otherwise")
     if not is_file:
         return _loaded(str(path) if path.exists() else place, name, split)
     if not path.is_file():
-        raise FileNotFoundError(f"no such file {path}")
+        raise FileNotFoundError(f"no such file {path}{RELATIVE * (not path.is_absolute())}")
     if kind == ".parquet" and path.stat().st_size:
         return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split=split)
     rows = _rows_of_file(path)

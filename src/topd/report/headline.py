@@ -307,7 +307,8 @@ def seeds_words(summary: Mapping[str, Any]) -> str:
     count += " an arm, compared on those in common" * any(seeds != each[0] for seeds in each)
     base = seeds_of(summary).get(str(summary.get("baseline", "opd")), set())
     alone = least == 1 or any(len(seeds & base) == 1 for seeds in each)
-    return f"{count}; 95 % intervals over both{', of one seed over problems alone' * alone}"
+    over = f"seeds and problems{', of one seed over problems alone' * alone}"
+    return f"{count}; 95 % intervals over {over}"
 
 
 def seeds_of(summary: Mapping[str, Any]) -> dict[str, set[int]]:

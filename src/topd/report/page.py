@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -114,7 +115,7 @@ def page_line(folder: Path) -> str:
     try:
         return f"report: {write_report(folder)}"
     except (TOPDError, OSError) as error:
-        return f"no page was made: {error} Try again with: topd report {folder}"
+        return f"no page was made: {error} Try again with: topd report {quote(str(folder))}"
 
 
 def make_page(folder: Path, tokens: TokenTexts, *, rollouts: int | None) -> Page:

@@ -90,7 +90,7 @@ def _changed(config: Any) -> Iterator[tuple[str, str, str]]:
     for name, (value, default) in sorted(differing(config).items()):
         if name != "method":
             yield name, _text(value), _text(default)
-    own = {s.name.removeprefix("warmstart."): s.default for s in known().settings}
+    own = {s.name.removeprefix("warmstart.").split()[0]: s.default for s in known().settings}
     for name, value in config.items():
         if name not in known().plain and name not in NO_CHOICE and own.get(name) != _text(value):
             yield name, _text(value), own.get(name, "")

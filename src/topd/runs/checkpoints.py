@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from safetensors import SafetensorError
@@ -253,8 +254,8 @@ def sizes(run: Path) -> dict[str, int]:
 def how_to_resume(run: Path) -> str:
     """What to type, in words."""
     return (
-        f"Resume with the same command and --output_dir {run} --resume_from_checkpoint last (in "
-        "Python: trainer.train(resume_from_checkpoint=True))."
+        f"Resume with the same command and --output_dir {quote(str(run))} --resume_from_checkpoint "
+        "last (in Python: trainer.train(resume_from_checkpoint=True))."
     )
 
 

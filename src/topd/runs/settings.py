@@ -15,8 +15,12 @@ from typing import Any, NamedTuple
 from topd.errors import TOPDError
 
 TABLE = Path(__file__).with_name("settings.json")
-# places and machines, not chosen for what is learned; the bars' default is what the process logs
-NO_CHOICE = ("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm")
+# places and machines, not chosen for what is learned; the bars' default is what the process logs,
+# and use_cpu, with which the table is made, unpins memory
+NO_CHOICE = (
+    *("output_dir", "logging_dir", "run_name", "use_cpu", "local_rank", "disable_tqdm"),
+    "dataloader_pin_memory",
+)
 
 
 class Setting(NamedTuple):

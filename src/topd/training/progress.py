@@ -45,7 +45,7 @@ class Phases:
 
     def show(self, console: Console, *, bars: bool = True) -> None:
         """Draw bars from now on; lines where no one could see a bar move, or without ``bars``."""
-        if not (bars and console.is_terminal):
+        if not (bars and moves(console)):
             self._lines = console
             return
         self._bars = Progress(
@@ -101,6 +101,11 @@ class Phases:
         seconds = dict(self._seconds)
         self._seconds.clear()
         return seconds
+
+
+def moves(console: Console) -> bool:
+    """Whether a bar can be seen to move. A notebook or a CI asks for colours where it cannot."""
+    return console.is_terminal and console.file.isatty()
 
 
 def say(console: Console, words: str) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT)
+SIGNALS: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ENDS = "should_training_stop", "should_epoch_stop"
 PASSED_ON = 3.0  # seconds: a batch system signals all processes, and their launcher them again
 UNDER_WAY = (
@@ -248,10 +249,10 @@ class Watch(TrainerCallback):
 
     @contextmanager
     def until_terminated(self) -> Iterator[None]:
-        """Take SIGTERM and Ctrl-C as the wish to end after the update under way.
+        """Take SIGTERM, SIGHUP and Ctrl-C as the wish to end after the update under way.
 
         A second one ends at once, unless it comes within ``PASSED_ON``. Only the main thread is
-        told of signals; in another one nothing changes.
+        told of signals; in another one nothing changes, nor of a SIGHUP that ``nohup`` ignores.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -268,10 +269,14 @@ class Watch(TrainerCallback):
                 return
             name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
             self.reason = StoppedError(f"{name}: the run was stopped.", TERMINATED)
+            if number == signal.SIGHUP:
+                _leave_terminal()
             if ranks.rank() == 0:
                 os.write(2, f"\n{name}: {UNDER_WAY}\n".encode())  # print is not to be interrupted
 
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             before[number] = signal.getsignal(number) or signal.SIG_DFL
             signal.signal(number, end)
         try:
@@ -280,6 +285,14 @@ class Watch(TrainerCallback):
             self.reason = self.agreed = None
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Drop what is printed from now on, but to a file: no one reads it, and writing would fail."""
+    with open(os.devnull, "wb") as nowhere, suppress(OSError):  # of a process without them
+        for stream in (1, 2):
+            if not stat.S_ISREG(os.fstat(stream).st_mode):
+                os.dup2(nowhere.fileno(), stream)
 
 
 def _agree(control: TrainerControl) -> None:

@@ -166,13 +166,15 @@ class WarmstartTrainer(TOPDTrainer):
         if args.answers != "data":
             return _learned_again(super()._encode_training(rows, args), Path(args.answers))
         prompts = self.encoder.encode(rows, with_response=True)
-        for prompt in prompts:
-            length, limit = len(prompt.response or ()), args.max_completion_length
-            if length > limit:
-                raise TOPDError(
-                    f"data row {prompt.index}: the solution has {length} tokens, the limit "
-                    f"max_completion_length is {limit}. Raise it, or drop the row."
-                )
+        limit = args.max_completion_length
+        long = {p.index: len(p.response or ()) for p in prompts if len(p.response or ()) > limit}
+        if long:
+            first = next(iter(long))
+            raise TOPDError(
+                f"data row {first}: the solution has {long[first]} tokens, the limit "
+                f"max_completion_length is {limit}. Above it: {len(long):,} of {len(prompts):,} "
+                f"rows, the longest {max(long.values())}. Raise it, or drop them."
+            )
         return prompts
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -299,7 +301,7 @@ def _answers_in(path: Path, header: dict[str, Any]) -> list[list[int]]:
     if not begin.encode().startswith(next(raw_lines(path), b"")):  # whole, or cut off
         raise TOPDError(
             f"{path}: holds answers to other prompts, of another teacher or of other sampling. "
-            "Choose another folder."
+            "Choose another folder, or remove the file."
         )
     if not trim(path):
         path.write_text(begin, encoding="utf-8")

@@ -37,8 +37,8 @@ def tokenizers_of(
     for given in (student_tokenizer, teacher_tokenizer):
         if given is not None and not isinstance(given, PreTrainedTokenizerBase):
             raise TOPDError(
-                f"processing_class: a {type(given).__name__} is not a tokenizer. Give a "
-                "processor's own: processor.tokenizer."
+                f"processing_class: a {type(given).__name__} is not a tokenizer. Give one, "
+                "e.g. AutoTokenizer.from_pretrained(PATH), or a processor's own."
             )
     _check_served(student, teacher)
     check_quantised("student", student, config_of(student))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ def mapped(work: Callable[[Item], Made], items: Sequence[Item], what: str) -> li
                 len(starts),
                 console=Console(stderr=True),
                 transient=True,
-                disable=not Console(stderr=True).is_terminal,
+                disable=not sys.stderr.isatty(),  # colours may be asked for elsewhere
             )
             return [made for part in shown for made in part]
     finally:

@@ -40,6 +40,7 @@ THEME = {
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
     "text.parse_math": False,  # names of arms are data
+    "axes.formatter.useoffset": False,  # a tick says its value, not what to add to another
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": INK,

@@ -36,6 +36,7 @@ from topd.runs.records import GuidanceRecord, read_records, updates_in
 Logs = Sequence[Mapping[str, float]]
 BARS = 40
 PHASE = "seconds/"
+LEAST_SHARE = 0.0005  # of the time, of a phase that is drawn: stage 1 has no transport
 
 
 class Curves(NamedTuple):
@@ -297,6 +298,7 @@ def _phase_seconds(logs: Logs) -> dict[str, float]:
 
 def _time_chart(logs: Logs, times: Mapping[str, float]) -> Chart:
     total = sum(times.values())
+    seen = tuple(phase for phase, seconds in times.items() if seconds >= LEAST_SHARE * total)
     rows = tuple(
         (phase, number(seconds), f"{seconds / max(total, 1e-9):.1%}")
         for phase, seconds in times.items()
@@ -307,7 +309,7 @@ def _time_chart(logs: Logs, times: Mapping[str, float]) -> Chart:
         f"Seconds by phase of an update; {duration(total)} in all."
         + " Transport is the optimal-transport solver, windows the teacher's look ahead."
         * ("windows" in times),
-        _time_bars(logs, tuple(times)),
+        _time_bars(logs, seen),
         ("phase", "seconds", "share"),
         rows,
     )
