@@ -300,6 +300,15 @@ class Terminate(TrainerCallback):
                 os.kill(os.getpid(), self.number)
 
 
+@pytest.fixture
+def no_nohup():
+    """The tests themselves may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize(
     ("number", "name"),
     [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "SIGHUP")],

@@ -21,7 +21,7 @@ from topd.commands.audit.settings import ALONE, as_stored, ranks_at, read_from, 
 from topd.commands.recipe import Recipe
 from topd.commands.train import make_trainer
 from topd.config import TOPDConfig
-from topd.errors import TOPDError
+from topd.errors import RELATIVE, TOPDError
 from topd.inputs.models import ModelSpec
 from topd.inputs.rows import DataSpec
 from topd.inputs.self_teacher import SelfTeacher, self_teacher_of
@@ -143,8 +143,9 @@ def _paths_named(folder: Path) -> Iterator[None]:
         named = any(path in said for path in _relative(as_stored(folder)["recipe"]))
         if named and directory not in (None, Path.cwd()):
             raise TOPDError(
-                f"{said.rstrip('.')}. The run was started in {directory}, which its relative paths "
-                "start from: bring the files there, or run this where they are."
+                f"{said.rstrip('.').removesuffix(RELATIVE)}. The run was started in {directory}, "
+                "which its relative paths start from: bring the files there, or run this where "
+                "they are."
             ) from error
         raise
 
