@@ -25,6 +25,7 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     BioGptConfig,
@@ -35,6 +36,7 @@ from transformers import (
     PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainingArguments,
@@ -65,6 +67,7 @@ from topd.training.startup.preflight import (
     check_forward,
     check_kept,
     check_saved,
+    check_saving,
     kl,
     without_dropout,
 )
@@ -467,6 +470,25 @@ def test_a_tokenizer_that_is_another_once_it_is_saved_is_refused(tmp_path):
     with pytest.raises(TOPDError, match=fault):
         TOPDTrainer(model, tiny_model(), args, rows(2), processing_class=tiny_tokenizer())
     assert not (tmp_path / "run" / "student").exists()
+
+
+def test_a_tokenizer_that_groups_digits_otherwise_once_it_is_saved_is_refused():
+    """As Llama 3's, three to a token, beside a model of type qwen2, whose own has one."""
+    groups = r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s?\p{L}+|\s+"
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(groups), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    own.train_from_iterator(
+        ["12345 12345"], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<e>"])
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<e>")
+    sizes = {**TINY, "vocab_size": len(tokenizer)}
+    check_saving(tiny_model(vocab_size=len(tokenizer)), tokenizer)
+    with pytest.raises(TOPDError, match=r"\(Qwen2Tokenizer\), and split text otherwise"):
+        check_saving(Qwen2ForCausalLM(Qwen2Config(**sizes)), tokenizer)
 
 
 def test_a_student_that_its_last_update_broke_is_not_given_out_as_trained(tmp_path):

@@ -509,6 +509,22 @@ def test_a_template_whose_end_does_not_end_a_response_is_told_of(template, ends,
 
 
 @pytest.mark.parametrize(
+    ("end", "token", "remedy"),
+    [("<eot>", "<eot>", "Set eos_token"), ("</turn>", "<eot>", "use a chat template that ends")],
+)
+def test_an_end_that_is_no_token_is_not_advised_as_one(end, token, remedy, monkeypatch):
+    """As ChatML's beside a base model whose tokenizer was not given its marks."""
+    said: list[str] = []
+    monkeypatch.setattr(remarks.logger, "warning_once", said.append)
+    reader = with_template(TURNS.replace("<eot>", end), token)
+    replace(reader, ends=frozenset({EOS})).encode([{"prompt": ASKED}])
+    (one,) = said
+    assert f"ends a turn with {end!r}" in one
+    assert one.count(remedy) == 1
+    assert ("eos_token" in one) == (end == token)
+
+
+@pytest.mark.parametrize(
     ("prompt", "told"),
     [
         (

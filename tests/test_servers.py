@@ -461,8 +461,11 @@ def test_texts_have_their_own_choices_in_whatever_order_they_come(folder, start)
         (lambda one: {"token_ids": None}, "after 0 of 5 token_ids"),
         (lambda one: {"logprobs": {"token_logprobs": [-1.0] * 4}}, "4 log-probs of 5 tokens"),
         (lambda one: {"logprobs": {"token_logprobs": [None] * 5}}, "TypeError"),
-        (lambda one: {"logprobs": {"token_logprobs": [0.37] * 5}}, "not all at most 0"),
-        (lambda one: {"logprobs": {"token_logprobs": [math.nan] * 5}}, "not all at most 0"),
+        (
+            lambda one: {"logprobs": {"token_logprobs": [-1.0] * 4 + [0.37]}},
+            "log-prob of 0.37, which",
+        ),
+        (lambda one: {"logprobs": {"token_logprobs": [math.nan] * 5}}, "log-prob of nan, which"),
         (lambda one: {"token_ids": [7, 998, 7, 7, 7]}, "5 token_ids, which go on after an end"),
         (lambda one: {"logprobs": None}, "TypeError"),
         (lambda one: {"prompt_logprobs": [None]}, "zip"),

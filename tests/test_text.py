@@ -1131,6 +1131,23 @@ def test_log_probs_of_another_place_or_base_are_refused(tmp_path, start, monkeyp
         learned(tmp_path, {"text": {"url": start().url, "logprobs": True}}, **OPD)
 
 
+def test_likeliest_tokens_that_are_not_told_of_every_token_refuse_no_server(
+    tmp_path, start, monkeypatch
+):
+    """The log-probs are what is needed; those beside them are only looked at."""
+    echoed = Fake.echoed
+
+    def other(self: Fake, text: str) -> dict[str, Any]:
+        choice = echoed(self, text)
+        known = choice["logprobs"]
+        known["top_logprobs"] = known["top_logprobs"][1:]
+        return choice
+
+    monkeypatch.setattr(Fake, "echoed", other)
+    guidance, _ = learned(tmp_path, {"text": {"url": start().url, "logprobs": True}}, **OPD)
+    assert guidance
+
+
 def test_a_server_that_has_another_model_by_now_is_said_and_stops_the_run(
     tmp_path, start, monkeypatch, said
 ):

@@ -166,8 +166,9 @@ class Completions:
         logprobs = self._logprobs(choice["logprobs"])
         if len(logprobs) != len(tokens):
             raise ValueError(f"{len(logprobs)} log-probs of {len(tokens)} tokens")
-        if not all(logprob <= ROUNDED for logprob in logprobs):  # NaN too
-            raise ValueError(f"log-probs {logprobs}, not all at most 0")
+        wrong = [logprob for logprob in logprobs if not logprob <= ROUNDED]  # NaN too
+        if wrong:
+            raise ValueError(f"a log-prob of {wrong[0]:g}, which is not at most 0")
         if not self.ends.isdisjoint(tokens[:-1]):
             raise ValueError(f"{len(tokens)} token_ids, which go on after an end")
         return Generation(tokens, logprobs, ended, effort=Effort(read, read))

@@ -182,8 +182,10 @@ class TextServers:
     def _places(self, answer: Any) -> list[Place]:
         try:
             told = answer["choices"][0]["logprobs"]
-            tokens, tops = told["tokens"], told.get("top_logprobs")
-            read = zip(tokens, told["token_logprobs"], tops or [None] * len(tokens), strict=True)
+            tokens, tops = told["tokens"], told.get("top_logprobs") or ()
+            if len(tops) != len(tokens):  # only the check at the start reads them
+                tops = [None] * len(tokens)
+            read = zip(tokens, told["token_logprobs"], tops, strict=True)
             return [
                 (_text_of(token), _told_logprob(logprob), _likeliest(top))
                 for token, logprob, top in read

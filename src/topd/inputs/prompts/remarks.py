@@ -16,6 +16,8 @@ from topd.inputs.prompts.chat import rendered
 from topd.inputs.prompts.ends import common_end
 
 logger = logging.get_logger(__name__)
+TOKEN = "Set eos_token of the student (a list, if there are several)."
+TEXT = "It is not a token here: use a chat template that ends a turn with one of these."
 LOOKED_AT = 100  # rows that are searched for special tokens
 
 
@@ -45,10 +47,12 @@ def warn_of_ends(
             *(rendered(0, student, talk, more, tokenize=False, asks=False) for talk in talks)
         )
         if tail.strip() and not any(name in tail for name in names):
+            has = {*student.get_added_vocab(), *student.all_special_tokens, tail.strip()}
+            known = any(name in tail for name in has & student.get_vocab().keys())
             logger.warning_once(
                 f"student: its chat template ends a turn with {tail.strip()!r}, and its "
                 f"responses end at {', '.join(names)}: they continue after the end of a turn. "
-                "Set eos_token of the student (a list, if there are several)."
+                + (TOKEN if known else TEXT)
             )
 
 

@@ -30,6 +30,7 @@ from topd.inputs.models.saved import remake_buffers
 from topd.inputs.models.vocabulary import PROBE, known_ids
 
 logger = logging.get_logger(__name__)
+SPLIT = (PROBE, "It's 12345.67,\n\n  HELLO\t\tThere")  # numbers and spaces: tokenizers group them
 MOST_KL = 1e-2  # nats a token between the student in memory and the one on disk
 _UNUSED = {  # fields of a generation config that greedy decoding, or one beam, does not read
     "do_sample": "temperature top_p min_p top_h typical_p top_k epsilon_cutoff eta_cutoff",
@@ -90,7 +91,7 @@ def _check_read_back(folder: str, student: ModelSource, tokenizer: PreTrainedTok
         again = ModelSpec(path=folder, trust_remote_code=trusted).load_tokenizer()
     except TOPDError:  # it needs code that is not saved with it
         return
-    if known_ids(again, PROBE) == known_ids(tokenizer, PROBE):
+    if all(known_ids(again, text) == known_ids(tokenizer, text) for text in SPLIT):
         return
     kinds = [type(one).__name__ for one in (tokenizer, again)]
     raise TOPDError(
