@@ -202,7 +202,7 @@ def check_saved(folder: Path, model: PreTrainedModel | PeftModel) -> float:
         The largest KL(in memory || on disk) of a next token, nats.
 
     Raises:
-        TOPDError: it is above ``MOST_KL``, or the one in memory has NaN logits; everything that was
+        TOPDError: it is above ``MOST_KL``, or one of the two has NaN logits; everything that was
             written stays there.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
