@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -301,7 +302,7 @@ class Terminate(TrainerCallback):
 
 
 @pytest.fixture
-def no_nohup():
+def no_nohup() -> Iterator[None]:
     """The tests themselves may run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -313,7 +314,9 @@ def no_nohup():
     ("number", "name"),
     [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C"), (signal.SIGHUP, "SIGHUP")],
 )
-def test_a_signal_ends_the_update_saves_and_says_so(tmp_path, monkeypatch, capfd, number, name):
+def test_a_signal_ends_the_update_saves_and_says_so(
+    tmp_path, monkeypatch, capfd, number, name
+) -> None:
     settings = {"max_steps": 4, "per_device_train_batch_size": 2, "max_completion_length": 8}
     recipe = write_pair(tmp_path, **settings, save_strategy="no", method="opd")
     run_recipe(recipe, [f"--output_dir={tmp_path / 'whole'}"], quiet=True)
