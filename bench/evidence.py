@@ -87,6 +87,7 @@ SHORT = {"NEW": NEW, "SAME": SAME, "SAME_BY_CE": SAME_BY_CE, "CE": FORK_BY_CE, "
 SHORT |= {"HALF": HALF, "QUARTER": QUARTER}
 # {arithmetic-few: first_fork over opd at r = 5}: what the introduction asks of the tables;
 # without "over" the accuracy itself; "at 0.6": sampled as students are served
+FIRST = "real-sums_first"  # by python -m bench.real sums of 2026-11-29, one rate for all
 FIGURE = re.compile(r"\{(\w+-\w+): ([^{}]+?)(?: over ([^{}]+?))?(?: at (r = \d+|0\.6))?\}")
 
 
@@ -176,7 +177,7 @@ def introduction(
     text = (RESULTS / "evidence_head.md").read_text(encoding="utf-8")
     first = _read("stage-one", [f"{family}-{n}" for n in ("few", "many") for family in FAMILIES])
     parts = [
-        [filled(text.strip(), {**worlds, **larger})],
+        [filled(text.strip(), {**worlds, **larger, FIRST: _found(FIRST)})],
         ["## All tables", "", *(f"- [{title}]({page})" for page, title in links.items())],
         in_short(_usual(worlds)),
         served(_sharpness()),
